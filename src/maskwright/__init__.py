@@ -1,0 +1,59 @@
+"""maskwright: every published instance segmentation system behind one interface.
+
+    import maskwright as mw
+
+    system = mw.load("mask-rcnn-r50-fpn-3x.pkl")
+    for prediction in mw.predict(system, "pictures/*.jpg"):
+        print(prediction.path, prediction.instances.labels)
+
+Names are loaded when first used, so that importing the package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from maskwright._version import __version__
+
+_HOMES = {
+    "Batch": "structures",
+    "Instances": "structures",
+    "Masks": "structures",
+    "Placement": "structures",
+    "Preprocess": "structures",
+    "System": "systems",
+    "create": "systems",
+    "load": "checkpoints",
+    "save": "checkpoints",
+    "convert": "checkpoints",
+    "predict": "inference",
+    "train": "training",
+    "evaluate": "inference",
+    "report": "evaluation",
+    "check": "data",
+    "read_coco": "data",
+    "MaskwrightError": "errors",
+}
+
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from maskwright.checkpoints import convert, load, save
+    from maskwright.data import check, read_coco
+    from maskwright.errors import MaskwrightError
+    from maskwright.evaluation import report
+    from maskwright.inference import evaluate, predict
+    from maskwright.structures import Batch, Instances, Masks, Placement, Preprocess
+    from maskwright.systems import System, create
+    from maskwright.training import train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"maskwright.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'maskwright' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,9 @@
+"""What flows through the library: objects, their masks, and how a picture was laid into a network's input."""
+
+from maskwright.structures.batch import Batch
+from maskwright.structures.instances import Instances
+from maskwright.structures.masks import Masks
+from maskwright.structures.placement import Placement
+from maskwright.structures.preprocess import Preprocess
+
+__all__ = ["Batch", "Instances", "Masks", "Placement", "Preprocess"]

@@ -1,0 +1,148 @@
+"""Outlines: checking, filling and tracing rings of points. A ring is (P, 2) float64, x and y, closed by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+from pycocotools import mask as coco
+
+from maskwright.structures import rle
+from maskwright.structures.placement import Placement
+
+Rings = tuple[np.ndarray, ...]
+
+
+def checked(rings: Sequence[Any], size: tuple[int, int]) -> Rings:
+    """Rings as (P, 2) float64. ValueError says what is wrong with the first bad one.
+
+    Points far outside the picture are clipped to a margin around it: the rasteriser's memory grows with the length
+    of an outline, not with the picture.
+    """
+    result = []
+    for number, ring in enumerate(rings):
+        points = np.asarray(ring, np.float64)
+        if points.ndim == 1:
+            if len(points) % 2:
+                raise ValueError(f"polygon {number} has an odd count of numbers ({len(points)})")
+            points = points.reshape(-1, 2)
+        if points.ndim != 2 or points.shape[1] != 2:
+            raise ValueError(f"polygon {number} is not a list of x, y pairs")
+        if len(points) < 3:
+            raise ValueError(f"polygon {number} has {len(points)} points; at least 3 are needed")
+        if not np.isfinite(points).all():
+            raise ValueError(f"polygon {number} holds a coordinate that is not finite")
+        result.append(_bounded(points, size))
+    return tuple(ring for ring in result if len(ring) >= 3)
+
+
+def placed(ring: np.ndarray, placement: Placement) -> np.ndarray:
+    """A ring on the picture -> on the network's input."""
+    x = placement.picture[1] - ring[:, 0] if placement.mirrored else ring[:, 0]
+    moved = np.stack([x * placement.scale[0] + placement.offset[0], ring[:, 1] * placement.scale[1] + placement.offset[1]], 1)
+    moved = _bounded(moved, placement.size)
+    return moved if len(moved) >= 3 else np.full((3, 2), -1.0)  # wholly outside: a ring without area
+
+
+def fill(rings: Rings, size: tuple[int, int], rule: str) -> bytes:
+    """The run-length string of an object, filled as COCO fills polygons (rule "union") or "even-odd"."""
+    height, width = size
+    if not rings:
+        return rle.from_crop(np.zeros((0, 0), bool), 0, 0, size)
+    codes = coco.frPyObjects(cast(Any, [ring.ravel().tolist() for ring in rings]), height, width)
+    if len(codes) == 1:
+        return codes[0]["counts"]
+    if rule == "union":
+        return coco.merge(codes)["counts"]
+    edges = np.concatenate([np.concatenate(rle.runs(code["counts"])) for code in codes])
+    places, times = np.unique(edges, return_counts=True)  # exclusive or: an edge that comes twice is none
+    odd = places[times % 2 == 1]
+    return rle.from_runs(odd[0::2], odd[1::2], height * width)
+
+
+def boxes(objects: Sequence[Rings], size: tuple[int, int]) -> np.ndarray:
+    """Boxes (N, 4) around the points, clipped to the picture; zeros where nothing is left."""
+    result = np.zeros((len(objects), 4))
+    for row, rings in zip(result, objects, strict=True):
+        if rings:
+            points = np.clip(np.concatenate(rings), 0, (size[1], size[0]))
+            low, high = points.min(0), points.max(0)
+            if (high > low).all():
+                row[:2], row[2:] = low, high
+    return result
+
+
+def trace(crop: np.ndarray, x0: int, y0: int) -> list[np.ndarray]:
+    """Rings along the pixel borders of a bool mask (h, w) whose corner is at (x0, y0).
+
+    Outer borders run clockwise on the screen, holes the other way; pixels that touch at a corner only are separate.
+    """
+    height, width = crop.shape
+    plane = np.zeros((height + 2, width + 2), np.int8)
+    plane[1:-1, 1:-1] = crop
+    stride = width + 2
+    # Edges with the object on their right-hand side: along the top to the right, down the right side, and so on.
+    down = np.diff(plane, axis=0)  # (h + 1, w + 2): horizontal borders
+    across = np.diff(plane, axis=1)  # (h + 2, w + 1): vertical borders
+
+    def edges(step: np.ndarray, value: int, shift: tuple[int, int], move: int) -> tuple[np.ndarray, np.ndarray]:
+        y, x = np.nonzero(step == value)
+        start = (y + shift[0]) * stride + x + shift[1]
+        return start, start + move
+
+    right = edges(down, 1, (0, -1), 1)
+    left = edges(down, -1, (0, 0), -1)
+    downward = edges(across, -1, (-1, 0), stride)
+    upward = edges(across, 1, (0, 0), -stride)
+    turn_right = {0: 1, 1: 2, 2: 3, 3: 0}  # directions: 0 right, 1 down, 2 left, 3 up
+    out: dict[int, dict[int, int]] = {}
+    for direction, (starts, ends) in enumerate([right, downward, left, upward]):
+        for a, b in zip(starts.tolist(), ends.tolist(), strict=True):
+            out.setdefault(a, {})[direction] = b
+    rings = []
+    while out:
+        start = next(iter(out))
+        at, direction = start, next(iter(out[start]))
+        corners = []
+        while True:
+            exits = out[at]
+            ahead = direction
+            if len(exits) == 1:
+                direction = next(iter(exits))
+            elif turn_right[direction] in exits:
+                direction = turn_right[direction]  # keeps pixels that meet at a corner apart
+            else:
+                direction = next(iter(exits))
+            if direction != ahead or not corners:
+                corners.append(at)
+            following = exits.pop(direction)
+            if not exits:
+                del out[at]
+            at = following
+            if at == start:
+                break
+        points = np.array(corners)
+        ring = np.stack([points % stride + x0, points // stride + y0], 1).astype(np.float64)
+        rings.append(ring)
+    return rings
+
+
+def _bounded(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    height, width = size
+    margin = 2 * max(height, width) + 16
+    low, high = np.array([-margin, -margin], float), np.array([width + margin, height + margin], float)
+    if (points >= low).all() and (points <= high).all():
+        return points
+    for axis in (0, 1):  # Sutherland and Hodgman, one border at a time
+        for limit, sign in ((low[axis], 1.0), (high[axis], -1.0)):
+            if not len(points):
+                return points
+            following = np.roll(points, -1, 0)
+            here, there = sign * (points[:, axis] - limit), sign * (following[:, axis] - limit)
+            crosses = (here >= 0) != (there >= 0)
+            share = np.where(crosses, here / np.where(crosses, here - there, 1), 0)[:, None]
+            cut = points + share * (following - points)
+            pairs = np.stack([points, cut], 1).reshape(-1, 2)
+            points = pairs[np.stack([here >= 0, crosses], 1).ravel()]
+    return points

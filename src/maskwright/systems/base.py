@@ -1,0 +1,96 @@
+"""What every system is: three verbs, and what is known about it."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from maskwright.errors import UsageError
+from maskwright.structures import Instances, Placement, Preprocess
+
+
+@dataclass(frozen=True)
+class Score:
+    """A published number and the protocol it was measured by."""
+
+    value: float
+    what: str  # "mask AP", "box AP", "keypoint AP"
+    protocol: str  # "COCO val2017, short side 800, pycocotools"
+    source: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published variant: the constructor's arguments, and what its authors reached with it."""
+
+    options: Mapping[str, Any]
+    published: tuple[Score, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known about a system."""
+
+    title: str
+    paper: str
+    arxiv: str
+    code: str  # where the original lives
+    code_licence: str  # SPDX where there is one
+
+
+class System(nn.Module):
+    """A published method. Subclasses give `name`, `card`, `presets` and the three verbs; their constructor's typed
+    keywords are the whole configuration and are kept, defaults included, in `options` (plain JSON values).
+
+    Every constructor takes `classes` (names, label k is `classes[k]`); `preprocess` is set by the constructor.
+    """
+
+    name: ClassVar[str]
+    card: ClassVar[Card]
+    presets: ClassVar[Mapping[str, Preset]] = {}
+
+    options: dict[str, Any]
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Self:
+        self = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(self, *args, **keywords)
+        except TypeError as error:
+            known = ", ".join(list(inspect.signature(cls.__init__).parameters)[1:])
+            raise UsageError(f"{cls.name}: {error}; its options are {known}") from None
+        bound.apply_defaults()
+        options = dict(list(bound.arguments.items())[1:])
+        self.__dict__["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+        return self
+
+    @abstractmethod
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Any:
+        """Raw outputs, a frozen dataclass of tensors. No targets, no thresholds, no host sync: this is compiled."""
+
+    @abstractmethod
+    def losses(self, raw: Any, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        """Named scalar terms whose sum is the objective. Every trainable parameter has a gradient (a zero one, if
+        need be) whatever the targets, so that an empty picture on one of several devices does not stall the others."""
+
+    @abstractmethod
+    def decode(self, raw: Any, placements: Sequence[Placement]) -> list[Instances]:
+        """Finished objects, best first, on each picture's own pixel grid. Thresholds are further keywords."""
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        """Parts by name, from the input on, for freezing and for learning rates: at least "backbone"."""
+        return {name: [child] for name, child in self.named_children()}
+
+    def predict(self, source: Any, **options: Any) -> Any:
+        """Objects in a picture, several, a folder or a glob: see `maskwright.predict`."""
+        from maskwright.inference import predict  # the one upward import: so that load(...).predict(...) reads well
+
+        return predict(self, source, **options)
