@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from maskwright.errors import UnknownSystemError
-from maskwright.systems.base import Card, Preset, Score, System
+from maskwright.systems.base import Card, ClassRows, Preset, Score, System
 
 # name: "module:class", in the order of publication
 REGISTRY = {
@@ -14,7 +14,7 @@ REGISTRY = {
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
 }
 
-__all__ = ["REGISTRY", "Card", "Preset", "Score", "System", "create", "names", "presets", "system_class"]
+__all__ = ["REGISTRY", "Card", "ClassRows", "Preset", "Score", "System", "create", "names", "presets", "system_class"]
 
 
 def names() -> list[str]:

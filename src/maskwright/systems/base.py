@@ -6,7 +6,7 @@ import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -45,6 +45,18 @@ class Card:
     code_licence: str  # SPDX where there is one
 
 
+class ClassRows(NamedTuple):
+    """Where a parameter keeps its rows for each class, so that a head can be fitted to other classes by name.
+
+    The axis is laid out as `repeats` x (classes [+ background]) x `per_class`.
+    """
+
+    axis: int = 0
+    per_class: int = 1  # neighbouring rows of one class: 4 for boxes of their own per class
+    background_last: bool = False  # one more entry after the classes
+    repeats: int = 1  # how often the list of classes comes: anchors per place
+
+
 class System(nn.Module):
     """A published method. Subclasses give `name`, `card`, `presets` and the three verbs; their constructor's typed
     keywords are the whole configuration and are kept, defaults included, in `options` (plain JSON values).
@@ -59,6 +71,7 @@ class System(nn.Module):
     options: dict[str, Any]
     classes: tuple[str, ...]
     preprocess: Preprocess
+    source: dict[str, Any] | None = None  # where its weights come from: origin, file, licences; set by loading
 
     def __new__(cls, *args: Any, **keywords: Any) -> Self:
         self = super().__new__(cls)
@@ -88,6 +101,14 @@ class System(nn.Module):
     def groups(self) -> dict[str, list[nn.Module]]:
         """Parts by name, from the input on, for freezing and for learning rates: at least "backbone"."""
         return {name: [child] for name, child in self.named_children()}
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        """Parameters (by their name in the state dict) that hold rows per class, for `load(..., classes=...)`."""
+        return {}
+
+    def input_weight(self) -> str | None:
+        """The weight that reads the picture, its axis 1 the picture's channels; None if there is no single one."""
+        return None
 
     def predict(self, source: Any, **options: Any) -> Any:
         """Objects in a picture, several, a folder or a glob: see `maskwright.predict`."""
