@@ -1,0 +1,84 @@
+# Needs Python 3.11 or newer and make; everything else is fetched into .venv.
+#
+#   make env     the maskwright command in .venv, ready to use
+#   make demo    train, measure and draw a small Mask R-CNN on generated scenes, offline, on the CPU
+#   make test    the whole test suite          make fast   its quick part, under a minute
+#   make lint    format, lint, types, imports  make wheel  build the wheel and try it in an empty environment
+#   make ci      lint, test and wheel: what .ci/run calls
+
+.PHONY: help env dev demo test fast lint format wheel ci constraints clean
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3 python; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$name && break; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+JOBS ?= auto
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# Without Debian's python3-venv there is no ensurepip; the pip beside the interpreter then does its work.
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none was found. Name one: make env PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "Making $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV) >/dev/null 2>&1 || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --python $(BIN)/python install --quiet 'pip>=25.1'; }
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing maskwright into $(VENV) (torch is large: a few minutes on a slow line)"
+	@$(PIP) install --quiet --upgrade -c constraints.txt pip
+	@$(PIP) install --progress-bar on -c constraints.txt -e '.[train,eval,geo]' | grep --line-buffered -E '^(Downloading|Installing|Successfully)' | cut -c1-100
+	@$(BIN)/maskwright --version
+	@touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	@echo "Installing what the tests need"
+	@$(PIP) install --quiet -c constraints.txt -e '.[all]' --group dev
+	@touch $@
+
+env: $(VENV)/.ready
+	@echo "Ready: $(BIN)/maskwright --help"
+
+dev: $(VENV)/.ready-dev
+
+demo: $(VENV)/.ready
+	@$(BIN)/maskwright demo -o demo
+
+test: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n $(JOBS)
+
+fast: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n $(JOBS) -m fast
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The wheel alone, with its base dependencies taken from .venv, must answer: nothing may hang on the clone.
+wheel: $(VENV)/.ready-dev
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m zipfile -l build/wheel/maskwright-*.whl | grep -q maskwright/py.typed
+	$(PIP) install --quiet --no-deps --target build/wheel/installed build/wheel/maskwright-*.whl
+	cd build/wheel && PYTHONPATH=installed ../../$(BIN)/python -c "import maskwright, pathlib; assert 'installed' in pathlib.Path(maskwright.__file__).parts"
+	cd build/wheel && PYTHONPATH=installed ../../$(BIN)/python -m maskwright systems
+
+ci: lint test wheel
+
+# Everything installed, without ourselves and without what belongs to one platform's torch.
+constraints: $(VENV)/.ready-dev
+	@{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --all | grep -viE '^(nvidia|cuda|triton|maskwright|setuptools|-e|# )|@' | LC_ALL=C sort -f; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist demo
