@@ -1,0 +1,18 @@
+"""How good it is: AP and its relatives, what is confused with what, and the report page."""
+
+from maskwright.evaluation.coco import Curves, coco_ap
+from maskwright.evaluation.confusion import Confusion, PictureScore
+from maskwright.evaluation.evaluator import Evaluator, match_classes
+from maskwright.evaluation.result import Protocol, Result, Speed
+
+__all__ = [
+    "Confusion",
+    "Curves",
+    "Evaluator",
+    "PictureScore",
+    "Protocol",
+    "Result",
+    "Speed",
+    "coco_ap",
+    "match_classes",
+]

@@ -1,0 +1,166 @@
+"""What was taken for what: predictions matched to annotations once, at one score threshold and one overlap."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from pycocotools import mask as coco_mask
+
+from maskwright.evaluation.coco import Found, Truth
+
+
+@dataclass
+class PictureScore:
+    """How one picture went. `quality` is 0 ... 1: the summed overlap of right objects over (right + half of what was
+    missed or spurious), panoptic quality's formula; None where there was nothing to find and nothing was found."""
+
+    id: int | str
+    objects: int
+    found: int
+    right: int
+    confused: int  # found, and called something else
+    missed: int
+    spurious: int
+    quality: float | None
+
+
+@dataclass
+class Confusion:
+    """Row: what it is; column: what it was taken for; the last of either is the background.
+
+    So the last column counts objects that were missed, the last row predictions where nothing is. `pictures` names
+    the pictures behind each cell that is not empty. Predictions inside crowd regions count nowhere.
+    """
+
+    classes: tuple[str, ...]
+    counts: Int[np.ndarray, "k_plus_1 k_plus_1"]
+    pictures: dict[tuple[int, int], list[int | str]] = field(repr=False)
+    by: Literal["segm", "bbox"] = "segm"  # masks or boxes overlap
+    overlap: float = 0.5
+    score_threshold: float = 0.5
+
+    def to_dict(self) -> dict[str, Any]:
+        cells = [[row, column, ids] for (row, column), ids in sorted(self.pictures.items())]
+        return {**asdict(self), "classes": list(self.classes), "counts": self.counts.tolist(), "pictures": cells}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Confusion:
+        cells = {(row, column): ids for row, column, ids in values["pictures"]}
+        counts = np.asarray(values["counts"], np.int64)
+        return cls(**{**values, "classes": tuple(values["classes"]), "counts": counts, "pictures": cells})
+
+
+def confuse(
+    truth: Truth,
+    found: Found,
+    image_ids: Sequence[int | str],
+    classes: Sequence[str],
+    *,
+    by: Literal["segm", "bbox"] = "segm",
+    overlap: float = 0.5,
+    score_threshold: float = 0.5,
+) -> tuple[Confusion, list[PictureScore]]:
+    """The confusion matrix and each picture's score, in the order of `image_ids`.
+
+    Pairs are made best overlap first, among equal classes before unequal ones: a second, wrong guess at an object that
+    was also found rightly is a spurious prediction, not a confusion.
+    """
+    count = len(classes)
+    counts = np.zeros((count + 1, count + 1), np.int64)
+    cells: dict[tuple[int, int], list[int | str]] = defaultdict(list)
+    scores = []
+    confident = np.flatnonzero(found.scores >= score_threshold)
+    ours = _grouped(found.owner[confident], len(image_ids))
+    theirs = _grouped(truth.owner, len(image_ids))
+    for picture, image_id in enumerate(image_ids):
+        mine, annotated = confident[ours[picture]], theirs[picture]
+        overlaps = _overlaps(truth, found, annotated, mine, truth.sizes[picture].tolist(), by)
+        same = found.labels[mine][:, None] == truth.labels[annotated][None]
+        crowd = truth.crowd[annotated]
+        rows, columns = match(np.where(crowd, 0, overlaps), same, overlap)
+        excused = ((overlaps >= overlap) & same & crowd).any(1)
+        excused[rows] = False
+        spurious = ~excused
+        spurious[rows] = False
+        missed = ~crowd
+        missed[columns] = False
+
+        is_a = np.concatenate([truth.labels[annotated[columns]], truth.labels[annotated[missed]],
+                               np.full(spurious.sum(), count)])  # fmt: skip
+        taken_for = np.concatenate([found.labels[mine[rows]], np.full(missed.sum(), count),
+                                    found.labels[mine[spurious]]])  # fmt: skip
+        np.add.at(counts, (is_a, taken_for), 1)
+        for cell in {(int(a), int(b)) for a, b in zip(is_a, taken_for, strict=True)}:
+            cells[cell].append(image_id)
+        right = same[rows, columns]
+        scores.append(
+            _score(
+                image_id, int((~crowd).sum()), int((~excused).sum()), right, overlaps[rows, columns], missed, spurious
+            )
+        )
+    return Confusion(tuple(classes), counts, dict(cells), by, overlap, score_threshold), scores
+
+
+def match(
+    overlaps: Float[np.ndarray, "d g"], same: Bool[np.ndarray, "d g"], least: float
+) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
+    """Pairs (prediction, annotation) of overlap `least` or more, each in one pair at most: best first, `same` first.
+
+    Round by round, all pairs are made in which each is the other's best; that gives what going through the sorted
+    pairs one by one would.
+    """
+    worth = np.where(overlaps >= least, overlaps + same, -1.0)
+    rows, columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    while worth.size and worth.max() > 0:
+        best = worth.argmax(1)
+        mutual = (worth.argmax(0)[best] == np.arange(len(best))) & (worth.max(1) > 0)
+        row = np.flatnonzero(mutual)
+        rows.append(row)
+        columns.append(best[row])
+        worth[row] = -1
+        worth[:, best[row]] = -1
+    return np.concatenate(rows), np.concatenate(columns)
+
+
+def _score(
+    image_id: int | str,
+    objects: int,
+    found: int,
+    right: np.ndarray,
+    overlaps: np.ndarray,
+    missed: np.ndarray,
+    spurious: np.ndarray,
+) -> PictureScore:
+    confused, lost, extra = int((~right).sum()), int(missed.sum()), int(spurious.sum())
+    # a confused object is both missed as what it is and spurious as what it was called
+    weight = right.sum() + confused + (lost + extra) / 2
+    quality = float(overlaps[right].sum() / weight) if weight else None
+    return PictureScore(image_id, objects, found, int(right.sum()), confused, lost, extra, quality)
+
+
+def _overlaps(
+    truth: Truth, found: Found, annotated: np.ndarray, mine: np.ndarray, size: list[int], by: str
+) -> Float[np.ndarray, "d g"]:
+    if not len(mine) or not len(annotated):
+        return np.zeros((len(mine), len(annotated)))
+    crowd = truth.crowd[annotated].astype(int).tolist()
+    a: Any
+    b: Any
+    if by == "segm":
+        assert truth.masks is not None
+        assert found.masks is not None
+        a = [{"size": size, "counts": found.masks[i]} for i in mine]
+        b = [{"size": size, "counts": truth.masks[i]} for i in annotated]
+    else:
+        a, b = found.boxes[mine], truth.boxes[annotated]
+    return np.asarray(coco_mask.iou(a, b, crowd))
+
+
+def _grouped(owner: np.ndarray, count: int) -> list[np.ndarray]:
+    order = np.argsort(owner, kind="stable")
+    return np.split(order, np.searchsorted(owner[order], np.arange(1, count)))

@@ -1,0 +1,411 @@
+"""Predictions in, one picture at a time; a `Result` out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol as Interface, cast
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from maskwright.errors import UsageError
+from maskwright.evaluation import coco
+from maskwright.evaluation.coco import Backend, Curves, Found, Kind, Truth
+from maskwright.evaluation.confusion import PictureScore, confuse
+from maskwright.evaluation.records import read_results
+from maskwright.evaluation.result import Example, Protocol, Result, write_json
+from maskwright.structures import Instances, Masks, Placement
+
+EXAMPLE_SIDE = 560  # pixels of the longer side: sharp in a column of the report, about 40 KB each
+
+
+class Annotated(Interface):
+    """What an evaluator asks of a data set; `areas(i)` (the file's own areas, (N,)) and `name` are used if there."""
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+    @property
+    def category_ids(self) -> Sequence[int]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+    def image_ids(self) -> Sequence[Any]: ...
+    def targets(self, index: int, /) -> Instances: ...
+    def sizes(self) -> Sequence[tuple[int, int]]: ...
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One picture's predictions, as small as they get."""
+
+    labels: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+    masks: list[bytes] | None
+    keypoints: np.ndarray | None
+
+
+class Evaluator:
+    """Collects predictions picture by picture and compares them with a data set's annotations.
+
+    kinds               of "segm", "bbox", "keypoints": what to measure
+    boundary            also boundary AP
+    max_detections      per picture and class, best first; keypoints have their own limit (COCO's is 20)
+    score_threshold     from which on a prediction counts in the confusion matrix and in the pictures' quality
+    sigmas              of the joints, where they are not COCO's 17
+
+    `add` is cheap: it keeps run-length strings, about 100 bytes per small object. All counting happens in `result`,
+    which may be called at any time and as often as wanted; a picture that was not added has no predictions. `reset`
+    forgets the predictions and keeps what was worked out of the annotations, for the next epoch.
+    """
+
+    def __init__(
+        self,
+        dataset: Annotated,
+        kinds: Sequence[str] = ("segm", "bbox"),
+        boundary: bool = False,
+        max_detections: int = 100,
+        *,
+        keypoint_detections: int = 20,
+        score_threshold: float = 0.5,
+        sigmas: Sequence[float] | None = None,
+        backend: Backend = "auto",
+    ):
+        unknown = [kind for kind in kinds if kind not in coco.KINDS]
+        if unknown or not kinds:
+            raise UsageError(f"kinds is {tuple(kinds)}; choose one or more of {', '.join(coco.KINDS)}")
+        coco.backend_of(backend)
+        coco.ladder(max_detections)
+        coco.ladder(keypoint_detections)
+        self.dataset = dataset
+        self.kinds = cast(tuple[Kind, ...], tuple(dict.fromkeys([*kinds, *(["boundary"] if boundary else [])])))
+        self.max_detections = max_detections
+        self.keypoint_detections = keypoint_detections
+        self.score_threshold = score_threshold
+        self.sigmas = sigmas
+        self.backend: Backend = backend
+        ids = list(dataset.image_ids())
+        # pycocotools goes through pictures in the order of their ids, and equal scores keep that order
+        self._order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
+        self._ids = [ids[i] for i in self._order]
+        self._position = {image_id: position for position, image_id in enumerate(self._ids)}
+        if len(self._position) < len(ids):
+            raise UsageError(
+                f"{len(ids) - len(self._position)} pictures of the data set share their id with another one"
+            )
+        sizes = list(dataset.sizes())
+        self._sizes = [(int(sizes[i][0]), int(sizes[i][1])) for i in self._order]
+        self._records: dict[Any, _Record] = {}
+        self._truth: Truth | None = None
+
+    def __len__(self) -> int:
+        """How many pictures were added."""
+        return len(self._records)
+
+    def add(self, image_id: Any, instances: Instances) -> None:
+        """One picture's predictions, by the data set's own image id, on the picture's own grid.
+
+        Labels are the data set's; objects of label -1 (a class it does not have, see `match_classes`) are left out.
+        """
+        if image_id not in self._position:
+            raise UsageError(
+                f"the data set has no picture {image_id!r}; its ids are {_some(self._ids)} (by position: add_at)"
+            )
+        if image_id in self._records:
+            raise UsageError(f"picture {image_id!r} was added twice; call reset() before the next round")
+        size = self._sizes[self._position[image_id]]
+        if tuple(instances.image_size) != size:
+            raise UsageError(
+                f"predictions for picture {image_id!r} are on a grid of {tuple(instances.image_size)}, "
+                f"the picture is {size} (H, W); decode onto the picture's own grid"
+            )
+        self._records[image_id] = self._compact(image_id, instances)
+
+    def add_at(self, index: int, instances: Instances) -> None:
+        """The same by the picture's position in the data set."""
+        self.add(self.dataset.image_ids()[index], instances)
+
+    def reset(self) -> None:
+        """Forgets all predictions."""
+        self._records = {}
+
+    # ---- several processes, files ------------------------------------------------------------------------------------
+
+    def partial(self) -> dict[Any, Any]:
+        """What was added here, to be sent (pickled) to another process and given to `merge` there."""
+        return dict(self._records)
+
+    def merge(self, partials: Sequence[dict[Any, Any]]) -> None:
+        """Takes over what other processes added. A picture that several have (samplers repeat some, so that all have
+        equally many) counts once, from the first that has it."""
+        for partial in partials:
+            unknown = [image_id for image_id in partial if image_id not in self._position]
+            if unknown:
+                raise UsageError(f"a partial holds picture {unknown[0]!r}, which the data set does not have")
+            self._records = {**partial, **self._records}
+
+    def write(self, path: str | Path) -> Path:
+        """All predictions as a COCO results file, with the data set's own ids.
+
+        Records hold both "bbox" and "segmentation". To get the same APs, APm and APl for masks out of pycocotools,
+        remove "bbox" first: otherwise it takes a prediction's size from its box.
+        """
+        records: list[dict[str, Any]] = []
+        for image_id, size in zip(self._ids, self._sizes, strict=True):
+            if image_id in self._records:
+                instances = _instances(self._records[image_id], size)
+                records += instances.to_coco(image_id, self.dataset.category_ids)
+        return write_json(path, records)
+
+    def read(self, path: str | Path) -> None:
+        """Adds all predictions of a COCO results file. AnnotationError names the file and the record at fault."""
+        sizes = dict(zip(self._ids, self._sizes, strict=True))
+        for image_id, instances in read_results(path, sizes, self.dataset.category_ids).items():
+            self.add(image_id, instances)
+
+    # ---- counting ------------------------------------------------------------------------------------------------------
+
+    def result(self, examples: int = 6, title: str = "") -> Result:
+        """Counts everything. Shrinks and keeps the `examples` worst and as many best pictures for the report page;
+        0 spares reading them."""
+        truth, found = self._annotations(), self._predictions()
+        curves = {kind: self._curves(truth, found, kind) for kind in self.kinds}
+        masked = truth.masks is not None and (found.masks is not None or not len(found.owner))
+        confusion, pictures = confuse(
+            truth,
+            found,
+            self._ids,
+            self.dataset.classes,
+            by="segm" if masked else "bbox",
+            score_threshold=self.score_threshold,
+        )
+        return Result(
+            summary={f"{kind}/{name}": value for kind in curves for name, value in curves[kind].average().items()},
+            classes=tuple(self.dataset.classes),
+            protocol=self._protocol(truth, found),
+            per_class=self._per_class(truth, found, curves),
+            objects=_sizes_of(truth),
+            curves={f"{k}/{int(o * 100)}": c for k in curves for o in (0.5, 0.75) if (c := curves[k].precision_at(o))},
+            confusion=confusion,
+            pictures=pictures,
+            examples=self._examples(pictures, examples),
+            missing=len(self._ids) - len(self._records),
+            title=title,
+        )
+
+    def _curves(self, truth: Truth, found: Found, kind: Kind) -> Curves:
+        limit = self.keypoint_detections if kind == "keypoints" else self.max_detections
+        return coco.coco_ap(truth, found, kind, max_detections=limit, sigmas=self.sigmas, backend=self.backend)
+
+    def _protocol(self, truth: Truth, found: Found) -> Protocol:
+        name = str(getattr(self.dataset, "name", "") or "unnamed")
+        notes = []
+        if "keypoints" in self.kinds:
+            notes.append(f"keypoints: maxDets {self.keypoint_detections}")
+            points = truth.keypoints if truth.keypoints is not None else found.keypoints
+            joints = len(coco.PERSON_SIGMAS) if points is None else points.shape[1]
+            if self.sigmas is not None:
+                notes.append("OKS with sigmas of the caller's")
+            elif joints != len(coco.PERSON_SIGMAS):
+                notes.append(f"OKS with sigma {coco.OTHER_SIGMA} for each of {joints} joints")
+        if not hasattr(self.dataset, "areas"):
+            notes.append("sizes of objects are those of their masks")
+        return Protocol(
+            pictures=f"{name}, {len(self._ids)} pictures",
+            evaluator=coco.backend_name(self.backend),
+            max_detections=self.max_detections,
+            note="; ".join(notes),
+        )
+
+    def _per_class(self, truth: Truth, found: Found, curves: dict[Kind, Curves]) -> list[dict[str, Any]]:
+        count = len(self.dataset.classes)
+        real = ~truth.crowd
+        objects = np.bincount(truth.labels[real], minlength=count).tolist()
+        seen = np.unique(np.stack([truth.labels[real], truth.owner[real]]), axis=1)[0]
+        pictures = np.bincount(seen, minlength=count).tolist()
+        guesses = np.bincount(found.labels, minlength=count).tolist()
+        thresholds, scores = (v.tolist() for v in curves[self.kinds[0]].best_thresholds())
+        return [
+            {
+                "class": name,
+                "category_id": int(self.dataset.category_ids[label]),
+                "objects": objects[label],
+                "pictures": pictures[label],
+                "found": guesses[label],
+                **{f"{k}/{n}": v for k, curve in curves.items() for n, v in curve.average(label).items()},
+                "threshold": _number(thresholds[label]),
+                "F1": _number(scores[label]),
+            }
+            for label, name in enumerate(self.dataset.classes)
+        ]
+
+    def _examples(self, pictures: list[PictureScore], count: int) -> list[Example]:
+        ranked = sorted((p for p in pictures if p.quality is not None), key=lambda p: cast(float, p.quality))
+        half = min(count, (len(ranked) + 1) // 2)
+        chosen = [("worst", p) for p in ranked[:half]]
+        chosen += [("best", p) for p in ranked[half:][::-1][:half]]
+        return [self._example(rank, score) for rank, score in chosen]
+
+    def _example(self, rank: str, score: PictureScore) -> Example:
+        from PIL import Image
+
+        position = self._position[score.id]
+        sample = self.dataset[self._order[position]]
+        height, width = self._sizes[position]
+        shrink = min(1.0, EXAMPLE_SIDE / max(height, width))
+        size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+        image = Image.fromarray(sample.picture.permute(1, 2, 0).numpy()).resize(
+            (size[1], size[0]), Image.Resampling.BOX
+        )
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=85)
+        record = self._records.get(score.id)
+        found = Instances.empty((height, width)) if record is None else _instances(record, (height, width))
+        assert found.scores is not None
+        found = found[found.scores >= self.score_threshold]
+        placement = Placement.resize((height, width), size)
+        truth = self.dataset.targets(self._order[position])
+        return Example(rank, score, jpeg.getvalue(), size, truth.place(placement), found.place(placement))
+
+    # ---- columns -------------------------------------------------------------------------------------------------------
+
+    def _compact(self, image_id: Any, instances: Instances) -> _Record:
+        if instances.scores is None:
+            raise UsageError(f"predictions for picture {image_id!r} have no scores; AP ranks by them")
+        instances = instances.to("cpu")
+        known = instances.labels >= 0
+        if not bool(known.all()):
+            instances = instances[known]
+        labels = instances.labels.numpy().astype(np.int64)
+        if len(labels) and labels.max() >= len(self.dataset.classes):
+            raise UsageError(
+                f"a prediction for picture {image_id!r} has label {labels.max()}, the data set has "
+                f"{len(self.dataset.classes)} classes; map labels with match_classes first"
+            )
+        assert instances.scores is not None
+        scores = instances.scores.detach().double().numpy()
+        boxes = instances.boxes.detach().double().numpy()
+        if not np.isfinite(scores).all() or not np.isfinite(boxes).all():
+            raise UsageError(f"predictions for picture {image_id!r} hold a score or box that is not finite")
+        wants = {"segm", "boundary"} & set(self.kinds)
+        if wants and len(labels) and instances.masks is None:
+            raise UsageError(f"predictions for picture {image_id!r} have no masks; evaluate kinds=('bbox',) instead")
+        if "keypoints" in self.kinds and len(labels) and instances.keypoints is None:
+            raise UsageError(f"predictions for picture {image_id!r} have no keypoints; leave 'keypoints' out of kinds")
+        masks = None if instances.masks is None else _texts(instances.masks)
+        points = None if instances.keypoints is None else instances.keypoints.detach().double().numpy().copy()
+        return _Record(labels, scores.copy(), boxes.copy(), masks, points)
+
+    def _annotations(self) -> Truth:
+        if self._truth is None:
+            targets = [self.dataset.targets(i) for i in self._order]
+            areas = getattr(self.dataset, "areas", None)
+            self._truth = _truth(targets, self._sizes, len(self.dataset.classes))
+            if areas is not None:
+                given = [np.asarray(areas(i), np.float64).reshape(-1) for i in self._order]
+                self._truth.areas = np.concatenate([np.zeros(0), *given])
+        return self._truth
+
+    def _predictions(self) -> Found:
+        pairs = [(i, r) for i, d in enumerate(self._ids) if (r := self._records.get(d)) is not None and len(r.labels)]
+        records = [r for _, r in pairs]
+        masked = bool(records) and all(r.masks is not None for r in records)
+        jointed = bool(records) and all(r.keypoints is not None for r in records)
+        boxes = np.concatenate([np.zeros((0, 4)), *(r.boxes for r in records)])
+        return Found(
+            owner=np.repeat([i for i, _ in pairs], [len(r.labels) for r in records]).astype(np.int64),
+            labels=np.concatenate([np.zeros(0, np.int64), *(r.labels for r in records)]),
+            scores=np.concatenate([np.zeros(0), *(r.scores for r in records)]),
+            boxes=np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1),
+            masks=[text for r in records for text in r.masks or ()] if masked else None,
+            keypoints=np.concatenate([cast(np.ndarray, r.keypoints) for r in records]) if jointed else None,
+        )
+
+
+def match_classes(ours: Sequence[str], theirs: Sequence[str]) -> Int[Tensor, " k"]:
+    """For each of `ours` its position in `theirs`, by name; -1 where there is none.
+
+    Names are compared as they are and then without regard to case, spaces, hyphens and underscores. Where `theirs` has
+    a name twice, the first counts. UsageError where no name is in both: the results would all be zero.
+    """
+    exact = {name: label for label, name in reversed(list(enumerate(theirs)))}
+    loose = {_folded(name): label for label, name in reversed(list(enumerate(theirs)))}
+    found = [exact.get(name, loose.get(_folded(name), -1)) for name in ours]
+    if ours and theirs and max(found) < 0:
+        raise UsageError(
+            f"no class of the system ({_some(ours)}) is a class of the data set ({_some(theirs)}); "
+            "train or fine-tune on these classes, or rename them in the annotation file"
+        )
+    return torch.tensor(found, dtype=torch.int64)
+
+
+# ---- inside ----------------------------------------------------------------------------------------------------------
+
+
+def _truth(targets: list[Instances], sizes: list[tuple[int, int]], classes: int) -> Truth:
+    counts = [len(t) for t in targets]
+    there = [t for t in targets if len(t)]
+    boxes = torch.cat([torch.zeros(0, 4), *(t.boxes for t in there)]).double().numpy()
+    masks = [text for t in there for text in _texts(t.masks)] if all(t.masks is not None for t in there) else None
+    joints = next((t.keypoints.shape[1] for t in there if t.keypoints is not None), None)
+    points = None
+    if joints is not None:
+        points = np.concatenate([_points(t, joints) for t in there]).astype(np.float64)
+    xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    areas = [t.masks.areas().double().numpy() for t in there if t.masks is not None] if masks is not None else []
+    return Truth(
+        sizes=np.asarray(sizes, np.int64).reshape(-1, 2),
+        owner=np.repeat(np.arange(len(targets)), counts).astype(np.int64),
+        labels=torch.cat([torch.zeros(0, dtype=torch.int64), *(t.labels for t in there)]).numpy(),
+        boxes=xywh,
+        areas=np.concatenate([np.zeros(0), *areas]) if masks is not None else xywh[:, 2] * xywh[:, 3],
+        crowd=np.concatenate([np.zeros(0, bool), *(_crowd(t) for t in there)]),
+        masks=masks,
+        keypoints=points,
+        classes=classes,
+    )
+
+
+def _texts(masks: Masks | None) -> list[bytes]:
+    return [] if masks is None else [code["counts"] for code in masks.rle()]
+
+
+def _crowd(target: Instances) -> np.ndarray:
+    return np.zeros(len(target), bool) if target.crowd is None else target.crowd.numpy()
+
+
+def _points(target: Instances, joints: int) -> np.ndarray:
+    return np.zeros((len(target), joints, 3)) if target.keypoints is None else target.keypoints.double().numpy()
+
+
+def _instances(record: _Record, size: tuple[int, int]) -> Instances:
+    return Instances(
+        size,
+        torch.from_numpy(record.boxes).float(),
+        torch.from_numpy(record.labels),
+        None if record.masks is None else Masks.from_rle(record.masks, size),
+        torch.from_numpy(record.scores).float(),
+        None if record.keypoints is None else torch.from_numpy(record.keypoints).float(),
+    )
+
+
+def _sizes_of(truth: Truth) -> dict[str, int]:
+    areas = truth.areas[~truth.crowd]
+    within = {name: int(((areas >= low) & (areas <= high)).sum()) for name, (low, high) in coco.SIZES.items() if name}
+    return {"all": len(areas), **within, "crowd": int(truth.crowd.sum())}
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def _folded(name: str) -> str:
+    return "".join(c for c in name.casefold() if c not in " -_")
+
+
+def _some(values: Sequence[Any]) -> str:
+    return ", ".join(str(v) for v in values[:5]) + (f", ... ({len(values)} in all)" if len(values) > 5 else "")

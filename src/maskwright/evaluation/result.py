@@ -1,0 +1,255 @@
+"""What an evaluation gives: the numbers, what they mean, and which pictures they come from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from maskwright._version import __version__
+from maskwright.errors import DataError
+from maskwright.evaluation.confusion import Confusion, PictureScore
+from maskwright.structures import Instances
+
+FORMAT = "maskwright-result"
+
+
+@dataclass
+class Protocol:
+    """The nine facts that make a number mean something; None where nobody has said. `note` is for any further one.
+
+    The evaluator fills in the first three; whoever ran the system knows the others.
+    """
+
+    pictures: str | None = None  # "pedestrians val, 50 pictures"
+    evaluator: str | None = None  # "vernier 0.5.4 (strict parity)"
+    max_detections: int | None = None  # per picture and class
+    threshold: float | None = None  # score below which the system gave nothing
+    input_size: str | None = None  # "short side 800, long side at most 1333"
+    precision: str | None = None  # "float32", "bfloat16"
+    device: str | None = None  # "NVIDIA ...", "CPU, 2 threads"
+    batch: int | None = None
+    decoding_timed: bool | None = None  # is making full-size masks inside the timer?
+    note: str = ""
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Name and value of each, "not stated" where it is not."""
+
+        def told(value: Any) -> str:
+            if value is None:
+                return "not stated"
+            return (
+                {True: "inside the timer", False: "outside the timer"}[value] if isinstance(value, bool) else str(value)
+            )
+
+        rows = [(_FACTS[f.name], told(getattr(self, f.name))) for f in fields(self) if f.name in _FACTS]
+        return rows + ([("note", self.note)] if self.note else [])
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name}: {value}" for name, value in self.facts())
+
+
+_FACTS = {
+    "pictures": "pictures",
+    "evaluator": "evaluator",
+    "max_detections": "maxDets",
+    "threshold": "score threshold",
+    "input_size": "input size",
+    "precision": "precision",
+    "device": "device",
+    "batch": "batch",
+    "decoding_timed": "full-size decoding",
+}
+
+
+@dataclass
+class Speed:
+    """How fast and how large the run was; None where it was not measured. Filled by whoever ran the system."""
+
+    milliseconds: float | None = None  # per picture, median
+    milliseconds_p90: float | None = None
+    pictures_per_second: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)  # milliseconds per picture by stage: "forward", "decode"
+    peak_memory: int | None = None  # bytes, of the device named in the protocol
+    parameters: int | None = None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Name and value of what was measured."""
+        rows: list[tuple[str, str]] = []
+        if self.milliseconds is not None:
+            rows.append(("median per picture", f"{self.milliseconds:.1f} ms"))
+        if self.milliseconds_p90 is not None:
+            rows.append(("90 % of pictures under", f"{self.milliseconds_p90:.1f} ms"))
+        if self.pictures_per_second is not None:
+            rows.append(("throughput", f"{self.pictures_per_second:.1f} pictures/s"))
+        rows += [(name, f"{value:.1f} ms") for name, value in self.stages.items()]
+        if self.peak_memory is not None:
+            rows.append(("peak memory", f"{self.peak_memory / 2**20:,.0f} MiB"))
+        if self.parameters is not None:
+            rows.append(("parameters", f"{self.parameters / 1e6:.1f} M"))
+        return rows
+
+
+@dataclass
+class Example:
+    """A picture shrunk for looking at, with what is there and what was found, both on the shrunk picture's grid."""
+
+    rank: str  # "worst" or "best"
+    score: PictureScore
+    picture: bytes  # JPEG
+    size: tuple[int, int]  # H, W of the JPEG
+    truth: Instances
+    found: Instances  # scores at or above the confusion matrix' threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "score": asdict(self.score),
+            "size": list(self.size),
+            "picture": b64encode(self.picture).decode("ascii"),
+            "truth": self.truth.to_coco(self.score.id),
+            "found": self.found.to_coco(self.score.id),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Example:
+        from maskwright.evaluation.records import instances_from_records
+
+        size = (int(values["size"][0]), int(values["size"][1]))
+        truth, found = (instances_from_records(values[name], size, lambda c: int(c) - 1) for name in ("truth", "found"))
+        score = PictureScore(**values["score"])
+        return cls(values["rank"], score, b64decode(values["picture"]), size, truth, found)
+
+
+@dataclass
+class Result:
+    """The outcome of an evaluation.
+
+    `summary` maps "segm/AP", "segm/AP50", "segm/APs", "segm/AR100", "bbox/AP", "keypoints/AP", "boundary/AP", ... to
+    0 ... 1; -1 where there was nothing to find (pycocotools' convention). `per_class` has one row per class with the
+    same keys and "class", "category_id", "objects", "pictures", "found", "threshold" (the score at which F1 at overlap
+    0.5 is best) and "F1" (None where it has none).
+    """
+
+    summary: dict[str, float]
+    classes: tuple[str, ...]
+    protocol: Protocol = field(default_factory=Protocol)
+    per_class: list[dict[str, Any]] = field(default_factory=list)
+    objects: dict[str, int] = field(default_factory=dict)  # annotated objects: "all", "s", "m", "l", "crowd"
+    curves: dict[str, list[float]] = field(default_factory=dict)  # "segm/50": precision at recall 0, 0.01, ... 1
+    confusion: Confusion | None = None
+    pictures: list[PictureScore] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    missing: int = 0  # pictures nothing was handed in for; they count as pictures without predictions
+    speed: Speed = field(default_factory=Speed)
+    title: str = ""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What was measured: "segm", "bbox", ..."""
+        return tuple(dict.fromkeys(name.split("/")[0] for name in self.summary))
+
+    def __getitem__(self, name: str) -> float:
+        return self.summary[name]
+
+    def worst(self, count: int = 10) -> list[PictureScore]:
+        """Pictures by rising quality; those with nothing to find and nothing found are left out."""
+        return sorted((p for p in self.pictures if p.quality is not None), key=lambda p: p.quality or 0.0)[:count]
+
+    def __str__(self) -> str:
+        """The table of averages (in percent), with the protocol under it."""
+        columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+        lines = [" " * 10 + "".join(f"{c:>8}" for c in columns) + f"{'AR':>8}"]
+        for kind in self.kinds:
+            last = [v for k, v in self.summary.items() if k.startswith(f"{kind}/AR") and k[len(kind) + 3 :].isdigit()]
+            recall = self.summary.get(f"{kind}/AR", last[-1] if last else -1)
+            values = [self.summary.get(f"{kind}/{c}", -1) for c in columns]
+            lines.append(f"{kind:10}" + "".join(f"{percent(v):>8}" for v in (*values, recall)))
+        if self.missing:
+            lines.append(f"{self.missing} pictures had no predictions handed in; they count as empty.")
+        return "\n".join([*lines, str(self.protocol)])
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` gives the same result back."""
+        return {
+            "format": FORMAT,
+            "maskwright": __version__,
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.name in _PLAIN},
+            "classes": list(self.classes),
+            "protocol": asdict(self.protocol),
+            "speed": asdict(self.speed),
+            "confusion": self.confusion.to_dict() if self.confusion else None,
+            "pictures": [asdict(p) for p in self.pictures],
+            "examples": [e.to_dict() for e in self.examples],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Result:
+        return cls(
+            **{name: values[name] for name in _PLAIN},
+            classes=tuple(values["classes"]),
+            protocol=Protocol(**values["protocol"]),
+            speed=Speed(**values["speed"]),
+            confusion=Confusion.from_dict(values["confusion"]) if values["confusion"] else None,
+            pictures=[PictureScore(**p) for p in values["pictures"]],
+            examples=[Example.from_dict(e) for e in values["examples"]],
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes JSON, beside and then renamed; `load` reads it back."""
+        return write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """A result that `save` wrote. DataError names the file if it is something else."""
+        path = Path(path)
+        try:
+            values = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); expected a result saved by evaluate") from None
+        except ValueError as error:
+            raise DataError(f"{path}: is not JSON ({error}); expected a result saved by evaluate") from None
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise DataError(f'{path}: has no "format": "{FORMAT}"; expected a result saved by evaluate')
+        try:
+            return cls.from_dict(values)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            version = values.get("maskwright", "an unknown version")
+            raise DataError(
+                f"{path}: was written by maskwright {version} and does not fit {__version__} ({error!r}); evaluate again"
+            ) from None
+
+
+_PLAIN = ("summary", "per_class", "objects", "curves", "missing", "title")
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """0.3456 as "34.6"; a dash where there is no value (None, NaN, -1)."""
+    return "–" if value is None or math.isnan(value) or value < 0 else f"{100 * value:.{digits}f}"
+
+
+def write_json(path: str | Path, values: dict[str, Any] | Sequence[Any]) -> Path:
+    """Writes `values` beside `path` and renames: the file is there whole or not at all."""
+    return write_text(path, json.dumps(values, allow_nan=False, separators=(",", ":"), ensure_ascii=False))
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes `text` as UTF-8 beside `path` and renames. DataError names the path where that is not possible."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(text, "utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
