@@ -1,0 +1,51 @@
+"""What every test runs under: shapes checked, one thread per core, repeatable random examples."""
+
+from __future__ import annotations
+
+import os
+
+from jaxtyping import install_import_hook
+
+from tests import shapes
+
+if shapes.ENABLED:
+    install_import_hook("maskwright", "tests.shapes.checked")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "ci",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("thorough", settings.get_profile("ci"), derandomize=False, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: every worker holds a torch of its own, so that more than four gain nothing but memory use."""
+    return min(4, os.cpu_count() or 1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Workers share the cores; a single process may use two. Results do not depend on it, times do.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test is fast or slow, not both; long ones start first, so that the last worker is not left alone with one."""
+    both = [item.nodeid for item in items if item.get_closest_marker("fast") and item.get_closest_marker("slow")]
+    if both:
+        raise pytest.UsageError(f"marked fast and slow at once: {', '.join(both)}")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def _repeatable():
+    """The same random numbers whatever ran before."""
+    torch.manual_seed(0)
