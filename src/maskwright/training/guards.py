@@ -1,0 +1,140 @@
+"""What stops a run, and what is kept when it does: a NaN, too little memory, a signal."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskwright.errors import CheckpointError, TrainingError
+from maskwright.structures import Batch, Instances, Masks, Placement
+from maskwright.systems import System, system_class
+from maskwright.training.state import save_state, seed_step
+
+
+def keep_batch(
+    path: Path, system: System, batch: Batch, terms: Mapping[str, Tensor], place: Sequence[int], amp: bool = False
+) -> None:
+    """Save everything that `replay` needs to compute the same losses again: pictures, targets, weights, seed."""
+    state = {
+        "format": "maskwright-batch",
+        "system": system.name,
+        "options": system.options,
+        "model": {k: v.detach().cpu() for k, v in system.state_dict().items()},
+        "training": {name: module.training for name, module in system.named_modules()},
+        "images": batch.images.detach().cpu(),
+        "targets": [_plain(t) for t in batch.targets or []],
+        "placements": [vars(p) for p in batch.placements],
+        "names": list(batch.names or []),
+        "place": list(place),
+        "amp": amp,
+        "losses": {name: float(value) for name, value in terms.items()},
+    }
+    save_state(path, state)
+
+
+def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
+    """The losses of a batch that stopped a run, computed again on the CPU with the weights of that moment.
+
+    `system` is only needed for one that is not in the registry; its weights are replaced. Nothing is executed.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or state.get("format") != "maskwright-batch":
+        raise CheckpointError(f"{path}: not a batch that a training run saved")
+    if system is None:
+        system = system_class(state["system"])(**state["options"])
+    system.load_state_dict(state["model"])
+    for name, module in system.named_modules():
+        module.training = state["training"].get(name, True)
+    targets = [_instances(t) for t in state["targets"]]
+    seed_step(*state["place"])
+    with torch.autocast("cpu", torch.bfloat16, enabled=state["amp"]):
+        return system.losses(system(state["images"]), targets)
+
+
+def load_batch(path: Path) -> Batch:
+    """The pictures and targets of a batch that stopped a run, to look at."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    placements = [Placement(**p) for p in state["placements"]]
+    return Batch(state["images"], placements, [_instances(t) for t in state["targets"]], state["names"])
+
+
+def not_finite(path: Path, step: int, terms: Mapping[str, Tensor], names: Sequence[str] | None) -> TrainingError:
+    """The error that stops a run whose loss or gradient is not a number."""
+    bad = [f"{name} = {float(v)}" for name, v in terms.items() if not torch.isfinite(v).all()]
+    what = ", ".join(bad) if bad else "the gradient (every loss term is finite)"
+    pictures = ", ".join(names or []) or "unnamed pictures"
+    return TrainingError(
+        f"step {step}: not a finite number: {what}, on {pictures}. The weights were not changed. The batch is in "
+        f"{path}; maskwright.training.replay computes its losses again. Try a lower learning rate, a longer warm-up or "
+        "clipping."
+    )
+
+
+@contextmanager
+def memory_advice(batch: int, step: Callable[[], int]) -> Iterator[None]:
+    """Turn an allocation that failed into a sentence that says what to change."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        # torch.OutOfMemoryError is a RuntimeError; the host's allocator raises a plain one.
+        signs = ("out of memory", "not enough memory", "can't allocate memory", "CUDNN_STATUS_ALLOC_FAILED")
+        if not isinstance(error, MemoryError) and not any(sign in text for sign in signs):
+            raise
+        smaller = "half the batch with twice the accumulate, " if batch > 1 else ""
+        raise TrainingError(
+            f"step {step()}: out of memory with {batch} picture{'s' if batch > 1 else ''} at once on a device; try "
+            f"{smaller}smaller pictures (short, long) or amp='bf16', and run again with resume: the last checkpoint is "
+            f"intact. ({(text.strip() or type(error).__name__).splitlines()[0]})"
+        ) from error
+
+
+class Stop:
+    """Notices an interrupt (Ctrl-C) or a polite kill, so that the loop ends after a whole step; a second one is not
+    waited for. Only the main thread can listen; elsewhere this does nothing."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.asked = False
+        self._say = say
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        self._say("stopping after this step; once more to stop at once")
+
+
+def _plain(target: Instances) -> dict[str, Any]:
+    """An annotation as tensors, numbers and text."""
+    tensors = ("boxes", "labels", "scores", "keypoints", "crowd", "ids")
+    plain: dict[str, Any] = {
+        name: None if (value := getattr(target, name)) is None else value.detach().cpu() for name in tensors
+    }
+    plain["image_size"] = list(target.image_size)
+    plain["masks"] = None if target.masks is None else [c["counts"].decode("ascii") for c in target.masks.rle()]
+    return plain
+
+
+def _instances(plain: dict[str, Any]) -> Instances:
+    size = (plain["image_size"][0], plain["image_size"][1])
+    masks = None if plain["masks"] is None else Masks.from_rle(plain["masks"], size)
+    return Instances(**{**plain, "image_size": size, "masks": masks})

@@ -1,0 +1,170 @@
+"""What a run tells: rows in log.csv, TensorBoard, the user's own logger, and a bar on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from maskwright.errors import MissingExtraError
+from maskwright.training.state import writing
+
+HEADER = "step,epoch,name,value\n"
+
+
+class Logger(Protocol):
+    """Where else numbers go: Weights & Biases, MLflow, a list. Called on the first process only."""
+
+    def log(self, step: int, values: dict[str, float]) -> None: ...
+
+
+class Logs:
+    """The run folder's logs, on the first process; elsewhere (`active=False`) every method does nothing.
+
+    log.csv has the columns step, epoch, name, value. Its length is part of a checkpoint, so that a resumed run cuts
+    off what was written after it and no row is lost or told twice.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        active: bool = True,
+        tensorboard: bool = True,
+        jsonl: bool = False,
+        logger: Logger | None = None,
+        kept: Mapping[str, int] | None = None,
+        step: int = 0,
+    ):
+        self.active, self.logger = active, logger
+        self.csv, self.jsonl, self.board = folder / "log.csv", folder / "log.jsonl", None
+        self._files: dict[str, Any] = {}
+        if not active:
+            return
+        kept = kept or {}
+        self._open("csv", self.csv, kept.get("csv", 0))
+        if not self._files["csv"].tell():
+            self._files["csv"].write(HEADER)
+        if jsonl:
+            self._open("jsonl", self.jsonl, kept.get("jsonl", 0))
+        if tensorboard:
+            self.board = _board(folder / "tensorboard", step)
+        self.flush()
+
+    def _open(self, name: str, path: Path, kept: int) -> None:
+        with writing(path):
+            path.touch()
+            if path.stat().st_size > kept:
+                os.truncate(path, kept)
+            self._files[name] = path.open("a", encoding="utf-8", newline="")
+
+    def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
+        """One row per value, everywhere."""
+        if not self.active:
+            return
+        with writing(self.csv):
+            rows = csv.writer(self._files["csv"], lineterminator="\n")
+            rows.writerows((step, epoch, name, repr(float(value))) for name, value in values.items())
+            if "jsonl" in self._files:
+                finite = {n: float(v) if math.isfinite(v) else None for n, v in values.items()}
+                self._files["jsonl"].write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
+            self.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        if self.logger is not None:
+            self.logger.log(step, dict(values))
+
+    def flush(self) -> None:
+        for file in self._files.values():
+            file.flush()
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes in each file, all of them on the disk: what a checkpoint keeps."""
+        with writing(self.csv):
+            for file in self._files.values():
+                file.flush()
+                os.fsync(file.fileno())
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+class Display:
+    """A bar with loss, learning rate and time left on a terminal; elsewhere a line every so often."""
+
+    def __init__(self, total: int, *, active: bool = True, every: float = 15.0, console: Console | None = None):
+        self.console = console or Console(stderr=True)
+        self.active, self.total, self.every = active, total, every
+        self.begun = self.told = time.monotonic()
+        self.first: int | None = None
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self.active and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("training", total=self.total, numbers="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.active:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def update(self, step: int, epoch: int, loss: float, rate: float) -> None:
+        """After step number `step`."""
+        if not self.active:
+            return
+        if self.first is None:
+            self.first, self.begun = step - 1, time.monotonic()
+        if self.bar is not None:
+            self.bar.update(
+                self.task, completed=step, description=f"epoch {epoch + 1}", numbers=f"loss {loss:.4f}  lr {rate:.2e}"
+            )
+            return
+        now = time.monotonic()
+        if now - self.told >= self.every or step == self.total:
+            self.told = now
+            left = (now - self.begun) / max(1, step - self.first) * (self.total - step)
+            self.say(
+                f"step {step}/{self.total}  epoch {epoch + 1}  loss {loss:.4f}  lr {rate:.2e}  {_clock(left)} left"
+            )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _board(folder: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingExtraError("tensorboard", "train") from None
+    # What the interrupted run wrote after its last checkpoint is hidden from view.
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

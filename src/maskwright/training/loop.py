@@ -1,0 +1,442 @@
+"""The training loop, from top to bottom.
+
+Lightning Fabric moves things to the device, casts, averages gradients over devices and clips them; everything else that
+happens in a step stands in `Run.step`, everything around it in `Run.fit`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskwright.errors import TrainingError, UsageError
+from maskwright.structures import Batch, Instances
+from maskwright.systems import System, names, presets, system_class
+from maskwright.training import setup
+from maskwright.training.guards import Stop, keep_batch, memory_advice, not_finite
+from maskwright.training.logs import Display, Logger, Logs
+from maskwright.training.optimizer import (
+    Average,
+    build_optimizer,
+    freeze,
+    load_optimizer_state,
+    optimizer_state,
+    set_rate,
+)
+from maskwright.training.recipe import Recipe, named_recipe
+from maskwright.training.state import LAST, Progress, load_state, save_state, seed_step, write_text, writing
+from maskwright.training.validation import score, spread, term_name, validate
+
+
+def train(
+    system: str | System,
+    data: Any,
+    *,
+    out: str | Path,
+    recipe: Recipe | str | None = None,
+    resume: bool = False,
+    classes: Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    val: Any = None,
+    logger: Logger | None = None,
+    options: Mapping[str, Any] | None = None,
+    keypoints: bool | None = None,
+    **changes: Any,
+) -> Path:
+    """Train a system and give the path of its best checkpoint, `out/best.safetensors`.
+
+    system    a name or preset ("mask-rcnn"), a file of weights to go on from, or a `System` (trained in place)
+    data      a data set, or what `open_dataset` takes; its split "train" is learnt from
+    out       the run folder: recipe.json, log.csv, tensorboard/, last.ckpt, last.safetensors, best.safetensors
+    recipe    a `Recipe` or a published one's name; `changes` replace single fields of it
+    resume    go on from out/last.ckpt, as if there had been no interruption; options that differ are applied and said
+    classes   the names to learn; default the data set's
+    weights   start from this file (or catalogue name) instead of random weights
+    val       see `setup.open_sets`: default the split "val" where there is one; False for none
+    logger    gets every number too
+    options   the constructor's arguments, where `system` is a name
+    keypoints whether joints are read; default: if the system's name says so
+
+    "Best" is by mask AP (joints' AP for keypoint systems, box AP where there are no masks), by validation loss where
+    no AP can be measured, and simply the last where there is no validation set.
+    """
+    out = Path(out)
+    state = _saved_run(out, resume)
+    recipe, changed = _settle(recipe, changes, out if resume else None, state)
+    fabric = setup.launch(recipe)
+    if keypoints is None:
+        keypoints = "keypoint" in (system.name if isinstance(system, System) else str(system))
+    train_set, val_set = setup.open_sets(data, val, keypoints)
+    seed_step(recipe.seed)
+    if state is None:
+        system = setup.make_system(system, classes or train_set.classes, weights, options)
+    else:
+        system = _same_system(system, state, options)
+    train_set = setup.fit_classes(train_set, system)
+    setup.check_data(train_set, "training")
+    setup.fit_sizes(system, recipe)
+    run = Run(fabric, system, train_set, val_set, out, recipe, state, logger)
+    for line in changed:
+        run.display.say(f"changed since the run began: {line}")
+    try:
+        return run.fit()
+    finally:
+        run.logs.close()
+
+
+class Objective(nn.Module):
+    """What is differentiated: pictures and targets in, named losses out, in float32.
+
+    It is this module that is wrapped for several devices, so that whatever parameters `losses` uses (the second
+    stage's heads) are seen by the hooks that average gradients.
+    """
+
+    def __init__(self, system: System):
+        super().__init__()
+        self.system = system
+
+    def forward(self, images: Tensor, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        return {name: value.float() for name, value in self.system.losses(self.system(images), targets).items()}
+
+
+class Run:
+    """One training run: what it holds, and how far it has come."""
+
+    def __init__(
+        self,
+        fabric: Any,
+        system: System,
+        train_set: Any,
+        val_set: Any | None,
+        out: Path,
+        recipe: Recipe,
+        state: dict[str, Any] | None,
+        logger: Logger | None,
+    ):
+        from maskwright.data import make_loader
+
+        self.fabric, self.system, self.recipe, self.out = fabric, system, recipe, out
+        self.leads = fabric.global_rank == 0
+        self.val_set = None if val_set is None else spread(val_set, recipe.val_max_images)
+        self.loader = make_loader(
+            train_set,
+            system.preprocess,
+            batch_size=recipe.batch // fabric.world_size,
+            training=True,
+            augment=setup.make_augment(recipe),
+            seed=recipe.seed,
+            workers=recipe.workers,
+            rank=fabric.global_rank,
+            world=fabric.world_size,
+        )
+        self.passes = len(self.loader)  # per epoch
+        if not self.passes:
+            raise TrainingError(
+                f"{len(train_set)} pictures do not fill one batch of {recipe.batch}; give a smaller batch"
+            )
+        per_epoch = math.ceil(self.passes / recipe.accumulate)
+        self.total = recipe.steps or recipe.epochs * per_epoch
+
+        # The order matters: weights before the optimizer sees them, devices before the mean is copied, compiling last.
+        self.still = freeze(system, recipe.freeze)
+        if recipe.sync_norm and fabric.world_size > 1:
+            nn.SyncBatchNorm.convert_sync_batchnorm(system)
+        if recipe.channels_last:
+            system.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if state is not None:
+            system.load_state_dict(state["model"])
+        self.optimizer = build_optimizer(system, recipe)
+        self.objective, self.stepper = fabric.setup(Objective(system), self.optimizer)
+        self.average = None if recipe.ema is None else Average(system, recipe.ema)
+        self.progress = Progress()
+        if state is not None:
+            self._restore(state)
+        if recipe.compile:
+            system.compile()
+
+        if self.leads:
+            with writing(out):
+                out.mkdir(parents=True, exist_ok=True)
+            write_text(out / "recipe.json", recipe.to_json())
+        self.logs = Logs(
+            out,
+            active=self.leads,
+            tensorboard=recipe.tensorboard,
+            jsonl=recipe.jsonl,
+            logger=logger,
+            kept=state["logs"] if state is not None else None,
+            step=self.progress.step,
+        )
+        self.display = Display(self.total, active=self.leads)
+
+    @property
+    def chosen(self) -> System:
+        """The weights that are evaluated and kept: the running mean where there is one."""
+        return self.system if self.average is None else self.average.system
+
+    # ---- the loop ------------------------------------------------------------------------------------------------
+
+    def fit(self) -> Path:
+        """Run to the end, or to the last validation that patience allows."""
+        here, recipe = self.progress, self.recipe
+        self.saved = time.monotonic()
+        with self.display, Stop(self.display.say) as self.stop:
+            if here.step:
+                self.display.say(f"going on from step {here.step} of {self.total}")
+            while (here.step < self.total or here.validated != here.step) and not self._out_of_patience():
+                self._learn()
+                for batches, size in self._groups():
+                    self._timed_step(batches, size)
+                    if self._asked_to_stop():
+                        self._save()
+                        raise KeyboardInterrupt(f"stopped after step {here.step}; {self.out} goes on with resume")
+                    if self.leads and time.monotonic() - self.saved >= 60 * recipe.save_minutes:
+                        self._save()
+                ended = here.seen >= self.passes * recipe.batch
+                if here.step >= self.total or (ended and (here.epoch + 1) % recipe.val_every == 0):
+                    self._save()  # validation may take long, and be what is interrupted
+                    self._validate()
+                if ended:
+                    here.epoch, here.seen = here.epoch + 1, 0
+                self._save()
+        best = f"{here.measure} {abs(here.best):.4f} at step {here.best_step}" if here.best is not None else "the last"
+        self.display.say(f"finished after {here.step} steps; best: {best}, in {self.out / 'best.safetensors'}")
+        self.fabric.barrier()
+        return self.out / "best.safetensors"
+
+    def step(self, batches: Iterator[Batch], size: int) -> dict[str, float]:
+        """One change of the weights, from the mean gradient of `size` batches; the mean of every loss term."""
+        recipe, here = self.recipe, self.progress
+        rate = recipe.learning_rate * recipe.factor(here.step, self.total)
+        set_rate(self.optimizer, rate)
+        means: dict[str, float] = {}
+        for number, batch in enumerate(batches):
+            place = (recipe.seed, here.step, number, self.fabric.global_rank)
+            last = number + 1 == size
+            batch = batch.to(self.fabric.device, non_blocking=True)
+            if recipe.channels_last:
+                batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+            seed_step(*place)
+            with self.fabric.no_backward_sync(self.objective, enabled=not last):
+                terms: dict[str, Tensor] = self.objective(batch.images, batch.targets)
+                total = torch.stack(list(terms.values())).sum()
+                self.fabric.backward(total / size)
+            norm = self._clip() if last else total.new_zeros(())
+            # The one wait for the device in a step: everything is already queued by now.
+            values = torch.stack([total.detach(), norm, *(t.detach() for t in terms.values())]).tolist()
+            self._check(batch, terms, values, place)
+            for name, value in zip(("loss", "gradient", *map(term_name, terms)), values, strict=True):
+                means[name] = means.get(name, 0.0) + (value if name == "gradient" else value / size)
+        self.stepper.step()
+        self.stepper.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.system)
+        here.step += 1
+        here.seen += size * recipe.batch
+        return {**means, "lr": rate}
+
+    def _timed_step(self, batches: Iterator[Batch], size: int) -> None:
+        here, recipe = self.progress, self.recipe
+        began = time.perf_counter()
+        with memory_advice(recipe.batch // self.fabric.world_size, lambda: here.step):
+            means = self.step(batches, size)
+        means["time"] = time.perf_counter() - began
+        for name, value in means.items():
+            here.sums[name] = here.sums.get(name, 0.0) + value
+        here.terms += 1
+        if here.step % recipe.log_every == 0 or here.step == self.total:
+            self._log(means["lr"])
+        self.display.update(here.step, here.epoch, means["loss"], means["lr"])
+
+    def _groups(self) -> Iterator[tuple[Iterator[Batch], int]]:
+        """What is left of this epoch in groups of `accumulate` batches, the last perhaps shorter, and their sizes."""
+        here, recipe = self.progress, self.recipe
+        position = min(self.passes, math.ceil(here.seen / recipe.batch))
+        here.seen = position * recipe.batch
+        if here.step >= self.total or position >= self.passes:
+            return
+        self.loader.set_epoch(here.epoch, start=position)
+        batches = iter(self.loader)
+        while here.step < self.total and here.seen < self.passes * recipe.batch:
+            size = min(recipe.accumulate, self.passes - here.seen // recipe.batch)
+            yield islice(batches, size), size
+
+    def _learn(self) -> None:
+        """Training mode, but for what is frozen."""
+        self.objective.train()
+        for module in self.still:
+            module.eval()
+
+    def _clip(self) -> Tensor:
+        """The norm of the whole gradient, which is clipped to `recipe.clip`."""
+        if self.recipe.clip is None:
+            gradients = [p.grad for p in self.system.parameters() if p.grad is not None]
+            return torch.nn.utils.get_total_norm(gradients)
+        return self.fabric.clip_gradients(
+            self.objective, self.stepper, max_norm=self.recipe.clip, error_if_nonfinite=False
+        )
+
+    def _check(self, batch: Batch, terms: dict[str, Tensor], values: list[float], place: tuple[int, ...]) -> None:
+        """Stop all processes, before the weights change, where a loss or the gradient is not a finite number."""
+        bad = not all(map(math.isfinite, values))
+        anywhere = bad
+        if self.fabric.world_size > 1:
+            flag = torch.tensor(float(bad), device=self.fabric.device)
+            anywhere = bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
+        if not anywhere:
+            return
+        path = self.out / ("batch.pt" if self.leads else f"batch-{self.fabric.global_rank}.pt")
+        if bad:
+            keep_batch(path, self.system, batch, terms, place, amp=self.recipe.amp == "bf16")
+            raise not_finite(path, self.progress.step, terms, batch.names)
+        raise TrainingError(f"step {self.progress.step}: another process met a loss that is not a finite number")
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was asked to; all stop after the same step."""
+        if self.fabric.world_size == 1:
+            return self.stop.asked
+        flag = torch.tensor(float(self.stop.asked), device=self.fabric.device)
+        return bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
+
+    def _out_of_patience(self) -> bool:
+        return self.recipe.patience is not None and self.progress.stale >= self.recipe.patience
+
+    # ---- numbers -------------------------------------------------------------------------------------------------
+
+    def _log(self, rate: float) -> None:
+        here = self.progress
+        means = {name: value / here.terms for name, value in here.sums.items()}
+        if self.fabric.world_size > 1:
+            together = torch.tensor(list(means.values()), dtype=torch.float64, device=self.fabric.device)
+            means = dict(zip(means, self.fabric.all_reduce(together).tolist(), strict=True))
+        values = {f"train/{name}": value for name, value in means.items() if name not in ("lr", "time")}
+        values |= {"lr": rate, "time/step": means["time"]}
+        if self.fabric.device.type == "cuda":
+            values["memory/GiB"] = torch.cuda.max_memory_allocated(self.fabric.device) / 2**30
+        self.logs.write(here.step, here.epoch, values)
+        here.sums, here.terms = {}, 0
+
+    def _validate(self) -> None:
+        """Measure the chosen weights, keep them as the last, and as the best where they are."""
+        here, recipe = self.progress, self.recipe
+        here.validated = here.step
+        values: dict[str, float] = {}
+        if self.val_set is not None:
+            began = time.perf_counter()
+            with memory_advice(recipe.batch // self.fabric.world_size, lambda: here.step):
+                values = validate(
+                    self.fabric,
+                    self.chosen,
+                    self.val_set,
+                    batch=max(1, recipe.batch // self.fabric.world_size),
+                    workers=recipe.workers,
+                    seed=recipe.seed,
+                    channels_last=recipe.channels_last,
+                )
+            self.logs.write(here.step, here.epoch, {**values, "time/validation": time.perf_counter() - began})
+            measure, value = score(values)
+            better = here.best is None or measure != here.measure or value > here.best
+            here.stale = 0 if better else here.stale + 1
+            if better:
+                here.best, here.best_step, here.measure = value, here.step, measure
+            self.display.say(f"step {here.step}: {_sentence(values)}{'  (best)' if better else ''}")
+        else:
+            better = True
+        self._keep("last", values)
+        if better:
+            self._keep("best", values)
+
+    # ---- files ---------------------------------------------------------------------------------------------------
+
+    def _keep(self, name: str, values: dict[str, float]) -> None:
+        from maskwright.checkpoints import save
+
+        if self.leads:
+            path = self.out / f"{name}.safetensors"
+            extra = {"step": self.progress.step, "epoch": self.progress.epoch, "measured": values}
+            with writing(path):
+                save(self.chosen, path, extra=extra)
+
+    def _save(self) -> None:
+        """Write last.ckpt: all that an uninterrupted run would have in memory now, and how long the logs are."""
+        self.saved = time.monotonic()
+        if not self.leads:
+            return
+        average = self.average
+        state = {
+            "format": "maskwright-run",
+            "system": self.system.name,
+            "options": self.system.options,
+            "preprocess": self.system.preprocess.to_dict(),
+            "recipe": self.recipe.to_dict(),
+            "progress": asdict(self.progress),
+            "model": self.system.state_dict(),
+            "optimizer": {"kind": self.recipe.optimizer, "state": optimizer_state(self.optimizer)},
+            "average": None if average is None else {"updates": average.updates, "model": average.system.state_dict()},
+            "logs": self.logs.lengths(),
+        }
+        save_state(self.out / LAST, state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.progress = Progress(**state["progress"])
+        if state["optimizer"]["kind"] == self.recipe.optimizer:
+            load_optimizer_state(self.optimizer, state["optimizer"]["state"])
+        if self.average is not None and state["average"] is not None:
+            self.average.system.load_state_dict(state["average"]["model"])
+            self.average.updates = state["average"]["updates"]
+
+
+def _saved_run(out: Path, resume: bool) -> dict[str, Any] | None:
+    """The state to go on from, or None for a new run."""
+    path = out / LAST
+    if not path.exists():
+        return None
+    if not resume:
+        raise UsageError(f"{out} holds a run already; go on with it (resume) or give another folder")
+    return load_state(path)
+
+
+def _settle(
+    recipe: Recipe | str | None, changes: Mapping[str, Any], folder: Path | None, state: dict[str, Any] | None
+) -> tuple[Recipe, list[str]]:
+    """The recipe that holds, and what differs from the one that the run began with."""
+    before = None if state is None else Recipe.from_dict(state["recipe"])
+    if isinstance(recipe, str):
+        recipe = named_recipe(recipe)
+    if recipe is None:
+        recipe = before or Recipe()
+        # Killed before its first checkpoint, a run has only its recipe.
+        if before is None and folder is not None and (folder / "recipe.json").exists():
+            recipe = Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8"))
+    recipe = recipe.with_changes(changes)
+    return recipe, [] if before is None else before.differences(recipe)
+
+
+def _same_system(system: str | System, state: dict[str, Any], options: Mapping[str, Any] | None) -> System:
+    """The system of an interrupted run; what the caller says must not contradict it."""
+    if isinstance(system, System):
+        if (system.name, system.options) != (state["system"], state["options"]):
+            raise UsageError(f"the run is of a {state['system']} with other options; resume it with the same system")
+    else:
+        asked = system if system in names() else presets().get(system)
+        if asked not in (None, state["system"]):
+            raise UsageError(f"the run is of a {state['system']}, not a {system}; resume it with the same system")
+        other = {k: v for k, v in (options or {}).items() if state["options"].get(k) != v}
+        if other:
+            raise UsageError(f"a run's network cannot change when it is resumed: {', '.join(other)}")
+        system = system_class(state["system"])(**state["options"])
+    system.preprocess = type(system.preprocess).from_dict(state["preprocess"])
+    return system
+
+
+def _sentence(values: dict[str, float]) -> str:
+    told = [n for n in ("val/segm/AP", "val/keypoints/AP", "val/bbox/AP", "val/loss") if n in values]
+    return ", ".join(f"{name.removeprefix('val/')} {values[name]:.4f}" for name in told)

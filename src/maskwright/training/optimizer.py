@@ -1,0 +1,135 @@
+"""Which parameters learn, how fast, and the running mean of them."""
+
+from __future__ import annotations
+
+import copy
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from maskwright.errors import UsageError
+from maskwright.systems import System
+from maskwright.training.recipe import Recipe
+
+_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+def freeze(system: System, names: tuple[str, ...]) -> list[nn.Module]:
+    """Take parts out of learning; `names` are parts or globs of parameter names.
+
+    Gives the modules that must stay in eval mode: a batch normalisation that does not learn must not keep counting
+    either, or its statistics drift away from its frozen weights.
+    """
+    for name in names:
+        for parameter in _named(system, name, "freeze").values():
+            parameter.requires_grad_(False)
+    still = []
+    for module in system.modules():
+        own = list(module.parameters(recurse=False))
+        if names and isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
+            still.append(module)
+    if not any(p.requires_grad for p in system.parameters()):
+        raise UsageError(f"freeze={', '.join(names)} leaves nothing to learn")
+    return still
+
+
+def build_optimizer(system: System, recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD or AdamW over the parameters that learn. Each group holds `names`, and `scale`, its factor on the rate."""
+    scales: dict[str, float] = {}
+    for part, scale in recipe.rates.items():
+        scales.update(dict.fromkeys(_named(system, part, "rates"), scale))
+    decays = _decays(system, recipe)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in system.named_parameters():
+        if parameter.requires_grad:
+            key = (scales.get(name, 1.0), recipe.weight_decay if decays[name] else 0.0)
+            group = groups.setdefault(key, {"params": [], "names": [], "scale": key[0], "weight_decay": key[1]})
+            group["params"].append(parameter)
+            group["names"].append(name)
+    ordered = list(groups.values())
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(ordered, lr=recipe.learning_rate, momentum=recipe.momentum)
+    return torch.optim.AdamW(ordered, lr=recipe.learning_rate, betas=recipe.betas)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["scale"]
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """What the optimizer remembers of each parameter, by the parameter's name."""
+    return {
+        name: dict(optimizer.state[parameter])
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+        if parameter in optimizer.state
+    }
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, Any]]) -> None:
+    """The way back, by name: what is newly frozen is left out, what newly learns begins with no memory."""
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if name in saved:
+                optimizer.state[parameter] = {k: _beside(v, parameter) for k, v in saved[name].items()}
+
+
+class Average:
+    """The running mean of a system's weights: `mean += (1 - decay) * (weights - mean)` after every step.
+
+    The decay is warmed up, min(decay, (1 + n) / (10 + n)), so that a short run's mean is not of its random start.
+    Buffers are taken as they are. `system` is a whole system and may be evaluated and saved.
+    """
+
+    def __init__(self, system: System, decay: float):
+        self.system = copy.deepcopy(system).eval().requires_grad_(False)
+        self.decay = decay
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, system: System) -> None:
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        mean, now = self.system.state_dict(), system.state_dict()
+        learnt = [n for n, p in system.named_parameters() if p.requires_grad]
+        torch._foreach_lerp_([mean[n] for n in learnt], [now[n].detach() for n in learnt], 1 - decay)
+        for name in mean.keys() - set(learnt):
+            mean[name].copy_(now[name])
+
+
+def _named(system: System, name: str, option: str) -> dict[str, nn.Parameter]:
+    """The parameters of a part, or those whose names match a glob."""
+    parts = system.groups()
+    everything = dict(system.named_parameters())
+    if name in parts:
+        wanted = {id(p) for module in parts[name] for p in module.parameters()}
+        return {n: p for n, p in everything.items() if id(p) in wanted}
+    found = {n: p for n, p in everything.items() if fnmatchcase(n, name)}
+    if not found:
+        raise UsageError(
+            f"{option}: {name!r} is neither a part of {system.name} ({', '.join(parts)}) nor matches a parameter's name"
+        )
+    return found
+
+
+def _decays(system: System, recipe: Recipe) -> dict[str, bool]:
+    """Whether weight decay acts on each parameter."""
+    decays = {}
+    for prefix, module in system.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            if isinstance(module, _NORMS):
+                decays[f"{prefix}.{name}" if prefix else name] = recipe.decay_norms
+            else:
+                bias = name == "bias" or name.endswith("_bias")
+                decays[f"{prefix}.{name}" if prefix else name] = recipe.decay_biases if bias else True
+    return decays
+
+
+def _beside(value: Any, parameter: Tensor) -> Any:
+    # AdamW counts its steps in a scalar on the host, whatever the device of the weights.
+    return value.to(parameter.device) if isinstance(value, Tensor) and value.ndim else value

@@ -1,0 +1,249 @@
+"""How to train: one frozen record of every choice, and the recipes that were published."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal, Self
+
+from maskwright.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice of a training run. The defaults are the `small` recipe: a few hundred pictures, one device.
+
+    A *step* is one change of the weights; it sees `batch * accumulate` pictures. Fractions are of the whole run, so
+    that a recipe keeps its shape when it is made shorter.
+    """
+
+    # how long, and how much at once
+    epochs: int = 40  # passes over the data; not used where `steps` is given
+    steps: int | None = None  # steps in all, instead of epochs
+    batch: int = 4  # pictures per forward and backward pass, over all devices together
+    accumulate: int = 1  # passes whose gradients are averaged into one step
+
+    # optimizer
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    lr: float = 2e-4  # learning rate at the end of the warm-up
+    lr_per_picture: float | None = None  # linear scaling rule: lr = this * batch * accumulate, instead of `lr`
+    momentum: float = 0.9  # SGD
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW
+    weight_decay: float = 0.05
+    decay_norms: bool = False  # whether weight decay also acts on normalisation layers
+    decay_biases: bool = False  # whether weight decay also acts on biases
+    rates: dict[str, float] = field(default_factory=dict)  # part (see System.groups) or glob of names -> factor on lr
+    clip: float | None = 1.0  # largest norm of all gradients together
+
+    # learning rate over the run
+    schedule: Literal["constant", "steps", "cosine", "poly"] = "cosine"
+    milestones: tuple[float, ...] = (
+        2 / 3,
+        8 / 9,
+    )  # "steps": where the rate is multiplied by gamma, fractions of the run
+    gamma: float = 0.1  # "steps"
+    power: float = 0.9  # "poly": rate * (1 - t) ** power
+    final: float = 0.01  # "cosine": factor on lr at the end
+    warmup: int = 100  # steps of linear warm-up; at most a quarter of the run is taken
+    warmup_from: float = 0.01  # factor on lr at step 0
+
+    # averaging and precision
+    ema: float | None = (
+        0.998  # decay of the running mean of the weights, itself warmed up; the mean is evaluated and kept
+    )
+    amp: Literal["no", "bf16"] = "no"
+    channels_last: bool = False
+    compile: bool = False  # torch.compile the network's forward
+    sync_norm: bool = False  # batch normalisation over all devices (needs GPUs)
+
+    # what is learnt
+    freeze: tuple[str, ...] = ()  # parts (see System.groups) or globs of parameter names
+
+    # pictures
+    augment: dict[str, Any] = field(default_factory=lambda: {"flip": 0.5})  # options of data.Augment
+    short: tuple[int, ...] = ()  # short sides drawn from in training; the largest for validation; () the system's own
+    long: int | None = None  # the long side's bound; None: the system's own
+    workers: int = 2  # processes that read pictures, per device
+
+    # validation
+    val_every: int = 1  # epochs between validations; there is always one at the end
+    val_max_images: int | None = None  # pictures validated on, spread evenly over the set
+    patience: int | None = None  # stop after so many validations without a better one
+
+    # the machine
+    seed: int = 0
+    device: str = "auto"  # "auto", "cpu", "cuda", "mps"
+    devices: int = 1  # per node; torchrun's numbers win where it started the processes
+    nodes: int = 1
+
+    # the run folder
+    log_every: int = 20  # steps between lines of the log
+    save_minutes: float = 10.0  # between saves of last.ckpt inside an epoch; 0 saves after every step
+    tensorboard: bool = True
+    jsonl: bool = False  # also write log.jsonl, one object per line of the log
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "accumulate", "val_every", "devices", "nodes", "log_every"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("steps", "val_max_images", "patience", "long"):
+            value = getattr(self, name)
+            self._expect(name, value is None or value >= 1, "at least 1, or nothing")
+        for name in ("lr", "lr_per_picture", "clip"):
+            value = getattr(self, name)
+            self._expect(name, value is None or (math.isfinite(value) and value > 0), "above 0")
+        for name in ("workers", "warmup", "save_minutes", "weight_decay", "seed"):
+            self._expect(name, getattr(self, name) >= 0, "0 or more")
+        self._expect("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1")
+        self._expect("milestones", all(0 < m < 1 for m in self.milestones), "fractions of the run between 0 and 1")
+        for name, known in _CHOICES.items():
+            self._expect(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+
+    def _expect(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise UsageError(f"{name} is {getattr(self, name)!r}; it must be {what}")
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate at the end of the warm-up, by the linear scaling rule where `lr_per_picture` is given."""
+        return self.lr if self.lr_per_picture is None else self.lr_per_picture * self.batch * self.accumulate
+
+    def factor(self, step: int, total: int) -> float:
+        """What `learning_rate` is multiplied by at step `step` of 0 ... total - 1."""
+        done = step / total
+        if self.schedule == "steps":
+            # Rounded to whole steps: 60000 / 90000 of 90000 steps is step 60000, not 60001.
+            value = self.gamma ** sum(step >= round(m * total) for m in self.milestones)
+        elif self.schedule == "cosine":
+            value = self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
+        elif self.schedule == "poly":
+            value = (1 - done) ** self.power
+        else:
+            value = 1.0
+        warmup = min(self.warmup, total // 4)
+        if step < warmup:
+            value *= self.warmup_from + (1 - self.warmup_from) * step / warmup
+        return value
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Self:
+        """This recipe with some fields replaced; UsageError names an unknown one and its nearest neighbour."""
+        known = [f.name for f in fields(self)]
+        for name in changes:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                raise UsageError(
+                    f"there is no training option {name!r}; "
+                    + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
+                )
+        try:
+            return replace(self, **{name: _frozen(name, value) for name, value in changes.items()})
+        except TypeError as error:  # a comparison in __post_init__ with a value of another kind
+            raise UsageError(f"a training option has a value of the wrong kind: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The recipe that `to_dict` gave; missing fields take their defaults."""
+        return cls().with_changes(values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"a recipe is a JSON object, this text is none: {error}") from None
+        if not isinstance(values, dict):
+            raise UsageError(f"a recipe is a JSON object, this is a {type(values).__name__}")
+        return cls.from_dict(values)
+
+    def differences(self, other: Recipe) -> list[str]:
+        """What changes from this recipe to `other`, as "name: before -> after"."""
+        before, after = self.to_dict(), other.to_dict()
+        return [f"{name}: {before[name]} -> {after[name]}" for name in after if before[name] != after[name]]
+
+
+_CHOICES = {
+    "optimizer": ("sgd", "adamw"),
+    "schedule": ("constant", "steps", "cosine", "poly"),
+    "amp": ("no", "bf16"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+}
+
+_TUPLES = ("betas", "milestones", "freeze", "short")
+
+
+def _frozen(name: str, value: Any) -> Any:
+    if name in _TUPLES:
+        return (value,) if isinstance(value, (str, int, float)) else tuple(value)
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+_PUBLISHED = Recipe(
+    batch=16,
+    optimizer="sgd",
+    lr=0.02,
+    weight_decay=1e-4,
+    clip=None,
+    schedule="steps",
+    warmup=1000,
+    warmup_from=1e-3,
+    ema=None,
+    workers=4,
+)
+
+RECIPES: Mapping[str, Recipe] = {
+    # A few hundred pictures, from scratch or fine-tuned: AdamW forgives a learning rate, the running mean a short run.
+    "small": Recipe(),
+    # detectron2's 1x: 90k steps of 16 pictures, about 12 epochs of COCO. Mask R-CNN R50-FPN: mask AP 35.2.
+    "detectron2-1x": replace(_PUBLISHED, steps=90_000, decay_biases=True, short=tuple(range(640, 801, 32)), long=1333),
+    # detectron2's 3x: 270k steps, about 37 epochs. Mask R-CNN R50-FPN: mask AP 37.2.
+    "detectron2-3x": replace(
+        _PUBLISHED,
+        steps=270_000,
+        milestones=(210 / 270, 250 / 270),
+        decay_biases=True,
+        short=tuple(range(640, 801, 32)),
+        long=1333,
+    ),
+    # detectron2's "new baselines", from scratch with large-scale jitter, 100 epochs. Mask R-CNN R50-FPN: mask AP 40.3
+    # with synchronised batch normalisation everywhere. Warm-up and milestones are written down from memory.
+    "detectron2-lsj": replace(
+        _PUBLISHED,
+        epochs=100,
+        batch=64,
+        lr=0.1,
+        weight_decay=4e-5,
+        decay_biases=True,
+        milestones=(163_889 / 184_375, 177_546 / 184_375),
+        warmup=500,
+        warmup_from=0.067,
+        amp="bf16",  # published in fp16
+        sync_norm=True,
+        augment={"flip": 0.5, "jitter": (0.1, 2.0), "size": (1024, 1024)},
+    ),
+    # torchvision's reference script: 26 epochs. Mask R-CNN R50-FPN (v1): mask AP 34.6.
+    "torchvision": replace(
+        _PUBLISHED,
+        epochs=26,
+        milestones=(16 / 26, 22 / 26),
+        decay_norms=True,
+        decay_biases=True,
+        short=(800,),
+        long=1333,
+    ),
+}
+
+
+def named_recipe(name: str) -> Recipe:
+    """The published recipe called `name`."""
+    if name not in RECIPES:
+        raise UsageError(f"there is no recipe {name!r}; known are {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,171 @@
+"""What has to be there before the first step: the devices, the data, the system."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskwright.errors import MissingExtraError, TrainingError, UsageError
+from maskwright.systems import System, create, names, presets
+from maskwright.training.recipe import Recipe
+from maskwright.training.validation import Renamed
+
+
+def launch(recipe: Recipe) -> Any:
+    """Lightning Fabric on the recipe's devices; with several, the other processes exist when this returns.
+
+    Started by torchrun, its numbers of devices and nodes hold. Otherwise the running script is started once more per
+    further device.
+    """
+    try:
+        from lightning_fabric import Fabric
+    except ImportError:
+        raise MissingExtraError("lightning-fabric", "train") from None
+    devices, nodes = recipe.devices, recipe.nodes
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    if recipe.batch % (devices * nodes):
+        raise UsageError(
+            f"batch is {recipe.batch} pictures over all devices; it must be a multiple of the {devices * nodes} devices"
+        )
+    kind = device_kind(recipe.device)
+    if kind == "cuda" and devices > torch.cuda.device_count():
+        raise UsageError(f"devices is {devices}, this machine has {torch.cuda.device_count()}")
+    fabric = Fabric(
+        accelerator=kind,
+        devices=devices,
+        num_nodes=nodes,
+        strategy="ddp" if devices * nodes > 1 else "auto",
+        precision="bf16-mixed" if recipe.amp == "bf16" else "32-true",
+    )
+    fabric.launch()
+    if recipe.sync_norm and fabric.world_size > 1 and kind != "cuda":
+        raise UsageError("sync_norm needs GPUs; torch has no synchronised batch normalisation for this device")
+    return fabric
+
+
+def device_kind(wish: str) -> str:
+    """ "cuda", "mps" or "cpu": what `wish` ("auto" takes the fastest) means on this machine."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wish == "auto":
+        return next(kind for kind, is_there in there.items() if is_there)
+    if not there[wish]:
+        raise UsageError(
+            f"device {wish!r} is not there; this machine has {', '.join(k for k, t in there.items() if t)}"
+        )
+    return wish
+
+
+def open_sets(data: Any, val: Any, keypoints: bool) -> tuple[Any, Any | None]:
+    """The set to learn from and the one to validate on, None where there is none.
+
+    `val` may be a data set, a source of its own (its split "val"), None for the "val" split of `data` where it has
+    one, or False for none.
+    """
+    from maskwright.data import open_dataset
+
+    if isinstance(data, (str, Path)):
+        train_set = open_dataset(data, "train", keypoints=keypoints)
+        if val is None and _has_val(data):
+            val = data
+    else:
+        train_set = data
+    if val is None or val is False:
+        return train_set, None
+    return train_set, open_dataset(val, "val", keypoints=keypoints) if isinstance(val, (str, Path)) else val
+
+
+def make_system(
+    system: str | System,
+    classes: Sequence[str],
+    weights: str | Path | None,
+    options: Mapping[str, Any] | None,
+) -> System:
+    """The system to train: one given, one by name with random weights, or one that starts from `weights`.
+
+    Weights of other classes keep the rows of the head whose class names match.
+    """
+    if isinstance(system, System):
+        if weights is not None or options:
+            raise UsageError("weights and options go with a system's name; here a finished system was given")
+        return system
+    if weights is None and (system in names() or system in presets()):
+        return create(system, **{**dict(options or {}), "classes": tuple(classes)})
+    from maskwright.checkpoints import load
+
+    source = system if weights is None else weights
+    loaded = load(source, classes=tuple(classes), **dict(options or {}))
+    wanted = presets().get(system, system)
+    if weights is not None and loaded.name != wanted:
+        raise UsageError(f"{weights} holds a {loaded.name}, not a {wanted}")
+    return loaded
+
+
+def fit_sizes(system: System, recipe: Recipe) -> None:
+    """Give the system the recipe's sizes for test time, so that what is trained is what is evaluated and saved."""
+    if recipe.short or recipe.long:
+        system.preprocess = replace(
+            system.preprocess,
+            short=max(recipe.short) if recipe.short else system.preprocess.short,
+            long=recipe.long or system.preprocess.long,
+        )
+
+
+def make_augment(recipe: Recipe) -> Any:
+    """The recipe's augmentation, an `Augment` of the data room."""
+    from maskwright.data import Augment
+
+    options = dict(recipe.augment)
+    if recipe.short:
+        options.setdefault("short", recipe.short)
+    if recipe.long:
+        options.setdefault("long", recipe.long)
+    known = [f.name for f in fields(Augment)]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"there is no augmentation {name!r}; known are {', '.join(known)}")
+    return Augment(**options)
+
+
+def fit_classes(dataset: Any, system: System) -> Any:
+    """The data set with labels as the system counts them; objects of classes the system does not know are left out."""
+    if tuple(dataset.classes) == tuple(system.classes):
+        return dataset
+    if not set(dataset.classes) & set(system.classes):
+        raise UsageError(
+            f"the system knows {_few(system.classes)}, the data {_few(dataset.classes)}: no class in common; "
+            "give classes= the names to learn"
+        )
+    return Renamed(dataset, system.classes)
+
+
+def check_data(dataset: Any, split: str) -> None:
+    """TrainingError where there is nothing to learn from. Stops at the first object; pictures are not read."""
+    total = len(dataset)
+    if not total:
+        raise TrainingError(f"the {split} set {dataset.name} has no pictures")
+    for index in range(total):
+        target = dataset.targets(index)
+        if bool((~target.crowd).any()) if target.crowd is not None else len(target) > 0:
+            return
+    raise TrainingError(
+        f"the {split} set {dataset.name} has {total} pictures and not one object of the classes "
+        f"{_few(dataset.classes)} to learn from; `maskwright check` says what its annotations hold"
+    )
+
+
+def _has_val(source: str | Path) -> bool:
+    text = str(source)
+    if text == "scenes" or text.startswith("scenes:"):
+        return True
+    return any(Path(source).glob("annotations/*_val.json"))
+
+
+def _few(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")

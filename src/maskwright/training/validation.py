@@ -1,0 +1,217 @@
+"""Validation in the middle of a run: losses and AP of the weights as they are, on all devices together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from maskwright.evaluation import Evaluator, match_classes
+from maskwright.ops.distributed import local_counts
+from maskwright.structures import Batch, Instances
+from maskwright.systems import System
+from maskwright.training.state import seed_step
+
+# The first of these that was measured decides which weights are best.
+MEASURES = ("keypoints/AP", "segm/AP", "bbox/AP")
+
+
+class Renamed:
+    """A data set whose labels are counted in another list of class names; objects of other classes are left out."""
+
+    def __init__(self, dataset: Any, classes: Sequence[str]):
+        self.inner, self.classes = dataset, tuple(classes)
+        self._map = torch.tensor(
+            [self.classes.index(name) if name in self.classes else -1 for name in dataset.classes], dtype=torch.int64
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # while being unpickled in a worker
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.inner[index]
+        return replace(sample, target=self._rename(sample.target))
+
+    def targets(self, index: int) -> Instances:
+        return self._rename(self.inner.targets(index))
+
+    def _rename(self, target: Instances) -> Instances:
+        labels = self._map[target.labels]
+        return replace(target, labels=labels)[labels >= 0]
+
+
+class Chosen:
+    """Some pictures of a data set, by their positions."""
+
+    def __init__(self, dataset: Any, positions: Sequence[int]):
+        self.inner, self.positions = dataset, list(positions)
+        self.classes, self.category_ids = dataset.classes, dataset.category_ids
+        self.name, self.joints = dataset.name, getattr(dataset, "joints", None)
+        if hasattr(dataset, "areas"):  # optional: the annotations' own areas
+            self.areas = lambda index: dataset.areas(self.positions[index])
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.inner[self.positions[index]]
+
+    def targets(self, index: int) -> Instances:
+        return self.inner.targets(self.positions[index])
+
+    def image_ids(self) -> list:
+        ids = self.inner.image_ids()
+        return [ids[p] for p in self.positions]
+
+    def sizes(self) -> list[tuple[int, int]]:
+        sizes = self.inner.sizes()
+        return [sizes[p] for p in self.positions]
+
+
+def spread(dataset: Any, count: int | None) -> Any:
+    """At most `count` pictures, evenly spread over the set, always the same ones."""
+    total = len(dataset)
+    if count is None or count >= total:
+        return dataset
+    return Chosen(dataset, [i * total // count for i in range(count)])
+
+
+def validate(
+    fabric: Any, system: System, dataset: Any, *, batch: int, workers: int, seed: int, channels_last: bool
+) -> dict[str, float]:
+    """`val/loss`, every `val/loss_term`, and the evaluator's summary as `val/segm/AP` and so on; the same on all ranks.
+
+    Rank r takes the pictures r, r + world, ...: shards may differ by a picture, so no collective is called on the way.
+    Computed in float32. The random choices inside the losses are the same at every validation.
+    """
+    was_training = system.training
+    system.eval()
+    try:
+        with torch.no_grad(), local_counts():
+            pairs, sums, count = _run(fabric, system, dataset, batch, workers, seed, channels_last)
+    finally:
+        system.train(was_training)
+    sums, count = _total(fabric, sums, count)
+    values = {f"val/{name}": value / max(count, 1) for name, value in sums.items()}
+    gathered = _gather(fabric, pairs)
+    if fabric.global_rank == 0:
+        values |= {f"val/{name}": float(v) for name, v in _measure(dataset, gathered).items()}
+    return fabric.broadcast(values, src=0)
+
+
+def score(values: dict[str, float]) -> tuple[str, float]:
+    """What decides the best weights, higher being better: AP, or the loss's negative where there is no AP."""
+    for name in MEASURES:
+        value = values.get(f"val/{name}", math.nan)
+        if math.isfinite(value) and value >= 0:  # -1 and NaN say: nothing to measure
+            return name, value
+    return "-loss", -values.get("val/loss", math.inf)
+
+
+def _run(
+    fabric: Any, system: System, dataset: Any, batch: int, workers: int, seed: int, channels_last: bool
+) -> tuple[list[tuple[int, Instances]], dict[str, float], int]:
+    rename = match_classes(system.classes, dataset.classes)
+    mine = list(range(fabric.global_rank, len(dataset), fabric.world_size))
+    pairs: list[tuple[int, Instances]] = []
+    sums: dict[str, float] = {}
+    for number, (positions, pictures) in enumerate(_batches(system, dataset, mine, batch, workers)):
+        pictures = pictures.to(fabric.device)
+        images = pictures.images
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        raw = system(images)
+        for position, objects in zip(positions, system.decode(raw, pictures.placements), strict=True):
+            labels = rename.to(objects.labels.device)[objects.labels]
+            objects = replace(objects, labels=labels)[labels >= 0].to("cpu")
+            pairs.append((position, replace(objects, masks=None if objects.masks is None else objects.masks.pack())))
+        seed_step(seed, number, fabric.global_rank)
+        terms = {name: float(value) for name, value in system.losses(raw, pictures.targets or []).items()}
+        for name, value in {**{term_name(n): v for n, v in terms.items()}, "loss": sum(terms.values())}.items():
+            sums[name] = sums.get(name, 0.0) + value * len(positions)
+    return pairs, sums, len(mine)
+
+
+def _batches(
+    system: System, dataset: Any, positions: list[int], batch: int, workers: int
+) -> Iterator[tuple[list[int], Batch]]:
+    if not positions:
+        return iter(())
+    pictures = _Laid(dataset, system, positions)
+    return iter(DataLoader(pictures, batch_size=batch, num_workers=workers, collate_fn=pictures.collate))
+
+
+class _Laid:
+    """Pictures as the network sees them at test time, with their targets on the same grid."""
+
+    def __init__(self, dataset: Any, system: System, positions: list[int]):
+        self.dataset, self.positions = dataset, positions
+        self.preprocess, self.classes = system.preprocess, system.classes
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return self.positions[index], self.dataset[self.positions[index]]
+
+    def collate(self, items: list[tuple[int, Any]]) -> tuple[list[int], Batch]:
+        batch = self.preprocess.collate([s.picture for _, s in items], [str(s.path or s.id) for _, s in items])
+        targets = [self._target(s.target, p) for (_, s), p in zip(items, batch.placements, strict=True)]
+        return [i for i, _ in items], replace(batch, targets=targets)
+
+    def _target(self, target: Instances, placement: Any) -> Instances:
+        known = match_classes(self.dataset.classes, self.classes)[target.labels]
+        keep = known >= 0
+        if target.crowd is not None:  # neither right nor wrong: not learnt from in training either
+            keep &= ~target.crowd
+        return replace(target, labels=known)[keep].place(placement)
+
+
+def _measure(dataset: Any, pairs: list[tuple[int, Instances]]) -> dict[str, float]:
+    found = [objects for _, objects in pairs if len(objects)]
+    kinds = ["bbox"]
+    if not found or any(o.masks is not None for o in found):
+        kinds.insert(0, "segm")
+    if getattr(dataset, "joints", None) and any(o.keypoints is not None for o in found):
+        kinds.insert(0, "keypoints")
+    evaluator = Evaluator(dataset, kinds=tuple(kinds))
+    ids = dataset.image_ids()
+    for position, objects in pairs:
+        evaluator.add(ids[position], objects)
+    return dict(evaluator.result().summary)
+
+
+def _total(fabric: Any, sums: dict[str, float], count: int) -> tuple[dict[str, float], int]:
+    """Sums over all ranks; a rank without pictures does not know the terms' names."""
+    if fabric.world_size == 1:
+        return sums, count
+    parts = _exchange(fabric, (sums, count))
+    names = max((s for s, _ in parts), key=len)
+    return {n: sum(s.get(n, 0.0) for s, _ in parts) for n in names}, sum(c for _, c in parts)
+
+
+def _gather(fabric: Any, pairs: list[tuple[int, Instances]]) -> list[tuple[int, Instances]]:
+    if fabric.world_size == 1:
+        return pairs
+    return [pair for part in _exchange(fabric, pairs) for pair in part]
+
+
+def _exchange(fabric: Any, thing: Any) -> list[Any]:
+    """What every rank has, in order of rank; between our own processes only."""
+    parts: list[Any] = [None] * fabric.world_size
+    torch.distributed.all_gather_object(parts, thing)
+    return parts
+
+
+def term_name(name: str) -> str:
+    """Loss terms are logged as `loss_mask`, whether the system calls them `mask` or `loss_mask`."""
+    return name if name.startswith("loss") else f"loss_{name}"
