@@ -85,6 +85,9 @@ class System(nn.Module):
         self.__dict__["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
         return self
 
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
+        return (), dict(self.options)  # copying and unpickling come through __new__ too, which wants the options
+
     @abstractmethod
     def forward(self, images: Float[Tensor, "b c h w"]) -> Any:
         """Raw outputs, a frozen dataclass of tensors. No targets, no thresholds, no host sync: this is compiled."""
