@@ -36,8 +36,14 @@ def _eroded(crop: Bool[np.ndarray, "h w"], steps: int) -> Bool[np.ndarray, "h w"
     return crop
 
 
-class BoundaryEvaluation(COCOeval):
-    """pycocotools' evaluation of masks, with the smaller of mask IoU and boundary IoU as the overlap."""
+_Base: Any = COCOeval  # it has no types
+
+
+class BoundaryEvaluation(_Base):
+    """pycocotools' evaluation of masks, with the smaller of mask IoU and boundary IoU as the overlap.
+
+    The outline of a crowd region means nothing: with those, the overlap stays that of the masks.
+    """
 
     def _prepare(self) -> None:
         from maskwright.evaluation.coco import BOUNDARY_WIDTH
@@ -49,7 +55,7 @@ class BoundaryEvaluation(COCOeval):
                 size = (code["size"][0], code["size"][1])
                 one["boundary"] = {"size": code["size"], "counts": boundary(code["counts"], size, BOUNDARY_WIDTH)}
 
-    def computeIoU(self, imgId: int, catId: int) -> Any:  # noqa: N802, N803
+    def computeIoU(self, imgId: Any, catId: Any) -> Any:
         overlaps = super().computeIoU(imgId, catId)
         if len(overlaps) == 0:
             return overlaps
@@ -57,4 +63,5 @@ class BoundaryEvaluation(COCOeval):
         order = np.argsort([-one["score"] for one in found], kind="mergesort")[: self.params.maxDets[-1]]
         best: Any = [found[i]["boundary"] for i in order]
         lines: Any = [one["boundary"] for one in truth]
-        return np.minimum(overlaps, coco_mask.iou(best, lines, [int(one["iscrowd"]) for one in truth]))
+        crowd = [int(one["iscrowd"]) for one in truth]
+        return np.where(crowd, overlaps, np.minimum(overlaps, coco_mask.iou(best, lines, crowd)))

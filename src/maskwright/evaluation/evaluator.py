@@ -6,7 +6,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol as Interface, cast
+from typing import Any, cast, runtime_checkable
+from typing import Protocol as Interface
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from maskwright.structures import Instances, Masks, Placement
 EXAMPLE_SIDE = 560  # pixels of the longer side: sharp in a column of the report, about 40 KB each
 
 
+@runtime_checkable
 class Annotated(Interface):
     """What an evaluator asks of a data set; `areas(i)` (the file's own areas, (N,)) and `name` are used if there."""
 
@@ -133,7 +135,7 @@ class Evaluator:
         """Forgets all predictions."""
         self._records = {}
 
-    # ---- several processes, files ------------------------------------------------------------------------------------
+    # ---- several processes, files --------------------------------------------------------------------------------
 
     def partial(self) -> dict[Any, Any]:
         """What was added here, to be sent (pickled) to another process and given to `merge` there."""
@@ -167,13 +169,13 @@ class Evaluator:
         for image_id, instances in read_results(path, sizes, self.dataset.category_ids).items():
             self.add(image_id, instances)
 
-    # ---- counting ------------------------------------------------------------------------------------------------------
+    # ---- counting ------------------------------------------------------------------------------------------------
 
     def result(self, examples: int = 6, title: str = "") -> Result:
         """Counts everything. Shrinks and keeps the `examples` worst and as many best pictures for the report page;
         0 spares reading them."""
         truth, found = self._annotations(), self._predictions()
-        curves = {kind: self._curves(truth, found, kind) for kind in self.kinds}
+        curves: dict[Kind, Curves] = {kind: self._curves(truth, found, kind) for kind in self.kinds}
         masked = truth.masks is not None and (found.masks is not None or not len(found.owner))
         confusion, pictures = confuse(
             truth,
@@ -271,7 +273,7 @@ class Evaluator:
         truth = self.dataset.targets(self._order[position])
         return Example(rank, score, jpeg.getvalue(), size, truth.place(placement), found.place(placement))
 
-    # ---- columns -------------------------------------------------------------------------------------------------------
+    # ---- columns -------------------------------------------------------------------------------------------------
 
     def _compact(self, image_id: Any, instances: Instances) -> _Record:
         if instances.scores is None:

@@ -223,7 +223,8 @@ class Result:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             version = values.get("maskwright", "an unknown version")
             raise DataError(
-                f"{path}: was written by maskwright {version} and does not fit {__version__} ({error!r}); evaluate again"
+                f"{path}: was written by maskwright {version} and does not fit {__version__} ({error!r}); "
+                "evaluate again"
             ) from None
 
 

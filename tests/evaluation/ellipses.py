@@ -66,6 +66,14 @@ def ellipses(rng, count, size, scale=0.12):
     return planes[planes.any((1, 2))]
 
 
+def planes_of(masks):
+    """All masks as bool planes (N, H, W)."""
+    planes = np.zeros((len(masks), *masks.size), bool)
+    for plane, (x0, y0, x1, y1), crop in zip(planes, *masks.crops(), strict=True):
+        plane[y0:y1, x0:x1] = crop
+    return planes
+
+
 def truth(rng, count, size=(96, 128), classes=3, joints=None, crowd=0.08):
     masks = Masks.from_dense(torch.from_numpy(ellipses(rng, count, size))).pack()
     number = len(masks)
@@ -93,7 +101,7 @@ def disturbed(target, rng, classes=3, extra=3, ties=False):
     number = len(target)
     kept = np.flatnonzero(rng.random(number) > 0.15)
     kept = np.concatenate([kept, kept[rng.random(len(kept)) < 0.2]]).astype(int)
-    planes = target.masks.dense().numpy()[kept]
+    planes = planes_of(target.masks)[kept]
     shifts = rng.normal(0, 1.5, (len(kept), 2)).round().astype(int)
     moved = [np.roll(plane, shift, (0, 1)) for plane, shift in zip(planes, shifts, strict=True)]
     false = ellipses(rng, extra, size)
@@ -109,7 +117,7 @@ def disturbed(target, rng, classes=3, extra=3, ties=False):
     if target.keypoints is not None:
         joints = target.keypoints.shape[1]
         near = target.keypoints.numpy()[kept]
-        near = near + np.concatenate([rng.normal(0, 2, near.shape[:2] + (2,)), np.zeros(near.shape[:2] + (1,))], -1)
+        near = near + np.concatenate([rng.normal(0, 2, (*near.shape[:2], 2)), np.zeros((*near.shape[:2], 1))], -1)
         far = rng.uniform(0, min(size), (len(false), joints, 3))
         points = torch.from_numpy(np.concatenate([near, far])).float()
     boxes = masks.boxes() + torch.from_numpy(rng.normal(0, 0.7, (len(masks), 4))).float()
