@@ -1,0 +1,25 @@
+"""What others published, read safely, and our own format."""
+
+from __future__ import annotations
+
+from maskwright.checkpoints.catalogue import Entry, list_checkpoints
+from maskwright.checkpoints.fitting import adapt_classes, widen_input
+from maskwright.checkpoints.loading import convert, load
+from maskwright.checkpoints.origins import Candidate, Origin, origins
+from maskwright.checkpoints.ours import read_metadata, save
+from maskwright.checkpoints.reading import read_state
+
+__all__ = [
+    "Candidate",
+    "Entry",
+    "Origin",
+    "adapt_classes",
+    "convert",
+    "list_checkpoints",
+    "load",
+    "origins",
+    "read_metadata",
+    "read_state",
+    "save",
+    "widen_input",
+]

@@ -1,0 +1,278 @@
+"""From any source to a system: our files, official files, folders, and names in the catalogue."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskwright._version import __version__
+from maskwright.checkpoints.catalogue import Entry, allows_commercial, catalogue, entry_of_file, find
+from maskwright.checkpoints.download import fetch
+from maskwright.checkpoints.fitting import adapt_classes, fit, widen_input
+from maskwright.checkpoints.origins import Candidate, Origin, origins
+from maskwright.checkpoints.ours import is_ours, parse_metadata, preprocess_of, save
+from maskwright.checkpoints.reading import read_state
+from maskwright.errors import CheckpointError, UnknownLayoutError, UnknownSystemError, UsageError
+from maskwright.systems import System, system_class
+
+Options = dict[str, Any]
+
+
+def load(
+    source: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    commercial_ok: bool = False,
+    variant: str | None = None,
+    **overrides: Any,
+) -> System:
+    """A system with its weights, ready to predict (eval mode), from a file, a folder or a name in the catalogue.
+
+    classes         other classes than the file's: rows of the heads are kept where the names match (case does not
+                    count), the others start as new
+    commercial_ok   refuse weights whose licence does not allow commercial use, before anything is downloaded
+    variant         which published variant a file is, where its keys and shapes cannot say
+    overrides       options of the system's constructor; `in_channels` widens the first convolution
+
+    Nothing in the file is executed. All names and shapes are compared before one weight is loaded.
+    """
+    path, entry = _locate(source, commercial_ok)
+    state, about = read_state(path)
+    if is_ours(about):
+        metadata = parse_metadata(about)
+        note = metadata["source"]
+        _check_licence(str(path), note, commercial_ok)
+        system = _build_ours(state, metadata, str(path), classes, overrides)
+        system.source = {**note, "file": path.name}
+    else:
+        entry = entry or entry_of_file(path)
+        variant = variant or (entry.variant if entry else None)
+        found = _recognise(state, about, variant, str(path))
+        note = _note(path, found.origin, entry, about)
+        _check_licence(str(path), note, commercial_ok)
+        system = _build(found, str(path), classes, overrides)
+        system.source = {**note, **(system.source or {})}
+    return system.eval().to(device)
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    commercial_ok: bool = False,
+    variant: str | None = None,
+    **overrides: Any,
+) -> None:
+    """Any file that `load` reads -> our .safetensors; where the weights come from and their licence go along."""
+    system = load(source, classes=classes, commercial_ok=commercial_ok, variant=variant, **overrides)
+    save(system, target)
+
+
+# ---- where the file is ----------------------------------------------------------------------------------------------
+
+
+def _locate(source: str | Path, commercial_ok: bool) -> tuple[Path, Entry | None]:
+    path = Path(source).expanduser()
+    if path.exists():
+        return path, None
+    entry = find(str(source))
+    if entry is not None:
+        return fetch(entry, commercial_ok=commercial_ok), entry
+    if str(source).startswith(("http://", "https://")):
+        raise CheckpointError(
+            f"{source}: this address is not in the catalogue, so its licence and hash are not known; download "
+            "it yourself "
+            "and give the file"
+        )
+    near = difflib.get_close_matches(str(source), [e.name for e in catalogue()], n=3, cutoff=0.5)
+    hint = (
+        f"; near in the catalogue: {', '.join(near)}" if near else "; the catalogue lists what can be fetched by name"
+    )
+    raise CheckpointError(f"{source}: there is no such file or folder, and no such name in the catalogue{hint}")
+
+
+def _note(path: Path, origin: Origin, entry: Entry | None, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the weights come from, as it stays in the file that they are saved to."""
+    note: dict[str, Any] = {"origin": origin.name, "file": path.name}
+    if entry is not None:
+        note |= {"name": entry.name, "url": entry.url, "commercial": entry.commercial}
+        note |= {"code_licence": entry.code_licence, "weights_licence": entry.weights_licence}
+    else:
+        note |= {"code_licence": origin.code_licence, "weights_licence": origin.weights_licence}
+        note |= {"commercial": "unknown" if allows_commercial(origin.weights_licence) else "no"}
+    author = about["container"].get("__author__")
+    return note | ({"author": author} if isinstance(author, str) else {})
+
+
+def _check_licence(path: str, note: Mapping[str, Any], commercial_ok: bool) -> None:
+    if commercial_ok and note.get("commercial") == "no":
+        raise CheckpointError(
+            f"{path}: its weights are licensed {note.get('weights_licence')}, which does not allow commercial use; "
+            "drop commercial_ok or choose other weights"
+        )
+
+
+# ---- what the file is -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    origin: Origin
+    candidate: Candidate
+    state: Mapping[str, Tensor]  # with their keys
+
+    @property
+    def label(self) -> str:
+        return self.candidate.variant or f"{self.origin.system}:{self.origin.name}"
+
+
+def recognise(state: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[tuple[Origin, Candidate]]:
+    """Every published layout and variant that these keys and shapes may be."""
+    shapes = {k: tuple(v.shape) for k, v in state.items()}
+    return [(origin, candidate) for origin in origins() for candidate in origin.candidates(shapes, about)]
+
+
+def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: str | None, path: str) -> _Found:
+    found = [_Found(origin, candidate, state) for origin, candidate in recognise(state, about)]
+    if not found:
+        known: dict[str, list[str]] = {}
+        for origin in origins():
+            known.setdefault(origin.system, []).append(origin.name)
+        layouts = "; ".join(f"{system} ({', '.join(names)})" for system, names in known.items()) or "none"
+        raise UnknownLayoutError(
+            f"{path}: its {len(state)} keys ({', '.join(list(state)[:3])}, ...) match no system we know; "
+            "known layouts: "
+            f"{layouts}. Check that it is the file of the whole system, not of a backbone"
+        )
+    if variant is not None:
+        chosen = [f for f in found if variant in (f.candidate.variant, f.label, f.origin.name)]
+        if not chosen and len(found) == 1 and variant in (presets := system_class(found[0].origin.system).presets):
+            options = {**found[0].candidate.options, **presets[variant].options}
+            options["classes"] = found[0].candidate.options.get("classes", options.get("classes"))
+            chosen = [_Found(found[0].origin, Candidate(variant, options), state)]
+        if not chosen:
+            raise UsageError(
+                f"{path}: variant {variant!r} is not what its keys and shapes are; they are of "
+                f"{', '.join(dict.fromkeys(f.label for f in found))}"
+            )
+        found = chosen
+    if len({f.origin.system for f in found}) > 1:
+        found = [f for f in found if _fits(f, path)] or found  # a larger system's file holds a smaller one's keys too
+    if len(found) > 1:
+        labels = list(dict.fromkeys(f.label for f in found))
+        raise CheckpointError(
+            f"{path}: its keys and shapes are those of {len(labels)} published variants, {', '.join(labels)}; "
+            f"say which with variant={labels[0]!r} or the other"
+        )
+    return found[0]
+
+
+def _fits(found: _Found, path: str) -> bool:
+    try:
+        _build(found, path, None, {})
+    except (CheckpointError, UsageError):
+        return False
+    return True
+
+
+# ---- building and filling -------------------------------------------------------------------------------------------
+
+
+def _build(found: _Found, path: str, classes: Sequence[str] | None, overrides: Mapping[str, Any]) -> System:
+    origin, options = found.origin, dict(found.candidate.options)
+    kind = system_class(origin.system)
+    unknown = sorted(set(options) - set(_options_of(kind)))
+    if unknown:
+        raise CheckpointError(
+            f"{path}: read as {origin.name}, it asks for options {origin.system} lacks: {', '.join(unknown)}"
+        )
+    state = origin.translate(dict(found.state), options, path)
+    layout = f"{origin.system} as {origin.name} lays it out"
+    return _fill(kind, options, state, path, layout, classes, overrides, origin.absent)
+
+
+def _build_ours(
+    state: dict[str, Tensor],
+    metadata: Mapping[str, Any],
+    path: str,
+    classes: Sequence[str] | None,
+    overrides: Mapping[str, Any],
+) -> System:
+    name, written = metadata["system"], metadata.get("version", "an unknown version")
+    try:
+        kind = system_class(name)
+    except UnknownSystemError:
+        raise CheckpointError(
+            f"{path}: it is a {name!r}, written by maskwright {written}; this version ({__version__}) has no "
+            "such system, "
+            "install one that has"
+        ) from None
+    options = {**metadata["options"], "classes": metadata["classes"] or metadata["options"].get("classes", [])}
+    gone = sorted(set(options) - set(_options_of(kind)))
+    if gone:
+        raise CheckpointError(
+            f"{path}: it was written by maskwright {written} with options that {name} does not have in this version "
+            f"({__version__}): {', '.join(gone)}. Load it with that version and save it without them"
+        )
+    system = _fill(kind, options, state, path, f"{name} with the options in its header", classes, overrides, ())
+    preprocess = preprocess_of(dict(metadata))
+    if preprocess is not None and "in_channels" not in overrides:
+        system.preprocess = preprocess
+    return system
+
+
+def _options_of(kind: type[System]) -> list[str]:
+    return list(inspect.signature(kind.__init__).parameters)[1:]
+
+
+def _fill(
+    kind: type[System],
+    options: Options,
+    state: Mapping[str, Tensor],
+    path: str,
+    layout: str,
+    classes: Sequence[str] | None,
+    overrides: Mapping[str, Any],
+    absent: Sequence[str],
+) -> System:
+    old = tuple(options.get("classes", ()))
+    final = {**options, **overrides, **({} if classes is None else {"classes": list(classes)})}
+    _check_classes(classes)
+    system = kind(**final)
+    state = dict(state)
+    kept: tuple[str, ...] | None = None
+    if tuple(system.classes) != old:
+        if not system.class_rows():
+            raise UsageError(
+                f"{path}: {kind.name} does not say which weights belong to which class; load it without classes"
+            )
+        state, kept = adapt_classes(state, system, old)
+    weight = system.input_weight()
+    if weight is not None and weight in state:
+        channels = system.state_dict()[weight].shape[1]
+        if channels != state[weight].shape[1] and "in_channels" in overrides:
+            state[weight] = widen_input(state[weight], channels)
+    system.load_state_dict(fit(state, system, path, layout, absent), strict=True)
+    if kept is not None:
+        system.source = {"classes_kept": list(kept)}
+    return system
+
+
+def _check_classes(classes: Sequence[str] | None) -> None:
+    if classes is None:
+        return
+    if isinstance(classes, str) or not classes or not all(isinstance(c, str) and c.strip() for c in classes):
+        raise UsageError(f"classes must be a list of names, at least one; got {classes!r}")
+    folded = [c.strip().casefold() for c in classes]
+    twice = sorted({c for c in folded if folded.count(c) > 1})
+    if twice:
+        raise UsageError(f"classes holds {', '.join(map(repr, twice))} more than once; each name may stand once")

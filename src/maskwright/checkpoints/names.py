@@ -1,0 +1,26 @@
+"""Class names that official files do not hold: label k of a file trained on COCO is `COCO[k]`."""
+
+from __future__ import annotations
+
+# fmt: off
+COCO = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
+    "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)
+# fmt: on
+# The data set's own ids, 1 ... 90 with gaps: torchvision's heads have a row for each of 0 ... 90.
+_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_IDS = tuple(i for i in range(1, 91) if i not in _GAPS)
+CITYSCAPES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+
+
+def class_names(count: int) -> tuple[str, ...]:
+    """Names for a head of so many classes: COCO's for 80, Cityscapes' for 8, else "person" (1) or "class 0", ..."""
+    known = {len(COCO): COCO, len(CITYSCAPES): CITYSCAPES, 1: ("person",)}
+    return known.get(count) or tuple(f"class {k}" for k in range(count))
