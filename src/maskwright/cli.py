@@ -1,0 +1,475 @@
+"""The command line: one thin function per verb, whose typed signature is its options.
+
+Nothing heavy is imported before the options are understood, so that `--help` and a misspelt option answer at once.
+Exit codes: 0 done; 1 done, but something was found wrong (pictures skipped, a data set with errors); 2 not done, with
+one sentence on stderr; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from maskwright._version import __version__
+from maskwright.errors import UsageError
+from maskwright.terminal import choose, complain, guarded, parse, progress, say
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+KeyValues = Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]
+Output = Annotated[Path, arg(aliases=("-o",), metavar="PATH")]
+_LATEST = Path("runs/latest")
+Weights = Annotated[str | None, arg(aliases=("-w",), metavar="FILE|NAME")]
+
+
+# ---- the verbs -------------------------------------------------------------------------------------------------------
+
+
+def train(
+    system: Annotated[str, arg(metavar="SYSTEM")],
+    /,
+    *,
+    data: Annotated[str, arg(metavar="DIR")],
+    out: Output = _LATEST,
+    weights: Weights = None,
+    recipe: Annotated[str | None, arg(metavar="NAME|FILE")] = None,
+    resume: bool = False,
+    option: KeyValues = (),
+    augment: KeyValues = (),
+    choices: Any = None,
+) -> int:
+    """Train a system on your own pictures.
+
+    DIR holds annotations/instances_train.json with its pictures in train/ (COCO format), and the same with val to
+    measure on. OUT then holds best.safetensors, last.safetensors, recipe.json, log.csv and tensorboard/.
+
+    Examples:
+      maskwright train mask-rcnn --data my-pictures --out runs/first
+      maskwright train mask-rcnn --data my-pictures --weights torchvision.pth --epochs 20 --freeze backbone
+      maskwright train mask-rcnn --data scenes --option depth=18 --short 192 --epochs 5
+      maskwright train mask-rcnn --data my-pictures --out runs/first --resume
+
+    Args:
+        system: A system or preset (see `maskwright systems`), or weights to go on from.
+        data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
+        out: The run folder.
+        weights: Start from these weights; rows of the head whose class names match are kept.
+        recipe: A published recipe (its values become the defaults below: add --help to see them) or a recipe.json.
+        resume: Go on from OUT/last.ckpt, as if there had been no interruption.
+        option: Options of the network, as JSON values: depth=18 (see `maskwright systems NAME`).
+        augment: Options of the augmentation: flip=0.5 jitter=[0.1,2.0] copy_paste=0.5.
+        choices: The recipe.
+    """
+    from maskwright.training import Recipe
+    from maskwright.training import train as run
+
+    before = (_saved_recipe(out) if resume else None) or Recipe()
+    named = _recipe(recipe) or before
+    wanted = replace(choices or named, augment={**named.augment, **_values(augment)})
+    changes = {name: value for name, value in vars(wanted).items() if value != getattr(before, name)}
+    best = run(
+        system,
+        data,
+        out=out,
+        resume=resume,
+        weights=weights,
+        options=_values(option),
+        **changes,
+    )
+    say(f"{best}\nnext: maskwright report {out} -o report.html; maskwright predict PICTURES --weights {best} -o found")
+    return 0
+
+
+def evaluate(
+    weights: Annotated[str, arg(metavar="WEIGHTS")],
+    /,
+    *,
+    data: Annotated[str, arg(metavar="DIR")],
+    split: str = "val",
+    out: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
+    batch: int = 1,
+    device: Device = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    compile: bool = False,
+    commercial_ok: bool = False,
+) -> int:
+    """Measure weights on a data set with annotations: AP of masks and boxes, as COCO counts it.
+
+    Classes are matched by name. With --out, OUT/result.json and the page OUT/report.html are written too.
+
+    Examples:
+      maskwright evaluate runs/first/best.safetensors --data my-pictures
+      maskwright evaluate mask_rcnn_R_50_FPN_3x.pkl --data coco --split val2017 --out runs/published
+
+    Args:
+        weights: A checkpoint of ours, an official file, or a name of the catalogue (`maskwright checkpoints`).
+        data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
+        split: The part of it: annotations/instances_SPLIT.json.
+        out: Folder for result.json and report.html.
+        batch: Pictures per forward pass.
+        device: Where to compute; auto takes a GPU where there is one.
+        dtype: Precision of the network.
+        compile: Compile the network first: slower to start, faster per picture.
+        commercial_ok: Of the catalogue, take only weights whose licence allows commercial use.
+    """
+    from maskwright.checkpoints import load
+    from maskwright.evaluation import report as write_report
+    from maskwright.inference import evaluate as run
+
+    system = load(weights, commercial_ok=commercial_ok)
+    result = run(system, data, split, batch=batch, device=_device(device), dtype=dtype, compile=compile)
+    say(str(result))
+    if out is not None:
+        result.save(out / "result.json")
+        say(f"report: {write_report(result, out / 'report.html')}")
+    return 0
+
+
+def predict(
+    pictures: Annotated[list[str], arg(metavar="PICTURES")],
+    /,
+    *,
+    out: Output = Path("found"),
+    weights: Weights = None,
+    variant: str | None = None,
+    format: tuple[Literal["drawn", "coco", "masks"], ...] = ("drawn", "coco"),
+    score_threshold: float = 0.5,
+    nms_threshold: float | None = None,
+    detections: int | None = None,
+    batch: int = 1,
+    tile: int | None = None,
+    overlap: float = 0.2,
+    device: Device = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    compile: bool = False,
+    commercial_ok: bool = False,
+) -> int:
+    """Find the objects in pictures: files, folders, globs.
+
+    OUT/drawn/NAME.jpg       the picture with its objects drawn over it
+    OUT/results.json         COCO results; OUT/pictures.json says which picture and class their ids mean
+    OUT/masks/NAME.png       16 bits: 0 background, k the k-th best object (the better one where two overlap)
+
+    A picture that cannot be read is skipped and the rest goes on; skipped ones are listed at the end, and the exit code
+    is then 1.
+
+    Examples:
+      maskwright predict photo.jpg --weights runs/first/best.safetensors
+      maskwright predict holiday/ 'more/*.png' -w mask_rcnn_R_50_FPN_3x.pkl -o found --format drawn coco masks
+      maskwright predict aerial.tif -w best.safetensors --tile 1024 --score-threshold 0.7
+
+    Args:
+        pictures: Picture files, folders, globs.
+        out: Folder for what is found.
+        weights: A checkpoint of ours, an official file, or a name of the catalogue (`maskwright checkpoints`).
+        variant: The published variant, where an official file's keys fit more than one.
+        format: What to write, one or more.
+        score_threshold: Objects below this score are left out.
+        nms_threshold: Overlap above which the weaker of two boxes of a class is dropped; default: the system's.
+        detections: At most so many objects per picture; default: the system's.
+        batch: Pictures per forward pass.
+        tile: For large pictures: side of the tiles they are cut into; objects are joined across seams.
+        overlap: Share of a tile that it has in common with its neighbour.
+        device: Where to compute; auto takes a GPU where there is one.
+        dtype: Precision of the network.
+        compile: Compile the network first: slower to start, faster per picture.
+        commercial_ok: Of the catalogue, take only weights whose licence allows commercial use.
+    """
+    from maskwright.checkpoints import load
+    from maskwright.inference import predict as run
+    from maskwright.inference.files import PredictionWriter
+
+    if weights is None:
+        raise UsageError(
+            "predict needs --weights: a file, or a name of the catalogue (`maskwright checkpoints` lists them)"
+        )
+    network = load(weights, commercial_ok=commercial_ok, variant=variant)
+    found = run(
+        network,
+        pictures,
+        batch=batch,
+        tile=tile,
+        overlap=overlap,
+        device=_device(device),
+        dtype=dtype,
+        compile=compile,
+        score_threshold=score_threshold,
+        **_given(nms_threshold=nms_threshold, detections=detections),
+    )
+    writer = PredictionWriter(out, format, network.classes, pictures)
+    try:
+        for prediction in progress(found, "pictures"):
+            writer.add(prediction.path, prediction.instances, prediction.error)
+    finally:
+        writer.close()
+    say(f"{writer.objects} objects in {len(writer.images)} pictures: {out}")
+    for path, reason in writer.skipped:
+        complain(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
+    return 1 if writer.skipped else 0
+
+
+def report(run: Annotated[Path, arg(metavar="RUN")], /, *, out: Output = Path("report.html")) -> int:
+    """Write the report page of a run folder or of a result.json: one HTML file that opens without a network.
+
+    Curves of the training, AP tables, the confusion of classes, the best and worst pictures with what is there beside
+    what was found.
+
+    Examples:
+      maskwright report runs/first -o first.html
+
+    Args:
+        run: A run folder, or a result.json that `maskwright evaluate --out` wrote.
+        out: The page.
+    """
+    from maskwright.evaluation import report as write
+
+    say(f"report: {write(run, out)}")
+    return 0
+
+
+def check(
+    source: Annotated[str, arg(metavar="DIR")],
+    /,
+    *,
+    fix: Annotated[Path | None, arg(metavar="OUT")] = None,
+) -> int:
+    """Check a data set before anything long starts; every finding names its file and annotation.
+
+    The exit code is 0 when nothing is wrong, 1 when something is. The data set itself is never changed.
+
+    Examples:
+      maskwright check my-pictures
+      maskwright check my-pictures --fix my-pictures-repaired
+
+    Args:
+        source: A folder with annotations/ and pictures, or one COCO file.
+        fix: Write a repaired copy into this folder.
+    """
+    from maskwright.data import check as run
+
+    findings = run(source, fix=fix)
+    say(str(findings))
+    if fix is not None:
+        say(f"repaired copy: {fix}")
+    return 0 if findings.ok or fix is not None else 1
+
+
+def convert(
+    source: Annotated[str, arg(metavar="OFFICIAL")],
+    /,
+    *,
+    out: Annotated[Path, arg(aliases=("-o",), metavar="FILE")],
+    variant: str | None = None,
+) -> int:
+    """Convert an official checkpoint (.pth, .pkl, a catalogue name) into one .safetensors file of ours.
+
+    Only tensors are read; a file that wants to run code is refused.
+
+    Examples:
+      maskwright convert mask_rcnn_R_50_FPN_3x.pkl -o mask-rcnn.safetensors
+
+    Args:
+        source: The official file.
+        out: The new file.
+        variant: The published variant, where the file's keys fit more than one.
+    """
+    from maskwright.checkpoints import convert as run
+
+    run(source, out, variant=variant)
+    say(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def systems(name: Annotated[str | None, Positional, arg(metavar="NAME")] = None) -> int:
+    """List the systems and their presets; with a NAME, what is known about it and all its options.
+
+    Examples:
+      maskwright systems
+      maskwright systems mask-rcnn
+
+    Args:
+        name: A system or preset.
+    """
+    from maskwright.systems import names, presets, system_class
+
+    if name is None:
+        for each in names():
+            kind = system_class(each)
+            say(f"{each:16} {kind.card.title} (arXiv {kind.card.arxiv})")
+            for preset, known in kind.presets.items():
+                scores = ", ".join(f"{s.what} {s.value:g}" for s in known.published)
+                say(f"  {preset:34} {scores or known.note}")
+        say("more: maskwright systems NAME; weights to start from: maskwright checkpoints")
+        return 0
+    kind = system_class(presets().get(name, name))
+    card = kind.card
+    say(f"{kind.name}: {card.title}\n  paper: {card.paper}, arXiv {card.arxiv}")
+    say(f"  code:  {card.code} ({card.code_licence})")
+    chosen = kind.presets[name].options if name in kind.presets else {}
+    say("options (train --option KEY=VALUE):")
+    for parameter in list(inspect.signature(kind.__init__).parameters.values())[1:]:
+        if parameter.name != "classes":
+            value = chosen.get(parameter.name, parameter.default)
+            shown = "needed" if value is inspect.Parameter.empty else json.dumps(value, default=str)
+            say(f"  {parameter.name}={shown}    {parameter.annotation}")
+    for preset, known in kind.presets.items():
+        if name in (preset, kind.name):
+            say(f"preset {preset}: {json.dumps(dict(known.options), default=str)} {known.note}".rstrip())
+            for score in known.published:
+                say(f"  {score.what} {score.value:g}: {score.protocol} ({score.source})")
+    return 0
+
+
+def checkpoints(*, system: str | None = None, commercial_ok: bool = False) -> int:
+    """List the published weights that can be named instead of a file, with size and licence.
+
+    A download says the licence first; it resumes where it was cut off and is checked.
+
+    Examples:
+      maskwright checkpoints --commercial-ok
+      maskwright predict photo.jpg --weights NAME
+
+    Args:
+        system: Only those of this system.
+        commercial_ok: Only those whose licence allows commercial use.
+    """
+    from maskwright.checkpoints.catalogue import list_checkpoints
+    from maskwright.systems import names
+
+    if system is not None:
+        choose(system, names(), "system")
+    for entry in list_checkpoints(commercial_ok, system):
+        say(entry.terms())
+    return 0
+
+
+def demo(*, out: Output = Path("demo"), seed: int = 0, minutes: float = 2.0) -> int:
+    """Show the main job offline in a few minutes: train on generated scenes, measure, segment unseen ones, report.
+
+    Examples:
+      maskwright demo
+      maskwright demo -o somewhere --minutes 5
+
+    Args:
+        out: The folder for everything it makes.
+        seed: Another one gives other scenes.
+        minutes: About how long to train on two cores; longer is better.
+    """
+    from maskwright.demo import run
+
+    run(out, seed=seed, minutes=minutes)
+    return 0
+
+
+VERBS: dict[str, Callable[..., int]] = {
+    verb.__name__: verb for verb in (demo, check, train, evaluate, predict, report, convert, systems, checkpoints)
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's own) and give its exit code."""
+    return guarded(functools.partial(_run, list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _run(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else "--help"
+    if first in ("-h", "--help", "help") and len(arguments) < 2:
+        say(_overview())
+        return 0
+    if first == "help":
+        arguments, first = [arguments[1], "--help"], arguments[1]
+    if first == "--version":
+        say(f"maskwright {__version__}")
+        return 0
+    if first.startswith("-"):
+        raise UsageError(f"a command comes first: maskwright {{{','.join(VERBS)}}}; see maskwright --help")
+    verb = VERBS[choose(first, VERBS, "command")]
+    if verb is train:
+        _spell_out(arguments[1:])
+    return parse(verb, arguments[1:], f"maskwright {first}")()
+
+
+def _overview() -> str:
+    lines = [f"  {name:12} {(inspect.getdoc(verb) or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            f"maskwright {__version__}: instance segmentation from pictures and annotations to a measured system.",
+            "",
+            "usage: maskwright COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "Each explains itself: maskwright COMMAND --help. To begin: maskwright demo",
+        ]
+    )
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _spell_out(arguments: Sequence[str]) -> None:
+    """Make every choice of the recipe an option of `train`, its default that of the recipe the arguments name.
+
+    Only now, because the recipe's home imports torch, which no other verb needs before its options are understood.
+    """
+    from maskwright.training.recipe import Recipe
+
+    out = Path(_value(arguments, "--out", "-o") or _LATEST)
+    saved = _saved_recipe(out) if "--resume" in arguments else None
+    base = _recipe(_value(arguments, "--recipe")) or saved or Recipe()
+    train.__annotations__["choices"] = Annotated[Recipe, arg(name="")]
+    train.__kwdefaults__ = {**(train.__kwdefaults__ or {}), "choices": replace(base, augment={})}
+
+
+def _recipe(name: str | None) -> Any:
+    """The published recipe or the recipe.json of this name; None for None."""
+    from maskwright.training.recipe import Recipe, named_recipe
+
+    if name is None or not name.endswith(".json"):
+        return name and named_recipe(name)
+    return Recipe.from_json(Path(name).read_text("utf-8"))
+
+
+def _saved_recipe(out: Path) -> Any:
+    """The recipe of an interrupted run; None where it has not come so far."""
+    path = out / "recipe.json"
+    return _recipe(str(path)) if path.exists() else None
+
+
+def _value(arguments: Sequence[str], *names: str) -> str | None:
+    """What follows the option on the command line, before it is really parsed."""
+    for position, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name in names:
+            return value if equals else next(iter(arguments[position + 1 :]), None)
+    return None
+
+
+def _values(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE, the values as JSON where they are JSON and as text where they are not."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{pair!r} is not KEY=VALUE; write, for example, depth=18")
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            values[key] = text
+    return values
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that have a value: what is left out is for the system to choose."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _device(name: str) -> str | None:
+    return None if name == "auto" else name

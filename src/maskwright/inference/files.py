@@ -1,0 +1,132 @@
+"""What was found in pictures, on disk: drawn pictures, COCO results, planes of object numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from maskwright.structures import Instances
+
+Kind = Literal["drawn", "coco", "masks"]
+_LARGEST = 65_535  # objects that 16 bits can tell apart
+
+
+class PredictionWriter:
+    """Writes predictions as they come; `close` writes what is about all of them.
+
+    folder/drawn/NAME.jpg     the picture with its objects drawn over it
+    folder/results.json       COCO results, image_id 1, 2, ... in the order they came, category_id = label + 1
+    folder/pictures.json      the "images" and "categories" that those ids mean
+    folder/masks/NAME.png     16 bits: 0 background, k the k-th best object, the better one where two overlap
+
+    NAME is the picture's path from the folder or glob it was named by. Every file is written beside and renamed.
+    `sources` are what the pictures were named by; `skipped` collects (path, reason) of those with an error.
+    """
+
+    def __init__(
+        self, folder: str | Path, kinds: Collection[Kind], classes: Sequence[str], sources: Iterable[str | Path] = ()
+    ):
+        self.folder, self.kinds, self.classes = Path(folder), frozenset(kinds), tuple(classes)
+        self.roots = [_root(source) for source in sources]
+        self.names: set[str] = set()
+        self.images: list[dict[str, Any]] = []
+        self.results: list[dict[str, Any]] = []
+        self.skipped: list[tuple[str, str]] = []
+        self.objects = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, path: str | Path, instances: Instances | None, error: Any = None) -> None:
+        """One picture's objects; or, where `error` is given, why there are none."""
+        if error is not None or instances is None:
+            self.skipped.append((str(path), str(error)))
+            return
+        name = self._name(Path(path))
+        number = len(self.images) + 1
+        height, width = instances.image_size
+        self.images.append({"id": number, "file_name": str(path), "height": height, "width": width})
+        self.objects += len(instances)
+        if "coco" in self.kinds:
+            self.results += instances.to_coco(number)
+        if "drawn" in self.kinds:
+            self._draw(Path(path), instances, self.folder / "drawn" / f"{name}.jpg")
+        if "masks" in self.kinds:
+            _write_numbers(instances, self.folder / "masks" / f"{name}.png")
+
+    def close(self) -> None:
+        """Write results.json and pictures.json."""
+        if "coco" in self.kinds:
+            categories = [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
+            about = {"images": self.images, "categories": categories}
+            _write(self.folder / "results.json", json.dumps(self.results, ensure_ascii=False).encode())
+            _write(self.folder / "pictures.json", json.dumps(about, ensure_ascii=False, indent=1).encode())
+
+    def _draw(self, path: Path, instances: Instances, target: Path) -> None:
+        from maskwright.data import read_picture
+
+        drawn = instances.draw(read_picture(path), self.classes)
+        data = io.BytesIO()
+        drawn.convert("RGB").save(data, "JPEG", quality=92)
+        _write(target, data.getvalue())
+
+    def _name(self, path: Path) -> str:
+        """The picture's name among the outputs: no two the same, none outside of the folder."""
+        whole = path.absolute()
+        root = max((r for r in self.roots if whole.is_relative_to(r)), key=lambda r: len(r.parts), default=whole.parent)
+        inside = whole.relative_to(root)
+        # x.jpg and x.png become x and x.png; the same name from two folders gets a number.
+        candidates = [str(inside.with_suffix("")), str(inside)]
+        name = next((c for c in candidates if c not in self.names), None)
+        count = 2
+        while name is None:
+            numbered = f"{candidates[0]}-{count}"
+            name, count = (numbered if numbered not in self.names else None), count + 1
+        self.names.add(name)
+        return name
+
+
+def _root(source: str | Path) -> Path:
+    """The folder that a file, folder or glob starts from."""
+    path = Path(source).expanduser().absolute()
+    if path.is_dir():
+        return path
+    parts = path.parts
+    fixed = next((k for k, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts) - 1)
+    return Path(*parts[: min(fixed, len(parts) - 1)])
+
+
+def _write_numbers(instances: Instances, target: Path) -> None:
+    from PIL import Image
+
+    height, width = instances.image_size
+    plane = np.zeros((height, width), dtype=np.uint16)
+    masks = instances.masks
+    if masks is not None:
+        # A few planes at a time, the worst first, so that better ones come to lie on top and memory stays bounded.
+        at_once = max(1, (64 << 20) // (height * width))
+        last = min(len(instances), _LARGEST)
+        for end in range(last, 0, -at_once):
+            start = max(0, end - at_once)
+            dense = masks[slice(start, end)].dense("cpu")
+            any_object, first = dense.any(0), torch.argmax(dense.to(torch.uint8), 0)
+            covered = any_object.numpy()
+            plane[covered] = (first.numpy()[covered] + start + 1).astype(np.uint16)
+    data = io.BytesIO()
+    Image.fromarray(plane).save(data, "PNG")
+    _write(target, data.getvalue())
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(data)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
