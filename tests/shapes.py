@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from beartype import BeartypeConf, BeartypeStrategy, beartype
+from beartype.roar import BeartypeDecorHintException
 
 ENABLED = os.environ.get("MASKWRIGHT_CHECK_SHAPES", "1") != "0"
 
@@ -33,4 +34,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
                 eval(annotation, dict(names), vars(typing))
             except Exception:
                 return function
-    return _check(function)
+    try:
+        return _check(function)
+    except BeartypeDecorHintException:
+        return function  # `Self` outside of its class, a protocol that cannot be asked for at run time

@@ -1,0 +1,103 @@
+"""Whatever the surroundings do, a person sees one sentence, exit code 2 and no traceback."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from maskwright import cli
+from maskwright.errors import AnnotationError
+from maskwright.terminal import explain, guarded
+
+pytestmark = pytest.mark.fast
+
+
+def failing(error: BaseException):
+    def action() -> int:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (AnnotationError("a.json: annotation 3 has no bbox; add one"), ["a.json: annotation 3"]),
+        (OSError(errno.ENOSPC, "No space left on device", "out/x.png"), ["out/x.png", "no space left", "another disk"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), ["/root/x", "permission denied"]),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "x.json"),
+            ["x.json", "no such file", "spelling"],
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a/b"), ["a/b", "not a directory", "another path"]),
+        (RuntimeError("[enforce fail] . PytorchStreamWriter failed writing file data/0"), ["no space left"]),
+        (MemoryError(), ["out of memory", "--batch"]),
+    ],
+)
+def test_what_a_person_can_mend_is_one_sentence(error, words, capsys):
+    assert guarded(failing(error)) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("maskwright: ")
+    assert shown.err.count("\n") == 1
+    for word in words:
+        assert word in shown.err
+
+
+def test_an_interruption_is_130(capsys):
+    assert guarded(failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert guarded(failing(KeyboardInterrupt("stopped after step 3; runs/x goes on with resume"))) == 130
+    assert capsys.readouterr().err == "stopped after step 3; runs/x goes on with resume\n"
+
+
+def test_a_defect_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        guarded(failing(ZeroDivisionError("x")))
+    assert explain(RuntimeError("shapes differ")) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("evalute x", ["no command 'evalute'", "did you mean 'evaluate'?"]),
+        ("--verbose", ["a command comes first"]),
+        ("predict a.jpg", ["--weights"]),
+        ("checkpoints --system mask-rcn", ["no system 'mask-rcn'", "mask-rcnn"]),
+        ("train mask-rcnn --data x --recipe tiny", ["no recipe 'tiny'", "detectron2-1x"]),
+        ("train mask-rcnn --data x --recipe none.json", ["none.json", "no such file"]),
+        ("train mask-rcnn --data x --epochs 0", ["epochs is 0", "at least 1"]),
+        ("predict a.jpg -w no-such-file.pth", ["no-such-file.pth"]),
+        ("evaluate no-such-file.pth --data x", ["no-such-file.pth"]),
+        ("convert no-such-file.pth -o x.safetensors", ["no-such-file.pth"]),
+        ("check no-such-folder", ["no-such-folder"]),
+        ("report no-such-run", ["no-such-run"]),
+        ("train mask-rcnn --data no-such-folder", ["no-such-folder"]),
+        ("systems solo", ["solo"]),
+    ],
+)
+def test_a_mistyped_line_is_one_sentence(line, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(line.split()) == 2
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    assert shown.err.startswith("maskwright: ")
+    assert len(shown.err) < 600
+    for word in words:
+        assert word in shown.err
+    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+
+
+def test_a_closed_pipe_is_no_mistake():
+    code = "import sys; from maskwright.cli import main; sys.exit(main(['--help']))"
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout is not None
+    assert run.stderr is not None
+    run.stdout.close()
+    complaint = run.stderr.read()
+    assert run.wait(60) == 0
+    assert complaint == b""
+    run.stderr.close()
