@@ -1,0 +1,132 @@
+"""Convolution with its norm, as one block: the brick of every network here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+Norm = Literal["none", "frozen", "batch", "group"]
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm whose statistics and affine part are fixed: x * scale + shift, with no parameter to train."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def affine(self) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+        """Scale and shift of each channel."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        scale, shift = self.affine()
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+def make_norm(kind: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
+    """A norm layer; "group" has 32 groups (Group Normalization, arXiv 1803.08494), fewer where channels are fewer."""
+    if kind == "none":
+        return nn.Identity()
+    if kind == "frozen":
+        return FrozenBatchNorm(channels, eps)
+    if kind == "batch":
+        return nn.BatchNorm2d(channels, eps)
+    if kind == "group":
+        return nn.GroupNorm(32 if channels % 32 == 0 else 8 if channels % 8 == 0 else 1, channels, eps)
+    raise ValueError(f"norm is {kind!r}; expected none, frozen, batch or group")
+
+
+class ConvNorm(nn.Module):
+    """`conv`, then `norm`, then ReLU if asked for. The convolution has a bias only without a norm."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        kernel: int = 3,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        norm: Norm = "none",
+        eps: float = 1e-5,
+        relu: bool = False,
+    ):
+        super().__init__()
+        padding = dilation * (kernel // 2)
+        self.conv = nn.Conv2d(
+            channels_in, channels, kernel, stride, padding, dilation, groups, bias=norm == "none"
+        )
+        self.norm = make_norm(norm, channels, eps)
+        self.relu = relu
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        if isinstance(self.norm, FrozenBatchNorm):
+            # Folded into the weights at every call: a pass over the weights instead of two over the activations.
+            scale, shift = self.norm.affine()
+            conv = self.conv
+            weight = conv.weight * scale[:, None, None, None]
+            shift = shift.to(x.dtype) if x.dtype != shift.dtype else shift
+            x = functional.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+        else:
+            x = self.norm(self.conv(x))
+        return functional.relu(x, inplace=True) if self.relu else x
+
+
+class DeformConvNorm(nn.Module):
+    """A deformable 3 x 3 convolution (arXiv 1703.06211; modulated: 1811.11168) with its offset branch and norm."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        modulated: bool = False,
+        norm: Norm = "frozen",
+        eps: float = 1e-5,
+        relu: bool = False,
+    ):
+        super().__init__()
+        self.stride, self.dilation, self.relu = stride, dilation, relu
+        self.offset = nn.Conv2d(channels_in, 27 if modulated else 18, 3, stride, dilation, dilation)
+        self.weight = nn.Parameter(torch.empty(channels, channels_in // groups, 3, 3))
+        self.norm = make_norm(norm, channels, eps)
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.offset.weight)
+        nn.init.zeros_(self.offset.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        from torchvision.ops import deform_conv2d
+
+        offset, mask = self.offset(x), None
+        if offset.shape[1] == 27:
+            offset, mask = offset[:, :18], offset[:, 18:].sigmoid()
+        # The kernel has no bfloat16 on the host.
+        kind = x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32
+        mask = None if mask is None else mask.to(kind)
+        y = deform_conv2d(
+            x.to(kind), offset.to(kind), self.weight.to(kind), None, self.stride, self.dilation, self.dilation, mask
+        ).to(x.dtype)
+        y = self.norm(y)
+        return functional.relu(y, inplace=True) if self.relu else y

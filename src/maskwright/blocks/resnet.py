@@ -1,0 +1,211 @@
+"""ResNet and ResNeXt trunks (arXiv 1512.03385, 1611.05431) as detection checkpoints have them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from maskwright.blocks.layers import ConvNorm, DeformConvNorm, Norm
+
+StrideIn = Literal["1x1", "3x3"]
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions around a shortcut (depths 18 and 34)."""
+
+    expansion = 1
+
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: Norm, eps: float):
+        super().__init__()
+        self.conv1 = ConvNorm(channels_in, channels, 3, stride=stride, norm=norm, eps=eps, relu=True)
+        self.conv2 = ConvNorm(channels, channels, 3, norm=norm, eps=eps)
+        self.shortcut = None
+        if stride != 1 or channels_in != channels:
+            self.shortcut = ConvNorm(channels_in, channels, 1, stride=stride, norm=norm, eps=eps)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        y = self.conv2(self.conv1(x))
+        y = y + (x if self.shortcut is None else self.shortcut(x))
+        return functional.relu(y, inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3, 1 x 1 around a shortcut. Where a stage begins, the stride sits in the first 1 x 1 (as the original
+    Caffe models have it) or in the 3 x 3 (torchvision, ResNeXt)."""
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        width: int,
+        stride: int,
+        *,
+        groups: int,
+        dilation: int,
+        stride_in: StrideIn,
+        deform: Literal["no", "plain", "modulated"],
+        norm: Norm,
+        eps: float,
+    ):
+        super().__init__()
+        first, second = (stride, 1) if stride_in == "1x1" else (1, stride)
+        self.conv1 = ConvNorm(channels_in, width, 1, stride=first, norm=norm, eps=eps, relu=True)
+        self.conv2: nn.Module
+        if deform == "no":
+            self.conv2 = ConvNorm(
+                width, width, 3, stride=second, dilation=dilation, groups=groups, norm=norm, eps=eps, relu=True
+            )
+        else:
+            self.conv2 = DeformConvNorm(
+                width, width, stride=second, dilation=dilation, groups=groups, modulated=deform == "modulated",
+                norm=norm, eps=eps, relu=True,
+            )  # fmt: skip
+        self.conv3 = ConvNorm(width, channels, 1, norm=norm, eps=eps)
+        self.shortcut = None
+        if channels_in != channels:
+            self.shortcut = ConvNorm(channels_in, channels, 1, stride=stride, norm=norm, eps=eps)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        y = self.conv3(self.conv2(self.conv1(x)))
+        y = y + (x if self.shortcut is None else self.shortcut(x))
+        return functional.relu(y, inplace=True)
+
+
+def make_stage(
+    depth: int,
+    number: int,
+    channels_in: int,
+    *,
+    base: int = 64,
+    groups: int = 1,
+    group_width: int = 64,
+    dilation: int = 1,
+    stride_in: StrideIn = "3x3",
+    deform: Literal["no", "plain", "modulated"] = "no",
+    norm: Norm = "frozen",
+    eps: float = 1e-5,
+) -> tuple[nn.Sequential, int]:
+    """Stage `number` (0 ... 3, strides 4, 8, 16, 32) of a ResNet, and its channels. A dilated stage does not stride."""
+    if depth not in BLOCKS:
+        raise ValueError(f"there is no ResNet of depth {depth}; known are {', '.join(map(str, BLOCKS))}")
+    scale, blocks = 2**number, []
+    for index in range(BLOCKS[depth][number]):
+        stride = 2 if index == 0 and number > 0 and dilation == 1 else 1
+        if depth < 50:
+            channels = base * scale
+            blocks.append(BasicBlock(channels_in, channels, stride, norm, eps))
+        else:
+            channels, width = 4 * base * scale, groups * group_width * base // 64 * scale
+            blocks.append(
+                Bottleneck(
+                    channels_in, channels, width, stride, groups=groups, dilation=dilation, stride_in=stride_in,
+                    deform=deform, norm=norm, eps=eps,
+                )  # fmt: skip
+            )
+        channels_in = channels
+    return nn.Sequential(*blocks), channels_in
+
+
+class ResNet(nn.Module):
+    """Stem (7 x 7 stride 2, max pool) and the first `stages` stages; gives the outputs of all of them."""
+
+    def __init__(
+        self,
+        depth: int = 50,
+        *,
+        stages: int = 4,
+        in_channels: int = 3,
+        base: int = 64,
+        groups: int = 1,
+        group_width: int = 64,
+        stride_in: StrideIn = "3x3",
+        dilation: int = 1,
+        deform_stages: Sequence[int] = (),
+        deform_modulated: bool = False,
+        norm: Norm = "frozen",
+        eps: float = 1e-5,
+        frozen: int = 0,
+    ):
+        """`dilation` is the last stage's; `deform_stages` are numbers 0 ... 3; `frozen`: so many parts do not train,
+        counted from the stem."""
+        super().__init__()
+        self.stem = ConvNorm(in_channels, base, 7, stride=2, norm=norm, eps=eps, relu=True)
+        self.stages = nn.ModuleList()
+        self.channels: list[int] = []
+        self.strides: list[int] = []
+        channels, stride = base, 4
+        for number in range(stages):
+            widened = dilation if number == 3 else 1
+            deform = ("modulated" if deform_modulated else "plain") if number in deform_stages else "no"
+            stage, channels = make_stage(
+                depth, number, channels, base=base, groups=groups, group_width=group_width, dilation=widened,
+                stride_in=stride_in, deform=deform, norm=norm, eps=eps,
+            )  # fmt: skip
+            stride *= 2 if number > 0 and widened == 1 else 1
+            self.stages.append(stage)
+            self.channels.append(channels)
+            self.strides.append(stride)
+        freeze([self.stem, *self.stages][:frozen])
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        x = functional.max_pool2d(self.stem(x), 3, 2, 1)  # (B, 64, H/4, W/4)
+        outputs = []
+        for stage in self.stages:
+            x = stage(x)
+            outputs.append(x)
+        return outputs
+
+
+class TimmBackbone(nn.Module):
+    """A trunk of timm's, random or with its published weights, giving the levels of strides 4, 8, 16 and 32."""
+
+    def __init__(self, name: str, *, in_channels: int = 3, pretrained: bool = False, frozen: int = 0):
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            from maskwright.errors import MissingExtraError
+
+            raise MissingExtraError("timm", "timm") from None
+        from maskwright.errors import UsageError
+
+        try:
+            self.body = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels)
+        except (RuntimeError, AttributeError, ValueError) as error:
+            raise UsageError(f"timm cannot give {name!r} as a pyramid of features: {error}") from None
+        info = self.body.feature_info
+        wanted = [i for i, stride in enumerate(info.reduction()) if stride in (4, 8, 16, 32)]
+        if [info.reduction()[i] for i in wanted] != [4, 8, 16, 32]:
+            raise UsageError(f"timm's {name!r} has strides {info.reduction()}; strides 4, 8, 16 and 32 are needed")
+        self.wanted = wanted
+        self.channels = [info.channels()[i] for i in wanted]
+        self.strides = [4, 8, 16, 32]
+        self.channels_last = info.channels()[-1] != _channels_at_end(self.body, in_channels)
+        freeze(list(self.body.children())[: 2 * frozen])
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        outputs = self.body(x)
+        chosen = [outputs[i] for i in self.wanted]
+        return [y.permute(0, 3, 1, 2) for y in chosen] if self.channels_last else chosen
+
+
+def _channels_at_end(body: nn.Module, in_channels: int) -> int:
+    """Channels found on axis 1 of the deepest level; Swin and its kin have them on the last axis instead."""
+    training = body.training
+    with torch.no_grad():
+        found = body.eval()(torch.zeros(1, in_channels, 224, 224))[-1].shape[1]
+    body.train(training)
+    return found
+
+
+def freeze(parts: Sequence[nn.Module]) -> None:
+    """Parameters of `parts` are not trained any more."""
+    for part in parts:
+        for parameter in part.parameters():
+            parameter.requires_grad_(False)

@@ -1,0 +1,267 @@
+"""Mask R-CNN and Keypoint R-CNN as detectron2 and torchvision lay them out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from maskwright.checkpoints.origins import Origin, Shapes, State
+from maskwright.systems.coco import COCO_CLASSES, COCO_CLASSES_BY_ID
+
+DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+X101_STD = (57.375, 57.12, 58.395)  # detectron2's ResNeXt models divide by it; all its others do not
+
+
+def _minus(pattern: str, target: str, start: int) -> tuple[str, Any]:
+    """A rule that renames `pattern`, whose group 1 is a number, to `target` with that number counted from `start`."""
+    return pattern, lambda m: target.format(int(m[1]) - start)
+
+
+# ---- detectron2 --------------------------------------------------------------------------------------------------
+
+DETECTRON2 = [
+    (r"^backbone\.bottom_up\.", "backbone."),
+    (r"^backbone\.stem\.conv1\.norm\.", "backbone.stem.norm."),
+    (r"^backbone\.stem\.conv1\.", "backbone.stem.conv."),
+    _minus(r"^backbone\.res(\d)\.", "backbone.stages.{}.", 2),
+    (r"^roi_heads\.res5\.", "roi_stage."),
+    # A deformable 3 x 3 keeps its offsets beside it; ours holds them inside.
+    (r"\.conv2_offset\.", ".conv2.offset."),
+    (r"^((?:backbone\.stages|roi_stage)\..*\.(?:conv\d|shortcut))\.weight$", r"\1.conv.weight"),
+    _minus(r"^backbone\.fpn_lateral(\d)\.(?=norm)", "neck.lateral.{}.", 2),
+    _minus(r"^backbone\.fpn_lateral(\d)\.", "neck.lateral.{}.conv.", 2),
+    _minus(r"^backbone\.fpn_output(\d)\.(?=norm)", "neck.output.{}.", 2),
+    _minus(r"^backbone\.fpn_output(\d)\.", "neck.output.{}.conv.", 2),
+    (r"^proposal_generator\.rpn_head\.conv\.conv(\d)\.", r"rpn.convs.\1."),
+    (r"^proposal_generator\.rpn_head\.conv\.", "rpn.convs.0."),
+    (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.objectness."),
+    (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.deltas."),
+    _minus(r"^roi_heads\.box_head\.conv(\d)\.(?=norm)", "box_head.convs.{}.", 1),
+    _minus(r"^roi_heads\.box_head\.conv(\d)\.", "box_head.convs.{}.conv.", 1),
+    _minus(r"^roi_heads\.box_head\.fc(\d)\.", "box_head.fcs.{}.", 1),
+    (r"^roi_heads\.box_predictor\.cls_score\.", "box_head.classes."),
+    (r"^roi_heads\.box_predictor\.bbox_pred\.", "box_head.deltas."),
+    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.(?=norm)", "mask_head.convs.{}.", 1),
+    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "mask_head.convs.{}.conv.", 1),
+    (r"^roi_heads\.mask_head\.deconv\.", "mask_head.upsample."),
+    (r"^roi_heads\.mask_head\.predictor\.", "mask_head.logits."),
+    _minus(r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.", "keypoint_head.convs.{}.conv.", 1),
+    (r"^roi_heads\.keypoint_head\.score_lowres\.", "keypoint_head.logits."),
+]
+DETECTRON2_IGNORE = [r"^proposal_generator\.anchor_generator\.", r"^pixel_(mean|std)$"]
+
+
+def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
+    # Other systems of the same code base share most keys and have more: those belong to them.
+    own = re.compile(
+        r"^(backbone\.(bottom_up\.)?(stem|res\d)\.|backbone\.fpn_|proposal_generator\.|pixel_|roi_heads\.res5\."
+        r"|roi_heads\.box_head\.(conv\d|fc\d)\.|roi_heads\.box_predictor\.(cls_score|bbox_pred)\."
+        r"|roi_heads\.mask_head\.(mask_fcn\d|deconv|predictor)\.|roi_heads\.keypoint_head\.)"
+    )
+    if "roi_heads.box_predictor.cls_score.weight" not in shapes or not all(own.match(k) for k in shapes):
+        return None
+    if keypoints != any(k.startswith("roi_heads.keypoint_head.") for k in shapes):
+        return None
+    mask = "roi_heads.mask_head.predictor.weight" in shapes
+    if not mask and not keypoints:
+        return None
+    trunk = "backbone.bottom_up." if any(k.startswith("backbone.bottom_up.") for k in shapes) else "backbone."
+    c4 = any(k.startswith("roi_heads.res5.") for k in shapes)
+    last = "roi_heads.res5." if c4 else f"{trunk}res5."
+    blocks = [
+        _count(shapes, rf"^{re.escape(prefix)}(\d+)\.") for prefix in (*(f"{trunk}res{n}." for n in (2, 3, 4)), last)
+    ]
+    depth = DEPTHS.get(tuple(blocks))
+    if depth is None:
+        return None
+    if f"{trunk}res2.0.conv3.weight" not in shapes:
+        depth = {50: 34}.get(depth, depth)
+    options: dict[str, Any] = {"backbone": f"resnet{depth}", "rules": "detectron2"}
+    stem = shapes[f"{trunk}stem.conv1.weight"]
+    width = shapes[f"{trunk}res2.0.conv2.weight"]
+    options |= {"in_channels": stem[1], "stem_width": stem[0]}
+    norm = _norm(shapes, f"{trunk}stem.conv1.norm.")
+    stride_in = "1x1"
+    if width[1] != width[0]:
+        options |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0], "std": X101_STD}
+        stride_in = "3x3"
+    if norm == "group":
+        stride_in = "3x3"
+    options |= {"norm": norm, "stride_in": stride_in, "frozen": 0 if norm == "batch" else 2}
+    fpn = "backbone.fpn_lateral2.weight" in shapes
+    if fpn:
+        options |= {"neck_width": shapes["backbone.fpn_output2.weight"][0]}
+        options |= {"neck_norm": _norm(shapes, "backbone.fpn_output2.norm.")}
+    elif not keypoints:
+        options |= {"neck": "c4" if c4 else "dc5"}
+    else:
+        return None
+    count = shapes["roi_heads.box_predictor.cls_score.weight"][0] - 1
+    boxes = shapes["roi_heads.box_predictor.bbox_pred.weight"][0]
+    fcs = _count(shapes, r"^roi_heads\.box_head\.fc(\d)\.")
+    if fcs:
+        options |= {"box_width": shapes["roi_heads.box_head.fc1.weight"][0]}
+    if keypoints:
+        convs = _count(shapes, r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.")
+        options |= {
+            "keypoints": shapes["roi_heads.keypoint_head.score_lowres.weight"][1], "keypoint_convs": convs,
+            "keypoint_width": shapes["roi_heads.keypoint_head.conv_fcn1.weight"][0], "box_beta": 0.5,
+            "proposals_after": (1500, 1000),
+        }  # fmt: skip
+    else:
+        deform = [n for n in range(4) if f"{trunk}res{n + 2}.0.conv2_offset.weight" in shapes]
+        if deform:
+            offsets = shapes[f"{trunk}res{deform[0] + 2}.0.conv2_offset.weight"][0]
+            options |= {"deform_stages": deform, "deform_modulated": offsets == 27}
+        convs = _count(shapes, r"^roi_heads\.box_head\.conv(\d)\.")
+        options |= {
+            "rpn_convs": max(1, _count(shapes, r"^proposal_generator\.rpn_head\.conv\.conv(\d)\.")),
+            "box_convs": convs, "box_fcs": fcs, "box_norm": _norm(shapes, "roi_heads.box_head.conv1.norm."),
+            "agnostic_boxes": boxes == 4 and count > 1,
+            "mask_convs": _count(shapes, r"^roi_heads\.mask_head\.mask_fcn(\d)\."),
+            "mask_width": shapes["roi_heads.mask_head.deconv.weight"][1],
+            "mask_norm": _norm(shapes, "roi_heads.mask_head.mask_fcn1.norm."),
+            "agnostic_masks": shapes["roi_heads.mask_head.predictor.weight"][0] == 1 and count > 1,
+        }  # fmt: skip
+    return options | {"classes": _classes(count, keypoints)}
+
+
+def _norm(shapes: Shapes, prefix: str) -> str:
+    if f"{prefix}weight" not in shapes:
+        return "none"
+    if f"{prefix}running_mean" not in shapes:
+        return "group"
+    return "batch" if f"{prefix}num_batches_tracked" in shapes else "frozen"
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    return len({m[1] for k in shapes if (m := re.match(pattern, k))})
+
+
+def _classes(count: int, keypoints: bool) -> tuple[str, ...]:
+    if keypoints and count == 1:
+        return ("person",)
+    if count == 80:
+        return COCO_CLASSES
+    return tuple(f"class {k}" for k in range(count))
+
+
+# ---- torchvision -------------------------------------------------------------------------------------------------
+
+TORCHVISION = [
+    (r"^backbone\.body\.", "backbone."),
+    (r"^backbone\.conv1\.", "backbone.stem.conv."),
+    (r"^backbone\.bn1\.", "backbone.stem.norm."),
+    _minus(r"^backbone\.layer(\d)\.", "backbone.stages.{}.", 1),
+    (r"^(backbone\.stages\..*)\.conv(\d)\.", r"\1.conv\2.conv."),
+    (r"^(backbone\.stages\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
+    (r"\.downsample\.0\.", ".shortcut.conv."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"^backbone\.fpn\.inner_blocks\.", "neck.lateral."),
+    (r"^backbone\.fpn\.layer_blocks\.", "neck.output."),
+    (r"^(neck\.\w+\.\d)\.0\.", r"\1.conv."),
+    (r"^(neck\.\w+\.\d)\.1\.", r"\1.norm."),
+    (r"^(neck\.\w+\.\d)\.(weight|bias)$", r"\1.conv.\2"),  # the published v1 files are older than these numbers
+    (r"^rpn\.head\.conv\.(\d)\.0\.", r"rpn.convs.\1."),
+    (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.convs.0.\1"),
+    (r"^rpn\.head\.cls_logits\.", "rpn.objectness."),
+    (r"^rpn\.head\.bbox_pred\.", "rpn.deltas."),
+    (r"^roi_heads\.box_head\.fc6\.", "box_head.fcs.0."),
+    (r"^roi_heads\.box_head\.fc7\.", "box_head.fcs.1."),
+    (r"^roi_heads\.box_head\.(\d)\.0\.", r"box_head.convs.\1.conv."),
+    (r"^roi_heads\.box_head\.(\d)\.1\.", r"box_head.convs.\1.norm."),
+    (r"^roi_heads\.box_head\.\d\.(weight|bias)$", r"box_head.fcs.0.\1"),
+    (r"^roi_heads\.box_predictor\.cls_score\.", "box_head.classes."),
+    (r"^roi_heads\.box_predictor\.bbox_pred\.", "box_head.deltas."),
+    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "mask_head.convs.{}.conv.", 1),
+    (r"^roi_heads\.mask_head\.(\d)\.0\.", r"mask_head.convs.\1.conv."),
+    (r"^roi_heads\.mask_head\.(\d)\.1\.", r"mask_head.convs.\1.norm."),
+    (r"^roi_heads\.mask_predictor\.conv5_mask\.", "mask_head.upsample."),
+    (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_head.logits."),
+    # Even numbers only: the ReLUs between them are counted.
+    (r"^roi_heads\.keypoint_head\.(\d+)\.", lambda m: f"keypoint_head.convs.{int(m[1]) // 2}.conv."),
+    (r"^roi_heads\.keypoint_predictor\.kps_score_lowres\.", "keypoint_head.logits."),
+]
+
+
+def _torchvision(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
+    kind = "keypoint_predictor.kps_score_lowres" if keypoints else "mask_predictor.mask_fcn_logits"
+    if f"roi_heads.{kind}.weight" not in shapes or "rpn.head.cls_logits.weight" not in shapes:
+        return None
+    blocks = tuple(_count(shapes, rf"^backbone\.body\.layer{n}\.(\d+)\.") for n in (1, 2, 3, 4))
+    if blocks not in DEPTHS:
+        return None
+    depth = DEPTHS[blocks]
+    if "backbone.body.layer1.0.conv3.weight" not in shapes:
+        depth = {50: 34}.get(depth, depth)
+    stem = shapes["backbone.body.conv1.weight"]
+    width = shapes["backbone.body.layer1.0.conv2.weight"]
+    tracked = "backbone.body.bn1.num_batches_tracked" in shapes
+    fpn = "backbone.fpn.inner_blocks.0.1.weight" in shapes
+    options: dict[str, Any] = {
+        "backbone": f"resnet{depth}", "rules": "torchvision", "in_channels": stem[1], "stem_width": stem[0],
+        "norm": "batch" if tracked else "frozen",
+        # torchvision sets the epsilon of its published v1 weights to 0 after loading them; v2 has batch norm's own.
+        "norm_eps": 1e-5 if tracked else 0.0,
+        "frozen": 0 if tracked else 2, "neck_norm": "batch" if fpn else "none",
+    }  # fmt: skip
+    if width[1] != width[0]:
+        options |= {"groups": width[0] // width[1], "group_width": width[1]}
+    count = shapes["roi_heads.box_predictor.cls_score.weight"][0] - 1
+    if keypoints:
+        options |= {
+            "keypoints": shapes["roi_heads.keypoint_predictor.kps_score_lowres.weight"][1],
+            "keypoint_convs": _count(shapes, r"^roi_heads\.keypoint_head\.(\d+)\."),
+            "keypoint_width": shapes["roi_heads.keypoint_head.0.weight"][0],
+            "box_width": shapes["roi_heads.box_head.fc7.weight"][0],
+        }  # fmt: skip
+        return options | {"classes": ("person",) if count == 1 else _named(count)}
+    convs = _count(shapes, r"^roi_heads\.box_head\.(\d)\.0\.")
+    last = f"roi_heads.box_head.{convs + 1}.weight" if convs else "roi_heads.box_head.fc7.weight"
+    numbered = any(k.startswith("roi_heads.mask_head.0.") for k in shapes)
+    options |= {
+        "rpn_convs": max(1, _count(shapes, r"^rpn\.head\.conv\.(\d)\.0\.")),
+        "box_convs": convs, "box_fcs": 1 if convs else 2, "box_width": shapes[last][0],
+        "box_norm": "batch" if convs else "none",
+        "mask_convs": _count(shapes, r"^roi_heads\.mask_head\.(\d)\." if numbered else r"^roi_heads\.mask_head\.mask_fcn(\d)\."),
+        "mask_width": shapes["roi_heads.mask_predictor.conv5_mask.weight"][1],
+        "mask_norm": "batch" if "roi_heads.mask_head.0.1.weight" in shapes else "none",
+    }  # fmt: skip
+    return options | {"classes": _named(count)}
+
+
+def _named(count: int) -> tuple[str, ...]:
+    return COCO_CLASSES_BY_ID if count == 90 else tuple(f"class {k + 1}" for k in range(count))
+
+
+def _background_last(state: State, options: Mapping[str, Any]) -> State:
+    """Background is torchvision's first class and our last; its box and mask rows, which nothing reads, are dropped."""
+    result = dict(state)
+    for kind in ("weight", "bias"):
+        result[f"box_head.classes.{kind}"] = torch.roll(state[f"box_head.classes.{kind}"], -1, 0)
+        result[f"box_head.deltas.{kind}"] = state[f"box_head.deltas.{kind}"][4:]
+        if f"mask_head.logits.{kind}" in state:
+            result[f"mask_head.logits.{kind}"] = state[f"mask_head.logits.{kind}"][1:]
+    return result
+
+
+ORIGINS = [
+    Origin(
+        name=name,
+        system=system,
+        rename=rename,
+        recognise=lambda shapes, about, read=read, joints=joints: read(shapes, joints),
+        finish=finish,
+        ignore=ignore,
+        code_licence=code,
+        weights_licence=weights,
+    )
+    for system, joints in (("mask-rcnn", False), ("keypoint-rcnn", True))
+    for name, rename, read, finish, ignore, code, weights in (
+        ("detectron2", DETECTRON2, _detectron2, lambda s, o: s, DETECTRON2_IGNORE, "Apache-2.0", "CC-BY-SA-3.0"),
+        ("torchvision", TORCHVISION, _torchvision, _background_last, [], "BSD-3-Clause", "BSD-3-Clause"),
+    )
+]

@@ -1,0 +1,113 @@
+"""Boxes x0, y0, x1, y1 in continuous coordinates (width = x1 - x0): overlap, coding, levels, suppression."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+# Decoded sides are at most 1000 / 16 times the anchor's: the bound that Fast R-CNN's code introduced and all kept.
+LARGEST_LOG_SCALE = math.log(1000 / 16)
+
+LevelRule = Literal["detectron2", "torchvision", "maskrcnn-benchmark"]
+
+
+def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+    """Width times height; negative sides count as they are."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def pairwise_iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m"]:
+    """Overlap of every box in `a` with every box in `b`; 0 where the union is empty."""
+    low = torch.maximum(a[:, None, :2], b[None, :, :2])
+    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    both = (high - low).clamp(min=0).prod(-1)
+    union = area(a)[:, None] + area(b)[None] - both
+    return torch.where(both > 0, both / union, both.new_zeros(()))
+
+
+def clip(boxes: Float[Tensor, "*n 4"], size: tuple[float, float]) -> Float[Tensor, "*n 4"]:
+    """Boxes cut at the borders of a picture of `size` (H, W)."""
+    limit = boxes.new_tensor([size[1], size[0], size[1], size[0]])
+    return boxes.clamp(min=0).minimum(limit)
+
+
+def encode(
+    boxes: Float[Tensor, "n 4"],
+    targets: Float[Tensor, "n 4"],
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    plus_one: bool = False,
+) -> Float[Tensor, "n 4"]:
+    """Deltas dx, dy, dw, dh that take `boxes` to `targets` (R-CNN, arXiv 1311.2524, appendix C).
+
+    `plus_one`: sides are x1 - x0 + 1, as maskrcnn-benchmark and Detectron count pixels.
+    """
+    x, y, w, h = _centres(boxes, plus_one)
+    tx, ty, tw, th = _centres(targets, plus_one)
+    wx, wy, ww, wh = weights
+    return torch.stack([wx * (tx - x) / w, wy * (ty - y) / h, ww * torch.log(tw / w), wh * torch.log(th / h)], -1)
+
+
+def decode(
+    boxes: Float[Tensor, "*n 4"],
+    deltas: Float[Tensor, "*n 4"],
+    weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    plus_one: bool = False,
+) -> Float[Tensor, "*n 4"]:
+    """The boxes that `deltas` make of `boxes`, in float32; dw and dh are bounded from above only."""
+    x, y, w, h = _centres(boxes.float(), plus_one)
+    dx, dy, dw, dh = (d / k for d, k in zip(deltas.float().unbind(-1), weights, strict=True))
+    dw, dh = dw.clamp(max=LARGEST_LOG_SCALE), dh.clamp(max=LARGEST_LOG_SCALE)
+    cx, cy, half_w, half_h = dx * w + x, dy * h + y, 0.5 * torch.exp(dw) * w, 0.5 * torch.exp(dh) * h
+    last = 1.0 if plus_one else 0.0
+    return torch.stack([cx - half_w, cy - half_h, cx + half_w - last, cy + half_h - last], -1)
+
+
+def _centres(boxes: Tensor, plus_one: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x0, y0, x1, y1 = boxes.unbind(-1)
+    w, h = x1 - x0, y1 - y0
+    if plus_one:
+        w, h = w + 1, h + 1
+    return x0 + 0.5 * w, y0 + 0.5 * h, w, h
+
+
+def pyramid_level(
+    boxes: Float[Tensor, "n 4"], lowest: int = 2, highest: int = 5, rule: LevelRule = "detectron2"
+) -> Int[Tensor, " n"]:
+    """The level k = floor(4 + log2(sqrt(w h) / 224)) that a box is read from (FPN, arXiv 1612.03144, eq. 1).
+
+    The three code bases keep a box of exactly 112, 224, ... pixels from falling a level in three ways: detectron2 adds
+    1e-8 inside the logarithm, torchvision 1e-6 outside it, maskrcnn-benchmark 1e-6 inside and counts sides + 1.
+    """
+    if rule == "maskrcnn-benchmark":
+        ratio = torch.sqrt((boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)) / 224
+        level = torch.floor(4 + torch.log2(ratio + 1e-6))
+    elif rule == "torchvision":
+        level = torch.floor(4 + torch.log2(torch.sqrt(area(boxes)) / 224) + 1e-6)
+    else:
+        level = torch.floor(4 + torch.log2(torch.sqrt(area(boxes)) / 224 + 1e-8))
+    return level.clamp(lowest, highest).to(torch.int64)
+
+
+def nms(
+    boxes: Float[Tensor, "n 4"],
+    scores: Float[Tensor, " n"],
+    groups: Int[Tensor, " n"],
+    threshold: float,
+) -> Int[Tensor, " kept"]:
+    """Indices of the boxes that survive greedy suppression within each group, best first.
+
+    Groups are kept apart by shifting each into a place of its own. The shift is made in float64, where it does not
+    move a box by as much as a rounding step of float32 would; the result is that of one call per group.
+    """
+    from torchvision.ops import nms as suppress
+
+    if not len(boxes):
+        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
+    exact = boxes.double()
+    span = exact.max() - exact.min().clamp(max=0) + 1
+    return suppress(exact + (groups.to(exact) * span)[:, None], scores.double(), threshold)

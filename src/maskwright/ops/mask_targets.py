@@ -1,0 +1,59 @@
+"""What a mask head shall predict inside a box: the object's mask cut out and brought to P x P."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from maskwright.ops.pooling import roi_align
+from maskwright.structures import Masks
+
+Rule = Literal["binary", "soft"]
+
+
+def mask_targets(
+    masks: Masks, owners: Int[Tensor, " r"], boxes: Float[Tensor, "r 4"], side: int, *, rule: Rule = "binary"
+) -> Float[Tensor, "r side side"]:
+    """For each of R boxes (in the masks' frame) the mask `owners[r]` inside it, on side x side, on the boxes' device.
+
+    "binary" (detectron2): polygons are rasterised on the small grid itself; other masks are read with aligned RoIAlign
+    and thresholded at >= 0.5. "soft" (torchvision): un-aligned RoIAlign of the raster mask, values between 0 and 1.
+    """
+    if not len(boxes):
+        return boxes.new_zeros(0, side, side)
+    if masks.kind == "polygon" and rule == "binary":
+        return _rasterised(masks, owners.cpu(), boxes.cpu(), side).to(boxes.device)
+    result = boxes.new_zeros(len(boxes), side, side)
+    chosen, group = owners.unique(return_inverse=True)
+    frames, crops = masks[chosen.cpu()].crops()
+    for number, (frame, crop) in enumerate(zip(frames.tolist(), crops, strict=True)):
+        rows = (group == number).nonzero().flatten()
+        plane, corner = _with_margin(crop, frame, masks.size)
+        shift = boxes.new_tensor([0.0, corner[0], corner[1], corner[0], corner[1]])
+        rois = torch.cat([boxes.new_zeros(len(rows), 1), boxes[rows]], 1) - shift
+        values = roi_align(plane.to(boxes.device)[None, None], rois, side, aligned=rule == "binary")
+        result[rows] = values[:, 0]
+    return (result >= 0.5).to(result) if rule == "binary" else result
+
+
+def _with_margin(crop: Tensor, frame: list[int], size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """The crop with three empty cells around it, except where the picture ends: there sampling clamps to the border,
+    and must find it."""
+    x0, y0, x1, y1 = frame
+    left, top, right, bottom = min(3, x0), min(3, y0), min(3, size[1] - x1), min(3, size[0] - y1)
+    return torch.nn.functional.pad(crop.float(), (left, right, top, bottom)), (x0 - left, y0 - top)
+
+
+def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int) -> Tensor:
+    outlines = masks.polygons()
+    corners, sides = boxes[:, :2].double().numpy(), (boxes[:, 2:] - boxes[:, :2]).double().numpy()
+    scales = side / np.maximum(sides, 0.1)
+    cut = [
+        [(ring - corner) * scale for ring in outlines[owner]]
+        for owner, corner, scale in zip(owners.tolist(), corners, scales, strict=True)
+    ]
+    return Masks.from_polygons(cut, (side, side), masks.fill).dense().float()

@@ -1,0 +1,527 @@
+"""Mask R-CNN (He, Gkioxari, Dollár, Girshick, ICCV 2017, arXiv 1703.06870).
+
+A region proposal network looks at every place of a feature pyramid and says where an object might be. For each such
+box, features are read with RoIAlign, without rounding; one head says class and finer box, another, fully convolutional,
+paints a small binary mask for every class. Class and mask are decoupled: each class has its own sigmoid, and only the
+mask of the predicted class is used. A third head can do the same for joints (section 5).
+
+The two published implementations, detectron2 and torchvision, agree on this and differ in some twenty conventions that
+change numbers; `RULES` names them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from maskwright.blocks.fpn import FPN
+from maskwright.blocks.layers import Norm
+from maskwright.blocks.resnet import ResNet, StrideIn, TimmBackbone, freeze, make_stage
+from maskwright.blocks.roi_heads import (
+    BoxHead,
+    KeypointHead,
+    MaskHead,
+    Pooler,
+    Pooling,
+    RoIRules,
+    Sampled,
+    box_losses,
+    detect,
+    sample_proposals,
+)
+from maskwright.blocks.rpn import Anchors, ProposalRules, RPNHead, proposal_losses, propose
+from maskwright.errors import UsageError
+from maskwright.ops import boxes as box_ops
+from maskwright.ops import keypoints as joint_ops
+from maskwright.ops.distributed import global_mean_count
+from maskwright.ops.mask_targets import mask_targets
+from maskwright.ops.paste import paste_masks
+from maskwright.structures import Instances, Placement, Preprocess
+from maskwright.systems.base import Card, ClassRows, Preset, Score, System
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The conventions of one published implementation."""
+
+    proposals: ProposalRules
+    rois: RoIRules
+    aligned: bool
+    samples: int
+    levels: box_ops.LevelRule
+    upsample: Literal["double", "fit"]
+    mask_rule: Literal["binary", "soft"]
+    mask_init: Literal["small", "kaiming"]
+    paste: Literal["continuous", "padded"]
+    finish: Literal["clip", "scale"]  # final boxes: clipped to the picture and dropped if empty, or only scaled
+    joints: joint_ops.Scoring
+    joints_inside: bool  # joints are learnt only from boxes that hold at least one
+
+
+RULES = {
+    "detectron2": Rules(
+        ProposalRules(), RoIRules(), aligned=True, samples=0, levels="detectron2", upsample="double",
+        mask_rule="binary", mask_init="small", paste="continuous", finish="clip", joints="probability",
+        joints_inside=True,
+    ),
+    "torchvision": Rules(
+        ProposalRules(
+            rounded=True, loss="sampled", beta=1 / 9, smallest_side=1e-3, inclusive=True, by="probability",
+            after=(2000, 1000),
+        ),
+        RoIRules(beta=1 / 9, sampled_order="index", smallest_side=1e-2),
+        aligned=False, samples=2, levels="torchvision", upsample="fit", mask_rule="soft", mask_init="kaiming",
+        paste="padded", finish="scale", joints="logit", joints_inside=False,
+    ),
+}  # fmt: skip
+
+# The colours of ImageNet as the two code bases write them.
+PREPROCESS = {
+    "detectron2": Preprocess(resample="pillow", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), divide=1.0, channels="BGR"),
+    "torchvision": Preprocess(resample="tensor"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What the network says of every place, before any box is chosen."""
+
+    features: tuple[Float[Tensor, "b c _h _w"], ...]  # finest first; the RPN reads all of them
+    objectness: tuple[Float[Tensor, "b a _h _w"], ...]  # logits
+    deltas: tuple[Float[Tensor, "b d _h _w"], ...]  # d = 4 A, anchor by anchor
+    size: tuple[int, int]  # H, W of the input, padding included
+
+
+class MaskRCNN(System):
+    """See the module's text. `decode` takes `score_threshold`, `nms_threshold`, `detections`, `mask_threshold`."""
+
+    name = "mask-rcnn"
+    card = Card(
+        title="Mask R-CNN",
+        paper="He, Gkioxari, Dollár, Girshick: Mask R-CNN. ICCV 2017",
+        arxiv="1703.06870",
+        code="facebookresearch/detectron2; pytorch/vision",
+        code_licence="Apache-2.0; BSD-3-Clause",
+    )
+
+    def __init__(
+        self,
+        classes: Sequence[str] = ("object",),
+        *,
+        backbone: str = "resnet50",
+        pretrained: bool = False,
+        in_channels: int = 3,
+        stem_width: int = 64,
+        groups: int = 1,
+        group_width: int = 64,
+        stride_in: StrideIn = "3x3",
+        deform_stages: Sequence[int] = (),
+        deform_modulated: bool = False,
+        norm: Norm = "frozen",
+        norm_eps: float = 1e-5,
+        frozen: int = 2,
+        neck: Literal["fpn", "c4", "dc5"] = "fpn",
+        neck_width: int = 256,
+        neck_norm: Norm = "none",
+        rules: str = "detectron2",
+        anchor_sizes: Sequence[float] = (32, 64, 128, 256, 512),
+        rpn_convs: int = 1,
+        proposals_before: Sequence[int] | None = None,
+        proposals_after: Sequence[int] | None = None,
+        box_convs: int = 0,
+        box_fcs: int = 2,
+        box_width: int = 1024,
+        box_norm: Norm = "none",
+        box_beta: float | None = None,
+        agnostic_boxes: bool = False,
+        pooling: Pooling = "align",
+        masks: bool = True,
+        mask_convs: int = 4,
+        mask_width: int = 256,
+        mask_norm: Norm = "none",
+        mask_loss: Literal["sigmoid", "softmax"] = "sigmoid",
+        agnostic_masks: bool = False,
+        keypoints: int = 0,
+        keypoint_convs: int = 8,
+        keypoint_width: int = 512,
+        short: int = 800,
+        long: int = 1333,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        """
+        backbone        "resnet18" ... "resnet152", or "timm:NAME" for any of timm's with strides 4 to 32
+        pretrained      timm's published weights in the backbone (a download); ours start random
+        stem_width      channels after the stem; all stages scale with it (64 as published)
+        groups, group_width, stride_in, deform_stages, deform_modulated
+                        the trunk's variants: see `blocks.resnet`
+        frozen          so many parts of the trunk do not train, counted from the stem (2: stem and first stage)
+        neck            "fpn"; "c4": one level of stride 16, the last stage is the heads' (sections 3, table 2);
+                        "dc5": one level of stride 16 from a dilated last stage
+        rules           "detectron2" or "torchvision": see RULES
+        anchor_sizes    one per level with "fpn"; all on the one level otherwise
+        proposals_*     (training, test) numbers kept before and after suppression; None: as published
+        box_beta        of the box head's smooth L1; None: as published
+        pooling         "align", "warp", "pool" (table 2c and d)
+        mask_loss       "sigmoid": a binary mask per class; "softmax": classes and background compete at each pixel
+                        (table 2b)
+        agnostic_masks  one mask for all classes (section 4.2)
+        masks, keypoints  which heads there are, `keypoints` being the number of joints
+        short, long, mean, std  preprocessing; mean and std in the network's channel order, None: as published
+        """
+        super().__init__()
+        if rules not in RULES:
+            raise UsageError(f"rules is {rules!r}; expected {' or '.join(RULES)}")
+        if neck not in ("fpn", "c4", "dc5"):
+            raise UsageError(f"neck is {neck!r}; expected fpn, c4 or dc5")
+        self.classes = tuple(classes)
+        self.rules = own = RULES[rules]
+        self.mask_loss, self.agnostic_masks, self.neck_kind = mask_loss, agnostic_masks, neck
+        count = len(self.classes)
+
+        trunk = {
+            "in_channels": in_channels, "base": stem_width, "groups": groups, "group_width": group_width,
+            "stride_in": stride_in, "deform_stages": deform_stages, "deform_modulated": deform_modulated,
+            "norm": norm, "eps": norm_eps, "frozen": frozen,
+        }  # fmt: skip
+        if backbone.startswith("timm:"):
+            if neck != "fpn":
+                raise UsageError("a timm backbone needs neck='fpn'")
+            self.backbone = TimmBackbone(backbone[5:], in_channels=in_channels, pretrained=pretrained, frozen=frozen)
+        elif backbone.removeprefix("resnet").isdigit():
+            depth = int(backbone.removeprefix("resnet"))
+            try:
+                stages, dilation = (3 if neck == "c4" else 4), (2 if neck == "dc5" else 1)
+                self.backbone = ResNet(depth, stages=stages, dilation=dilation, **trunk)
+            except ValueError as error:
+                raise UsageError(str(error)) from None
+        else:
+            raise UsageError(f"backbone is {backbone!r}; expected resnet18 ... resnet152 or timm:NAME")
+
+        self.neck = self.roi_stage = None
+        if neck == "fpn":
+            self.neck = FPN(self.backbone.channels, neck_width, norm=neck_norm, upsample=own.upsample)
+            channels, strides, sizes = neck_width, [4, 8, 16, 32, 64], [[s] for s in anchor_sizes]
+            if len(anchor_sizes) != 5:
+                raise UsageError(f"anchor_sizes has {len(anchor_sizes)} entries; a pyramid has 5 levels")
+        else:
+            channels, strides, sizes = self.backbone.channels[-1], self.backbone.strides[-1:], [list(anchor_sizes)]
+        read = channels
+        if neck == "c4":
+            self.roi_stage, read = make_stage(
+                depth, 3, channels, base=stem_width, groups=groups, group_width=group_width, stride_in=stride_in,
+                norm=norm, eps=norm_eps,
+            )  # fmt: skip
+            freeze([self.roi_stage] if frozen > 4 else [])
+            box_fcs, mask_convs = 0, 0
+
+        before = proposals_before or (own.proposals.before if neck == "fpn" else (12000, 6000))
+        after = proposals_after or (own.proposals.after if neck == "fpn" else (2000, 1000))
+        self.proposal_rules = _changed(own.proposals, before=tuple(before), after=tuple(after))
+        self.roi_rules = own.rois if box_beta is None else _changed(own.rois, beta=box_beta)
+        self.anchors = Anchors(sizes, strides, rounded=own.proposals.rounded)
+        self.rpn = RPNHead(channels, self.anchors.count, rpn_convs)
+
+        read_strides = tuple(strides[:4]) if neck == "fpn" else tuple(strides)
+        self.pooler = Pooler(read_strides, pooling, own.aligned, own.samples, own.levels)
+        self.box_side, self.mask_side = (14, 14) if neck == "c4" else (7, 14)
+        self.box_head = BoxHead(
+            read, self.box_side, count, convs=box_convs, conv_channels=neck_width, fcs=box_fcs, width=box_width,
+            norm=box_norm, agnostic=agnostic_boxes,
+        )  # fmt: skip
+        outputs = 1 if agnostic_masks else count + (mask_loss == "softmax")
+        self.mask_head = (
+            MaskHead(read, outputs, convs=mask_convs, width=mask_width, norm=mask_norm, init=own.mask_init)
+            if masks else None
+        )  # fmt: skip
+        self.keypoint_head = (
+            KeypointHead(read, keypoints, convs=keypoint_convs, width=keypoint_width) if keypoints else None
+        )
+
+        self.preprocess = _changed(PREPROCESS[rules], short=short, long=long)
+        if mean is not None:
+            self.preprocess = _changed(self.preprocess, mean=tuple(mean))
+        if std is not None:
+            self.preprocess = _changed(self.preprocess, std=tuple(std))
+        extra = in_channels - len(self.preprocess.mean)
+        if extra > 0:  # further channels are centred on the middle grey
+            middle = (sum(self.preprocess.mean) / 3,) * extra
+            self.preprocess = _changed(
+                self.preprocess, mean=self.preprocess.mean + middle, std=self.preprocess.std + (self.preprocess.std[0],) * extra
+            )
+
+    # ---- network -------------------------------------------------------------------------------------------------
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
+        features = self.backbone(images)
+        features = self.neck(features) if self.neck is not None else features[-1:]
+        objectness, deltas = self.rpn(features)
+        return Raw(tuple(features), tuple(objectness), tuple(deltas), (images.shape[-2], images.shape[-1]))
+
+    def pooled(self, raw: Raw, boxes: Sequence[Float[Tensor, "_n 4"]], side: int) -> Float[Tensor, "r c s s"]:
+        """Features of boxes of each picture (in the input's pixels), ready for the heads."""
+        features = self.pooler(raw.features, boxes, side)
+        return features if self.roi_stage is None else self.roi_stage(features)
+
+    # ---- learning ------------------------------------------------------------------------------------------------
+
+    def losses(self, raw: Raw, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        """`rpn_objectness`, `rpn_box`, `class`, `box`, and `mask`, `keypoint` where there are such heads.
+
+        Targets are in the frame of the input; crowd regions are not learnt from.
+        """
+        device = raw.objectness[0].device
+        targets = [(t if t.crowd is None else t[~t.crowd]).to(device) for t in targets]
+        anchors = self.anchors(raw.features, raw.size)
+        terms = proposal_losses(raw.objectness, raw.deltas, anchors, targets, self.proposal_rules)
+        sizes = [t.image_size for t in targets]
+        proposals = propose(raw.objectness, raw.deltas, anchors, sizes, self.proposal_rules, training=True)
+        return terms | self.roi_losses(raw, [boxes for boxes, _ in proposals], targets)
+
+    def roi_losses(
+        self, raw: Raw, proposals: Sequence[Float[Tensor, "_n 4"]], targets: Sequence[Instances]
+    ) -> dict[str, Tensor]:
+        """The heads' losses for these proposals."""
+        sampled = [
+            sample_proposals(p, t, len(self.classes), self.roi_rules) for p, t in zip(proposals, targets, strict=True)
+        ]
+        features = self.pooled(raw, [s.boxes for s in sampled], self.box_side)
+        terms = box_losses(*self.box_head(features), sampled, targets, self.roi_rules)
+        foreground = [s.boxes[s.foreground] for s in sampled]
+        if self.mask_head is not None:
+            if self.roi_stage is not None:  # the same features serve both heads
+                counts = [len(s.boxes) for s in sampled]
+                read = torch.cat([f[s.foreground] for f, s in zip(features.split(counts), sampled, strict=True)])
+            else:
+                read = self.pooled(raw, foreground, self.mask_side)
+            terms["mask"] = self._mask_loss(self.mask_head(read), sampled, foreground, targets)
+        if self.keypoint_head is not None:
+            terms["keypoint"] = self._keypoint_loss(raw, sampled, foreground, targets)
+        return terms
+
+    def _mask_loss(
+        self, logits: Tensor, sampled: Sequence[Sampled], boxes: Sequence[Tensor], targets: Sequence[Instances]
+    ) -> Tensor:
+        """Mean over the pixels of all foreground boxes; a box's target is the object's mask inside the *proposal*."""
+        logits = logits.float()
+        side = logits.shape[-1]
+        truth = torch.cat(
+            [
+                mask_targets(t.masks, s.owners, b, side, rule=self.rules.mask_rule) if t.masks is not None
+                else b.new_zeros(0, side, side)
+                for t, s, b in zip(targets, sampled, boxes, strict=True)
+            ]
+        )  # fmt: skip
+        labels = torch.cat([s.labels[s.foreground] for s in sampled])
+        if len(truth) != len(logits):
+            raise UsageError("a target has boxes but no masks; train with keypoints only, or give masks")
+        count = global_mean_count(logits.new_tensor(float(truth.numel())))
+        if self.mask_loss == "softmax":
+            goal = torch.where(truth >= 0.5, labels[:, None, None], logits.shape[1] - 1)
+            return functional.cross_entropy(logits, goal, reduction="sum") / count + logits.sum() * 0
+        rows = torch.arange(len(labels), device=logits.device)
+        chosen = logits[:, 0] if self.agnostic_masks else logits[rows, labels]
+        total = functional.binary_cross_entropy_with_logits(chosen, truth, reduction="sum")
+        return total / count + logits.sum() * 0
+
+    def _keypoint_loss(
+        self, raw: Raw, sampled: Sequence[Sampled], boxes: Sequence[Tensor], targets: Sequence[Instances]
+    ) -> Tensor:
+        """Cross entropy of each labelled joint over the cells of its map, mean over the joints of the batch."""
+        joints = []
+        for own, target in zip(sampled, targets, strict=True):
+            if target.keypoints is None and len(target):
+                raise UsageError("a target has no keypoints; this system learns them, give a data set that has them")
+            joints.append(own.boxes.new_zeros(0) if target.keypoints is None else target.keypoints.to(own.boxes)[own.owners])
+        if self.rules.joints_inside:
+            keep = [_holds_a_joint(j, b) if len(b) else b.new_zeros(0, dtype=torch.bool) for j, b in zip(joints, boxes, strict=True)]
+            boxes = [b[k] for b, k in zip(boxes, keep, strict=True)]
+            joints = [j[k] if len(k) else j for j, k in zip(joints, keep, strict=True)]
+        assert self.keypoint_head is not None
+        maps = self.keypoint_head(self.pooled(raw, boxes, self.mask_side)).float()
+        chosen, places = maps[:0, :0].flatten(2).flatten(0, 1), []
+        if len(maps):
+            place, counts = joint_ops.encode(torch.cat([j for j in joints if len(j)]), torch.cat(list(boxes)), maps.shape[-1])
+            chosen, places = maps.flatten(2)[counts], place[counts]
+        count = global_mean_count(maps.new_tensor(float(len(chosen))))
+        total = functional.cross_entropy(chosen, places, reduction="sum") if len(chosen) else maps.sum() * 0
+        return total / count + maps.sum() * 0
+
+    # ---- objects -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode(
+        self,
+        raw: Raw,
+        placements: Sequence[Placement],
+        *,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        detections: int = 100,
+        mask_threshold: float = 0.5,
+    ) -> list[Instances]:
+        sizes = [p.size for p in placements]
+        anchors = self.anchors(raw.features, raw.size)
+        proposals = propose(raw.objectness, raw.deltas, anchors, sizes, self.proposal_rules)
+        boxes = [b for b, _ in proposals]
+        logits, deltas = self.box_head(self.pooled(raw, boxes, self.box_side))
+        found = detect(
+            logits, deltas, boxes, sizes, self.roi_rules,
+            score_threshold=score_threshold, nms_threshold=nms_threshold, detections=detections,
+        )  # fmt: skip
+        masks, joints = self.read_boxes(raw, [b for b, _, _ in found], [k for _, _, k in found])
+        return [
+            self._on_picture(*own, mask, joint, placement, mask_threshold)
+            for own, mask, joint, placement in zip(found, masks, joints, placements, strict=True)
+        ]
+
+    def read_boxes(
+        self, raw: Raw, boxes: Sequence[Float[Tensor, "_n 4"]], labels: Sequence[Tensor]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """For boxes of each picture (in the input's pixels): masks (N, 28, 28) as probabilities of the box's class, and
+        joints' maps (N, J, 56, 56) as logits; None where there is no such head."""
+        counts, masks, joints = [len(b) for b in boxes], [None] * len(boxes), [None] * len(boxes)
+        if self.mask_head is None and self.keypoint_head is None:
+            return masks, joints
+        features = self.pooled(raw, boxes, self.mask_side)
+        if self.mask_head is not None:
+            logits = self.mask_head(features).float()
+            every = torch.cat(list(labels))
+            rows = torch.arange(len(every), device=logits.device)
+            if self.mask_loss == "softmax":
+                probabilities = logits.softmax(1)[rows, 0 if self.agnostic_masks else every]
+            else:
+                probabilities = logits[rows, 0 if self.agnostic_masks else every].sigmoid()
+            masks = list(probabilities.split(counts))
+        if self.keypoint_head is not None:
+            joints = list(self.keypoint_head(features).float().split(counts))
+        return masks, joints
+
+    def _on_picture(
+        self, boxes: Tensor, scores: Tensor, labels: Tensor, mask: Tensor | None, joint: Tensor | None,
+        placement: Placement, threshold: float,
+    ) -> Instances:  # fmt: skip
+        size = placement.picture
+        points = None
+        if joint is not None:
+            points = joint_ops.decode(joint, boxes, self.rules.joints)
+            points = torch.cat([placement.points_to_picture(points[..., :2]), points[..., 2:]], -1)
+        boxes = placement.boxes_to_picture(boxes)
+        if self.rules.finish == "clip":
+            boxes = box_ops.clip(boxes, size)
+            solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+            boxes, scores, labels = boxes[solid], scores[solid], labels[solid]
+            mask, points = (None if v is None else v[solid] for v in (mask, points))
+        if mask is not None and placement.mirrored:
+            mask = mask.flip(-1)
+        masks = None if mask is None else paste_masks(mask, boxes, size, rule=self.rules.paste, threshold=threshold)
+        return Instances(size, boxes, labels, masks, scores, points)
+
+    # ---- for loading and training --------------------------------------------------------------------------------
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        parts = {
+            "backbone": [self.backbone], "neck": [self.neck], "rpn": [self.rpn],
+            "heads": [self.roi_stage, self.box_head, self.mask_head, self.keypoint_head],
+        }  # fmt: skip
+        return {name: [m for m in modules if m is not None] for name, modules in parts.items()}
+
+    def class_rows(self) -> dict[str, ClassRows]:
+        rows = {}
+        for kind in ("weight", "bias"):
+            rows[f"box_head.classes.{kind}"] = ClassRows(background_last=True)
+            if not self.options["agnostic_boxes"]:
+                rows[f"box_head.deltas.{kind}"] = ClassRows(per_class=4)
+            if self.mask_head is not None and not self.agnostic_masks:
+                rows[f"mask_head.logits.{kind}"] = ClassRows(background_last=self.mask_loss == "softmax")
+        return rows
+
+    def input_weight(self) -> str | None:
+        return "backbone.stem.conv.weight" if isinstance(self.backbone, ResNet) else None
+
+    _D2 = "COCO val2017, short side 800, pycocotools"
+    _ZOO = "detectron2 MODEL_ZOO.md"
+    presets = {
+        "mask-rcnn-r50-fpn": Preset(
+            {"stride_in": "1x1"},
+            (Score(38.6, "box AP", _D2, _ZOO), Score(35.2, "mask AP", _D2, _ZOO)),
+            "detectron2's R50-FPN; figures of the 1x schedule (3x: 41.0 / 37.2)",
+        ),
+        "mask-rcnn-r101-fpn": Preset(
+            {"backbone": "resnet101", "stride_in": "1x1"},
+            (Score(42.9, "box AP", _D2, _ZOO), Score(38.6, "mask AP", _D2, _ZOO)),
+            "detectron2's R101-FPN, 3x",
+        ),
+        "mask-rcnn-x101-fpn": Preset(
+            {"backbone": "resnet101", "groups": 32, "group_width": 8, "std": (57.375, 57.12, 58.395)},
+            (Score(44.3, "box AP", _D2, _ZOO), Score(39.5, "mask AP", _D2, _ZOO)),
+            "detectron2's X101-32x8d-FPN, 3x",
+        ),
+        "mask-rcnn-r50-c4": Preset(
+            {"stride_in": "1x1", "neck": "c4"},
+            (Score(39.8, "box AP", _D2, _ZOO), Score(34.4, "mask AP", _D2, _ZOO)),
+            "detectron2's R50-C4, 3x",
+        ),
+        "mask-rcnn-r50-dc5": Preset(
+            {"stride_in": "1x1", "neck": "dc5"},
+            (Score(40.0, "box AP", _D2, _ZOO), Score(35.9, "mask AP", _D2, _ZOO)),
+            "detectron2's R50-DC5, 3x",
+        ),
+        "mask-rcnn-r50-fpn-gn": Preset(
+            {"norm": "group", "neck_norm": "group", "box_convs": 4, "box_fcs": 1, "box_norm": "group", "mask_norm": "group"},
+            (Score(42.6, "box AP", _D2, _ZOO), Score(38.6, "mask AP", _D2, _ZOO)),
+            "detectron2's R50-FPN with group norm, 3x; trains from random weights and with small batches",
+        ),
+        "mask-rcnn-r50-fpn-dconv": Preset(
+            {"stride_in": "1x1", "deform_stages": (1, 2, 3)},
+            (Score(42.7, "box AP", _D2, _ZOO), Score(38.5, "mask AP", _D2, _ZOO)),
+            "detectron2's R50-FPN with deformable convolutions in res3 ... res5, 3x",
+        ),
+        "mask-rcnn-r50-fpn-lsj": Preset(
+            {
+                "stride_in": "1x1", "norm": "batch", "frozen": 0, "neck_norm": "batch", "rpn_convs": 2, "box_convs": 4,
+                "box_fcs": 1, "box_norm": "batch", "mask_norm": "batch",
+            },
+            (Score(47.4, "box AP", _D2, _ZOO), Score(42.5, "mask AP", _D2, _ZOO)),
+            "detectron2's new baseline, large-scale jitter, 400 epochs",
+        ),
+        "mask-rcnn-r50-fpn-torchvision": Preset(
+            {"rules": "torchvision", "norm_eps": 0.0},
+            (Score(37.9, "box AP", _D2, "torchvision 0.26"), Score(34.6, "mask AP", _D2, "torchvision 0.26")),
+            "torchvision's maskrcnn_resnet50_fpn",
+        ),
+        "mask-rcnn-r50-fpn-torchvision-v2": Preset(
+            {
+                "rules": "torchvision", "norm": "batch", "neck_norm": "batch", "rpn_convs": 2, "box_convs": 4,
+                "box_fcs": 1, "box_norm": "batch", "mask_norm": "batch",
+            },
+            (Score(47.4, "box AP", _D2, "torchvision 0.26"), Score(41.8, "mask AP", _D2, "torchvision 0.26")),
+            "torchvision's maskrcnn_resnet50_fpn_v2",
+        ),
+        "mask-rcnn-small": Preset(
+            {
+                "backbone": "resnet18", "norm": "group", "frozen": 0, "neck_width": 128, "neck_norm": "group",
+                "box_convs": 0, "box_width": 512, "mask_width": 128, "anchor_sizes": (16, 32, 64, 128, 256),
+                "proposals_before": (500, 300), "proposals_after": (300, 200), "short": 320, "long": 512,
+            },
+            note="for a few hundred pictures and no GPU; trains from random weights",
+        ),
+    }  # fmt: skip
+
+
+def _holds_a_joint(joints: Float[Tensor, "n j 3"], boxes: Float[Tensor, "n 4"]) -> Tensor:
+    x, y, seen = joints.unbind(-1)
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    return ((seen >= 1) & (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).any(1)
+
+
+def _changed(record, **changes):
+    from dataclasses import replace
+
+    return replace(record, **changes)
