@@ -3,6 +3,7 @@
 from maskwright.evaluation.coco import Curves, coco_ap
 from maskwright.evaluation.confusion import Confusion, PictureScore
 from maskwright.evaluation.evaluator import Evaluator, match_classes
+from maskwright.evaluation.report import report
 from maskwright.evaluation.result import Protocol, Result, Speed
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "Speed",
     "coco_ap",
     "match_classes",
+    "report",
 ]

@@ -271,7 +271,8 @@ class Evaluator:
         found = found[found.scores >= self.score_threshold]
         placement = Placement.resize((height, width), size)
         truth = self.dataset.targets(self._order[position])
-        return Example(rank, score, jpeg.getvalue(), size, truth.place(placement), found.place(placement))
+        name = sample.path.name if sample.path else ""
+        return Example(rank, score, jpeg.getvalue(), size, truth.place(placement), found.place(placement), name)
 
     # ---- columns -------------------------------------------------------------------------------------------------
 

@@ -105,10 +105,12 @@ class Example:
     size: tuple[int, int]  # H, W of the JPEG
     truth: Instances
     found: Instances  # scores at or above the confusion matrix' threshold
+    name: str = ""  # of the file, where there is one
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "rank": self.rank,
+            "name": self.name,
             "score": asdict(self.score),
             "size": list(self.size),
             "picture": b64encode(self.picture).decode("ascii"),
@@ -123,7 +125,7 @@ class Example:
         size = (int(values["size"][0]), int(values["size"][1]))
         truth, found = (instances_from_records(values[name], size, lambda c: int(c) - 1) for name in ("truth", "found"))
         score = PictureScore(**values["score"])
-        return cls(values["rank"], score, b64decode(values["picture"]), size, truth, found)
+        return cls(values["rank"], score, b64decode(values["picture"]), size, truth, found, values["name"])
 
 
 @dataclass

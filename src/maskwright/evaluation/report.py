@@ -1,0 +1,299 @@
+"""The report: one HTML file with everything in it, to be opened from disk, mailed, or kept beside the weights."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from base64 import b64encode
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskwright._version import __version__
+from maskwright.errors import DataError
+from maskwright.evaluation.charts import Line, chart
+from maskwright.evaluation.coco import RECALLS
+from maskwright.evaluation.confusion import Confusion
+from maskwright.evaluation.result import Example, Result, percent, write_text
+from maskwright.structures import Instances
+
+KIND_NAMES = {"segm": "masks", "bbox": "boxes", "keypoints": "keypoints", "boundary": "mask boundaries"}
+SIZE_NAMES = {"s": "small, under 32² pixels", "m": "medium, 32² to 96²", "l": "large, over 96²"}
+MOST_CLASSES = 20  # in the confusion matrix: what fits a screen; those with most errors are shown
+MOST_IDS = 60  # picture ids told per cell
+
+
+def report(source: Result | str | Path, path: str | Path | None = None, *, title: str | None = None) -> Path:
+    """Writes the page and gives its path (default: report.html in the run folder, or here for a bare result).
+
+    `source` is a run folder (its recipe.json, log.csv and result.json, as far as they are there), a saved result, or a
+    `Result`. DataError names a file that is broken, or the folder that has none of them.
+    """
+    folder, result = None, source
+    if not isinstance(result, Result):
+        folder = Path(result)
+        if not folder.is_dir():
+            folder, result = None, Result.load(folder)
+        else:
+            result = Result.load(folder / "result.json") if (folder / "result.json").exists() else None
+    log = _read_log(folder / "log.csv") if folder and (folder / "log.csv").exists() else {}
+    recipe = _read_recipe(folder / "recipe.json") if folder and (folder / "recipe.json").exists() else []
+    if result is None and not log:
+        raise DataError(f"{folder}: has neither result.json nor log.csv; pass a run folder of train, or a saved result")
+    path = Path(path) if path is not None else (folder or Path()) / "report.html"
+    name = title or (result.title if result else "") or (folder.resolve().name if folder else "Evaluation")
+    return write_text(path, _render(name, result, log, recipe))
+
+
+def _render(title: str, result: Result | None, log: dict[str, Line], recipe: list[tuple[str, str]]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    house = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    house.filters["percent"] = percent
+    return house.get_template("report.html.j2").render(
+        title=title,
+        version=__version__,
+        result=result,
+        recipe=recipe,
+        training=_training_charts(log),
+        headline=_headline(result) if result else [],
+        averages=_averages(result) if result else None,
+        recall_charts=_recall_charts(result) if result else [],
+        sizes=_size_rows(result) if result else [],
+        classes=_class_rows(result) if result else [],
+        absent=[row["class"] for row in result.per_class if not row["objects"]] if result else [],
+        class_kinds=[k for k in (result.kinds if result else ()) if k != "boundary"],
+        kind_names=KIND_NAMES,
+        confusion=_confusion_table(result.confusion) if result and result.confusion else None,
+        examples=_galleries(result) if result else [],
+        shown_ids={str(e.score.id) for e in result.examples} if result else set(),
+    )
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+
+
+def _read_log(path: Path) -> dict[str, Line]:
+    """Every named series of log.csv (step, epoch, name, value) as steps and values. Half a last line is left out: a
+    run that was killed while writing leaves one."""
+    series: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); expected the log.csv of a training run") from None
+    rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
+    header = next(rows, [])
+    wanted = ("step", "name", "value")
+    if any(column not in header for column in wanted):
+        raise DataError(f"{path}: its first line is {','.join(header)!r}; expected step,epoch,name,value")
+    step, name, value = (header.index(column) for column in wanted)
+    for number, row in enumerate(rows, 2):
+        try:
+            x, y = float(row[step]), float(row[value])
+        except (ValueError, IndexError):
+            raise DataError(f"{path}: line {number} is {','.join(row)!r}; expected step,epoch,name,value") from None
+        series[row[name]][0].append(x)
+        series[row[name]][1].append(y)
+    return dict(series)
+
+
+def _read_recipe(path: Path) -> list[tuple[str, str]]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: is not the JSON of a recipe ({error})") from None
+    return _flat(values)
+
+
+def _flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(values, dict):
+        return [pair for key, value in values.items() for pair in _flat(value, f"{prefix}{key}.")]
+    told = "–" if values is None else values if isinstance(values, str) else json.dumps(values, ensure_ascii=False)
+    return [(prefix.rstrip(".") or "recipe", told if len(told) <= 300 else told[:300] + " ...")]
+
+
+def _training_charts(log: dict[str, Line]) -> list[tuple[str, Any]]:
+    """Loss; its terms; AP; the learning rate; and one chart for each group of other names."""
+    groups: dict[str, dict[str, Line]] = defaultdict(dict)
+    for name, line in log.items():
+        last = name.split("/")[-1]
+        if last == "loss":
+            groups["Loss"][name] = line
+        elif last.startswith("loss"):
+            which = "Loss by term, validation" if name.startswith("val") else "Loss by term, training"
+            groups[which][last.removeprefix("loss_")] = line
+        elif last in ("AP", "AP50", "AP75"):
+            groups["Average precision on validation pictures"][name.removeprefix("val/")] = line
+        elif last.startswith(("AP", "AR")):
+            continue  # by size and by limit: the tables below tell the last of these
+        elif last.startswith("lr"):
+            groups["Learning rate"][name] = line
+        else:
+            groups[name.replace("_", " ")][name] = line
+    order = ["Loss", "Average precision on validation pictures", "Loss by term, training", "Loss by term, validation"]
+    titles = sorted(groups, key=lambda t: order.index(t) if t in order else len(order))
+    drawn = [(t, chart(_bounded(groups[t], 12), percent=t.startswith("Average"))) for t in titles]
+    return [(t, svg) for t, svg in drawn if svg]
+
+
+def _bounded(lines: dict[str, Line], most: int) -> dict[str, Line]:
+    return dict(list(lines.items())[:most])
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _headline(result: Result) -> list[tuple[str, str]]:
+    names = {"segm": "Mask AP", "bbox": "Box AP", "keypoints": "Keypoint AP", "boundary": "Boundary AP"}
+    tiles = [(names[kind], percent(result.summary.get(f"{kind}/AP"))) for kind in result.kinds]
+    if result.kinds:
+        first = result.kinds[0]
+        tiles.insert(1, (f"{names[first]}50", percent(result.summary.get(f"{first}/AP50"))))
+    if result.speed.milliseconds is not None:
+        tiles.append(("ms per picture", f"{result.speed.milliseconds:.0f}"))
+    return tiles
+
+
+def _averages(result: Result) -> dict[str, Any]:
+    columns: dict[str, None] = {}
+    for name in result.summary:
+        columns[name.split("/")[1]] = None
+    rows = [(KIND_NAMES[k], [percent(result.summary.get(f"{k}/{c}")) for c in columns]) for k in result.kinds]
+    return {"columns": [_subscript(c) for c in columns], "rows": rows}
+
+
+def _subscript(name: str) -> tuple[str, str]:
+    return name[:2], name[2:].upper() if name[2:].isalpha() else name[2:]
+
+
+def _recall_charts(result: Result) -> list[tuple[str, Any]]:
+    drawn = []
+    for kind in result.kinds:
+        lines = {
+            f"overlap {int(name) / 100:g}": (RECALLS.tolist(), result.curves[f"{kind}/{name}"])
+            for name in ("50", "75")
+            if f"{kind}/{name}" in result.curves
+        }
+        if lines:
+            svg = chart(lines, x_name="recall", percent=True, bounds=(0.0, 1.0))
+            drawn.append((f"Precision at each recall, {KIND_NAMES[kind]}", svg))
+    return drawn
+
+
+def _size_rows(result: Result) -> list[dict[str, Any]]:
+    total = max(1, result.objects.get("all", 0))
+    kinds = [k for k in result.kinds if k != "keypoints"] or list(result.kinds)
+    return [
+        {
+            "name": SIZE_NAMES[size],
+            "objects": result.objects[size],
+            "share": result.objects[size] / total,
+            "values": [(KIND_NAMES[k], *(result.summary.get(f"{k}/{n}{size}") for n in ("AP", "AR"))) for k in kinds],
+        }
+        for size in SIZE_NAMES
+        if size in result.objects
+    ]
+
+
+def _class_rows(result: Result) -> list[dict[str, Any]]:
+    """Classes that have objects, the worst first."""
+    rows = [row for row in result.per_class if row["objects"]]
+    return sorted(rows, key=lambda row: (row[f"{result.kinds[0]}/AP"], -row["objects"]))
+
+
+# ---- confusion -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Cell:
+    count: int
+    share: float  # of the row
+    kind: str  # "right", "wrong", "none"
+    anchor: str
+
+
+def _confusion_table(confusion: Confusion) -> dict[str, Any]:
+    counts, names = confusion.counts, [*confusion.classes, "background"]
+    last = len(names) - 1
+    errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+    involved = [int(i) for i in np.argsort(-errors[:last], kind="stable") if counts[i].sum() + counts[:, i].sum()]
+    shown = [*sorted(involved[:MOST_CLASSES]), last]
+    across = [last, *shown[:-1]]  # missed objects first, where no scrolling hides them
+    totals = counts.sum(1)
+
+    def cell(row: int, column: int) -> _Cell:
+        count = int(counts[row, column])
+        kind = "none" if not count else "right" if row == column else "wrong"
+        return _Cell(count, count / max(1, int(totals[row])), kind, f"cell-{row}-{column}")
+
+    wrong = sorted(
+        ((r, c) for r, c in confusion.pictures if r != c and r in shown and c in shown), key=lambda p: (-counts[p], p)
+    )
+    return {
+        "names": ["missed", *(names[i] for i in across[1:])],
+        "rows": [(names[r] if r != last else "nothing there", [cell(r, c) for c in across]) for r in shown],
+        "hidden": len(involved) - len(shown) + 1,
+        "by": "masks" if confusion.by == "segm" else "boxes",
+        "overlap": confusion.overlap,
+        "threshold": confusion.score_threshold,
+        "behind": [
+            {
+                "anchor": f"cell-{r}-{c}",
+                "text": _sentence(names[r], names[c], r == last, c == last),
+                "count": int(counts[r, c]),
+                "ids": [str(i) for i in confusion.pictures[r, c][:MOST_IDS]],
+                "more": max(0, len(confusion.pictures[r, c]) - MOST_IDS),
+            }
+            for r, c in wrong
+        ],
+    }
+
+
+def _sentence(truth: str, guess: str, nothing: bool, missed: bool) -> str:
+    if nothing:
+        return f"{guess} seen where nothing is"
+    return f"{truth} missed" if missed else f"{truth} taken for {guess}"
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+
+def _galleries(result: Result) -> list[tuple[str, list[dict[str, Any]]]]:
+    titles = (("worst", "Worst pictures"), ("best", "Best pictures"))
+    groups = [(title, [_figure(e, result) for e in result.examples if e.rank == rank]) for rank, title in titles]
+    return [(title, figures) for title, figures in groups if figures]
+
+
+def _figure(example: Example, result: Result) -> dict[str, Any]:
+    from PIL import Image
+
+    score = example.score
+    picture = Image.open(io.BytesIO(example.picture)).convert("RGB")
+    parts = (("wrong class", score.confused), ("missed", score.missed), ("spurious", score.spurious))
+    return {
+        "id": str(score.id),
+        "name": example.name or f"picture {score.id}",
+        "quality": percent(score.quality, 0),
+        "facts": f"{score.objects} objects, {score.right} found"
+        + "".join(f", {count} {name}" for name, count in parts if count),
+        "size": example.size,
+        "truth": _drawn(picture, example.truth, result),
+        "found": _drawn(picture, example.found, result),
+    }
+
+
+def _drawn(picture: Any, instances: Instances, result: Result) -> str:
+    """A data URL of the picture with the objects over it."""
+    file = io.BytesIO()
+    instances.draw(picture.copy(), result.classes).convert("RGB").save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + b64encode(file.getvalue()).decode("ascii")
