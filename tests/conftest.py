@@ -9,7 +9,7 @@ from jaxtyping import install_import_hook
 from tests import shapes
 
 if shapes.ENABLED:
-    install_import_hook("maskwright", "tests.shapes.checked")
+    install_import_hook(shapes.MODULES, "tests.shapes.checked")
 
 import pytest
 import torch

@@ -17,6 +17,12 @@ from beartype.roar import BeartypeDecorHintException
 
 ENABLED = os.environ.get("MASKWRIGHT_CHECK_SHAPES", "1") != "0"
 
+# The rooms. The command line stays as it is: its signatures are read, and a checker would stand before them.
+MODULES = [
+    f"maskwright.{name}"
+    for name in ["structures", "ops", "blocks", "systems", "data", "checkpoints", "evaluation", "training", "inference"]
+]
+
 # Constant time: one element of a container is looked at, not all; a tensor's shape is always looked at.
 _check = beartype(conf=BeartypeConf(strategy=BeartypeStrategy.O1, is_pep484_tower=True))
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from tyro.conf import Positional, arg
 
@@ -392,7 +392,7 @@ def _run(arguments: list[str]) -> int:
         raise UsageError(f"a command comes first: maskwright {{{','.join(VERBS)}}}; see maskwright --help")
     verb = VERBS[choose(first, VERBS, "command")]
     if verb is train:
-        _spell_out(arguments[1:])
+        verb = _spelled_out(arguments[1:])
     return parse(verb, arguments[1:], f"maskwright {first}")()
 
 
@@ -414,8 +414,8 @@ def _overview() -> str:
 # ---- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _spell_out(arguments: Sequence[str]) -> None:
-    """Make every choice of the recipe an option of `train`, its default that of the recipe the arguments name.
+def _spelled_out(arguments: Sequence[str]) -> Callable[..., int]:
+    """`train` with every choice of the recipe as an option, its default that of the recipe the arguments name.
 
     Only now, because the recipe's home imports torch, which no other verb needs before its options are understood.
     """
@@ -423,9 +423,17 @@ def _spell_out(arguments: Sequence[str]) -> None:
 
     out = Path(_value(arguments, "--out", "-o") or _LATEST)
     saved = _saved_recipe(out) if "--resume" in arguments else None
-    base = _recipe(_value(arguments, "--recipe")) or saved or Recipe()
-    train.__annotations__["choices"] = Annotated[Recipe, arg(name="")]
-    train.__kwdefaults__ = {**(train.__kwdefaults__ or {}), "choices": replace(base, augment={})}
+    base = replace(_recipe(_value(arguments, "--recipe")) or saved or Recipe(), augment={})
+
+    def command(*values: Any, **named: Any) -> int:
+        return train(*values, **named)
+
+    signature = inspect.signature(train)
+    parameters = [p.replace(default=base) if p.name == "choices" else p for p in signature.parameters.values()]
+    command.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {**get_type_hints(train, include_extras=True), "choices": Annotated[Recipe, arg(name="")]}
+    command.__doc__ = train.__doc__
+    return command
 
 
 def _recipe(name: str | None) -> Any:

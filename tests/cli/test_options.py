@@ -89,7 +89,7 @@ def test_the_nearest_name_is_offered():
     with pytest.raises(UsageError, match=r"there is no command 'trian'; did you mean 'train'\?"):
         choose("trian", ["train", "check"], "command")
     with pytest.raises(UsageError, match="known are train, check"):
-        choose("paint", ["train", "check"], "command")
+        choose("xyz", ["train", "check"], "command")
 
 
 def test_key_values_are_json_or_text():
