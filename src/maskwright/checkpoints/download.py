@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from maskwright._version import __version__
 from maskwright.checkpoints.catalogue import Entry
@@ -269,7 +270,9 @@ def _take(want: _Want, answer: Any, have: int, note: _Note, show: Callable[[int,
     return resumed
 
 
-def _pour(answer: Any, file: BinaryIO, have: int, total: int | None, show: Callable[[int, int | None], None]) -> int:
+def _pour(
+    answer: Any, file: io.BufferedIOBase, have: int, total: int | None, show: Callable[[int, int | None], None]
+) -> int:
     show(have, total)
     while True:
         try:
@@ -374,7 +377,7 @@ def _alone(target: Path) -> Iterator[None]:
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: BinaryIO) -> bool:
+    def _lock(file: io.BufferedIOBase) -> bool:
         file.seek(0)
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -382,14 +385,14 @@ if sys.platform == "win32":
             return False
         return True
 
-    def _unlock(file: BinaryIO) -> None:
+    def _unlock(file: io.BufferedIOBase) -> None:
         file.seek(0)
         msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 else:
     import fcntl
 
-    def _lock(file: BinaryIO) -> bool:
+    def _lock(file: io.BufferedIOBase) -> bool:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -397,7 +400,7 @@ else:
             return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EINTR)
         return True
 
-    def _unlock(file: BinaryIO) -> None:
+    def _unlock(file: io.BufferedIOBase) -> None:
         with contextlib.suppress(OSError):
             fcntl.flock(file.fileno(), fcntl.LOCK_UN)
 

@@ -178,7 +178,8 @@ def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: s
 
 def _fits(found: _Found, path: str) -> bool:
     try:
-        _build(found, path, None, {})
+        with torch.random.fork_rng(devices=[]):  # the trial's random weights must not change those of the real one
+            _build(found, path, None, {})
     except (CheckpointError, UsageError):
         return False
     return True

@@ -18,7 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,7 +29,9 @@ from maskwright.errors import CheckpointError, UnsafeCheckpointError
 EXPANDED = 1 << 24  # a tensor may repeat the elements of its storage (stride 0) up to so many; beyond, it is a bomb
 
 
-def unpickle(file: BinaryIO, size: int, path: str, storages: Callable[[Any], StorageRecord] | None = None) -> Any:
+def unpickle(
+    file: io.BufferedIOBase, size: int, path: str, storages: Callable[[Any], StorageRecord] | None = None
+) -> Any:
     """One pickle from `file`, of which `size` bytes are left; `storages` answers torch's persistent ids.
 
     The result holds records; pass it through `settle`. Python 2's byte strings are read as latin-1.
@@ -225,7 +227,7 @@ class _Maker:
 class _Bounded:
     """A file that gives no more than is left of it, however much is asked: lengths in a pickle are only claims."""
 
-    def __init__(self, file: BinaryIO, size: int, path: str):
+    def __init__(self, file: io.BufferedIOBase, size: int, path: str):
         self.file, self.left, self.path = file, size, path
 
     def read(self, count: int) -> bytes:
