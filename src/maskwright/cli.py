@@ -53,7 +53,7 @@ def train(
     Examples:
       maskwright train mask-rcnn --data my-pictures --out runs/first
       maskwright train mask-rcnn --data my-pictures --weights torchvision.pth --epochs 20 --freeze backbone
-      maskwright train mask-rcnn --data scenes --option depth=18 --short 192 --epochs 5
+      maskwright train mask-rcnn --data scenes --option backbone=resnet18 frozen=0 --short 192 --epochs 5
       maskwright train mask-rcnn --data my-pictures --out runs/first --resume
 
     Args:
@@ -63,7 +63,7 @@ def train(
         weights: Start from these weights; rows of the head whose class names match are kept.
         recipe: A published recipe (its values become the defaults below: add --help to see them) or a recipe.json.
         resume: Go on from OUT/last.ckpt, as if there had been no interruption.
-        option: Options of the network, as JSON values: depth=18 (see `maskwright systems NAME`).
+        option: Options of the network, as JSON values: backbone=resnet18 (see `maskwright systems NAME`).
         augment: Options of the augmentation: flip=0.5 jitter=[0.1,2.0] copy_paste=0.5.
         choices: The recipe.
     """
@@ -466,7 +466,7 @@ def _values(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
-            raise UsageError(f"{pair!r} is not KEY=VALUE; write, for example, depth=18")
+            raise UsageError(f"{pair!r} is not KEY=VALUE; write, for example, flip=0.5")
         try:
             values[key] = json.loads(text)
         except ValueError:
