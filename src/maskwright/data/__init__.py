@@ -1,0 +1,25 @@
+"""From files to batches: reading, checking, generated scenes, augmentation, loading."""
+
+from maskwright.data.augment import Augment
+from maskwright.data.coco import CocoDataset, open_dataset, read_coco
+from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample, mirrored_joints
+from maskwright.data.findings import DataWarning, Finding
+from maskwright.data.loader import Loader, make_loader
+from maskwright.data.pictures import read_picture, read_size
+
+__all__ = [
+    "PERSON_JOINTS",
+    "Augment",
+    "CocoDataset",
+    "DataWarning",
+    "Dataset",
+    "Finding",
+    "Loader",
+    "Sample",
+    "make_loader",
+    "mirrored_joints",
+    "open_dataset",
+    "read_coco",
+    "read_picture",
+    "read_size",
+]

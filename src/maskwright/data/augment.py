@@ -1,0 +1,319 @@
+"""Augmentation: what will happen is drawn first, then done once to picture, masks, boxes and joints.
+
+All geometry of a picture (crop, scale, large-scale jitter, mirror) is composed into one `Placement`, so that the
+picture is resampled once and nothing can fall out of step with it. Masks stay outlines or run-length codes throughout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from pycocotools import mask as coco
+from torch import Tensor
+
+from maskwright.data.dataset import Sample
+from maskwright.errors import UsageError
+from maskwright.structures import Instances, Masks, Placement, Preprocess, rle
+from maskwright.structures.instances import PERSON_JOINTS_MIRRORED
+
+_COLOURS = ("brightness", "contrast", "saturation", "hue")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What will happen to one picture."""
+
+    placement: Placement
+    colours: tuple[tuple[str, float], ...] = ()  # in this order; factors, for "hue" a turn in -0.5 ... 0.5
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A picture on the network's grid before normalising: `picture` (3, h, w) of `placement.size`, 0 ... 255."""
+
+    picture: Tensor
+    target: Instances
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What may happen to a picture in training. The defaults only mirror.
+
+    flip        chance of being mirrored
+    short       short sides to draw from; none: the system's own
+    sampling    "choice": one of `short`; "range": any whole number from the smallest to the largest of them
+    long        bound of the long side; None: the system's own
+    crop        smallest share of each side that a random window keeps, before scaling; None: no window
+    crop_chance how often a window is taken
+    jitter      large-scale jitter (Ghiasi et al., arXiv 2012.07177): the picture is fitted into `size`, scaled by a
+                factor drawn from this range, and a random window of at most `size` is taken; (0.1, 2.0) in the paper
+    size        canvas (height, width) that every picture is fitted into and padded to; without it, jitter works on
+                the size the picture would have had
+    brightness, contrast, saturation
+                factors are drawn from 1 - x ... 1 + x
+    hue         turned by -x ... x of the colour circle, x up to 0.5
+    paste       chance that objects of another picture, itself jittered, are pasted over this one (the same paper)
+    min_area    pixels of the input below which an object that was cut or covered is dropped
+    """
+
+    flip: float = 0.5
+    short: tuple[int, ...] = ()
+    sampling: Literal["choice", "range"] = "choice"
+    long: int | None = None
+    crop: float | None = None
+    crop_chance: float = 1.0
+    jitter: tuple[float, float] | None = None
+    size: tuple[int, int] | None = None
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+    paste: float = 0.0
+    min_area: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, int):
+            object.__setattr__(self, "size", (self.size, self.size))
+        for name in ("short", "jitter", "size"):
+            value = getattr(self, name)
+            if isinstance(value, int):
+                value = (value,)
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+        for name in ("flip", "crop_chance", "paste"):
+            self._expect(name, 0 <= getattr(self, name) <= 1, "a chance from 0 to 1")
+        for name in ("brightness", "contrast", "saturation"):
+            self._expect(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        self._expect("hue", 0 <= self.hue <= 0.5, "from 0 to 0.5")
+        self._expect("crop", self.crop is None or 0 < self.crop <= 1, "a share above 0, up to 1")
+        self._expect("short", all(s >= 1 for s in self.short), "one or more lengths in pixels")
+        self._expect("long", self.long is None or self.long >= 1, "a length in pixels")
+        self._expect("sampling", self.sampling in ("choice", "range"), "'choice' or 'range'")
+        self._expect(
+            "jitter",
+            self.jitter is None or (len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]),
+            "a smallest and a largest factor",
+        )
+        self._expect("size", self.size is None or (len(self.size) == 2 and min(self.size) >= 1), "a height and a width")
+        self._expect("min_area", self.min_area >= 1, "at least 1 pixel")
+
+    def _expect(self, name: str, holds: bool, what: str) -> None:
+        if not holds:
+            raise UsageError(f"augmentation {name} is {getattr(self, name)!r}; it must be {what}")
+
+    # ---- drawing -------------------------------------------------------------------------------------------------
+
+    def draw(self, rng: np.random.Generator, size: tuple[int, int], preprocess: Preprocess | None = None) -> Drawn:
+        """What will happen to a picture of `size` (H, W). `preprocess` gives the sizes that are not said here."""
+        rule = preprocess or Preprocess()
+        placement = self._window(rng, size)
+        if self.jitter is not None or self.size is not None:
+            placement = self._jittered(rng, placement, rule)
+        else:
+            placement = placement.then_resize(self._scaled(rng, rule).size(*placement.size))
+        if rng.random() < self.flip:
+            placement = placement.then_mirror()
+        return Drawn(placement, self._colours(rng))
+
+    def _window(self, rng: np.random.Generator, size: tuple[int, int]) -> Placement:
+        placement = Placement.identity(size)
+        if self.crop is None or rng.random() >= self.crop_chance:
+            return placement
+        height, width = (max(1, round(side * rng.uniform(self.crop, 1))) for side in size)
+        y0, x0 = (int(rng.integers(whole - part + 1)) for whole, part in zip(size, (height, width), strict=True))
+        return placement.then_crop(x0, y0, (height, width))
+
+    def _scaled(self, rng: np.random.Generator, rule: Preprocess) -> Preprocess:
+        short = rule.short
+        if self.short and self.sampling == "choice":
+            short = int(self.short[rng.integers(len(self.short))])
+        elif self.short:
+            short = int(rng.integers(min(self.short), max(self.short) + 1))
+        return replace(rule, short=short, long=self.long or rule.long)
+
+    def _jittered(self, rng: np.random.Generator, placement: Placement, rule: Preprocess) -> Placement:
+        height, width = placement.size
+        canvas = self.size or self._scaled(rng, rule).size(height, width)
+        low, high = self.jitter or (1.0, 1.0)
+        # detectron2's reading of the paper: the factor is on the canvas; the picture fills it as far as its shape lets.
+        ratio = rng.uniform(low, high) * min(canvas[0] / height, canvas[1] / width)
+        large = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+        part = (min(large[0], canvas[0]), min(large[1], canvas[1]))
+        y0, x0 = (int(rng.integers(whole - kept + 1)) for whole, kept in zip(large, part, strict=True))
+        return placement.then_resize(large).then_crop(x0, y0, part)
+
+    def _colours(self, rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
+        drawn = []
+        for name in _COLOURS:
+            reach = getattr(self, name)
+            if reach:
+                drawn.append((name, float(rng.uniform(-reach, reach)) + (0.0 if name == "hue" else 1.0)))
+        return tuple(drawn)
+
+    # ---- doing ---------------------------------------------------------------------------------------------------
+
+    def apply(
+        self,
+        sample: Sample,
+        drawn: Drawn,
+        *,
+        resample: Literal["pillow", "tensor"] = "pillow",
+        mirrored_joints: Sequence[int] | None = PERSON_JOINTS_MIRRORED,
+    ) -> Laid:
+        """The picture and its objects on the network's grid. Objects with nothing left in the window are dropped;
+        boxes of those that were cut are those of what is left of their masks."""
+        picture = _tinted(place_picture(sample.picture, drawn.placement, resample), drawn.colours)
+        target = place_target(sample.target, drawn.placement, mirrored_joints, self.min_area)
+        return Laid(picture, target, drawn.placement)
+
+    def overlay(self, rng: np.random.Generator, below: Laid, above: Laid) -> Laid:
+        """Copy-paste: a random half of the objects of `above` laid over `below`; masks are what stays visible.
+
+        On a fixed canvas (`size`) the picture grows to where both reach; otherwise what reaches beyond is cut.
+        Covered joints become hidden ones.
+        """
+        chosen = torch.from_numpy(rng.random(len(above.target)) < 0.5)
+        pasted = above.target[chosen]
+        size = below.placement.size
+        if self.size is not None:
+            size = (max(size[0], above.placement.size[0]), max(size[1], above.placement.size[1]))
+        frame = Placement.identity(above.placement.size).then_crop(0, 0, size)
+        pasted = settled(pasted.place(frame), pasted.boxes, frame, self.min_area)
+        if not len(pasted):
+            return below
+        placement = below.placement.then_crop(0, 0, size)
+        pasted = replace(pasted, masks=cast(Masks, pasted.masks).pack())
+        under = below.target.place(Placement.identity(below.placement.size).then_crop(0, 0, size), None)
+        cover = cast(Masks, pasted.masks).union()
+        plane = cover.dense()[0]
+        grown = _grown(below.picture, size)
+        picture = torch.where(plane, _grown(above.picture, size), grown)
+        under = _uncovered(under, cover, plane, self.min_area)
+        return Laid(picture, Instances.join([under, pasted]), placement)
+
+
+def place_picture(picture: UInt8[Tensor, "c H W"], placement: Placement, resample: str = "pillow") -> Tensor:
+    """The picture on the network's grid, (C, h, w), resampled once; `placement.size` must lie within the picture.
+
+    "pillow" is 8-bit bilinear with anti-aliasing (uint8), "tensor" bilinear without (float32, 0 ... 255): the rule
+    that the system is also tested by, see `Preprocess`.
+    """
+    height, width = picture.shape[1:]
+    (h, w), (sx, sy), (ox, oy) = placement.size, placement.scale, placement.offset
+    x0, x1 = np.clip([-ox / sx, (w - ox) / sx], 0, width)
+    y0, y1 = np.clip([-oy / sy, (h - oy) / sy], 0, height)
+    if placement.mirrored:
+        x0, x1 = width - x1, width - x0
+    whole = abs(x0) + abs(y0) + abs(x1 - width) + abs(y1 - height) < 1e-6
+    if whole and (h, w) == (height, width):
+        result = picture if resample == "pillow" else picture.float()
+    elif resample == "pillow":
+        result = _pillow(picture, (h, w), None if whole else (float(x0), float(y0), float(x1), float(y1)))
+    elif whole:
+        result = torch.nn.functional.interpolate(picture.float()[None], (h, w), mode="bilinear", align_corners=False)[0]
+    else:
+        xs = (torch.arange(w) + 0.5) * (float(x1 - x0) / w) + float(x0)
+        ys = (torch.arange(h) + 0.5) * (float(y1 - y0) / h) + float(y0)
+        grid = torch.stack(torch.meshgrid(xs / width * 2 - 1, ys / height * 2 - 1, indexing="xy"), -1)
+        result = torch.nn.functional.grid_sample(
+            picture.float()[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False
+        )[0]
+    return result.flip(-1) if placement.mirrored else result
+
+
+def place_target(
+    target: Instances, placement: Placement, mirrored_joints: Sequence[int] | None, min_area: int = 1
+) -> Instances:
+    """The objects on the network's grid, without those of which nothing is left."""
+    return settled(target.place(placement, mirrored_joints), target.boxes, placement, min_area)
+
+
+def settled(placed: Instances, before: Float[Tensor, "n 4"], placement: Placement, min_area: int = 1) -> Instances:
+    """Objects after a placement: those that were cut have the boxes of what is left, those with nothing left are gone.
+
+    `before` are their boxes on the picture. Boxes of objects that were not cut stay the annotators'.
+    """
+    if not len(placed) or placed.masks is None:
+        return placed
+    height, width = placement.size
+    moved = placement.boxes_to_input(before)
+    limits = moved.new_tensor([width, height])
+    cut = (moved[:, :2] < -0.5).any(1) | (moved[:, 2:] > limits + 0.5).any(1)
+    looked = cut if placed.masks.kind == "polygon" else torch.ones_like(cut)
+    if not looked.any():
+        return placed
+    masks = placed.masks[looked].pack()
+    boxes, areas = placed.boxes.clone(), torch.full((len(placed),), float(min_area))
+    areas[looked] = masks.areas().float()
+    tight = boxes[looked]
+    tight[cut[looked]] = masks.boxes()[cut[looked]]
+    boxes[looked] = tight
+    # An object shrunk to nothing is gone; one that is merely small stays, unless it was cut.
+    gone = (areas < 1) | (cut & (areas < min_area))
+    return replace(placed, boxes=boxes)[~gone]
+
+
+def _uncovered(target: Instances, cover: Masks, plane: Tensor, min_area: int) -> Instances:
+    """What is still to be seen of each object under `cover`, one mask that is also given as a plane."""
+    if not len(target) or target.masks is None:
+        return target
+    size = target.image_size
+    frame = cover.boxes()[0]
+    near = ((target.boxes[:, :2] < frame[2:]) & (target.boxes[:, 2:] > frame[:2])).all(1)
+    open_part = {"size": list(size), "counts": _complement(cover.rle()[0]["counts"])}
+    before = target.masks.pack().rle()
+    after = list(before)
+    for index in near.nonzero().flatten().tolist():
+        after[index] = coco.merge(cast(Any, [before[index], open_part]), intersect=True)
+    masks = Masks("rle", [code["counts"] for code in after], size)
+    areas = masks.areas()
+    touched = near & (areas < Masks("rle", [code["counts"] for code in before], size).areas())
+    boxes = torch.where(touched[:, None], masks.boxes(), target.boxes)
+    points = target.keypoints
+    if points is not None:
+        xy = points[..., :2].long()
+        hit = plane[xy[..., 1].clamp(0, size[0] - 1), xy[..., 0].clamp(0, size[1] - 1)] & near[:, None]
+        points = points.clone()
+        points[..., 2] = torch.where(hit & (points[..., 2] > 1), 1.0, points[..., 2])
+    return replace(target, boxes=boxes, masks=masks, keypoints=points)[~(touched & (areas < min_area))]
+
+
+def _complement(text: bytes) -> bytes:
+    lengths = rle.decode_counts(text)
+    return rle.encode_counts(lengths[1:] if lengths[0] == 0 and len(lengths) > 1 else np.concatenate([[0], lengths]))
+
+
+def _grown(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """The picture at the upper left of a plane of `size`, cut or continued in mid-grey."""
+    picture = picture[:, : size[0], : size[1]]
+    if tuple(picture.shape[1:]) == size:
+        return picture
+    plane = picture.new_full((len(picture), *size), 114)
+    plane[:, : picture.shape[1], : picture.shape[2]] = picture
+    return plane
+
+
+def _pillow(picture: Tensor, size: tuple[int, int], box: tuple[float, float, float, float] | None) -> Tensor:
+    from PIL import Image
+
+    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    resized = np.array(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+    return torch.from_numpy(resized).permute(2, 0, 1)
+
+
+def _tinted(picture: Tensor, colours: tuple[tuple[str, float], ...]) -> Tensor:
+    if not colours:
+        return picture
+    from torchvision.transforms.v2 import functional as pixels
+
+    whole = picture.dtype == torch.uint8
+    values = picture.contiguous() if whole else picture / 255
+    for name, factor in colours:
+        values = getattr(pixels, f"adjust_{name}")(values, factor)
+    return values if whole else values * 255

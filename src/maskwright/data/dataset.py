@@ -1,0 +1,98 @@
+"""What every data set is: pictures with objects, without a word on where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.utils.data
+from jaxtyping import UInt8
+from torch import Tensor
+
+from maskwright.structures import Instances
+
+# COCO's person joints, in its order.
+PERSON_JOINTS = (
+    "nose",
+    *(f"{side}_{part}" for part in ("eye", "ear", "shoulder", "elbow", "wrist") for side in ("left", "right")),
+    *(f"{side}_{part}" for part in ("hip", "knee", "ankle") for side in ("left", "right")),
+)
+
+
+@dataclass
+class Sample:
+    """One picture as it is on disk, with what is annotated on it (in the picture's own frame)."""
+
+    picture: UInt8[Tensor, "3 H W"]
+    target: Instances
+    id: int | str
+    path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """For messages: the file, or the id where there is none."""
+        return str(self.path) if self.path is not None else str(self.id)
+
+
+class Dataset(torch.utils.data.Dataset[Sample]):
+    """Pictures with annotated objects; label k is called `classes[k]` and is `category_ids[k]` in the file.
+
+    `joints` are the names of the keypoints where the set has them. `strict` tells a loader what to do with a picture
+    that turns out to be broken in the middle of a run: stop, or leave it out with a warning.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    joints: tuple[str, ...] | None = None
+    strict: bool = False
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Sample:
+        raise NotImplementedError
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """H, W of each picture; nothing is decoded."""
+        raise NotImplementedError
+
+    def image_ids(self) -> list[int | str]:
+        """The set's own ids, exact."""
+        raise NotImplementedError
+
+    def targets(self, index: int) -> Instances:
+        """The objects of one picture without decoding the picture; `crowd` and `ids` are filled."""
+        raise NotImplementedError
+
+    def areas(self, index: int) -> np.ndarray:
+        """(N,) float64: the size of each object as the evaluation counts it. A file's own numbers where it has any."""
+        masks = self.targets(index).masks
+        assert masks is not None
+        return masks.areas().double().numpy()
+
+    def annotation_ids(self, index: int) -> list[Any]:
+        """The objects' own ids, exact, also where they do not fit into the 64 bits of `Instances.ids`."""
+        ids = self.targets(index).ids
+        return [] if ids is None else ids.tolist()
+
+
+def mirrored_joints(joints: Sequence[str] | None) -> tuple[int, ...] | None:
+    """What each joint is called in the mirror: names with "left" and "right" change places, others stay."""
+    if joints is None:
+        return None
+    order = {name: number for number, name in enumerate(joints)}
+
+    def other(name: str) -> str:
+        for one, two in (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")):
+            if one in name or two in name:
+                return name.replace(one, "\0").replace(two, one).replace("\0", two)
+        for one, two in (("l_", "r_"), ("L_", "R_")):
+            if name.startswith((one, two)):
+                return (two if name.startswith(one) else one) + name[2:]
+        return name
+
+    return tuple(order.get(other(name), number) for number, name in enumerate(joints))
