@@ -193,7 +193,8 @@ def test_every_link_to_a_file_leads_somewhere(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_every_command_in_the_documents_is_one(path, capsys):
     shown = {}
-    text = path.read_text("utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    text = "".join(blocks).replace("\\\n", " ")
     for line in re.findall(r"^ *(?:\$ )?(?:\.venv/bin/)?maskwright (.+)$", text, re.MULTILINE):
         verb, *rest = line.split("#")[0].split()
         if verb == "--help":

@@ -102,10 +102,11 @@ def evaluate(
 ) -> int:
     """Measure weights on a data set with annotations: AP of masks and boxes, as COCO counts it.
 
-    Classes are matched by name. With --out, OUT/result.json and the page OUT/report.html are written too.
+    Classes are matched by name. With --out, OUT/result.json and the page OUT/report.html are written too; in a run
+    folder the page then shows the curves of the training as well.
 
     Examples:
-      maskwright evaluate runs/first/best.safetensors --data my-pictures
+      maskwright evaluate runs/first/best.safetensors --data my-pictures --out runs/first
       maskwright evaluate mask_rcnn_R_50_FPN_3x.pkl --data coco --split val2017 --out runs/published
 
     Args:
@@ -128,7 +129,7 @@ def evaluate(
     say(str(result))
     if out is not None:
         result.save(out / "result.json")
-        say(f"report: {write_report(result, out / 'report.html')}")
+        say(f"report: {write_report(out, out / 'report.html')}")
     return 0
 
 
@@ -327,16 +328,24 @@ def systems(name: Annotated[str | None, Positional, arg(metavar="NAME")] = None)
     return 0
 
 
-def checkpoints(*, system: str | None = None, commercial_ok: bool = False) -> int:
-    """List the published weights that can be named instead of a file, with size and licence.
+def checkpoints(
+    name: Annotated[str | None, Positional, arg(metavar="NAME")] = None,
+    *,
+    system: str | None = None,
+    commercial_ok: bool = False,
+) -> int:
+    """List the published weights that can be named instead of a file, and their licences.
 
-    A download says the licence first; it resumes where it was cut off and is checked.
+    With a NAME: its address, terms and published scores. Nothing is downloaded here; when a verb does, the terms are
+    shown first, the download resumes where it was cut off, and it is checked.
 
     Examples:
       maskwright checkpoints --commercial-ok
-      maskwright predict photo.jpg --weights NAME
+      maskwright checkpoints mask-rcnn-r50-fpn-3x
+      maskwright predict photo.jpg --weights mask-rcnn-r50-fpn-3x
 
     Args:
+        name: One entry of the list.
         system: Only those of this system.
         commercial_ok: Only those whose licence allows commercial use.
     """
@@ -345,8 +354,15 @@ def checkpoints(*, system: str | None = None, commercial_ok: bool = False) -> in
 
     if system is not None:
         choose(system, names(), "system")
-    for entry in list_checkpoints(commercial_ok, system):
-        say(entry.terms())
+    entries = {entry.name: entry for entry in list_checkpoints(commercial_ok, system)}
+    if name is not None:
+        say(entries[choose(name, entries, "entry of the catalogue")].terms())
+        return 0
+    width = max(map(len, entries), default=0)
+    for entry in entries.values():
+        scores = ", ".join(f"{score.what} {score.value:g}" for score in entry.published)
+        use = "" if entry.commercial == "yes" else " (on conditions)" if entry.commercial == "attribution" else " (NO)"
+        say(f"{entry.name:{width}}  {scores:30}  {entry.weights_licence}; commercial use{use or ' allowed'}")
     return 0
 
 
