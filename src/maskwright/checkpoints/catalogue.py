@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from maskwright.systems import Score
 
@@ -33,6 +34,7 @@ class Entry:
     md5: str = ""  # likewise
     published: tuple[Score, ...] = ()
     variant: str | None = None  # for files whose keys and shapes do not say what they are
+    options: Mapping[str, Any] = field(default_factory=dict)  # likewise, laid over what was recognised
 
     @property
     def file(self) -> str:
@@ -116,6 +118,7 @@ def parse_catalogue(text: str) -> tuple[Entry, ...]:
                         if kind in file
                     ),
                     variant=file.get("variant"),
+                    options=file.get("options", {}),
                 )
             )
     return tuple(entries)

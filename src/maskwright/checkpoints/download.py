@@ -6,7 +6,6 @@ import contextlib
 import errno
 import hashlib
 import http.client
-import io
 import json
 import os
 import re
@@ -270,9 +269,7 @@ def _take(want: _Want, answer: Any, have: int, note: _Note, show: Callable[[int,
     return resumed
 
 
-def _pour(
-    answer: Any, file: io.BufferedIOBase, have: int, total: int | None, show: Callable[[int, int | None], None]
-) -> int:
+def _pour(answer: Any, file: Any, have: int, total: int | None, show: Callable[[int, int | None], None]) -> int:
     show(have, total)
     while True:
         try:
@@ -377,7 +374,7 @@ def _alone(target: Path) -> Iterator[None]:
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: io.BufferedIOBase) -> bool:
+    def _lock(file: Any) -> bool:
         file.seek(0)
         try:
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -385,14 +382,14 @@ if sys.platform == "win32":
             return False
         return True
 
-    def _unlock(file: io.BufferedIOBase) -> None:
+    def _unlock(file: Any) -> None:
         file.seek(0)
         msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
 
 else:
     import fcntl
 
-    def _lock(file: io.BufferedIOBase) -> bool:
+    def _lock(file: Any) -> bool:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -400,7 +397,7 @@ else:
             return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EINTR)
         return True
 
-    def _unlock(file: io.BufferedIOBase) -> None:
+    def _unlock(file: Any) -> None:
         with contextlib.suppress(OSError):
             fcntl.flock(file.fileno(), fcntl.LOCK_UN)
 

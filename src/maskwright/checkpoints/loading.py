@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,9 @@ def load(
         entry = entry or entry_of_file(path)
         variant = variant or (entry.variant if entry else None)
         found = _recognise(state, about, variant, str(path))
+        if entry is not None and entry.options:
+            options = {**found.candidate.options, **entry.options}
+            found = replace(found, candidate=replace(found.candidate, options=options))
         note = _note(path, found.origin, entry, about)
         _check_licence(str(path), note, commercial_ok)
         system = _build(found, str(path), classes, overrides)
@@ -107,7 +110,9 @@ def _note(path: Path, origin: Origin, entry: Entry | None, about: Mapping[str, A
         note |= {"name": entry.name, "url": entry.url, "commercial": entry.commercial}
         note |= {"code_licence": entry.code_licence, "weights_licence": entry.weights_licence}
     else:
-        note |= {"code_licence": origin.code_licence, "weights_licence": origin.weights_licence}
+        # The layout tells who wrote the code, not who trained the weights.
+        published = f"; files published in this layout are {origin.weights_licence}" if origin.weights_licence else ""
+        note |= {"code_licence": origin.code_licence, "weights_licence": f"not known{published}"}
         note |= {"commercial": "unknown" if allows_commercial(origin.weights_licence) else "no"}
     author = about["container"].get("__author__")
     return note | ({"author": author} if isinstance(author, str) else {})

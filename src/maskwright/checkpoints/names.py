@@ -20,6 +20,12 @@ COCO_IDS = tuple(i for i in range(1, 91) if i not in _GAPS)
 CITYSCAPES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 
 
+def coco_by_id() -> tuple[str, ...]:
+    """Names for ids 1 ... 90; "N/A" for those that COCO announced and never used."""
+    names = dict(zip(COCO_IDS, COCO, strict=True))
+    return tuple(names.get(i, "N/A") for i in range(1, 91))
+
+
 def class_names(count: int) -> tuple[str, ...]:
     """Names for a head of so many classes: COCO's for 80, Cityscapes' for 8, else "person" (1) or "class 0", ..."""
     known = {len(COCO): COCO, len(CITYSCAPES): CITYSCAPES, 1: ("person",)}

@@ -157,12 +157,17 @@ class TypeRecord:
             self.letters = order + self.letters.lstrip("<>=|")
 
     def dtype(self, path: str) -> np.dtype:
-        if not re.fullmatch(r"[<>=|]?([biufcSUa]\d{1,9}|\?)", self.letters):
+        if not re.fullmatch(r"[<>=|]?([biufcSU]\d{1,9}|\?)", self.letters):
             raise UnsafeCheckpointError(
                 f"{path}: it holds an array of {self.letters!r}, which may carry objects of any kind; only numbers and "
                 "text are read, nothing was executed"
             )
-        return np.dtype(self.letters)
+        try:
+            return np.dtype(self.letters)
+        except TypeError:
+            raise CheckpointError(
+                f"{path}: an array of type {self.letters!r}, which does not exist; the file is damaged, fetch it again"
+            ) from None
 
     def __str__(self) -> str:
         return self.letters
