@@ -6,6 +6,7 @@ from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample, mirrored_joi
 from maskwright.data.findings import DataWarning, Finding
 from maskwright.data.loader import Loader, make_loader
 from maskwright.data.pictures import read_picture, read_size
+from maskwright.data.scenes import Scenes
 
 __all__ = [
     "PERSON_JOINTS",
@@ -16,6 +17,7 @@ __all__ = [
     "Finding",
     "Loader",
     "Sample",
+    "Scenes",
     "make_loader",
     "mirrored_joints",
     "open_dataset",

@@ -1,0 +1,430 @@
+"""Generated scenes: pictures with objects that cost nothing, need no licence and are the same everywhere.
+
+Textured shapes lie over each other on a textured ground; the class is in the shape alone, never in the colour. Masks
+are what is to be seen of each object: covered parts and holes are cut out. `difficulty` goes from a few large, clear
+shapes apart from each other (0) to many, small, faint and half hidden ones among clutter (1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+
+from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample
+from maskwright.data.drawing_shapes import SHAPES, Stamp, draw_figure, draw_shape
+from maskwright.errors import DataError, UsageError
+from maskwright.structures import Instances, Masks
+
+CLASSES = ("disc", "ring", "star", "box", "crescent", "cross")
+_POOL = 512  # side of the ready-made noise
+
+
+@dataclass
+class _Thing:
+    """One object of a scene: what it looks like is drawn later, where it is is known."""
+
+    stamp: Stamp
+    label: int
+    area: int  # pixels inside the picture, were nothing over it
+
+
+@dataclass
+class _Layout:
+    things: list[_Thing]
+    owner: np.ndarray  # (H, W) int16: which thing is seen at a pixel, -1 for the ground
+
+
+class Scenes(Dataset):
+    """`count` generated pictures of `size` (H, W); picture i depends on seed and i alone.
+
+    classes     of "disc", "ring", "star", "box", "crescent", "cross", "triangle", "heart"
+    difficulty  0 easy ... 1 hard
+    keypoints   instead of shapes, people ("figure") with COCO's 17 joints; shapes are then what they hide behind
+    empty       share of pictures without any object
+
+    About 5 ms per picture of 192 x 192 on one core. Ids of pictures are 1, 2, ...
+    """
+
+    def __init__(
+        self,
+        count: int,
+        size: tuple[int, int] = (192, 192),
+        seed: int = 0,
+        classes: Sequence[str] = CLASSES,
+        difficulty: float = 0.5,
+        keypoints: bool = False,
+        empty: float = 0.04,
+    ):
+        unknown = [name for name in classes if name not in SHAPES]
+        if unknown or not classes or len(set(classes)) < len(classes):
+            raise UsageError(f"scenes cannot draw {tuple(classes)}; choose some of {', '.join(SHAPES)}, each once")
+        if count < 0 or min(size) < 16 or not 0 <= difficulty <= 1 or not 0 <= empty <= 1 or seed < 0:
+            raise UsageError(
+                f"scenes: count {count}, size {size}, seed {seed}, difficulty {difficulty}, empty {empty}; count and "
+                "seed must be 0 or more, sides at least 16, difficulty and empty from 0 to 1"
+            )
+        self.count, self.size, self.seed = count, (int(size[0]), int(size[1])), seed
+        self.shapes, self.difficulty, self.keypoints, self.empty = tuple(classes), difficulty, keypoints, empty
+        self.classes = ("figure",) if keypoints else tuple(classes)
+        self.category_ids = tuple(range(1, len(self.classes) + 1))
+        self.joints = PERSON_JOINTS if keypoints else None
+        self.name = f"scenes (seed {seed}, difficulty {difficulty:g}{', figures' if keypoints else ''})"
+        self.strict = True
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {self.count} pictures of {self.size[0]} x {self.size[1]}, {len(self.classes)} classes"
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(self.count)[index]
+        layout = self._layout(index)
+        pixels = torch.from_numpy(self._paint(index, layout)).permute(2, 0, 1)
+        return Sample(pixels, self._target(index, layout), index + 1)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return [self.size] * self.count
+
+    def image_ids(self) -> list[int | str]:
+        return list(range(1, self.count + 1))
+
+    def targets(self, index: int) -> Instances:
+        index = range(self.count)[index]
+        return self._target(index, self._layout(index))
+
+    # ---- what is where -------------------------------------------------------------------------------------------
+
+    def _layout(self, index: int) -> _Layout:
+        rng = np.random.default_rng((self.seed, index))
+        height, width = self.size
+        hard, short = self.difficulty, min(self.size)
+        layout = _Layout([], np.full(self.size, -1, np.int16))
+        if rng.random() < self.empty:
+            return layout
+        left: list[int] = []  # visible pixels of each thing so far
+        fewest = 0.25 + 0.5 * (1 - hard)  # share of an object that must stay in sight
+        for _ in range(int(rng.integers(2, 5 + round(11 * hard)))):
+            figure = self.keypoints and rng.random() < 0.7
+            label = 0 if self.keypoints else int(rng.integers(len(self.shapes)))
+            reach = (0.16 + 0.1 * (1 - hard), 0.42) if figure else (0.16 - 0.1 * hard, 0.26)
+            for _ in range(6):
+                # Small ones are more frequent, as in the world.
+                radius = short * reach[0] * (reach[1] / reach[0]) ** (rng.random() ** (0.8 + 0.5 * hard))
+                centre = (rng.uniform(-0.1, 1.1) * width, rng.uniform(-0.1, 1.1) * height)
+                if figure:
+                    stamp = draw_figure(rng, centre, radius, 0.25 + 0.75 * hard)
+                else:
+                    stamp = draw_shape(
+                        self.shapes[int(rng.integers(len(self.shapes)))] if self.keypoints else self.shapes[label],
+                        rng,
+                        centre,
+                        radius,
+                    )
+                if self._lay(layout, left, stamp, label if figure or not self.keypoints else -1, fewest):
+                    break
+        return layout
+
+    def _lay(self, layout: _Layout, left: list[int], stamp: Stamp, label: int, fewest: float) -> bool:
+        """Put a stamp on top unless too little of it, or of what it covers, would be seen."""
+        mask, window = _cut(stamp.alpha, stamp, self.size)
+        solid = mask >= 128
+        area = int(np.count_nonzero(solid))
+        if area < 20 or area < 0.5 * np.count_nonzero(stamp.alpha >= 128):
+            return False
+        below = layout.owner[window]
+        covered = np.bincount(below[solid] + 1, minlength=len(left) + 1)[1:]
+        if self.difficulty < 0.15 and covered.any():
+            return False
+        after = [seen - lost for seen, lost in zip(left, covered.tolist(), strict=True)]
+        if any(seen < max(12, fewest * t.area) for seen, t in zip(after, layout.things, strict=True)):
+            return False
+        below[solid] = len(left)
+        left[:] = [*after, area]
+        layout.things.append(_Thing(stamp, label, area))
+        return True
+
+    def _target(self, index: int, layout: _Layout) -> Instances:
+        chosen = [n for n, thing in enumerate(layout.things) if thing.label >= 0]
+        crops, corners = [], []
+        for n in chosen:
+            stamp = layout.things[n].stamp
+            _, window = _cut(stamp.alpha, stamp, self.size)
+            crops.append(layout.owner[window] == n)
+            corners.append((window[1].start, window[0].start))
+        masks = Masks.from_crops(crops, torch.tensor(corners, dtype=torch.int64).reshape(-1, 2), self.size)
+        return Instances(
+            self.size,
+            masks.boxes(),
+            torch.tensor([layout.things[n].label for n in chosen], dtype=torch.int64),
+            masks,
+            keypoints=self._joints(layout, chosen) if self.keypoints else None,
+            crowd=torch.zeros(len(chosen), dtype=torch.bool),
+            ids=torch.arange(len(chosen)) + index * 1000 + 1,
+        )
+
+    def _joints(self, layout: _Layout, chosen: list[int]) -> torch.Tensor:
+        """(N, 17, 3): 2 where the figure is seen at the joint, 1 where something lies over it, 0 outside."""
+        height, width = self.size
+        points = torch.zeros(len(chosen), len(PERSON_JOINTS), 3)
+        for row, n in enumerate(chosen):
+            joints = layout.things[n].stamp.joints
+            assert joints is not None
+            inside = ((joints >= 0) & (joints < (width, height))).all(1)
+            x, y = np.clip(joints.astype(int), 0, (width - 1, height - 1)).T
+            mark = np.where(layout.owner[y, x] == n, 2, 1) * inside
+            points[row] = torch.from_numpy(np.concatenate([joints * inside[:, None], mark[:, None]], 1))
+        return points
+
+    # ---- what it looks like --------------------------------------------------------------------------------------
+
+    def _paint(self, index: int, layout: _Layout) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, index, 1))
+        hard = self.difficulty
+        canvas, ground = _ground(rng, self.size, hard)
+        _clutter(rng, canvas, hard)
+        for thing in layout.things:
+            _paint_thing(rng, canvas, thing.stamp, ground, hard)
+        grain = _noise()[0]
+        canvas += _piece(rng, grain, self.size)[..., None] * (2 + 10 * hard * rng.random())
+        return np.clip(canvas, 0, 255).astype(np.uint8)
+
+    # ---- to disk -------------------------------------------------------------------------------------------------
+
+    def write(self, folder: str | Path, split: str = "train") -> Path:
+        """As a COCO data set: FOLDER/SPLIT/*.png and FOLDER/annotations/instances_SPLIT.json, which is returned.
+
+        With figures also person_keypoints_SPLIT.json. Reading it back gives the same pictures and masks.
+        """
+        from maskwright.data.coco import write_coco
+
+        folder = Path(folder)
+        try:
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            (folder / "annotations").mkdir(exist_ok=True)
+            images, annotations = [], []
+            for index in range(self.count):
+                sample = self[index]
+                name = f"{index + 1:06d}.png"
+                beside = folder / split / f".{name}.part"
+                Image.fromarray(sample.picture.permute(1, 2, 0).numpy()).save(beside, "PNG")
+                beside.replace(folder / split / name)
+                images.append({"id": index + 1, "file_name": name, "height": self.size[0], "width": self.size[1]})
+                annotations += self._records(index, sample.target)
+        except OSError as error:
+            raise DataError(
+                f"{folder}: cannot be written ({error.strerror}); free some space or choose another place"
+            ) from None
+        categories: list[dict[str, Any]] = [
+            {"id": number, "name": name} for number, name in zip(self.category_ids, self.classes, strict=True)
+        ]
+        if self.joints:
+            categories[0]["keypoints"] = list(self.joints)
+        content = {
+            "info": {"description": repr(self)},
+            "images": images,
+            "annotations": annotations,
+            "categories": categories,
+        }
+        if self.joints:
+            write_coco(folder / "annotations" / f"person_keypoints_{split}.json", content)
+        path = folder / "annotations" / f"instances_{split}.json"
+        write_coco(path, content)
+        return path
+
+    def _records(self, index: int, target: Instances) -> list[dict[str, Any]]:
+        assert target.masks is not None
+        assert target.ids is not None
+        areas = target.masks.areas().tolist()
+        records = target.to_coco(index + 1, self.category_ids)
+        for row, (record, number) in enumerate(zip(records, target.ids.tolist(), strict=True)):
+            record.update(id=number, area=areas[row], iscrowd=0)
+            if target.keypoints is not None:
+                points = target.keypoints[row].double()
+                points[:, :2] -= 0.5 * (points[:, 2:] > 0)  # COCO counts pixels
+                record["keypoints"] = [round(v, 3) for v in points.flatten().tolist()]
+                record["num_keypoints"] = int((points[:, 2] > 0).sum())
+        return records
+
+
+def parse_scenes(text: str, split: str, keypoints: bool = False) -> Scenes:
+    """What "scenes:count=200,size=192x256,seed=0,difficulty=0.5,classes=disc+ring,empty=0.1,val=50" means.
+
+    Splits other than "train" hold other pictures, `val` of them (a quarter of `count` unless given).
+    """
+    options: dict[str, str] = {}
+    for part in filter(None, text.partition(":")[2].split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or name not in ("count", "size", "seed", "difficulty", "classes", "empty", "val"):
+            raise UsageError(
+                f"{text!r}: {part!r} is no option of scenes; known are count, size, seed, difficulty, classes, empty, "
+                "val, as in scenes:count=200,size=192"
+            )
+        options[name] = value
+    try:
+        count = int(options.get("count", 200))
+        seed = int(options.get("seed", 0))
+        sides = [int(v) for v in options.get("size", "192").split("x")]
+        difficulty = float(options.get("difficulty", 0.5))
+        empty = float(options.get("empty", 0.04))
+        held = int(options.get("val", max(1, count // 4)))
+        if len(sides) not in (1, 2):
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"{text!r}: numbers were expected, as in scenes:count=200,size=192x256,difficulty=0.5"
+        ) from None
+    classes = tuple(options["classes"].split("+")) if "classes" in options else CLASSES
+    # Seeds of the splits lie so far apart that no two runs with neighbouring seeds share pictures.
+    offset = {"train": 0, "val": 1}.get(split, 2) * 1_000_003
+    return Scenes(
+        count if split == "train" else held,
+        (sides[0], sides[-1]),
+        seed + offset,
+        classes,
+        difficulty,
+        keypoints,
+        empty,
+    )
+
+
+# ---- paint -------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _noise() -> tuple[np.ndarray, ...]:
+    """Ready-made fields (512, 512) float32 with mean 0 and deviation 1, from grain to clouds; they tile."""
+    rng = np.random.default_rng(20)
+    fields = []
+    for cell in (1, 4, 16, 64):
+        rough = rng.standard_normal((_POOL // cell, _POOL // cell)).astype(np.float32)
+        wide = np.pad(rough, 4, mode="wrap")
+        large = Image.fromarray(wide).resize((wide.shape[1] * cell, wide.shape[0] * cell), Image.Resampling.BICUBIC)
+        field = np.asarray(large)[4 * cell : 4 * cell + _POOL, 4 * cell : 4 * cell + _POOL]
+        fields.append(field / field.std())
+    return tuple(fields)
+
+
+def _piece(rng: np.random.Generator, field: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A part of a field at a random place."""
+    y, x = rng.integers(_POOL, size=2)
+    if y + size[0] <= _POOL and x + size[1] <= _POOL:
+        return field[y : y + size[0], x : x + size[1]]
+    return field[(y + np.arange(size[0])) % _POOL][:, (x + np.arange(size[1])) % _POOL]
+
+
+def _ground(rng: np.random.Generator, size: tuple[int, int], hard: float) -> tuple[np.ndarray, np.ndarray]:
+    """The background (H, W, 3) float32 and its mean colour."""
+    height, width = size
+    tone = rng.uniform(50, 205)
+    first = tone + rng.uniform(-45, 45, 3)
+    second = first + rng.uniform(-1, 1, 3) * (25 + 30 * hard)
+    turn = rng.uniform(0, 2 * np.pi)
+    along = np.linspace(0, np.cos(turn), width, dtype=np.float32) + np.linspace(0, np.sin(turn), height)[:, None]
+    blend = along + 0.25 * _piece(rng, _noise()[3], size)
+    canvas = first.astype(np.float32) + blend[..., None].astype(np.float32) * (second - first).astype(np.float32)
+    rough = _noise()[int(rng.integers(1, 3))]
+    canvas += _piece(rng, rough, size)[..., None] * rng.uniform(2, 4 + 14 * hard)
+    if rng.random() < 0.2 + 0.5 * hard:
+        across = np.float32(rng.uniform(0.15, 0.6))
+        turn = rng.uniform(0, np.pi)
+        waves = np.sin(
+            np.arange(width, dtype=np.float32) * across * np.float32(np.cos(turn))
+            + np.arange(height, dtype=np.float32)[:, None] * across * np.float32(np.sin(turn))
+        )
+        canvas += (waves * np.float32(3 + 10 * hard * rng.random()))[..., None]
+    return canvas, canvas[::8, ::8].mean((0, 1))
+
+
+def _clutter(rng: np.random.Generator, canvas: np.ndarray, hard: float) -> None:
+    """Things that are of no class: hairs, scratches and faint smudges."""
+    height, width = canvas.shape[:2]
+    count = int(rng.integers(0, 2 + round(8 * hard)))
+    if not count:
+        return
+    half = (max(1, width // 2), max(1, height // 2))
+    plane = Image.new("L", half)
+    pen = ImageDraw.Draw(plane)
+    for _ in range(count):
+        start = rng.uniform(0, 1, 2) * half
+        if rng.random() < 0.6:
+            steps = rng.normal(0, 0.06 * max(half), (5, 2)) + rng.normal(0, 0.05 * max(half), 2)
+            line = np.concatenate([start[None], start + np.cumsum(steps, 0)])
+            pen.line(line.ravel().tolist(), fill=int(rng.integers(90, 200)), width=int(rng.integers(1, 3)))
+        else:
+            reach = rng.uniform(0.03, 0.1, 2) * min(half)
+            pen.ellipse([*(start - reach), *(start + reach)], fill=int(rng.integers(30, 90)))
+    soft = plane.resize((width, height), Image.Resampling.BICUBIC)
+    strength = np.asarray(soft, dtype=np.float32)[..., None] / 255
+    canvas += strength * rng.uniform(-70, 70, 3).astype(np.float32)
+
+
+def _paint_thing(rng: np.random.Generator, canvas: np.ndarray, stamp: Stamp, ground: np.ndarray, hard: float) -> None:
+    size = canvas.shape[:2]
+    height, width = stamp.alpha.shape
+    fall = max(1, round(stamp.radius * 0.07))
+    shadow = np.asarray(Image.fromarray(stamp.alpha).filter(ImageFilter.BoxBlur(fall)))
+    part, window = _cut(shadow, Stamp(shadow, stamp.x0 + fall, stamp.y0 + fall, stamp.radius), size)
+    canvas[window] *= 1 - part[..., None] * np.float32((0.42 - 0.2 * hard) / 255)
+
+    across = np.linspace(-1, 1, width, dtype=np.float32)
+    down = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
+    light = 1 - np.float32(0.16) * (across + down)  # from the upper left
+    if stamp.colours is not None:
+        body = stamp.colours * light[..., None]
+    else:
+        body = (light + _texture(rng, across, down, stamp.radius, hard))[..., None] * _colour(rng, ground, hard)
+    body = body + _piece(rng, _noise()[1], (height, width))[..., None] * np.float32(2 + 6 * hard)
+    cover, window = _cut(stamp.alpha, stamp, size)
+    y, x = window[0].start - stamp.y0, window[1].start - stamp.x0
+    body = body[y : y + cover.shape[0], x : x + cover.shape[1]]
+    canvas[window] += (body - canvas[window]) * (cover[..., None] * np.float32(1 / 255))
+
+
+def _colour(rng: np.random.Generator, ground: np.ndarray, hard: float) -> np.ndarray:
+    """A colour that stands out from the ground: much where it is easy, a little where it is hard."""
+    wanted = 125 - 85 * hard
+    bright = rng.uniform(20, 245, (12, 3))
+    away = np.linalg.norm(bright - ground, axis=1)
+    good = np.flatnonzero(away >= wanted)
+    return bright[good[0] if len(good) else away.argmax()].astype(np.float32)
+
+
+def _texture(
+    rng: np.random.Generator, across: np.ndarray, down: np.ndarray, radius: float, hard: float
+) -> np.ndarray | np.float32:
+    """A pattern around 0, as a share of the object's brightness."""
+    kind = int(rng.integers(6))
+    turn = rng.uniform(0, np.pi)
+    c, s = np.float32(np.cos(turn)), np.float32(np.sin(turn))
+    # Periods of at least four pixels, so that patterns do not turn into grey.
+    often = np.float32(min(rng.uniform(4, 14), 2 * np.pi * radius / 4))
+    deep = np.float32(rng.uniform(0.06, 0.14 + 0.2 * hard))
+    if kind == 0:
+        return np.float32(0)
+    if kind == 1:
+        return np.sin((across * c + down * s) * often) * deep
+    if kind == 2:
+        return np.sign(np.sin((across * c + down * s) * often)) * deep
+    if kind == 3:
+        return np.sign(np.sin((across * c + down * s) * often) * np.sin((down * c - across * s) * often)) * deep
+    if kind == 4:
+        spots = np.cos((across * c + down * s) * often) + np.cos((down * c - across * s) * often)
+        return np.where(spots > 0.8, deep, -deep / 2).astype(np.float32)
+    return _piece(rng, _noise()[2], (len(down), len(across))) * deep * np.float32(0.7)
+
+
+def _cut(plane: np.ndarray, stamp: Stamp, size: tuple[int, int]) -> tuple[np.ndarray, tuple[slice, slice]]:
+    """The part of a stamp's plane that lies in the picture, and where."""
+    y0, x0 = max(0, stamp.y0), max(0, stamp.x0)
+    y1 = max(y0, min(size[0], stamp.y0 + plane.shape[0]))
+    x1 = max(x0, min(size[1], stamp.x0 + plane.shape[1]))
+    part = plane[y0 - stamp.y0 : y1 - stamp.y0, x0 - stamp.x0 : x1 - stamp.x0]
+    return part, (slice(y0, y1), slice(x0, x1))
