@@ -176,11 +176,10 @@ class Masks:
     def dense(self, device: torch.device | str | None = None) -> Bool[Tensor, "n h w"]:
         """Bool planes: N * H * W bytes. For a few masks, or small ones."""
         if self.kind != "dense":
-            codes = self.rle()
-            if not codes:
-                return torch.zeros(0, *self.size, dtype=torch.bool, device=device)
-            planes = torch.from_numpy(np.ascontiguousarray(coco.decode(cast(Any, codes)).transpose(2, 0, 1)))
-            return planes.to(device=device, dtype=torch.bool)
+            planes = torch.zeros(len(self), *self.size, dtype=torch.bool)
+            for plane, ((x0, y0, x1, y1), crop) in zip(planes.numpy(), self._crops(), strict=True):
+                plane[y0:y1, x0:x1] = crop
+            return planes if device is None else planes.to(device)
         return self._data if device is None else self._data.to(device)
 
     def polygons(self) -> list[list[np.ndarray]]:

@@ -86,13 +86,12 @@ def from_crop(crop: np.ndarray, x0: int, y0: int, size: tuple[int, int]) -> byte
     crop = crop[top : max(top, height - y0), left : max(left, width - x0)]
     if not crop.size:
         return from_runs(np.zeros(0, np.int64), np.zeros(0, np.int64), height * width)
-    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), np.int8)
+    columns = np.zeros((crop.shape[1], crop.shape[0] + 2), bool)
     columns[:, 1:-1] = crop.T
-    step = np.diff(columns, axis=1)
-    x, y = np.nonzero(step == 1)
-    starts = (x + x0 + left) * height + y + y0 + top
-    x, y = np.nonzero(step == -1)
-    return from_runs(starts, (x + x0 + left) * height + y + y0 + top, height * width)
+    # Every column begins and ends with background, so that changes are begin, end, begin, end ... all the way.
+    x, y = np.divmod(np.flatnonzero(columns[:, 1:] != columns[:, :-1]), columns.shape[1] - 1)
+    edges = (x + x0 + left) * height + y + y0 + top
+    return from_runs(edges[0::2], edges[1::2], height * width)
 
 
 def frame(text: bytes, height: int) -> Frame:
@@ -108,14 +107,14 @@ def frame(text: bytes, height: int) -> Frame:
 
 
 def to_crop(text: bytes, height: int) -> tuple[Frame, np.ndarray]:
-    """The tightest frame and the bool mask inside it, without making the whole plane."""
+    """The tightest frame and the bool mask inside it (a view, columns first in memory), without making the plane."""
     x0, y0, x1, y1 = box = frame(text, height)
     starts, ends = runs(text)
     line = np.zeros((x1 - x0) * height + 1, np.int8)
     line[starts - x0 * height] += 1
     line[ends - x0 * height] -= 1
     plane = np.cumsum(line[:-1], dtype=np.int8).reshape(x1 - x0, height)
-    return box, plane[:, y0:y1].T.astype(bool)
+    return box, plane.view(bool)[:, y0:y1].T
 
 
 def area(text: bytes) -> int:
