@@ -240,6 +240,13 @@ def test_unknown_options_are_the_callers_mistake(stand_in: Any, theirs: Any, tmp
         load(tmp_path / "x.pth", width=6)
 
 
+def test_devices_that_are_not_there(stand_in: Any, tmp_path: Path) -> None:
+    save(stand_in(), tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match=r"device 'abacus' cannot be used here \(.*\); use 'cpu'"):
+        load(tmp_path / "x.safetensors", device="abacus")
+    assert load(tmp_path / "x.safetensors", device=torch.device("cpu")).stem.weight.device.type == "cpu"
+
+
 def test_names_that_are_neither_file_nor_catalogue(stand_in: Any) -> None:
     with pytest.raises(
         CheckpointError, match=r"no such name in the catalogue; near in the catalogue: mask-rcnn-r50-fpn-3x"

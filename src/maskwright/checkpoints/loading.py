@@ -63,7 +63,11 @@ def load(
         _check_licence(str(path), note, commercial_ok)
         system = _build(found, str(path), classes, overrides)
         system.source = {**note, **(system.source or {})}
-    return system.eval().to(device)
+    try:
+        return system.eval().to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        words = str(error).split("\n")[0][:160]
+        raise UsageError(f"device {str(device)!r} cannot be used here ({words}); use 'cpu'") from None
 
 
 def convert(
