@@ -1,6 +1,7 @@
 """From files to batches: reading, checking, generated scenes, augmentation, loading."""
 
 from maskwright.data.augment import Augment
+from maskwright.data.check import CheckReport, check
 from maskwright.data.coco import CocoDataset, open_dataset, read_coco
 from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample, mirrored_joints
 from maskwright.data.findings import DataWarning, Finding
@@ -11,6 +12,7 @@ from maskwright.data.scenes import Scenes
 __all__ = [
     "PERSON_JOINTS",
     "Augment",
+    "CheckReport",
     "CocoDataset",
     "DataWarning",
     "Dataset",
@@ -18,6 +20,7 @@ __all__ = [
     "Loader",
     "Sample",
     "Scenes",
+    "check",
     "make_loader",
     "mirrored_joints",
     "open_dataset",

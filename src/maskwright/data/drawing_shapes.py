@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from maskwright.data.dataset import PERSON_JOINTS
 
 FINER = 3  # shapes are drawn so many times larger and shrunk, for soft edges
+_FINER = 2  # figures, which are larger and have colours of their own
 
 # One ring (P, 2) in a frame where the shape reaches to about 1, and whether it adds or cuts out.
 Part = tuple[np.ndarray, bool]
@@ -123,9 +124,9 @@ def draw_figure(rng: np.random.Generator, centre: tuple[float, float], radius: f
     head = radius * 0.21
     low, high = points.min(0) - head - thick, points.max(0) + head + thick
     x0, y0, width, height = _frame(np.stack([low, high]))
-    fine = (points - (x0, y0)) * FINER
+    fine = (points - (x0, y0)) * _FINER
     at = dict(zip(PERSON_JOINTS, fine, strict=True))
-    alpha = Image.new("L", (width * FINER, height * FINER))
+    alpha = Image.new("L", (width * _FINER, height * _FINER))
     colours = Image.new("RGB", alpha.size)
     pens = ImageDraw.Draw(alpha), ImageDraw.Draw(colours)
 
@@ -134,7 +135,7 @@ def draw_figure(rng: np.random.Generator, centre: tuple[float, float], radius: f
 
     def limb(names: list[str], width: float, colour: np.ndarray) -> None:
         line = np.stack([at[n] for n in names])
-        half = width * FINER / 2
+        half = width * _FINER / 2
         for pen, ink in zip(pens, fill(colour), strict=True):
             pen.line(line.ravel().tolist(), fill=ink, width=max(1, round(2 * half)))
             for x, y in line.tolist():
@@ -156,16 +157,16 @@ def draw_figure(rng: np.random.Generator, centre: tuple[float, float], radius: f
         limb([f"{side}_shoulder", f"{side}_elbow"], thick * 0.85, shirt * 0.85)
     middle = (at["left_ear"] + at["right_ear"]) / 2
     neck = (at["left_shoulder"] + at["right_shoulder"]) / 2
-    spot((middle + neck) / 2, thick * FINER * 0.5, skin * 0.9)
+    spot((middle + neck) / 2, thick * _FINER * 0.5, skin * 0.9)
     for side in ("left", "right"):
-        spot(at[f"{side}_ear"], head * FINER * 0.3, skin * 0.85)
-    spot(middle, head * FINER * 0.85, skin)
+        spot(at[f"{side}_ear"], head * _FINER * 0.3, skin * 0.85)
+    spot(middle, head * _FINER * 0.85, skin)
     for side in ("left", "right"):
-        spot(at[f"{side}_eye"], max(1.0, head * FINER * 0.13), np.full(3, 25.0))
-    spot(at["nose"], max(1.0, head * FINER * 0.12), skin * 0.6)
-    cover = np.asarray(alpha.reduce(FINER))
+        spot(at[f"{side}_eye"], max(1.0, head * _FINER * 0.13), np.full(3, 25.0))
+    spot(at["nose"], max(1.0, head * _FINER * 0.12), skin * 0.6)
+    cover = np.asarray(alpha.reduce(_FINER))
     # Colours of half covered pixels are mixed with black: undone, so that blending does not darken the rim.
-    seen = np.asarray(colours.reduce(FINER)).astype(np.float32) * (255 / np.maximum(cover, 1))[..., None]
+    seen = np.asarray(colours.reduce(_FINER)).astype(np.float32) * (255 / np.maximum(cover, 1))[..., None]
     return Stamp(cover, x0, y0, radius, np.clip(seen, 0, 255).astype(np.uint8), points)
 
 

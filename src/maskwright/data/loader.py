@@ -294,13 +294,14 @@ class _Packed:
     def unpack(self) -> Batch | None:
         if self.images is None:
             return None
-        targets = [
-            Instances(**{n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in target.items()})
-            for target in self.targets
-        ]
+        targets = [Instances(**{n: _tensor(v) for n, v in target.items()}) for target in self.targets]
         return Batch(self.images, self.placements, targets, self.names)
 
 
 def _numpy(target: Instances) -> dict[str, Any]:
     values = {f.name: getattr(target, f.name) for f in fields(target)}
     return {n: v.numpy() if isinstance(v, Tensor) else v for n, v in values.items()}
+
+
+def _tensor(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value

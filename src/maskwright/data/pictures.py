@@ -17,6 +17,7 @@ The format is told by the content, never by the file's name. Formats that run pr
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -25,6 +26,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from maskwright.data.findings import DataWarning
 from maskwright.errors import PictureError
 
 if TYPE_CHECKING:
@@ -35,17 +37,20 @@ MAX_PIXELS = 1 << 28
 
 # No EPS or other PostScript: Pillow starts ghostscript for it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # a JPEG or TIFF of several pictures is no animation
 _ORIENTATION = 0x0112
 
 
-def read_picture(path: str | Path, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor, "3 H W"]:
+def read_picture(path: str | Path, max_pixels: int = MAX_PIXELS, *, warn: bool = True) -> UInt8[Tensor, "3 H W"]:
     """The picture as RGB, 0 ... 255, the way it is meant to be looked at (EXIF applied).
 
-    The tensor may be a view with channels last in memory. PictureError names the file and what is wrong with it.
+    The tensor is a view with channels last in memory. PictureError names the file and what is wrong with it. Of an
+    animation the first frame is given, with a `DataWarning` unless `warn` is off.
     """
     path = Path(path)
     try:
         with path.open("rb") as file, _open(file, path, max_pixels) as image:
+            animated = bool(getattr(image, "is_animated", False)) and image.format in _ANIMATED
             pixels = _rgb(image, path)
             turned = _turn(pixels, _orientation(image))
     except PictureError:
@@ -54,7 +59,16 @@ def read_picture(path: str | Path, max_pixels: int = MAX_PIXELS) -> UInt8[Tensor
         raise _unreadable(path, error) from None
     except Exception as error:  # a decoder fed with foreign bytes may raise anything
         raise PictureError(f"{path}: the picture is damaged ({_reason(error)}); replace it or leave it out") from None
-    return torch.from_numpy(np.require(turned, requirements="CW")).permute(2, 0, 1)
+    if animated and warn:
+        warnings.warn(f"{path}: is animated; its first frame is taken", DataWarning, stacklevel=2)
+    return torch.from_numpy(np.require(turned, requirements=["C", "W"])).permute(2, 0, 1)
+
+
+def is_animated(path: str | Path) -> bool:
+    """Whether it is a picture of several frames, by the header."""
+    path = Path(path)
+    with path.open("rb") as file, _open(file, path, MAX_PIXELS) as image:
+        return bool(getattr(image, "is_animated", False)) and image.format in _ANIMATED
 
 
 def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

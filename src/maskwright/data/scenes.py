@@ -157,7 +157,7 @@ class Scenes(Dataset):
         for n in chosen:
             stamp = layout.things[n].stamp
             _, window = _cut(stamp.alpha, stamp, self.size)
-            crops.append(layout.owner[window] == n)
+            crops.append(np.equal(layout.owner[window], n))
             corners.append((window[1].start, window[0].start))
         masks = Masks.from_crops(crops, torch.tensor(corners, dtype=torch.int64).reshape(-1, 2), self.size)
         return Instances(
@@ -193,7 +193,7 @@ class Scenes(Dataset):
         for thing in layout.things:
             _paint_thing(rng, canvas, thing.stamp, ground, hard)
         grain = _noise()[0]
-        canvas += _piece(rng, grain, self.size)[..., None] * (2 + 10 * hard * rng.random())
+        canvas += _piece(rng, grain, self.size)[..., None] * np.float32(2 + 10 * hard * rng.random())
         return np.clip(canvas, 0, 255).astype(np.uint8)
 
     # ---- to disk -------------------------------------------------------------------------------------------------
@@ -327,11 +327,14 @@ def _ground(rng: np.random.Generator, size: tuple[int, int], hard: float) -> tup
     first = tone + rng.uniform(-45, 45, 3)
     second = first + rng.uniform(-1, 1, 3) * (25 + 30 * hard)
     turn = rng.uniform(0, 2 * np.pi)
-    along = np.linspace(0, np.cos(turn), width, dtype=np.float32) + np.linspace(0, np.sin(turn), height)[:, None]
-    blend = along + 0.25 * _piece(rng, _noise()[3], size)
+    along = (
+        np.linspace(0, np.cos(turn), width, dtype=np.float32)
+        + np.linspace(0, np.sin(turn), height, dtype=np.float32)[:, None]
+    )
+    blend = along + np.float32(0.25) * _piece(rng, _noise()[3], size)
     canvas = first.astype(np.float32) + blend[..., None].astype(np.float32) * (second - first).astype(np.float32)
     rough = _noise()[int(rng.integers(1, 3))]
-    canvas += _piece(rng, rough, size)[..., None] * rng.uniform(2, 4 + 14 * hard)
+    canvas += _piece(rng, rough, size)[..., None] * np.float32(rng.uniform(2, 4 + 14 * hard))
     if rng.random() < 0.2 + 0.5 * hard:
         across = np.float32(rng.uniform(0.15, 0.6))
         turn = rng.uniform(0, np.pi)
@@ -394,7 +397,10 @@ def _colour(rng: np.random.Generator, ground: np.ndarray, hard: float) -> np.nda
     bright = rng.uniform(20, 245, (12, 3))
     away = np.linalg.norm(bright - ground, axis=1)
     good = np.flatnonzero(away >= wanted)
-    return bright[good[0] if len(good) else away.argmax()].astype(np.float32)
+    if not len(good):
+        return bright[away.argmax()].astype(np.float32)
+    faint = rng.random() < hard - 0.4
+    return bright[good[away[good].argmin()] if faint else good[0]].astype(np.float32)
 
 
 def _texture(
