@@ -64,7 +64,7 @@ def train(
         recipe: A published recipe (its values become the defaults below: add --help to see them) or a recipe.json.
         resume: Go on from OUT/last.ckpt, as if there had been no interruption.
         option: Options of the network, as JSON values: backbone=resnet18 (see `maskwright systems NAME`).
-        augment: Options of the augmentation: flip=0.5 jitter=[0.1,2.0] copy_paste=0.5.
+        augment: Options of the augmentation: flip=0.5 jitter=[0.1,2.0] paste=0.5.
         choices: The recipe.
     """
     from maskwright.training import Recipe
@@ -366,21 +366,21 @@ def checkpoints(
     return 0
 
 
-def demo(*, out: Output = Path("demo"), seed: int = 0, minutes: float = 2.0) -> int:
-    """Show the main job offline in a few minutes: train on generated scenes, measure, segment unseen ones, report.
+def demo(*, out: Output = Path("demo"), seed: int = 0, epochs: int = 12) -> int:
+    """Show the whole way offline in a few minutes: train on generated scenes, measure, segment unseen ones, report.
 
     Examples:
       maskwright demo
-      maskwright demo -o somewhere --minutes 5
+      maskwright demo -o somewhere --epochs 24
 
     Args:
-        out: The folder for everything it makes.
+        out: The folder for everything it makes; an earlier demo in it is replaced.
         seed: Another one gives other scenes.
-        minutes: About how long to train on two cores; longer is better.
+        epochs: How often each scene is learnt from; more is better and takes longer.
     """
     from maskwright.demo import run
 
-    run(out, seed=seed, minutes=minutes)
+    run(out, seed=seed, epochs=epochs)
     return 0
 
 
