@@ -35,7 +35,7 @@ def keep_batch(
         "names": list(batch.names or []),
         "place": list(place),
         "amp": amp,
-        "losses": {name: float(value) for name, value in terms.items()},
+        "losses": {name: float(value.detach()) for name, value in terms.items()},
     }
     save_state(path, state)
 
@@ -45,9 +45,7 @@ def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
 
     `system` is only needed for one that is not in the registry; its weights are replaced. Nothing is executed.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or state.get("format") != "maskwright-batch":
-        raise CheckpointError(f"{path}: not a batch that a training run saved")
+    state = _kept(path)
     if system is None:
         system = system_class(state["system"])(**state["options"])
     system.load_state_dict(state["model"])
@@ -61,14 +59,14 @@ def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
 
 def load_batch(path: Path) -> Batch:
     """The pictures and targets of a batch that stopped a run, to look at."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = _kept(path)
     placements = [Placement(**p) for p in state["placements"]]
     return Batch(state["images"], placements, [_instances(t) for t in state["targets"]], state["names"])
 
 
 def not_finite(path: Path, step: int, terms: Mapping[str, Tensor], names: Sequence[str] | None) -> TrainingError:
     """The error that stops a run whose loss or gradient is not a number."""
-    bad = [f"{name} = {float(v)}" for name, v in terms.items() if not torch.isfinite(v).all()]
+    bad = [f"{name} = {float(v.detach())}" for name, v in terms.items() if not torch.isfinite(v).all()]
     what = ", ".join(bad) if bad else "the gradient (every loss term is finite)"
     pictures = ", ".join(names or []) or "unnamed pictures"
     return TrainingError(
@@ -121,6 +119,18 @@ class Stop:
             raise KeyboardInterrupt
         self.asked = True
         self._say("stopping after this step; once more to stop at once")
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such file") from None
+    except Exception:  # no archive, a foreign pickle: torch raises many kinds
+        state = None
+    if not isinstance(state, dict) or state.get("format") != "maskwright-batch":
+        raise CheckpointError(f"{path}: not a batch that a training run saved")
+    return state
 
 
 def _plain(target: Instances) -> dict[str, Any]:

@@ -105,11 +105,12 @@ class Logs:
 class Display:
     """A bar with loss, learning rate and time left on a terminal; elsewhere a line every so often."""
 
-    def __init__(self, total: int, *, active: bool = True, every: float = 15.0, console: Console | None = None):
+    def __init__(
+        self, total: int, *, start: int = 0, active: bool = True, every: float = 15.0, console: Console | None = None
+    ):
         self.console = console or Console(stderr=True)
-        self.active, self.total, self.every = active, total, every
+        self.active, self.total, self.every, self.start = active, total, every, start
         self.begun = self.told = time.monotonic()
-        self.first: int | None = None
         self.bar: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -122,7 +123,7 @@ class Display:
                 TimeRemainingColumn(),
                 console=self.console,
             )
-            self.task = self.bar.add_task("training", total=self.total, numbers="")
+            self.task = self.bar.add_task("training", total=self.total, completed=self.start, numbers="")
             self.bar.start()
         return self
 
@@ -139,8 +140,6 @@ class Display:
         """After step number `step`."""
         if not self.active:
             return
-        if self.first is None:
-            self.first, self.begun = step - 1, time.monotonic()
         if self.bar is not None:
             self.bar.update(
                 self.task, completed=step, description=f"epoch {epoch + 1}", numbers=f"loss {loss:.4f}  lr {rate:.2e}"
@@ -149,7 +148,7 @@ class Display:
         now = time.monotonic()
         if now - self.told >= self.every or step == self.total:
             self.told = now
-            left = (now - self.begun) / max(1, step - self.first) * (self.total - step)
+            left = (now - self.begun) / max(1, step - self.start) * (self.total - step)
             self.say(
                 f"step {step}/{self.total}  epoch {epoch + 1}  loss {loss:.4f}  lr {rate:.2e}  {_clock(left)} left"
             )

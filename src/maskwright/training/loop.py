@@ -136,6 +136,7 @@ class Run:
             workers=recipe.workers,
             rank=fabric.global_rank,
             world=fabric.world_size,
+            pin=fabric.device.type == "cuda",
         )
         self.passes = len(self.loader)  # per epoch
         if not self.passes:
@@ -165,6 +166,8 @@ class Run:
         if self.leads:
             with writing(out):
                 out.mkdir(parents=True, exist_ok=True)
+                for torn in (p for p in out.iterdir() if p.suffix == ".part"):  # what a kill left half written
+                    torn.unlink()
             write_text(out / "recipe.json", recipe.to_json())
         self.logs = Logs(
             out,
@@ -175,7 +178,7 @@ class Run:
             kept=state["logs"] if state is not None else None,
             step=self.progress.step,
         )
-        self.display = Display(self.total, active=self.leads)
+        self.display = Display(self.total, start=self.progress.step, active=self.leads)
 
     @property
     def chosen(self) -> System:
@@ -376,6 +379,7 @@ class Run:
             "system": self.system.name,
             "options": self.system.options,
             "preprocess": self.system.preprocess.to_dict(),
+            "source": self.system.source,
             "recipe": self.recipe.to_dict(),
             "progress": asdict(self.progress),
             "model": self.system.state_dict(),
@@ -434,6 +438,7 @@ def _same_system(system: str | System, state: dict[str, Any], options: Mapping[s
             raise UsageError(f"a run's network cannot change when it is resumed: {', '.join(other)}")
         system = system_class(state["system"])(**state["options"])
     system.preprocess = type(system.preprocess).from_dict(state["preprocess"])
+    system.source = state["source"]
     return system
 
 

@@ -98,8 +98,8 @@ class Recipe:
             self._expect(name, getattr(self, name) >= 0, "0 or more")
         self._expect("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1")
         self._expect("milestones", all(0 < m < 1 for m in self.milestones), "fractions of the run between 0 and 1")
-        for name, known in _CHOICES.items():
-            self._expect(name, getattr(self, name) in known, f"one of {', '.join(known)}")
+        for name in _CHOICES:
+            _choose(name, getattr(self, name))
 
     def _expect(self, name: str, holds: bool, what: str) -> None:
         if not holds:
@@ -137,6 +137,8 @@ class Recipe:
                     f"there is no training option {name!r}; "
                     + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
                 )
+        for name in changes.keys() & _CHOICES.keys():
+            _choose(name, changes[name])
         try:
             return replace(self, **{name: _frozen(name, value) for name, value in changes.items()})
         except TypeError as error:  # a comparison in __post_init__ with a value of another kind
@@ -176,6 +178,12 @@ _CHOICES = {
     "amp": ("no", "bf16"),
     "device": ("auto", "cpu", "cuda", "mps"),
 }
+
+
+def _choose(name: str, value: Any) -> None:
+    if value not in _CHOICES[name]:
+        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(_CHOICES[name])}")
+
 
 _TUPLES = ("betas", "milestones", "freeze", "short")
 

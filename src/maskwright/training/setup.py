@@ -72,7 +72,7 @@ def open_sets(data: Any, val: Any, keypoints: bool) -> tuple[Any, Any | None]:
 
     if isinstance(data, (str, Path)):
         train_set = open_dataset(data, "train", keypoints=keypoints)
-        if val is None and _has_val(data):
+        if val is None and _has_val(data, keypoints):
             val = data
     else:
         train_set = data
@@ -160,11 +160,18 @@ def check_data(dataset: Any, split: str) -> None:
     )
 
 
-def _has_val(source: str | Path) -> bool:
-    text = str(source)
-    if text == "scenes" or text.startswith("scenes:"):
+def _has_val(source: str | Path, keypoints: bool) -> bool:
+    from maskwright.data.coco import find_annotations
+
+    if str(source).split(":")[0] == "scenes":
         return True
-    return any(Path(source).glob("annotations/*_val.json"))
+    if not Path(source).is_dir():
+        return False
+    try:
+        find_annotations(Path(source), "val", keypoints)
+    except UsageError:
+        return False
+    return True
 
 
 def _few(classes: Sequence[str]) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from maskwright.data import DataWarning
+from maskwright.errors import PictureError
 from maskwright.evaluation import Evaluator, match_classes
 from maskwright.ops.distributed import local_counts
 from maskwright.structures import Batch, Instances
@@ -93,6 +96,10 @@ def validate(
     Rank r takes the pictures r, r + world, ...: shards may differ by a picture, so no collective is called on the way.
     Computed in float32. The random choices inside the losses are the same at every validation.
     """
+    if fabric.world_size > 1:
+        # Every process counts its own batch statistics; the first one's are those that are saved.
+        for buffer in system.buffers():
+            torch.distributed.broadcast(buffer, 0)
     was_training = system.training
     system.eval()
     try:
@@ -124,7 +131,10 @@ def _run(
     mine = list(range(fabric.global_rank, len(dataset), fabric.world_size))
     pairs: list[tuple[int, Instances]] = []
     sums: dict[str, float] = {}
+    count = 0
     for number, (positions, pictures) in enumerate(_batches(system, dataset, mine, batch, workers)):
+        if not positions:
+            continue
         pictures = pictures.to(fabric.device)
         images = pictures.images
         if channels_last:
@@ -138,7 +148,8 @@ def _run(
         terms = {name: float(value) for name, value in system.losses(raw, pictures.targets or []).items()}
         for name, value in {**{term_name(n): v for n, v in terms.items()}, "loss": sum(terms.values())}.items():
             sums[name] = sums.get(name, 0.0) + value * len(positions)
-    return pairs, sums, len(mine)
+        count += len(positions)
+    return pairs, sums, count
 
 
 def _batches(
@@ -150,7 +161,7 @@ def _batches(
     return iter(DataLoader(pictures, batch_size=batch, num_workers=workers, collate_fn=pictures.collate))
 
 
-class _Laid:
+class _Laid(Dataset):
     """Pictures as the network sees them at test time, with their targets on the same grid."""
 
     def __init__(self, dataset: Any, system: System, positions: list[int]):
@@ -161,10 +172,20 @@ class _Laid:
         return len(self.positions)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
-        return self.positions[index], self.dataset[self.positions[index]]
+        position = self.positions[index]
+        try:
+            return position, self.dataset[position]
+        except PictureError as error:
+            if getattr(self.dataset, "strict", False):
+                raise
+            warnings.warn(f"{error} (validated as if nothing was found on it)", DataWarning, stacklevel=2)
+            return position, None
 
     def collate(self, items: list[tuple[int, Any]]) -> tuple[list[int], Batch]:
-        batch = self.preprocess.collate([s.picture for _, s in items], [str(s.path or s.id) for _, s in items])
+        items = [(position, sample) for position, sample in items if sample is not None]
+        if not items:
+            return [], Batch(torch.zeros(0, 3, 1, 1), [])
+        batch = self.preprocess.collate([s.picture for _, s in items], [s.name for _, s in items])
         targets = [self._target(s.target, p) for (_, s), p in zip(items, batch.placements, strict=True)]
         return [i for i, _ in items], replace(batch, targets=targets)
 
@@ -187,7 +208,7 @@ def _measure(dataset: Any, pairs: list[tuple[int, Instances]]) -> dict[str, floa
     ids = dataset.image_ids()
     for position, objects in pairs:
         evaluator.add(ids[position], objects)
-    return dict(evaluator.result().summary)
+    return dict(evaluator.result(examples=0).summary)
 
 
 def _total(fabric: Any, sums: dict[str, float], count: int) -> tuple[dict[str, float], int]:
