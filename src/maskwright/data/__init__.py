@@ -8,6 +8,7 @@ from maskwright.data.findings import DataWarning, Finding
 from maskwright.data.loader import Loader, make_loader
 from maskwright.data.pictures import read_picture, read_size
 from maskwright.data.scenes import Scenes
+from maskwright.data.show import show_batch
 
 __all__ = [
     "PERSON_JOINTS",
@@ -27,4 +28,5 @@ __all__ = [
     "read_coco",
     "read_picture",
     "read_size",
+    "show_batch",
 ]

@@ -373,8 +373,13 @@ def _annotations(
     for index, text in complaints.items():
         _skip(table, ids[index], owner[index], text)
     for index, text in notes:
-        about = {"image": table.image_ids[owner[index]], "annotation": ids[index]}
-        table.say("note", "outline", f"annotation {ids[index]!r} {text}", **about)
+        table.say(
+            "note",
+            "outline",
+            f"annotation {ids[index]!r} {text}",
+            image=table.image_ids[owner[index]],
+            annotation=ids[index],
+        )
     keep = np.array([i for i in range(len(owner)) if i not in complaints], np.int64)
     order = keep[np.argsort(where[keep], kind="stable")]
     table.shapes = done.take(order)

@@ -267,13 +267,13 @@ def _uncovered(target: Instances, cover: Masks, plane: Tensor, min_area: int) ->
     frame = cover.boxes()[0]
     near = ((target.boxes[:, :2] < frame[2:]) & (target.boxes[:, 2:] > frame[:2])).all(1)
     open_part = {"size": list(size), "counts": _complement(cover.rle()[0]["counts"])}
-    before = target.masks.pack().rle()
-    after = list(before)
+    before = target.masks.pack()
+    codes: list[Any] = before.rle()
     for index in near.nonzero().flatten().tolist():
-        after[index] = coco.merge(cast(Any, [before[index], open_part]), intersect=True)
-    masks = Masks("rle", [code["counts"] for code in after], size)
+        codes[index] = coco.merge(cast(Any, [codes[index], open_part]), intersect=True)
+    masks = Masks("rle", [code["counts"] for code in codes], size)
     areas = masks.areas()
-    touched = near & (areas < Masks("rle", [code["counts"] for code in before], size).areas())
+    touched = near & (areas < before.areas())
     boxes = torch.where(touched[:, None], masks.boxes(), target.boxes)
     points = target.keypoints
     if points is not None:

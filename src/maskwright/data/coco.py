@@ -164,13 +164,12 @@ def find_annotations(folder: Path, split: str, keypoints: bool = False) -> Path:
 
 
 def annotation_files(folder: Path) -> list[Path]:
-    """The COCO files of instances and joints below a folder."""
-    return [
-        path
-        for place in (folder / "annotations", folder)
-        for kind in ("instances", "person_keypoints")
-        for path in sorted(place.glob(f"{kind}_*.json"))
-    ]
+    """The COCO files of instances and joints below a folder; of other names only where there are none of these."""
+    places = (folder / "annotations", folder)
+    kinds = ("instances", "person_keypoints")
+    found = [path for place in places for kind in kinds for path in sorted(place.glob(f"{kind}_*.json"))]
+    others = ("captions", "panoptic", "stuff", "image_info")
+    return found or [p for p in sorted(places[0].glob("*.json")) if not p.stem.startswith(others)]
 
 
 def told(findings: list[Finding]) -> str:

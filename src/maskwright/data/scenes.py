@@ -139,7 +139,7 @@ class Scenes(Dataset):
         area = int(np.count_nonzero(solid))
         if area < 20 or area < 0.5 * np.count_nonzero(stamp.alpha >= 128):
             return False
-        below = layout.owner[window]
+        below = layout.owner[*window]
         covered = np.bincount(below[solid] + 1, minlength=len(left) + 1)[1:]
         if self.difficulty < 0.15 and covered.any():
             return False
@@ -157,7 +157,7 @@ class Scenes(Dataset):
         for n in chosen:
             stamp = layout.things[n].stamp
             _, window = _cut(stamp.alpha, stamp, self.size)
-            crops.append(np.equal(layout.owner[window], n))
+            crops.append(layout.owner[*window] == n)
             corners.append((window[1].start, window[0].start))
         masks = Masks.from_crops(crops, torch.tensor(corners, dtype=torch.int64).reshape(-1, 2), self.size)
         return Instances(
@@ -177,7 +177,7 @@ class Scenes(Dataset):
         for row, n in enumerate(chosen):
             joints = layout.things[n].stamp.joints
             assert joints is not None
-            inside = ((joints >= 0) & (joints < (width, height))).all(1)
+            inside = np.all((joints >= 0) & (joints < (width, height)), axis=1)
             x, y = np.clip(joints.astype(int), 0, (width - 1, height - 1)).T
             mark = np.where(layout.owner[y, x] == n, 2, 1) * inside
             points[row] = torch.from_numpy(np.concatenate([joints * inside[:, None], mark[:, None]], 1))
