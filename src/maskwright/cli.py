@@ -185,7 +185,7 @@ def predict(
     """
     from maskwright.checkpoints import load
     from maskwright.inference import predict as run
-    from maskwright.inference.files import PredictionWriter
+    from maskwright.inference.writer import PredictionWriter
 
     if weights is None:
         raise UsageError(

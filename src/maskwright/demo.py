@@ -1,4 +1,4 @@
-"""The main job from end to end, offline and on the CPU: generated scenes, a small Mask R-CNN, numbers, drawings, a page."""
+"""The main job from end to end, offline on the CPU: generated scenes, a small Mask R-CNN, numbers, drawings, a page."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def run(out: Path, *, seed: int = 0, epochs: int = 12, pictures: int = 320, unse
     from maskwright.data import Scenes, open_dataset
     from maskwright.evaluation import report
     from maskwright.inference import evaluate, predict
-    from maskwright.inference.files import PredictionWriter
+    from maskwright.inference.writer import PredictionWriter
     from maskwright.training import train
 
     _make_room(out)

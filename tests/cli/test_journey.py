@@ -1,0 +1,139 @@
+"""From a data set to a page by the commands alone, as a person would type them; tiny, so that it takes seconds."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from maskwright import cli, demo
+from maskwright.data import Scenes
+from maskwright.evaluation import Result
+
+pytestmark = pytest.mark.slow
+
+TINY = [
+    "backbone=resnet18", "stem_width=8", "norm=group", "frozen=0", "neck_width=16", "anchor_sizes=[16,32,48,64,96]",
+    "proposals_before=[60,40]", "proposals_after=[20,20]", "box_width=32", "mask_convs=1", "mask_width=16",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A data set and a run of two epochs on it."""
+    folder = tmp_path_factory.mktemp("journey")
+    for split, seed in (("train", 0), ("val", 1)):
+        Scenes(8, (96, 96), seed=seed, classes=("disc", "box"), difficulty=0.1, empty=0).write(folder / "data", split)
+    line = ["train", "mask-rcnn", "--data", str(folder / "data"), "--out", str(folder / "run"), "--epochs", "2"]
+    line += ["--option", *TINY, "--short", "96", "--batch", "4", "--workers", "0", "--device", "cpu"]
+    assert cli.main(line) == 0
+    return folder
+
+
+def test_a_run_folder_is_there(house):
+    run = house / "run"
+    assert {"best.safetensors", "last.safetensors", "last.ckpt", "recipe.json", "log.csv"} <= {
+        p.name for p in run.iterdir()
+    }
+    assert json.loads((run / "recipe.json").read_text())["epochs"] == 2
+
+
+def test_check_passes_a_good_set_and_fails_a_bad_one(house, tmp_path, capsys):
+    assert cli.main(["check", str(house / "data")]) == 0
+    bad = tmp_path / "bad"
+    shutil.copytree(house / "data", bad)
+    (bad / "train" / "000003.png").unlink()
+    capsys.readouterr()
+    assert cli.main(["check", str(bad)]) == 1
+    assert "000003.png" in capsys.readouterr().out
+    assert cli.main(["check", str(bad), "--fix", str(tmp_path / "good")]) == 0
+    assert cli.main(["check", str(tmp_path / "good")]) == 0
+
+
+def test_evaluate_and_report(house, capsys):
+    weights = str(house / "run/best.safetensors")
+    line = ["evaluate", weights, "--data", str(house / "data"), "--out", str(house / "run"), "--device", "cpu"]
+    assert cli.main(line) == 0
+    shown = capsys.readouterr().out
+    assert "AP50" in shown
+    assert "segm" in shown
+    assert Result.load(house / "run/result.json").classes == ("disc", "box")
+    assert cli.main(["report", str(house / "run"), "-o", str(house / "page.html")]) == 0
+    page = (house / "page.html").read_text("utf-8")
+    assert "disc" in page
+    assert "http://" not in page.replace("http://www.w3.org", ""), "the page needs no network"
+
+
+def test_predict_skips_a_bad_picture_and_says_so(house, tmp_path, capsys):
+    source = tmp_path / "pictures"
+    shutil.copytree(house / "data/val", source)
+    whole = (source / "000002.png").read_bytes()
+    (source / "000002.png").write_bytes(whole[: len(whole) // 3])
+    (source / "000005.png").write_bytes(b"no picture at all")
+    line = ["predict", str(source), "--weights", str(house / "run/best.safetensors"), "-o", str(tmp_path / "found")]
+    line += ["--format", "drawn", "coco", "masks", "--score-threshold", "0.05", "--device", "cpu"]
+    assert cli.main(line) == 1
+    complaint = capsys.readouterr().err
+    assert "000002.png" in complaint
+    assert "000005.png" in complaint
+    assert "Traceback" not in complaint
+    kept = {f"{n:06d}" for n in (1, 3, 4, 6, 7, 8)}
+    assert {p.stem for p in (tmp_path / "found/drawn").iterdir()} == kept
+    assert {p.stem for p in (tmp_path / "found/masks").iterdir()} == kept
+    about = json.loads((tmp_path / "found/pictures.json").read_text())
+    assert len(about["images"]) == 6
+    ids = {image["id"] for image in about["images"]}
+    assert {record["image_id"] for record in json.loads((tmp_path / "found/results.json").read_text())} <= ids
+
+
+def test_nothing_but_bad_pictures_is_still_no_traceback(house, tmp_path, capsys):
+    (tmp_path / "x.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    line = ["predict", str(tmp_path / "x.jpg"), "-w", str(house / "run/best.safetensors"), "-o", str(tmp_path / "o")]
+    assert cli.main([*line, "--device", "cpu"]) in (1, 2)
+    shown = capsys.readouterr()
+    assert "x.jpg" in shown.err
+    assert "Traceback" not in shown.err
+
+
+def test_convert_and_go_on_from_weights(house, tmp_path, capsys):
+    best = str(house / "run/best.safetensors")
+    assert cli.main(["convert", best, "-o", str(tmp_path / "copy.safetensors")]) == 0
+    assert (tmp_path / "copy.safetensors").exists()
+    line = ["train", "mask-rcnn", "--data", str(house / "data"), "--out", str(tmp_path / "more"), "--epochs", "1"]
+    line += ["--weights", str(tmp_path / "copy.safetensors"), "--short", "96", "--workers", "0", "--device", "cpu"]
+    assert cli.main(line) == 0
+    assert (tmp_path / "more/best.safetensors").exists()
+
+
+def test_systems_tells_the_options(capsys):
+    assert cli.main(["systems"]) == 0
+    assert "mask-rcnn" in capsys.readouterr().out
+    assert cli.main(["systems", "mask-rcnn"]) == 0
+    shown = capsys.readouterr().out
+    assert "1703.06870" in shown
+    assert 'backbone="resnet50"' in shown
+
+
+def test_the_demo_makes_what_it_promises(tmp_path, capsys):
+    out = tmp_path / "demo"
+    page = demo.run(out, epochs=1, pictures=8, unseen=3)
+    shown = capsys.readouterr().out
+    assert page == out / "report.html"
+    assert "maskwright demo" in page.read_text("utf-8")
+    assert len(list((out / "found/drawn").glob("*.jpg"))) == 3
+    assert (out / "run/best.safetensors").exists()
+    assert page.absolute().as_uri() in shown
+    assert f"predict PICTURES --weights {out / 'run/best.safetensors'}" in shown
+
+
+def test_the_demo_clears_only_its_own(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert cli.main(["demo", "-o", str(tmp_path)]) == 2
+    assert "thesis.tex" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "thesis.tex").unlink()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "report.html").write_text("old")
+    demo._make_room(tmp_path)
+    assert list(tmp_path.iterdir()) == []

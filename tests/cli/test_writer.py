@@ -1,0 +1,125 @@
+"""What predict leaves on disk is what was found."""
+
+from __future__ import annotations
+
+import errno
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco
+
+from maskwright.errors import PictureError
+from maskwright.inference.writer import PredictionWriter
+from maskwright.structures import Instances, Masks
+
+pytestmark = pytest.mark.fast
+
+CLASSES = ("cat", "dög")
+
+
+def found(size=(20, 30)) -> Instances:
+    """Two overlapping rectangles and a third one elsewhere, best first."""
+    boxes = torch.tensor([[2.0, 2, 12, 12], [6, 6, 20, 18], [22, 1, 29, 9]])
+    planes = torch.zeros(3, *size, dtype=torch.bool)
+    for plane, (x0, y0, x1, y1) in zip(planes, boxes.long().tolist(), strict=True):
+        plane[y0:y1, x0:x1] = True
+    masks = Masks("dense", planes, size)
+    return Instances(size, boxes, torch.tensor([1, 0, 1]), masks, torch.tensor([0.9, 0.8, 0.7]))
+
+
+@pytest.fixture
+def picture(tmp_path):
+    def make(name: str, size=(20, 30)):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size[1], size[0]), (90, 120, 150)).save(path)
+        return path
+
+    return make
+
+
+def test_the_three_kinds(picture, tmp_path):
+    path = picture("a.png")
+    writer = PredictionWriter(tmp_path / "out", ("drawn", "coco", "masks"), CLASSES, [path])
+    writer.add(path, found())
+    writer.close()
+
+    drawn = Image.open(tmp_path / "out/drawn/a.jpg")
+    assert drawn.size == (30, 20)
+    assert np.asarray(drawn).std() > 5, "something is drawn on the plain picture"
+
+    numbers = np.asarray(Image.open(tmp_path / "out/masks/a.png"))
+    assert numbers.dtype == np.uint16
+    planes = found().masks.dense().numpy()
+    assert (numbers[planes[0]] == 1).all(), "the best object lies on top"
+    assert (numbers[planes[1] & ~planes[0]] == 2).all()
+    assert (numbers[planes[2]] == 3).all()
+    assert (numbers[~planes.any(0)] == 0).all()
+
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [r["category_id"] for r in results] == [2, 1, 2]
+    assert results[0]["bbox"] == [2, 2, 10, 10]
+    assert [round(r["score"], 4) for r in results] == [0.9, 0.8, 0.7]
+    decoded = coco.decode([r["segmentation"] for r in results]).transpose(2, 0, 1).astype(bool)
+    assert (decoded == planes).all(), "overlaps are whole in the COCO results"
+    about = json.loads((tmp_path / "out/pictures.json").read_text())
+    assert about["images"] == [{"id": 1, "file_name": str(path), "height": 20, "width": 30}]
+    assert about["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dög"}]
+
+
+def test_only_what_was_asked_for_is_written(picture, tmp_path):
+    path = picture("a.png")
+    writer = PredictionWriter(tmp_path / "out", ("masks",), CLASSES, [path])
+    writer.add(path, found())
+    writer.close()
+    files = [p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    assert files == ["masks/a.png"]
+
+
+def test_a_picture_without_objects_is_written_too(picture, tmp_path):
+    path = picture("empty.png")
+    writer = PredictionWriter(tmp_path / "out", ("drawn", "coco", "masks"), CLASSES, [path])
+    writer.add(path, Instances.empty((20, 30)))
+    writer.close()
+    assert not np.asarray(Image.open(tmp_path / "out/masks/empty.png")).any()
+    assert json.loads((tmp_path / "out/results.json").read_text()) == []
+    assert len(json.loads((tmp_path / "out/pictures.json").read_text())["images"]) == 1
+
+
+def test_names_do_not_collide_and_do_not_leave_the_folder(picture, tmp_path):
+    paths = [picture(name) for name in ("x/a.png", "y/a.png", "x/a.jpg", "x/deep/a.png")]
+    writer = PredictionWriter(tmp_path / "out", ("masks",), CLASSES, [tmp_path / "in/x", tmp_path / "in/y/*.png"])
+    for path in paths:
+        writer.add(path, found())
+    names = sorted(p.relative_to(tmp_path / "out/masks").as_posix() for p in (tmp_path / "out").rglob("*.png"))
+    assert names == ["a.jpg.png", "a.png", "a.png.png", "deep/a.png"]
+    writer.add(paths[0], found())
+    assert (tmp_path / "out/masks/a-2.png").exists(), "a picture named twice is written twice"
+
+
+def test_a_skipped_picture_is_remembered(tmp_path):
+    writer = PredictionWriter(tmp_path / "out", ("drawn", "coco"), CLASSES)
+    writer.add("bad.jpg", None, PictureError("bad.jpg: cannot be decoded"))
+    writer.close()
+    assert writer.skipped == [("bad.jpg", "bad.jpg: cannot be decoded")]
+    assert writer.images == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(picture, tmp_path, monkeypatch):
+    from pathlib import Path
+
+    path = picture("a.png")
+    writer = PredictionWriter(tmp_path / "out", ("masks",), CLASSES, [path])
+
+    def full(self, data):
+        with self.open("wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.add(path, found())
+    assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
