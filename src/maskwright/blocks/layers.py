@@ -69,9 +69,7 @@ class ConvNorm(nn.Module):
     ):
         super().__init__()
         padding = dilation * (kernel // 2)
-        self.conv = nn.Conv2d(
-            channels_in, channels, kernel, stride, padding, dilation, groups, bias=norm == "none"
-        )
+        self.conv = nn.Conv2d(channels_in, channels, kernel, stride, padding, dilation, groups, bias=norm == "none")
         self.norm = make_norm(norm, channels, eps)
         self.relu = relu
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")

@@ -104,8 +104,16 @@ def make_stage(
             channels, width = 4 * base * scale, groups * group_width * base // 64 * scale
             blocks.append(
                 Bottleneck(
-                    channels_in, channels, width, stride, groups=groups, dilation=dilation, stride_in=stride_in,
-                    deform=deform, norm=norm, eps=eps,
+                    channels_in,
+                    channels,
+                    width,
+                    stride,
+                    groups=groups,
+                    dilation=dilation,
+                    stride_in=stride_in,
+                    deform=deform,
+                    norm=norm,
+                    eps=eps,
                 )  # fmt: skip
             )
         channels_in = channels

@@ -45,7 +45,9 @@ class Pooler:
         lowest = self.strides[0].bit_length() - 1
         level = box_ops.pyramid_level(rois[:, 1:], lowest, lowest + len(self.strides) - 1, self.levels) - lowest
         result = features[0].new_zeros(len(rois), features[0].shape[1], side, side, dtype=torch.float32)
-        for feature, stride, rows in zip(features, self.strides, pooling.levels_of(level, len(self.strides)), strict=False):
+        for feature, stride, rows in zip(
+            features, self.strides, pooling.levels_of(level, len(self.strides)), strict=False
+        ):
             result = result.index_put((rows,), self._cut(feature, rois[rows], side, stride).to(result.dtype))
         return result.to(features[0].dtype)
 
@@ -165,7 +167,9 @@ def box_losses(
     for own, target in zip(sampled, targets, strict=True):
         rows.append(own.foreground + offset)
         if len(own.foreground):
-            goals.append(box_ops.encode(own.boxes[own.foreground], target.boxes[own.owners].to(own.boxes), rules.weights))
+            goals.append(
+                box_ops.encode(own.boxes[own.foreground], target.boxes[own.owners].to(own.boxes), rules.weights)
+            )
         offset += len(own.labels)
     foreground = torch.cat(rows)
     chosen = deltas[foreground].view(len(foreground), -1, 4)

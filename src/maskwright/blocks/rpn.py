@@ -135,7 +135,9 @@ def propose(
     before, after = (rules.before[0], rules.after[0]) if training else (rules.before[1], rules.after[1])
     chosen_boxes, chosen_logits, levels = [], [], []
     with torch.no_grad():
-        for level, (logits, shifts, own) in enumerate(zip(_rows(objectness, 1), _rows(deltas, 4), anchors, strict=True)):
+        for level, (logits, shifts, own) in enumerate(
+            zip(_rows(objectness, 1), _rows(deltas, 4), anchors, strict=True)
+        ):
             best, index = logits[..., 0].topk(min(before, len(own)), dim=1)  # (B, k)
             chosen_boxes.append(box_ops.decode(own[index], shifts.gather(1, index[..., None].expand(-1, -1, 4))))
             chosen_logits.append(best)

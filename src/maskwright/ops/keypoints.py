@@ -38,7 +38,9 @@ def decode(
     spans = (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
     for row, map_, corner, span in zip(result, maps, boxes[:, :2], spans, strict=True):
         width, height = (int(s) for s in span.ceil().tolist())
-        large = torch.nn.functional.interpolate(map_[None], size=(height, width), mode="bicubic", align_corners=False)[0]
+        large = torch.nn.functional.interpolate(map_[None], size=(height, width), mode="bicubic", align_corners=False)[
+            0
+        ]
         peak, place = large.flatten(1).max(1)
         cells = torch.stack([place % width, place // width], 1).to(span)
         row[:, :2] = (cells + 0.5) * (span / span.ceil()) + corner

@@ -52,7 +52,11 @@ def paste_masks(
 
 
 def paste_values(
-    probabilities: Float[Tensor, "n p q"], boxes: Float[Tensor, "n 4"], size: tuple[int, int], *, rule: Rule = "continuous"
+    probabilities: Float[Tensor, "n p q"],
+    boxes: Float[Tensor, "n 4"],
+    size: tuple[int, int],
+    *,
+    rule: Rule = "continuous",
 ) -> Float[Tensor, "n h w"]:
     """The same before thresholding, as whole planes: N * H * W * 4 bytes."""
     return _planes(probabilities.float(), boxes.float(), size, rule)

@@ -46,9 +46,7 @@ class Preprocess:
     def size(self, height: int, width: int) -> tuple[int, int]:
         """The size (h, w) that a picture of this size is resized to; never less than one pixel."""
         if self.resample == "tensor":
-            # In float32, as the original does it: the quotient's last bit decides what is floored.
-            low, high = torch.tensor(float(min(height, width))), torch.tensor(float(max(height, width)))
-            scale = float(torch.minimum(self.short / low, self.long / high))
+            scale = min(self.short / min(height, width), self.long / max(height, width))
             return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
         scale = self.short / min(height, width)
         new = (self.short, scale * width) if height < width else (scale * height, self.short)

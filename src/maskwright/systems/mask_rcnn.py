@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -253,7 +253,9 @@ class MaskRCNN(System):
         if extra > 0:  # further channels are centred on the middle grey
             middle = (sum(self.preprocess.mean) / 3,) * extra
             self.preprocess = _changed(
-                self.preprocess, mean=self.preprocess.mean + middle, std=self.preprocess.std + (self.preprocess.std[0],) * extra
+                self.preprocess,
+                mean=self.preprocess.mean + middle,
+                std=self.preprocess.std + (self.preprocess.std[0],) * extra,
             )
 
     # ---- network -------------------------------------------------------------------------------------------------
@@ -338,16 +340,23 @@ class MaskRCNN(System):
         for own, target in zip(sampled, targets, strict=True):
             if target.keypoints is None and len(target):
                 raise UsageError("a target has no keypoints; this system learns them, give a data set that has them")
-            joints.append(own.boxes.new_zeros(0) if target.keypoints is None else target.keypoints.to(own.boxes)[own.owners])
+            joints.append(
+                own.boxes.new_zeros(0) if target.keypoints is None else target.keypoints.to(own.boxes)[own.owners]
+            )
         if self.rules.joints_inside:
-            keep = [_holds_a_joint(j, b) if len(b) else b.new_zeros(0, dtype=torch.bool) for j, b in zip(joints, boxes, strict=True)]
+            keep = [
+                _holds_a_joint(j, b) if len(b) else b.new_zeros(0, dtype=torch.bool)
+                for j, b in zip(joints, boxes, strict=True)
+            ]
             boxes = [b[k] for b, k in zip(boxes, keep, strict=True)]
             joints = [j[k] if len(k) else j for j, k in zip(joints, keep, strict=True)]
         assert self.keypoint_head is not None
         maps = self.keypoint_head(self.pooled(raw, boxes, self.mask_side)).float()
         chosen, places = maps[:0, :0].flatten(2).flatten(0, 1), []
         if len(maps):
-            place, counts = joint_ops.encode(torch.cat([j for j in joints if len(j)]), torch.cat(list(boxes)), maps.shape[-1])
+            place, counts = joint_ops.encode(
+                torch.cat([j for j in joints if len(j)]), torch.cat(list(boxes)), maps.shape[-1]
+            )
             chosen, places = maps.flatten(2)[counts], place[counts]
         count = global_mean_count(maps.new_tensor(float(len(chosen))))
         total = functional.cross_entropy(chosen, places, reduction="sum") if len(chosen) else maps.sum() * 0
@@ -366,21 +375,28 @@ class MaskRCNN(System):
         detections: int = 100,
         mask_threshold: float = 0.5,
     ) -> list[Instances]:
-        sizes = [p.size for p in placements]
-        anchors = self.anchors(raw.features, raw.size)
-        proposals = propose(raw.objectness, raw.deltas, anchors, sizes, self.proposal_rules)
-        boxes = [b for b, _ in proposals]
-        logits, deltas = self.box_head(self.pooled(raw, boxes, self.box_side))
-        found = detect(
-            logits, deltas, boxes, sizes, self.roi_rules,
-            score_threshold=score_threshold, nms_threshold=nms_threshold, detections=detections,
-        )  # fmt: skip
+        found = self.find(raw, [p.size for p in placements], score_threshold, nms_threshold, detections)
         masks, joints = self.read_boxes(raw, [b for b, _, _ in found], [k for _, _, k in found])
         return [
             self._on_picture(*own, mask, joint, placement, mask_threshold)
             for own, mask, joint, placement in zip(found, masks, joints, placements, strict=True)
         ]
 
+    @torch.no_grad()
+    def find(
+        self, raw: Raw, sizes: Sequence[tuple[int, int]], score_threshold: float, nms_threshold: float, detections: int
+    ) -> list[tuple[Float[Tensor, "d 4"], Float[Tensor, " d"], Int[Tensor, " d"]]]:
+        """Boxes (in the input's pixels), scores and labels for each picture of valid size (h, w), best first."""
+        anchors = self.anchors(raw.features, raw.size)
+        proposals = propose(raw.objectness, raw.deltas, anchors, sizes, self.proposal_rules)
+        boxes = [b for b, _ in proposals]
+        logits, deltas = self.box_head(self.pooled(raw, boxes, self.box_side))
+        return detect(
+            logits, deltas, boxes, sizes, self.roi_rules,
+            score_threshold=score_threshold, nms_threshold=nms_threshold, detections=detections,
+        )  # fmt: skip
+
+    @torch.no_grad()
     def read_boxes(
         self, raw: Raw, boxes: Sequence[Float[Tensor, "_n 4"]], labels: Sequence[Tensor]
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from maskwright.checkpoints.names import class_names, coco_by_id
 from maskwright.checkpoints.origins import Origin, Shapes, State
-from maskwright.systems.coco import COCO_CLASSES, COCO_CLASSES_BY_ID
 
 DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 X101_STD = (57.375, 57.12, 58.395)  # detectron2's ResNeXt models divide by it; all its others do not
@@ -126,7 +126,7 @@ def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
             "mask_norm": _norm(shapes, "roi_heads.mask_head.mask_fcn1.norm."),
             "agnostic_masks": shapes["roi_heads.mask_head.predictor.weight"][0] == 1 and count > 1,
         }  # fmt: skip
-    return options | {"classes": _classes(count, keypoints)}
+    return options | {"classes": class_names(count)}
 
 
 def _norm(shapes: Shapes, prefix: str) -> str:
@@ -139,14 +139,6 @@ def _norm(shapes: Shapes, prefix: str) -> str:
 
 def _count(shapes: Shapes, pattern: str) -> int:
     return len({m[1] for k in shapes if (m := re.match(pattern, k))})
-
-
-def _classes(count: int, keypoints: bool) -> tuple[str, ...]:
-    if keypoints and count == 1:
-        return ("person",)
-    if count == 80:
-        return COCO_CLASSES
-    return tuple(f"class {k}" for k in range(count))
 
 
 # ---- torchvision -------------------------------------------------------------------------------------------------
@@ -218,7 +210,7 @@ def _torchvision(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
             "keypoint_width": shapes["roi_heads.keypoint_head.0.weight"][0],
             "box_width": shapes["roi_heads.box_head.fc7.weight"][0],
         }  # fmt: skip
-        return options | {"classes": ("person",) if count == 1 else _named(count)}
+        return options | {"classes": class_names(count)}
     convs = _count(shapes, r"^roi_heads\.box_head\.(\d)\.0\.")
     last = f"roi_heads.box_head.{convs + 1}.weight" if convs else "roi_heads.box_head.fc7.weight"
     numbered = any(k.startswith("roi_heads.mask_head.0.") for k in shapes)
@@ -234,7 +226,7 @@ def _torchvision(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
 
 
 def _named(count: int) -> tuple[str, ...]:
-    return COCO_CLASSES_BY_ID if count == 90 else tuple(f"class {k + 1}" for k in range(count))
+    return coco_by_id() if count == 90 else tuple(f"class {k + 1}" for k in range(count))
 
 
 def _background_last(state: State, options: Mapping[str, Any]) -> State:

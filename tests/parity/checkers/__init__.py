@@ -1,0 +1,32 @@
+"""What to compare, for each system and for each kind of file without weights.
+
+A module here gives `SYSTEMS` (names of the registry -> function of (system, checkpoint path, ledger)) and `OPERATORS`
+(function that says from a ledger whether it is its own -> function of the ledger).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+from maskwright.systems import System
+from tests.parity.ledger import Ledger
+
+MODULES = [import_module(f"{__name__}.{m.name}") for m in iter_modules(__path__)]
+
+
+def with_weights(system: System, path: Path, ledger: Ledger) -> None:
+    for module in MODULES:
+        check = getattr(module, "SYSTEMS", {}).get(system.name)
+        if check is not None:
+            return check(system, path, ledger)
+    raise LookupError(f"nothing here knows how to check {system.name}")
+
+
+def without_weights(ledger: Ledger) -> None:
+    for module in MODULES:
+        for mine, check in getattr(module, "OPERATORS", []):
+            if mine(ledger):
+                return check(ledger)
+    raise LookupError("nothing here knows how to check it without weights")

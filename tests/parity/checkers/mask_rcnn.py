@@ -1,0 +1,365 @@
+"""Mask R-CNN and Keypoint R-CNN, by detectron2 and by torchvision."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskwright.blocks.layers import ConvNorm
+from maskwright.blocks.rpn import propose
+from maskwright.ops.paste import paste_masks, paste_values
+from maskwright.structures import Instances, Masks, Placement
+from maskwright.systems.mask_rcnn import MaskRCNN, Raw
+from tests.parity.ledger import Ledger, inputs, matching
+
+LOSSES = {
+    "rpn_cls": "rpn_objectness", "rpn_loc": "rpn_box", "cls": "class", "box_reg": "box", "mask": "mask",
+    "keypoint": "keypoint", "objectness": "rpn_objectness", "rpn_box_reg": "rpn_box", "classifier": "class",
+}  # fmt: skip
+DEEP = "gates of ReLUs within rounding of zero open in one implementation and not in the other"
+
+
+def check(system: MaskRCNN, path: Path, ledger: Ledger) -> None:
+    Check(system, path, ledger).run()
+
+
+class Check:
+    def __init__(self, system: MaskRCNN, path: Path, ledger: Ledger):
+        self.system, self.path, self.ledger = system.eval(), path, ledger
+        self.torchvision = system.options["rules"] == "torchvision"
+        self.classes = len(system.classes)
+
+    def run(self) -> None:
+        ledger, about = self.ledger, self.ledger.about
+        if "grad_norm" in ledger:
+            return self.gradients()
+        images, sizes = inputs(about)
+        with torch.no_grad():
+            raw = self.system(images)
+            if "sizes" in about:
+                return self.batch(raw, sizes)
+            self.network(raw, images)
+            self.proposals(raw, sizes, "proposals", "proposal_logits")
+            if "given_boxes" in ledger or "given_cls_logits" in ledger:
+                self.given(raw, sizes[0])
+            self.detections(raw, sizes[0])
+        if any(name.startswith(("gt_", "train_")) for name in ledger.arrays):
+            self.training(raw, sizes[0])
+
+    # ---- the network ---------------------------------------------------------------------------------------------
+
+    def network(self, raw: Raw, images: Tensor) -> None:
+        ledger = self.ledger
+        if ledger.names(r"(backbone|body)_\w+"):
+            trunk = self.system.backbone(images)
+            for name in ledger.names(r"backbone_res\d"):
+                ledger.compare(name, trunk[int(name[-1]) - 2])
+            for name in ledger.names(r"body_\d"):
+                ledger.compare(name, trunk[int(name[-1])])
+        for kind, values in (("fpn", raw.features), ("rpn_logits", raw.objectness), ("rpn_deltas", raw.deltas)):
+            for position, name in enumerate(ledger.names(rf"{kind}_\w+")):
+                ledger.compare(name, values[_level(name, position)])
+        anchors = self.system.anchors(raw.features, raw.size)
+        if "anchors" in ledger:
+            ledger.compare("anchors", torch.cat(anchors))
+        for position, name in enumerate(ledger.names(r"anchors_\w+")):
+            ledger.compare(name, anchors[_level(name, position)][: len(ledger.peek(name))])
+
+    def proposals(
+        self, raw: Raw, sizes: Any, name: str, logits: str | None = None, training: bool = False
+    ) -> list[Tensor]:
+        anchors = self.system.anchors(raw.features, raw.size)
+        found = propose(raw.objectness, raw.deltas, anchors, sizes, self.system.proposal_rules, training)
+        if name in self.ledger:
+            boxes, scores = found[0]
+            self.boxes(name, boxes, {logits: scores} if logits and logits in self.ledger else {})
+        return [b for b, _ in found]
+
+    def boxes(
+        self, name: str, boxes: Tensor, beside: dict[str, Tensor], labels: tuple[str, Tensor] | None = None
+    ) -> Tensor | None:
+        """Compares boxes as a set and what lies beside them in the same order; gives our rows in their order."""
+        theirs = self.ledger.peek(name)
+        kinds = None if labels is None else (self.ledger.peek(labels[0]), labels[1])
+        rows = matching(theirs, boxes, kinds)
+        if rows is None:
+            self.ledger.fail(name, f"{len(boxes)} boxes instead of {len(theirs)}")
+            return None
+        self.ledger.compare(name, boxes[rows])
+        for other, values in beside.items():
+            self.ledger.compare(other, values[rows])
+        if labels is not None:
+            self.ledger.equal(labels[0], labels[1][rows])
+        return rows
+
+    # ---- their conventions for what they recorded ----------------------------------------------------------------
+
+    def their_classes(self, logits: Tensor) -> Tensor:
+        return logits.roll(1, 1) if self.torchvision else logits
+
+    def their_rows(self, values: Tensor, per_class: int) -> Tensor:
+        """torchvision has rows for background, first, that nothing reads; the library drops them on loading."""
+        if not self.torchvision:
+            return values
+        return torch.cat([values.new_full((len(values), per_class, *values.shape[2:]), torch.nan), values], 1)
+
+    def their_label(self, labels: Tensor) -> Tensor:
+        return labels + 1 if self.torchvision else labels
+
+    @property
+    def dropped(self) -> str:
+        return "background's rows, which nothing reads, are not kept" if self.torchvision else ""
+
+    # ---- heads on fixed boxes ------------------------------------------------------------------------------------
+
+    def given(self, raw: Raw, size: tuple[int, int]) -> None:
+        ledger, system = self.ledger, self.system
+        # The files that only check old key names rely on the boxes of the file beside them.
+        if "given_boxes" in ledger:
+            boxes = ledger.given("given_boxes")
+        else:
+            boxes = _default_boxes(size)
+        pooled = system.pooler(raw.features, [boxes], system.box_side)
+        if "given_box_pooled_first2" in ledger:
+            ledger.compare("given_box_pooled_first2", pooled[:2])
+        logits, deltas = system.box_head(system.pooled(raw, [boxes], system.box_side))
+        ledger.compare("given_cls_logits", self.their_classes(logits))
+        ledger.compare("given_box_deltas", self.their_rows(deltas, 4), note=self.dropped)
+        labels = torch.arange(len(boxes)) % self.classes
+        masks, joints = system.read_boxes(raw, [boxes], [labels])
+        out = tuple(ledger.given("out_size").tolist()) if "out_size" in ledger else size
+        scaled = boxes * torch.tensor([out[1] / size[1], out[0] / size[0]] * 2)
+        if system.mask_head is not None:
+            values = system.mask_head(system.pooled(raw, [boxes], system.mask_side))
+            ledger.compare("given_mask_logits", self.their_rows(values, 1), note=self.dropped)
+            assert masks[0] is not None
+            if "given_mask_probs" in ledger:
+                ledger.compare("given_mask_probs", masks[0][:, None])
+            rule = system.rules.paste
+            if "given_masks_pasted_prob" in ledger:
+                ledger.compare("given_masks_pasted_prob", paste_values(masks[0], scaled, out, rule=rule)[:, None])
+            if "given_masks_pasted" in ledger:
+                planes = paste_masks(masks[0], scaled, out, rule=rule).dense()
+                ledger.compare_bits("given_masks_pasted", planes[:, None] if self.torchvision else planes)
+        if system.keypoint_head is not None:
+            from maskwright.ops.keypoints import decode
+
+            assert joints[0] is not None
+            if "given_keypoint_logits" in ledger:
+                ledger.compare("given_keypoint_logits", joints[0])
+            self.joints("given_keypoints", "given_keypoint_scores", decode(joints[0], boxes, system.rules.joints))
+
+    def joints(self, name: str, scores: str, ours: Tensor) -> None:
+        if name not in self.ledger:
+            return
+        if self.torchvision:  # the third number is the constant 1 there; scores lie beside
+            self.ledger.compare(name, torch.cat([ours[..., :2], torch.ones_like(ours[..., 2:])], -1))
+            if scores in self.ledger:
+                self.ledger.compare(scores, ours[..., 2])
+        else:
+            self.ledger.compare(name, ours)
+
+    # ---- finished objects ----------------------------------------------------------------------------------------
+
+    def thresholds(self) -> dict[str, Any]:
+        about = self.ledger.about
+        count = about.get("detections_per_image", about.get("detections", self._count()))
+        return {
+            "score_threshold": about.get("score_threshold", 0.05),
+            "nms_threshold": about.get("nms", 0.5),
+            "detections": count,
+        }
+
+    def _count(self) -> int:
+        found = self.ledger.names(r"det_boxes(_\d+)?")
+        return max(len(self.ledger.peek(n)) for n in found) if found else 100
+
+    def detections(self, raw: Raw, size: tuple[int, int], index: int = 0, suffix: str = "", out: Any = None) -> None:
+        ledger, system = self.ledger, self.system
+        if f"det_boxes{suffix}" not in ledger:
+            return
+        one = Raw(
+            *(
+                tuple(level[index : index + 1] for level in levels)
+                for levels in (raw.features, raw.objectness, raw.deltas)
+            ),
+            raw.size,
+        )
+        limits = self.thresholds()
+        boxes, scores, labels = system.find(one, [size], *limits.values())[0]
+        label_name = f"det_classes{suffix}" if f"det_classes{suffix}" in ledger else f"det_labels{suffix}"
+        rows = self.boxes(
+            f"det_boxes{suffix}", boxes, {f"det_scores{suffix}": scores}, (label_name, self.their_label(labels))
+        )  # fmt: skip
+        if rows is None:
+            return
+        masks, joints = system.read_boxes(one, [boxes], [labels])
+        if f"det_mask_probs{suffix}" in ledger:
+            assert masks[0] is not None
+            ledger.compare(f"det_mask_probs{suffix}", masks[0][rows][:, None])
+        if joints[0] is not None:
+            on_input = system.decode(one, [Placement.identity(size)], **limits)[0]
+            assert on_input.keypoints is not None
+            self.joints(f"det_keypoints{suffix}", f"det_keypoint_scores{suffix}", on_input.keypoints[rows])
+        if f"out_boxes{suffix}" not in ledger:
+            return
+        out = out or tuple(ledger.given("out_size").tolist())
+        final = system.decode(one, [Placement.resize(out, size)], **limits)[0]
+        self.finished(final, rows, suffix)
+
+    def finished(self, final: Instances, rows: Tensor, suffix: str) -> None:
+        ledger = self.ledger
+        if len(final) != len(rows):
+            return ledger.fail(f"out_boxes{suffix}", f"{len(final)} objects instead of {len(rows)}")
+        final = final[rows]
+        ledger.compare(f"out_boxes{suffix}", final.boxes)
+        if f"out_scores{suffix}" in ledger:
+            assert final.scores is not None
+            ledger.compare(f"out_scores{suffix}", final.scores)
+        if f"out_masks{suffix}" in ledger:
+            assert final.masks is not None
+            shape = ledger.arrays[f"out_masks{suffix}__shape"]
+            planes = final.masks[: int(shape[0])].dense()
+            ledger.compare_bits(f"out_masks{suffix}", planes[:, None] if len(shape) == 4 else planes)
+        if f"out_keypoints{suffix}" in ledger:
+            assert final.keypoints is not None
+            self.joints(f"out_keypoints{suffix}", "", final.keypoints)
+
+    def batch(self, raw: Raw, sizes: list[tuple[int, int]]) -> None:
+        """Pictures of different sizes padded to one; detections at one output size."""
+        found = self.proposals(raw, sizes, "")
+        out = tuple(self.ledger.about["out_size"])
+        for index, size in enumerate(sizes):
+            name = f"proposals_{index}"
+            if name in self.ledger:
+                self.boxes(name, found[index][: len(self.ledger.peek(name))], {})
+            self.detections(raw, size, index, f"_{index}", out)
+
+    # ---- learning ------------------------------------------------------------------------------------------------
+
+    def target(self, source: Ledger, size: tuple[int, int], bits: bool = False) -> Instances:
+        boxes = source.given("gt_boxes")
+        labels = source.given("gt_labels") - 1 if self.torchvision else source.given("gt_classes")
+        masks = None
+        if (bits or "gt_polygons" not in source) and any(n in source for n in ("gt_bitmasks", "gt_masks")):
+            masks = Masks.from_dense(source.given("gt_bitmasks" if "gt_bitmasks" in source else "gt_masks"))
+        elif "gt_polygons" in source:
+            masks = Masks.from_polygons([[ring] for ring in source.given("gt_polygons").numpy()], size)
+        joints = source.given("gt_keypoints") if "gt_keypoints" in source else None
+        return Instances(size, boxes, labels, masks, keypoints=joints)
+
+    def training(self, raw: Raw, size: tuple[int, int]) -> None:
+        ledger, system = self.ledger, self.system
+        target = self.target(ledger, size)
+        for name in ("train_proposals_rpn", "train_proposals"):
+            found = self.proposals(raw, [size], name, training=True)
+        with torch.no_grad():
+            self.terms("train_loss_", system.losses(raw, [target]))
+            proposals = [found[0]]
+            if "train_sampled_boxes" in ledger:
+                from maskwright.blocks.roi_heads import sample_proposals
+
+                sampled = sample_proposals(proposals[0], target, self.classes, system.roi_rules)
+                self.boxes("train_sampled_boxes", sampled.boxes, {}, ("train_sampled_classes", sampled.labels))
+            given = [ledger.given("given_boxes")]
+            self.terms("train_given_loss_", system.roi_losses(raw, given, [target]))
+            if ledger.names("train_(given_)?bitmask_.*"):
+                target = self.target(ledger, size, bits=True)
+                self.terms("train_bitmask_loss_", system.losses(raw, [target]))
+                self.terms("train_given_bitmask_loss_", system.roi_losses(raw, given, [target]))
+
+    def terms(self, prefix: str, ours: dict[str, Tensor]) -> None:
+        for name in self.ledger.names(rf"{prefix}\w+"):
+            self.ledger.compare(name, ours[LOSSES[name.removeprefix(prefix)]])
+
+    def gradients(self) -> None:
+        """Norm and sum of every parameter's gradient of the plain sum of all losses."""
+        ledger, system = self.ledger, self.system
+        beside = ledger.path.with_name(ledger.path.name.replace("-grad", ""))
+        if not beside.exists():
+            raise LookupError(f"needs the target in {beside.name}, which is not beside it")
+        source = Ledger(beside)
+        images, sizes = inputs({**source.about, **ledger.about, "input": source.about["input"]})
+        with norm_after_convolution():
+            terms = system.losses(system(images), [self.target(source, sizes[0])])
+        total = sum(terms.values(), torch.zeros(()))
+        for name in ledger.names(r"loss_\w+"):
+            ledger.compare(name, terms[LOSSES[name.removeprefix("loss_").removeprefix("loss_")]])
+        ledger.compare("total", total)
+        total.backward()
+        names = [str(n) for n in ledger.arrays["names"]]
+        unused = [str(n) for n in ledger.arrays["no_grad_names"] if n]
+        ours = dict(system.named_parameters())
+        renamed = dict(zip(names + unused, self.our_names(names + unused), strict=True))
+        ledger.seen |= {"names", "no_grad_names"}
+        wrong = [n for n in names if renamed[n] not in ours or ours[renamed[n]].grad is None]
+        still = [n for n in unused if renamed[n] in ours and ours[renamed[n]].requires_grad]
+        if wrong or still or len(set(renamed.values())) != len(ours):
+            ledger.fail(
+                "names",
+                f"without a gradient: {wrong}; with one, wrongly: {still}; {len(ours)} parameters for {len(renamed)}",
+            )
+            return
+        grads = [ours[renamed[n]].grad.double() for n in names]  # pyright: ignore[reportOptionalMemberAccess]
+        norms = torch.stack([g.norm() for g in grads])
+        ledger.compare("grad_norm", norms, 1e-4, DEEP)
+        sizes = torch.stack([g.abs().sum() for g in grads])
+        ledger.compare("grad_sum", torch.stack([g.sum() for g in grads]), 1e-4, DEEP, scale=sizes)
+
+    def our_names(self, theirs: list[str]) -> list[str]:
+        from maskwright.checkpoints.origins import origins
+
+        kind = "torchvision" if self.torchvision else "detectron2"
+        origin = next(o for o in origins() if o.name == kind and o.system == self.system.name)
+        result = []
+        for key in theirs:
+            for pattern, replacement in origin.rename:
+                key = re.sub(pattern, replacement, key)
+            result.append(key)
+        return result
+
+
+@contextmanager
+def norm_after_convolution():
+    """The original's order of rounding. The library folds frozen norms into the weights, which moves activations by a
+    rounding step; where one crosses zero a ReLU's gate flips, and 5e-4 of a gradient's sum with it."""
+
+    def forward(self: ConvNorm, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        return torch.relu(x) if self.relu else x
+
+    folded, ConvNorm.forward = ConvNorm.forward, forward
+    try:
+        yield
+    finally:
+        ConvNorm.forward = folded
+
+
+def _level(name: str, position: int) -> int:
+    """Which level a name means: p2 ... p6, 0 ... 4, pool; those of single-level networks by position."""
+    last = name.rsplit("_", 1)[-1]
+    if last == "pool":
+        return -1
+    if re.fullmatch(r"p\d", last):
+        return int(last[1]) - 2
+    return int(last) if last.isdigit() else position
+
+
+def _default_boxes(size: tuple[int, int]) -> Tensor:
+    """The six boxes that the references were made with, as shares of the input."""
+    shares = np.array(
+        [
+            [0.05, 0.05, 0.45, 0.6], [0.3, 0.2, 0.95, 0.9], [0.5, 0.5, 0.62, 0.68], [0.0, 0.0, 1.0, 1.0],
+            [0.1, 0.7, 0.33, 0.97], [0.61, 0.03, 0.8, 0.4],
+        ]
+    )  # fmt: skip
+    return torch.from_numpy((shares * np.array([size[1], size[0]] * 2)).astype("float32"))
+
+
+SYSTEMS = {"mask-rcnn": check, "keypoint-rcnn": check}

@@ -1,0 +1,155 @@
+"""RoI pooling and its relatives, preprocessing."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from maskwright.blocks.rpn import _shapes
+from maskwright.ops import boxes, keypoints, mask_targets, matching, paste, pooling
+from maskwright.structures import Masks
+from maskwright.systems.mask_rcnn import PREPROCESS
+from tests.parity.ledger import Ledger
+
+FAMILIES = {"detectron2": "detectron2", "torchvision": "torchvision", "maskrcnn_benchmark": "maskrcnn-benchmark"}
+
+
+def roi_pooling(ledger: Ledger) -> None:
+    feature, rois = ledger.given("feature"), ledger.given("rois")
+    for name in ledger.names(r"roi_pool_\d+"):
+        ledger.compare(name, pooling.roi_pool(feature, rois, int(name.split("_")[-1]), 0.25))
+    for name in ledger.names(r"roi_align_\d+_aligned[01]_ratio\d+"):
+        side, aligned, samples = map(int, re.findall(r"\d+", name))
+        ledger.compare(name, pooling.roi_align(feature, rois, side, 0.25, samples, bool(aligned)))
+    for name in ledger.names(r"roi_align_.*_grad"):
+        side, aligned, samples = map(int, re.findall(r"\d+", name))
+        leaf = feature.clone().requires_grad_()
+        (
+            pooling.roi_align(leaf, rois, side, 0.25, samples, bool(aligned)) * ledger.given("grad_weight")
+        ).sum().backward()
+        assert leaf.grad is not None
+        ledger.compare(name, leaf.grad)
+    if "level_boxes" in ledger:
+        for name in ledger.names(r"level_(?!boxes).*"):
+            rule = FAMILIES[name.removeprefix("level_")]
+            ledger.equal(name, boxes.pyramid_level(ledger.given("level_boxes"), rule=rule))  # pyright: ignore[reportArgumentType]
+    if "paste_masks" in ledger:
+        _pasting(ledger)
+    if "target_boxes" in ledger:
+        _targets(ledger)
+    if "coder_src" in ledger:
+        _coder(ledger)
+    for name in ledger.names(r"anchors_.*"):
+        _anchors(ledger, name)
+    if "match_iou" in ledger:
+        for name in ledger.names(r"match_idx_lowq[01]"):
+            nearest, matched = matching.match(ledger.given("match_iou"), 0.3, 0.7, name.endswith("1"))
+            ledger.equal(name, nearest)
+            labels = torch.where(matched >= 0, 1, torch.where(matched == matching.NEGATIVE, 0, -1))
+            ledger.equal(name.replace("idx", "label"), labels)
+    if "kp" in ledger:
+        own = ledger.given("target_boxes")
+        place, counts = keypoints.encode(ledger.given("kp"), own, 56)
+        ledger.equal("kp_heat_index", place)
+        ledger.equal("kp_valid", counts)
+        maps = ledger.given("kp_maps")
+        by_logit, by_share = (keypoints.decode(maps, own, rule) for rule in ("logit", "probability"))
+        ledger.compare("kp_decoded", torch.cat([by_logit, by_share[..., 2:]], -1))
+
+
+def _pasting(ledger: Ledger) -> None:
+    grids, own = ledger.given("paste_masks"), ledger.given("paste_boxes")
+    height, width = ledger.given("paste_size").tolist()
+    size = (height, width)
+    for name in ledger.names(r"paste_(detectron2|torchvision|maskrcnn_benchmark)_float"):
+        rule = "continuous" if "detectron2" in name else "padded"
+        ledger.compare(name, paste.paste_values(grids, own, size, rule=rule))
+    if "paste_detectron2" in ledger:
+        ledger.compare_bits("paste_detectron2", paste.paste_masks(grids, own, size).dense())
+    if "paste_maskrcnn_benchmark" in ledger:
+        ours = paste.paste_masks(grids, own, size, rule="padded", strict=True)
+        ledger.compare_bits("paste_maskrcnn_benchmark", ours.dense())
+
+
+def _targets(ledger: Ledger) -> None:
+    own = ledger.given("target_boxes")
+    owners = torch.arange(len(own))
+    raster = Masks.from_dense(ledger.given("target_bitmask_full"))
+    rings = [ledger.names(rf"target_polygon_{n}[a-z]?") for n in range(len(own))]
+    outlines = Masks.from_polygons([[ledger.given(n).numpy() for n in names] for names in rings], raster.size)
+    ledger.compare("target_polygon_crop28", mask_targets.mask_targets(outlines, owners, own, 28))
+    ledger.compare("target_bitmask_crop28", mask_targets.mask_targets(raster, owners, own, 28))
+    ledger.compare("target_torchvision_crop28", mask_targets.mask_targets(raster, owners, own, 28, rule="soft"))
+    corners = [[p for ring in rings for p in [torch.from_numpy(ring)]] for rings in outlines.polygons()]
+    areas = [sum(_shoelace(ring) for ring in own_rings) for own_rings in corners]
+    ledger.compare("polygon_areas", torch.tensor(areas, dtype=torch.float64))
+
+
+def _shoelace(ring: torch.Tensor) -> float:
+    x, y = ring.double().unbind(1)
+    return float(0.5 * abs((x * y.roll(1)).sum() - (y * x.roll(1)).sum()))
+
+
+def _coder(ledger: Ledger) -> None:
+    source, goal, deltas = (ledger.given(f"coder_{n}") for n in ("src", "dst", "deltas"))
+    for name in ledger.names(r"coder_(plus1_)?(encode|decode)_.*"):
+        digits = name.split("code_")[1]
+        weights = [1.0] * 4 if digits == "1111" else [float(n) for n in digits.split("_")]
+        if "encode" in name:
+            ours = boxes.encode(source, goal, weights, "plus1" in name)
+        else:
+            shifts = deltas.view(len(source), -1, 4)
+            ours = boxes.decode(source[:, None].expand_as(shifts), shifts, weights, "plus1" in name).flatten(1)
+        ledger.compare(name, ours)
+
+
+def _anchors(ledger: Ledger, name: str) -> None:
+    size = float(name.split("_")[-1])
+    if "maskrcnn_benchmark" in name:
+        # Detectron's old recipe, kept for the systems that stand on it: a base window of whole pixels, widths rounded.
+        stride = int(re.findall(r"stride(\d+)", name)[0])
+        rows = []
+        for ratio in (0.5, 1.0, 2.0):
+            width = round((stride * stride / ratio) ** 0.5)
+            height = round(width * ratio)
+            width, height = width * size / stride, height * size / stride
+            centre = 0.5 * (stride - 1)
+            rows.append(
+                [
+                    centre - 0.5 * (width - 1),
+                    centre - 0.5 * (height - 1),
+                    centre + 0.5 * (width - 1),
+                    centre + 0.5 * (height - 1),
+                ]
+            )
+        ledger.compare(name, torch.tensor(rows, dtype=torch.float64), note="the rule alone; no system here uses it yet")
+    else:
+        ledger.compare(name, _shapes([size], (0.5, 1.0, 2.0), "torchvision" in name))
+
+
+def preprocessing(ledger: Ledger) -> None:
+    from dataclasses import replace
+
+    numbers = re.search(r"short (\d+), long <= (\d+)", str(ledger.about.get("note", "")))
+    if numbers is None:
+        raise ValueError("meta does not say the sizes")
+    short, long = int(numbers[1]), int(numbers[2])
+    for name in ledger.names(r"image_\d+"):
+        number = name.split("_")[1]
+        picture = ledger.given(name).permute(2, 0, 1).contiguous()
+        own = replace(PREPROCESS["detectron2"], short=short, long=long)
+        values, placement = own.lay(picture)
+        resized = values + torch.tensor(own.mean)[:, None, None]
+        ledger.compare(f"d2_resized_bgr_{number}", resized.round().permute(1, 2, 0))
+        ledger.compare(f"d2_input_{number}", own.collate([picture]).images)
+        own = replace(PREPROCESS["torchvision"], short=short, long=long)
+        values, placement = own.lay(picture)
+        ledger.equal(f"tv_size_{number}", torch.tensor(placement.size))
+        ledger.compare(f"tv_input_{number}", own.collate([picture]).images)
+
+
+OPERATORS = [
+    (lambda ledger: "rois" in ledger and "feature" in ledger, roi_pooling),
+    (lambda ledger: ledger.names(r"(d2|tv)_input_\d+") != [], preprocessing),
+]

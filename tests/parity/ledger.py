@@ -1,0 +1,207 @@
+"""What was recorded, and which of it has been compared."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RAW = 2e-5  # a wrong batch-norm epsilon alone shows as 5e-5
+LARGEST = 1e-4
+
+
+class Ledger:
+    """The arrays of one reference file. Each is taken as an input or compared; what is left over is a failure.
+
+    An array X too large to keep is stored as X__shape and X__sampled (its values at a fixed random choice of places);
+    a boolean one as X__packbits and X__shape.
+    """
+
+    def __init__(self, path: Path):
+        with np.load(path) as file:
+            self.arrays = {k: file[k] for k in file.files}
+        self.about: dict[str, Any] = json.loads(str(self.arrays.pop("meta"))) if "meta" in self.arrays else {}
+        self.path = path
+        self.name = path.stem
+        self.seen: set[str] = set()
+        self.lines: list[str] = []
+        self.failed = 0
+
+    # ---- inputs --------------------------------------------------------------------------------------------------
+
+    def __contains__(self, name: str) -> bool:
+        return any(
+            f"{name}{suffix}" in self.arrays for suffix in ("", "__packbits", "__sampled", "__packbits__sampled")
+        )
+
+    def names(self, pattern: str) -> list[str]:
+        """Names (without storage suffixes) that match, in the file's order."""
+        plain = dict.fromkeys(re.sub(r"(__packbits)?(__shape|__sampled)?$", "", k) for k in self.arrays)
+        return [n for n in plain if re.fullmatch(pattern, n)]
+
+    def given(self, name: str) -> Tensor:
+        """An array that the original was given, not one that it answered."""
+        if f"{name}__packbits" in self.arrays:
+            shape = self.arrays[f"{name}__shape"]
+            self.seen |= {f"{name}__packbits", f"{name}__shape"}
+            return torch.from_numpy(_unpacked(self.arrays[f"{name}__packbits"], shape))
+        self.seen.add(name)
+        return torch.from_numpy(self.arrays[name])
+
+    def peek(self, name: str) -> Tensor:
+        """An answer, whole, to match ours with; it still has to be compared."""
+        return torch.from_numpy(self.arrays[name])
+
+    # ---- answers -------------------------------------------------------------------------------------------------
+
+    def compare(
+        self,
+        name: str,
+        ours: Tensor | float,
+        bound: float = RAW,
+        reason: str = "",
+        note: str = "",
+        scale: Tensor | None = None,
+    ) -> None:
+        """Relative error ||ours - theirs|| / ||theirs|| of one array. Entries of ours that are NaN stand for values that
+        the library does not keep (say which in `note`). A bound above RAW needs a reason. For sums that all but cancel,
+        `scale` holds the sums of sizes, and the error is measured against those."""
+        if bound > RAW and not reason:
+            raise ValueError(f"{name}: a bound of {bound} needs a reason")
+        bound = min(bound, LARGEST)
+        values = torch.as_tensor(ours).detach().double().cpu().numpy()
+        theirs, shape, chosen = self._answer(name)
+        if values.shape != tuple(shape):
+            return self._line(name, f"shape {values.shape}, expected {tuple(shape)}", False)
+        flat = values.reshape(-1)[chosen] if chosen is not None else values.reshape(-1)
+        theirs = theirs.reshape(-1).astype("float64")
+        kept = ~np.isnan(flat)
+        flat, theirs = flat[kept], theirs[kept]
+        if not len(flat) and values.size:
+            return self._line(name, "nothing of it could be compared", False)
+        size = np.linalg.norm(theirs) if scale is None else float(scale.double().norm())
+        error = np.linalg.norm(flat - theirs) / size if size > 0 else float(np.abs(flat).max(initial=0.0))
+        extra = " ".join(
+            t for t in (f"[{note}]" if note else "", f"(bound {bound:g}: {reason})" if reason else "") if t
+        )
+        self._line(name, f"{error:.2e} {extra}".rstrip(), bool(error <= bound))
+
+    def compare_bits(self, name: str, ours: Tensor, share: float = 1e-4) -> None:
+        """Share of pixels that differ in a boolean array: those within rounding of the threshold may."""
+        bits = ours.detach().cpu().numpy().astype(bool)
+        if f"{name}__packbits__sampled" in self.arrays:
+            theirs = self.arrays[f"{name}__packbits__sampled"]
+            packed = np.packbits(bits.reshape(-1))
+            expected = tuple(self.arrays[f"{name}__shape"])
+            total = int(self.arrays[f"{name}__packbits__shape"][0])
+            self.seen |= {f"{name}__packbits__sampled", f"{name}__packbits__shape", f"{name}__shape"}
+            if bits.shape != expected or len(packed) != total:
+                return self._line(name, f"shape {bits.shape}, expected {expected}", False)
+            mine = packed[np.random.RandomState(0).randint(0, total, len(theirs))]
+            different, count = int(np.unpackbits(mine ^ theirs).sum()), 8 * len(theirs)
+        else:
+            if f"{name}__packbits" in self.arrays:
+                whole = _unpacked(self.arrays[f"{name}__packbits"], self.arrays[f"{name}__shape"])
+                self.seen |= {f"{name}__packbits", f"{name}__shape"}
+            else:
+                whole = self.arrays[name].astype(bool)
+                self.seen.add(name)
+            if bits.shape != whole.shape:
+                return self._line(name, f"shape {bits.shape}, expected {whole.shape}", False)
+            different, count = int((bits != whole).sum()), whole.size
+        self._line(
+            name, f"{different} of {count} bits differ (bound {share:g}: at the threshold)", different <= share * count
+        )
+
+    def equal(self, name: str, ours: Tensor) -> None:
+        """Integers or flags: all equal."""
+        self.seen.add(name)
+        theirs = torch.from_numpy(self.arrays[name])
+        same = tuple(ours.shape) == tuple(theirs.shape) and bool((ours.long() == theirs.long()).all())
+        self._line(
+            name,
+            "equal"
+            if same
+            else f"differs: {ours.flatten()[:8].tolist()} ... instead of {theirs.flatten()[:8].tolist()} ...",
+            same,
+        )
+
+    def fail(self, name: str, why: str) -> None:
+        self.seen.add(name)
+        self._line(name, why, False)
+
+    def finish(self) -> int:
+        """Lines for what was never looked at; 1 if anything failed, else 0."""
+        for name in sorted(set(self.arrays) - self.seen):
+            self._line(name, "was not checked", False)
+        return int(self.failed > 0)
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+
+    def _answer(self, name: str) -> tuple[np.ndarray, Any, np.ndarray | None]:
+        if f"{name}__sampled" in self.arrays:
+            values, shape = self.arrays[f"{name}__sampled"], self.arrays[f"{name}__shape"]
+            self.seen |= {f"{name}__sampled", f"{name}__shape"}
+            return values, shape, np.random.RandomState(0).randint(0, int(np.prod(shape)), len(values))
+        self.seen.add(name)
+        return self.arrays[name], self.arrays[name].shape, None
+
+    def _line(self, name: str, text: str, good: bool) -> None:
+        self.failed += not good
+        self.lines.append(f"{'ok  ' if good else 'FAIL'} {name}: {text}")
+
+
+def _unpacked(packed: np.ndarray, shape: Any) -> np.ndarray:
+    return np.unpackbits(packed)[: int(np.prod(shape))].reshape(tuple(shape)).astype(bool)
+
+
+def matching(theirs: Tensor, ours: Tensor, labels: tuple[Tensor, Tensor] | None = None) -> Tensor | None:
+    """For each box of theirs the row of ours that is nearest (of the same label), each used once; None if it cannot be.
+
+    Two implementations may order objects of equal score differently; what they found must still be the same."""
+    if len(theirs) != len(ours):
+        return None
+    if not len(theirs):
+        return torch.zeros(0, dtype=torch.int64)
+    distance = torch.cdist(theirs.double(), ours.double(), p=1)
+    if labels is not None:
+        distance = distance + 1e6 * (labels[0].long()[:, None] != labels[1].long()[None])
+    distance = distance + 1e-7 * (torch.arange(len(theirs))[:, None] - torch.arange(len(ours))[None]).abs()
+    rows = torch.full((len(theirs),), -1)
+    taken = torch.zeros(len(ours), dtype=torch.bool)
+    for index in range(len(theirs)):  # greedy: true partners are nearer than anything else by orders of magnitude
+        row = int(torch.where(taken, torch.inf, distance[index]).argmin())
+        rows[index], taken[row] = row, True
+    return rows
+
+
+def inputs(about: Mapping[str, Any]) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The pictures that the original was fed, as `about` tells: (B, C, H, W), and each picture's valid size."""
+    text = str(about.get("input", ""))
+    found = re.search(r"RandomState\((\d+)\)", text)
+    stream = np.random.RandomState(int(found[1]) if found else int(about.get("input_seed", 0)))
+    if "sizes" in about:
+        sizes = [(int(h), int(w)) for h, w in about["sizes"]]
+        canvas = re.search(r"zeros of (\d+) x (\d+)", text)
+        if canvas is None:
+            raise ValueError(f"cannot tell the padded size from {text!r}")
+        images = np.zeros((len(sizes), 3, int(canvas[1]), int(canvas[2])), "float32")
+        for image, (height, width) in zip(images, sizes, strict=True):
+            image[:, :height, :width] = stream.standard_normal((3, height, width))
+        return torch.from_numpy(images), sizes
+    shape = re.search(r"standard_normal\(\(\s*(\d+(?:\s*,\s*\d+)*)\s*,?\)\)", text)
+    if shape is not None:
+        dims = tuple(int(n) for n in shape[1].split(","))
+    elif "shape" in about:
+        dims = (1, 3, *(int(n) for n in about["shape"][-2:]))
+    else:
+        raise ValueError(f"cannot tell the input from {text!r}")
+    dims = dims if len(dims) == 4 else (1, *dims)
+    images = stream.standard_normal(dims).astype("float32")
+    return torch.from_numpy(images), [dims[2:]] * dims[0]  # pyright: ignore[reportReturnType]

@@ -1,0 +1,52 @@
+"""Reproducible weights for a checkpoint layout, written to disk as the original's own kind of file.
+
+A layout lists keys and shapes; each value depends on its key, its shape and a seed alone. So a checkpoint of hundreds
+of megabytes is a few kilobytes here, and two programmes that never met hold the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def value(key: str, shape: tuple[int, ...], kind: str, seed: int) -> np.ndarray:
+    """The entry `key`: normal noise scaled to keep activations alive; norms near one; counters zero."""
+    if not kind.startswith(("float", "bfloat")):
+        return np.zeros(shape, "int64")
+    stream = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
+    noise = np.asarray(stream.standard_normal(shape or None), "float32")
+    if key.endswith("running_var"):
+        return (1 + 0.25 * np.tanh(noise)).astype("float32")
+    if len(shape) >= 2:
+        return (noise * math.sqrt(1 / max(1, math.prod(shape[1:])))).astype("float32")
+    if key.endswith("weight") or not shape:
+        return (1 + 0.1 * noise).astype("float32")
+    return (0.1 * noise).astype("float32")
+
+
+def write_checkpoint(layout: Path, folder: Path, seed: int = 0, overrides: dict[str, Any] | None = None) -> Path:
+    """The layout filled with `seed`, as a file like the published one: a pickle of arrays, or a torch file.
+
+    `overrides`: key -> a number or nested list that replaces the drawn values (broadcast to the shape).
+    """
+    about = json.loads(layout.read_text())
+    state = {k: value(k, tuple(shape), kind, seed) for k, (shape, kind) in about["tensors"].items()}
+    for key, given in (overrides or {}).items():
+        state[key] = np.broadcast_to(np.asarray(given, state[key].dtype), state[key].shape).copy()
+    wrapper = about.get("wrapper", "")
+    if wrapper.startswith("pickle"):
+        path = folder / f"{layout.stem}.pkl"
+        path.write_bytes(pickle.dumps({"model": state, "__author__": "Detectron2 Model Zoo"}))
+        return path
+    path = folder / f"{layout.stem}.pth"
+    tensors = {k: torch.from_numpy(v) for k, v in state.items()}
+    torch.save({"model": tensors} if wrapper.startswith("{'model'") else tensors, path)
+    return path
