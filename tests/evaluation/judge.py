@@ -36,16 +36,22 @@ def annotation_file(data, path):
 
 def verdict(data, predictions, kind, folder):
     """{"segm/AP": ...} for one set of Instances per picture."""
-    keep = {"segm": "segmentation", "bbox": "bbox", "keypoints": "keypoints"}[kind]
     records = [
-        {k: v for k, v in record.items() if k in ("image_id", "category_id", "score", keep)}
+        record
         for image_id, instances in zip(data.image_ids(), predictions, strict=True)
         for record in instances.to_coco(image_id, data.category_ids)
     ]
-    results = folder / "results.json"
-    results.write_text(json.dumps(records))
+    return verdict_of_files(annotation_file(data, folder / "truth.json"), records, kind, folder)
+
+
+def verdict_of_files(annotations, records, kind, folder):
+    """The same for an annotation file and COCO result records; of each record only what `kind` is about is used."""
+    keep = {"segm": "segmentation", "bbox": "bbox", "keypoints": "keypoints"}[kind]
+    wanted = ("image_id", "category_id", "score", keep)
+    results = folder / "judged.json"
+    results.write_text(json.dumps([{k: v for k, v in record.items() if k in wanted} for record in records]))
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotation_file(data, folder / "truth.json")))
+        truth = COCO(str(annotations))
         engine = COCOeval(truth, truth.loadRes(str(results)), kind)
         engine.evaluate()
         engine.accumulate()

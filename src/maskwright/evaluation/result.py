@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maskwright._version import __version__
 from maskwright.errors import DataError
 from maskwright.evaluation.confusion import Confusion, PictureScore
@@ -115,6 +117,7 @@ class Example:
             "size": list(self.size),
             "picture": b64encode(self.picture).decode("ascii"),
             "truth": self.truth.to_coco(self.score.id),
+            "crowd": [] if self.truth.crowd is None else self.truth.crowd.tolist(),
             "found": self.found.to_coco(self.score.id),
         }
 
@@ -124,6 +127,7 @@ class Example:
 
         size = (int(values["size"][0]), int(values["size"][1]))
         truth, found = (instances_from_records(values[name], size, lambda c: int(c) - 1) for name in ("truth", "found"))
+        truth.crowd = torch.tensor(values["crowd"], dtype=torch.bool) if values["crowd"] else None
         score = PictureScore(**values["score"])
         return cls(values["rank"], score, b64decode(values["picture"]), size, truth, found, values["name"])
 
