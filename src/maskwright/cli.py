@@ -94,6 +94,9 @@ def evaluate(
     data: Annotated[str, arg(metavar="DIR")],
     split: str = "val",
     out: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
+    detections: int = 100,
+    boundary: bool = False,
+    limit: int | None = None,
     batch: int = 1,
     device: Device = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -114,6 +117,9 @@ def evaluate(
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
         split: The part of it: annotations/instances_SPLIT.json.
         out: Folder for result.json and report.html.
+        detections: At most so many per picture; as many per class are counted.
+        boundary: Boundary AP too.
+        limit: At most so many pictures, evenly spread over the set.
         batch: Pictures per forward pass.
         device: Where to compute; auto takes a GPU where there is one.
         dtype: Precision of the network.
@@ -125,7 +131,18 @@ def evaluate(
     from maskwright.inference import evaluate as run
 
     system = load(weights, commercial_ok=commercial_ok)
-    result = run(system, data, split, batch=batch, device=_device(device), dtype=dtype, compile=compile)
+    result = run(
+        system,
+        data,
+        split,
+        detections=detections,
+        boundary=boundary,
+        limit=limit,
+        batch=batch,
+        device=_device(device),
+        dtype=dtype,
+        compile=compile,
+    )
     say(str(result))
     if out is not None:
         result.save(out / "result.json")
@@ -147,6 +164,7 @@ def predict(
     batch: int = 1,
     tile: int | None = None,
     overlap: float = 0.2,
+    recursive: bool = False,
     device: Device = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     compile: bool = False,
@@ -178,6 +196,7 @@ def predict(
         batch: Pictures per forward pass.
         tile: For large pictures: side of the tiles they are cut into; objects are joined across seams.
         overlap: Share of a tile that it has in common with its neighbour.
+        recursive: Search the folders' own folders too.
         device: Where to compute; auto takes a GPU where there is one.
         dtype: Precision of the network.
         compile: Compile the network first: slower to start, faster per picture.
@@ -198,6 +217,7 @@ def predict(
         batch=batch,
         tile=tile,
         overlap=overlap,
+        recursive=recursive,
         device=_device(device),
         dtype=dtype,
         compile=compile,

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -116,7 +117,9 @@ def _sentence(box: str, program: str) -> str:
 def guarded(action: Callable[[], int]) -> int:
     """The exit code of `action`. What a person can do something about becomes a sentence on stderr and 2."""
     try:
-        return action()
+        with warnings.catch_warnings():
+            warnings.showwarning = _mention
+            return action()
     except KeyboardInterrupt as stop:
         complain(str(stop) or "interrupted")
         return 130
@@ -130,6 +133,11 @@ def guarded(action: Callable[[], int]) -> int:
             raise
         complain(f"maskwright: {sentence}")
         return 2
+
+
+def _mention(message: Warning | str, *about: Any) -> None:
+    """A warning as one line, without the place in the code it comes from."""
+    complain(f"note: {' '.join(str(message).split())}")
 
 
 def explain(error: BaseException) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -52,6 +53,16 @@ def test_an_interruption_is_130(capsys):
     assert capsys.readouterr().err == "interrupted\n"
     assert guarded(failing(KeyboardInterrupt("stopped after step 3; runs/x goes on with resume"))) == 130
     assert capsys.readouterr().err == "stopped after step 3; runs/x goes on with resume\n"
+
+
+def test_a_warning_is_one_line(capsys):
+    def action() -> int:
+        warnings.simplefilter("always")
+        warnings.warn("a.json: 2 annotations\nwere left out", UserWarning, stacklevel=1)
+        return 0
+
+    assert guarded(action) == 0
+    assert capsys.readouterr().err == "note: a.json: 2 annotations were left out\n"
 
 
 def test_a_defect_of_ours_keeps_its_traceback():
