@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from maskwright.inference.outputs import RecordStream, write_bytes
 from maskwright.structures import Instances
 
 Kind = Literal["drawn", "coco", "masks"]
@@ -26,7 +26,8 @@ class PredictionWriter:
     folder/pictures.json      the "images" and "categories" that those ids mean
     folder/masks/NAME.png     16 bits: 0 background, k the k-th best object, the better one where two overlap
 
-    NAME is the picture's path from the folder or glob it was named by. Every file is written beside and renamed.
+    NAME is the picture's path from the folder or glob it was named by. Every file is written beside and renamed;
+    results.json grows beside its place, so that nothing of a long run is held in memory but the pictures' names.
     `sources` are what the pictures were named by; `skipped` collects (path, reason) of those with an error.
     """
 
@@ -37,7 +38,7 @@ class PredictionWriter:
         self.roots = [_root(source) for source in sources]
         self.names: set[str] = set()
         self.images: list[dict[str, Any]] = []
-        self.results: list[dict[str, Any]] = []
+        self.results = RecordStream(self.folder / "results.json")
         self.skipped: list[tuple[str, str]] = []
         self.objects = 0
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +54,7 @@ class PredictionWriter:
         self.images.append({"id": number, "file_name": str(path), "height": height, "width": width})
         self.objects += len(instances)
         if "coco" in self.kinds:
-            self.results += instances.to_coco(number)
+            self.results.add(instances.to_coco(number))
         if "drawn" in self.kinds:
             self._draw(Path(path), instances, self.folder / "drawn" / f"{name}.jpg")
         if "masks" in self.kinds:
@@ -64,8 +65,8 @@ class PredictionWriter:
         if "coco" in self.kinds:
             categories = [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
             about = {"images": self.images, "categories": categories}
-            _write(self.folder / "results.json", json.dumps(self.results, ensure_ascii=False).encode())
-            _write(self.folder / "pictures.json", json.dumps(about, ensure_ascii=False, indent=1).encode())
+            self.results.close()
+            write_bytes(self.folder / "pictures.json", json.dumps(about, ensure_ascii=False, indent=1).encode())
 
     def _draw(self, path: Path, instances: Instances, target: Path) -> None:
         from maskwright.data import read_picture
@@ -73,7 +74,7 @@ class PredictionWriter:
         drawn = instances.draw(read_picture(path), self.classes)
         data = io.BytesIO()
         drawn.convert("RGB").save(data, "JPEG", quality=92)
-        _write(target, data.getvalue())
+        write_bytes(target, data.getvalue())
 
     def _name(self, path: Path) -> str:
         """The picture's name among the outputs: no two the same, none outside of the folder."""
@@ -119,14 +120,4 @@ def _write_numbers(instances: Instances, target: Path) -> None:
             plane[covered] = (first.numpy()[covered] + start + 1).astype(np.uint16)
     data = io.BytesIO()
     Image.fromarray(plane).save(data, "PNG")
-    _write(target, data.getvalue())
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_bytes(data)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_bytes(target, data.getvalue())

@@ -270,7 +270,7 @@ def _write_labels(
         places = [(x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1), (x0, y1 - height), (x1 - width, y1)]
         fitting = [(min(max(0, x), right), y) for x, y in places if 0 <= y <= picture[0] - height]
         fitting = np.array(fitting or [(min(max(0, x0), right), max(0.0, min(y0, picture[0] - height)))])
-        rows = np.concatenate([fitting, fitting + (width, height)], 1).round()
+        rows = np.hstack([fitting, fitting + np.array([width, height])]).round()
         small = areas < 2 * width * height
         small[number] = False
         hidden = np.concatenate([placed, boxes[small]])

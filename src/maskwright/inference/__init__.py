@@ -1,0 +1,7 @@
+"""Systems at work: pictures, folders, large pictures in tiles, whole data sets."""
+
+from maskwright.inference.evaluating import evaluate
+from maskwright.inference.predicting import Prediction, Predictions, predict
+from maskwright.inference.preparing import prepare
+
+__all__ = ["Prediction", "Predictions", "evaluate", "predict", "prepare"]

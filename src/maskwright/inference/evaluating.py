@@ -1,0 +1,268 @@
+"""A system measured on a data set: AP, speed, memory."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskwright.data import DataWarning, open_dataset
+from maskwright.errors import PictureError, UsageError
+from maskwright.evaluation import Evaluator, Result, Speed, match_classes
+from maskwright.inference.predicting import ahead, checked_thresholds, on_host
+from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
+from maskwright.structures import Batch, Instances, Placement
+from maskwright.systems import System
+
+
+def evaluate(
+    system: System,
+    data: str | Path | Any,
+    split: str = "val",
+    *,
+    batch: int = 1,
+    device: torch.device | str | None = None,
+    dtype: str = "float32",
+    compile: bool = False,
+    score_threshold: float | None = None,
+    detections: int = 100,
+    limit: int | None = None,
+    kinds: Sequence[str] | None = None,
+    boundary: bool = False,
+    examples: int = 6,
+    workers: int = 2,
+    title: str = "",
+    **thresholds: Any,
+) -> Result:
+    """AP of a system on a data set, with the speed and memory it took.
+
+    data             a folder, a COCO file, "scenes...", or a `Dataset`; classes are matched by name
+    batch            pictures per forward pass
+    device, dtype, compile  see `prepare`
+    score_threshold  None: the system's own, 0.05 for most; higher ones lower AP
+    detections       per picture, and as many per class are counted
+    limit            at most so many pictures, evenly spread over the set
+    kinds            of "segm", "bbox", "keypoints"; None: all that the system predicts and the set has
+    boundary         boundary AP too
+    examples         pictures kept for the report page
+    workers          threads that read and resize pictures while the network works
+
+    Where torch.distributed runs, every process takes its share and all get the whole result. A picture that cannot be
+    read counts as one without predictions, with a warning; it is an error where the data set is strict.
+    `Result.speed` is of the network and the decoding up to full-size masks, reading apart.
+    """
+    if batch < 1 or workers < 1 or detections < 1:
+        raise UsageError(f"batch is {batch}, workers is {workers}, detections is {detections}; all are at least 1")
+    options = checked_thresholds(system, {**thresholds, "score_threshold": score_threshold, "detections": detections})
+    place, kind = chosen_device(device), precision(dtype)
+    dataset = open_dataset(data, split) if isinstance(data, (str, Path)) else data
+    if limit is not None:
+        dataset = _spread(dataset, limit)
+    if not len(dataset):
+        raise UsageError("there are no pictures in this data set; nothing can be measured")
+    rename = match_classes(system.classes, dataset.classes)
+    ready = prepare(system, place, dtype, compile)
+    rank, world = _ranks()
+    watch = _Watch(place)
+    pairs: list[tuple[int, Instances]] = []
+    for index, objects in _run(
+        ready, dataset, range(rank, len(dataset), world), batch, place, kind, options, workers, watch
+    ):
+        labels = rename[objects.labels]
+        pairs.append((index, replace(objects, labels=labels)[labels >= 0]))
+    parts = _gathered((pairs, watch.outputs), world)
+    outputs = set().union(*(names for _, names in parts))
+    evaluator = Evaluator(
+        dataset,
+        kinds=_kinds(kinds, outputs, dataset),
+        boundary=boundary and "segm" in outputs,
+        max_detections=detections,
+    )
+    for index, objects in (pair for own, _ in parts for pair in own):
+        evaluator.add_at(index, objects)
+    result = evaluator.result(examples=examples, title=title)
+    preprocess = ready.preprocess
+    result.protocol = replace(
+        result.protocol,
+        threshold=_default(system, "score_threshold") if score_threshold is None else score_threshold,
+        input_size=f"short side {preprocess.short}, long side at most {preprocess.long}",
+        precision=dtype,
+        device=_device_name(place),
+        batch=batch,
+        decoding_timed=True,
+    )
+    result.speed = watch.speed(sum(p.numel() for p in system.parameters()))
+    return result
+
+
+def _run(
+    system: System,
+    dataset: Any,
+    indices: Sequence[int],
+    batch: int,
+    place: torch.device,
+    kind: torch.dtype,
+    options: dict[str, Any],
+    workers: int,
+    watch: _Watch,
+) -> Any:
+    def lay(index: int) -> tuple[int, tuple[Tensor, Placement] | PictureError]:
+        try:
+            return index, system.preprocess.lay(dataset[index].picture)
+        except PictureError as error:
+            return index, error
+
+    group: list[tuple[int, tuple[Tensor, Placement]]] = []
+    left = len(indices)
+    for index, laid in ahead(lay, indices, workers, batch + workers):
+        left -= 1
+        if not isinstance(laid, PictureError):
+            group.append((index, laid))
+        elif getattr(dataset, "strict", False):
+            raise laid
+        else:
+            warnings.warn(f"{laid} (it counts as a picture without predictions)", DataWarning, stacklevel=3)
+        if group and (len(group) == batch or not left):
+            pictures = Batch.collate(
+                [v for _, (v, _) in group], [p for _, (_, p) in group], multiple=system.preprocess.multiple
+            )
+            with torch.no_grad():
+                watch.start()
+                raw = run_network(system, pictures.images, place, kind)
+                watch.network()
+                found = [on_host(objects) for objects in system.decode(raw, pictures.placements, **options)]
+                watch.decoded(len(group))
+            for (number, _), objects in zip(group, found, strict=True):
+                watch.saw(objects)
+                yield number, objects
+            group = []
+
+
+@dataclass
+class _Watch:
+    """Measures the network and the decoding, batch by batch."""
+
+    device: torch.device
+    networks: list[float] = field(default_factory=list)  # seconds per picture
+    decodings: list[float] = field(default_factory=list)
+    pictures: list[int] = field(default_factory=list)
+    outputs: set[str] = field(default_factory=set)  # what the system predicts: "segm", "bbox", "keypoints"
+    marks: list[float] = field(default_factory=list)
+    begun: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def start(self) -> None:
+        self.marks = [self._now()]
+
+    def network(self) -> None:
+        self.marks.append(self._now())
+
+    def decoded(self, pictures: int) -> None:
+        begin, middle = self.marks
+        self.networks.append((middle - begin) / pictures)
+        self.decodings.append((self._now() - middle) / pictures)
+        self.pictures.append(pictures)
+
+    def saw(self, objects: Instances) -> None:
+        self.outputs.add("bbox")
+        if objects.masks is not None:
+            self.outputs.add("segm")
+        if objects.keypoints is not None:
+            self.outputs.add("keypoints")
+
+    def speed(self, parameters: int) -> Speed:
+        """The first batch warms up caches and compiles; it is left out where there are others."""
+        if not self.pictures:
+            return Speed(parameters=parameters)
+        skip = 1 if len(self.pictures) > 1 else 0
+        network, decoding = (1000 * np.array(v[skip:]) for v in (self.networks, self.decodings))
+        counts = np.array(self.pictures[skip:])
+        each = np.repeat(network + decoding, counts)
+        return Speed(
+            milliseconds=float(np.median(each)),
+            milliseconds_p90=float(np.quantile(each, 0.9)),
+            pictures_per_second=float(sum(self.pictures) / (time.perf_counter() - self.begun)),
+            stages={
+                "network": float(np.average(network, weights=counts)),
+                "decoding": float(np.average(decoding, weights=counts)),
+            },
+            peak_memory=_peak(self.device),
+            parameters=parameters,
+        )
+
+
+def _peak(device: torch.device) -> int | None:
+    """Bytes: of the GPU, or of this process since it began; None where nobody keeps count."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if device.type != "cpu" or sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _kinds(asked: Sequence[str] | None, outputs: set[str], dataset: Any) -> tuple[str, ...]:
+    if asked is not None:
+        missing = [kind for kind in asked if kind not in outputs | {"bbox"}]
+        if missing and outputs:
+            raise UsageError(
+                f"kinds holds {missing[0]!r}, which this system does not predict; it gives {', '.join(sorted(outputs))}"
+            )
+        return tuple(asked)
+    there = [k for k in ("segm", "bbox", "keypoints") if k in outputs]
+    if not getattr(dataset, "joints", None) and "keypoints" in there:
+        there.remove("keypoints")
+    return tuple(there) or ("bbox",)
+
+
+def _default(system: System, name: str) -> float | None:
+    parameter = inspect.signature(system.decode).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+def _spread(dataset: Any, limit: int) -> Any:
+    if limit < 1:
+        raise UsageError(f"limit is {limit}; at least one picture is needed")
+    from maskwright.training.validation import spread
+
+    return spread(dataset, limit)
+
+
+def _ranks() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _gathered(own: Any, world: int) -> list[Any]:
+    """What every process has, in order of rank."""
+    if world == 1:
+        return [own]
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, own)
+    return parts
+
+
+def _device_name(place: torch.device) -> str:
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    return f"CPU, {torch.get_num_threads()} threads" if place.type == "cpu" else str(place)

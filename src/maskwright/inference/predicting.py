@@ -1,0 +1,253 @@
+"""From pictures to objects: one picture, many, or a stream of them."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from maskwright.errors import PictureError, UsageError
+from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
+from maskwright.inference.sources import Item, is_single, items, read
+from maskwright.inference.tiles import predict_tiled
+from maskwright.structures import Batch, Instances, Placement
+from maskwright.systems import System
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What was found in one picture.
+
+    path       where it came from; None for pictures in memory
+    instances  the objects, best first, on the picture's own grid, on the host; None where `error` says why
+    size       H, W; None where the picture could not be read
+    error      one sentence, where the picture was skipped
+    seconds    network and decoding, this picture's share of its batch
+    """
+
+    path: Path | None
+    instances: Instances | None
+    size: tuple[int, int] | None
+    error: str | None = None
+    seconds: float = 0.0
+    classes: tuple[str, ...] = field(default=(), repr=False)
+    given: Any = field(default=None, repr=False, compare=False)  # the picture, where it came from memory
+
+    def found(self) -> Instances:
+        """The objects; PictureError where the picture was skipped."""
+        if self.instances is None:
+            raise PictureError(self.error or "this picture was skipped")
+        return self.instances
+
+    def draw(self, **options: Any) -> Image:
+        """The picture with its objects drawn over it (a picture from a file is read again); see `Instances.draw`."""
+        objects = self.found()
+        return objects.draw(read(Item(self.path, self.given), 3), self.classes, **options)
+
+    def save(self, path: str | Path, **options: Any) -> Path:
+        """Writes one file, by its suffix: .json COCO records, .npz run-length masks with boxes, labels and scores,
+        any picture's suffix the drawn picture (`options` as for `draw`). Written beside and renamed."""
+        from maskwright.inference.outputs import save_objects, write_picture
+
+        path = Path(path)
+        if path.suffix.lower() in (".json", ".npz"):
+            return save_objects(self.found(), path, self.classes, self.path)
+        return write_picture(path, self.draw(**options))
+
+
+class Predictions:
+    """Predictions one by one as they are made, in the order of the pictures; can be gone through once.
+
+    A picture that cannot be read is skipped: its prediction has an `error`, and it is listed in `skipped`.
+    """
+
+    def __init__(self, stream: Iterator[Prediction]):
+        self.skipped: list[Prediction] = []
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return self
+
+    def __next__(self) -> Prediction:
+        prediction = next(self._stream)
+        if prediction.error is not None:
+            self.skipped.append(prediction)
+        return prediction
+
+
+class CountedPredictions(Predictions):
+    """Predictions whose number is known beforehand: `len`."""
+
+    def __init__(self, stream: Iterator[Prediction], total: int):
+        super().__init__(stream)
+        self._total = total
+
+    def __len__(self) -> int:
+        return self._total
+
+
+def predict(
+    system: System,
+    source: Any,
+    *,
+    batch: int = 1,
+    tile: int | None = None,
+    overlap: float = 0.2,
+    recursive: bool = False,
+    device: torch.device | str | None = None,
+    dtype: str = "float32",
+    compile: bool = False,
+    workers: int = 2,
+    **thresholds: Any,
+) -> Any:
+    """The objects in one picture (a `Prediction`) or in many (`Predictions`, an iterator of them).
+
+    source      one picture: a path, a PIL picture, an array (H, W, 3) uint8 RGB, a tensor (3, H, W) uint8 RGB.
+                Many: a folder, a glob, a list, a batch (4 dimensions), a generator of any of these
+    batch       pictures (or tiles) per forward pass; pictures of different sizes are padded to the largest
+    tile        side, in the picture's pixels, of the tiles that larger pictures are cut into; `overlap` is the share a
+                tile has in common with the next. Objects are joined across seams, see `inference.tiles`
+    recursive   search sub-folders too
+    device, dtype, compile  see `prepare`. Call that yourself to pay for it once, not with every call
+    workers     threads that read and resize pictures while the network works
+    thresholds  of the system's `decode`: score_threshold, nms_threshold, detections (per picture; per tile), ...
+
+    Among many, a picture that cannot be read is skipped, see `Prediction.error`; one alone raises PictureError.
+    """
+    if batch < 1 or workers < 1:
+        raise UsageError(f"batch is {batch}, workers is {workers}; both are at least 1")
+    if tile is not None and (tile < 16 or not 0 <= overlap <= 0.9):
+        raise UsageError(f"tile is {tile}, overlap is {overlap}; a tile is at least 16 pixels, its overlap 0 ... 0.9")
+    options = checked_thresholds(system, thresholds)
+    place, kind = chosen_device(device), precision(dtype)
+    wanted = items(source, recursive)
+    ready = prepare(system, place, dtype, compile)
+    run = _Runner(ready, place, kind, options)
+    stream = _tiles(run, wanted, batch, tile, overlap) if tile else _batches(run, wanted, batch, workers)
+    if is_single(source):
+        prediction = next(stream)
+        if prediction.error is not None:
+            raise PictureError(prediction.error)
+        return prediction
+    return CountedPredictions(stream, len(wanted)) if isinstance(wanted, list) else Predictions(stream)
+
+
+def checked_thresholds(system: System, thresholds: dict[str, Any]) -> dict[str, Any]:
+    """`thresholds` without those that are None; UsageError names one that the system's `decode` does not know."""
+    known = [p.name for p in inspect.signature(system.decode).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if not known:
+        known = list(inspect.signature(system.decode).parameters)[2:]
+    for name in thresholds:
+        if name not in known:
+            raise UsageError(
+                f"{system.name} has no option {name!r} for predicting; its thresholds are {', '.join(known)}"
+            )
+    return {name: value for name, value in thresholds.items() if value is not None}
+
+
+def ahead(function: Callable[[A], B], inputs: Iterable[A], workers: int, depth: int) -> Iterator[B]:
+    """`function` of each input, in order, computed by threads up to `depth` inputs ahead of the one asked for."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="maskwright-read")
+    waiting: deque[Future[B]] = deque()
+    try:
+        for value in inputs:
+            waiting.append(pool.submit(function, value))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """A prepared system with everything a call needs."""
+
+    system: System
+    device: torch.device
+    dtype: torch.dtype
+    thresholds: dict[str, Any]
+
+    @property
+    def channels(self) -> int:
+        return len(self.system.preprocess.mean)
+
+    def __call__(self, laid: Sequence[tuple[Tensor, Placement]]) -> list[Instances]:
+        """Objects of each picture, on the host, masks packed."""
+        batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], multiple=self.system.preprocess.multiple)
+        with torch.no_grad():  # not inference mode: results may be changed in place by whoever gets them
+            raw = run_network(self.system, batch.images, self.device, self.dtype)
+            found = self.system.decode(raw, batch.placements, **self.thresholds)
+        return [on_host(objects) for objects in found]
+
+    def prediction(self, item: Item, objects: Instances, seconds: float) -> Prediction:
+        return Prediction(item.path, objects, objects.image_size, None, seconds, tuple(self.system.classes), item.given)
+
+
+def on_host(objects: Instances) -> Instances:
+    """The same objects on the host with their masks in the smallest form."""
+    objects = objects.to("cpu")
+    if objects.masks is not None:
+        objects.masks = objects.masks.pack()
+    return objects
+
+
+def _batches(run: _Runner, wanted: Iterable[Item], batch: int, workers: int) -> Iterator[Prediction]:
+    def lay(item: Item) -> tuple[Item, tuple[Tensor, Placement] | PictureError]:
+        try:
+            return item, run.system.preprocess.lay(read(item, run.channels))
+        except PictureError as error:
+            return item, error
+
+    group: list[tuple[Item, Any]] = []
+    for item, laid in ahead(lay, wanted, workers, batch + workers):
+        group.append((item, laid))
+        if sum(not isinstance(entry, PictureError) for _, entry in group) == batch:
+            yield from _flush(run, group)
+            group = []
+    yield from _flush(run, group)
+
+
+def _flush(run: _Runner, group: list[tuple[Item, Any]]) -> Iterator[Prediction]:
+    good = [laid for _, laid in group if not isinstance(laid, PictureError)]
+    start = time.perf_counter()
+    found = iter(run(good) if good else ())
+    seconds = (time.perf_counter() - start) / max(1, len(good))
+    for item, laid in group:
+        if isinstance(laid, PictureError):
+            yield Prediction(item.path, None, None, str(laid), classes=tuple(run.system.classes), given=item.given)
+        else:
+            yield run.prediction(item, next(found), seconds)
+
+
+def _tiles(run: _Runner, wanted: Iterable[Item], batch: int, tile: int, overlap: float) -> Iterator[Prediction]:
+    def load(item: Item) -> tuple[Item, Tensor | PictureError]:
+        try:
+            return item, read(item, run.channels)
+        except PictureError as error:
+            return item, error
+
+    for item, picture in ahead(load, wanted, 1, 1):
+        if isinstance(picture, PictureError):
+            yield Prediction(item.path, None, None, str(picture), classes=tuple(run.system.classes), given=item.given)
+            continue
+        start = time.perf_counter()
+        objects = predict_tiled(
+            lambda crops: run([run.system.preprocess.lay(c) for c in crops]), picture, tile, overlap, batch
+        )
+        yield run.prediction(item, objects, time.perf_counter() - start)
