@@ -41,12 +41,9 @@ def test_detectron2s_3x_drops_at_210k_and_250k_of_270k():
 def test_torchvisions_drops_after_16_and_22_of_26_epochs():
     recipe = named_recipe("torchvision")
     per_epoch = 7330
-    drops = [
-        s
-        for s in range(1000, 26 * per_epoch)
-        if recipe.factor(s, 26 * per_epoch) < recipe.factor(s - 1, 26 * per_epoch)
-    ]
-    assert drops == [16 * per_epoch, 22 * per_epoch]
+    for epoch, factor in ((16, 0.1), (22, 0.01)):
+        assert recipe.factor(epoch * per_epoch - 1, 26 * per_epoch) == pytest.approx(10 * factor)
+        assert recipe.factor(epoch * per_epoch, 26 * per_epoch) == pytest.approx(factor)
 
 
 @pytest.mark.parametrize(
