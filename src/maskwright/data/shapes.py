@@ -11,6 +11,8 @@ import numpy as np
 from maskwright.structures import Masks, rle
 from maskwright.structures import polygons as outlines
 
+_FARTHEST = 1e7  # pixels from the picture's corner; beyond it is no cutting without losing precision
+
 
 @dataclass(frozen=True)
 class Shapes:
@@ -197,6 +199,11 @@ def _check_polygons(shapes: Shapes, sizes: np.ndarray) -> dict[int, str]:
         for index in broken.tolist():
             complaints[index] = "has a polygon with a coordinate that is not a finite number"
         points[~finite] = 0
+    far = (np.abs(points) > _FARTHEST).any(1)
+    if far.any():
+        for index in np.unique(owner[np.logical_or.reduceat(far, rings[:, 0])]).tolist():
+            complaints[index] = f"has a polygon with a coordinate beyond {_FARTHEST:.0e}; no picture is so large"
+        points[far] = 0
     limits = sizes[owner][:, ::-1]
     with np.errstate(over="ignore", invalid="ignore"):
         low, high = _ring_extents(points, rings)

@@ -1,0 +1,71 @@
+"""Run in a process of its own, under a bound on memory: tries to read each file named, prints what happened as JSON.
+
+Some of these inputs kill the process of a tool that hands them on unchecked. Not a test; the tests start it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def main(files: list[str]) -> None:
+    torch.set_num_threads(1)
+    limit(4 << 30)
+    for name in files:
+        path, _, pictures = name.partition("|")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            outcome = attempt(Path(path), Path(pictures) if pictures else None)
+        outcome["warnings"] = [str(w.message) for w in told]
+        print(json.dumps(outcome), flush=True)  # noqa: T201 - this is what the tests read
+
+
+def limit(size: int) -> None:
+    """No more address space than this, where the system can do that."""
+    try:
+        import resource
+    except ImportError:
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def attempt(path: Path, pictures: Path | None) -> dict[str, Any]:
+    from maskwright.data import read_coco, read_picture
+    from maskwright.errors import MaskwrightError
+
+    try:
+        if path.suffix == ".json":
+            dataset = read_coco(path, pictures)
+            samples = [dataset[i] for i in range(len(dataset))]
+            return {
+                "ids": [dataset.annotation_ids(i) for i in range(len(dataset))],
+                "images": dataset.image_ids(),
+                "classes": dataset.classes,
+                "categories": dataset.category_ids,
+                "labels": [s.target.labels.tolist() for s in samples],
+                "crowd": [s.target.crowd.tolist() for s in samples],
+                "areas": [s.target.masks.areas().tolist() for s in samples],
+                "boxes": [s.target.boxes.tolist() for s in samples],
+                "finite": all(bool(torch.isfinite(s.target.boxes).all()) for s in samples),
+            }
+        picture = read_picture(path)
+        values = picture.float()
+        return {
+            "shape": list(picture.shape),
+            "mean": values.mean((1, 2)).tolist(),
+            "values": len(np.unique(picture.numpy())),
+            "corner": values[:, :8, :8].mean().item(),
+        }
+    except MaskwrightError as error:
+        return {"error": str(error)}
+
+
+if __name__ == "__main__":
+    main(sys.stdin.read().splitlines())

@@ -1,0 +1,171 @@
+"""Checking a data set, and the repaired copy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from maskwright.data import check, open_dataset, read_coco
+from maskwright.errors import DataError, UsageError
+from tests.data.making import content, write
+
+pytestmark = pytest.mark.fast
+
+
+def damaged_set(folder: Path) -> Path:
+    """Two splits: broken outlines, a cut picture, a missing one, a shared annotation id, a wrong box."""
+    data = content(5)
+    notes = data["annotations"]
+    notes[1]["segmentation"] = [[1, 2, 3, 4]]
+    notes[2]["id"] = 1
+    notes[4]["bbox"] = [0, 0, -1, 0]
+    notes[5]["area"] = float("nan")
+    notes[5]["extra"] = {"by": "somebody"}
+    write(folder, data)
+    (folder / "train" / "4.png").write_bytes((folder / "train" / "4.png").read_bytes()[:-30])
+    (folder / "train" / "5.png").unlink()
+    write(folder, content(2), "val")
+    return folder
+
+
+def test_a_whole_set_is_fine(tmp_path: Path):
+    write(tmp_path, content(2))
+    report = check(tmp_path)
+    assert report.ok
+    assert not report.findings
+    assert "2 pictures, 4 objects, 2 classes" in str(report)
+    assert str(report).splitlines()[-1] == f"{tmp_path}: 0 errors, 0 skips, 0 notes"
+
+
+def test_everything_is_found_in_one_go(tmp_path: Path):
+    report = check(damaged_set(tmp_path))
+    assert not report.ok
+    assert [(f.kind, f.severity) for f in report.errors] == [("missing", "error")]
+    assert {(f.annotation, f.image) for f in report.skips} == {(2, 1), (None, 4)}
+    assert {f.kind for f in report.notes} == {"duplicate", "box", "area"}
+    text = str(report)
+    for words in (
+        "'5.png'",
+        "annotation 2 on '1.png' has a polygon of 2 points",
+        "4.png",
+        "instances_val.json: 2 pict",
+    ):
+        assert words in text
+    assert f"maskwright check {tmp_path} --fix {tmp_path}-fixed" in text
+
+
+def test_the_repaired_copy_reads_strictly_and_keeps_the_rest(tmp_path: Path):
+    source = damaged_set(tmp_path / "set")
+    before = {p: p.read_bytes() for p in source.rglob("*") if p.is_file()}
+    report = check(source, tmp_path / "copy")
+    assert report.fixed == tmp_path / "copy"
+    assert {p: p.read_bytes() for p in source.rglob("*") if p.is_file()} == before
+    again = check(tmp_path / "copy")
+    assert again.ok
+    assert not again.findings, str(again)
+    dataset = open_dataset(tmp_path / "copy", strict=True)
+    assert dataset.image_ids() == [1, 2, 3]
+    assert [len(dataset[i].target) for i in range(3)] == [1, 2, 2]
+    ids = [n for i in range(3) for n in dataset.annotation_ids(i)]
+    assert len(set(ids)) == len(ids)
+    assert dataset.targets(2).boxes[0].tolist() == [10, 5, 30, 25]
+    assert dataset.areas(2).tolist() == [400, 300]
+    raw = json.loads((tmp_path / "copy/annotations/instances_train.json").read_text())
+    assert {"by": "somebody"} in [a.get("extra") for a in raw["annotations"]]
+    assert len(open_dataset(tmp_path / "copy", "val", strict=True)) == 2
+    assert sorted(p.name for p in (tmp_path / "copy").iterdir()) == ["annotations", "train", "val"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_copy_takes_no_room_for_pictures(tmp_path: Path):
+    write(tmp_path / "set", content(1))
+    check(tmp_path / "set", tmp_path / "copy")
+    assert (tmp_path / "set/train/1.png").samefile(tmp_path / "copy/train/1.png")
+
+
+def test_an_existing_folder_is_never_written_into(tmp_path: Path):
+    write(tmp_path / "set", content(1))
+    (tmp_path / "copy").mkdir()
+    with pytest.raises(UsageError, match="copy: exists already; name a new folder"):
+        check(tmp_path / "set", tmp_path / "copy")
+
+
+def test_a_failing_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "set", content(2))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.link", full)
+    monkeypatch.setattr("shutil.copy2", full)
+    with pytest.raises(DataError, match=r"copy: the repaired copy cannot be written \(No space left on device\)"):
+        check(tmp_path / "set", tmp_path / "copy")
+    assert [p.name for p in tmp_path.iterdir()] == ["set"]
+
+
+def test_nothing_to_learn_is_said_clearly(tmp_path: Path):
+    data = content(3)
+    data["annotations"] = []
+    report = check(write(tmp_path, data))
+    assert report.ok
+    assert "there is not one object on its 3 pictures: there is nothing to learn" in str(report)
+
+
+def test_classes_without_objects_and_narrow_pictures_are_told(tmp_path: Path):
+    data = content(1)
+    data["categories"].append({"id": 4, "name": "fork"})
+    data["images"].append({"id": 2, "file_name": "2.png", "height": 1, "width": 4000})
+    text = str(check(write(tmp_path, data, sizes={"2.png": (1, 4000)})))
+    assert "1 of 3 classes have no object: 'fork'" in text
+    assert "1 pictures have a side of less than 8 pixels: '2.png'" in text
+
+
+def test_very_many_findings_stay_readable(tmp_path: Path):
+    data = content(60)
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = []
+    report = check(write(tmp_path, data), decode=False)
+    assert len(report.skips) == 120
+    assert "and 110 more of the same kind" in str(report)
+    assert len(str(report).splitlines()) < 20
+
+
+def test_a_folder_of_pictures_and_one_picture(tmp_path: Path):
+    write(tmp_path / "set", content(3))
+    folder = tmp_path / "set" / "train"
+    (folder / "2.png").write_bytes(b"<html>")
+    report = check(folder, tmp_path / "good")
+    assert "2 of 3 pictures can be read" in str(report)
+    assert [f.file for f in report.skips] == [str(folder / "2.png")]
+    assert sorted(p.name for p in (tmp_path / "good").iterdir()) == ["1.png", "3.png"]
+    assert check(folder / "1.png").ok
+    report = check(folder / "2.png")
+    assert not report.ok
+    assert "is not a picture" in str(report)
+
+
+def test_what_cannot_be_checked(tmp_path: Path):
+    with pytest.raises(UsageError, match="none: there is no such file or folder"):
+        check(tmp_path / "none")
+    with pytest.raises(UsageError, match=r"holds neither annotations .* nor pictures"):
+        check(tmp_path)
+    (tmp_path / "a.json").write_text("{")
+    report = check(tmp_path / "a.json", tmp_path / "copy")
+    assert not report.ok
+    assert "nothing could be repaired" in str(report)
+
+
+def test_joints_survive_the_copy(tmp_path: Path):
+    data = content(1)
+    for entry in data["categories"]:
+        entry.update(keypoints=["tip"], skeleton=[[1, 1]])
+    data["annotations"][0]["keypoints"] = [12, 7, 2]
+    check(write(tmp_path / "set", data), tmp_path / "copy")
+    raw = json.loads((tmp_path / "copy/annotations/instances_train.json").read_text())
+    assert raw["categories"][0]["skeleton"] == [[1, 1]]
+    assert raw["annotations"][0]["keypoints"] == [12, 7, 2]
+    points = read_coco(tmp_path / "copy/annotations/instances_train.json").targets(0).keypoints
+    assert points is not None
+    assert points[0].tolist() == [[12.5, 7.5, 2]]

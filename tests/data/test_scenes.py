@@ -1,0 +1,175 @@
+"""Generated scenes: the same everywhere, masks that fit the pictures, and a way to disk and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskwright.data import PERSON_JOINTS, Scenes, check, mirrored_joints, open_dataset, read_coco
+from maskwright.data.scenes import parse_scenes
+from maskwright.errors import UsageError
+from maskwright.structures.instances import PERSON_JOINTS_MIRRORED
+
+pytestmark = pytest.mark.fast
+
+
+def test_a_scene_depends_on_seed_and_index_alone():
+    one, two = Scenes(9, (64, 80), seed=3), Scenes(4, (64, 80), seed=3)
+    _ = one[7], one[0]
+    a, b = one[2], two[2]
+    assert torch.equal(a.picture, b.picture)
+    assert torch.equal(a.target.boxes, b.target.boxes)
+    assert a.target.masks is not None
+    assert b.target.masks is not None
+    assert a.target.masks.rle() == b.target.masks.rle()
+    assert not torch.equal(a.picture, one[3].picture)
+    assert not torch.equal(a.picture, Scenes(9, (64, 80), seed=4)[2].picture)
+
+
+def test_targets_are_those_of_the_picture():
+    scenes = Scenes(6)
+    for index in range(6):
+        sample, alone = scenes[index], scenes.targets(index)
+        assert torch.equal(sample.target.boxes, alone.boxes)
+        assert sample.picture.shape == (3, 192, 192)
+        assert sample.picture.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
+def test_masks_are_what_is_to_be_seen(difficulty: float):
+    scenes = Scenes(40, difficulty=difficulty, empty=0)
+    for index in range(0, 40, 5):
+        target = scenes.targets(index)
+        assert target.masks is not None
+        planes = target.masks.dense()
+        assert (planes.sum(0) <= 1).all(), "visible parts cannot overlap"
+        assert (target.masks.areas() >= 12).all()
+        assert torch.equal(target.boxes, target.masks.boxes())
+        assert target.crowd is not None
+        assert not target.crowd.any()
+    counts = [len(scenes.targets(i)) for i in range(20)]
+    assert min(counts) >= 1
+
+
+def test_difficulty_gives_more_and_smaller_objects():
+    easy, hard = Scenes(30, difficulty=0, empty=0), Scenes(30, difficulty=1, empty=0)
+    counts = [np.mean([len(s.targets(i)) for i in range(30)]) for s in (easy, hard)]
+    areas = [np.median(np.concatenate([s.areas(i) for i in range(30)])) for s in (easy, hard)]
+    assert counts[1] > 2 * counts[0]
+    assert areas[1] < areas[0] / 2
+
+
+def test_objects_lie_over_each_other_unless_it_is_easy():
+    def covered(scenes: Scenes) -> int:
+        layouts = [scenes._layout(i) for i in range(20)]
+        return sum(
+            thing.area > np.count_nonzero(layout.owner == n)
+            for layout in layouts
+            for n, thing in enumerate(layout.things)
+        )
+
+    assert covered(Scenes(20, difficulty=0)) == 0
+    assert covered(Scenes(20, difficulty=0.6)) > 20
+
+
+def test_rings_have_holes():
+    scenes = Scenes(8, classes=("ring",), difficulty=0, empty=0)
+    holes = 0
+    for index in range(8):
+        masks = scenes.targets(index).masks
+        assert masks is not None
+        holes += sum(len(rings) > 1 for rings in masks.polygons())
+    assert holes > 4
+
+
+def test_classes_are_told_by_shape_and_all_occur():
+    scenes = Scenes(40)
+    labels = torch.cat([scenes.targets(i).labels for i in range(40)])
+    assert set(labels.tolist()) == set(range(len(scenes.classes)))
+    assert set(Scenes(9, classes=("heart", "triangle")).targets(1).labels.tolist()) <= {0, 1}
+
+
+def test_some_pictures_are_empty_and_none_if_so_asked():
+    assert any(len(Scenes(60, empty=0.2).targets(i)) == 0 for i in range(60))
+    assert all(len(Scenes(1, empty=1.0)[0].target) == 0 for _ in range(1))
+
+
+def test_figures_have_joints_left_and_right():
+    scenes = Scenes(12, keypoints=True, empty=0)
+    assert scenes.classes == ("figure",)
+    assert scenes.joints == PERSON_JOINTS
+    seen = torch.zeros(3, dtype=torch.int64)
+    for index in range(12):
+        target = scenes.targets(index)
+        points = target.keypoints
+        assert points is not None
+        assert points.shape == (len(target), 17, 3)
+        seen += torch.bincount(points[..., 2].long().flatten(), minlength=3)
+        assert (points[points[..., 2] == 0] == 0).all()
+        assert target.masks is not None
+        planes = target.masks.dense()
+        for joints, plane in zip(points, planes, strict=True):
+            x, y = joints[joints[:, 2] == 2][:, :2].long().unbind(1)
+            assert plane[y, x].all(), "a joint that is seen lies on its figure"
+        # They face us: their left is on our right.
+        both = (points[:, 5, 2] > 0) & (points[:, 6, 2] > 0)
+        assert (points[both, 5, 0] > points[both, 6, 0]).all()
+    assert (seen > 10).all(), f"unlabelled, hidden and seen joints should all occur: {seen}"
+
+
+def test_the_mirror_changes_left_and_right():
+    assert mirrored_joints(PERSON_JOINTS) == PERSON_JOINTS_MIRRORED
+    assert mirrored_joints(("tip", "left_fin", "right_fin", "L_eye", "R_eye")) == (0, 2, 1, 4, 3)
+    assert mirrored_joints(("leftover", "nose")) == (0, 1)
+    assert mirrored_joints(None) is None
+
+
+@pytest.mark.parametrize("keypoints", [False, True])
+def test_to_disk_and_back(tmp_path: Path, keypoints: bool):
+    scenes = Scenes(5, (48, 64), seed=2, keypoints=keypoints)
+    scenes.write(tmp_path)
+    read = open_dataset(tmp_path, strict=True, keypoints=keypoints)
+    assert read.classes == scenes.classes
+    assert read.joints == scenes.joints
+    assert check(tmp_path).ok
+    for index in range(5):
+        a, b = scenes[index], read[index]
+        assert torch.equal(a.picture, b.picture)
+        assert torch.equal(a.target.boxes, b.target.boxes)
+        assert a.target.masks is not None
+        assert b.target.masks is not None
+        assert a.target.masks.rle() == b.target.masks.rle()
+        assert a.id == b.id
+        if keypoints:
+            assert a.target.keypoints is not None
+            assert b.target.keypoints is not None
+            torch.testing.assert_close(a.target.keypoints, b.target.keypoints, atol=1e-3, rtol=0)
+    assert len(read_coco(tmp_path / "annotations" / "instances_train.json")) == 5
+
+
+def test_options_in_a_name():
+    scenes = parse_scenes("scenes:count=12,size=32x48,seed=4,difficulty=0.9,classes=disc+star,empty=0.5,val=3", "train")
+    assert (len(scenes), scenes.size, scenes.seed, scenes.difficulty) == (12, (32, 48), 4, 0.9)
+    assert scenes.classes == ("disc", "star")
+    held = parse_scenes("scenes:count=12,size=32x48,seed=4,val=3", "val")
+    assert len(held) == 3
+    assert held.seed != scenes.seed
+    assert len(parse_scenes("scenes", "train")) == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("scenes:colour=red", "'colour=red' is no option of scenes; known are count, size"),
+        ("scenes:count=many", "numbers were expected"),
+        ("scenes:size=1x2x3", "numbers were expected"),
+        ("scenes:classes=disc+dog", "cannot draw .*choose some of disc, ring"),
+        ("scenes:difficulty=3", "difficulty and empty from 0 to 1"),
+    ],
+)
+def test_wrong_options_are_named(text: str, words: str):
+    with pytest.raises(UsageError, match=words):
+        parse_scenes(text, "train")
