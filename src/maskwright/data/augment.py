@@ -63,13 +63,13 @@ class Augment:
     """
 
     flip: float = 0.5
-    short: tuple[int, ...] = ()
-    sampling: Literal["choice", "range"] = "choice"
+    short: Sequence[int] = ()
+    sampling: str = "choice"
     long: int | None = None
     crop: float | None = None
     crop_chance: float = 1.0
-    jitter: tuple[float, float] | None = None
-    size: tuple[int, int] | None = None
+    jitter: Sequence[float] | None = None
+    size: Sequence[int] | int | None = None
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
@@ -78,14 +78,13 @@ class Augment:
     min_area: int = 1
 
     def __post_init__(self) -> None:
+        # Options come from JSON too, which has no tuples; one number is a square canvas or a single short side.
         if isinstance(self.size, int):
             object.__setattr__(self, "size", (self.size, self.size))
         for name in ("short", "jitter", "size"):
             value = getattr(self, name)
-            if isinstance(value, int):
-                value = (value,)
             if value is not None:
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, name, (value,) if isinstance(value, int) else tuple(value))
         for name in ("flip", "crop_chance", "paste"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a chance from 0 to 1")
         for name in ("brightness", "contrast", "saturation"):
@@ -100,8 +99,14 @@ class Augment:
             self.jitter is None or (len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]),
             "a smallest and a largest factor",
         )
-        self._expect("size", self.size is None or (len(self.size) == 2 and min(self.size) >= 1), "a height and a width")
+        canvas = self.canvas
+        self._expect("size", canvas is None or (len(canvas) == 2 and min(canvas) >= 1), "a height and a width")
         self._expect("min_area", self.min_area >= 1, "at least 1 pixel")
+
+    @property
+    def canvas(self) -> tuple[int, int] | None:
+        """The canvas (height, width) where there is a fixed one."""
+        return cast(tuple[int, int] | None, self.size)
 
     def _expect(self, name: str, holds: bool, what: str) -> None:
         if not holds:
@@ -132,14 +137,14 @@ class Augment:
     def _scaled(self, rng: np.random.Generator, rule: Preprocess) -> Preprocess:
         short = rule.short
         if self.short and self.sampling == "choice":
-            short = int(self.short[rng.integers(len(self.short))])
+            short = self.short[int(rng.integers(len(self.short)))]
         elif self.short:
             short = int(rng.integers(min(self.short), max(self.short) + 1))
         return replace(rule, short=short, long=self.long or rule.long)
 
     def _jittered(self, rng: np.random.Generator, placement: Placement, rule: Preprocess) -> Placement:
         height, width = placement.size
-        canvas = self.size or self._scaled(rng, rule).size(height, width)
+        canvas = self.canvas or self._scaled(rng, rule).size(height, width)
         low, high = self.jitter or (1.0, 1.0)
         # detectron2's reading of the paper: the factor is on the canvas; the picture fills it as far as its shape lets.
         ratio = rng.uniform(low, high) * min(canvas[0] / height, canvas[1] / width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -185,7 +186,8 @@ def write_coco(path: Path, content: dict[str, Any]) -> None:
         beside.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise DataError(f"{path}: cannot be written ({error.strerror}); nothing was changed") from None
 
 

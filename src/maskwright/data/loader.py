@@ -229,8 +229,8 @@ class _Plan:
             if other is not None:
                 laid = self.augment.overlay(rng, laid, self._augmented(other, rng))
         image = self.preprocess.normalise(laid.picture)
-        if self.augment.size is not None:
-            height, width = (max(side, own) for side, own in zip(self.augment.size, image.shape[1:], strict=True))
+        if self.augment.canvas is not None:
+            height, width = (max(side, own) for side, own in zip(self.augment.canvas, image.shape[1:], strict=True))
             image = torch.nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
         return image, laid, sample.name
 

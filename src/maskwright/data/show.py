@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def show_batch(
             sheet.save(file, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
     return path
 

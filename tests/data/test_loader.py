@@ -1,0 +1,282 @@
+"""Batches: the same ones whatever the number of workers and ranks, and from wherever a run goes on."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from maskwright.data import Augment, DataWarning, Loader, Scenes, make_loader, open_dataset, read_coco, show_batch
+from maskwright.data.loader import grouped
+from maskwright.errors import DataError, PictureError, UsageError
+from maskwright.structures import Batch, Preprocess
+from tests.data.making import content, pixels, write
+
+RULE = Preprocess(short=64, long=100)
+WILD = Augment(jitter=(0.5, 2.0), size=(64, 64), paste=0.5, brightness=0.2)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    assert a.targets is not None
+    assert b.targets is not None
+    targets = all(
+        torch.equal(s.boxes, t.boxes)
+        and torch.equal(s.labels, t.labels)
+        and s.masks is not None
+        and t.masks is not None
+        and s.masks.rle() == t.masks.rle()
+        for s, t in zip(a.targets, b.targets, strict=True)
+    )
+    return torch.equal(a.images, b.images) and a.placements == b.placements and a.names == b.names and targets
+
+
+def loader(count: int = 10, batch_size: int = 2, training: bool = True, **options) -> Loader:
+    options.setdefault("augment", WILD)
+    return make_loader(Scenes(count, (48, 48)), RULE, batch_size=batch_size, training=training, **options)
+
+
+def mixed(folder: Path, count: int = 11) -> Path:
+    """A set of tall and wide pictures."""
+    data = content(count)
+    sizes = {}
+    for entry in data["images"]:
+        size = (60, 40) if entry["id"] % 3 == 0 else (40, 60)
+        entry.update(height=size[0], width=size[1])
+        sizes[entry["file_name"]] = size
+    for annotation in data["annotations"]:
+        ring = [5.0, 5.0, 25.0, 5.0, 25.0, 25.0]
+        annotation.update(segmentation=[ring], bbox=[5, 5, 20, 20])
+    return write(folder, data, sizes=sizes)
+
+
+@pytest.mark.fast
+def test_a_batch_is_what_the_network_wants():
+    batch = next(iter(loader(augment=Augment(flip=0.5))))
+    assert batch.images.shape == (2, 3, 64, 64)
+    assert batch.images.dtype == torch.float32
+    assert batch.targets is not None
+    for target, placement in zip(batch.targets, batch.placements, strict=True):
+        assert target.image_size == placement.size
+    assert batch.names is not None
+    assert len(batch.names) == 2
+
+
+@pytest.mark.fast
+def test_an_epoch_has_every_picture_and_full_batches():
+    found = loader(11, 4, augment=None)
+    assert len(found) == 3
+    for epoch in range(3):
+        numbers = [i for batch in found.indices(epoch) for i in batch]
+        assert len(numbers) == 12
+        assert set(numbers) == set(range(11))
+    assert found.indices(0) != found.indices(1)
+    assert found.indices(0) == loader(11, 4, augment=None).indices(0)
+    assert found.indices(0) != loader(11, 4, augment=None, seed=1).indices(0)
+
+
+@pytest.mark.fast
+def test_fewer_pictures_than_a_batch_are_repeated():
+    found = loader(3, 8)
+    batches = list(found)
+    assert [len(b) for b in batches] == [8]
+    assert set(found.indices()[0]) == {0, 1, 2}
+    assert len(loader(0, 8)) == 0
+    assert list(loader(0, 8)) == []
+
+
+@pytest.mark.fast
+def test_what_happens_at_a_position_depends_on_seed_epoch_and_position_alone():
+    found = loader()
+    found.set_epoch(1)
+    whole = list(found)
+    found.set_epoch(1, start=3)
+    rest = list(found)
+    assert len(rest) == 2
+    assert all(same(a, b) for a, b in zip(whole[3:], rest, strict=True))
+    found.set_epoch(2)
+    assert not same(whole[0], next(iter(found)))
+
+
+def test_workers_change_nothing():
+    alone, helped = loader(), loader(workers=2)
+    for epoch, start in ((0, 0), (1, 2), (0, 4)):
+        alone.set_epoch(epoch, start)
+        helped.set_epoch(epoch, start)
+        state = torch.random.get_rng_state()
+        pairs = list(zip(alone, helped, strict=True))
+        assert len(pairs) == 5 - start
+        assert all(same(a, b) for a, b in pairs)
+        assert torch.equal(state, torch.random.get_rng_state()), "the losses' random numbers are theirs"
+
+
+def test_stopping_in_the_middle_of_an_epoch_leaves_nothing_over():
+    found = loader(workers=1)
+    next(iter(found))
+    found.set_epoch(1)
+    other = loader()
+    other.set_epoch(1)
+    assert all(same(a, b) for a, b in zip(found, other, strict=True))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_batches_of_one_process(world: int):
+    alone = loader(14, 6)
+    shards = [loader(14, 6 // world, rank=r, world=world) for r in range(world)]
+    assert {len(s) for s in shards} == {len(alone)}
+    for whole, parts in zip(alone, zip(*shards, strict=True), strict=True):
+        assert torch.equal(whole.images, torch.cat([p.images for p in parts]))
+
+
+@pytest.mark.fast
+def test_tall_and_wide_pictures_are_kept_apart(tmp_path: Path):
+    dataset = read_coco(mixed(tmp_path))
+    found = make_loader(dataset, RULE, batch_size=2, training=True, augment=Augment())
+    tall = [h > w for h, w in dataset.sizes()]
+    kinds = [len({tall[i] for i in batch}) for batch in found.indices()]
+    assert sum(k > 1 for k in kinds) <= 1
+    assert len(found) == 6
+
+
+@pytest.mark.fast
+@given(st.lists(st.booleans(), max_size=40), st.integers(1, 9))
+def test_grouping_keeps_every_picture(tall: list[bool], size: int):
+    order = np.random.default_rng(0).permutation(len(tall))
+    flags = np.array(tall, bool)
+    result = grouped(order, flags[order] if len(tall) else flags, size)
+    assert len(result) % size == 0
+    assert len(result) - len(tall) < size
+    assert set(result.tolist()) == set(range(len(tall)))
+    batches = flags[result].reshape(-1, size) if len(tall) else np.zeros((0, size), bool)
+    assert (batches.any(1) & ~batches.all(1)).sum() <= 2
+
+
+@pytest.mark.fast
+def test_without_training_it_is_the_sets_own_order_once():
+    found = loader(7, 3, training=False)
+    assert [len(b) for b in found] == [3, 3, 1]
+    assert [i for b in found.indices() for i in b] == list(range(7))
+    shards = [loader(7, 3, training=False, rank=r, world=2) for r in range(2)]
+    assert sorted(i for s in shards for b in s.indices() for i in b) == list(range(7))
+    batch = next(iter(found))
+    picture, placement = RULE.lay(Scenes(7, (48, 48))[0].picture)
+    assert torch.equal(batch.images[0, :, :64, :64], picture), "not augmented"
+    assert batch.placements[0] == placement
+
+
+@pytest.mark.fast
+def test_crowd_regions_are_no_targets_in_training(tmp_path: Path):
+    data = content(2)
+    data["annotations"][1]["iscrowd"] = 1
+    dataset = read_coco(write(tmp_path, data))
+
+    def objects(**options) -> int:
+        batches = list(make_loader(dataset, RULE, batch_size=2, **options))
+        return sum(len(t) for b in batches for t in b.targets or ())
+
+    assert objects(training=True) == 3
+    assert objects(training=True, drop_crowd=False) == 4
+    assert objects(training=False) == 4
+
+
+@pytest.mark.fast
+def test_pictures_without_objects_come_like_others():
+    found = make_loader(Scenes(4, (48, 48), empty=1.0), RULE, batch_size=2, training=True, augment=WILD)
+    for batch in found:
+        assert [len(t) for t in batch.targets or ()] == [0, 0]
+        assert all(t.masks is not None and len(t.masks) == 0 for t in batch.targets or ())
+
+
+@pytest.mark.fast
+def test_a_fixed_canvas_is_filled_up():
+    batch = next(iter(loader(augment=Augment(jitter=(0.2, 0.4), size=(96, 128)))))
+    assert batch.images.shape[-2:] == (96, 128)
+    height, width = batch.placements[0].size
+    assert max(height / 96, width / 128) < 0.5
+    assert (batch.images[0, :, height:] == 0).all()
+    assert (batch.images[0, :, :, width:] == 0).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_breaks_in_the_middle_of_a_run(tmp_path: Path, workers: int):
+    path = write(tmp_path, content(6))
+    lenient, strict = read_coco(path), read_coco(path, strict=True)
+    (tmp_path / "train" / "3.png").write_bytes(b"<html>")
+    options = {"batch_size": 2, "training": True, "workers": workers}
+    with pytest.raises(PictureError, match=r"^[^\n]*3\.png: is not a picture[^\n]*$"):
+        list(make_loader(strict, RULE, **options))
+    with pytest.warns(DataWarning, match=r"3\.png: is not a picture .*left out for now"):
+        batches = list(make_loader(lenient, RULE, **options))
+    assert [len(b) for b in batches] == [2, 2, 2]
+    names = [n for b in batches for n in b.names or ()]
+    assert len(names) == 6
+    assert not any(n.endswith("3.png") for n in names)
+    with pytest.warns(DataWarning):
+        batches = list(make_loader(lenient, RULE, batch_size=2, training=False, workers=workers))
+    assert sum(len(b) for b in batches) == 5
+
+
+@pytest.mark.fast
+def test_a_set_of_which_nothing_can_be_read_ends_with_an_error(tmp_path: Path):
+    dataset = read_coco(write(tmp_path, content(3)))
+    for path in (tmp_path / "train").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(PictureError, match=r"not one of the 3 pictures can be read; the last said: .*empty"):
+        list(make_loader(dataset, RULE, batch_size=2, training=True))
+
+
+@pytest.mark.fast
+def test_joints_are_mirrored_by_their_names():
+    scenes = Scenes(6, (96, 96), keypoints=True, empty=0)
+    rule = Preprocess(short=96, long=96)
+    found = make_loader(scenes, rule, batch_size=6, training=True, augment=Augment(flip=1.0))
+    batch = next(iter(found))
+    order = found.indices()[0]
+    for target, index in zip(batch.targets or (), order, strict=True):
+        before = scenes.targets(index).keypoints
+        assert before is not None
+        assert target.keypoints is not None
+        # Ours still stand facing us: what is called left is on our right.
+        both = (target.keypoints[:, 5, 2] > 0) & (target.keypoints[:, 6, 2] > 0)
+        assert (target.keypoints[both, 5, 0] > target.keypoints[both, 6, 0]).all()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"rank": 2, "world": 2}, {"workers": -1}, {"seed": -1}])
+def test_arguments_that_cannot_be(options: dict):
+    with pytest.raises(UsageError, match="batch_size must be at least 1"):
+        loader(**options)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_a_batch_can_be_looked_at(tmp_path: Path, channels):
+    rule = Preprocess(short=48, long=64, channels=channels, mean=(0.2, 0.3, 0.4))
+    scenes = Scenes(4, (48, 48), empty=1.0)
+    batch = next(iter(make_loader(scenes, rule, batch_size=4, training=False)))
+    path = show_batch(batch, rule, tmp_path / "deep" / "batch.png", scenes.classes)
+    sheet = np.asarray(Image.open(path))
+    assert sheet.shape == (64 * 2 + 4, 64 * 2 + 4, 3)
+    shown = sheet[:48, :48].astype(int) - scenes[0].picture.permute(1, 2, 0).numpy()
+    assert np.abs(shown).max() <= 1, "what is shown is what the picture was"
+    assert [p.name for p in path.parent.iterdir()] == ["batch.png"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        show_batch(batch, rule, tmp_path / "file" / "batch.png")
+
+
+@pytest.mark.fast
+def test_large_pixels_survive_the_way(tmp_path: Path):
+    data = content(1)
+    dataset = open_dataset(write(tmp_path, data).parent.parent)
+    rule = Preprocess(short=40, long=60, mean=(0, 0, 0), std=(1, 1, 1), divide=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batch = next(iter(make_loader(dataset, rule, batch_size=1, training=True, augment=Augment(flip=0))))
+    assert (batch.images[0, :, :40, :60].permute(1, 2, 0).numpy() == pixels()).all()
