@@ -69,9 +69,9 @@ class Ledger:
         note: str = "",
         scale: Tensor | None = None,
     ) -> None:
-        """Relative error ||ours - theirs|| / ||theirs|| of one array. Entries of ours that are NaN stand for values that
-        the library does not keep (say which in `note`). A bound above RAW needs a reason. For sums that all but cancel,
-        `scale` holds the sums of sizes, and the error is measured against those."""
+        """Relative error ||ours - theirs|| / ||theirs|| of one array. Entries of ours that are NaN stand for values
+        that the library does not keep (say which in `note`). A bound above RAW needs a reason. For sums that all but
+        cancel, `scale` holds the sums of sizes, and the error is measured against those."""
         if bound > RAW and not reason:
             raise ValueError(f"{name}: a bound of {bound} needs a reason")
         bound = min(bound, LARGEST)

@@ -33,7 +33,8 @@ class FPN(nn.Module):
         self.lateral = nn.ModuleList(ConvNorm(c, channels, 1, norm=norm, eps=eps) for c in channels_in)
         self.output = nn.ModuleList(ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in channels_in)
         for layer in [*self.lateral, *self.output]:
-            nn.init.kaiming_uniform_(layer.conv.weight, a=1)  # pyright: ignore[reportArgumentType]
+            assert isinstance(layer, ConvNorm)
+            nn.init.kaiming_uniform_(layer.conv.weight, a=1)
 
     def forward(self, features: Sequence[Float[Tensor, "b _c _h _w"]]) -> list[Tensor]:
         top = self.lateral[-1](features[-1])

@@ -106,7 +106,7 @@ class DeformConvNorm(nn.Module):
         relu: bool = False,
     ):
         super().__init__()
-        self.stride, self.dilation, self.relu = stride, dilation, relu
+        self.stride, self.dilation, self.relu = (stride, stride), (dilation, dilation), relu
         self.offset = nn.Conv2d(channels_in, 27 if modulated else 18, 3, stride, dilation, dilation)
         self.weight = nn.Parameter(torch.empty(channels, channels_in // groups, 3, 3))
         self.norm = make_norm(norm, channels, eps)

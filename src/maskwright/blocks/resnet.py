@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -114,7 +114,7 @@ def make_stage(
                     deform=deform,
                     norm=norm,
                     eps=eps,
-                )  # fmt: skip
+                )
             )
         channels_in = channels
     return nn.Sequential(*blocks), channels_in
@@ -187,7 +187,7 @@ class TimmBackbone(nn.Module):
             self.body = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels)
         except (RuntimeError, AttributeError, ValueError) as error:
             raise UsageError(f"timm cannot give {name!r} as a pyramid of features: {error}") from None
-        info = self.body.feature_info
+        info: Any = self.body.feature_info
         wanted = [i for i, stride in enumerate(info.reduction()) if stride in (4, 8, 16, 32)]
         if [info.reduction()[i] for i in wanted] != [4, 8, 16, 32]:
             raise UsageError(f"timm's {name!r} has strides {info.reduction()}; strides 4, 8, 16 and 32 are needed")

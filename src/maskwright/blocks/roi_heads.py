@@ -155,8 +155,8 @@ class BoxHead(nn.Module):
 
 
 def box_losses(
-    logits: Float[Tensor, "r k"], deltas: Float[Tensor, "r d"], sampled: Sequence[Sampled], targets: Sequence[Instances],
-    rules: RoIRules,
+    logits: Float[Tensor, "r k"], deltas: Float[Tensor, "r d"], sampled: Sequence[Sampled],
+    targets: Sequence[Instances], rules: RoIRules,
 ) -> dict[str, Tensor]:  # fmt: skip
     """`class`: cross entropy over all sampled RoIs; `box`: smooth L1 of the foreground's deltas over the same count."""
     logits, deltas = logits.float(), deltas.float()
@@ -172,7 +172,7 @@ def box_losses(
             )
         offset += len(own.labels)
     foreground = torch.cat(rows)
-    chosen = deltas[foreground].view(len(foreground), -1, 4)
+    chosen = deltas[foreground].unflatten(1, (deltas.shape[1] // 4, 4))
     if chosen.shape[1] > 1:
         chosen = chosen[torch.arange(len(foreground), device=deltas.device), labels[foreground]]
     else:
@@ -186,10 +186,10 @@ def box_losses(
 def detect(
     logits: Float[Tensor, "r k"], deltas: Float[Tensor, "r d"], proposals: Sequence[Float[Tensor, "_n 4"]],
     sizes: Sequence[tuple[int, int]], rules: RoIRules, *, score_threshold: float, nms_threshold: float, detections: int,
-) -> list[tuple[Float[Tensor, "d 4"], Float[Tensor, " d"], Int[Tensor, " d"]]]:  # fmt: skip
+) -> list[tuple[Float[Tensor, "_d 4"], Float[Tensor, " _d"], Int[Tensor, " _d"]]]:  # fmt: skip
     """Boxes (in the input's pixels, clipped to it), scores and labels of each picture, best first."""
     every = torch.cat(list(proposals))
-    shifts = deltas.view(len(every), -1, 4)
+    shifts = deltas.unflatten(1, (deltas.shape[1] // 4, 4))
     boxes = box_ops.decode(every[:, None].expand_as(shifts), shifts, rules.weights)
     scores = logits.float().softmax(-1)[:, :-1]
     result, counts = [], [len(p) for p in proposals]

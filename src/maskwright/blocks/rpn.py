@@ -25,7 +25,7 @@ class ProposalRules:
 
     rounded        anchors' half sides are whole numbers, and strides are the input's size over the map's (torchvision);
                    otherwise real-valued anchors at multiples of the nominal stride (detectron2)
-    loss           "fixed": both terms are divided by pictures * sample size (detectron2); "sampled": by what was sampled
+    loss           "fixed": both terms are divided by pictures * sample size (detectron2); "sampled": by the sampled
     beta           of the smooth-L1 box loss; 0 is L1
     smallest_side  proposals with a side at or below it are dropped; exactly at it they stay if `inclusive`
     by             proposals are ranked over all levels by their "logit" or their "probability"
@@ -61,7 +61,7 @@ class Anchors(nn.Module):
         for level, own in enumerate(sizes):
             self.register_buffer(f"shapes{level}", _shapes(own, ratios, rounded), persistent=False)
 
-    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> list[Float[Tensor, "n 4"]]:
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> list[Float[Tensor, "_n 4"]]:
         """Anchors (H W A, 4) of each level for an input of `size` (H, W), padding included."""
         result = []
         for level, feature in enumerate(features):
@@ -130,7 +130,7 @@ def propose(
     sizes: Sequence[tuple[int, int]],
     rules: ProposalRules,
     training: bool = False,
-) -> list[tuple[Float[Tensor, "p 4"], Float[Tensor, " p"]]]:
+) -> list[tuple[Float[Tensor, "_p 4"], Float[Tensor, " _p"]]]:
     """For each picture of valid size (h, w) its proposals and their logits, best first, without gradient."""
     before, after = (rules.before[0], rules.after[0]) if training else (rules.before[1], rules.after[1])
     chosen_boxes, chosen_logits, levels = [], [], []

@@ -49,7 +49,9 @@ class Batch:
         grid = images[0].new_full((len(images), images[0].shape[0], height, width), value)
         for plane, image in zip(grid, images, strict=True):
             plane[:, : image.shape[-2], : image.shape[-1]] = image
-        return cls(grid, list(placements), None if targets is None else list(targets), None if names is None else list(names))
+        return cls(
+            grid, list(placements), None if targets is None else list(targets), None if names is None else list(names)
+        )
 
 
 def _up(length: int, multiple: int) -> int:

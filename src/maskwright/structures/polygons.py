@@ -40,7 +40,9 @@ def checked(rings: Sequence[Any], size: tuple[int, int]) -> Rings:
 def placed(ring: np.ndarray, placement: Placement) -> np.ndarray:
     """A ring on the picture -> on the network's input."""
     x = placement.picture[1] - ring[:, 0] if placement.mirrored else ring[:, 0]
-    moved = np.stack([x * placement.scale[0] + placement.offset[0], ring[:, 1] * placement.scale[1] + placement.offset[1]], 1)
+    moved = np.stack(
+        [x * placement.scale[0] + placement.offset[0], ring[:, 1] * placement.scale[1] + placement.offset[1]], 1
+    )
     moved = _bounded(moved, placement.size)
     return moved if len(moved) >= 3 else np.full((3, 2), -1.0)  # wholly outside: a ring without area
 
@@ -52,9 +54,9 @@ def fill(rings: Rings, size: tuple[int, int], rule: str) -> bytes:
         return rle.from_crop(np.zeros((0, 0), bool), 0, 0, size)
     codes = coco.frPyObjects(cast(Any, [ring.ravel().tolist() for ring in rings]), height, width)
     if len(codes) == 1:
-        return codes[0]["counts"]
+        return cast(bytes, codes[0]["counts"])
     if rule == "union":
-        return coco.merge(codes)["counts"]
+        return cast(bytes, coco.merge(codes)["counts"])
     edges = np.concatenate([np.concatenate(rle.runs(code["counts"])) for code in codes])
     places, times = np.unique(edges, return_counts=True)  # exclusive or: an edge that comes twice is none
     odd = places[times % 2 == 1]
@@ -134,6 +136,7 @@ def _bounded(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     low, high = np.array([-margin, -margin], float), np.array([width + margin, height + margin], float)
     if (points >= low).all() and (points <= high).all():
         return points
+    points = points.clip(-1e100, 1e100)  # so that differences stay finite
     for axis in (0, 1):  # Sutherland and Hodgman, one border at a time
         for limit, sign in ((low[axis], 1.0), (high[axis], -1.0)):
             if not len(points):

@@ -38,7 +38,8 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocess:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,7 +67,7 @@ class Preprocess:
         return values, Placement.resize(size, target)
 
     def normalise(self, picture: Tensor) -> Float[Tensor, "c h w"]:
-        """RGB 0 ... 255 of any dtype -> the network's channels and scale, float32. Further channels follow the three."""
+        """RGB 0 ... 255 of any dtype -> the network's channels and scale, float32. Further channels follow."""
         values = picture.float()
         if self.channels == "BGR" and len(values) >= 3:
             values = torch.cat([values[:3].flip(0), values[3:]])

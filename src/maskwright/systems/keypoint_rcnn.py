@@ -6,8 +6,8 @@ Mask R-CNN; `mask-rcnn` with `keypoints=17` has both heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.resnet import StrideIn
@@ -44,9 +44,9 @@ class KeypointRCNN(MaskRCNN):
         groups: int = 1,
         group_width: int = 64,
         stride_in: StrideIn = "3x3",
-        norm: Norm = "frozen",
+        norm: Norm = "group",
         norm_eps: float = 1e-5,
-        frozen: int = 2,
+        frozen: int = 0,
         neck_width: int = 256,
         neck_norm: Norm = "none",
         rules: str = "detectron2",
@@ -77,26 +77,27 @@ class KeypointRCNN(MaskRCNN):
             short=short, long=long, mean=mean, std=std,
         )  # fmt: skip
 
+    _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2}
     _HOW = "COCO val2017 persons, short side 800, pycocotools"
     _ZOO = "detectron2 MODEL_ZOO.md"
-    presets = {
+    presets: ClassVar[Mapping[str, Preset]] = {
         "keypoint-rcnn-r50-fpn": Preset(
-            {"stride_in": "1x1"},
+            {**_PUBLISHED, "stride_in": "1x1"},
             (Score(55.4, "box AP", _HOW, _ZOO), Score(65.5, "keypoint AP", _HOW, _ZOO)),
             "detectron2's R50-FPN, 3x",
         ),
         "keypoint-rcnn-r101-fpn": Preset(
-            {"backbone": "resnet101", "stride_in": "1x1"},
+            {**_PUBLISHED, "backbone": "resnet101", "stride_in": "1x1"},
             (Score(56.4, "box AP", _HOW, _ZOO), Score(66.1, "keypoint AP", _HOW, _ZOO)),
             "detectron2's R101-FPN, 3x",
         ),
         "keypoint-rcnn-x101-fpn": Preset(
-            {"backbone": "resnet101", "groups": 32, "group_width": 8, "std": (57.375, 57.12, 58.395)},
+            {**_PUBLISHED, "backbone": "resnet101", "groups": 32, "group_width": 8, "std": (57.375, 57.12, 58.395)},
             (Score(57.3, "box AP", _HOW, _ZOO), Score(66.0, "keypoint AP", _HOW, _ZOO)),
             "detectron2's X101-32x8d-FPN, 3x",
         ),
         "keypoint-rcnn-r50-fpn-torchvision": Preset(
-            {"rules": "torchvision", "norm_eps": 0.0},
+            {**_PUBLISHED, "rules": "torchvision", "norm_eps": 0.0},
             (Score(54.6, "box AP", _HOW, "torchvision 0.26"), Score(65.0, "keypoint AP", _HOW, "torchvision 0.26")),
             "torchvision's keypointrcnn_resnet50_fpn, COCO_V1",
         ),

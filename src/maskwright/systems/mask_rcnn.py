@@ -11,9 +11,9 @@ change numbers; `RULES` names them all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -83,7 +83,9 @@ RULES = {
 
 # The colours of ImageNet as the two code bases write them.
 PREPROCESS = {
-    "detectron2": Preprocess(resample="pillow", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), divide=1.0, channels="BGR"),
+    "detectron2": Preprocess(
+        resample="pillow", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), divide=1.0, channels="BGR"
+    ),
     "torchvision": Preprocess(resample="tensor"),
 }  # fmt: skip
 
@@ -123,9 +125,9 @@ class MaskRCNN(System):
         stride_in: StrideIn = "3x3",
         deform_stages: Sequence[int] = (),
         deform_modulated: bool = False,
-        norm: Norm = "frozen",
+        norm: Norm = "group",
         norm_eps: float = 1e-5,
-        frozen: int = 2,
+        frozen: int = 0,
         neck: Literal["fpn", "c4", "dc5"] = "fpn",
         neck_width: int = 256,
         neck_norm: Norm = "none",
@@ -161,7 +163,9 @@ class MaskRCNN(System):
         stem_width      channels after the stem; all stages scale with it (64 as published)
         groups, group_width, stride_in, deform_stages, deform_modulated
                         the trunk's variants: see `blocks.resnet`
-        frozen          so many parts of the trunk do not train, counted from the stem (2: stem and first stage)
+        norm            of the trunk: "group" trains from random weights and with small batches; "frozen" is what most
+                        published weights have
+        frozen          so many parts of the trunk do not train, from the stem on (as published 2: stem, first stage)
         neck            "fpn"; "c4": one level of stride 16, the last stage is the heads' (sections 3, table 2);
                         "dc5": one level of stride 16 from a dilated last stage
         rules           "detectron2" or "torchvision": see RULES
@@ -182,20 +186,20 @@ class MaskRCNN(System):
             raise UsageError(f"neck is {neck!r}; expected fpn, c4 or dc5")
         self.classes = tuple(classes)
         self.rules = own = RULES[rules]
-        self.mask_loss, self.agnostic_masks, self.neck_kind = mask_loss, agnostic_masks, neck
+        self.mask_loss, self.agnostic_masks, self.agnostic_boxes = mask_loss, agnostic_masks, agnostic_boxes
         count = len(self.classes)
 
-        trunk = {
+        trunk: dict[str, Any] = {
             "in_channels": in_channels, "base": stem_width, "groups": groups, "group_width": group_width,
             "stride_in": stride_in, "deform_stages": deform_stages, "deform_modulated": deform_modulated,
             "norm": norm, "eps": norm_eps, "frozen": frozen,
         }  # fmt: skip
+        depth = int(backbone[6:]) if backbone.startswith("resnet") and backbone[6:].isdigit() else 0
         if backbone.startswith("timm:"):
             if neck != "fpn":
                 raise UsageError("a timm backbone needs neck='fpn'")
             self.backbone = TimmBackbone(backbone[5:], in_channels=in_channels, pretrained=pretrained, frozen=frozen)
-        elif backbone.removeprefix("resnet").isdigit():
-            depth = int(backbone.removeprefix("resnet"))
+        elif depth:
             try:
                 stages, dilation = (3 if neck == "c4" else 4), (2 if neck == "dc5" else 1)
                 self.backbone = ResNet(depth, stages=stages, dilation=dilation, **trunk)
@@ -223,8 +227,8 @@ class MaskRCNN(System):
 
         before = proposals_before or (own.proposals.before if neck == "fpn" else (12000, 6000))
         after = proposals_after or (own.proposals.after if neck == "fpn" else (2000, 1000))
-        self.proposal_rules = _changed(own.proposals, before=tuple(before), after=tuple(after))
-        self.roi_rules = own.rois if box_beta is None else _changed(own.rois, beta=box_beta)
+        self.proposal_rules = replace(own.proposals, before=tuple(before), after=tuple(after))
+        self.roi_rules = own.rois if box_beta is None else replace(own.rois, beta=box_beta)
         self.anchors = Anchors(sizes, strides, rounded=own.proposals.rounded)
         self.rpn = RPNHead(channels, self.anchors.count, rpn_convs)
 
@@ -244,15 +248,15 @@ class MaskRCNN(System):
             KeypointHead(read, keypoints, convs=keypoint_convs, width=keypoint_width) if keypoints else None
         )
 
-        self.preprocess = _changed(PREPROCESS[rules], short=short, long=long)
+        self.preprocess = replace(PREPROCESS[rules], short=short, long=long)
         if mean is not None:
-            self.preprocess = _changed(self.preprocess, mean=tuple(mean))
+            self.preprocess = replace(self.preprocess, mean=tuple(mean))
         if std is not None:
-            self.preprocess = _changed(self.preprocess, std=tuple(std))
+            self.preprocess = replace(self.preprocess, std=tuple(std))
         extra = in_channels - len(self.preprocess.mean)
         if extra > 0:  # further channels are centred on the middle grey
             middle = (sum(self.preprocess.mean) / 3,) * extra
-            self.preprocess = _changed(
+            self.preprocess = replace(
                 self.preprocess,
                 mean=self.preprocess.mean + middle,
                 std=self.preprocess.std + (self.preprocess.std[0],) * extra,
@@ -294,7 +298,8 @@ class MaskRCNN(System):
             sample_proposals(p, t, len(self.classes), self.roi_rules) for p, t in zip(proposals, targets, strict=True)
         ]
         features = self.pooled(raw, [s.boxes for s in sampled], self.box_side)
-        terms = box_losses(*self.box_head(features), sampled, targets, self.roi_rules)
+        logits, deltas = self.box_head(features)
+        terms = box_losses(logits, deltas, sampled, targets, self.roi_rules)
         foreground = [s.boxes[s.foreground] for s in sampled]
         if self.mask_head is not None:
             if self.roi_stage is not None:  # the same features serve both heads
@@ -352,7 +357,7 @@ class MaskRCNN(System):
             joints = [j[k] if len(k) else j for j, k in zip(joints, keep, strict=True)]
         assert self.keypoint_head is not None
         maps = self.keypoint_head(self.pooled(raw, boxes, self.mask_side)).float()
-        chosen, places = maps[:0, :0].flatten(2).flatten(0, 1), []
+        chosen, places = maps.flatten(2).flatten(0, 1)[:0], torch.zeros(0, dtype=torch.int64)
         if len(maps):
             place, counts = joint_ops.encode(
                 torch.cat([j for j in joints if len(j)]), torch.cat(list(boxes)), maps.shape[-1]
@@ -378,14 +383,14 @@ class MaskRCNN(System):
         found = self.find(raw, [p.size for p in placements], score_threshold, nms_threshold, detections)
         masks, joints = self.read_boxes(raw, [b for b, _, _ in found], [k for _, _, k in found])
         return [
-            self._on_picture(*own, mask, joint, placement, mask_threshold)
-            for own, mask, joint, placement in zip(found, masks, joints, placements, strict=True)
+            self._on_picture(boxes, scores, kinds, mask, joint, placement, mask_threshold)
+            for (boxes, scores, kinds), mask, joint, placement in zip(found, masks, joints, placements, strict=True)
         ]
 
     @torch.no_grad()
     def find(
         self, raw: Raw, sizes: Sequence[tuple[int, int]], score_threshold: float, nms_threshold: float, detections: int
-    ) -> list[tuple[Float[Tensor, "d 4"], Float[Tensor, " d"], Int[Tensor, " d"]]]:
+    ) -> list[tuple[Float[Tensor, "_d 4"], Float[Tensor, " _d"], Int[Tensor, " _d"]]]:
         """Boxes (in the input's pixels), scores and labels for each picture of valid size (h, w), best first."""
         anchors = self.anchors(raw.features, raw.size)
         proposals = propose(raw.objectness, raw.deltas, anchors, sizes, self.proposal_rules)
@@ -402,7 +407,9 @@ class MaskRCNN(System):
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """For boxes of each picture (in the input's pixels): masks (N, 28, 28) as probabilities of the box's class, and
         joints' maps (N, J, 56, 56) as logits; None where there is no such head."""
-        counts, masks, joints = [len(b) for b in boxes], [None] * len(boxes), [None] * len(boxes)
+        counts = [len(b) for b in boxes]
+        masks: list[Tensor | None] = [None] * len(boxes)
+        joints: list[Tensor | None] = [None] * len(boxes)
         if self.mask_head is None and self.keypoint_head is None:
             return masks, joints
         features = self.pooled(raw, boxes, self.mask_side)
@@ -452,7 +459,7 @@ class MaskRCNN(System):
         rows = {}
         for kind in ("weight", "bias"):
             rows[f"box_head.classes.{kind}"] = ClassRows(background_last=True)
-            if not self.options["agnostic_boxes"]:
+            if not self.agnostic_boxes:
                 rows[f"box_head.deltas.{kind}"] = ClassRows(per_class=4)
             if self.mask_head is not None and not self.agnostic_masks:
                 rows[f"mask_head.logits.{kind}"] = ClassRows(background_last=self.mask_loss == "softmax")
@@ -461,41 +468,45 @@ class MaskRCNN(System):
     def input_weight(self) -> str | None:
         return "backbone.stem.conv.weight" if isinstance(self.backbone, ResNet) else None
 
+    _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2}
     _D2 = "COCO val2017, short side 800, pycocotools"
     _ZOO = "detectron2 MODEL_ZOO.md"
-    presets = {
+    presets: ClassVar[Mapping[str, Preset]] = {
         "mask-rcnn-r50-fpn": Preset(
-            {"stride_in": "1x1"},
+            {**_PUBLISHED, "stride_in": "1x1"},
             (Score(38.6, "box AP", _D2, _ZOO), Score(35.2, "mask AP", _D2, _ZOO)),
             "detectron2's R50-FPN; figures of the 1x schedule (3x: 41.0 / 37.2)",
         ),
         "mask-rcnn-r101-fpn": Preset(
-            {"backbone": "resnet101", "stride_in": "1x1"},
+            {**_PUBLISHED, "backbone": "resnet101", "stride_in": "1x1"},
             (Score(42.9, "box AP", _D2, _ZOO), Score(38.6, "mask AP", _D2, _ZOO)),
             "detectron2's R101-FPN, 3x",
         ),
         "mask-rcnn-x101-fpn": Preset(
-            {"backbone": "resnet101", "groups": 32, "group_width": 8, "std": (57.375, 57.12, 58.395)},
+            {**_PUBLISHED, "backbone": "resnet101", "groups": 32, "group_width": 8, "std": (57.375, 57.12, 58.395)},
             (Score(44.3, "box AP", _D2, _ZOO), Score(39.5, "mask AP", _D2, _ZOO)),
             "detectron2's X101-32x8d-FPN, 3x",
         ),
         "mask-rcnn-r50-c4": Preset(
-            {"stride_in": "1x1", "neck": "c4"},
+            {**_PUBLISHED, "stride_in": "1x1", "neck": "c4"},
             (Score(39.8, "box AP", _D2, _ZOO), Score(34.4, "mask AP", _D2, _ZOO)),
             "detectron2's R50-C4, 3x",
         ),
         "mask-rcnn-r50-dc5": Preset(
-            {"stride_in": "1x1", "neck": "dc5"},
+            {**_PUBLISHED, "stride_in": "1x1", "neck": "dc5"},
             (Score(40.0, "box AP", _D2, _ZOO), Score(35.9, "mask AP", _D2, _ZOO)),
             "detectron2's R50-DC5, 3x",
         ),
         "mask-rcnn-r50-fpn-gn": Preset(
-            {"norm": "group", "neck_norm": "group", "box_convs": 4, "box_fcs": 1, "box_norm": "group", "mask_norm": "group"},
+            {
+                "norm": "group", "neck_norm": "group", "box_convs": 4, "box_fcs": 1, "box_norm": "group",
+                "mask_norm": "group",
+            },
             (Score(42.6, "box AP", _D2, _ZOO), Score(38.6, "mask AP", _D2, _ZOO)),
             "detectron2's R50-FPN with group norm, 3x; trains from random weights and with small batches",
         ),
         "mask-rcnn-r50-fpn-dconv": Preset(
-            {"stride_in": "1x1", "deform_stages": (1, 2, 3)},
+            {**_PUBLISHED, "stride_in": "1x1", "deform_stages": (1, 2, 3)},
             (Score(42.7, "box AP", _D2, _ZOO), Score(38.5, "mask AP", _D2, _ZOO)),
             "detectron2's R50-FPN with deformable convolutions in res3 ... res5, 3x",
         ),
@@ -508,7 +519,7 @@ class MaskRCNN(System):
             "detectron2's new baseline, large-scale jitter, 400 epochs",
         ),
         "mask-rcnn-r50-fpn-torchvision": Preset(
-            {"rules": "torchvision", "norm_eps": 0.0},
+            {**_PUBLISHED, "rules": "torchvision", "norm_eps": 0.0},
             (Score(37.9, "box AP", _D2, "torchvision 0.26"), Score(34.6, "mask AP", _D2, "torchvision 0.26")),
             "torchvision's maskrcnn_resnet50_fpn",
         ),
@@ -535,9 +546,3 @@ def _holds_a_joint(joints: Float[Tensor, "n j 3"], boxes: Float[Tensor, "n 4"]) 
     x, y, seen = joints.unbind(-1)
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
     return ((seen >= 1) & (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).any(1)
-
-
-def _changed(record, **changes):
-    from dataclasses import replace
-
-    return replace(record, **changes)

@@ -184,15 +184,15 @@ class Check:
         ledger, system = self.ledger, self.system
         if f"det_boxes{suffix}" not in ledger:
             return
-        one = Raw(
-            *(
-                tuple(level[index : index + 1] for level in levels)
-                for levels in (raw.features, raw.objectness, raw.deltas)
-            ),
-            raw.size,
+        features, objectness, deltas = (
+            tuple(level[index : index + 1] for level in levels)
+            for levels in (raw.features, raw.objectness, raw.deltas)
         )
+        one = Raw(features, objectness, deltas, raw.size)
         limits = self.thresholds()
-        boxes, scores, labels = system.find(one, [size], *limits.values())[0]
+        boxes, scores, labels = system.find(
+            one, [size], limits["score_threshold"], limits["nms_threshold"], limits["detections"]
+        )[0]
         label_name = f"det_classes{suffix}" if f"det_classes{suffix}" in ledger else f"det_labels{suffix}"
         rows = self.boxes(
             f"det_boxes{suffix}", boxes, {f"det_scores{suffix}": scores}, (label_name, self.their_label(labels))

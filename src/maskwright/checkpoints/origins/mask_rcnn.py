@@ -11,7 +11,7 @@ import torch
 from maskwright.checkpoints.names import class_names, coco_by_id
 from maskwright.checkpoints.origins import Origin, Shapes, State
 
-DEPTHS = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 X101_STD = (57.375, 57.12, 58.395)  # detectron2's ResNeXt models divide by it; all its others do not
 
 
@@ -218,7 +218,7 @@ def _torchvision(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
         "rpn_convs": max(1, _count(shapes, r"^rpn\.head\.conv\.(\d)\.0\.")),
         "box_convs": convs, "box_fcs": 1 if convs else 2, "box_width": shapes[last][0],
         "box_norm": "batch" if convs else "none",
-        "mask_convs": _count(shapes, r"^roi_heads\.mask_head\.(\d)\." if numbered else r"^roi_heads\.mask_head\.mask_fcn(\d)\."),
+        "mask_convs": _count(shapes, rf"^roi_heads\.mask_head\.{'' if numbered else 'mask_fcn'}(\d)\."),
         "mask_width": shapes["roi_heads.mask_predictor.conv5_mask.weight"][1],
         "mask_norm": "batch" if "roi_heads.mask_head.0.1.weight" in shapes else "none",
     }  # fmt: skip

@@ -1,0 +1,144 @@
+"""The operators against definitions written out naively."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskwright.ops import boxes, interpolation, keypoints, mask_targets, matching, paste, pooling
+from maskwright.structures import Masks
+
+pytestmark = pytest.mark.fast
+
+
+def some_boxes(count: int, size: float = 60, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, 2, generator=generator) * size
+    return torch.cat([corners, corners + 1 + torch.rand(count, 2, generator=generator) * size], 1)
+
+
+@given(st.integers(0, 1000), st.booleans())
+def test_decoding_undoes_encoding(seed, plus_one):
+    a, b = some_boxes(5, seed=seed), some_boxes(5, seed=seed + 1)
+    weights = (10.0, 10.0, 5.0, 5.0)
+    back = boxes.decode(a, boxes.encode(a, b, weights, plus_one), weights, plus_one)
+    torch.testing.assert_close(back, b, rtol=1e-4, atol=1e-3)
+
+
+def test_overlap_is_nought_where_nothing_overlaps_and_without_area():
+    a = torch.tensor([[0.0, 0, 2, 2], [5, 5, 5, 9]])
+    b = torch.tensor([[1.0, 1, 3, 3], [2, 0, 4, 2], [5, 5, 5, 9]])
+    torch.testing.assert_close(boxes.pairwise_iou(a, b), torch.tensor([[1 / 7, 0, 0], [0, 0, 0]]))
+    assert boxes.pairwise_iou(a[:0], b).shape == (0, 3)
+
+
+def test_suppression_keeps_groups_apart_however_many_boxes_there_are():
+    box, scores = torch.tensor([[0.0, 0, 10, 10]]).repeat(3, 1), torch.tensor([0.5, 0.9, 0.7])
+    assert boxes.nms(box, scores, torch.tensor([0, 0, 1]), 0.5).tolist() == [1, 2]
+    assert boxes.nms(box[:0], scores[:0], torch.zeros(0, dtype=torch.int64), 0.5).tolist() == []
+    many, marks = some_boxes(3000, 900), torch.rand(3000, generator=torch.Generator().manual_seed(1))
+    groups = torch.arange(3000) % 7
+    kept = boxes.nms(many, marks, groups, 0.3)
+    from torchvision.ops import nms
+
+    alone = torch.cat(
+        [rows[nms(many[rows], marks[rows], 0.3)] for g in range(7) for rows in [(groups == g).nonzero().flatten()]]
+    )
+    assert sorted(kept.tolist()) == sorted(alone.tolist())
+    assert (marks[kept].diff() <= 0).all()
+
+
+def test_matching_without_objects_makes_everything_negative():
+    nearest, matched = matching.match(torch.zeros(0, 4), 0.3, 0.7, rescue=True)
+    assert nearest.tolist() == [0] * 4
+    assert matched.tolist() == [matching.NEGATIVE] * 4
+
+
+def test_a_sample_holds_at_most_its_share_of_positives():
+    positive = torch.arange(100) < 60
+    chosen, others = matching.sample(positive, ~positive, 40, 0.25)
+    assert len(chosen) == 10
+    assert len(others) == 30
+    assert positive[chosen].all()
+    assert not positive[others].any()
+    chosen, others = matching.sample(positive & (torch.arange(100) < 3), ~positive, 40, 0.25)
+    assert (len(chosen), len(others)) == (3, 37)
+
+
+@given(st.integers(1, 9), st.integers(0, 500))
+def test_weights_read_what_grid_sampling_reads(cells, seed):
+    generator = torch.Generator().manual_seed(seed)
+    grid, places = torch.rand(1, 1, 1, cells, generator=generator), torch.rand(7, generator=generator) * (cells + 4) - 2
+    for outside in ("zeros", "border"):
+        ours = interpolation.weights(places, cells, outside) @ grid[0, 0, 0]
+        scaled = (places + 0.5) / cells * 2 - 1
+        points = torch.stack([scaled, torch.zeros(7)], 1)[None, None]
+        theirs = torch.nn.functional.grid_sample(grid, points, padding_mode=outside, align_corners=False)[0, 0, 0]
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["continuous", "padded"])
+@given(seed=st.integers(0, 300))
+def test_pasting_on_the_box_alone_is_pasting_on_the_whole_plane(rule, seed):
+    generator = torch.Generator().manual_seed(seed)
+    size = (37, 53)
+    corners = torch.rand(4, 2, generator=generator) * 80 - 20
+    own = torch.cat([corners, corners + torch.rand(4, 2, generator=generator) * 60], 1)
+    own[0, 2:] = own[0, :2]  # a box without extent
+    grids = torch.rand(4, 7, 7, generator=generator)
+    values = paste.paste_values(grids, own, size, rule=rule)
+    sure = (values - 0.5).abs() > 1e-5
+    assert torch.equal(paste.paste_masks(grids, own, size, rule=rule).dense()[sure], (values >= 0.5)[sure])
+
+
+def test_nothing_pasted_is_no_masks():
+    assert len(paste.paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (10, 12))) == 0
+
+
+@given(st.integers(0, 200))
+def test_targets_from_crops_are_those_from_whole_planes(seed):
+    generator = torch.Generator().manual_seed(seed)
+    planes = torch.zeros(3, 40, 50, dtype=torch.bool)
+    for plane in planes:
+        x, y = (int(v) for v in torch.randint(0, 30, (2,), generator=generator))
+        plane[y : y + 17, x : x + 23] = torch.rand(17, 23, generator=generator)[: 40 - y, : 50 - x] > 0.3
+    owners = torch.tensor([0, 2, 1, 0])
+    own = boxes.clip(some_boxes(4, 35, seed), (40, 50))
+    for rule, aligned in (("soft", False), ("binary", True)):
+        ours = mask_targets.mask_targets(Masks.from_dense(planes), owners, own, 14, rule=rule)
+        rois = torch.cat([owners[:, None].float(), own], 1)
+        theirs = pooling.roi_align(planes.float()[:, None], rois, 14, aligned=aligned)[:, 0]
+        if rule == "binary":
+            sure = (theirs - 0.5).abs() > 1e-4
+            assert torch.equal(ours[sure], (theirs >= 0.5).float()[sure])
+        else:
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_warping_lets_the_gradient_through_to_the_box():
+    features = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 2, 8, 8)
+    rois = torch.tensor([[0.0, 4, 4, 24, 20]], requires_grad=True)
+    pooling.roi_warp(features, rois, 3, 0.25).sum().backward()
+    assert rois.grad is not None
+    assert rois.grad[0, 1:].abs().min() > 0
+    whole = pooling.roi_warp(torch.ones(1, 1, 8, 8), rois.detach(), 3, 0.25)
+    torch.testing.assert_close(whole, torch.ones(1, 1, 3, 3))
+
+
+@given(st.integers(0, 300))
+def test_a_joint_is_found_where_its_map_has_its_peak(seed):
+    generator = torch.Generator().manual_seed(seed)
+    own = some_boxes(2, 50, seed) + torch.tensor([0, 0, 30.0, 30.0])
+    cells = torch.randint(8, 48, (2, 5, 2), generator=generator)
+    maps = torch.zeros(2, 5, 56, 56)
+    for box in range(2):
+        for joint in range(5):
+            x, y = cells[box, joint].tolist()
+            maps[box, joint, y, x] = 8.0
+    found = keypoints.decode(maps, own)
+    place, counts = keypoints.encode(found, own, 56)
+    assert counts.all()
+    away = (torch.stack([place % 56, place // 56], -1) - cells).abs()
+    assert away.max() <= 1

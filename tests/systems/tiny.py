@@ -1,0 +1,37 @@
+"""Every system, small enough to train for a moment, and objects to train it on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from maskwright.structures import Instances, Masks
+from maskwright.systems import System, create
+
+SIZE = (96, 128)
+TRUNK = {"backbone": "resnet18", "stem_width": 16, "norm": "group", "frozen": 0}
+HEADS = {"neck_width": 32, "box_width": 64, "proposals_before": (200, 100), "proposals_after": (100, 50)}
+# What makes each system of the registry small. A new system adds its line.
+TINY: dict[str, dict[str, Any]] = {
+    "mask-rcnn": {**TRUNK, **HEADS, "mask_width": 32},
+    "keypoint-rcnn": {**TRUNK, **HEADS, "keypoint_width": 32, "keypoint_convs": 2},
+}
+
+
+def build(name: str, **options: Any) -> System:
+    torch.manual_seed(0)
+    return create(name, **{"classes": ("a", "b"), **TINY[name], **options})
+
+
+def objects(count: int, size: tuple[int, int] = SIZE, side: tuple[int, int] = (40, 30), joints: int = 17) -> Instances:
+    """`count` upright boxes of `side` (h, w), placed one after the other, with joints inside them."""
+    generator = torch.Generator().manual_seed(count)
+    room = torch.tensor([size[1] - side[1], size[0] - side[0]])
+    corners = (torch.rand(count, 2, generator=generator) * room).floor()
+    boxes = torch.cat([corners, corners + torch.tensor([side[1], side[0]])], 1)
+    crops = [torch.ones(side, dtype=torch.bool)] * count
+    points = torch.rand(count, joints, 2, generator=generator) * torch.tensor([side[1], side[0]]) + corners[:, None]
+    keypoints = torch.cat([points, torch.full((count, joints, 1), 2.0)], 2)
+    masks = Masks.from_crops(crops, corners.long(), size)
+    return Instances(size, boxes, torch.arange(count) % 2, masks, keypoints=keypoints)
