@@ -101,6 +101,8 @@ class Instances:
         if points is not None:
             xy = placement.points_to_input(points[..., :2])
             inside = (xy >= 0).all(-1) & (xy <= xy.new_tensor([width, height])).all(-1)
+            if self.scores is None:  # annotations: what is not labelled is nowhere, also in a mirror
+                inside &= points[..., 2] > 0
             points = torch.cat([xy, points[..., 2:] * inside[..., None]], -1) * inside[..., None]
             if placement.mirrored and mirrored_joints is not None and points.shape[1] == len(mirrored_joints):
                 points = points[:, list(mirrored_joints)]

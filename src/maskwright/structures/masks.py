@@ -87,9 +87,7 @@ class Masks:
         return cls("rle", strings, size)
 
     @classmethod
-    def from_polygons(
-        cls, objects: Iterable[Sequence[Any]], size: tuple[int, int], fill: Fill = "union"
-    ) -> Masks:
+    def from_polygons(cls, objects: Iterable[Sequence[Any]], size: tuple[int, int], fill: Fill = "union") -> Masks:
         """Each object is a list of rings; a ring is flat `x, y, x, y, ...` or (P, 2), in continuous coordinates.
 
         `fill="union"` is COCO's reading (rings are parts, a hole cannot be said); `"even-odd"` lets a ring inside
@@ -100,7 +98,7 @@ class Masks:
 
     @classmethod
     def from_crops(
-        cls, crops: Sequence[Bool[Tensor, "h w"] | np.ndarray], corners: Int[Tensor, "n 2"], size: tuple[int, int]
+        cls, crops: Sequence[Bool[Tensor, "_h _w"] | np.ndarray], corners: Int[Tensor, "n 2"], size: tuple[int, int]
     ) -> Masks:
         """Small bool masks, each with its upper left corner at `corners` (x, y), on planes of `size`, never made.
 
@@ -108,7 +106,9 @@ class Masks:
         """
         places = corners.tolist()
         arrays = (c.cpu().numpy() if isinstance(c, Tensor) else c for c in crops)
-        return cls("rle", [rle.from_crop(c, int(x), int(y), size) for c, (x, y) in zip(arrays, places, strict=True)], size)
+        return cls(
+            "rle", [rle.from_crop(c, int(x), int(y), size) for c, (x, y) in zip(arrays, places, strict=True)], size
+        )
 
     @classmethod
     def join(cls, parts: Sequence[Masks]) -> Masks:
@@ -139,7 +139,7 @@ class Masks:
 
     def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Masks:
         if isinstance(index, int):
-            index = slice(index, index + 1) if index != -1 else slice(-1, None)
+            index = [range(len(self))[index]]
         if self.kind == "dense":
             planes = self._data
             return Masks("dense", planes[index.to(planes.device) if isinstance(index, Tensor) else index], self.size)
@@ -147,6 +147,8 @@ class Masks:
             return Masks(self.kind, self._data[index], self.size, self.fill)
         chosen = torch.as_tensor(index)
         if chosen.dtype == torch.bool:
+            if len(chosen) != len(self):
+                raise IndexError(f"{len(chosen)} flags cannot select among {len(self)} masks")
             chosen = chosen.nonzero().flatten()
         return Masks(self.kind, [self._data[i] for i in chosen.tolist()], self.size, self.fill)
 
@@ -189,7 +191,7 @@ class Masks:
             return [list(rings) for rings in self._data]
         return [outlines.trace(crop, x0, y0) for (x0, y0, _, _), crop in self._crops()]
 
-    def crops(self) -> tuple[Int[Tensor, "n 4"], list[Bool[Tensor, "h w"]]]:
+    def crops(self) -> tuple[Int[Tensor, "n 4"], list[Bool[Tensor, "_h _w"]]]:
         """The tightest frames x0, y0, x1, y1 (exclusive) and the mask inside each; empty masks have empty crops."""
         pairs = list(self._crops())
         frames = torch.tensor([frame for frame, _ in pairs], dtype=torch.int64).reshape(-1, 4)
@@ -216,7 +218,7 @@ class Masks:
         """Overlap of each mask with each of `others`; where `crowd`, over this mask's own area (COCO's rule)."""
         if not len(self) or not len(others):
             return torch.zeros(len(self), len(others))
-        flags = [False] * len(others) if crowd is None else crowd.tolist()
+        flags = [0] * len(others) if crowd is None else crowd.int().tolist()
         return torch.from_numpy(coco.iou(cast(Any, self.rle()), cast(Any, others.rle()), flags)).float()
 
     # ---- moving --------------------------------------------------------------------------------------------------
@@ -243,7 +245,9 @@ class Masks:
     def union(self) -> Masks:
         """One mask: all of them together."""
         merged = coco.merge(cast(Any, self.rle())) if len(self) else None
-        return Masks("rle", [merged["counts"]] if merged else [rle.from_crop(np.zeros((0, 0), bool), 0, 0, self.size)], self.size)
+        return Masks(
+            "rle", [merged["counts"]] if merged else [rle.from_crop(np.zeros((0, 0), bool), 0, 0, self.size)], self.size
+        )
 
     # ---- inside --------------------------------------------------------------------------------------------------
 

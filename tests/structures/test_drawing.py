@@ -1,0 +1,197 @@
+"""What is drawn lies where the objects are, can be told apart and read, and costs little."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from PIL import Image
+
+from maskwright.errors import UsageError
+from maskwright.structures import Instances, Masks
+from maskwright.structures.drawing import GREY, PALETTE, _ink, colour, draw
+from tests.structures.strategies import planes
+
+pytestmark = pytest.mark.fast
+
+PLAIN = {"boxes": False, "labels": False, "joints": False}
+
+
+def scene(size=(120, 160)) -> Instances:
+    """A large block, a small one inside it, and a crowd region."""
+    dense = torch.zeros(3, *size, dtype=torch.bool)
+    dense[0, 20:100, 20:120] = True
+    dense[1, 40:60, 40:70] = True
+    dense[2, 60:118, 125:158] = True
+    masks = Masks.from_dense(dense).pack()
+    return Instances(size, masks.boxes(), torch.tensor([1, 0, 0]), masks, crowd=torch.tensor([False, False, True]))
+
+
+def grey(size=(120, 160)) -> torch.Tensor:
+    return torch.full((3, *size), 90, dtype=torch.uint8)
+
+
+def test_only_the_masks_pixels_change():
+    drawn = np.asarray(scene().draw(grey(), **PLAIN))
+    changed = (drawn != 90).any(2)
+    inside = scene().masks.union().dense()[0].numpy()  # pyright: ignore
+    assert changed[inside].mean() > 0.99
+    soft = np.zeros_like(inside)
+    soft[1:-1, 1:-1] = inside[2:, 1:-1] | inside[:-2, 1:-1] | inside[1:-1, 2:] | inside[1:-1, :-2]
+    soft[1:-1, 1:-1] |= inside[2:, 2:] | inside[:-2, :-2] | inside[2:, :-2] | inside[:-2, 2:] | inside[1:-1, 1:-1]
+    assert not changed[~soft].any(), "the soft edge is one pixel wide"
+
+
+def test_alpha_is_the_share_of_colour_and_the_border_is_opaque():
+    drawn = np.asarray(scene()[:1].draw(grey(), alpha=0.25, line_width=3, **PLAIN)).astype(float)
+    expected = 90 * 0.75 + np.array(colour(0)) * 0.25
+    assert np.abs(drawn[60, 100] - expected).max() <= 2
+    assert np.abs(drawn[21, 80] - np.array(colour(0))).max() <= 30, "just inside the edge"
+    bare = np.asarray(scene()[:1].draw(grey(), alpha=0.25, contours=False, **PLAIN)).astype(float)
+    assert np.abs(bare[22, 80] - expected).max() <= 2
+
+
+def test_a_small_object_stays_visible_on_a_large_one_whatever_their_order():
+    for order in ([0, 1], [1, 0]):
+        drawn = np.asarray(scene()[order].draw(grey(), alpha=1.0, colour_by="class", **PLAIN))
+        assert drawn[50, 55].tolist() == list(colour(0))
+        assert drawn[80, 80].tolist() == list(colour(1))
+
+
+def test_a_crowd_is_grey_and_hatched():
+    drawn = np.asarray(scene()[2:].draw(torch.zeros(3, 120, 160, dtype=torch.uint8), alpha=0.8, **PLAIN)).astype(int)
+    region = drawn[70:110, 132:150]
+    assert (np.ptp(region, axis=2) == 0).all(), "no hue"
+    values = np.unique(region[..., 0])
+    assert values.min() < 0.4 * GREY[0] < 0.7 * GREY[0] < values.max(), "stripes"
+
+
+def test_colours_by_object_and_by_class():
+    two = scene()[[1, 1]]
+    two.labels = torch.tensor([4, 4])
+    by_class = np.asarray(two.draw(grey(), colour_by="class", alpha=1.0, **PLAIN))
+    assert by_class[50, 55].tolist() == list(colour(4))
+    with pytest.raises(UsageError, match=r"alpha is 1\.5; expected 0"):
+        two.draw(grey(), alpha=1.5)
+
+
+def test_every_kind_of_picture_gives_the_same_drawing_and_is_left_alone():
+    tensor = torch.randint(0, 256, (3, 120, 160), dtype=torch.uint8)
+    before = tensor.clone()
+    array = tensor.permute(1, 2, 0).numpy()
+    expected = np.asarray(scene().draw(tensor))
+    for picture in (
+        array,
+        np.asfortranarray(array),
+        Image.fromarray(array),
+        tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+    ):
+        assert np.array_equal(np.asarray(scene().draw(picture)), expected)
+    with_alpha = np.dstack([array, np.full((120, 160), 7, np.uint8)])
+    assert np.array_equal(np.asarray(scene().draw(with_alpha)), expected)
+    assert torch.equal(tensor, before)
+    flat = scene().draw(tensor[:1])
+    assert np.array_equal(np.asarray(flat), np.asarray(scene().draw(array[..., 0])))
+    assert flat.mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("picture", "says"),
+    [
+        (torch.zeros(3, 120, 160), "uint8"),
+        (np.zeros((120, 160, 3)), "uint8, 0 ... 255; this one is float64"),
+        (torch.zeros(120, 160, 3, dtype=torch.uint8), r"\(3, H, W\)"),
+        ("photo.jpg", "this is a str"),
+    ],
+)
+def test_a_wrong_picture_is_told(picture, says):
+    with pytest.raises(UsageError, match=says):
+        draw(picture, scene())
+
+
+def test_labels_can_be_read():
+    plain = np.asarray(scene().draw(grey(), ["cat", "dog"], boxes=False, labels=False))
+    named = np.asarray(scene().draw(grey(), ["cat", "dog"], boxes=False))
+    where = (plain != named).any(2)
+    assert where.sum() > 300
+    assert not where[101:, :120].any(), "above the box where there is room"
+    for number in range(100):
+        paint = np.array(colour(number)) / 255
+        linear = np.where(paint <= 0.04045, paint / 12.92, ((paint + 0.055) / 1.055) ** 2.4)
+        luminance = float(linear @ [0.2126, 0.7152, 0.0722])
+        ink = 0.0 if _ink(colour(number)) == (0, 0, 0) else 1.0
+        contrast = (max(ink, luminance) + 0.05) / (min(ink, luminance) + 0.05)
+        assert contrast >= 4.5, f"colour {number}: WCAG AA"
+
+
+def test_any_class_name_can_be_written():
+    for name in ("", "a\nb", "Öl 猫 ж", "x" * 300, "\x00\x07"):
+        scene().draw(grey(), [name, name])
+    scene().draw(grey(), [])  # fewer names than labels
+
+
+def test_the_first_colours_are_far_apart():
+    values = np.array([colour(n) for n in range(8)], float)
+    for a, b in itertools.combinations(range(8), 2):
+        assert np.abs(values[a] - values[b]).max() > 60
+    assert len({colour(n) for n in range(3 * len(PALETTE))}) == 3 * len(PALETTE)
+
+
+def test_a_skeleton_and_its_unseen_joints():
+    person = scene()[:1]
+    person.keypoints = torch.zeros(1, 17, 3)
+    person.masks = None
+    person.keypoints[0, 5] = torch.tensor([30.0, 30, 2])
+    person.keypoints[0, 7] = torch.tensor([90.0, 90, 1])
+    drawn = np.asarray(person.draw(grey(), boxes=False, labels=False))
+    changed = (drawn != 90).any(2)
+    assert changed[[30, 60, 90], [30, 60, 90]].all(), "two joints and the limb between"
+    assert not changed[:15, :15].any(), "joints that are not labelled are not at the corner"
+    person.scores = torch.tensor([0.9])
+    person.keypoints[0, 7, 2] = 0.01
+    hidden = np.asarray(person.draw(grey(), boxes=False, labels=False))
+    assert not (hidden != 90).any(2)[90, 90], "an unsure joint is not drawn"
+    person.keypoints = torch.full((1, 4, 3), 50.0)
+    person.draw(grey())  # another set of joints has no limbs
+    assert np.array_equal(
+        np.asarray(person.draw(grey(), joints=False, boxes=False, labels=False)), np.full((120, 160, 3), 90)
+    )
+
+
+@settings(max_examples=settings.default.max_examples // 2)
+@given(planes(0, 3))
+def test_no_mask_is_too_odd_to_draw(dense):
+    size = (dense.shape[1], dense.shape[2])
+    masks = Masks.from_dense(dense)
+    objects = Instances(size, masks.boxes(), torch.zeros(len(dense), dtype=torch.int64), masks, torch.ones(len(dense)))
+    objects.crowd = torch.arange(len(dense)) % 2 == 1
+    assert objects.draw(torch.zeros(3, *size, dtype=torch.uint8), ["thing"]).size == (size[1], size[0])
+
+
+def test_boxes_that_are_not_finite_or_outside_are_no_harm():
+    boxes = torch.tensor([[float("nan")] * 4, [-50.0, -50, 500, 500], [5.0, 5, 5, 5], [200.0, 200, 300, 300]])
+    found = Instances((120, 160), boxes, torch.zeros(4, dtype=torch.int64), scores=torch.ones(4))
+    assert found.draw(grey()).size == (160, 120)
+
+
+def test_a_hundred_objects_on_a_large_picture():
+    """Memory by count of bytes; time only against a bound that no machine misses unless whole planes are made."""
+    y, x = np.mgrid[:300, :400]
+    disc = (x - 200) ** 2 / 200**2 + (y - 150) ** 2 / 150**2 < 1
+    corners = torch.stack([torch.arange(100) * 36, torch.arange(100) * 27], 1)
+    masks = Masks.from_crops([disc] * 100, corners, (3000, 4000))
+    found = Instances((3000, 4000), masks.boxes(), torch.zeros(100, dtype=torch.int64), masks, torch.ones(100))
+    picture = np.zeros((3000, 4000, 3), np.uint8)
+    tracemalloc.start()
+    begun = time.perf_counter()
+    drawn = found.draw(picture, ["thing"])
+    seconds, peak = time.perf_counter() - begun, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert drawn.size == (4000, 3000)
+    assert peak < 2.5 * picture.nbytes, "the copy of the picture and little else"
+    assert seconds < 60

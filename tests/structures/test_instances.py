@@ -1,0 +1,163 @@
+"""Objects of a picture stay together: whatever is selected, joined, moved or written, all their parts are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pycocotools import mask as coco
+
+from maskwright.errors import UsageError
+from maskwright.structures import Batch, Instances, Masks, Placement
+
+pytestmark = pytest.mark.fast
+
+
+def objects(count: int, size=(12, 16)) -> Instances:
+    """Object k: label k % 3, score 1 / (k + 1), a 2 x 3 block that wanders."""
+    k = torch.arange(count)
+    planes = torch.zeros(count, *size, dtype=torch.bool)
+    for number in range(count):
+        y, x = number % (size[0] - 2), (2 * number) % (size[1] - 3)
+        planes[number, y : y + 2, x : x + 3] = True
+    masks = Masks.from_dense(planes).pack()
+    points = torch.stack([k, k, k], 1)[:, None].expand(-1, 4, 3).float()
+    return Instances(size, masks.boxes(), k % 3, masks, 1 / (k + 1), points, k % 2 == 1, k + 100)
+
+
+def same(a: Instances, b: Instances) -> bool:
+    names = ("boxes", "labels", "scores", "keypoints", "crowd", "ids")
+    assert a.masks is not None
+    assert b.masks is not None
+    return all(torch.equal(getattr(a, n), getattr(b, n)) for n in names) and a.masks.rle() == b.masks.rle()
+
+
+@given(st.integers(0, 6), st.data())
+def test_selecting_takes_every_part_along(count, data):
+    all_of_them = objects(count)
+    numbers = data.draw(st.lists(st.integers(0, count - 1), max_size=4)) if count else []
+    flags = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=torch.bool)
+    for index in (torch.tensor(numbers, dtype=torch.int64), numbers, flags, slice(1, 3), slice(None, None, 2)):
+        chosen = all_of_them[index]
+        expected = torch.arange(count)[index] if not isinstance(index, list) else torch.tensor(index, dtype=torch.int64)
+        assert chosen.ids is not None
+        assert chosen.ids.tolist() == (expected + 100).tolist()
+        assert chosen.masks is not None
+        assert chosen.scores is not None
+        assert chosen.keypoints is not None
+        assert torch.equal(chosen.masks.boxes(), chosen.boxes)
+        assert chosen.labels.tolist() == (expected % 3).tolist()
+        assert chosen.keypoints[:, 0, 0].tolist() == expected.tolist()
+        assert chosen.image_size == all_of_them.image_size
+
+
+def test_one_object_by_its_number():
+    assert objects(3)[-1].ids.tolist() == [102]  # pyright: ignore
+    assert len(objects(3)[1]) == 1
+    with pytest.raises(IndexError):
+        objects(3)[3]
+
+
+@given(st.integers(0, 5), st.integers(0, 5))
+def test_taken_apart_and_joined(count, cut):
+    whole = objects(count)
+    assert same(Instances.join([whole[:cut], whole[cut:]]), whole)
+
+
+def test_a_part_that_one_lacks_is_left_out_of_the_whole():
+    first, second = objects(2), objects(2)
+    second.scores = None
+    joined = Instances.join([first, second])
+    assert joined.scores is None
+    assert len(joined) == 4
+    assert joined.ids is not None
+
+
+def test_parts_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="masks has 0 rows, boxes 1"):
+        Instances((4, 4), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), Masks.empty((4, 4)))
+    with pytest.raises(ValueError, match=r"masks are \(5, 4\), the picture is \(4, 4\)"):
+        Instances((4, 4), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), Masks.empty((5, 4)))
+
+
+def test_no_objects_are_objects_too():
+    none = Instances.empty((5, 7))
+    assert len(none) == 0
+    assert none.to_coco(1) == []
+    placed = none.place(Placement.resize((5, 7), (10, 14)).then_mirror())
+    assert len(placed) == 0
+    assert placed.image_size == (10, 14)
+    assert len(Instances.join([none, none])) == 0
+    assert len(none[torch.zeros(0, dtype=torch.bool)]) == len(none[[]]) == len(none[:3]) == 0
+    assert none.draw(torch.zeros(3, 5, 7, dtype=torch.uint8)).size == (7, 5)
+    assert none.to("cpu").scores is not None
+
+
+def test_coco_records_are_what_pycocotools_reads():
+    found = objects(3)
+    records = json.loads(json.dumps(found.to_coco("a.jpg", category_ids=[7, 90, 1])))
+    assert [r["category_id"] for r in records] == [7, 90, 1]
+    assert all(r["image_id"] == "a.jpg" for r in records)
+    for record, box, score in zip(records, found.boxes.tolist(), [1, 1 / 2, 1 / 3], strict=True):
+        assert record["bbox"] == pytest.approx([box[0], box[1], box[2] - box[0], box[3] - box[1]])
+        assert coco.toBbox(record["segmentation"]).tolist() == pytest.approx(record["bbox"])
+        assert record["score"] == pytest.approx(score)
+        assert len(record["keypoints"]) == 12
+    assert [r["category_id"] for r in found.to_coco(5)] == [1, 2, 3], "by default labels count from one"
+
+
+def test_supervision_gets_the_same_objects():
+    pytest.importorskip("supervision")
+    found = objects(3)
+    theirs = found.to_supervision()
+    assert len(theirs) == 3
+    assert theirs.mask.shape == (3, 12, 16)
+    assert theirs.class_id.tolist() == [0, 1, 2]
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_different_sizes_share_a_grid():
+    images = [torch.full((3, 40, 20), 1.0), torch.full((3, 33, 50), 2.0)]
+    placements = [Placement.identity((40, 20)), Placement.identity((33, 50))]
+    batch = Batch.collate(images, placements, multiple=32, value=9.0, names=["a", "b"])
+    assert batch.images.shape == (2, 3, 64, 64)
+    assert len(batch) == 2
+    for plane, image in zip(batch.images, images, strict=True):
+        height, width = image.shape[1:]
+        assert torch.equal(plane[:, :height, :width], image), "at the upper left"
+        assert (plane[:, height:] == 9).all()
+        assert (plane[:, :, width:] == 9).all()
+    assert Batch.collate(images[:1], placements[:1], multiple=1).images.shape == (1, 3, 40, 20)
+    moved = batch.to("cpu")
+    assert moved.names == ["a", "b"]
+    assert moved.targets is None
+
+
+def test_targets_go_with_their_batch():
+    batch = Batch.collate([torch.zeros(3, 12, 16)], [Placement.identity((12, 16))], [objects(2)])
+    assert batch.to("cpu").targets is not None
+    assert len(batch.to("cpu").targets[0]) == 2
+
+
+# ---- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_shape_is_caught_in_the_test_run():
+    from tests.shapes import ENABLED
+
+    if not ENABLED:
+        pytest.skip("the checker of shapes is off")
+    with pytest.raises(Exception, match="points_to_input"):
+        Placement.identity((4, 4)).points_to_input(torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(Exception, match="from_dense"):
+        Masks.from_dense(torch.zeros(4, 4, dtype=torch.bool))
+
+
+def test_drawing_on_another_picture_is_refused():
+    with pytest.raises(UsageError, match=r"the picture is 5 x 5, the objects are on a grid of 12 x 16"):
+        objects(1).draw(torch.zeros(3, 5, 5, dtype=torch.uint8))

@@ -1,0 +1,102 @@
+"""A picture reaches the network as the system was published with; against the originals see tests/parity."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from maskwright.structures import Preprocess
+
+pytestmark = pytest.mark.fast
+
+KINDS = st.sampled_from(["pillow", "tensor"])
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000), KINDS)
+def test_the_rule_of_the_short_and_the_long_side(height, width, kind):
+    rule = Preprocess(short=800, long=1333, resample=kind)
+    tall, wide = rule.size(height, width)
+    assert tall >= 1
+    assert wide >= 1
+    assert max(tall, wide) <= 1333
+    scale = min(800 / min(height, width), 1333 / max(height, width))
+    assert abs(tall - height * scale) <= 1
+    assert abs(wide - width * scale) <= 1
+
+
+def test_known_sizes():
+    rule = Preprocess(short=800, long=1333)
+    assert rule.size(480, 640) == (800, 1067)
+    assert rule.size(427, 640) == (800, 1199)
+    assert rule.size(200, 640) == (417, 1333)
+    assert Preprocess(resample="tensor").size(480, 640) == (800, 1066), "torchvision floors"
+
+
+def test_a_picture_that_fits_is_not_touched():
+    picture = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    for kind in ("pillow", "tensor"):
+        rule = Preprocess(64, 64, kind, (0.0, 0, 0), (1.0, 1, 1), divide=1.0)
+        values, placement = rule.lay(picture)
+        assert torch.equal(values, picture.float())
+        assert placement.scale == (1.0, 1.0)
+        assert placement.size == (64, 64)
+
+
+def test_colours_in_the_order_the_network_wants():
+    picture = torch.tensor([255, 128, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    rule = Preprocess(8, 8, mean=(1.0, 2.0, 3.0), std=(1.0, 2.0, 4.0), divide=1.0, channels="BGR")
+    assert rule.normalise(picture)[:, 0, 0].tolist() == [-1, 63, 63]
+    plain = Preprocess(8, 8, mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert plain.normalise(picture)[:, 0, 0].tolist() == pytest.approx([1, 128 / 255, 0])
+    more = torch.cat([picture, picture[:1]])
+    four = Preprocess(8, 8, mean=(0.0,) * 4, std=(1.0,) * 4, divide=1.0, channels="BGR")
+    assert four.normalise(more)[:, 0, 0].tolist() == [0, 128, 255, 255], "a fourth channel stays the fourth"
+
+
+def test_pillow_is_pillow():
+    picture = torch.randint(0, 256, (3, 50, 71), dtype=torch.uint8)
+    rule = Preprocess(31, 99, "pillow", (0.0,) * 3, (1.0,) * 3, divide=1.0)
+    values, placement = rule.lay(picture)
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((44, 31), Image.Resampling.BILINEAR)
+    assert placement.size == (31, 44) == tuple(values.shape[1:])
+    assert np.array_equal(values.permute(1, 2, 0).numpy(), np.asarray(image, np.float32))
+
+
+def test_the_other_rule_is_torch():
+    picture = torch.randint(0, 256, (3, 50, 71), dtype=torch.uint8)
+    values, _ = Preprocess(31, 99, "tensor").lay(picture)
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    normal = (picture.float() / 255 - mean) / std
+    expected = torch.nn.functional.interpolate(normal[None], size=(31, 44), mode="bilinear", align_corners=False)[0]
+    assert torch.allclose(values, expected, atol=1e-6)
+
+
+def test_padding_is_the_mean_colour_and_a_multiple():
+    rule = Preprocess(32, 64, multiple=32)
+    pictures = [torch.full((3, 32, 40), 10, dtype=torch.uint8), torch.full((3, 40, 32), 10, dtype=torch.uint8)]
+    batch = rule.collate(pictures, ["a", "b"])
+    assert batch.images.shape == (2, 3, 64, 64)
+    assert not batch.images[0, :, 32:].any()
+    assert not batch.images[1, :, :, 32:].any()
+    assert [p.size for p in batch.placements] == [(32, 40), (40, 32)]
+    assert batch.names == ["a", "b"]
+
+
+def test_it_travels_as_plain_values():
+    rule = Preprocess(mean=(1.0, 2.0, 3.0), channels="BGR", resample="tensor", multiple=1)
+    assert Preprocess.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1)])
+def test_odd_pictures_keep_at_least_a_pixel(size):
+    for kind in ("pillow", "tensor"):
+        rule = Preprocess(100, 167, kind)
+        values, placement = rule.lay(torch.zeros(3, *size, dtype=torch.uint8))
+        assert min(values.shape[1:]) >= 1
+        assert tuple(values.shape[1:]) == placement.size
