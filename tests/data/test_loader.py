@@ -90,7 +90,6 @@ def test_fewer_pictures_than_a_batch_are_repeated():
     assert list(loader(0, 8)) == []
 
 
-@pytest.mark.fast
 def test_what_happens_at_a_position_depends_on_seed_epoch_and_position_alone():
     found = loader()
     found.set_epoch(1)
@@ -124,7 +123,6 @@ def test_stopping_in_the_middle_of_an_epoch_leaves_nothing_over():
     assert all(same(a, b) for a, b in zip(found, other, strict=True))
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_the_batches_of_one_process(world: int):
     alone = loader(14, 6)

@@ -250,7 +250,8 @@ def settled(placed: Instances, before: Float[Tensor, "n 4"], placement: Placemen
     moved = placement.boxes_to_input(before)
     limits = moved.new_tensor([width, height])
     cut = (moved[:, :2] < -0.5).any(1) | (moved[:, 2:] > limits + 0.5).any(1)
-    looked = cut if placed.masks.kind == "polygon" else torch.ones_like(cut)
+    sides = moved[:, 2:] - moved[:, :2]
+    looked = cut | (sides.amin(1) < 2) | (sides.prod(1) < 16)  # others cannot have shrunk to nothing
     if not looked.any():
         return placed
     masks = placed.masks[looked].pack()
