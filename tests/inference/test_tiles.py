@@ -1,0 +1,176 @@
+"""A picture cut into tiles has the same objects as the whole one: none in pieces, none twice, no two grown together."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from maskwright.inference import predict
+from maskwright.inference.tiles import cover, join_tiles, predict_tiled
+from maskwright.structures import Instances, Masks
+from tests.inference.painted import Painted, blocks, paint, save, seen
+
+pytestmark = pytest.mark.fast
+
+
+def pattern(kind: str, size: tuple[int, int], t: int) -> torch.Tensor:
+    """A plane of object numbers; all touch their neighbours, each is in one piece, most span many tiles."""
+    height, width = size
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    if kind == "columns":
+        return x // t
+    if kind == "diagonals":
+        return (x + y) // t
+    if kind == "rings":
+        return torch.minimum(torch.minimum(x, y), torch.minimum(width - 1 - x, height - 1 - y)) // t
+    if kind == "combs":  # two that grip each other
+        return ((x >= t) & ((y % (2 * t) >= t) | (x >= width - t))).long()
+    if kind == "islands":  # many small ones, with space between
+        numbers = y // (2 * t) * (width // (2 * t) + 1) + x // (2 * t)
+        return torch.where((y % (2 * t) < t) & (x % (2 * t) < t), numbers, -1)
+    return torch.zeros(size, dtype=torch.int64)  # one that fills the picture
+
+
+@settings(max_examples=settings.default.max_examples // 3)
+@given(
+    st.sampled_from(["columns", "diagonals", "rings", "combs", "islands", "whole"]),
+    st.tuples(st.integers(20, 90), st.integers(20, 90)),
+    st.integers(8, 30),
+    st.integers(30, 60),
+    st.floats(0.1, 0.5),
+    st.integers(1, 5),
+)
+def test_a_perfect_system_sees_the_same_in_tiles(kind, size, thick, tile, overlap, batch):
+    numbers = pattern(kind, size, thick)
+    numbers = torch.where(numbers < 250, numbers, -1)
+    picture = paint(numbers)  # all of one class
+    whole = seen(picture)
+    found = predict_tiled(lambda crops: [seen(c) for c in crops], picture, tile, overlap, batch)
+    assert found.image_size == whole.image_size
+    assert len(found) == len(whole)
+    assert found.masks is not None
+    assert whole.masks is not None
+    assert found.masks.rle() == whole.masks.rle(), "pixel by pixel, best first"
+    assert torch.equal(found.scores, whole.scores)
+    assert torch.equal(found.boxes, whole.boxes)
+
+
+@given(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), st.integers(16, 900), st.floats(0, 0.9))
+def test_tiles_cover_everything_and_overlap_enough(size, tile, overlap):
+    tiles = cover(size, tile, overlap)
+    for axis, length in ((0, size[1]), (1, size[0])):
+        spans = sorted({((t.x, t.x + t.width), (t.y, t.y + t.height))[axis] for t in tiles})
+        assert spans[0][0] == 0
+        assert spans[-1][1] == length
+        for (_, end), (start, _) in itertools.pairwise(spans):
+            assert end - start >= int(tile * overlap) - 1
+        assert all(b - a == min(tile, length) for a, b in spans), "all of one size, as the network likes it"
+
+
+def two_tiles(first: Instances, second: Instances) -> Instances:
+    """Tiles of 40 x 40 side by side on a picture of 40 x 64: they share columns 24 ... 39."""
+    tiles = cover((40, 64), 40, 0.4)
+    assert [(t.x, t.width) for t in tiles] == [(0, 40), (24, 40)]
+    return join_tiles([first, second], tiles, (40, 64))
+
+
+def block(x0: int, x1: int, label: int = 0, score: float = 0.9, y0: int = 10, y1: int = 30) -> Instances:
+    plane = torch.zeros(1, 40, 40, dtype=torch.bool)
+    plane[0, y0:y1, x0:x1] = True
+    masks = Masks.from_dense(plane).pack()
+    return Instances((40, 40), masks.boxes(), torch.tensor([label]), masks, torch.tensor([score]))
+
+
+def test_the_union_has_the_best_score_and_the_box_of_all():
+    joined = two_tiles(block(10, 40, score=0.6), block(0, 30, score=0.8))
+    assert joined.boxes.tolist() == [[10, 10, 54, 30]]
+    assert joined.scores.tolist() == pytest.approx([0.8])
+    assert joined.masks.areas().tolist() == [44 * 20]
+
+
+def test_other_classes_are_not_joined():
+    assert len(two_tiles(block(10, 40), block(0, 30, label=1))) == 2
+
+
+def test_a_sloppy_edge_is_no_second_object():
+    joined = two_tiles(block(10, 40, y0=10, y1=30), block(0, 30, y0=11, y1=33))
+    assert len(joined) == 1
+
+
+def test_what_one_tile_sees_whole_is_taken_from_there():
+    # columns 26 ... 38 of the picture: whole in both tiles; the second one's mask is a little smaller
+    joined = two_tiles(block(26, 38, score=0.7), block(2, 13, score=0.9))
+    assert joined.boxes.tolist() == [[26, 10, 37, 30]], "the better one's own mask, no union of both"
+    assert joined.masks.areas().tolist() == [11 * 20]
+
+
+def test_a_cut_off_rest_belongs_to_what_the_other_tile_saw():
+    # The second tile saw only the upper part of what comes in from its left.
+    joined = two_tiles(block(5, 34), block(0, 10, y0=10, y1=16))
+    assert len(joined) == 1
+    assert joined.masks.areas().tolist() == [29 * 20]
+
+
+def test_a_small_object_within_a_large_one_stays():
+    large, small = block(5, 38), block(6, 10, y0=14, y1=18)  # the small one lies in the strip, cut off nowhere
+    assert len(two_tiles(large, small)) == 2
+
+
+def test_objects_without_masks_are_joined_by_their_boxes():
+    def bare(objects: Instances) -> Instances:
+        objects.masks = None
+        objects.keypoints = torch.tensor([[[20.0, 20.0, 0.5]]])
+        return objects
+
+    joined = two_tiles(bare(block(10, 40, score=0.6)), bare(block(0, 30, score=0.8)))
+    assert joined.masks is None
+    assert joined.boxes.tolist() == [[10, 10, 54, 30]]
+    assert joined.keypoints.tolist() in ([[[20.0, 20.0, 0.5]]], [[[44.0, 20.0, 0.5]]])
+    none = Instances((40, 40), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), scores=torch.zeros(0))
+    assert len(two_tiles(none, none)) == 0
+
+
+def test_nothing_found():
+    empty = Instances.empty((40, 40))
+    joined = two_tiles(empty, empty)
+    assert len(joined) == 0
+    assert joined.image_size == (40, 64)
+    assert len(two_tiles(empty, block(5, 10))) == 1
+
+
+def test_by_way_of_predict(tmp_path):
+    system = Painted().eval()
+    paths = [save(blocks(5, (90, 130)), tmp_path / "a.png"), save(blocks(3, (30, 30)), tmp_path / "b.png")]
+    (tmp_path / "c.png").write_bytes(b"broken")
+    paths.append(tmp_path / "c.png")
+    stream = predict(system, paths, tile=48, overlap=0.25, batch=4)
+    tiled = list(stream)
+    assert [p.path.name for p in stream.skipped] == ["c.png"]
+    for prediction, path in zip(tiled[:2], paths[:2], strict=True):
+        plain = predict(system, path).found()
+        assert prediction.found().masks.rle() == plain.masks.rle()
+        assert prediction.found().labels.tolist() == plain.labels.tolist()
+
+
+def test_a_very_large_picture_needs_no_plane_of_its_size():
+    """Forty objects across a picture of 200 million pixels that does not even exist: only its tiles are looked at."""
+    picture = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, 10_000, 20_000)
+
+    def find(crops):
+        return [block_in(crop) for crop in crops]
+
+    def block_in(crop: torch.Tensor) -> Instances:
+        size = (crop.shape[1], crop.shape[2])
+        masks = Masks.from_crops([np.ones((100, 100), bool)], torch.tensor([[900, 900]]), size)
+        return Instances(size, masks.boxes(), torch.tensor([0]), masks, torch.tensor([0.5]))
+
+    found = predict_tiled(find, picture, 2500, 0.1)
+    tiles = cover((10_000, 20_000), 2500, 0.1)
+    assert len(found) == len(tiles)
+    assert found.masks.nbytes < 100_000
+    assert found.masks.areas().unique().tolist() == [10_000]
