@@ -80,7 +80,11 @@ class Loader:
                 generator=torch.Generator(),
             )
         self._keys.keys = keys
-        return iter(self._loader)
+        with warnings.catch_warnings():
+            # From Python 3.12 on forking a process with threads warns, and torch always has threads. The workers
+            # neither compute with those nor touch a GPU.
+            warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
+            return iter(self._loader)
 
 
 def make_loader(
