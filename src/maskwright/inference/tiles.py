@@ -80,20 +80,15 @@ def join_tiles(found: Sequence[Instances], tiles: Sequence[Tile], size: tuple[in
     """
     if len(tiles) == 1:
         return found[0]
+    views = [_View.of(f, t, size) for f, t in zip(found, tiles, strict=True)]
     starts = np.cumsum([0] + [len(f) for f in found])
     links: list[tuple[int, int]] = []
     for a, b in _neighbours(tiles):
-        strip = tiles[a].common(tiles[b])
-        if strip is not None and len(found[a]) and len(found[b]):
-            same = _same(found[a], tiles[a], found[b], tiles[b], strip, size)
-            links += [(int(starts[a]) + i, int(starts[b]) + j) for i, j in same.nonzero().tolist()]
-    groups = _grouped(int(starts[-1]), links)
-    owner = np.repeat(np.arange(len(tiles)), [len(f) for f in found])
-    whole = [not c for f, t in zip(found, tiles, strict=True) for c in _cut(f, t, size).tolist()]
-    objects = [
-        _joined([(found[owner[m]][m - int(starts[owner[m]])], tiles[owner[m]], whole[m]) for m in members], size)
-        for members in groups
-    ]
+        same = _same(views[a], views[b])
+        links += [(int(starts[a]) + i, int(starts[b]) + j) for i, j in same.nonzero().tolist()]
+    members = [(view, row) for view in views for row in range(len(view.objects))]
+    groups = _grouped(len(members), links)
+    objects = [_joined([members[m] for m in group], size) for group in groups]
     if not objects:
         template = next((f for f in found if f.masks is None), None)
         empty = Instances.empty(size)
@@ -115,55 +110,51 @@ def _neighbours(tiles: Sequence[Tile]) -> list[tuple[int, int]]:
     return list(zip(first.tolist(), second.tolist(), strict=True))
 
 
-def _same(
-    a: Instances, tile_a: Tile, b: Instances, tile_b: Tile, strip: Tile, size: tuple[int, int]
-) -> Bool[Tensor, "n m"]:
-    """Which objects of the one tile are which of the other, by what both say of the strip."""
-    result = torch.zeros(len(a), len(b), dtype=torch.bool)
-    here, there = _within(a, tile_a, strip), _within(b, tile_b, strip)
-    rows, columns = here.nonzero().flatten(), there.nonzero().flatten()
+@dataclass(frozen=True)
+class _View:
+    """What was found in a tile. Masks' own boxes are used where there are masks: predicted ones need not agree."""
+
+    objects: Instances
+    tile: Tile
+    boxes: Float[Tensor, "n 4"]  # on the tile
+    cut: Bool[Tensor, " n"]  # cut off by a border of the tile that is none of the picture's
+
+    @classmethod
+    def of(cls, objects: Instances, tile: Tile, size: tuple[int, int]) -> _View:
+        boxes = objects.masks.boxes() if objects.masks is not None else objects.boxes.float()
+        inner = [tile.x > 0, tile.y > 0, tile.x + tile.width < size[1], tile.y + tile.height < size[0]]
+        gap = torch.cat([boxes[:, :2], boxes.new_tensor([tile.width, tile.height]) - boxes[:, 2:]], 1)
+        # A pixel and a half: masks of a network end a little before the border as often as at it.
+        return cls(objects, tile, boxes, ((gap < 1.5) & torch.tensor(inner)).any(1))
+
+    def within(self, strip: Tile) -> Tensor:
+        """Rows of those whose boxes reach into the strip."""
+        x0, y0, x1, y1 = (self.boxes + torch.tensor([self.tile.x, self.tile.y] * 2)).unbind(1)
+        reaches = (x1 > strip.x) & (y1 > strip.y) & (x0 < strip.x + strip.width) & (y0 < strip.y + strip.height)
+        return reaches.nonzero().flatten()
+
+
+def _same(a: _View, b: _View) -> Bool[Tensor, "n m"]:
+    """Which objects of the one tile are which of the other, by what both say of the strip they have in common."""
+    result = torch.zeros(len(a.objects), len(b.objects), dtype=torch.bool)
+    strip = a.tile.common(b.tile)
+    if strip is None:
+        return result
+    rows, columns = a.within(strip), b.within(strip)
     if not len(rows) or not len(columns):
         return result
-    a, b = a[rows], b[columns]
-    if a.masks is None or b.masks is None:
-        iou, of_a, of_b = _box_shares(_window_boxes(a, tile_a, strip), _window_boxes(b, tile_b, strip))
+    here, there = a.objects[rows], b.objects[columns]
+    if here.masks is None or there.masks is None:
+        iou, of_a, of_b = _box_shares(_window_boxes(here, a.tile, strip), _window_boxes(there, b.tile, strip))
     else:
-        left, right = _window(a.masks, tile_a, strip), _window(b.masks, tile_b, strip)
-        every = torch.ones(max(len(left), len(right)), dtype=torch.bool)
+        left, right = _window(here.masks, a.tile, strip), _window(there.masks, b.tile, strip)
         iou = left.iou(right)
-        of_a, of_b = left.iou(right, every[: len(right)]), right.iou(left, every[: len(left)]).T
+        of_a = left.iou(right, torch.ones(len(right), dtype=torch.bool))
+        of_b = right.iou(left, torch.ones(len(left), dtype=torch.bool)).T
     # A part cut off by its tile's border is drawn less surely, and is often only a rest of what the other tile saw.
-    rest = (of_a >= CONTAIN) & _cut(a, tile_a, size)[:, None] | (of_b >= CONTAIN) & _cut(b, tile_b, size)[None]
-    same = ((iou >= AGREE) | rest) & (a.labels[:, None] == b.labels[None])
-    result[rows[:, None], columns[None]] = same
+    rest = ((of_a >= CONTAIN) & a.cut[rows, None]) | ((of_b >= CONTAIN) & b.cut[None, columns])
+    result[rows[:, None], columns[None]] = ((iou >= AGREE) | rest) & (here.labels[:, None] == there.labels[None])
     return result
-
-
-def _within(objects: Instances, tile: Tile, strip: Tile) -> Bool[Tensor, " n"]:
-    """Whose boxes reach into the strip."""
-    boxes = _boxes(objects) + torch.tensor([tile.x, tile.y] * 2)
-    x0, y0, x1, y1 = boxes.unbind(1)
-    return (x1 > strip.x) & (y1 > strip.y) & (x0 < strip.x + strip.width) & (y0 < strip.y + strip.height)
-
-
-def _cut(objects: Instances, tile: Tile, size: tuple[int, int]) -> Bool[Tensor, " n"]:
-    """Who is cut off by a border of the tile that is none of the picture's (to a pixel and a half)."""
-    x0, y0, x1, y1 = _boxes(objects).unbind(1)
-    near = torch.zeros(len(objects), dtype=torch.bool)
-    if tile.x > 0:
-        near |= x0 < 1.5
-    if tile.y > 0:
-        near |= y0 < 1.5
-    if tile.x + tile.width < size[1]:
-        near |= x1 > tile.width - 1.5
-    if tile.y + tile.height < size[0]:
-        near |= y1 > tile.height - 1.5
-    return near
-
-
-def _boxes(objects: Instances) -> Float[Tensor, "n 4"]:
-    """The masks' own boxes where there are masks: predicted boxes and masks need not agree."""
-    return objects.masks.boxes() if objects.masks is not None else objects.boxes.float()
 
 
 def _window(masks: Masks, tile: Tile, strip: Tile) -> Masks:
@@ -203,29 +194,27 @@ def _grouped(count: int, links: Sequence[tuple[int, int]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _joined(members: Sequence[tuple[Instances, Tile, bool]], size: tuple[int, int]) -> Instances:
-    """One object out of its parts, each a single object on its tile's grid."""
-    placed = [_on_picture(part, tile, size) for part, tile, _ in members]
+def _joined(members: Sequence[tuple[_View, int]], size: tuple[int, int]) -> Instances:
+    """One object out of its parts: a view and a row each."""
+    placed = [_on_picture(view.objects[row], view.tile, size) for view, row in members]
     if len(placed) == 1:
         return placed[0]
     scores = [0.0 if p.scores is None else float(p.scores[0]) for p in placed]
-    best = max(range(len(placed)), key=scores.__getitem__)
-    areas = [float((p.boxes[0, 2:] - p.boxes[0, :2]).prod()) for p in placed]
-    largest = placed[max(range(len(placed)), key=areas.__getitem__)]
+    best = placed[max(range(len(placed)), key=scores.__getitem__)]
     boxes = torch.cat([p.boxes for p in placed])
+    largest = placed[int((boxes[:, 2:] - boxes[:, :2]).prod(1).argmax())]
     box = torch.cat([boxes[:, :2].amin(0), boxes[:, 2:].amax(0)])[None]
     masks = None
     if all(p.masks is not None for p in placed):
         masks = Masks.join([p.masks for p in placed if p.masks is not None]).union()
         total = float(masks.areas())
-        whole = [n for n, (_, _, uncut) in enumerate(members) if uncut]
+        whole = [number for number, (view, row) in enumerate(members) if not bool(view.cut[row])]
         for number in sorted(whole, key=lambda n: -scores[n]):
             own = placed[number].masks
             if own is not None and float(own.areas()) >= WHOLE * total:
                 masks, box = own, placed[number].boxes
                 break
-    top = placed[best]
-    return Instances(size, box, top.labels, masks, top.scores, largest.keypoints)
+    return Instances(size, box, best.labels, masks, best.scores, largest.keypoints)
 
 
 def _on_picture(part: Instances, tile: Tile, size: tuple[int, int]) -> Instances:
