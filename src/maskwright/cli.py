@@ -386,12 +386,12 @@ def checkpoints(
     return 0
 
 
-def demo(*, out: Output = Path("demo"), seed: int = 0, epochs: int = 12) -> int:
+def demo(*, out: Output = Path("demo"), seed: int = 0, epochs: int = 7) -> int:
     """Show the whole way offline in a few minutes: train on generated scenes, measure, segment unseen ones, report.
 
     Examples:
       maskwright demo
-      maskwright demo -o somewhere --epochs 24
+      maskwright demo -o somewhere --epochs 20
 
     Args:
         out: The folder for everything it makes; an earlier demo in it is replaced.

@@ -46,7 +46,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def run(out: Path, *, seed: int = 0, epochs: int = 12, pictures: int = 320, unseen: int = 60) -> Path:
+def run(out: Path, *, seed: int = 0, epochs: int = 7, pictures: int = 560, unseen: int = 60) -> Path:
     """Everything under `out`, and the path of the report page.
 
     out/scenes/          train, val and test: the data set, in the format that one's own takes
@@ -68,7 +68,7 @@ def run(out: Path, *, seed: int = 0, epochs: int = 12, pictures: int = 320, unse
     say(f"1/5  drawing {pictures + 2 * unseen} scenes: {out / 'scenes'}")
     parts = (("train", pictures, 0), ("val", unseen, 1), ("test", unseen, 2))
     for split, count, part in progress(parts, "scenes"):
-        scenes = Scenes(count, (SIDE, SIDE), seed=3 * seed + part, classes=CLASSES, difficulty=0.3, empty=0.02)
+        scenes = Scenes(count, (SIDE, SIDE), seed=3 * seed + part, classes=CLASSES, difficulty=0.2, empty=0.02)
         scenes.write(out / "scenes", split)
 
     say(f"2/5  training a small Mask R-CNN on the CPU for {epochs} epochs: {out / 'run'}")
