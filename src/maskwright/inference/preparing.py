@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from maskwright.blocks.layers import FrozenBatchNorm
+from maskwright.blocks.layers import DeformConvNorm, FrozenBatchNorm
 from maskwright.errors import UsageError
 from maskwright.systems import System
 
@@ -55,8 +55,8 @@ def prepare(
 def fold(module: nn.Module) -> int:
     """Folds, in place, every batch norm into the convolution before it, and says how many.
 
-    Known are blocks with `conv` and `norm` (or, like a deformable convolution, `weight` and `norm`) and neighbours in a
-    `Sequential`. Group norm and the like depend on the picture and stay. The module must be in eval mode.
+    Known are blocks with a `conv` and then a `norm`, our deformable ones, and neighbours in a `Sequential`. Group norm
+    and the like depend on the picture and stay. The module must be in eval mode.
     """
     count = 0
     for child in module.modules():
@@ -64,21 +64,19 @@ def fold(module: nn.Module) -> int:
             names = list(child._modules)
             for first, second in itertools.pairwise(names):
                 conv, norm = child._modules[first], child._modules[second]
-                if isinstance(conv, nn.Conv2d) and _is_batch_norm(norm):
+                if _follows(norm, conv):
                     _fold_into(conv, norm)
                     child._modules[second] = nn.Identity()
                     count += 1
             continue
-        norm = getattr(child, "norm", None)
-        if not isinstance(norm, nn.Module) or not _is_batch_norm(norm):
-            continue
-        conv, weight = getattr(child, "conv", None), child._parameters.get("weight")
-        if isinstance(conv, nn.Conv2d):
-            _fold_into(conv, norm)
+        order = [name for name in child._modules if name in ("conv", "norm")]
+        if order == ["conv", "norm"] and _follows(child.norm, child.conv):
+            _fold_into(child.conv, child.norm)
             child.norm = nn.Identity()
             count += 1
-        elif weight is not None and weight.ndim == 4:
-            scale, shift = _affine(norm)
+        elif isinstance(child, DeformConvNorm) and isinstance(child.norm, (nn.BatchNorm2d, FrozenBatchNorm)):
+            scale, shift = _affine(child.norm)
+            weight = child.weight
             weight.data = (weight.double() * scale[:, None, None, None]).to(weight.dtype)
             child.norm = Shift(shift.to(weight.dtype))
             count += 1
@@ -132,10 +130,11 @@ def _converted(value: Tensor, kind: torch.dtype) -> Tensor:
     return value.to(kind) if value.is_floating_point() else value
 
 
-def _is_batch_norm(module: Any) -> bool:
-    if isinstance(module, nn.BatchNorm2d):
-        return module.running_mean is not None
-    return isinstance(module, FrozenBatchNorm)
+def _follows(norm: Any, conv: Any) -> bool:
+    """Whether `norm` is a batch norm for what `conv` gives. Subclasses may do more than normalise, and are left."""
+    if not isinstance(conv, nn.Conv2d) or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm):
+        return False
+    return norm.running_mean is not None and len(norm.running_mean) == conv.out_channels
 
 
 def _affine(norm: Any) -> tuple[Tensor, Tensor]:
@@ -146,7 +145,7 @@ def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     return scale.detach(), (shift if norm.bias is None else shift + norm.bias.double()).detach()
 
 
-def _fold_into(conv: nn.Conv2d, norm: Any) -> None:
+def _fold_into(conv: Any, norm: Any) -> None:
     scale, shift = _affine(norm)
     weight = conv.weight
     if conv.bias is not None:
