@@ -1,0 +1,158 @@
+"""A system that sees everything scores 1, whatever the batch, the number of processes or the order of classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from maskwright.data import DataWarning, Sample
+from maskwright.errors import PictureError, UsageError
+from maskwright.evaluation import Result
+from maskwright.inference import evaluate
+from maskwright.structures import Instances
+from tests.inference.painted import Painted, blocks, seen
+
+pytestmark = pytest.mark.fast
+
+
+class Gallery:
+    """Painted pictures with their objects; picture k has k % 4 of them."""
+
+    name = "gallery val"
+    joints = None
+    strict = False
+
+    def __init__(self, count: int = 7, classes=("cat", "dog"), broken=()):
+        self.classes, self.category_ids = tuple(classes), tuple(range(10, 10 + len(classes)))
+        self.count, self.broken = count, set(broken)
+        self.turn = [self.classes.index(name) for name in ("cat", "dog")]
+
+    def __len__(self):
+        return self.count
+
+    def picture(self, index: int) -> torch.Tensor:
+        return blocks(index % 4, (40 + index, 60))
+
+    def __getitem__(self, index: int) -> Sample:
+        if index in self.broken:
+            raise PictureError(f"picture-{index}.jpg: is cut off")
+        return Sample(self.picture(index), self.targets(index), self.image_ids()[index])
+
+    def targets(self, index: int) -> Instances:
+        found = seen(self.picture(index))
+        labels = torch.tensor(self.turn)[found.labels]
+        count = len(found)
+        return Instances(
+            found.image_size,
+            found.boxes,
+            labels,
+            found.masks,
+            None,
+            None,
+            torch.zeros(count).bool(),
+            torch.arange(count),
+        )
+
+    def image_ids(self):
+        return [100 + 3 * k for k in range(self.count)]
+
+    def sizes(self):
+        return [(40 + k, 60) for k in range(self.count)]
+
+
+@pytest.fixture
+def system() -> Painted:
+    return Painted().eval()
+
+
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_who_sees_everything_scores_one(system, batch):
+    result = evaluate(system, Gallery(), batch=batch, device="cpu", examples=2)
+    assert result["segm/AP"] == pytest.approx(1)
+    assert result["bbox/AP"] == pytest.approx(1)
+    assert result.kinds == ("segm", "bbox")
+    assert result.missing == 0
+    facts = dict(result.protocol.facts())
+    assert facts["batch"] == str(batch)
+    assert facts["precision"] == "float32"
+    assert facts["score threshold"] == "0.05", "the system's own"
+    assert facts["maxDets"] == "100"
+    assert facts["device"].startswith("CPU")
+    assert facts["full-size decoding"] == "inside the timer"
+    assert "not stated" not in facts.values()
+    speed = result.speed
+    assert set(speed.stages) == {"network", "decoding"}
+    assert 0 < speed.milliseconds <= speed.milliseconds_p90
+    assert speed.pictures_per_second > 0
+    assert speed.peak_memory > 1 << 20
+    assert speed.parameters == 1
+
+
+def test_thresholds_and_limits_lower_what_is_found(system):
+    assert evaluate(system, Gallery(), detections=1)["segm/AP"] < 0.9
+    assert evaluate(system, Gallery(), score_threshold=0.999)["segm/AP"] < 0.9
+    small = evaluate(system, Gallery(), limit=3)
+    assert small.protocol.pictures == "gallery val, 3 pictures"
+    assert small["segm/AP"] == pytest.approx(1)
+    assert dict(evaluate(system, Gallery(), score_threshold=0.3).protocol.facts())["score threshold"] == "0.3"
+
+
+def test_classes_are_matched_by_name(system):
+    assert evaluate(system, Gallery(classes=("bird", "dog", "cat")))["segm/AP"] == pytest.approx(1)
+    stranger = Painted(("Cat", "unicorn")).eval()
+    result = evaluate(stranger, Gallery())
+    rows = {row["class"]: row["segm/AP"] for row in result.per_class}
+    assert rows["cat"] == pytest.approx(1)
+    assert rows["dog"] == 0
+    with pytest.raises(UsageError, match="no class of the system"):
+        evaluate(Painted(("car",)), Gallery())
+
+
+def test_boxes_alone():
+    result = evaluate(Painted(masks=False).eval(), Gallery(), boundary=True)
+    assert result.kinds == ("bbox",)
+    assert result["bbox/AP"] == pytest.approx(1)
+    with pytest.raises(UsageError, match="kinds holds 'segm', which this system does not predict; it gives bbox"):
+        evaluate(Painted(masks=False).eval(), Gallery(), kinds=("segm",))
+
+
+def test_the_kinds_that_were_asked_for(system):
+    assert evaluate(system, Gallery(), kinds=("bbox",)).kinds == ("bbox",)
+    assert "boundary" in evaluate(system, Gallery(), boundary=True).kinds
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("broken", [(2,), (6,), (0, 5, 6)])
+def test_a_broken_picture_counts_as_one_without_predictions(system, batch, broken):
+    says = r"picture-\d\.jpg: is cut off \(it counts as a picture without predictions"
+    with pytest.warns(DataWarning, match=says):
+        result = evaluate(system, Gallery(broken=broken), batch=batch, examples=0)
+    assert result.missing == len(broken)
+    assert result["segm/AP"] <= 1
+
+
+def test_a_strict_set_stops_at_a_broken_picture(system):
+    gallery = Gallery(broken=(3,))
+    gallery.strict = True
+    with pytest.raises(PictureError, match=r"picture-3\.jpg"):
+        evaluate(system, gallery)
+
+
+def test_what_cannot_be(system):
+    for options, says in [
+        ({"batch": 0}, "batch is 0"),
+        ({"limit": 0}, "limit is 0"),
+        ({"iou": 0.5}, "no option 'iou'"),
+    ]:
+        with pytest.raises(UsageError, match=says):
+            evaluate(system, Gallery(), **options)
+    with pytest.raises(UsageError, match="no pictures in this data set"):
+        evaluate(system, Gallery(0))
+
+
+def test_a_data_set_by_its_name():
+    system = Painted(("disc", "ring", "star", "circle", "square", "triangle")).eval()
+    result = evaluate(system, "scenes:count=3,size=64", score_threshold=2.0, examples=0)
+    assert isinstance(result, Result)
+    assert result["segm/AP"] == 0, "nothing passes such a threshold"
+    assert result.objects["all"] > 0
