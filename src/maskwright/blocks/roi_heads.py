@@ -44,12 +44,12 @@ class Pooler:
             return self._cut(features[0], rois, side, self.strides[0])
         lowest = self.strides[0].bit_length() - 1
         level = box_ops.pyramid_level(rois[:, 1:], lowest, lowest + len(self.strides) - 1, self.levels) - lowest
-        result = features[0].new_zeros(len(rois), features[0].shape[1], side, side, dtype=torch.float32)
-        for feature, stride, rows in zip(
-            features, self.strides, pooling.levels_of(level, len(self.strides)), strict=False
-        ):
-            result = result.index_put((rows,), self._cut(feature, rois[rows], side, stride).to(result.dtype))
-        return result.to(features[0].dtype)
+        chosen = pooling.levels_of(level, len(self.strides))
+        parts = [
+            self._cut(feature, rois[rows], side, stride)
+            for feature, stride, rows in zip(features, self.strides, chosen, strict=False)
+        ]
+        return torch.cat(parts)[torch.cat(chosen).argsort()].to(features[0].dtype)
 
     def _cut(self, feature: Tensor, rois: Tensor, side: int, stride: int) -> Tensor:
         if self.kind == "pool":
@@ -229,9 +229,18 @@ class MaskHead(nn.Module):
         nn.init.zeros_(self.logits.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Float[Tensor, "r c s s"]) -> Float[Tensor, "r k t t"]:
+        return self.logits(self._read(x))
+
+    def of(self, x: Float[Tensor, "r c s s"], labels: Int[Tensor, " r"]) -> Float[Tensor, "r t t"]:
+        """Each RoI's map for its own label alone: the other K - 1 are nobody's business and cost K times as much."""
+        weight, bias = self.logits.weight[labels, :, 0, 0], self.logits.bias
+        assert bias is not None
+        return torch.einsum("rcyx,rc->ryx", self._read(x), weight) + bias[labels][:, None, None]
+
+    def _read(self, x: Tensor) -> Tensor:
         for conv in self.convs:
             x = conv(x)
-        return self.logits(functional.relu(self.upsample(x), inplace=True))
+        return functional.relu(self.upsample(x), inplace=True)
 
 
 class KeypointHead(nn.Module):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.fpn import FPN
-from maskwright.blocks.layers import Norm
+from maskwright.blocks.layers import FrozenBatchNorm, Norm
 from maskwright.blocks.resnet import ResNet, StrideIn, TimmBackbone, freeze, make_stage
 from maskwright.blocks.roi_heads import (
     BoxHead,
@@ -247,6 +247,10 @@ class MaskRCNN(System):
         self.keypoint_head = (
             KeypointHead(read, keypoints, convs=keypoint_convs, width=keypoint_width) if keypoints else None
         )
+        if rules == "torchvision":
+            for module in self.modules():
+                if isinstance(module, FrozenBatchNorm):
+                    module.fused = False  # it multiplies and adds, which rounds otherwise
 
         self.preprocess = replace(PREPROCESS[rules], short=short, long=long)
         if mean is not None:
@@ -307,35 +311,35 @@ class MaskRCNN(System):
                 read = torch.cat([f[s.foreground] for f, s in zip(features.split(counts), sampled, strict=True)])
             else:
                 read = self.pooled(raw, foreground, self.mask_side)
-            terms["mask"] = self._mask_loss(self.mask_head(read), sampled, foreground, targets)
+            terms["mask"] = self._mask_loss(read, sampled, foreground, targets)
         if self.keypoint_head is not None:
             terms["keypoint"] = self._keypoint_loss(raw, sampled, foreground, targets)
         return terms
 
     def _mask_loss(
-        self, logits: Tensor, sampled: Sequence[Sampled], boxes: Sequence[Tensor], targets: Sequence[Instances]
+        self, features: Tensor, sampled: Sequence[Sampled], boxes: Sequence[Tensor], targets: Sequence[Instances]
     ) -> Tensor:
         """Mean over the pixels of all foreground boxes; a box's target is the object's mask inside the *proposal*."""
-        logits = logits.float()
-        side = logits.shape[-1]
+        assert self.mask_head is not None
+        side = 2 * features.shape[-1]
         truth = torch.cat(
             [
-                mask_targets(t.masks, s.owners, b, side, rule=self.rules.mask_rule) if t.masks is not None
+                mask_targets(t.masks, s.owners, b, side, rule=self.rules.mask_rule)
+                if t.masks is not None
                 else b.new_zeros(0, side, side)
                 for t, s, b in zip(targets, sampled, boxes, strict=True)
             ]
-        )  # fmt: skip
+        )
         labels = torch.cat([s.labels[s.foreground] for s in sampled])
-        if len(truth) != len(logits):
+        if len(truth) != len(labels):
             raise UsageError("a target has boxes but no masks; train with keypoints only, or give masks")
-        count = global_mean_count(logits.new_tensor(float(truth.numel())))
+        count = global_mean_count(features.new_tensor(float(truth.numel()), dtype=torch.float32))
         if self.mask_loss == "softmax":
+            logits = self.mask_head(features).float()
             goal = torch.where(truth >= 0.5, labels[:, None, None], logits.shape[1] - 1)
             return functional.cross_entropy(logits, goal, reduction="sum") / count + logits.sum() * 0
-        rows = torch.arange(len(labels), device=logits.device)
-        chosen = logits[:, 0] if self.agnostic_masks else logits[rows, labels]
-        total = functional.binary_cross_entropy_with_logits(chosen, truth, reduction="sum")
-        return total / count + logits.sum() * 0
+        chosen = self.mask_head.of(features, torch.zeros_like(labels) if self.agnostic_masks else labels).float()
+        return functional.binary_cross_entropy_with_logits(chosen, truth, reduction="sum") / count
 
     def _keypoint_loss(
         self, raw: Raw, sampled: Sequence[Sampled], boxes: Sequence[Tensor], targets: Sequence[Instances]
@@ -414,13 +418,13 @@ class MaskRCNN(System):
             return masks, joints
         features = self.pooled(raw, boxes, self.mask_side)
         if self.mask_head is not None:
-            logits = self.mask_head(features).float()
             every = torch.cat(list(labels))
-            rows = torch.arange(len(every), device=logits.device)
+            every = torch.zeros_like(every) if self.agnostic_masks else every
             if self.mask_loss == "softmax":
-                probabilities = logits.softmax(1)[rows, 0 if self.agnostic_masks else every]
+                rows = torch.arange(len(every), device=every.device)
+                probabilities = self.mask_head(features).float().softmax(1)[rows, every]
             else:
-                probabilities = logits[rows, 0 if self.agnostic_masks else every].sigmoid()
+                probabilities = self.mask_head.of(features, every).float().sigmoid()
             masks = list(probabilities.split(counts))
         if self.keypoint_head is not None:
             joints = list(self.keypoint_head(features).float().split(counts))

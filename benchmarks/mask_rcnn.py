@@ -1,0 +1,242 @@
+"""Mask R-CNN R50-FPN of this library beside torchvision's own, in one run, on the same weights and pictures.
+
+    python benchmarks/mask_rcnn.py                      # latency and a training step
+    python benchmarks/mask_rcnn.py --short 400 --rounds 2 --skip-training
+
+Weights are random, so every picture is decoded to the full 100 objects (score threshold 0): the heaviest case. What is
+timed runs from an 8-bit picture to finished masks on the picture's own grid, preprocessing included; torchvision's is
+its whole `model(pictures)`, which ends with float planes, ours ends with run-length codes. Rounds alternate between the
+two; the fastest round of each is shown, and with it how far the found boxes and masks agree. On two quiet cores the
+whole takes about ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import maskwright as mw
+from maskwright.data import Scenes
+from maskwright.inference import prepare
+from maskwright.structures import Batch, Instances
+
+
+def theirs(short: int) -> Any:
+    """torchvision's network as its COCO weights have it: frozen norms, all classes."""
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops.misc import FrozenBatchNorm2d
+
+    torch.manual_seed(0)
+    trunk = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
+    )
+    return MaskRCNN(trunk, 91, min_size=short, max_size=short * 5 // 3, box_score_thresh=0.0).eval()
+
+
+def ours(network: Any, short: int) -> mw.System:
+    """The same weights through the public checkpoint path."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(network.state_dict(), Path(folder) / "theirs.pth")
+        return mw.load(Path(folder) / "theirs.pth", norm_eps=1e-5, short=short, long=short * 5 // 3)
+
+
+def pictures(count: int, size: tuple[int, int] = (600, 800)) -> list[torch.Tensor]:
+    return [Scenes(count, size=size, seed=5)[i].picture for i in range(count)]
+
+
+def fastest(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Seconds of the fastest round of each, rounds alternating; one round before is not counted."""
+    best = dict.fromkeys(runs, float("inf"))
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def find(system: mw.System, shots: list[torch.Tensor], dtype: torch.dtype, device: str) -> list[Instances]:
+    batch = system.preprocess.collate(shots)
+    images = batch.images.to(device, dtype, memory_format=torch.channels_last)
+    with torch.inference_mode():
+        return system.decode(system(images), batch.placements, score_threshold=0.0)
+
+
+def latency(short: int, count: int, rounds: int, device: str) -> dict[str, Any]:
+    network = theirs(short).to(device)
+    single = ours(network, short)
+    halved = prepare(single, device, "bfloat16")
+    folded = prepare(single, device, "float32")
+    shots = pictures(count)
+    floats = [(s.float() / 255).to(device) for s in shots]
+
+    def run_theirs(half: bool) -> Any:
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=half):
+            return network(floats)
+
+    times = fastest(
+        {
+            "torchvision float32": lambda: run_theirs(False),
+            "ours float32": lambda: find(folded, shots, torch.float32, device),
+            "torchvision bf16 autocast": lambda: run_theirs(True),
+            "ours bf16": lambda: find(halved, shots, torch.bfloat16, device),
+        },
+        rounds,
+    )
+    peer = min(times["torchvision float32"], times["torchvision bf16 autocast"])
+    return {
+        "short": short,
+        "batch": count,
+        **{k: round(v, 3) for k, v in times.items()},
+        "float32 ratio": round(times["ours float32"] / times["torchvision float32"], 3),
+        "bf16 ratio": round(times["ours bf16"] / peer, 3),
+        "agreement": agreement(run_theirs(False), find(folded, shots, torch.float32, device)),
+    }
+
+
+def agreement(them: list[dict[str, torch.Tensor]], us: list[Instances]) -> str:
+    """Largest distance of partner boxes, and the share of mask pixels that differ."""
+    far, wrong, total, missing = 0.0, 0, 0, 0
+    for a, b in zip(them, us, strict=True):
+        distance = torch.cdist(a["boxes"].cpu(), b.boxes.cpu(), p=float("inf")) + 1e3 * (
+            a["labels"].cpu()[:, None] != b.labels.cpu() + 1
+        )
+        near, partner = distance.min(1)
+        good = near < 0.5
+        missing += int((~good).sum())
+        far = max(far, float(near[good].max()) if good.any() else 0.0)
+        planes = (a["masks"][:, 0].cpu() >= 0.5)[good]
+        own = b.masks[partner[good]].dense() if b.masks is not None else planes
+        wrong += int((planes != own).sum())
+        total += planes.numel()
+    return f"{missing} without a partner, boxes within {far:.3f} px, {wrong / max(1, total):.1e} of mask pixels differ"
+
+
+def share_in_convolutions(short: int, device: str) -> dict[str, float]:
+    """Where our float32 time goes, by operator, as shares."""
+    system = prepare(ours(theirs(short), short), device, "float32")
+    shots = pictures(1)
+    find(system, shots, torch.float32, device)
+    with torch.profiler.profile() as profile:
+        find(system, shots, torch.float32, device)
+    rows = {e.key: e.self_cpu_time_total for e in profile.key_averages()}
+    total = sum(rows.values())
+    convolutions = sum(v for k, v in rows.items() if "conv" in k)
+    products = sum(v for k, v in rows.items() if k in ("aten::addmm", "aten::mm", "aten::bmm"))
+    others = sorted(((v, k) for k, v in rows.items() if "conv" not in k), reverse=True)[:6]
+    return {
+        "convolutions": round(convolutions / total, 3),
+        "matrix products": round(products / total, 3),
+        **{k: round(v / total, 3) for v, k in others},
+    }
+
+
+def training_step(side: str, short: int, count: int, rounds: int, pipe: Any) -> None:
+    """Sends the fastest step's seconds and the peak of memory above the start, in MiB; in a process of its own."""
+    network = theirs(short)
+    system = ours(network, short).train()
+    scenes = Scenes(count, size=(600, 800), seed=7)
+    samples = [scenes[i] for i in range(count)]
+    if side == "torchvision":
+        network.train()
+        floats = [s.picture.float() / 255 for s in samples]
+        goals = [
+            {"boxes": s.target.boxes, "labels": s.target.labels + 1, "masks": s.target.masks.dense().byte()}
+            for s in samples
+            if s.target.masks is not None
+        ]
+        parameters = [p for p in network.parameters() if p.requires_grad]
+
+        def losses() -> torch.Tensor:
+            return sum(network(floats, goals).values(), torch.zeros(()))
+    else:
+        system = system.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        laid = [system.preprocess.lay(s.picture) for s in samples]
+        targets = [s.target.place(p) for s, (_, p) in zip(samples, laid, strict=True)]
+        batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], targets)
+        parameters = [p for p in system.parameters() if p.requires_grad]
+
+        def losses() -> torch.Tensor:
+            images = batch.images.to(memory_format=torch.channels_last)
+            return sum(system.losses(system(images), targets).values(), torch.zeros(()))
+
+    optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9)
+    start = held()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        losses().backward()
+        optimizer.step()
+
+    seconds = fastest({"step": step}, rounds)["step"]
+    pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - start))
+
+
+def held() -> float:
+    """MiB that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def training(short: int, count: int, rounds: int) -> dict[str, Any]:
+    result: dict[str, Any] = {"short": short, "batch": count}
+    context = multiprocessing.get_context("spawn")
+    for side in ("torchvision", "ours"):
+        here, there = context.Pipe()
+        process = context.Process(target=training_step, args=(side, short, count, rounds, there))
+        process.start()
+        seconds, memory = here.recv()
+        process.join()
+        result |= {f"{side} seconds": round(seconds, 3), f"{side} MiB": round(memory)}
+    result["ratio"] = round(result["ours seconds"] / result["torchvision seconds"], 3)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", type=int, nargs="*", default=[400, 800], help="short sides")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 4], help="pictures at once")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--skip-training", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "machine": torch.cuda.get_device_name()
+        if arguments.device == "cuda"
+        else platform.processor() or platform.machine(),
+        "latency": [],
+    }
+    print(json.dumps({k: v for k, v in figures.items() if k != "latency"}))
+    for short in arguments.short:
+        for count in arguments.batch:
+            row = latency(short, count, arguments.rounds, arguments.device)
+            figures["latency"].append(row)
+            print(json.dumps(row), flush=True)
+        figures[f"shares at {short}"] = share_in_convolutions(short, arguments.device)
+        print(f"shares at {short}:", json.dumps(figures[f"shares at {short}"]), flush=True)
+    if not arguments.skip_training and arguments.device == "cpu":
+        figures["training"] = training(min(arguments.short), 2, arguments.rounds)
+        print("training step:", json.dumps(figures["training"]), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
