@@ -188,7 +188,7 @@ def inputs(about: Mapping[str, Any]) -> tuple[Tensor, list[tuple[int, int]]]:
     stream = np.random.RandomState(int(found[1]) if found else int(about.get("input_seed", 0)))
     if "sizes" in about:
         sizes = [(int(h), int(w)) for h, w in about["sizes"]]
-        canvas = re.search(r"zeros of (\d+) x (\d+)", text)
+        canvas = re.search(r"zeros of (\d+)\s*[x,×]\s*(\d+)", text)
         if canvas is None:
             raise ValueError(f"cannot tell the padded size from {text!r}")
         images = np.zeros((len(sizes), 3, int(canvas[1]), int(canvas[2])), "float32")

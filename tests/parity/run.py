@@ -15,11 +15,13 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
+from maskwright.systems import System
 from tests.parity import checkers
 from tests.parity.ledger import Ledger
 from tests.parity.weights import write_checkpoint
@@ -36,20 +38,37 @@ def first_in_order():
         torch.randperm = original
 
 
-def run(layout: Path | None, outputs: Path) -> Ledger:
-    """All comparisons of one pair; the ledger holds the lines."""
+def stated(ledger: Ledger) -> dict[str, Any]:
+    """Options that no file of weights holds and that the outputs state: the epsilon of torchvision's frozen norms, 0 or
+    1e-5 whichever way they were made; that nothing was frozen while gradients were taken."""
+    options: dict[str, Any] = {}
+    epsilon = ledger.about.get("frozen_bn_eps")
+    if isinstance(epsilon, int | float):
+        options["norm_eps"] = float(epsilon)
+    if "no_grad_names" in ledger.arrays and not any(map(str, ledger.arrays["no_grad_names"])):
+        options["frozen"] = 0
+    return options
+
+
+def load(layout: Path, ledger: Ledger, folder: Path) -> System:
+    """The system that the outputs are of, read from a file such as the original's."""
+    import maskwright
+
+    about, options = ledger.about, stated(ledger)
+    overrides = about.get("overrides") or about.get("weights_override") or {}
+    path = write_checkpoint(layout, folder, int(about.get("seed") or 0), overrides)
+    torch.manual_seed(0)
+    return maskwright.load(path, **options)
+
+
+def run(layout: Path | None, outputs: Path, system: System | None = None) -> Ledger:
+    """All comparisons of one pair; the ledger holds the lines. `system`: already loaded, for several outputs of one."""
     ledger = Ledger(outputs)
     with tempfile.TemporaryDirectory() as folder, first_in_order():
         if layout is None:
             checkers.without_weights(ledger)
         else:
-            import maskwright
-
-            about = ledger.about
-            overrides = about.get("overrides") or about.get("weights_override") or {}
-            path = write_checkpoint(layout, Path(folder), int(about.get("seed") or 0), overrides)
-            torch.manual_seed(0)
-            checkers.with_weights(maskwright.load(path), path, ledger)
+            checkers.with_weights(system or load(layout, ledger, Path(folder)), layout, ledger)
     ledger.finish()
     return ledger
 

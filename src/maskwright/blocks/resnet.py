@@ -141,9 +141,10 @@ class ResNet(nn.Module):
         frozen: int = 0,
     ):
         """`dilation` is the last stage's; `deform_stages` are numbers 0 ... 3; `frozen`: so many parts do not train,
-        counted from the stem."""
+        counted from the stem, nor do their batch norms' statistics change."""
         super().__init__()
-        self.stem = ConvNorm(in_channels, base, 7, stride=2, norm=norm, eps=eps, relu=True)
+        still: Norm = "frozen" if norm == "batch" else norm
+        self.stem = ConvNorm(in_channels, base, 7, stride=2, norm=still if frozen else norm, eps=eps, relu=True)
         self.stages = nn.ModuleList()
         self.channels: list[int] = []
         self.strides: list[int] = []
@@ -153,7 +154,7 @@ class ResNet(nn.Module):
             deform = ("modulated" if deform_modulated else "plain") if number in deform_stages else "no"
             stage, channels = make_stage(
                 depth, number, channels, base=base, groups=groups, group_width=group_width, dilation=widened,
-                stride_in=stride_in, deform=deform, norm=norm, eps=eps,
+                stride_in=stride_in, deform=deform, norm=still if number + 1 < frozen else norm, eps=eps,
             )  # fmt: skip
             stride *= 2 if number > 0 and widened == 1 else 1
             self.stages.append(stage)

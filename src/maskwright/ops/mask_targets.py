@@ -50,8 +50,10 @@ def _with_margin(crop: Tensor, frame: list[int], size: tuple[int, int]) -> tuple
 
 def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int) -> Tensor:
     outlines = masks.polygons()
-    corners, sides = boxes[:, :2].double().numpy(), (boxes[:, 2:] - boxes[:, :2]).double().numpy()
-    scales = side / np.maximum(sides, 0.1)
+    # The scale is rounded to float32 before it meets the points, as in detectron2 under NumPy 2: a ring that passes
+    # through the middle of cells (a box as high as the picture, say) falls to one side or the other by that rounding.
+    corners, sides = boxes[:, :2].double().numpy(), (boxes[:, 2:] - boxes[:, :2]).float().numpy()
+    scales = (np.float32(side) / np.maximum(sides, np.float32(0.1))).astype("float64")
     cut = [
         [(ring - corner) * scale for ring in outlines[owner]]
         for owner, corner, scale in zip(owners.tolist(), corners, scales, strict=True)

@@ -1,6 +1,6 @@
 """What to compare, for each system and for each kind of file without weights.
 
-A module here gives `SYSTEMS` (names of the registry -> function of (system, checkpoint path, ledger)) and `OPERATORS`
+A module here gives `SYSTEMS` (names of the registry -> function of (system, layout, ledger)) and `OPERATORS`
 (function that says from a ledger whether it is its own -> function of the ledger).
 """
 
@@ -16,11 +16,11 @@ from tests.parity.ledger import Ledger
 MODULES = [import_module(f"{__name__}.{m.name}") for m in iter_modules(__path__)]
 
 
-def with_weights(system: System, path: Path, ledger: Ledger) -> None:
+def with_weights(system: System, layout: Path, ledger: Ledger) -> None:
     for module in MODULES:
         check = getattr(module, "SYSTEMS", {}).get(system.name)
         if check is not None:
-            return check(system, path, ledger)
+            return check(system, layout, ledger)
     raise LookupError(f"nothing here knows how to check {system.name}")
 
 

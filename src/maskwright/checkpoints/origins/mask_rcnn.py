@@ -83,14 +83,17 @@ def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
     stem = shapes[f"{trunk}stem.conv1.weight"]
     width = shapes[f"{trunk}res2.0.conv2.weight"]
     options |= {"in_channels": stem[1], "stem_width": stem[0]}
-    norm = _norm(shapes, f"{trunk}stem.conv1.norm.")
+    norm = _norm(shapes, f"{trunk}res3.0.conv1.norm.")
+    # Files do not say what was trained. Batch norm everywhere and a two-layer RPN is the large-scale-jitter recipe,
+    # from scratch; the others start from ImageNet and leave the stem and the first stage as they are.
+    scratch = norm == "batch" and "proposal_generator.rpn_head.conv.conv1.weight" in shapes
     stride_in = "1x1"
     if width[1] != width[0]:
         options |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0], "std": X101_STD}
         stride_in = "3x3"
     if norm == "group":
         stride_in = "3x3"
-    options |= {"norm": norm, "stride_in": stride_in, "frozen": 0 if norm == "batch" else 2}
+    options |= {"norm": norm, "stride_in": stride_in, "frozen": 0 if scratch else 2}
     fpn = "backbone.fpn_lateral2.weight" in shapes
     if fpn:
         options |= {"neck_width": shapes["backbone.fpn_output2.weight"][0]}
@@ -127,6 +130,13 @@ def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
             "agnostic_masks": shapes["roi_heads.mask_head.predictor.weight"][0] == 1 and count > 1,
         }  # fmt: skip
     return options | {"classes": class_names(count)}
+
+
+def _deformable_weights(state: State, options: Mapping[str, Any]) -> State:
+    """A deformable convolution's weight lies beside its offsets, one level higher than that of a plain one."""
+    deformable = {k.removesuffix("offset.weight") for k in state if k.endswith(".conv2.offset.weight")}
+    moved = {f"{prefix}conv.weight": f"{prefix}weight" for prefix in deformable}
+    return {moved.get(k, k): v for k, v in state.items()}
 
 
 def _norm(shapes: Shapes, prefix: str) -> str:
@@ -191,17 +201,19 @@ def _torchvision(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
         depth = {50: 34}.get(depth, depth)
     stem = shapes["backbone.body.conv1.weight"]
     width = shapes["backbone.body.layer1.0.conv2.weight"]
+    grouped = depth >= 50 and (width[1] != width[0] or width[0] != stem[0])  # ResNeXt and wide ResNet
     tracked = "backbone.body.bn1.num_batches_tracked" in shapes
     fpn = "backbone.fpn.inner_blocks.0.1.weight" in shapes
     options: dict[str, Any] = {
         "backbone": f"resnet{depth}", "rules": "torchvision", "in_channels": stem[1], "stem_width": stem[0],
         "norm": "batch" if tracked else "frozen",
-        # torchvision sets the epsilon of its published v1 weights to 0 after loading them; v2 has batch norm's own.
-        "norm_eps": 1e-5 if tracked else 0.0,
+        # torchvision sets the epsilon of its published v1 weights, all of depth 50, to 0 after loading them. v2 has
+        # batch norm's own, and so have frozen norms that nobody sets.
+        "norm_eps": 0.0 if depth == 50 and not grouped and not tracked else 1e-5,
         "frozen": 0 if tracked else 2, "neck_norm": "batch" if fpn else "none",
     }  # fmt: skip
-    if width[1] != width[0]:
-        options |= {"groups": width[0] // width[1], "group_width": width[1]}
+    if grouped:
+        options |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
     count = shapes["roi_heads.box_predictor.cls_score.weight"][0] - 1
     if keypoints:
         options |= {
@@ -253,7 +265,7 @@ ORIGINS = [
     )
     for system, joints in (("mask-rcnn", False), ("keypoint-rcnn", True))
     for name, rename, read, finish, ignore, code, weights in (
-        ("detectron2", DETECTRON2, _detectron2, lambda s, o: s, DETECTRON2_IGNORE, "Apache-2.0", "CC-BY-SA-3.0"),
+        ("detectron2", DETECTRON2, _detectron2, _deformable_weights, DETECTRON2_IGNORE, "Apache-2.0", "CC-BY-SA-3.0"),
         ("torchvision", TORCHVISION, _torchvision, _background_last, [], "BSD-3-Clause", "BSD-3-Clause"),
     )
 ]

@@ -1,0 +1,188 @@
+"""The originals' recorded answers, and that the runner says no when they are not met."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import maskwright
+from maskwright.systems import System
+from tests.parity import run as runner
+from tests.parity.ledger import Ledger
+from tests.parity.weights import write_checkpoint
+
+HERE = Path(__file__).parent
+SHARED = Path(os.environ.get("MASKWRIGHT_SHARED", HERE.parents[1] / "../shared")) / "reference"
+MINE = ("mask-rcnn-", "keypoint-rcnn-", "roi-pooling", "preprocess-detectron2")
+NO_WEIGHTS = ("roi-pooling", "preprocess-detectron2-torchvision")
+LONG = ("x101", "dc5")
+
+
+def layout_name(outputs: str) -> str:
+    return re.sub(r"-(grad|batch)$", "", outputs)
+
+
+def pairs(folder: Path) -> list[str]:
+    """Names of the recorded outputs, those of one layout side by side."""
+    names = [p.stem for p in folder.glob("*.npz") if p.stem.startswith(MINE)]
+    return sorted(names, key=lambda n: (layout_name(n), n))
+
+
+class Loaded:
+    """The last system that was loaded: outputs of one layout and seed share it."""
+
+    def __init__(self) -> None:
+        self.key: object = None
+        self.system: System | None = None
+
+    def __call__(self, layout: Path, outputs: Path, folder: Path) -> System:
+        ledger = Ledger(outputs)
+        key = (layout, ledger.about.get("seed"), json.dumps(ledger.about.get("overrides")), str(runner.stated(ledger)))
+        if self.system is None or key != self.key:
+            self.system = None  # so that two are never held
+            self.key, self.system = key, runner.load(layout, ledger, folder)
+        return self.system
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return Loaded()
+
+
+def check(layouts: Path, outputs: Path, loaded: Loaded, folder: Path) -> None:
+    if outputs.stem in NO_WEIGHTS:
+        ledger = runner.run(None, outputs)
+    else:
+        layout = layouts / f"{layout_name(outputs.stem)}.json"
+        system = loaded(layout, outputs, folder)
+        for path in folder.iterdir():
+            path.unlink()  # hundreds of megabytes
+        ledger = runner.run(layout, outputs, system)
+    assert ledger.lines, "nothing was compared"
+    assert ledger.failed == 0, "\n".join(line for line in ledger.lines if line.startswith("FAIL"))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * any(w in n for w in LONG)) for n in pairs(HERE / "thin")]
+)
+def test_answers_as_the_original(name: str, loaded: Loaded, tmp_path: Path):
+    check(HERE / "layouts", HERE / "thin" / f"{name}.npz", loaded, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", pairs(SHARED / "outputs") or ["none"])
+def test_answers_as_the_original_in_full(name: str, loaded: Loaded, tmp_path: Path):
+    if not (SHARED / "outputs").is_dir():
+        pytest.skip("the full recordings are not here; MASKWRIGHT_SHARED names the folder that holds reference/")
+    check(SHARED / "layouts", SHARED / "outputs" / f"{name}.npz", loaded, tmp_path)
+
+
+# ---- the runner -----------------------------------------------------------------------------------------------------
+
+
+def call(monkeypatch: pytest.MonkeyPatch, layout: object, outputs: Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["run.py", str(layout), str(outputs)])
+    return runner.main()
+
+
+def changed(target: Path, **arrays: np.ndarray) -> Path:
+    with np.load(HERE / "thin" / "roi-pooling.npz") as file:
+        np.savez(target, **{**{k: file[k] for k in file.files}, **arrays})
+    return target
+
+
+@pytest.mark.fast
+def test_runner_answers_0_when_all_agrees(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    assert call(monkeypatch, "-", HERE / "thin" / "roi-pooling.npz") == 0
+    *lines, last = capsys.readouterr().out.strip().splitlines()
+    assert all(line.startswith("ok ") for line in lines)
+    assert last == f"roi-pooling: {len(lines)} of {len(lines)} within bounds"
+
+
+@pytest.mark.fast
+def test_runner_answers_1_for_a_value_beside_the_bound(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+):
+    with np.load(HERE / "thin" / "roi-pooling.npz") as file:
+        name = next(k for k in file.files if re.fullmatch(r"roi_align_\d+_aligned1_ratio\d+", k))
+        wrong = changed(tmp_path / "wrong.npz", **{name: file[name] * (1 + 3e-5)})
+    assert call(monkeypatch, "-", wrong) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
+    assert failed == [f"FAIL {name}: 3.00e-05"]
+
+
+@pytest.mark.fast
+def test_runner_answers_1_for_an_array_that_it_does_not_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+):
+    assert call(monkeypatch, "-", changed(tmp_path / "more.npz", something_else=np.zeros(3))) == 1
+    assert "FAIL something_else: was not checked" in capsys.readouterr().out
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("layout", "outputs", "words"),
+    [
+        ("-", "no such.npz", "No such file"),
+        ("-", HERE / "thin" / "mask-rcnn-torchvision-r18-fpn.npz", "without weights"),
+        ("no such.json", HERE / "thin" / "mask-rcnn-torchvision-r18-fpn.npz", "No such file"),
+    ],
+)
+def test_runner_answers_2_when_the_pair_cannot_be_run(
+    layout: str, outputs: Path, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    assert call(monkeypatch, layout, outputs) == 2  # pyright: ignore[reportArgumentType]
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_runner_answers_2_for_weights_of_no_system(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+):
+    (tmp_path / "other.json").write_text(json.dumps({"tensors": {"some.weight": [[2, 2], "float32"]}}))
+    assert call(monkeypatch, tmp_path / "other.json", HERE / "thin" / "mask-rcnn-torchvision-r18-fpn.npz") == 2
+    assert "match no system we know" in capsys.readouterr().err
+
+
+# ---- files as they were published -----------------------------------------------------------------------------------
+
+
+def test_what_old_detectron2_files_hold_besides_is_ignored(tmp_path: Path):
+    """Anchors of each level, and the colours, in the file of 2019."""
+    path = write_checkpoint(HERE / "layouts" / "mask-rcnn-detectron2-r50-c4.json", tmp_path, 3)
+    content = pickle.loads(path.read_bytes())
+    content["model"]["proposal_generator.anchor_generator.cell_anchors.0"] = np.zeros((15, 4), "float32")
+    content["model"]["pixel_mean"] = np.full((3, 1, 1), 9, "float32")
+    content["model"]["pixel_std"] = np.full((3, 1, 1), 9, "float32")
+    plain = maskwright.load(path)
+    path.write_bytes(pickle.dumps(content))
+    system = maskwright.load(path)
+    assert system.preprocess == plain.preprocess
+    assert system.preprocess.std == (1.0, 1.0, 1.0)
+    ours, theirs = system.state_dict(), plain.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(v, theirs[k]) for k, v in ours.items())
+
+
+@pytest.mark.parametrize("kind", ["mask-rcnn", "keypoint-rcnn"])
+def test_old_and_present_names_of_torchvision_are_one_network(kind: str, tmp_path: Path):
+    """Each tensor comes to the same place from both layouts: told apart by a value of its own in each."""
+    layouts = [HERE / "layouts" / f"{kind}-torchvision-r50-fpn{old}.json" for old in ("", "-published")]
+    places = []
+    for layout in layouts:
+        tensors = json.loads(layout.read_text())["tensors"]
+        state = {k: torch.full(shape, float(i)) for i, (k, (shape, _)) in enumerate(tensors.items())}
+        torch.save(state, tmp_path / "weights.pth")
+        system = maskwright.load(tmp_path / "weights.pth")
+        assert system.options["norm_eps"] == 0.0
+        places.append({k: float(v.flatten()[0]) for k, v in system.state_dict().items()})
+    assert places[0] == places[1]
+    assert len(set(places[0].values())) == len(places[0])
