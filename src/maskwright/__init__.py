@@ -36,7 +36,26 @@ _HOMES = {
     "MaskwrightError": "errors",
 }
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604
+__all__ = [
+    "Batch",
+    "Instances",
+    "Masks",
+    "MaskwrightError",
+    "Placement",
+    "Preprocess",
+    "System",
+    "__version__",
+    "check",
+    "convert",
+    "create",
+    "evaluate",
+    "load",
+    "predict",
+    "read_coco",
+    "report",
+    "save",
+    "train",
+]
 
 if TYPE_CHECKING:
     from maskwright.checkpoints import convert, load, save

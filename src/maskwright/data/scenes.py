@@ -247,10 +247,8 @@ class Scenes(Dataset):
         for row, (record, number) in enumerate(zip(records, target.ids.tolist(), strict=True)):
             record.update(id=number, area=areas[row], iscrowd=0)
             if target.keypoints is not None:
-                points = target.keypoints[row].double()
-                points[:, :2] -= 0.5 * (points[:, 2:] > 0)  # COCO counts pixels
-                record["keypoints"] = [round(v, 3) for v in points.flatten().tolist()]
-                record["num_keypoints"] = int((points[:, 2] > 0).sum())
+                record["keypoints"] = [round(v, 3) for v in record["keypoints"]]
+                record["num_keypoints"] = int((target.keypoints[row, :, 2] > 0).sum())
         return records
 
 

@@ -90,6 +90,7 @@ def instances_from_records(
         if length % 3:
             raise ValueError(f"keypoints has {length} numbers; expected x, y and score of each joint")
         points = torch.tensor(rows).reshape(len(records), length // 3, 3)
+        points[..., :2] += 0.5  # COCO counts pixels, from the centre of the first
     labels = torch.tensor([label_of(r["category_id"]) for r in records], dtype=torch.int64)
     return Instances(size, boxes, labels, masks, scores, points)
 

@@ -110,7 +110,10 @@ class Instances:
         return replace(self, image_size=placement.size, boxes=boxes, masks=masks, keypoints=points)
 
     def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """COCO's result records: `category_ids[label]` (default: label + 1), boxes as x, y, width, height, RLE text."""
+        """COCO's result records: `category_ids[label]` (default: label + 1), boxes as x, y, width, height, RLE text.
+
+        COCO's joints count pixels, from the centre of the first: 0.5 less than the continuous frame here.
+        """
         x0, y0, x1, y1 = self.boxes.detach().cpu().double().unbind(1) if len(self) else [torch.zeros(0)] * 4
         boxes = torch.stack([x0, y0, x1 - x0, y1 - y0], 1).tolist()
         codes = self.masks.rle() if self.masks is not None else None
@@ -126,7 +129,10 @@ class Instances:
             if self.scores is not None:
                 record["score"] = float(self.scores[number])
             if self.keypoints is not None:
-                record["keypoints"] = self.keypoints[number].detach().cpu().double().flatten().tolist()
+                joints = self.keypoints[number].detach().cpu().double()
+                seen = joints[:, 2:] > 0 if self.scores is None else torch.ones_like(joints[:, 2:])
+                joints[:, :2] -= 0.5 * seen
+                record["keypoints"] = joints.flatten().tolist()
             records.append(record)
         return records
 

@@ -77,7 +77,8 @@ class Masks:
                         raise ValueError("it holds a negative run")
             except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"mask {number} is not a run-length code: {error}") from None
-            if lengths.sum() != size[0] * size[1]:
+            # A single run beyond the picture first: a sum of such could wrap round to the right number.
+            if lengths.max(initial=0) > size[0] * size[1] or lengths.sum() != size[0] * size[1]:
                 raise ValueError(
                     f"the runs of mask {number} cover {lengths.sum()} pixels, its picture has {size[0] * size[1]}"
                 )

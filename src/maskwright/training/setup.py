@@ -118,10 +118,10 @@ def fit_sizes(system: System, recipe: Recipe) -> None:
 
 
 def make_augment(recipe: Recipe) -> Any:
-    """The recipe's augmentation, an `Augment` of the data room."""
+    """The recipe's augmentation, an `Augment` of the data room. What it does not name does not happen."""
     from maskwright.data import Augment
 
-    options = dict(recipe.augment)
+    options = {"flip": 0.0, **recipe.augment}
     if recipe.short:
         options.setdefault("short", recipe.short)
     if recipe.long:

@@ -1,0 +1,159 @@
+"""Does it learn: Mask R-CNN from random weights on real pictures, ours beside torchvision's, paired.
+
+    python benchmarks/learning.py DATA [DATA ...]          # folders in COCO layout, with a train and a val part
+    python benchmarks/learning.py DATA --seeds 0 --steps 50 --short 160
+
+For each data set and seed both sides get the same initial weights (torchvision's, through the checkpoint path), the
+same batches in the same order, mirrored alike, the same optimizer and schedule, and one evaluator. What differs is the
+code: sampling of proposals draws from the same stream but not the same numbers. The network is a ResNet-18 with
+feature pyramid and batch norm, trained by torchvision's rules on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import maskwright as mw
+from maskwright.data import Augment, make_loader, open_dataset
+from maskwright.evaluation import Evaluator
+from maskwright.structures import Batch, Instances, Masks
+
+
+def networks(classes: tuple[str, ...], seed: int, short: int, device: str) -> tuple[Any, mw.System]:
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    torch.manual_seed(seed)
+    sizes = (16, 32, 64, 128, 256)
+    trunk = resnet_fpn_backbone(
+        backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5
+    )
+    anchors = AnchorGenerator(tuple((s,) for s in sizes), ((0.5, 1.0, 2.0),) * 5)
+    # Batches arrive resized and normalised: torchvision's own transform only pads and must change nothing.
+    theirs = MaskRCNN(
+        trunk, len(classes) + 1, rpn_anchor_generator=anchors, min_size=1, max_size=1, image_mean=[0.0] * 3,
+        image_std=[1.0] * 3,
+    )  # fmt: skip
+    theirs.transform.resize = lambda image, target=None: (image, target)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(theirs.state_dict(), Path(folder) / "theirs.pth")
+        system = mw.load(Path(folder) / "theirs.pth", anchor_sizes=sizes, frozen=0, short=short, long=short * 2)
+    system.classes = classes
+    return theirs.to(device), system.to(device)
+
+
+def train(side: Any, ours: bool, loader: Any, steps: int, lr: float, seed: int, device: str) -> float:
+    """Seconds of all steps."""
+    parameters = [p for p in side.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
+    warm = min(100, steps // 4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / warm) * (0.1 if s > 0.8 * steps else 1.0)
+    )
+    torch.manual_seed(seed)
+    side.train()
+    done, epoch, start = 0, 0, time.perf_counter()
+    while done < steps:
+        loader.set_epoch(epoch)
+        for batch in loader:
+            batch = batch.to(device)
+            terms = side.losses(side(batch.images), batch.targets) if ours else side(*for_torchvision(batch))
+            total = sum(terms.values(), torch.zeros((), device=device))
+            optimizer.zero_grad()
+            total.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 10.0)
+            optimizer.step()
+            schedule.step()
+            done += 1
+            if done == steps:
+                break
+        epoch += 1
+    return time.perf_counter() - start
+
+
+def for_torchvision(batch: Batch) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
+    images = [i[:, : p.size[0], : p.size[1]] for i, p in zip(batch.images, batch.placements, strict=True)]
+    goals = []
+    for target in batch.targets or []:
+        planes = (
+            target.masks.dense(batch.images.device) if target.masks is not None else torch.zeros(0, *target.image_size)
+        )
+        goals.append({"boxes": target.boxes, "labels": target.labels + 1, "masks": planes.byte()})
+    return images, goals
+
+
+@torch.no_grad()
+def score(side: Any, system: mw.System, ours: bool, dataset: Any, device: str) -> dict[str, float]:
+    side.eval()
+    evaluator = Evaluator(dataset)
+    for index in range(len(dataset)):
+        batch = system.preprocess.collate([dataset[index].picture]).to(device)
+        if ours:
+            found = system.decode(system(batch.images), batch.placements)[0]
+        else:
+            placement = batch.placements[0]
+            answer = side([batch.images[0, :, : placement.size[0], : placement.size[1]]])[0]
+            # Its masks come on the input's grid; on the picture's they are resized as floats, as its own code does.
+            planes = torch.nn.functional.interpolate(answer["masks"], size=placement.picture, mode="bilinear")
+            masks = Masks.from_dense(planes[:, 0] >= 0.5)
+            boxes = placement.boxes_to_picture(answer["boxes"])
+            found = Instances(placement.picture, boxes, answer["labels"] - 1, masks, answer["scores"]).to("cpu")
+        evaluator.add_at(index, found.to("cpu"))
+    summary = evaluator.result(examples=0).summary
+    return {k: round(100 * float(summary[k]), 1) for k in ("segm/AP", "segm/AP50", "bbox/AP")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--short", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = []
+    for folder in arguments.data:
+        learn, judge = open_dataset(folder, "train"), open_dataset(folder, "val")
+        for seed in arguments.seeds:
+            theirs, system = networks(learn.classes, seed, arguments.short, arguments.device)
+            loader = make_loader(
+                learn,
+                system.preprocess,
+                batch_size=arguments.batch,
+                training=True,
+                augment=Augment(flip=0.5),
+                seed=seed,
+            )
+            for name, side in (("torchvision", theirs), ("ours", system)):
+                own = name == "ours"
+                seconds = train(side, own, loader, arguments.steps, arguments.lr, seed, arguments.device)
+                row = {"data": folder.name, "seed": seed, "side": name, "seconds": round(seconds, 1)}
+                row |= score(side, system, own, judge, arguments.device)
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+        for name in ("torchvision", "ours"):
+            values = [r["segm/AP"] for r in rows if r["data"] == folder.name and r["side"] == name]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            print(
+                f"{folder.name}, {name}: mask AP {statistics.mean(values):.1f} +/- {spread:.1f} ({len(values)} seeds)"
+            )
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"options": {**vars(arguments), "data": [], "json": None}, "rows": rows}) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
