@@ -40,10 +40,13 @@ class Check:
             return self.gradients()
         images, sizes = inputs(about)
         with torch.no_grad():
+            stages: list[Tensor] = []
+            hook = self.system.backbone.register_forward_hook(lambda module, given, answer: stages.extend(answer))
             raw = self.system(images)
+            hook.remove()
             if "sizes" in about:
                 return self.batch(raw, sizes)
-            self.network(raw, images)
+            self.network(raw, stages)
             self.proposals(raw, sizes, "proposals", "proposal_logits")
             if "given_boxes" in ledger or "given_cls_logits" in ledger:
                 self.given(raw, sizes[0])
@@ -53,14 +56,12 @@ class Check:
 
     # ---- the network ---------------------------------------------------------------------------------------------
 
-    def network(self, raw: Raw, images: Tensor) -> None:
+    def network(self, raw: Raw, trunk: list[Tensor]) -> None:
         ledger = self.ledger
-        if ledger.names(r"(backbone|body)_\w+"):
-            trunk = self.system.backbone(images)
-            for name in ledger.names(r"backbone_res\d"):
-                ledger.compare(name, trunk[int(name[-1]) - 2])
-            for name in ledger.names(r"body_\d"):
-                ledger.compare(name, trunk[int(name[-1])])
+        for name in ledger.names(r"backbone_res\d"):
+            ledger.compare(name, trunk[int(name[-1]) - 2])
+        for name in ledger.names(r"body_\d"):
+            ledger.compare(name, trunk[int(name[-1])])
         for kind, values in (("fpn", raw.features), ("rpn_logits", raw.objectness), ("rpn_deltas", raw.deltas)):
             for position, name in enumerate(ledger.names(rf"{kind}_\w+")):
                 ledger.compare(name, values[_level(name, position)])
