@@ -66,7 +66,7 @@ def test_a_few_steps_on_one_batch_bring_the_losses_down(name):
     images, targets = pictures(1), [objects(2)]
     optimizer = torch.optim.AdamW(system.parameters(), lr=1e-3)
     values = []
-    for _ in range(8):
+    for _ in range(14):
         torch.manual_seed(0)  # the same sample of proposals each time
         total, _ = objective(system, images, targets)
         optimizer.zero_grad()

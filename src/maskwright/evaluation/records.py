@@ -89,8 +89,10 @@ def instances_from_records(
         rows = [_finite(r["keypoints"], length, "keypoints") for r in records]
         if length % 3:
             raise ValueError(f"keypoints has {length} numbers; expected x, y and score of each joint")
-        points = torch.tensor(rows).reshape(len(records), length // 3, 3)
-        points[..., :2] += 0.5  # COCO counts pixels, from the centre of the first
+        points = torch.tensor(rows, dtype=torch.float64).reshape(len(records), length // 3, 3)
+        # COCO counts pixels, from the centre of the first; an annotated joint that is not labelled is nowhere.
+        points[..., :2] += 0.5 * ((points[..., 2:] > 0) | scored)
+        points = points.float()
     labels = torch.tensor([label_of(r["category_id"]) for r in records], dtype=torch.int64)
     return Instances(size, boxes, labels, masks, scores, points)
 
