@@ -41,7 +41,11 @@ class Check:
         images, sizes = inputs(about)
         with torch.no_grad():
             stages: list[Tensor] = []
-            hook = self.system.backbone.register_forward_hook(lambda module, given, answer: stages.extend(answer))
+
+            def keep(module: Any, given: Any, answer: Any) -> None:
+                stages.extend(answer)
+
+            hook = self.system.backbone.register_forward_hook(keep)
             raw = self.system(images)
             hook.remove()
             if "sizes" in about:
