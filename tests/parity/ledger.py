@@ -58,6 +58,25 @@ class Ledger:
         """An answer, whole, to match ours with; it still has to be compared."""
         return torch.from_numpy(self.arrays[name])
 
+    def untied(self, name: str, rows: Tensor, scores: Tensor, closeness: float = 1e-5) -> Tensor:
+        """Our rows, best first, with neighbours swapped where their scores are equal but for rounding and swapping
+        brings the kept places of `name` nearer: which of two such rows comes first is nobody's decision."""
+        if f"{name}__sampled" not in self.arrays or tuple(self.arrays[f"{name}__shape"]) != tuple(rows.shape):
+            return rows
+        kept = self.arrays[f"{name}__sampled"]
+        places = np.random.RandomState(0).randint(0, rows.numel(), len(kept))
+        theirs = torch.full(rows.shape, torch.nan, dtype=torch.float64).reshape(-1)
+        theirs[torch.from_numpy(places)] = torch.from_numpy(kept.astype("float64"))
+        theirs = theirs.reshape(rows.shape)
+        result, limit = rows.clone(), closeness * float(scores.abs().max())
+        for first in (scores.diff().abs() <= limit).nonzero().flatten().tolist():
+            pair = result[first : first + 2].double()
+            wanted = theirs[first : first + 2]
+            as_is, swapped = ((p - wanted).abs().nan_to_num(0).sum() for p in (pair, pair.flip(0)))
+            if swapped < as_is:
+                result[first : first + 2] = result[first : first + 2].flip(0)
+        return result
+
     # ---- answers -------------------------------------------------------------------------------------------------
 
     def compare(

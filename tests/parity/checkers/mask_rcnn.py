@@ -90,7 +90,9 @@ class Check:
     ) -> Tensor | None:
         """Compares boxes as a set and what lies beside them in the same order; gives our rows in their order."""
         if name not in self.ledger.arrays:  # only some places of it were kept: the order must be theirs too
-            for other, values in {name: boxes, **beside}.items():
+            scores = next(iter(beside.values()), None)
+            self.ledger.compare(name, boxes if scores is None else self.ledger.untied(name, boxes, scores))
+            for other, values in beside.items():
                 self.ledger.compare(other, values)
             if labels is not None:
                 self.ledger.equal(labels[0], labels[1])
