@@ -142,3 +142,30 @@ def test_a_joint_is_found_where_its_map_has_its_peak(seed):
     assert counts.all()
     away = (torch.stack([place % 56, place // 56], -1) - cells).abs()
     assert away.max() <= 1
+
+
+@given(st.integers(0, 1000), st.sampled_from([0, 1, 2, 3]), st.booleans(), st.sampled_from([1, 7]))
+def test_reading_boxes_by_rows_is_the_common_kernel_also_backwards(seed, samples, aligned, side):
+    from torchvision.ops import roi_align
+
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(2, pooling.FEW_CHANNELS, 9, 13, generator=generator, dtype=torch.float64)
+    corners = torch.rand(6, 2, generator=generator) * 60 - 12
+    sides = torch.rand(6, 2, generator=generator) * 70 - 3  # some are empty or turned inside out
+    rois = torch.cat([torch.arange(6)[:, None] % 2, corners, corners + sides], 1)
+    results = []
+    for kernel in (pooling.roi_align, roi_align):
+        values = features.clone().requires_grad_()
+        boxes = rois if kernel is pooling.roi_align else rois.double()
+        cut = kernel(values, boxes, side, 0.25, samples, aligned)
+        cut.sin().sum().backward()
+        results.append((cut.detach(), values.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_no_boxes_are_read_as_no_features():
+    features = torch.randn(1, pooling.FEW_CHANNELS, 4, 4, requires_grad=True)
+    cut = pooling.roi_align(features, torch.zeros(0, 5), 7)
+    assert cut.shape == (0, pooling.FEW_CHANNELS, 7, 7)
+    cut.sum().backward()

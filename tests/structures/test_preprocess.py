@@ -100,3 +100,35 @@ def test_odd_pictures_keep_at_least_a_pixel(size):
         values, placement = rule.lay(torch.zeros(3, *size, dtype=torch.uint8))
         assert min(values.shape[1:]) >= 1
         assert tuple(values.shape[1:]) == placement.size
+
+
+def test_stretched_and_letter_boxed_pictures_find_their_way_back():
+    picture = torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8)
+    stretched = Preprocess(fit="stretch", canvas=(64, 32), resample="opencv")
+    values, placement = stretched.lay(picture)
+    assert values.shape == (3, 64, 32)
+    assert placement.scale == (32 / 90, 64 / 60)
+    boxed = Preprocess(fit="letterbox", canvas=(128, 120), mean=(0.5,) * 3, std=(1.0,) * 3)
+    values, placement = boxed.lay(picture)
+    assert values.shape == (3, 128, 120)
+    assert placement.size == (128, 120)
+    assert torch.equal(values[:, :24], torch.full((3, 24, 120), -0.5)), "black lies around it"
+    corner = torch.tensor([[0.0, 24.0], [120.0, 104.0]])
+    torch.testing.assert_close(placement.points_to_picture(corner), torch.tensor([[0.0, 0.0], [90.0, 60.0]]))
+
+
+def test_a_canvas_is_needed_and_keeps_its_shape_at_another_size():
+    with pytest.raises(ValueError, match="needs a canvas"):
+        Preprocess(fit="stretch")
+    rule = Preprocess(fit="stretch", canvas=(768, 1280))
+    assert rule.at(384).canvas == (384, 640)
+    assert rule.words == "stretch to 768 x 1280"
+    assert Preprocess().at(short=400).words == "short side 400, long side at most 1333"
+    assert Preprocess.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+
+
+def test_the_first_benchmarks_cut_the_long_side():
+    rule = Preprocess(short=800, long=1333, sizes="benchmark")
+    assert rule.size(480, 641) == (800, 1068)
+    assert rule.size(641, 480) == (1068, 800)
+    assert rule.size(200, 640) == (417, 1334), "by a rounded short side, as maskrcnn-benchmark"

@@ -13,10 +13,15 @@ from maskwright.blocks.layers import ConvNorm, Norm
 
 
 class FPN(nn.Module):
-    """A level for each input, finest first, and one more: the coarsest sub-sampled by two.
+    """A level for each input, finest first, and coarser ones after them.
 
-    upsample  "double": by exactly two, which needs inputs of a multiple of 32 (detectron2);
-              "fit": to the size of the finer level (torchvision)
+    upsample  "double": by exactly two, which needs inputs of a multiple of 32 (detectron2, MMDetection);
+              "fit": to the size of the finer level (torchvision); "bilinear": likewise, not the nearest (YOLACT)
+    extra     "pool": one more level, the coarsest sub-sampled by two (Mask R-CNN, SOLO);
+              "output": two more, 3 x 3 convolutions of stride two from the coarsest level on (FCOS);
+              "input": the same from the trunk's last features on (RetinaNet); "none"
+    relu      "outputs": after the levels that have an input (YOLACT); "between": before the second extra convolution
+              (FCOS, RetinaNet); "none"
     """
 
     def __init__(
@@ -26,13 +31,19 @@ class FPN(nn.Module):
         *,
         norm: Norm = "none",
         eps: float = 1e-5,
-        upsample: Literal["double", "fit"] = "double",
+        upsample: Literal["double", "fit", "bilinear"] = "double",
+        extra: Literal["pool", "output", "input", "none"] = "pool",
+        relu: Literal["outputs", "between", "none"] = "none",
     ):
         super().__init__()
-        self.upsample = upsample
+        self.upsample, self.extra, self.relu = upsample, extra, relu
         self.lateral = nn.ModuleList(ConvNorm(c, channels, 1, norm=norm, eps=eps) for c in channels_in)
         self.output = nn.ModuleList(ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in channels_in)
-        for layer in [*self.lateral, *self.output]:
+        self.coarser = nn.ModuleList()
+        if extra in ("output", "input"):
+            first = channels_in[-1] if extra == "input" else channels
+            self.coarser.extend(ConvNorm(c, channels, 3, stride=2) for c in (first, channels))
+        for layer in [*self.lateral, *self.output, *self.coarser]:
             assert isinstance(layer, ConvNorm)
             nn.init.kaiming_uniform_(layer.conv.weight, a=1)
 
@@ -45,7 +56,18 @@ class FPN(nn.Module):
             side = lateral(feature)
             if self.upsample == "double":
                 top = side + functional.interpolate(top, scale_factor=2.0, mode="nearest")
-            else:
+            elif self.upsample == "fit":
                 top = side + functional.interpolate(top, size=side.shape[-2:], mode="nearest")
+            else:
+                top = side + functional.interpolate(top, size=side.shape[-2:], mode="bilinear", align_corners=False)
             levels.insert(0, output(top))
-        return [*levels, functional.max_pool2d(levels[-1], 1, 2)]
+        if self.relu == "outputs":
+            levels = [functional.relu(level, inplace=True) for level in levels]
+        if self.extra == "pool":
+            return [*levels, functional.max_pool2d(levels[-1], 1, 2)]
+        source = features[-1] if self.extra == "input" else levels[-1] if len(self.coarser) else None
+        for number, layer in enumerate(self.coarser):
+            source = functional.relu(source) if number and self.relu == "between" else source
+            source = layer(source)
+            levels.append(source)
+        return levels

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-Norm = Literal["none", "frozen", "batch", "group"]
+Norm = Literal["none", "frozen", "still", "batch", "group"]
 
 
 class FrozenBatchNorm(nn.Module):
@@ -50,21 +50,38 @@ class FrozenBatchNorm(nn.Module):
         return x.mul_(scale).add_(shift)
 
 
+class StillBatchNorm(FrozenBatchNorm):
+    """Batch norm with fixed statistics whose affine part is trained: MMDetection's `norm_eval`."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__(channels, eps)
+        for name in ("weight", "bias"):
+            value = self._buffers.pop(name)
+            assert value is not None
+            self.register_parameter(name, nn.Parameter(value))
+
+
 def make_norm(kind: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
-    """A norm layer; "group" has 32 groups (Group Normalization, arXiv 1803.08494), fewer where channels are fewer."""
+    """A norm layer. "frozen" and "still" keep their statistics, "still" trains scale and shift; "group" has 32 groups
+    (Group Normalization, arXiv 1803.08494), fewer where channels are fewer."""
     if kind == "none":
         return nn.Identity()
     if kind == "frozen":
         return FrozenBatchNorm(channels, eps)
+    if kind == "still":
+        return StillBatchNorm(channels, eps)
     if kind == "batch":
         return nn.BatchNorm2d(channels, eps)
     if kind == "group":
         return nn.GroupNorm(32 if channels % 32 == 0 else 8 if channels % 8 == 0 else 1, channels, eps)
-    raise ValueError(f"norm is {kind!r}; expected none, frozen, batch or group")
+    raise ValueError(f"norm is {kind!r}; expected none, frozen, still, batch or group")
 
 
 class ConvNorm(nn.Module):
-    """`conv`, then `norm`, then ReLU if asked for. The convolution has a bias only without a norm."""
+    """`conv`, then `norm`, then ReLU if asked for, leaky with this slope below nought.
+
+    bias  of the convolution; None: only without a norm
+    """
 
     def __init__(
         self,
@@ -78,12 +95,15 @@ class ConvNorm(nn.Module):
         norm: Norm = "none",
         eps: float = 1e-5,
         relu: bool = False,
+        leaky: float = 0.0,
+        bias: bool | None = None,
     ):
         super().__init__()
         padding = dilation * (kernel // 2)
-        self.conv = nn.Conv2d(channels_in, channels, kernel, stride, padding, dilation, groups, bias=norm == "none")
+        biased = norm == "none" if bias is None else bias
+        self.conv = nn.Conv2d(channels_in, channels, kernel, stride, padding, dilation, groups, bias=biased)
         self.norm = make_norm(norm, channels, eps)
-        self.relu = relu
+        self.relu, self.leaky = relu, leaky
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
@@ -92,17 +112,23 @@ class ConvNorm(nn.Module):
         # A frozen norm is not folded into the weights: that is no faster, and rounds otherwise than the originals. What
         # decides deep in a network (a ReLU's gate, a cell at a threshold) would fall to the other side here and there.
         x = self.conv(x)
-        x = self.norm.forward_(x) if isinstance(self.norm, FrozenBatchNorm) else self.norm(x)
+        x = self.norm.forward_(x) if type(self.norm) is FrozenBatchNorm else self.norm(x)
+        if self.leaky:
+            return functional.leaky_relu(x, self.leaky, inplace=True)
         return functional.relu(x, inplace=True) if self.relu else x
 
 
 class DeformConvNorm(nn.Module):
-    """A deformable 3 x 3 convolution (arXiv 1703.06211; modulated: 1811.11168) with its offset branch and norm."""
+    """A deformable convolution (arXiv 1703.06211; modulated: 1811.11168) with its offset branch and norm.
+
+    The offset branch gives (dy, dx) of each tap, taps row by row, then with `modulated` their weights before a sigmoid.
+    """
 
     def __init__(
         self,
         channels_in: int,
         channels: int,
+        kernel: int = 3,
         *,
         stride: int = 1,
         dilation: int = 1,
@@ -111,11 +137,17 @@ class DeformConvNorm(nn.Module):
         norm: Norm = "frozen",
         eps: float = 1e-5,
         relu: bool = False,
+        bias: bool = False,
     ):
         super().__init__()
-        self.stride, self.dilation, self.relu = (stride, stride), (dilation, dilation), relu
-        self.offset = nn.Conv2d(channels_in, 27 if modulated else 18, 3, stride, dilation, dilation)
-        self.weight = nn.Parameter(torch.empty(channels, channels_in // groups, 3, 3))
+        self.relu, self.taps = relu, kernel * kernel
+        self.stride, self.dilation = (stride, stride), (dilation, dilation)
+        pad = dilation * (kernel // 2)
+        self.padding = (pad, pad)
+        values = (3 if modulated else 2) * self.taps
+        self.offset = nn.Conv2d(channels_in, values, kernel, stride, pad, dilation)
+        self.weight = nn.Parameter(torch.empty(channels, channels_in // groups, kernel, kernel))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
         self.norm = make_norm(norm, channels, eps)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.offset.weight)
@@ -125,13 +157,14 @@ class DeformConvNorm(nn.Module):
         from torchvision.ops import deform_conv2d
 
         offset, mask = self.offset(x), None
-        if offset.shape[1] == 27:
-            offset, mask = offset[:, :18], offset[:, 18:].sigmoid()
+        if offset.shape[1] == 3 * self.taps:
+            offset, mask = offset[:, : 2 * self.taps], offset[:, 2 * self.taps :].sigmoid()
         # The kernel has no bfloat16 on the host.
         kind = x.dtype if x.is_cuda or x.dtype == torch.float64 else torch.float32
         mask = None if mask is None else mask.to(kind)
+        bias = None if self.bias is None else self.bias.to(kind)
         y = deform_conv2d(
-            x.to(kind), offset.to(kind), self.weight.to(kind), None, self.stride, self.dilation, self.dilation, mask
+            x.to(kind), offset.to(kind), self.weight.to(kind), bias, self.stride, self.padding, self.dilation, mask
         ).to(x.dtype)
         y = self.norm(y)
         return functional.relu(y, inplace=True) if self.relu else y

@@ -50,6 +50,7 @@ class Bottleneck(nn.Module):
         dilation: int,
         stride_in: StrideIn,
         deform: Literal["no", "plain", "modulated"],
+        deform_bias: bool,
         norm: Norm,
         eps: float,
     ):
@@ -64,7 +65,7 @@ class Bottleneck(nn.Module):
         else:
             self.conv2 = DeformConvNorm(
                 width, width, stride=second, dilation=dilation, groups=groups, modulated=deform == "modulated",
-                norm=norm, eps=eps, relu=True,
+                norm=norm, eps=eps, relu=True, bias=deform_bias,
             )  # fmt: skip
         self.conv3 = ConvNorm(width, channels, 1, norm=norm, eps=eps)
         self.shortcut = None
@@ -88,10 +89,13 @@ def make_stage(
     dilation: int = 1,
     stride_in: StrideIn = "3x3",
     deform: Literal["no", "plain", "modulated"] = "no",
+    deform_every: int = 1,
+    deform_bias: bool = False,
     norm: Norm = "frozen",
     eps: float = 1e-5,
 ) -> tuple[nn.Sequential, int]:
-    """Stage `number` (0 ... 3, strides 4, 8, 16, 32) of a ResNet, and its channels. A dilated stage does not stride."""
+    """Stage `number` (0 ... 3, strides 4, 8, 16, 32) of a ResNet, and its channels. A dilated stage does not stride.
+    `deform`: the 3 x 3 of every `deform_every`-th block, from the first on, is a deformable convolution."""
     if depth not in BLOCKS:
         raise ValueError(f"there is no ResNet of depth {depth}; known are {', '.join(map(str, BLOCKS))}")
     scale, blocks = 2**number, []
@@ -111,7 +115,8 @@ def make_stage(
                     groups=groups,
                     dilation=dilation,
                     stride_in=stride_in,
-                    deform=deform,
+                    deform=deform if index % deform_every == 0 else "no",
+                    deform_bias=deform_bias,
                     norm=norm,
                     eps=eps,
                 )
@@ -136,6 +141,8 @@ class ResNet(nn.Module):
         dilation: int = 1,
         deform_stages: Sequence[int] = (),
         deform_modulated: bool = False,
+        deform_every: int = 1,
+        deform_bias: bool = False,
         norm: Norm = "frozen",
         eps: float = 1e-5,
         frozen: int = 0,
@@ -143,7 +150,7 @@ class ResNet(nn.Module):
         """`dilation` is the last stage's; `deform_stages` are numbers 0 ... 3; `frozen`: so many parts do not train,
         counted from the stem, nor do their batch norms' statistics change."""
         super().__init__()
-        still: Norm = "frozen" if norm == "batch" else norm
+        still: Norm = "frozen" if norm in ("batch", "still") else norm
         self.stem = ConvNorm(in_channels, base, 7, stride=2, norm=still if frozen else norm, eps=eps, relu=True)
         self.stages = nn.ModuleList()
         self.channels: list[int] = []
@@ -154,7 +161,8 @@ class ResNet(nn.Module):
             deform = ("modulated" if deform_modulated else "plain") if number in deform_stages else "no"
             stage, channels = make_stage(
                 depth, number, channels, base=base, groups=groups, group_width=group_width, dilation=widened,
-                stride_in=stride_in, deform=deform, norm=still if number + 1 < frozen else norm, eps=eps,
+                stride_in=stride_in, deform=deform, deform_every=deform_every, deform_bias=deform_bias,
+                norm=still if number + 1 < frozen else norm, eps=eps,
             )  # fmt: skip
             stride *= 2 if number > 0 and widened == 1 else 1
             self.stages.append(stage)

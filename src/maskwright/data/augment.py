@@ -140,7 +140,7 @@ class Augment:
             short = self.short[int(rng.integers(len(self.short)))]
         elif self.short:
             short = int(rng.integers(min(self.short), max(self.short) + 1))
-        return replace(rule, short=short, long=self.long or rule.long)
+        return rule.at(short if self.short else None, self.long)
 
     def _jittered(self, rng: np.random.Generator, placement: Placement, rule: Preprocess) -> Placement:
         height, width = placement.size
@@ -168,7 +168,7 @@ class Augment:
         sample: Sample,
         drawn: Drawn,
         *,
-        resample: Literal["pillow", "tensor"] = "pillow",
+        resample: Literal["pillow", "tensor", "opencv"] = "pillow",
         mirrored_joints: Sequence[int] | None = PERSON_JOINTS_MIRRORED,
     ) -> Laid:
         """The picture and its objects on the network's grid. Objects with nothing left in the window are dropped;
@@ -206,8 +206,8 @@ class Augment:
 def place_picture(picture: UInt8[Tensor, "c H W"], placement: Placement, resample: str = "pillow") -> Tensor:
     """The picture on the network's grid, (C, h, w), resampled once; `placement.size` must lie within the picture.
 
-    "pillow" is 8-bit bilinear with anti-aliasing (uint8), "tensor" bilinear without (float32, 0 ... 255): the rule
-    that the system is also tested by, see `Preprocess`.
+    "pillow" is 8-bit bilinear with anti-aliasing (uint8), "tensor" bilinear without (float32, 0 ... 255), "opencv" the
+    same in whole numbers: the rule that the system is also tested by, see `Preprocess`.
     """
     height, width = picture.shape[1:]
     (h, w), (sx, sy), (ox, oy) = placement.size, placement.scale, placement.offset
@@ -229,6 +229,7 @@ def place_picture(picture: UInt8[Tensor, "c H W"], placement: Placement, resampl
         result = torch.nn.functional.grid_sample(
             picture.float()[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False
         )[0]
+    result = result.round() if resample == "opencv" else result
     return result.flip(-1) if placement.mirrored else result
 
 

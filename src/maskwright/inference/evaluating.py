@@ -94,7 +94,7 @@ def evaluate(
     result.protocol = replace(
         result.protocol,
         threshold=_default(system, "score_threshold") if score_threshold is None else score_threshold,
-        input_size=f"short side {preprocess.short}, long side at most {preprocess.long}",
+        input_size=preprocess.words,
         precision=dtype,
         device=_device_name(place),
         batch=batch,

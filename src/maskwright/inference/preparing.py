@@ -7,10 +7,9 @@ import itertools
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from maskwright.blocks.layers import DeformConvNorm, FrozenBatchNorm
+from maskwright.blocks.layers import DeformConvNorm, FrozenBatchNorm, StillBatchNorm
 from maskwright.errors import UsageError
 from maskwright.systems import System
 
@@ -77,21 +76,13 @@ def fold(module: nn.Module) -> int:
         elif isinstance(child, DeformConvNorm) and isinstance(child.norm, (nn.BatchNorm2d, FrozenBatchNorm)):
             scale, shift = _affine(child.norm)
             weight = child.weight
+            if child.bias is not None:
+                shift = shift + child.bias.double() * scale
             weight.data = (weight.double() * scale[:, None, None, None]).to(weight.dtype)
-            child.norm = Shift(shift.to(weight.dtype))
+            child.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+            child.norm = nn.Identity()
             count += 1
     return count
-
-
-class Shift(nn.Module):
-    """What is left of a batch norm whose scale went into the weights before it: a constant per channel."""
-
-    def __init__(self, shift: Float[Tensor, " c"]):
-        super().__init__()
-        self.shift = nn.Parameter(shift, requires_grad=False)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return x + self.shift[:, None, None]
 
 
 def chosen_device(device: torch.device | str | None) -> torch.device:
@@ -132,7 +123,12 @@ def _converted(value: Tensor, kind: torch.dtype) -> Tensor:
 
 def _follows(norm: Any, conv: Any) -> bool:
     """Whether `norm` is a batch norm for what `conv` gives. Subclasses may do more than normalise, and are left."""
-    if not isinstance(conv, nn.Conv2d) or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm):
+    if not isinstance(conv, nn.Conv2d) or type(norm) not in (
+        nn.BatchNorm2d,
+        nn.SyncBatchNorm,
+        FrozenBatchNorm,
+        StillBatchNorm,
+    ):
         return False
     return norm.running_mean is not None and len(norm.running_mean) == conv.out_channels
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -20,21 +20,49 @@ from maskwright.structures.placement import Placement
 class Preprocess:
     """The resize rule, normalisation and padding that a system was published with.
 
-    short, long   the short side becomes `short` unless the long side would then exceed `long`
-    resample      "pillow": 8-bit bilinear with anti-aliasing, sizes rounded half up, before normalising (detectron2);
-                  "tensor": float bilinear without anti-aliasing, sizes floored, after normalising (torchvision)
+    fit           "short": the short side becomes `short` unless the long side would then exceed `long`;
+                  "stretch": every picture becomes `canvas`, its shape not kept (YOLACT, PolarMask);
+                  "letterbox": the largest that fits into `canvas`, in its middle, black around it (CenterNet's heirs)
+    canvas        height and width; used by "stretch" and "letterbox" alone
+    resample      "pillow": 8-bit bilinear with anti-aliasing, before normalising (detectron2);
+                  "tensor": float bilinear without anti-aliasing, after normalising (torchvision);
+                  "opencv": 8-bit bilinear without anti-aliasing, before normalising (MMDetection's first versions)
+    sizes         how "short" makes whole numbers: "rounded" half up; "floored"; "benchmark": the long side cut to a
+                  whole number (maskrcnn-benchmark). None: floored with "tensor", else rounded
     mean, std     per channel in the order of `channels`, of values divided by `divide`
     multiple      the padded batch is a multiple of this; padding is 0 after normalising, that is the mean colour
     """
 
     short: int = 800
     long: int = 1333
-    resample: Literal["pillow", "tensor"] = "pillow"
+    resample: Literal["pillow", "tensor", "opencv"] = "pillow"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     divide: float = 255.0
     channels: Literal["RGB", "BGR"] = "RGB"
     multiple: int = 32
+    fit: Literal["short", "stretch", "letterbox"] = "short"
+    canvas: tuple[int, int] | None = None
+    sizes: Literal["rounded", "floored", "benchmark"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.fit != "short" and self.canvas is None:
+            raise ValueError(f"fit={self.fit!r} needs a canvas (height, width)")
+
+    @property
+    def words(self) -> str:
+        """The size rule in words, for protocols: what a number measured with it means."""
+        if self.fit == "short":
+            return f"short side {self.short}, long side at most {self.long}"
+        height, width = self.canvas or (0, 0)
+        return f"{self.fit} to {height} x {width}"
+
+    def at(self, short: int | None = None, long: int | None = None) -> Preprocess:
+        """The same rule at another size. A canvas keeps its shape and gets this short side."""
+        if self.canvas is not None and short:
+            ratio = short / min(self.canvas)
+            return replace(self, canvas=(round(self.canvas[0] * ratio), round(self.canvas[1] * ratio)))
+        return replace(self, short=short or self.short, long=long or self.long)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocess:
@@ -46,9 +74,21 @@ class Preprocess:
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """The size (h, w) that a picture of this size is resized to; never less than one pixel."""
-        if self.resample == "tensor":
+        if self.fit == "stretch":
+            return cast(tuple[int, int], self.canvas)
+        if self.fit == "letterbox":
+            canvas = cast(tuple[int, int], self.canvas)
+            scale = min(canvas[0] / height, canvas[1] / width)
+            return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+        rule = self.sizes or ("floored" if self.resample == "tensor" else "rounded")
+        if rule == "floored":
             scale = min(self.short / min(height, width), self.long / max(height, width))
             return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+        if rule == "benchmark":
+            low, high = min(height, width), max(height, width)
+            short = self.short if high / low * self.short <= self.long else round(self.long * low / high)
+            other = max(1, int(short * high / low))
+            return (short, other) if height <= width else (other, short)
         scale = self.short / min(height, width)
         new = (self.short, scale * width) if height < width else (scale * height, self.short)
         if max(new) > self.long:
@@ -62,9 +102,19 @@ class Preprocess:
         target = self.size(*size)
         if self.resample == "tensor":
             values = _interpolate(self.normalise(picture), target)
+        elif self.resample == "opencv":
+            values = self.normalise(_interpolate(picture.float(), target).round())
         else:
             values = self.normalise(_pillow(picture, target))
-        return values, Placement.resize(size, target)
+        placement = Placement.resize(size, target)
+        if self.fit != "letterbox":
+            return values, placement
+        canvas = cast(tuple[int, int], self.canvas)
+        top, left = (canvas[0] - target[0]) // 2, (canvas[1] - target[1]) // 2
+        black = self.normalise(torch.zeros(len(picture), 1, 1))
+        plane = black.expand(len(picture), *canvas).clone()
+        plane[:, top : top + target[0], left : left + target[1]] = values
+        return plane, placement.then_crop(-left, -top, canvas)
 
     def normalise(self, picture: Tensor) -> Float[Tensor, "c h w"]:
         """RGB 0 ... 255 of any dtype -> the network's channels and scale, float32. Further channels follow."""

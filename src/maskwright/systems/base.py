@@ -67,6 +67,9 @@ class System(nn.Module):
     name: ClassVar[str]
     card: ClassVar[Card]
     presets: ClassVar[Mapping[str, Preset]] = {}
+    # Published ways of training it: name -> fields of `training.Recipe` that differ from its published defaults (16
+    # pictures, SGD 0.02, momentum 0.9, weight decay 1e-4, steps at 2/3 and 8/9, 1000 steps of warm-up).
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     options: dict[str, Any]
     classes: tuple[str, ...]

@@ -194,6 +194,7 @@ def _frozen(name: str, value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
+# What most published recipes have in common; those of the systems (`System.recipes`) say what they change of it.
 _PUBLISHED = Recipe(
     batch=16,
     optimizer="sgd",
@@ -250,8 +251,23 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
+def recipe_names() -> list[str]:
+    """All published recipes: the general ones, then those that systems bring along."""
+    return [*RECIPES, *_of_systems()]
+
+
 def named_recipe(name: str) -> Recipe:
     """The published recipe called `name`."""
-    if name not in RECIPES:
-        raise UsageError(f"there is no recipe {name!r}; known are {', '.join(RECIPES)}")
-    return RECIPES[name]
+    if name in RECIPES:
+        return RECIPES[name]
+    own = _of_systems()
+    if name not in own:
+        raise UsageError(f"there is no recipe {name!r}; known are {', '.join([*RECIPES, *own])}")
+    return _PUBLISHED.with_changes(own[name])
+
+
+def _of_systems() -> dict[str, Mapping[str, Any]]:
+    """What the systems' own recipes change of `_PUBLISHED`; they are only looked up where a name is not general."""
+    from maskwright.systems import names, system_class
+
+    return {name: changes for system in names() for name, changes in system_class(system).recipes.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,7 @@ def make_system(
 def fit_sizes(system: System, recipe: Recipe) -> None:
     """Give the system the recipe's sizes for test time, so that what is trained is what is evaluated and saved."""
     if recipe.short or recipe.long:
-        system.preprocess = replace(
-            system.preprocess,
-            short=max(recipe.short) if recipe.short else system.preprocess.short,
-            long=recipe.long or system.preprocess.long,
-        )
+        system.preprocess = system.preprocess.at(max(recipe.short) if recipe.short else None, recipe.long)
 
 
 def make_augment(recipe: Recipe) -> Any:

@@ -1,0 +1,39 @@
+"""Suppression of duplicates as operations on whole matrices: no loop, no branch on a size, so that it exports."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def mask_iou(masks: Bool[Tensor, "n p"]) -> Float[Tensor, "n n"]:
+    """Overlap of every mask with every other, masks as rows of pixels; 0 where both are empty."""
+    flat = masks.float()
+    both = flat @ flat.T
+    areas = flat.sum(1)
+    return both / (areas[:, None] + areas[None] - both).clamp(min=1)
+
+
+def matrix_nms(
+    iou: Float[Tensor, "n n"],
+    scores: Float[Tensor, " n"],
+    labels: Int[Tensor, " n"],
+    kernel: Literal["gaussian", "linear"] = "gaussian",
+    sigma: float = 2.0,
+) -> Float[Tensor, " n"]:
+    """Scores after Matrix NMS (SOLOv2, arXiv 2003.10152, section 3.3): what overlaps a better object of its class
+    decays, all at once. Objects come best first; the order of the result is that of the input.
+
+    An overlap counts the less, the more the better object is itself overlapped by a still better one. Gaussian:
+    exp(-sigma iou^2); linear: 1 - iou.
+    """
+    above = (iou * (labels[:, None] == labels)).triu(1)  # [i, j]: i is better than j
+    covered = above.amax(0) if len(above) else scores.new_zeros(0)  # what each is overlapped by at most
+    if kernel == "gaussian":
+        decay = torch.exp(-sigma * above.square()) / torch.exp(-sigma * covered.square())[:, None]
+    else:
+        decay = (1 - above) / (1 - covered)[:, None]
+    return scores * (decay.amin(0) if len(above) else scores.new_ones(0))

@@ -1,0 +1,59 @@
+"""Who answers for which object."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from maskwright.blocks import fcos
+
+pytestmark = pytest.mark.fast
+
+
+def places(size=(64, 96), strides=(8, 16)):
+    levels = fcos.locations([torch.zeros(1, 1, size[0] // s, size[1] // s) for s in strides], strides)
+    return torch.cat(levels), fcos.per_location(levels, list(map(float, strides))), levels
+
+
+def test_places_lie_in_the_middle_of_their_cells():
+    _, _, levels = places()
+    assert levels[0][:2].tolist() == [[4, 4], [12, 4]]
+    assert levels[1][0].tolist() == [8, 8]
+    assert len(levels[0]) == 8 * 12
+
+
+@pytest.mark.parametrize("radius", [None, 1.5])
+def test_assignment_is_the_rule_written_out(radius):
+    generator = torch.Generator().manual_seed(0)
+    spots, strides, levels = places()
+    ranges = fcos.per_location(levels, [(-1.0, 20.0), (20.0, 1e8)])
+    corners = torch.rand(200, 2, generator=generator) * torch.tensor([70.0, 40.0])
+    boxes = torch.cat([corners, corners + 3 + torch.rand(200, 2, generator=generator) * 50], 1)
+    owner, inner = fcos.assign(spots, strides, ranges, boxes, radius=radius, at_once=64)
+    for index, (spot, stride, span) in enumerate(zip(spots, strides, ranges, strict=True)):
+        best, best_area = -1, float("inf")
+        for number, box in enumerate(boxes):
+            d = torch.cat([spot - box[:2], box[2:] - spot])
+            area = float((box[2] - box[0]) * (box[3] - box[1]))
+            near = radius is None or bool(((spot - (box[:2] + box[2:]) / 2).abs() < stride * radius).all())
+            if d.min() > 0 and near and span[0] <= d.max() <= span[1] and area < best_area:
+                best, best_area = number, area
+        assert owner[index] == best
+        if best >= 0:
+            torch.testing.assert_close(inner[index], torch.cat([spot - boxes[best, :2], boxes[best, 2:] - spot]))
+
+
+def test_without_objects_nobody_answers():
+    spots, strides, levels = places()
+    ranges = fcos.per_location(levels, [(-1.0, 20.0), (20.0, 1e8)])
+    owner, inner = fcos.assign(spots, strides, ranges, torch.zeros(0, 4))
+    assert (owner == -1).all()
+    assert inner.shape == (len(spots), 4)
+
+
+def test_centerness_is_one_in_the_middle_and_nought_at_the_border():
+    inner = torch.tensor([[5.0, 5, 5, 5], [0, 5, 10, 5], [2, 4, 8, 4]])
+    torch.testing.assert_close(fcos.centerness(inner), torch.tensor([1.0, 0.0, 0.5]))
+    spots = torch.tensor([[10.0, 20.0]])
+    box = torch.tensor([[5.0, 15, 20, 22]])
+    assert torch.equal(fcos.boxes_of(spots, fcos.distances(spots, box)), box)
