@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from maskwright.blocks import fcos
+from maskwright.ops.boxes import pairwise_iou
 
 pytestmark = pytest.mark.fast
 
@@ -57,3 +58,18 @@ def test_centerness_is_one_in_the_middle_and_nought_at_the_border():
     spots = torch.tensor([[10.0, 20.0]])
     box = torch.tensor([[5.0, 15, 20, 22]])
     assert torch.equal(fcos.boxes_of(spots, fcos.distances(spots, box)), box)
+
+
+def test_overlap_is_that_of_the_boxes_and_smoothing_is_an_argument():
+    from torchvision.ops import generalized_box_iou
+
+    generator = torch.Generator().manual_seed(0)
+    inner, other = (torch.rand(50, 4, generator=generator) * 9 + 0.1 for _ in range(2))
+    spots = torch.zeros(50, 2)
+    boxes, others = fcos.boxes_of(spots, inner), fcos.boxes_of(spots, other)
+    torch.testing.assert_close(fcos.overlap(inner, other), pairwise_iou(boxes, others).diagonal())
+    whole = generalized_box_iou(boxes, others).diagonal()
+    torch.testing.assert_close(fcos.overlap(inner, other, generalised=True), whole)
+    nothing = torch.zeros(1, 4)
+    torch.testing.assert_close(fcos.overlap(nothing, torch.full((1, 4), 0.5), smooth=1.0), torch.tensor([0.5]))
+    assert float(fcos.overlap(nothing, nothing, generalised=True, smooth=1.0)) == 1.0

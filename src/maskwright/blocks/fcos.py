@@ -128,6 +128,22 @@ def centerness(inner: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
     return (across.amin(-1) / across.amax(-1) * (down.amin(-1) / down.amax(-1))).clamp(min=0).sqrt()
 
 
+def overlap(
+    inner: Float[Tensor, "*n 4"], other: Float[Tensor, "*n 4"], *, generalised: bool = False, smooth: float = 0.0
+) -> Float[Tensor, "*n"]:
+    """IoU of two boxes that lie l, t, r, b around the same place; `generalised`: GIoU (arXiv 1902.09630), less the
+    share of the hull that neither covers.
+
+    smooth  added to intersection and union: 1 in FCOS and what descends from it, whatever the distances' unit
+    """
+    both, hull = torch.minimum(inner, other), torch.maximum(inner, other)
+    shared = (both[..., 0] + both[..., 2]) * (both[..., 1] + both[..., 3])
+    areas = [(d[..., 0] + d[..., 2]) * (d[..., 1] + d[..., 3]) for d in (inner, other, hull)]
+    union = areas[0] + areas[1] - shared
+    iou = (shared + smooth) / (union + smooth)
+    return iou - (areas[2] - union) / (areas[2] + 1e-7) if generalised else iou
+
+
 class Scale(nn.Module):
     """One learnt factor."""
 
