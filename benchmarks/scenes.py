@@ -1,0 +1,82 @@
+"""Does every system learn: all of them on the same generated scenes with the same budget, beside Mask R-CNN.
+
+    python benchmarks/scenes.py                                # the small preset of every system
+    python benchmarks/scenes.py mask-rcnn-small solov2-small --steps 1000 --draw drawn/
+
+Every network is a system's small preset (ResNet-18 where it has a choice), from random weights, at the same input size,
+with the same pictures in the same order, the same number of steps, AdamW with the same schedule. What differs is the
+system, and its learning rate where `--rates` says so. AP is measured on scenes that none has seen. A system that needs
+longer than the budget shows less than it can: this is a test of losses, targets and decoding, not a ranking.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import maskwright as mw
+from maskwright.data import Scenes
+from maskwright.systems import presets
+
+CLASSES = ("disc", "ring", "star", "box")
+
+
+def small_presets() -> list[str]:
+    return [name for name in presets() if name.endswith("-small") and not name.startswith("keypoint")]
+
+
+def learn(preset: str, steps: int, batch: int, size: int, rate: float, seed: int, draw: Path | None) -> dict[str, Any]:
+    train = Scenes(400, size=(size, size), classes=CLASSES, seed=seed)
+    unseen = Scenes(60, size=(size, size), classes=CLASSES, seed=seed + 1000)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        best = mw.train(
+            preset, train, val=False, out=Path(folder) / "run", recipe="small", steps=steps, batch=batch, lr=rate,
+            short=(size,), long=size, warmup=50, ema=0.99, seed=seed, workers=1, tensorboard=False,
+        )  # fmt: skip
+        system = mw.load(best)
+    seconds = time.perf_counter() - start
+    result = mw.evaluate(system, unseen, examples=0)
+    row: dict[str, Any] = {"system": preset, "lr": rate, "seconds": round(seconds)}
+    row |= {k: round(100 * float(result.summary[k]), 1) for k in ("segm/AP", "segm/AP50") if k in result.summary}
+    row["parameters / 1e6"] = round(sum(p.numel() for p in system.parameters()) / 1e6, 1)
+    if draw is not None:
+        draw.mkdir(parents=True, exist_ok=True)
+        for index in range(3):
+            found = system.predict(unseen[index].picture, score_threshold=0.3)
+            found.save(draw / f"{preset}-{index}.png")
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", help="default: every system's small preset")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--size", type=int, default=128, help="side of the square scenes and of the input")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--rates", nargs="*", default=[], metavar="PRESET=LR", help="other rates for some")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draw", type=Path, help="write drawn pictures there")
+    parser.add_argument("--json", type=Path, help="write the figures there too")
+    arguments = parser.parse_args()
+    rates = {name: float(value) for name, value in (pair.split("=") for pair in arguments.rates)}
+    rows = []
+    for preset in arguments.presets or small_presets():
+        rate = rates.get(preset, arguments.lr)
+        row = learn(preset, arguments.steps, arguments.batch, arguments.size, rate, arguments.seed, arguments.draw)
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    if arguments.json:
+        options = {k: v for k, v in vars(arguments).items() if k not in ("json", "draw")}
+        arguments.json.write_text(json.dumps({"torch": torch.__version__, "options": options, "rows": rows}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
