@@ -1,4 +1,4 @@
-"""Darknet-53, the trunk of YOLOv3 (arXiv 1804.02767)."""
+"""Darknet-53, the trunk of YOLOv3 (arXiv 1804.02767), and a tiny relative."""
 
 from __future__ import annotations
 
@@ -61,3 +61,36 @@ class Darknet(nn.Module):
             x = stage(x)
             outputs.append(x)
         return outputs
+
+
+class DarknetTiny(nn.Module):
+    """Eleven convolutions and max pools between them; gives strides 16 and 32, both 16 times `base` channels (the tiny
+    trunk of ESE-Seg, arXiv 1908.04067)."""
+
+    def __init__(
+        self, *, in_channels: int = 3, base: int = 16, norm: Norm = "batch", eps: float = 1e-5, frozen: int = 0
+    ):
+        """`frozen`: so many of its two parts do not train, nor do their batch norms' statistics change."""
+        super().__init__()
+        still: Norm = "frozen" if norm in ("batch", "still") else norm
+        # Channels in units of `base`; 0 is a pool, -1 one that keeps the size. The last convolution is 1 x 1.
+        plans = ((1, 0, 2, 0, 1, 8, 4, 0, 8, 0, 16), (0, 32, -1, 64, 16))
+        channels, self.stages = in_channels, nn.ModuleList()
+        for number, plan in enumerate(plans):
+            own, layers = still if number < frozen else norm, []
+            for width in plan:
+                if width == 0:
+                    layers.append(nn.MaxPool2d(2, 2))
+                elif width < 0:
+                    layers.append(nn.MaxPool2d(3, 1, 1))
+                else:
+                    kernel = 1 if number == 1 and width == 16 else 3
+                    layers.append(ConvNorm(channels, width * base, kernel, norm=own, eps=eps, leaky=0.1))
+                    channels = width * base
+            self.stages.append(nn.Sequential(*layers))
+        self.channels, self.strides = [16 * base, 16 * base], [16, 32]
+        freeze(list(self.stages)[:frozen])
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        fine = self.stages[0](x)
+        return [fine, self.stages[1](fine)]

@@ -17,6 +17,10 @@ COCO = (
 # The data set's own ids, 1 ... 90 with gaps: torchvision's heads have a row for each of 0 ... 90.
 _GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_IDS = tuple(i for i in range(1, 91) if i not in _GAPS)
+VOC = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse",
+    "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
 CITYSCAPES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
 
 
@@ -27,6 +31,7 @@ def coco_by_id() -> tuple[str, ...]:
 
 
 def class_names(count: int) -> tuple[str, ...]:
-    """Names for a head of so many classes: COCO's for 80, Cityscapes' for 8, else "person" (1) or "class 0", ..."""
-    known = {len(COCO): COCO, len(CITYSCAPES): CITYSCAPES, 1: ("person",)}
+    """Names for a head of so many classes: COCO's for 80, VOC's for 20, Cityscapes' for 8, else "person" (1) or
+    "class 0", ..."""
+    known = {len(COCO): COCO, len(VOC): VOC, len(CITYSCAPES): CITYSCAPES, 1: ("person",)}
     return known.get(count) or tuple(f"class {k}" for k in range(count))

@@ -75,10 +75,11 @@ def boxes(objects: Sequence[Rings], size: tuple[int, int]) -> np.ndarray:
     return result
 
 
-def trace(crop: np.ndarray, x0: int, y0: int) -> list[np.ndarray]:
+def trace(crop: np.ndarray, x0: int, y0: int, *, joined: bool = False) -> list[np.ndarray]:
     """Rings along the pixel borders of a bool mask (h, w) whose corner is at (x0, y0).
 
-    Outer borders run clockwise on the screen, holes the other way; pixels that touch at a corner only are separate.
+    Outer borders run clockwise on the screen, holes the other way; pixels that touch at a corner only are separate, or
+    one region with `joined`.
     """
     height, width = crop.shape
     plane = np.zeros((height + 2, width + 2), np.int8)
@@ -97,7 +98,8 @@ def trace(crop: np.ndarray, x0: int, y0: int) -> list[np.ndarray]:
     left = edges(down, -1, (0, 0), -1)
     downward = edges(across, -1, (-1, 0), stride)
     upward = edges(across, 1, (0, 0), -stride)
-    turn_right = {0: 1, 1: 2, 2: 3, 3: 0}  # directions: 0 right, 1 down, 2 left, 3 up
+    # Directions: 0 right, 1 down, 2 left, 3 up. Right turns keep pixels that meet at a corner apart, left ones do not.
+    turn = {0: 3, 1: 0, 2: 1, 3: 2} if joined else {0: 1, 1: 2, 2: 3, 3: 0}
     out: dict[int, dict[int, int]] = {}
     for direction, (starts, ends) in enumerate([right, downward, left, upward]):
         for a, b in zip(starts.tolist(), ends.tolist(), strict=True):
@@ -112,8 +114,8 @@ def trace(crop: np.ndarray, x0: int, y0: int) -> list[np.ndarray]:
             ahead = direction
             if len(exits) == 1:
                 direction = next(iter(exits))
-            elif turn_right[direction] in exits:
-                direction = turn_right[direction]  # keeps pixels that meet at a corner apart
+            elif turn[direction] in exits:
+                direction = turn[direction]
             else:
                 direction = next(iter(exits))
             if direction != ahead or not corners:
