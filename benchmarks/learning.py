@@ -6,7 +6,9 @@
 For each data set and seed both sides get the same initial weights (torchvision's, through the checkpoint path), the
 same batches in the same order, mirrored alike, the same optimizer and schedule, and one evaluator. What differs is the
 code: sampling of proposals draws from the same stream but not the same numbers. The network is a ResNet-18 with
-feature pyramid and batch norm, trained by torchvision's rules on both sides.
+feature pyramid and batch norm, trained by torchvision's rules on both sides, with fewer proposals (500 before
+suppression, 200 after it), 128 sampled of them, and a quarter of the width in pyramid and heads, so that a CPU can do
+it.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +28,40 @@ import maskwright as mw
 from maskwright.data import Augment, make_loader, open_dataset
 from maskwright.evaluation import Evaluator
 from maskwright.structures import Batch, Instances, Masks
+from maskwright.systems.mask_rcnn import MaskRCNN
+
+PROPOSALS, SAMPLE, WIDTH = (500, 200), 128, 64
 
 
 def networks(classes: tuple[str, ...], seed: int, short: int, device: str) -> tuple[Any, mw.System]:
-    from torchvision.models.detection import MaskRCNN
+    from torchvision.models import resnet18
+    from torchvision.models.detection import MaskRCNN as Theirs
     from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
     torch.manual_seed(seed)
-    sizes = (16, 32, 64, 128, 256)
-    trunk = resnet_fpn_backbone(
-        backbone_name="resnet18", weights=None, norm_layer=torch.nn.BatchNorm2d, trainable_layers=5
-    )
-    anchors = AnchorGenerator(tuple((s,) for s in sizes), ((0.5, 1.0, 2.0),) * 5)
+    sizes, outputs = (16, 32, 64, 128, 256), len(classes) + 1
+    stages = {f"layer{n + 1}": str(n) for n in range(4)}
+    trunk = BackboneWithFPN(resnet18(weights=None), stages, [64, 128, 256, 512], WIDTH)
     # Batches arrive resized and normalised: torchvision's own transform only pads and must change nothing.
-    theirs = MaskRCNN(
-        trunk, len(classes) + 1, rpn_anchor_generator=anchors, min_size=1, max_size=1, image_mean=[0.0] * 3,
-        image_std=[1.0] * 3,
+    theirs = Theirs(
+        trunk, rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in sizes), ((0.5, 1.0, 2.0),) * 5),
+        box_head=TwoMLPHead(WIDTH * 49, 4 * WIDTH), box_predictor=FastRCNNPredictor(4 * WIDTH, outputs),
+        mask_head=MaskRCNNHeads(WIDTH, (WIDTH, WIDTH), 1), mask_predictor=MaskRCNNPredictor(WIDTH, WIDTH, outputs),
+        min_size=1, max_size=1, image_mean=[0.0] * 3, image_std=[1.0] * 3, rpn_pre_nms_top_n_train=PROPOSALS[0],
+        rpn_post_nms_top_n_train=PROPOSALS[1], box_batch_size_per_image=SAMPLE,
     )  # fmt: skip
     theirs.transform.resize = lambda image, target=None: (image, target)
     with tempfile.TemporaryDirectory() as folder:
         torch.save(theirs.state_dict(), Path(folder) / "theirs.pth")
-        system = mw.load(Path(folder) / "theirs.pth", anchor_sizes=sizes, frozen=0, short=short, long=short * 2)
+        system = mw.load(
+            Path(folder) / "theirs.pth", anchor_sizes=sizes, frozen=0, short=short, long=short * 2,
+            proposals_before=(PROPOSALS[0], 1000), proposals_after=(PROPOSALS[1], 1000),
+        )  # fmt: skip
+    assert isinstance(system, MaskRCNN)
+    system.roi_rules = replace(system.roi_rules, sample=SAMPLE)
     system.classes = classes
     return theirs.to(device), system.to(device)
 

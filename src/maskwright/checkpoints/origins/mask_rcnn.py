@@ -204,13 +204,14 @@ def _torchvision(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
     grouped = depth >= 50 and (width[1] != width[0] or width[0] != stem[0])  # ResNeXt and wide ResNet
     tracked = "backbone.body.bn1.num_batches_tracked" in shapes
     fpn = "backbone.fpn.inner_blocks.0.1.weight" in shapes
+    merged = next(v for k, v in shapes.items() if k.startswith("backbone.fpn.inner_blocks.0.") and len(v) == 4)
     options: dict[str, Any] = {
         "backbone": f"resnet{depth}", "rules": "torchvision", "in_channels": stem[1], "stem_width": stem[0],
         "norm": "batch" if tracked else "frozen",
         # torchvision sets the epsilon of its published v1 weights, all of depth 50, to 0 after loading them. v2 has
         # batch norm's own, and so have frozen norms that nobody sets.
         "norm_eps": 0.0 if depth == 50 and not grouped and not tracked else 1e-5,
-        "frozen": 0 if tracked else 2, "neck_norm": "batch" if fpn else "none",
+        "frozen": 0 if tracked else 2, "neck_norm": "batch" if fpn else "none", "neck_width": merged[0],
     }  # fmt: skip
     if grouped:
         options |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
