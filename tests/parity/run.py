@@ -47,7 +47,7 @@ def stated(ledger: Ledger) -> dict[str, Any]:
         options["norm_eps"] = float(epsilon)
     if "no_grad_names" in ledger.arrays and not any(map(str, ledger.arrays["no_grad_names"])):
         options["frozen"] = 0
-    return options
+    return options | checkers.stated(ledger.about)
 
 
 def load(layout: Path, ledger: Ledger, folder: Path) -> System:
@@ -56,7 +56,7 @@ def load(layout: Path, ledger: Ledger, folder: Path) -> System:
 
     about, options = ledger.about, stated(ledger)
     overrides = about.get("overrides") or about.get("weights_override") or {}
-    path = write_checkpoint(layout, folder, int(about.get("seed") or 0), overrides)
+    path = write_checkpoint(layout, folder, int(about.get("seed", about.get("weights_seed")) or 0), overrides)
     torch.manual_seed(0)
     return maskwright.load(path, **options)
 

@@ -16,6 +16,11 @@ HEADS = {"neck_width": 32, "box_width": 64, "proposals_before": (200, 100), "pro
 TINY: dict[str, dict[str, Any]] = {
     "mask-rcnn": {**TRUNK, **HEADS, "mask_width": 32},
     "keypoint-rcnn": {**TRUNK, **HEADS, "keypoint_width": 32, "keypoint_convs": 2},
+    # Places in a crowd region are left out, which changes what is learnt beside it; here they are not.
+    "yolact": {**TRUNK, "neck_width": 32, "prototypes": 8, "crowd_overlap": 1.0},
+    "yolact-plus": {
+        **TRUNK, "backbone": "resnet50", "deform_stages": (3,), "neck_width": 32, "prototypes": 8, "crowd_overlap": 1.0,
+    },
 }
 
 

@@ -21,12 +21,12 @@ def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
-def pairwise_iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m"]:
+def pairwise_iou(a: Float[Tensor, "*k n 4"], b: Float[Tensor, "*k m 4"]) -> Float[Tensor, "*k n m"]:
     """Overlap of every box in `a` with every box in `b`; 0 where the union is empty."""
-    low = torch.maximum(a[:, None, :2], b[None, :, :2])
-    high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    low = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
+    high = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
     both = (high - low).clamp(min=0).prod(-1)
-    union = area(a)[:, None] + area(b)[None] - both
+    union = area(a)[..., :, None] + area(b)[..., None, :] - both
     return torch.where(both > 0, both / union, both.new_zeros(()))
 
 

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from maskwright.ops.interpolation import weights
 from maskwright.ops.pooling import roi_align
 from maskwright.structures import Masks
 
@@ -38,6 +39,24 @@ def mask_targets(
         values = roi_align(plane.to(boxes.device)[None, None], rois, side, aligned=rule == "binary")
         result[rows] = values[:, 0]
     return (result >= 0.5).to(result) if rule == "binary" else result
+
+
+def plane_targets(masks: Masks, grid: tuple[int, int], size: tuple[int, int]) -> Float[Tensor, "n h w"]:
+    """Whole masks on a coarse `grid` (h, w) that covers the network's input of `size` (H, W), on the host.
+
+    Bilinear, by pixel centres and without anti-aliasing: a cell reads the four pixels around its centre. Masks may end
+    before the input does; beyond them lies background.
+    """
+    down, across = (
+        ((torch.arange(cells) + 0.5) * (length / cells) - 0.5).clamp(0, length - 1)
+        for cells, length in zip(grid, size, strict=True)
+    )
+    frames, crops = masks.crops()
+    planes = torch.zeros(len(masks), *grid)
+    for plane, (left, top, _, _), crop in zip(planes, frames.tolist(), crops, strict=True):
+        rows, columns = weights(down - top, crop.shape[0]), weights(across - left, crop.shape[1])
+        torch.matmul(rows @ crop.float(), columns.T, out=plane)
+    return planes
 
 
 def _with_margin(crop: Tensor, frame: list[int], size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:

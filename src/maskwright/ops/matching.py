@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from maskwright.ops.boxes import pairwise_iou
+
 NEGATIVE, IGNORED = -1, -2
 
 
@@ -27,6 +29,43 @@ def match(
     if rescue:
         ties = (iou == iou.amax(1, keepdim=True)).any(0)
         matched = torch.where(ties, nearest, matched)
+    return nearest, matched
+
+
+def match_each(
+    objects: Float[Tensor, "m 4"], boxes: Float[Tensor, "n 4"], low: float, high: float, at_once: int = 64
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """As `match`, of boxes' overlap; and every object gets a box of its own, however little they overlap (SSD, YOLACT).
+
+    Of all pairs of an object and a box that have no partner yet the one of the largest overlap is joined, until every
+    object has a box; that box then answers for it alone. Equal overlaps go to the first object, then to the first box.
+    at_once  objects compared together: bounds the memory at about 60 N `at_once` bytes
+    """
+    count, own = len(boxes), min(len(objects), len(boxes))
+    best = torch.full((count,), -1.0, device=boxes.device)
+    nearest = torch.zeros(count, dtype=torch.int64, device=boxes.device)
+    later = torch.arange(count - 1, -1, -1, device=boxes.device)
+    values, places = [], []
+    for first in range(0, len(objects), at_once):
+        iou = pairwise_iou(objects[first : first + at_once], boxes)  # (m, N)
+        largest, row = iou.max(0)
+        nearest = torch.where(largest > best, row + first, nearest)
+        best = torch.maximum(largest, best)
+        # No object can need more candidates than there are objects. The bits of a float above 0 sort as it does.
+        rank = (iou.float().view(torch.int32).long() << 32) + later
+        places.append(rank.topk(own, 1).indices)
+        values.append(iou.gather(1, places[-1]))
+    matched = torch.where(best >= high, nearest, IGNORED)
+    matched = torch.where(best < low, NEGATIVE, matched)
+    if not own:
+        return nearest, matched
+    value, place = torch.cat(values), torch.cat(places)  # (M, own)
+    rows = torch.arange(len(objects), device=boxes.device)[:, None]
+    for _ in range(own):
+        chosen = value.argmax()
+        row, box = chosen.div(own, rounding_mode="floor"), place.flatten()[chosen]
+        nearest, matched = (v.index_fill(0, box, 0).index_add(0, box[None], row[None]) for v in (nearest, matched))
+        value = value.masked_fill((place == box) | (rows == row), -1.0)
     return nearest, matched
 
 

@@ -37,3 +37,10 @@ def matrix_nms(
     else:
         decay = (1 - above) / (1 - covered)[:, None]
     return scores * (decay.amin(0) if len(above) else scores.new_ones(0))
+
+
+def fast_nms(iou: Float[Tensor, "*k n n"], threshold: float = 0.5) -> Bool[Tensor, "*k n"]:
+    """Which objects Fast NMS keeps (YOLACT, arXiv 1904.02689, section 3.3): those that no better one overlaps by more
+    than `threshold`, all at once. Objects come best first; what is dropped still drops others, so that it keeps no more
+    than the classical rule."""
+    return iou.triu(1).amax(-2) <= threshold if iou.shape[-1] else iou.new_zeros(iou.shape[:-1], dtype=torch.bool)

@@ -12,6 +12,8 @@ from maskwright.systems.base import Card, ClassRows, Preset, Score, System
 REGISTRY = {
     "mask-rcnn": "mask_rcnn:MaskRCNN",
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
+    "yolact": "yolact:YOLACT",
+    "yolact-plus": "yolact_plus:YOLACTPlus",
 }
 
 __all__ = ["REGISTRY", "Card", "ClassRows", "Preset", "Score", "System", "create", "names", "presets", "system_class"]

@@ -1,7 +1,8 @@
 """What to compare, for each system and for each kind of file without weights.
 
 A module here gives `SYSTEMS` (names of the registry -> function of (system, layout, ledger)) and `OPERATORS`
-(function that says from a ledger whether it is its own -> function of the ledger).
+(function that says from a ledger whether it is its own -> function of the ledger). `stated`, where it has one, gives
+further arguments of `load` from what the outputs say of themselves.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import Any
 
 from maskwright.systems import System
 from tests.parity.ledger import Ledger
@@ -22,6 +24,12 @@ def with_weights(system: System, layout: Path, ledger: Ledger) -> None:
         if check is not None:
             return check(system, layout, ledger)
     raise LookupError(f"nothing here knows how to check {system.name}")
+
+
+def stated(about: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `load` that outputs state and no file of weights holds: what modules' own `stated` say."""
+    parts = [module.stated(about) for module in MODULES if hasattr(module, "stated")]
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def without_weights(ledger: Ledger) -> None:

@@ -1,0 +1,102 @@
+"""Putting whole planes of probabilities, on the network's grid, onto the picture's."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from maskwright.ops.interpolation import weights
+from maskwright.structures import Masks, Placement
+
+
+def place_planes(
+    probabilities: Float[Tensor, "n p q"],
+    placement: Placement,
+    size: tuple[int, int],
+    *,
+    threshold: float = 0.5,
+    steps: Literal[1, 2] = 2,
+    budget: int = 64 << 20,
+) -> Masks:
+    """Masks on the picture from planes that cover the network's input of `size` (H, W), padding included.
+
+    Both steps are bilinear, by pixel centres and without anti-aliasing: to the input's grid, of which only the valid
+    part is kept, then from there to the picture's. Kept are values > threshold (which is above 0). Both steps are
+    linear along each axis, so one small matrix per axis does them at once, and padding is never read.
+
+    steps   1: straight to the picture's grid instead (YOLACT)
+    budget  bytes of scratch on an accelerator, where whole planes are made, as many at a time as fit. On the host each
+            mask is made on the pixels alone that its probabilities above the threshold reach, and so many bytes of them
+            are held before they are packed
+    """
+    probabilities = probabilities.float()
+    if not len(probabilities):
+        return Masks.empty(placement.picture)
+    height, width = placement.picture
+    like, across_first = probabilities, placement.mirrored
+    down = _axis(like, 1, size[0], placement.size[0], height, placement.scale[1], placement.offset[1], False, steps)
+    across = _axis(
+        like, 2, size[1], placement.size[1], width, placement.scale[0], placement.offset[0], across_first, steps
+    )
+    if probabilities.device.type != "cpu":
+        step = max(1, budget // (height * max(width, probabilities.shape[2]) * 9))
+        return Masks.join(
+            [Masks.from_dense(down @ part @ across.T > threshold).pack() for part in probabilities.split(step)]
+        )
+    # A mean of neighbours is above the threshold only if one of them is.
+    solid = probabilities > threshold
+    rows, columns = _reached(solid.any(2), down), _reached(solid.any(1), across)
+    corners, parts, crops, held = torch.stack([columns[:, 0], rows[:, 0]], 1), [], [], 0
+    for plane, (top, bottom), (left, right) in zip(probabilities, rows.tolist(), columns.tolist(), strict=True):
+        window = (_used(down[top:bottom]), _used(across[left:right]))
+        small = down[top:bottom, window[0]] @ plane[window] @ across[left:right, window[1]].T
+        crops.append(small > threshold)
+        held += small.numel()
+        if held > budget:
+            parts.append(Masks.from_crops(crops, corners[: len(crops)], placement.picture))
+            corners, crops, held = corners[len(crops) :], [], 0
+    return Masks.join([*parts, Masks.from_crops(crops, corners, placement.picture)])
+
+
+def _axis(
+    like: Tensor,
+    axis: int,
+    padded: int,
+    valid: int,
+    picture: int,
+    scale: float,
+    offset: float,
+    mirrored: bool,
+    steps: int,
+) -> Float[Tensor, "_picture _cells"]:
+    """What each of the picture's pixels takes of each cell along one axis."""
+    cells = like.shape[axis]
+    pixels = torch.arange(picture, device=like.device, dtype=torch.float32) + 0.5
+    place = (picture - pixels if mirrored else pixels) * scale + offset - 0.5
+    seen = (place > -0.5) & (place < valid - 0.5)
+    if steps == 1:
+        return weights((place + 0.5) * (cells / padded) - 0.5, cells, "border") * seen[:, None]
+    inner = torch.arange(valid, device=like.device, dtype=torch.float32)
+    onto_input = weights((inner + 0.5) * (cells / padded) - 0.5, cells, "border")  # (valid, cells)
+    place = place.clamp(0, valid - 1)
+    first = place.floor().long()
+    second = (first + 1).clamp(max=valid - 1)
+    return onto_input[first].lerp(onto_input[second], (place - first)[:, None]) * seen[:, None]
+
+
+def _reached(solid: Tensor, axis: Tensor) -> Tensor:
+    """For each object the pixels first ... last + 1 along one axis that its solid cells have a part in."""
+    hit = solid.float() @ (axis > 0).float().T > 0  # (n, pixels)
+    steps = torch.arange(hit.shape[1])
+    first = torch.where(hit, steps, hit.shape[1]).amin(1)
+    last = torch.where(hit, steps + 1, 0).amax(1)
+    return torch.stack([torch.minimum(first, last), last], 1)
+
+
+def _used(axis: Tensor) -> slice:
+    """The cells that these pixels read."""
+    cells = (axis > 0).any(0).nonzero().flatten()
+    return slice(int(cells[0]), int(cells[-1]) + 1) if len(cells) else slice(0, 0)

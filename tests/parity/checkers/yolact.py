@@ -1,0 +1,223 @@
+"""YOLACT and YOLACT++, by their authors."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from maskwright.checkpoints.names import COCO
+from maskwright.structures import Instances, Masks, Placement
+from maskwright.systems import create
+from maskwright.systems.yolact import YOLACT, Found, Raw, assemble, encode
+from maskwright.systems.yolact_plus import YOLACTPlus
+from tests.parity.ledger import Ledger, inputs, matching
+
+LOSSES = {"B": "box", "C": "class", "M": "mask", "S": "semantic", "I": "rescore"}
+VARIANTS = {
+    "yolact_base": "yolact-r101", "yolact_im400": "yolact-r101-im400", "yolact_im700": "yolact-r101-im700",
+    "yolact_resnet50_pascal": "yolact-r50-pascal",
+}  # fmt: skip
+
+
+def stated(about: dict[str, Any]) -> dict[str, Any]:
+    """What a file's keys do not say and its outputs do: which configuration it is of."""
+    variant = VARIANTS.get(str(about.get("config", "")).removesuffix("_config"))
+    return {} if variant is None else {"variant": variant}
+
+
+def check(system: YOLACT, layout: Path, ledger: Ledger) -> None:
+    Check(system.eval(), ledger).run()
+
+
+class Check:
+    def __init__(self, system: YOLACT, ledger: Ledger):
+        self.system, self.ledger = system, ledger
+        # Masks are kept as X_packbits and X_shape here, the first of them perhaps in samples.
+        ledger.arrays = {re.sub(r"masks(\d?)_(packbits|shape)", r"masks\1__\2", k): v for k, v in ledger.arrays.items()}
+
+    @torch.no_grad()
+    def run(self) -> None:
+        ledger = self.ledger
+        if "proto_low" in ledger:
+            return self.post()
+        images, _ = inputs(ledger.about)
+        seen: dict[str, Any] = {}
+        hooks = [
+            part.register_forward_hook(lambda module, given, answer, name=name: seen.update({name: answer}))
+            for name, part in (("trunk", self.system.backbone), ("neck", self.system.neck))
+        ]
+        raw = self.system(images)
+        for hook in hooks:
+            hook.remove()
+        for name in ledger.names(r"[cd][345]"):
+            ledger.compare(name, seen["trunk"][int(name[1]) - 6])
+        for name in ledger.names(r"p[34567]"):
+            ledger.compare(name, seen["neck"][int(name[1]) - 3])
+        if "targets0" in ledger:
+            return self.losses(raw)
+        self.raw(raw)
+        self.detections(raw)
+
+    def raw(self, raw: Raw) -> None:
+        answers = {
+            "loc": raw.deltas, "conf_logits": raw.logits.roll(1, -1), "coef": raw.coefficients,
+            "proto": raw.prototypes.permute(0, 2, 3, 1), "priors": self.system.anchors(raw),
+            "segm_logits_trainonly": raw.semantic,
+        }  # fmt: skip
+        for name, values in answers.items():
+            if name in self.ledger:
+                self.ledger.compare(name, values)
+
+    # ---- detections ----------------------------------------------------------------------------------------------
+
+    def post(self) -> None:
+        """Hand-made answers of the head, put through what comes after it."""
+        ledger = self.ledger
+        anchors, probabilities = ledger.given("priors"), ledger.given("conf")
+        coarse = ledger.given("proto_low")
+        side = int(ledger.arrays["softmask_cropped__shape"][-1])
+        maps = functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False).relu()
+        size = int(ledger.about.get("cfg_max_size", 550))
+        semantic = torch.zeros(1, probabilities.shape[2] - 1, 1, 1)
+        raw = Raw(
+            ledger.given("loc"),
+            probabilities.log().roll(-1, -1),
+            ledger.given("coef"),
+            maps,
+            semantic,
+            (),
+            (size, size),
+        )
+        self.system.anchors = lambda raw: anchors
+        try:
+            self.detections(raw)
+        finally:
+            del self.system.anchors
+
+    def detections(self, raw: Raw) -> None:
+        ledger, about = self.ledger, self.ledger.about
+        limits = (float(about.get("conf_thresh", 0.05)), float(about.get("nms_thresh", 0.5)))
+        count = int(about.get("max_num_detections", 100))
+        if "perclass_scores" in ledger:
+            found = self.found("perclass", self.system.find(raw, *limits, count)[0])
+            if found is not None:
+                self.finished(raw, found)
+        if "crossclass_scores" in ledger:
+            self.found("crossclass", self.system.find(raw, *limits, 200, cross_class=True)[0])
+
+    def found(self, prefix: str, found: Found) -> Found | None:
+        """Compares the detections; gives them in the original's order."""
+        ledger = self.ledger
+        if f"{prefix}_boxes_norm" in ledger:
+            theirs = ledger.peek(f"{prefix}_boxes_norm"), ledger.peek(f"{prefix}_classes")
+            rows = matching(theirs[0], found.boxes, (theirs[1], found.labels))
+            if rows is None:
+                ledger.fail(f"{prefix}_boxes_norm", f"{len(found.boxes)} boxes instead of {len(theirs[0])}")
+                return None
+            found = found[rows]
+            ledger.compare(f"{prefix}_boxes_norm", found.boxes)
+            ledger.equal(f"{prefix}_classes", found.labels)
+            ledger.compare(f"{prefix}_coef", found.coefficients)
+        ledger.compare(f"{prefix}_scores", found.scores)
+        return found
+
+    def finished(self, raw: Raw, found: Found) -> None:
+        ledger, system = self.ledger, self.system
+        soft = assemble(raw.prototypes[0], found.coefficients, found.boxes)
+        for name in ledger.names(r"(perclass_)?softmask_cropped"):
+            ledger.compare(name, soft)
+        for name in ("final_scores", "final_box_scores"):
+            if name in ledger:
+                ledger.compare(name, found.scores)
+        if isinstance(system, YOLACTPlus):
+            for name in ledger.names(r"maskiou_all_classes|perclass_maskiou_all"):
+                ledger.compare(name, system.rescoring(soft))
+            if "final_mask_scores" in ledger:
+                ledger.compare("final_mask_scores", found.scores * system.quality(found, raw.prototypes[0]))
+        if "final_boxes" not in ledger:
+            return
+        width, height = ledger.about["final_size_wh"]
+        placement = Placement.resize((height, width), raw.size)
+        final = system.on_picture(found, raw.prototypes[0], raw.size, placement, drop_empty=False)
+        ledger.compare("final_boxes", final.boxes)
+        ledger.equal("final_classes", final.labels)
+        assert final.masks is not None
+        ledger.compare_bits("final_masks", final.masks.dense())
+
+    # ---- learning ------------------------------------------------------------------------------------------------
+
+    def losses(self, raw: Raw) -> None:
+        ledger, system = self.ledger, self.system
+        targets = [self.target(index, raw.size) for index in range(len(raw.deltas))]
+        anchors = system.anchors(raw)
+        for index, target in enumerate(targets):
+            self.matches(index, anchors, target, raw.size)
+        several, system.masks_per_picture = system.masks_per_picture, 1 << 30
+        for prefix, answers in (("net_loss", raw), ("synthetic_loss", self.drawn(raw))):
+            terms = system.losses(answers, targets)
+            for name in ledger.names(rf"{prefix}_\w"):
+                ledger.compare(name, terms[LOSSES[name[-1]]])
+        system.masks_per_picture = several
+
+    def target(self, index: int, size: tuple[int, int]) -> Instances:
+        rows, masks = self.ledger.given(f"targets{index}"), self.ledger.given(f"masks{index}")
+        boxes = rows[:, :4] * torch.tensor([size[1], size[0], size[1], size[0]])
+        labels = rows[:, 4].long()
+        return Instances(size, boxes, labels.clamp(min=0), Masks.from_dense(masks), crowd=labels < 0)
+
+    def matches(self, index: int, anchors: Tensor, target: Instances, size: tuple[int, int]) -> None:
+        ledger = self.ledger
+        assert target.crowd is not None
+        boxes = target.boxes / torch.tensor([size[1], size[0], size[1], size[0]])
+        solid, crowd = replace(target, boxes=boxes)[~target.crowd], boxes[target.crowd]
+        nearest, matched = self.system.assign(anchors, solid, crowd)
+        theirs = torch.where(matched >= 0, solid.labels[nearest] + 1, torch.where(matched == -1, 0, -1))
+        ledger.equal(f"match{index}_conf_t", theirs)
+        ledger.equal(f"match{index}_idx_t", nearest)
+        rows = matched >= 0
+        ledger.compare(f"match{index}_loc_t_positives", encode(anchors[rows], solid.boxes[matched[rows]]))
+
+    def drawn(self, raw: Raw) -> Raw:
+        """Answers that were drawn instead of computed, in this order."""
+        seed = re.search(r"RandomState\((\d+)\)", self.ledger.about["synthetic_loss"])
+        stream = np.random.RandomState(int(seed[1]) if seed else 10)
+
+        def draw(shape: tuple[int, ...]) -> np.ndarray:
+            return stream.standard_normal(shape)
+
+        batch, maps, height, width = raw.prototypes.shape
+        deltas = 0.3 * draw(tuple(raw.deltas.shape))
+        logits = draw(tuple(raw.logits.shape))
+        coefficients = np.tanh(draw(tuple(raw.coefficients.shape)))
+        prototypes = np.maximum(draw((batch, height, width, maps)), 0)
+        semantic = draw(tuple(raw.semantic.shape))
+        values = (torch.from_numpy(v.astype("float32")) for v in (deltas, logits, coefficients, prototypes, semantic))
+        own = dict(zip(("deltas", "logits", "coefficients", "prototypes", "semantic"), values, strict=True))
+        own["logits"] = own["logits"].roll(-1, -1)
+        own["prototypes"] = own["prototypes"].permute(0, 3, 1, 2)
+        return replace(raw, **own)
+
+
+def _is_post(ledger: Ledger) -> bool:
+    return "proto_low" in ledger and "maskiou_all_classes" not in ledger
+
+
+def _post(ledger: Ledger) -> None:
+    """What comes after YOLACT's head needs no weights."""
+    classes = (
+        COCO
+        if ledger.arrays["conf"].shape[2] == len(COCO) + 1
+        else [str(k) for k in range(ledger.arrays["conf"].shape[2] - 1)]
+    )
+    Check(create("yolact", classes=classes, backbone="resnet18", stem_width=8, neck_width=8), ledger).run()  # pyright: ignore[reportArgumentType]
+
+
+SYSTEMS = {"yolact": check, "yolact-plus": check}
+OPERATORS = [(_is_post, _post)]
