@@ -22,7 +22,8 @@ class Preprocess:
 
     fit           "short": the short side becomes `short` unless the long side would then exceed `long`;
                   "stretch": every picture becomes `canvas`, its shape not kept (YOLACT, PolarMask);
-                  "letterbox": the largest that fits into `canvas`, in its middle, black around it (CenterNet's heirs)
+                  "letterbox": the largest that fits into `canvas`, in its middle, black around it (CenterNet's heirs);
+                  "pad": as it is, in the middle of a black canvas that is a multiple of `multiple` and always larger
     canvas        height and width; used by "stretch" and "letterbox" alone
     resample      "pillow": 8-bit bilinear with anti-aliasing, before normalising (detectron2);
                   "tensor": float bilinear without anti-aliasing, after normalising (torchvision);
@@ -41,12 +42,12 @@ class Preprocess:
     divide: float = 255.0
     channels: Literal["RGB", "BGR"] = "RGB"
     multiple: int = 32
-    fit: Literal["short", "stretch", "letterbox"] = "short"
+    fit: Literal["short", "stretch", "letterbox", "pad"] = "short"
     canvas: tuple[int, int] | None = None
     sizes: Literal["rounded", "floored", "benchmark"] | None = None
 
     def __post_init__(self) -> None:
-        if self.fit != "short" and self.canvas is None:
+        if self.fit in ("stretch", "letterbox") and self.canvas is None:
             raise ValueError(f"fit={self.fit!r} needs a canvas (height, width)")
 
     @property
@@ -54,6 +55,8 @@ class Preprocess:
         """The size rule in words, for protocols: what a number measured with it means."""
         if self.fit == "short":
             return f"short side {self.short}, long side at most {self.long}"
+        if self.fit == "pad":
+            return f"its own size, padded to a larger multiple of {self.multiple}"
         height, width = self.canvas or (0, 0)
         return f"{self.fit} to {height} x {width}"
 
@@ -76,6 +79,8 @@ class Preprocess:
         """The size (h, w) that a picture of this size is resized to; never less than one pixel."""
         if self.fit == "stretch":
             return cast(tuple[int, int], self.canvas)
+        if self.fit == "pad":
+            return height, width
         if self.fit == "letterbox":
             canvas = cast(tuple[int, int], self.canvas)
             scale = min(canvas[0] / height, canvas[1] / width)
@@ -107,9 +112,10 @@ class Preprocess:
         else:
             values = self.normalise(_pillow(picture, target))
         placement = Placement.resize(size, target)
-        if self.fit != "letterbox":
+        if self.fit not in ("letterbox", "pad"):
             return values, placement
-        canvas = cast(tuple[int, int], self.canvas)
+        larger = cast(tuple[int, int], tuple((side // self.multiple + 1) * self.multiple for side in size))
+        canvas = larger if self.fit == "pad" else cast(tuple[int, int], self.canvas)
         top, left = (canvas[0] - target[0]) // 2, (canvas[1] - target[1]) // 2
         black = self.normalise(torch.zeros(len(picture), 1, 1))
         plane = black.expand(len(picture), *canvas).clone()
