@@ -60,7 +60,7 @@ def inner_centres(
 
 def distance_sums(plane: np.ndarray) -> np.ndarray:
     """At each pixel of a bool plane the sum of the distances to all pixels of the mask's border."""
-    shape = (2 * plane.shape[0], 2 * plane.shape[1])
+    shape = (_fast_length(2 * plane.shape[0]), _fast_length(2 * plane.shape[1]))
     y, x = (np.fft.fftfreq(n, 1 / n) for n in shape)
     kernel = np.hypot(y[:, None], x[None])
     sums = np.fft.irfft2(np.fft.rfft2(_border(plane), shape) * np.fft.rfft2(kernel), shape)
@@ -100,8 +100,8 @@ def degree_radii(
         away = np.hypot(offsets[:, 0], offsets[:, 1])[which]
     else:
         ray = np.stack([np.cos(np.deg2rad(degrees)), -np.sin(np.deg2rad(degrees))], 1)
-        ray = np.where(np.abs(ray) < 1e-12, 1e-12, ray)
-        away = ((offsets[which] + (ray > 0)) / ray).min(1)
+        along = np.abs(ray) < 1e-12  # it leaves by the other sides; a pixel beside it touches it with one of its own
+        away = np.where(along, np.inf, (offsets[which] + (ray > 0)) / np.where(along, 1, ray)).min(1)
     flat = np.full(result.size, -1.0)
     np.maximum.at(flat, owners[which] * DEGREES + degrees, away)
     result = np.where(flat < 0, np.nan, flat).reshape(result.shape)
@@ -120,20 +120,20 @@ def close_gaps(radii: Float[Tensor, "n 360"]) -> Float[Tensor, "n 360"]:
 
 
 @cache
-def _chebyshev_basis(count: int) -> tuple[Tensor, Tensor]:
-    """(360, count) values of the polynomials at the degrees, -1 and 1 included, and (count, 360) their inverse."""
-    basis = np.polynomial.chebyshev.chebvander(np.linspace(-1, 1, DEGREES), count - 1)
+def _chebyshev_basis(count: int, degrees: int) -> tuple[Tensor, Tensor]:
+    """(degrees, count) values of the polynomials, -1 and 1 included, and (count, degrees) their inverse."""
+    basis = np.polynomial.chebyshev.chebvander(np.linspace(-1, 1, degrees), count - 1)
     return torch.from_numpy(basis), torch.from_numpy(np.linalg.pinv(basis))
 
 
-def chebyshev_fit(radii: Float[Tensor, "n 360"], count: int = 18) -> Float[Tensor, "n {count}"]:
-    """The `count` coefficients of the polynomial nearest to each row, by least squares over the degrees."""
-    return radii @ _chebyshev_basis(count)[1].T.to(radii)
+def chebyshev_fit(radii: Float[Tensor, "*n d"], count: int = 18) -> Float[Tensor, "*n {count}"]:
+    """The `count` coefficients of the polynomial nearest to each row, by least squares over its directions."""
+    return radii @ _chebyshev_basis(count, radii.shape[-1])[1].T.to(radii)
 
 
-def chebyshev_radii(coefficients: Float[Tensor, "*n c"]) -> Float[Tensor, "*n 360"]:
-    """The polynomial at the 360 degrees."""
-    return coefficients @ _chebyshev_basis(coefficients.shape[-1])[0].T.to(coefficients)
+def chebyshev_radii(coefficients: Float[Tensor, "*n c"], count: int = DEGREES) -> Float[Tensor, "*n {count}"]:
+    """The polynomial in `count` directions."""
+    return coefficients @ _chebyshev_basis(coefficients.shape[-1], count)[0].T.to(coefficients)
 
 
 def degree_points(
@@ -242,6 +242,18 @@ def decode_chebyshev(
     low, high = boxes[..., None, :2], boxes[..., None, 2:]
     radii = chebyshev_radii(coefficients) * (boxes[..., 2:] - boxes[..., :2]).norm(dim=-1, keepdim=True)
     return degree_points(radii, centres, turn=turn).maximum(low).minimum(high)
+
+
+def _fast_length(least: int) -> int:
+    """The next number that is a product of twos, threes and fives, which Fourier transforms are quick for."""
+    while True:
+        rest = least
+        for factor in (2, 3, 5):
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return least
+        least += 1
 
 
 def _well_inside(plane: np.ndarray) -> np.ndarray:
@@ -423,7 +435,10 @@ def _farthest(points: Tensor, starts: Tensor, lengths: Tensor, origins: Tensor, 
     place = torch.arange(len(which), device=origins.device) + (starts - lengths.cumsum(0) + lengths)[which]
     x, y = (points[place] - origins[which]).unbind(1)
     degree = torch.atan2(x, y) * 180 / torch.pi
-    degree = torch.where(degree < 0, degree + 360, degree).to(torch.int64)
+    degree = torch.where(degree < 0, degree + 360, degree)
+    # Right on a multiple of 45 degrees rounding must not decide, which differs from device to device.
+    certain = (x == 0) | (y == 0) | (x.abs() == y.abs())
+    degree = torch.where(certain, degree.round(), degree).to(torch.int64)
     cells = which * table.shape[1] + degree + 3
     return table.flatten().scatter_reduce(0, cells, (x.square() + y.square()).sqrt(), "amax").view_as(table)
 
