@@ -138,6 +138,17 @@ class Ledger:
             name, f"{different} of {count} bits differ (bound {share:g}: at the threshold)", different <= share * count
         )
 
+    def compare_packed_rows(self, name: str, ours: Tensor, share: float = 1e-4) -> None:
+        """As `compare_bits`, for planes that the reference itself packed one by one, as rows of bytes."""
+        packed = np.packbits(ours.detach().cpu().numpy().astype(bool).reshape(len(ours), -1), axis=1)
+        theirs, shape, chosen = self._answer(name)
+        if packed.shape != tuple(shape):
+            return self._line(name, f"shape {packed.shape}, expected {tuple(shape)}", False)
+        mine = packed.reshape(-1) if chosen is None else packed.reshape(-1)[chosen]
+        different, count = int(np.unpackbits(mine ^ theirs.reshape(-1)).sum()), 8 * len(mine)
+        text = f"{different} of {count} bits differ (bound {share:g}: at the threshold)"
+        self._line(name, text, different <= share * count)
+
     def equal(self, name: str, ours: Tensor) -> None:
         """Integers or flags: all equal."""
         self.seen.add(name)

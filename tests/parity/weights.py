@@ -47,6 +47,6 @@ def write_checkpoint(layout: Path, folder: Path, seed: int = 0, overrides: dict[
         path.write_bytes(pickle.dumps({"model": state, "__author__": "Detectron2 Model Zoo"}))
         return path
     path = folder / f"{layout.stem}.pth"
-    tensors = {k: torch.from_numpy(v) for k, v in state.items()}
+    tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in state.items()}
     torch.save({"model": tensors} if wrapper.startswith("{'model'") else tensors, path)
     return path

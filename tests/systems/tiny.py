@@ -21,6 +21,8 @@ TINY: dict[str, dict[str, Any]] = {
     "yolact-plus": {
         **TRUNK, "backbone": "resnet50", "deform_stages": (3,), "neck_width": 32, "prototypes": 8, "crowd_overlap": 1.0,
     },
+    "polarmask": {**TRUNK, "neck_width": 64, "head_convs": 1},
+    "fouriernet": {**TRUNK, "neck_width": 64, "head_convs": 1, "coefficients": 18, "rays": 60},
 }
 
 

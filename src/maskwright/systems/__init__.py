@@ -14,6 +14,8 @@ REGISTRY = {
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
     "yolact": "yolact:YOLACT",
     "yolact-plus": "yolact_plus:YOLACTPlus",
+    "polarmask": "polarmask:PolarMask",
+    "fouriernet": "fouriernet:FourierNet",
 }
 
 __all__ = ["REGISTRY", "Card", "ClassRows", "Preset", "Score", "System", "create", "names", "presets", "system_class"]
