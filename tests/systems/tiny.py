@@ -12,6 +12,7 @@ from maskwright.systems import System, create
 SIZE = (96, 128)
 TRUNK = {"backbone": "resnet18", "stem_width": 16, "norm": "group", "frozen": 0}
 HEADS = {"neck_width": 32, "box_width": 64, "proposals_before": (200, 100), "proposals_after": (100, 50)}
+CELLS = {"neck_width": 32, "head_width": 32, "head_convs": 2, "grids": (16, 12, 8, 6, 4)}
 # What makes each system of the registry small. A new system adds its line.
 TINY: dict[str, dict[str, Any]] = {
     "mask-rcnn": {**TRUNK, **HEADS, "mask_width": 32},
@@ -23,6 +24,9 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "polarmask": {**TRUNK, "neck_width": 64, "head_convs": 1},
     "fouriernet": {**TRUNK, "neck_width": 64, "head_convs": 1, "coefficients": 18, "rays": 60},
+    "solo": {**TRUNK, **CELLS, "head_width": 128, "head_convs": 1},
+    "decoupled-solo": {**TRUNK, **CELLS},
+    "solov2": {**TRUNK, **CELLS, "mask_width": 32},
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -37,6 +38,17 @@ def matrix_nms(
     else:
         decay = (1 - above) / (1 - covered)[:, None]
     return scores * (decay.amin(0) if len(above) else scores.new_ones(0))
+
+
+def mask_nms(iou: Float[Tensor, "n n"], labels: Int[Tensor, " n"], threshold: float = 0.5) -> Bool[Tensor, " n"]:
+    """Which objects are kept, those best first, when each kept one drops those of its class it overlaps by more than
+    `threshold`. One after the other, on the host: for a few hundred objects."""
+    rivals = ((iou > threshold) & (labels[:, None] == labels)).triu(1).cpu().numpy()
+    keep = np.ones(len(rivals), bool)
+    for row, others in enumerate(rivals):
+        if keep[row]:
+            keep &= ~others
+    return torch.from_numpy(keep).to(iou.device)
 
 
 def fast_nms(iou: Float[Tensor, "*k n n"], threshold: float = 0.5) -> Bool[Tensor, "*k n"]:

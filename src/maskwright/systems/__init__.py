@@ -16,6 +16,9 @@ REGISTRY = {
     "yolact-plus": "yolact_plus:YOLACTPlus",
     "polarmask": "polarmask:PolarMask",
     "fouriernet": "fouriernet:FourierNet",
+    "solo": "solo:SOLO",
+    "decoupled-solo": "solo:DecoupledSOLO",
+    "solov2": "solov2:SOLOv2",
 }
 
 __all__ = ["REGISTRY", "Card", "ClassRows", "Preset", "Score", "System", "create", "names", "presets", "system_class"]

@@ -85,7 +85,7 @@ class System(nn.Module):
             raise UsageError(f"{cls.name}: {error}; its options are {known}") from None
         bound.apply_defaults()
         options = dict(list(bound.arguments.items())[1:])
-        self.__dict__["options"] = {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
+        self.__dict__["options"] = {k: _plain(v) for k, v in options.items()}
         return self
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
@@ -121,3 +121,8 @@ class System(nn.Module):
         from maskwright.inference import predict  # the one upward import: so that load(...).predict(...) reads well
 
         return predict(self, source, **options)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, also inside others: what JSON gives back."""
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
