@@ -22,6 +22,7 @@ class FPN(nn.Module):
               "input": the same from the trunk's last features on (RetinaNet); "none"
     relu      "outputs": after the levels that have an input (YOLACT); "between": before the second extra convolution
               (FCOS, RetinaNet); "none"
+    merge     "sum" of a level and what comes from above, or their "mean" (TensorMask)
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class FPN(nn.Module):
         upsample: Literal["double", "fit", "bilinear"] = "double",
         extra: Literal["pool", "output", "input", "none"] = "pool",
         relu: Literal["outputs", "between", "none"] = "none",
+        merge: Literal["sum", "mean"] = "sum",
     ):
         super().__init__()
-        self.upsample, self.extra, self.relu = upsample, extra, relu
+        self.upsample, self.extra, self.relu, self.merge = upsample, extra, relu, merge
         self.lateral = nn.ModuleList(ConvNorm(c, channels, 1, norm=norm, eps=eps) for c in channels_in)
         self.output = nn.ModuleList(ConvNorm(channels, channels, 3, norm=norm, eps=eps) for _ in channels_in)
         self.coarser = nn.ModuleList()
@@ -60,6 +62,7 @@ class FPN(nn.Module):
                 top = side + functional.interpolate(top, size=side.shape[-2:], mode="nearest")
             else:
                 top = side + functional.interpolate(top, size=side.shape[-2:], mode="bilinear", align_corners=False)
+            top = top / 2 if self.merge == "mean" else top
             levels.insert(0, output(top))
         if self.relu == "outputs":
             levels = [functional.relu(level, inplace=True) for level in levels]

@@ -100,15 +100,17 @@ def swap_windows(
     windows: Int[Tensor, "k 3"],
     pad: float = PAD,
     mode: Mode = "bilinear",
+    subsampled: bool = True,
     budget: int = 64 << 20,
 ) -> Float[Tensor, "k v u"]:
     """`swap_align2nat` at some windows alone, (index in the batch, y, x) on the coarser grid: what remains to be done
-    where few windows survive scoring. `budget` bounds the bytes of scratch."""
+    where few windows survive scoring. Not `subsampled` it is `up_align2nat`. `budget` bounds the bytes of scratch."""
     _expect(tensor, True)
+    stride = factor if subsampled else 1.0
     values = tensor.values
     _, v, u, h, w = values.shape
-    rows = _taps(v, h, factor, factor, tensor.alpha / factor, mode, str(values.device))
-    columns = _taps(u, w, factor, factor, tensor.alpha / factor, mode, str(values.device))
+    rows = _taps(v, h, factor, stride, tensor.alpha / factor, mode, str(values.device))
+    columns = _taps(u, w, factor, stride, tensor.alpha / factor, mode, str(values.device))
     v_out, u_out = rows.index.shape[0], columns.index.shape[0]
     flat, parts = values.reshape(-1), []
     at_once = max(1, budget // (v_out * u_out * 4 * (8 + 4)))

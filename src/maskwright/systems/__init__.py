@@ -6,22 +6,35 @@ from importlib import import_module
 from typing import Any
 
 from maskwright.errors import UnknownSystemError
-from maskwright.systems.base import Card, ClassRows, Preset, Score, System
+from maskwright.systems.base import Ablation, Card, ClassRows, Preset, Score, System
 
 # name: "module:class", in the order of publication
 REGISTRY = {
     "mask-rcnn": "mask_rcnn:MaskRCNN",
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
+    "tensormask": "tensormask:TensorMask",
     "yolact": "yolact:YOLACT",
     "yolact-plus": "yolact_plus:YOLACTPlus",
     "polarmask": "polarmask:PolarMask",
-    "fouriernet": "fouriernet:FourierNet",
     "solo": "solo:SOLO",
     "decoupled-solo": "solo:DecoupledSOLO",
+    "fouriernet": "fouriernet:FourierNet",
     "solov2": "solov2:SOLOv2",
 }
 
-__all__ = ["REGISTRY", "Card", "ClassRows", "Preset", "Score", "System", "create", "names", "presets", "system_class"]
+__all__ = [
+    "REGISTRY",
+    "Ablation",
+    "Card",
+    "ClassRows",
+    "Preset",
+    "Score",
+    "System",
+    "create",
+    "names",
+    "presets",
+    "system_class",
+]
 
 
 def names() -> list[str]:

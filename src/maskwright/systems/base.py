@@ -35,6 +35,28 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """A table of a paper as a list of variants, to be rerun on small data by `maskwright ablate`.
+
+    title      what is compared, and which table it is
+    variants   the rows: name -> options of the constructor that make it, on top of `base`
+    published  the same rows as published: name -> {"AP": ..., "AP50": ..., ...}
+    protocol   what the published numbers were measured on
+    base       options that all variants share
+    scenes     arguments of `data.Scenes`: what the pictures must hold for the difference to show
+    recipe     fields of `training.Recipe` on top of the budget
+    """
+
+    title: str
+    variants: Mapping[str, Mapping[str, Any]]
+    published: Mapping[str, Mapping[str, float]]
+    protocol: str
+    base: Mapping[str, Any]
+    scenes: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Card:
     """What is known about a system."""
 
@@ -70,6 +92,7 @@ class System(nn.Module):
     # Published ways of training it: name -> fields of `training.Recipe` that differ from its published defaults (16
     # pictures, SGD 0.02, momentum 0.9, weight decay 1e-4, steps at 2/3 and 8/9, 1000 steps of warm-up).
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    ablations: ClassVar[Mapping[str, Ablation]] = {}  # tables of the paper, by a short name
 
     options: dict[str, Any]
     classes: tuple[str, ...]

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.resnet import StrideIn
-from maskwright.systems.base import Card, Preset, Score
+from maskwright.systems.base import Ablation, Card, Preset, Score
 from maskwright.systems.mask_rcnn import MaskRCNN
 
 JOINTS = (
@@ -77,6 +77,7 @@ class KeypointRCNN(MaskRCNN):
             short=short, long=long, mean=mean, std=std,
         )  # fmt: skip
 
+    ablations: ClassVar[Mapping[str, Ablation]] = {}  # Mask R-CNN's tables are of its masks
     _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2}
     _HOW = "COCO val2017 persons, short side 800, pycocotools"
     _ZOO = "detectron2 MODEL_ZOO.md"

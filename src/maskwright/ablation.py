@@ -1,0 +1,196 @@
+"""A paper's ablation rerun on small data: a list of variants, one data set, one budget, several seeds, a table.
+
+What the variants are is said where the system is (`System.ablations`); here they are trained and measured, and the
+table is set beside the published one. Every run is kept, so that an interrupted ablation goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskwright.errors import UsageError
+from maskwright.systems import Ablation, system_class
+from maskwright.terminal import choose, progress, say
+
+MEASURES = {
+    "AP": "segm/AP",
+    "AP50": "segm/AP50",
+    "AP75": "segm/AP75",
+    "S": "segm/APs",
+    "M": "segm/APm",
+    "L": "segm/APl",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: each measure in percent for every seed, and what was published."""
+
+    variant: str
+    measured: Mapping[str, Sequence[float]]
+    published: Mapping[str, float]
+
+    def mean(self, measure: str) -> float:
+        return statistics.mean(self.measured[measure])
+
+    def spread(self, measure: str) -> float:
+        """Standard deviation over the seeds; 0 for one."""
+        values = self.measured[measure]
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def ablate(
+    system: str,
+    table: str,
+    *,
+    out: str | Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int = 400,
+    pictures: int = 400,
+    unseen: int = 100,
+    device: str = "auto",
+    **changes: Any,
+) -> list[Row]:
+    """Train and measure every variant of a table with every seed; write OUT/table.md, table.csv and chart.svg.
+
+    system, table  names: "tensormask", "2a"; see `System.ablations`
+    seeds          of weights, order and scenes; the variants of one seed see the same pictures in the same order
+    steps          of training, the same for all
+    pictures, unseen  generated scenes to learn from and to measure on
+    changes        further fields of `training.Recipe`
+
+    A run that stands in OUT/runs already, made with the same budget, is not made again.
+    """
+    kind = system_class(system)
+    if not kind.ablations:
+        raise UsageError(f"{system} has no tables to rerun")
+    plan = kind.ablations[choose(table, kind.ablations, f"table of {system}")]
+    out = Path(out)
+    budget = {"steps": steps, "pictures": pictures, "unseen": unseen, **changes}
+    wanted = [(seed, variant) for seed in seeds for variant in plan.variants]
+    found: dict[tuple[int, str], dict[str, float]] = {}
+    rows: list[Row] = []
+    for seed, variant in progress(wanted, "runs"):
+        found[seed, variant] = _run(system, plan, variant, seed, out / "runs" / f"{variant}-{seed}", budget, device)
+        summary = ", ".join(f"{name} {value:.1f}" for name, value in found[seed, variant].items() if value == value)
+        say(f"{variant}, seed {seed}: {summary}")
+        rows = [
+            Row(
+                name,
+                {m: [found[s, name][m] for s in seeds if (s, name) in found] for m in MEASURES},
+                plan.published.get(name, {}),
+            )
+            for name in plan.variants
+            if any((s, name) in found for s in seeds)
+        ]
+        _write(out, system, table, plan, rows, budget)  # after each run: there is always something to look at
+    return rows
+
+
+def _run(
+    system: str, plan: Ablation, variant: str, seed: int, folder: Path, budget: Mapping[str, Any], device: str
+) -> dict[str, float]:
+    from maskwright.checkpoints import load
+    from maskwright.data import Scenes
+    from maskwright.inference import evaluate
+    from maskwright.training import train
+
+    options = {**plan.base, **plan.variants[variant]}
+    promise = json.loads(
+        json.dumps({"options": options, "scenes": dict(plan.scenes), "recipe": dict(plan.recipe), **budget})
+    )
+    kept = folder / "measured.json"
+    if kept.exists():
+        told = json.loads(kept.read_text("utf-8"))
+        if told["promise"] == promise:
+            return told["measured"]
+    changes = {k: v for k, v in budget.items() if k not in ("pictures", "unseen")}
+    learn = Scenes(budget["pictures"], seed=seed, **plan.scenes)
+    judge = Scenes(budget["unseen"], seed=seed + 10_000, **plan.scenes)
+    recipe = {"tensorboard": False, "workers": 0, **plan.recipe, **changes}
+    best = train(system, learn, val=False, out=folder, options=options, seed=seed, device=device, **recipe)
+    result = evaluate(load(best), judge, examples=0, device=None if device == "auto" else device)
+    measured = {name: 100 * float(result.summary[key]) for name, key in MEASURES.items()}
+    _put(kept, json.dumps({"promise": promise, "measured": measured}) + "\n")
+    for name in ("best.safetensors", "last.safetensors", "last.ckpt"):  # numbers are what an ablation is for
+        (folder / name).unlink(missing_ok=True)
+    return measured
+
+
+def _write(out: Path, system: str, table: str, plan: Ablation, rows: Sequence[Row], budget: Mapping[str, Any]) -> None:
+    told = [m for m in MEASURES if any(row.mean(m) == row.mean(m) for row in rows)]
+    also = [m for m in MEASURES if any(m in row.published for row in rows)]
+    seeds = max(len(row.measured["AP"]) for row in rows)
+    words = ", ".join(f"{name} {value}" for name, value in budget.items())
+    lines = [
+        f"# {system}, table {table}: {plan.title}",
+        "",
+        f"Measured on generated scenes ({json.dumps(dict(plan.scenes))}; {words}), mean and standard deviation of "
+        f"{seeds} seed{'s' if seeds > 1 else ''}; published: {plan.protocol}. What can be compared is the order of the "
+        "rows and how far they are apart, not the numbers.",
+        "",
+        "| variant | " + " | ".join([*told, *(f"published {m}" for m in also)]) + " |",
+        "|---|" + "--:|" * (len(told) + len(also)),
+    ]
+    for row in rows:
+        cells = [f"{row.mean(m):.1f} ± {row.spread(m):.1f}" for m in told]
+        cells += [f"{row.published[m]:.1f}" if m in row.published else "" for m in also]
+        lines.append(f"| {row.variant} | " + " | ".join(cells) + " |")
+    _put(out / "table.md", "\n".join(lines) + "\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["variant", "seed number", *MEASURES])
+    for row in rows:
+        for number in range(len(row.measured["AP"])):
+            writer.writerow([row.variant, number, *(f"{row.measured[m][number]:.4f}" for m in MEASURES)])
+    _put(out / "table.csv", text.getvalue())
+    _put(out / "chart.svg", chart(rows))
+
+
+def chart(rows: Sequence[Row]) -> str:
+    """Bars of AP, measured and published side by side, as one SVG that stands alone."""
+    left, width, line, top = 150, 620, 34, 26
+    most = max([row.mean("AP") for row in rows] + [row.published.get("AP", 0.0) for row in rows] + [1.0])
+    scale = (width - left - 70) / most
+    height = top + line * len(rows) + 10
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{left}" y="16" fill="#2563eb">mask AP, measured here</text>',
+        f'<text x="{left + 160}" y="16" fill="#9ca3af">published</text>',
+    ]
+    for number, row in enumerate(rows):
+        y = top + line * number
+        parts.append(
+            f'<text x="{left - 8}" y="{y + 17}" text-anchor="end" fill="#111827">{_escaped(row.variant)}</text>'
+        )
+        value, spread = row.mean("AP"), row.spread("AP")
+        parts.append(f'<rect x="{left}" y="{y + 3}" width="{value * scale:.1f}" height="12" fill="#2563eb"/>')
+        low, high = left + max(0.0, value - spread) * scale, left + (value + spread) * scale
+        parts.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 9}" y2="{y + 9}" stroke="#111827"/>')
+        parts.append(f'<text x="{high + 5:.1f}" y="{y + 13}" fill="#111827">{value:.1f}</text>')
+        if "AP" in row.published:
+            far = row.published["AP"] * scale
+            parts.append(f'<rect x="{left}" y="{y + 17}" width="{far:.1f}" height="9" fill="#d1d5db"/>')
+            parts.append(f'<text x="{left + far + 5:.1f}" y="{y + 26}" fill="#6b7280">{row.published["AP"]:.1f}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _put(path: Path, text: str) -> None:
+    """Written beside and renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, "utf-8")
+    part.replace(path)

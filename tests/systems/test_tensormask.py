@@ -1,0 +1,90 @@
+"""What is TensorMask's own: its heads, its windows, and masks made only where they are needed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from maskwright.errors import UsageError
+from maskwright.structures import Instances, Placement
+from tests.systems.tiny import SIZE, build, objects
+
+HEADS = {
+    "bipyramid": {},
+    "one window": {"windows": (15,)},
+    "simple natural": {"bipyramid": False, "aligned": False},
+    "simple aligned": {"bipyramid": False},
+    "upscale natural": {"bipyramid": False, "aligned": False, "windows": (15,), "factor": 3.0},
+    "upscale aligned": {"bipyramid": False, "windows": (15,), "factor": 1.5},
+    "upscale nearest": {"bipyramid": False, "windows": (15,), "factor": 5.0, "mode": "nearest"},
+    "without a box head": {"boxes": False},
+    "the paper's rule": {"rule": "paper"},
+}
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_each_head_trains_and_finds(options):
+    system = build("tensormask", **options)
+    images = torch.randn(1, 3, *SIZE)
+    for target in (objects(2), objects(0)):
+        terms = system.losses(system(images), [target])
+        assert set(terms) == ({"class", "mask"} if options.get("boxes") is False else {"class", "box", "mask"})
+        sum(terms.values(), torch.zeros(())).backward()
+        assert all(torch.isfinite(v) for v in terms.values()), terms
+    assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+    system.eval()
+    with torch.no_grad():
+        found = system.decode(system(images), [Placement.identity(SIZE)], score_threshold=0.0, detections=5)[0]
+    assert len(found.masks) == len(found) <= 5
+
+
+@pytest.mark.parametrize(
+    "name", ["bipyramid", "simple natural", "simple aligned", "upscale natural", "upscale nearest"]
+)
+def test_masks_of_single_windows_are_those_of_the_dense_tensor(name):
+    system = build("tensormask", **HEADS[name]).eval()
+    with torch.no_grad():
+        raw = system(torch.randn(2, 3, *SIZE))
+        _, places = system.layout(raw)
+        chosen = torch.cat([(places[:, 0] == level).nonzero().flatten()[:7] for level in range(3)])
+        rows = torch.cat([torch.arange(len(chosen))[:, None] % 2, places[chosen]], 1)
+        for own, logits in system.masks_of(raw, rows):
+            level, number = int(rows[own[0], 1]), int(rows[own[0], 4])
+            dense = system.whole_masks(raw, level)[number]
+            picture, y, x = rows[own][:, [0, 2, 3]].unbind(1)
+            torch.testing.assert_close(logits, dense[picture, :, :, y, x], rtol=1e-4, atol=1e-4)
+
+
+def test_a_bipyramid_has_finer_masks_on_coarser_levels():
+    system = build("tensormask", windows=(7,)).eval()
+    with torch.no_grad():
+        raw = system(torch.randn(1, 3, *SIZE))
+        shapes = [tuple(system.whole_masks(raw, level)[0].shape[1:]) for level in range(3)]
+    assert shapes == [(7, 7, 24, 32), (14, 14, 12, 16), (28, 28, 6, 8)]
+
+
+def test_windows_learn_from_what_they_contain_and_only_from_one():
+    system = build("tensormask", windows=(11,))
+    raw = system(torch.randn(1, 3, *SIZE))
+    windows, places = system.layout(raw)
+    inside = torch.tensor([[30.0, 30, 70, 60]])  # 40 x 30 around (50, 45)
+    target = Instances(SIZE, inside, torch.tensor([0]))
+    own = system.assign(windows, places[:, 0], target)
+    assert len(own.windows)
+    for box in windows[own.windows]:
+        assert (box[:2] <= inside[0, :2]).all()
+        assert (box[2:] >= inside[0, 2:]).all()
+    twice = Instances(SIZE, inside.repeat(2, 1), torch.tensor([0, 1]))
+    assert not len(system.assign(windows, places[:, 0], twice).windows), "for two objects is for none"
+    system.rule = "paper"
+    fewer = system.assign(windows, places[:, 0], target)
+    assert set(fewer.windows.tolist()) <= set(own.windows.tolist())
+
+
+def test_heads_that_cannot_be_are_refused_in_words():
+    with pytest.raises(UsageError, match="a bipyramid is predicted in aligned representation"):
+        build("tensormask", aligned=False)
+    with pytest.raises(UsageError, match="a window of 11 cells cannot be predicted 3 times coarser"):
+        build("tensormask", bipyramid=False, factor=3.0)
+    with pytest.raises(UsageError, match="expected code or paper"):
+        build("tensormask", rule="neither")

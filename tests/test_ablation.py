@@ -1,0 +1,79 @@
+"""A table of a paper rerun: every variant is trained, kept, and set beside what was published."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from maskwright.ablation import Row, ablate, chart
+from maskwright.cli import main
+from maskwright.errors import UsageError
+from maskwright.systems import Ablation, names, system_class
+from maskwright.systems.mask_rcnn import MaskRCNN
+
+TINY = Ablation(
+    "two ways to make a mask",
+    {"softmax": {"mask_loss": "softmax"}, "sigmoid": {}},
+    {"sigmoid": {"AP": 30.3}},
+    "somewhere",
+    {
+        "backbone": "resnet18", "stem_width": 8, "neck_width": 16, "box_width": 16, "mask_width": 16, "mask_convs": 1,
+        "proposals_before": (50, 50), "proposals_after": (20, 20), "short": 64, "long": 64,
+    },
+    {"size": (64, 64), "classes": ("disc",)},
+    {"batch": 2},
+)  # fmt: skip
+
+
+def test_every_variant_is_trained_once_and_told_beside_the_published_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(MaskRCNN, "ablations", {"9z": TINY})
+    budget = ["--steps", "2", "--pictures", "4", "--unseen", "2", "--batch", "2", "--device", "cpu"]
+    code = main(["ablate", "mask-rcnn", "9z", "--seeds", "0", "1", *budget, "--out", str(tmp_path)])
+    assert code == 0
+    table = (tmp_path / "table.md").read_text()
+    assert "two ways to make a mask" in table
+    assert "2 seeds" in table
+    assert "| published AP |" in table
+    assert table.rstrip().endswith("| 30.3 |")
+    assert (tmp_path / "chart.svg").read_text().startswith("<svg")
+    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
+    kept = tmp_path / "runs" / "sigmoid-1" / "measured.json"
+    assert not list(tmp_path.glob("runs/*/*.safetensors")), "weights are not what it is for"
+
+    # Another time nothing is trained again, unless the budget changed.
+    told = json.loads(kept.read_text())
+    told["measured"]["AP"] = 77.0
+    kept.write_text(json.dumps(told))
+    again = ablate("mask-rcnn", "9z", out=tmp_path, seeds=(1,), steps=2, pictures=4, unseen=2, batch=2, device="cpu")
+    assert again[1].mean("AP") == 77
+
+
+def test_every_table_is_of_known_options_and_rows():
+    import inspect
+
+    for name in names():
+        kind = system_class(name)
+        known = set(inspect.signature(kind.__init__).parameters)
+        for table, plan in kind.ablations.items():
+            assert set(plan.published) <= set(plan.variants), (name, table)
+            for variant, options in plan.variants.items():
+                assert set(options) | set(plan.base) <= known, (name, table, variant)
+                kind(classes=("a",), **{**plan.base, **options})
+
+
+def test_an_unknown_table_is_named(tmp_path):
+    with pytest.raises(UsageError, match="there is no table of tensormask '2f'; known are 2a, 2b, 2c, 2d"):
+        ablate("tensormask", "2f", out=tmp_path)
+    with pytest.raises(UsageError, match="keypoint-rcnn has no tables"):
+        ablate("keypoint-rcnn", "1", out=tmp_path)
+
+
+def test_the_chart_draws_spread_and_what_was_published():
+    rows = [Row("a < b", {"AP": [10.0, 20.0]}, {"AP": 30.0}), Row("c", {"AP": [5.0]}, {})]
+    drawn = chart(rows)
+    assert "a &lt; b" in drawn
+    assert drawn.count("<rect") == 4
+    assert rows[0].mean("AP") == 15
+    assert rows[0].spread("AP") == pytest.approx(7.071, abs=1e-3)
+    assert rows[1].spread("AP") == 0
