@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor
 from maskwright.data import DataWarning, open_dataset
 from maskwright.errors import PictureError, UsageError
 from maskwright.evaluation import Evaluator, Result, Speed, match_classes
-from maskwright.inference.predicting import ahead, checked_thresholds, on_host
+from maskwright.inference.predicting import ahead, checked_thresholds, default_of, on_host
 from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
+from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
 from maskwright.structures import Batch, Instances, Placement
 from maskwright.systems import System
 
@@ -41,6 +42,7 @@ def evaluate(
     examples: int = 6,
     workers: int = 2,
     title: str = "",
+    suppression: Suppression | None = None,
     **thresholds: Any,
 ) -> Result:
     """AP of a system on a data set, with the speed and memory it took.
@@ -55,6 +57,7 @@ def evaluate(
     boundary         boundary AP too
     examples         pictures kept for the report page
     workers          threads that read and resize pictures while the network works
+    suppression      "matrix": Matrix NMS on the finished masks, see `predict`
 
     Where torch.distributed runs, every process takes its share and all get the whole result. A picture that cannot be
     read counts as one without predictions, with a warning; it is an error where the data set is strict.
@@ -63,6 +66,8 @@ def evaluate(
     if batch < 1 or workers < 1 or detections < 1:
         raise UsageError(f"batch is {batch}, workers is {workers}, detections is {detections}; all are at least 1")
     options = checked_thresholds(system, {**thresholds, "score_threshold": score_threshold, "detections": detections})
+    lowest = default_of(system, "score_threshold") if score_threshold is None else score_threshold
+    after = functools.partial(suppressed, kind=checked_suppression(suppression), threshold=lowest)
     place, kind = chosen_device(device), precision(dtype)
     dataset = open_dataset(data, split) if isinstance(data, (str, Path)) else data
     if limit is not None:
@@ -75,7 +80,7 @@ def evaluate(
     watch = _Watch(place)
     pairs: list[tuple[int, Instances]] = []
     for index, objects in _run(
-        ready, dataset, range(rank, len(dataset), world), batch, place, kind, options, workers, watch
+        ready, dataset, range(rank, len(dataset), world), batch, place, kind, options, workers, watch, after
     ):
         labels = rename[objects.labels]
         pairs.append((index, replace(objects, labels=labels)[labels >= 0]))
@@ -93,7 +98,7 @@ def evaluate(
     preprocess = ready.preprocess
     result.protocol = replace(
         result.protocol,
-        threshold=_default(system, "score_threshold") if score_threshold is None else score_threshold,
+        threshold=lowest,
         input_size=preprocess.words,
         precision=dtype,
         device=_device_name(place),
@@ -114,6 +119,7 @@ def _run(
     options: dict[str, Any],
     workers: int,
     watch: _Watch,
+    after: Callable[[Instances], Instances],
 ) -> Any:
     def lay(index: int) -> tuple[int, tuple[Tensor, Placement] | PictureError]:
         try:
@@ -139,7 +145,7 @@ def _run(
                 watch.start()
                 raw = run_network(system, pictures.images, place, kind)
                 watch.network()
-                found = [on_host(objects) for objects in system.decode(raw, pictures.placements, **options)]
+                found = [after(on_host(objects)) for objects in system.decode(raw, pictures.placements, **options)]
                 watch.decoded(len(group))
             for (number, _), objects in zip(group, found, strict=True):
                 watch.saw(objects)
@@ -232,11 +238,6 @@ def _kinds(asked: Sequence[str] | None, outputs: set[str], dataset: Any) -> tupl
     if not getattr(dataset, "joints", None) and "keypoints" in there:
         there.remove("keypoints")
     return tuple(there) or ("bbox",)
-
-
-def _default(system: System, name: str) -> float | None:
-    parameter = inspect.signature(system.decode).parameters.get(name)
-    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def _spread(dataset: Any, limit: int) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor
 from maskwright.errors import PictureError, UsageError
 from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
 from maskwright.inference.sources import Item, is_single, items, read
+from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
 from maskwright.inference.tiles import predict_tiled
 from maskwright.structures import Batch, Instances, Placement
 from maskwright.systems import System
@@ -112,6 +113,7 @@ def predict(
     dtype: str = "float32",
     compile: bool = False,
     workers: int = 2,
+    suppression: Suppression | None = None,
     **thresholds: Any,
 ) -> Any:
     """The objects in one picture (a `Prediction`) or in many (`Predictions`, an iterator of them).
@@ -124,6 +126,8 @@ def predict(
     recursive   search sub-folders too
     device, dtype, compile  see `prepare`. Call that yourself to pay for it once, not with every call
     workers     threads that read and resize pictures while the network works
+    suppression "matrix": Matrix NMS on the finished masks, after what the system does itself: scores decay by how much
+                better objects of the class overlap. `nms_threshold=1` turns most systems' own off
     thresholds  of the system's `decode`: score_threshold, nms_threshold, detections (per picture; per tile), ...
 
     Among many, a picture that cannot be read is skipped, see `Prediction.error`; one alone raises PictureError.
@@ -136,7 +140,7 @@ def predict(
     place, kind = chosen_device(device), precision(dtype)
     wanted = items(source, recursive)
     ready = prepare(system, place, dtype, compile)
-    run = _Runner(ready, place, kind, options)
+    run = _Runner(ready, place, kind, options, checked_suppression(suppression))
     stream = _tiles(run, wanted, batch, tile, overlap) if tile else _batches(run, wanted, batch, workers)
     if is_single(source):
         prediction = next(stream)
@@ -157,6 +161,12 @@ def checked_thresholds(system: System, thresholds: dict[str, Any]) -> dict[str, 
                 f"{system.name} has no option {name!r} for predicting; its thresholds are {', '.join(known)}"
             )
     return {name: value for name, value in thresholds.items() if value is not None}
+
+
+def default_of(system: System, name: str) -> Any:
+    """The default of an option of the system's `decode`; None where it has none."""
+    parameter = inspect.signature(system.decode).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def ahead(function: Callable[[A], B], inputs: Iterable[A], workers: int, depth: int) -> Iterator[B]:
@@ -182,10 +192,15 @@ class _Runner:
     device: torch.device
     dtype: torch.dtype
     thresholds: dict[str, Any]
+    suppression: Suppression | None = None
 
     @property
     def channels(self) -> int:
         return len(self.system.preprocess.mean)
+
+    @property
+    def score_threshold(self) -> float | None:
+        return self.thresholds.get("score_threshold", default_of(self.system, "score_threshold"))
 
     def __call__(self, laid: Sequence[tuple[Tensor, Placement]]) -> list[Instances]:
         """Objects of each picture, on the host, masks packed."""
@@ -196,6 +211,7 @@ class _Runner:
         return [on_host(objects) for objects in found]
 
     def prediction(self, item: Item, objects: Instances, seconds: float) -> Prediction:
+        objects = suppressed(objects, self.suppression, self.score_threshold)
         return Prediction(item.path, objects, objects.image_size, None, seconds, tuple(self.system.classes), item.given)
 
 
