@@ -21,7 +21,7 @@ from tests.parity.weights import write_checkpoint
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("MASKWRIGHT_SHARED", HERE.parents[1] / "../shared")) / "reference"
-MINE = ("mask-rcnn-", "keypoint-rcnn-", "roi-pooling", "preprocess-detectron2", "polarmask-", "fouriernet-")
+MINE = ("mask-rcnn-", "keypoint-rcnn-", "roi-pooling", "preprocess-detectron2", "polarmask-", "fouriernet-", "deepsnake-")
 NO_WEIGHTS = ("roi-pooling", "preprocess-detectron2-torchvision")
 LONG = ("x101", "dc5")
 

@@ -28,6 +28,9 @@ TINY: dict[str, dict[str, Any]] = {
     "solo": {**TRUNK, **CELLS, "head_width": 128, "head_convs": 1},
     "decoupled-solo": {**TRUNK, **CELLS},
     "solov2": {**TRUNK, **CELLS, "mask_width": 32},
+    "deepsnake": {
+        **TRUNK, "neck_width": 16, "head_width": 32, "points": 32, "start_points": 16, "contour_width": 64, "canvas": SIZE,
+    },
 }
 
 

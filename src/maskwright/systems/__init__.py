@@ -13,6 +13,7 @@ REGISTRY = {
     "mask-rcnn": "mask_rcnn:MaskRCNN",
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
     "tensormask": "tensormask:TensorMask",
+    "deepsnake": "deepsnake:DeepSnake",
     "yolact": "yolact:YOLACT",
     "yolact-plus": "yolact_plus:YOLACTPlus",
     "polarmask": "polarmask:PolarMask",

@@ -1,0 +1,221 @@
+"""Deep Snake, for SBD and for Cityscapes with components."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from maskwright.ops.centres import gaussian_radius, paint_gaussians
+from maskwright.ops.contours import resample_from
+from maskwright.ops.vertices import octagons
+from maskwright.structures import Instances, Masks
+from maskwright.systems.deepsnake import DeepSnake, Found, Raw
+from tests.parity.ledger import Ledger, inputs, matching
+from tests.parity.weights import value
+
+LOSSES = {"ct": "centre", "wh": "size", "ex": "extreme", "py": "outline"}
+
+
+def check(system: DeepSnake, layout: Path, ledger: Ledger) -> None:
+    Check(system, layout, ledger).run()
+
+
+class Check:
+    def __init__(self, system: DeepSnake, layout: Path, ledger: Ledger):
+        self.system, self.layout, self.ledger = system.eval(), layout, ledger
+        self.thresholds = ledger.about["thresholds"]
+
+    def run(self) -> None:
+        about = self.ledger.about
+        shape = about["input"]
+        if isinstance(shape, list):  # only its shape is said
+            about = {**about, "input": f"RandomState({about.get('input_seed', 0)}).standard_normal(({shape})"}
+            about["input"] = about["input"].replace("[", "").replace("]", ")")
+        images, _ = inputs(about)
+        self.size = (images.shape[2], images.shape[3])
+        with torch.no_grad():
+            raw = self.system(images)
+            self.network(raw)
+            self.detections(raw)
+            if "given_boxes" in self.ledger:
+                self.given(raw)
+            if "t_wh" in self.ledger:
+                self.training(raw)
+
+    def network(self, raw: Raw) -> None:
+        ledger = self.ledger
+        ledger.compare("feature", raw.feature)
+        kind = "a" if "head_awh" in ledger else ""
+        ledger.compare("head_act_hm" if kind else "head_ct_hm", raw.centres)
+        ledger.compare(f"head_{kind}wh", raw.sizes)
+        if "head_reg" in ledger:  # nothing uses it, and the library does not keep it
+            tensors = json.loads(self.layout.read_text())["tensors"]
+            seed = int(ledger.about.get("seed") or 0)
+            own = {
+                key: torch.from_numpy(value(key, tuple(shape), kind, seed))
+                for key, (shape, kind) in tensors.items()
+                if key.startswith("dla.reg.")
+            }
+            x = functional.conv2d(raw.feature, own["dla.reg.0.weight"], own["dla.reg.0.bias"], padding=1).relu()
+            ledger.compare("head_reg", functional.conv2d(x, own["dla.reg.2.weight"], own["dla.reg.2.bias"]))
+
+    # ---- what is found -------------------------------------------------------------------------------------------
+
+    def detections(self, raw: Raw) -> None:
+        ledger, system = self.ledger, self.system
+        count = int(self.thresholds.get("topk", 100))
+        # Every peak is asked for, whatever its score; suppressed are none.
+        self.rows("all_detections", system.find(raw, -1.0, 2.0, count))
+        found = system.find(raw, float(self.thresholds["ct_score"]), self.thresholds.get("ct_nms"), count)
+        boxes, owners = self.rows("detection", found), torch.zeros(0)
+        if boxes is None:
+            return
+        ours = Found(*(v[boxes] for v in found))
+        boxes, owners = ours.boxes, ours.owners
+        if "roi_detection" in ledger:
+            self.rows("roi_detection", found)
+            boxes, owners = self.components(raw, ours)
+        self.contours(raw, boxes, owners)
+
+    def rows(self, name: str, found: Found) -> Tensor | None:
+        """Compares boxes, scores and classes, and gives our rows in their order."""
+        theirs = self.ledger.peek(name)
+        ours = torch.cat([found.boxes, found.scores[:, None], found.labels[:, None].float()], 1)
+        rows = matching(theirs[:, :4], ours[:, :4], (theirs[:, 5], found.labels))
+        if rows is None:
+            self.ledger.fail(name, f"{len(ours)} objects instead of {len(theirs)}")
+            return None
+        self.ledger.compare(name, ours[rows])
+        return rows
+
+    def components(self, raw: Raw, found: Found) -> tuple[Tensor, Tensor]:
+        ledger, system = self.ledger, self.system
+        head = system.component_head
+        assert head is not None
+        # The original reads every detection, also those whose class has one component always.
+        ledger.compare("roi_feature", head.read(raw.feature, found.boxes, found.owners))
+        centres, sizes = head(raw.feature, found.boxes, found.owners)
+        ledger.compare("cp_hm", centres)
+        ledger.compare("cp_wh", sizes)
+        score, overlap = float(self.thresholds["cp_score"]), float(self.thresholds["cp_nms"])
+        boxes, owners = system.split(raw, found, score, overlap, int(self.thresholds["cp_top"]))
+        theirs = ledger.peek("cp_box")
+        rows = matching(theirs, boxes, (ledger.peek("cp_ind"), owners))
+        if rows is None:
+            ledger.fail("cp_box", f"{len(boxes)} components instead of {len(theirs)}")
+            return boxes, found.owners[owners]
+        ledger.compare("cp_box", boxes[rows])
+        ledger.equal("cp_ind", owners[rows])
+        return boxes[rows], found.owners[owners[rows]]
+
+    def contours(self, raw: Raw, boxes: Tensor, owners: Tensor) -> None:
+        ledger, stages = self.ledger, self.system.contours
+        limit = torch.tensor([raw.feature.shape[3] - 1, raw.feature.shape[2] - 1])
+        ledger.compare("it_ex", stages.diamonds(boxes))
+        extremes = stages.extremes(raw.feature, boxes, owners).clamp(min=0).minimum(limit)
+        ledger.compare("ex", extremes)
+        # From their extreme points: how many points an edge gets is rounded, and may fall to the other side.
+        octagon = stages.octagons(ledger.peek("ex") if "ex" in ledger.arrays else extremes)
+        ledger.compare("it_py", octagon)
+        for number, line in enumerate(stages.outlines(raw.feature, octagon, owners)):
+            ledger.compare(f"py_{number}", line)
+
+    # ---- on given boxes ------------------------------------------------------------------------------------------
+
+    def given(self, raw: Raw) -> None:
+        ledger, stages = self.ledger, self.system.contours
+        boxes = ledger.given("given_boxes")
+        owners = torch.zeros(len(boxes), dtype=torch.int64)
+        line = stages.diamonds(boxes)
+        ledger.compare("given_init40", line)
+        ledger.compare("given_sampled_features", stages.read(raw.feature, line, owners))
+        found = stages.extremes(raw.feature, boxes, owners)
+        ledger.compare("given_ex_pred", found)  # before it is clamped to the map
+        extremes = ledger.given("given_extremes")
+        ledger.compare("given_octagon12", octagons(extremes))
+        start = stages.octagons(extremes)
+        ledger.compare("given_octagon128", start)
+        for number, found in enumerate(stages.outlines(raw.feature, start, owners[: len(start)])):
+            ledger.compare(f"given_evolve_{number}", found)
+        recorded = ledger.peek("given_octagon128") * 4
+        masks = Masks.from_polygons([[own] for own in recorded.double().numpy()], self.size).dense()
+        ledger.arrays["given_mask_bits__packbits"] = ledger.arrays.pop("given_mask_bits").reshape(-1)
+        ledger.arrays["given_mask_bits__shape"] = torch.tensor(masks.shape).numpy()
+        ledger.compare_bits("given_mask_bits", masks)
+
+    # ---- learning ------------------------------------------------------------------------------------------------
+
+    def training(self, raw: Raw) -> None:
+        ledger, system = self.ledger, self.system
+        names = [n.removeprefix("gt_poly_") for n in ledger.names(r"gt_poly_\w+")]
+        rings = [unrounded(ledger.given(f"gt_poly_{n}").double(), ledger.peek(f"gt_extreme_{n}")) for n in names]
+        labels = ledger.given("t_ct_cls").long()
+        target = Instances(
+            self.size, torch.zeros(len(rings), 4), labels,
+            Masks.from_polygons([[(ring * 4).numpy()] for ring in rings], self.size),
+        )  # fmt: skip
+        size = (raw.feature.shape[2], raw.feature.shape[3])
+        truth = system.truth([target], size)
+        cells, sides = system.cells(truth.boxes, size), truth.boxes[:, 2:] - truth.boxes[:, :2]
+        for number, name in enumerate(names):
+            ledger.compare(f"gt_extreme_{name}", truth.extremes[number])
+            ledger.compare(
+                f"gt_decode_box_{name}",
+                torch.cat([cells[number] - sides[number] / 2, cells[number] + sides[number] / 2]),
+            )
+        radii = gaussian_radius(sides.ceil())
+        ledger.compare("t_hm", paint_gaussians(cells, radii, labels, (len(system.classes), *size)))
+        ledger.compare("t_wh", sides)
+        ledger.equal("t_ct_ind", cells[:, 1] * size[1] + cells[:, 0])
+        # SBD's recording was made with the COCO configuration's boxes: its diamonds are those of `gt_decode_box_*`,
+        # which lie around the rounded centre, and not around the polygons' own boxes.
+        around = {"box": truth.contour_boxes, "centre": torch.cat([cells - sides / 2, cells + sides / 2], 1)}
+        starts = {kind: system.contours.diamonds(boxes) for kind, boxes in around.items()}
+        theirs = ledger.peek("t_i_it_4py")
+        system.start = min(starts, key=lambda kind: float((starts[kind] - theirs).norm()))
+        ledger.compare("t_i_it_4py", starts[system.start], note=f"around the {system.start}")
+        ledger.compare("t_i_gt_4py", truth.extremes)
+        ledger.compare("t_i_it_py", truth.octagons)
+        outlines = torch.stack(
+            [self.untied(*v) for v in zip(rings, truth.octagons, truth.outlines, range(len(rings)), strict=True)]
+        )
+        ledger.compare("t_i_gt_py", outlines, note="of edges equally long but for rounding, theirs is the longest")
+        terms = system._contour_losses(raw, truth._replace(outlines=outlines))
+        terms = {**system.losses(raw, [target]), **terms}
+        for name in ledger.names(r"loss_(ct|wh|ex|py)"):
+            kind = LOSSES[name.removeprefix("loss_")]
+            ledger.compare(name, terms[kind] / (0.1 if kind == "size" else 1))
+        ledger.compare("loss_loss", torch.stack(list(terms.values())).sum())
+
+    def untied(self, ring: Tensor, octagon: Tensor, ours: Tensor, row: int) -> Tensor:
+        """Points that do not share out evenly are given to or taken from the longest edge. Of a star of float64, whose
+        edges differ in the sixteenth digit, the recorded float32 cannot say which that is: each one is tried."""
+        theirs = self.ledger.peek("t_i_gt_py")[row]
+        following = ring.roll(-1, 0)
+        edges = (following - ring).norm(dim=1)
+        best = ours
+        for edge in (edges >= edges.max() * (1 - 1e-6)).nonzero().flatten().tolist():
+            longer = ring.clone()
+            longer[edge] += (ring[edge] - following[edge]) * 2e-6
+            found = resample_from(longer[None], len(ours), torch.tensor([len(ring)]), octagon[None, 0].double())[0]
+            if (found - theirs).abs().sum() < (best - theirs).abs().sum():
+                best = found.float()
+        return best
+
+
+def unrounded(ring: Tensor, extremes: Tensor) -> Tensor:
+    """The polygons were float64 and were recorded as float32. Of vertices that are equally extreme since, the one that
+    the original chose is moved out by 1e-9."""
+    ring = ring.clone()
+    for axis, sign, chosen in zip((1, 0, 1, 0), (1, 1, -1, -1), extremes.double(), strict=True):
+        value = ring[:, axis] * sign
+        tied = (value <= value.min() + 1e-6).nonzero().flatten()
+        ring[tied[(ring[tied] - chosen).norm(dim=1).argmin()], axis] -= 1e-9 * sign
+    return ring
+
+
+SYSTEMS = {"deepsnake": check}

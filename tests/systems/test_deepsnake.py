@@ -1,0 +1,195 @@
+"""What is Deep Snake's own: its options, components, and how outlines become masks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskwright.checkpoints.origins import origins
+from maskwright.checkpoints.origins.deepsnake import recognise
+from maskwright.errors import UsageError
+from maskwright.structures import Instances, Masks, Placement
+from maskwright.systems.deepsnake import CELLS, Raw
+from tests.systems.tiny import SIZE, build, objects
+
+OPTIONS = {
+    "DLA": {"backbone": "dla34", "stem_width": 4},
+    "DLA without deformable convolutions": {"backbone": "dla34", "stem_width": 4, "deformable": False, "frozen": 2},
+    "components": {"components": True, "component_width": 16, "whole_classes": ("b",)},
+    "graph convolution, once": {"convolution": "graph", "iterations": 1},
+    "batch norm": {"norm": "batch", "contour_norm": "batch"},
+    "all contours, from the centre": {"supervise": "all", "start": "centre", "contour_norm": "none"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_each_option_trains_and_finds(options):
+    system, size = build("deepsnake", **{"contour_width": 16, **options}), (64, 64)
+    images = torch.randn(2, 3, *size)
+    for counts in ((3, 1), (0, 0)):
+        targets = [objects(n, size, (30, 20)) for n in counts]
+        terms = system.losses(system(images), targets)
+        sum(terms.values(), torch.zeros(())).backward()
+        assert all(torch.isfinite(v) for v in terms.values()), terms
+    assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+    system.eval()
+    with torch.no_grad():
+        found = system.decode(system(images), [Placement.identity(size)] * 2, score_threshold=0.0, detections=5)
+    assert all(len(own.masks) == len(own) for own in found)
+
+
+def painted(system, places: list[tuple[int, int]], sides: list[tuple[float, float]], labels: list[int]) -> Raw:
+    """What a detector would say that is sure of boxes with these sides around these cells (x, y)."""
+    height, width = SIZE[0] // 4, SIZE[1] // 4
+    centres = torch.full((1, len(system.classes), height, width), -9.0)
+    sizes = torch.ones(1, 2, height, width)
+    for number, ((x, y), side, label) in enumerate(zip(places, sides, labels, strict=True)):
+        centres[0, label, y, x] = 4.0 - number
+        sizes[0, :, y, x] = torch.tensor(side)
+    return Raw(centres, sizes, torch.zeros(1, 16, height, width))
+
+
+def test_an_outline_that_is_not_moved_is_the_octagon_of_the_box():
+    system = build("deepsnake").eval()
+    for snake in (system.contours.start, *system.contours.steps):
+        torch.nn.init.zeros_(snake.predict[-1].weight)
+    raw = painted(system, [(10, 12), (20, 8)], [(8.0, 12.0), (4.0, 4.0)], [0, 1])
+    (own,) = system.decode(raw, [Placement.identity(SIZE)])
+    assert own.labels.tolist() == [0, 1]
+    assert torch.equal(own.boxes, torch.tensor([[24.0, 24.0, 56.0, 72.0], [72.0, 24.0, 88.0, 40.0]]))
+    # An octagon whose sides on the box are a quarter of it: 1 - 4 * (3/8)^2 / 2 of its area.
+    areas = torch.tensor([32 * 48, 16 * 16]) * (1 - 2 * (3 / 8) ** 2)
+    torch.testing.assert_close(own.masks.areas().float(), areas, rtol=0.08, atol=0)
+    (mirrored,) = system.decode(raw, [Placement.identity(SIZE).then_mirror()])
+    assert (mirrored.masks.dense() != own.masks.dense().flip(-1)).float().mean() < 2e-3
+    (strict,) = system.decode(raw, [Placement.identity(SIZE)], score_threshold=0.96)
+    assert len(strict) == 1
+
+
+def test_a_large_picture_costs_little():
+    system, size = build("deepsnake").eval(), (3000, 4000)
+    with torch.no_grad():
+        raw = system(torch.randn(1, 3, *SIZE))
+        (own,) = system.decode(raw, [Placement.resize(size, SIZE)], score_threshold=0.0)
+    assert len(own) > 50
+    assert own.masks.nbytes < 1 << 20
+
+
+def two_parts() -> Instances:
+    boxes = torch.tensor([[8.0, 16.0, 100.0, 72.0], [40.0, 30.0, 80.0, 60.0]])
+    rings = [
+        [[8, 16, 40, 16, 40, 72, 8, 72], [60, 16, 100, 16, 100, 72, 60, 72]],
+        [[40, 30, 80, 30, 80, 60, 40, 60]],
+    ]
+    return Instances(SIZE, boxes, torch.tensor([0, 1]), Masks.from_polygons(rings, SIZE))
+
+
+def test_a_part_is_an_object_or_a_component():
+    size = (SIZE[0] // 4, SIZE[1] // 4)
+    alone = build("deepsnake").truth([objects(1), two_parts()], size)
+    assert alone.labels.tolist() == [0, 0, 0, 1]
+    assert alone.pictures.tolist() == [0, 1, 1, 1]
+    together = build("deepsnake", components=True, component_width=16).truth([objects(1), two_parts()], size)
+    assert together.labels.tolist() == [0, 0, 1]
+    assert together.contour_owners.tolist() == [0, 1, 1, 2]
+    assert torch.equal(together.boxes[1:], two_parts().boxes / 4)
+    assert torch.equal(together.contour_boxes[1], torch.tensor([2.0, 4.0, 10.0, 18.0]))
+    # The same from run lengths, whose outlines are traced.
+    target = two_parts()
+    target.masks = target.masks.pack()
+    traced = build("deepsnake").truth([target], size)
+    torch.testing.assert_close(traced.contour_boxes, alone.contour_boxes[1:], atol=0.3, rtol=0)
+
+
+def test_holes_and_crumbs_are_no_objects():
+    plane = torch.zeros(1, *SIZE, dtype=torch.bool)
+    plane[0, 10:60, 10:60] = True
+    plane[0, 20:40, 20:40] = False
+    plane[0, 80:88, 80:88] = True  # 4 cells of the map
+    target = Instances(SIZE, torch.tensor([[10.0, 10, 88, 88]]), torch.tensor([1]), Masks.from_dense(plane))
+    truth = build("deepsnake").truth([target], (24, 32))
+    assert truth.boxes.tolist() == [[2.5, 2.5, 15.0, 15.0]]
+
+
+class TwoComponents(torch.nn.Module):
+    """Sure of two components, the left and the right quarter of each box of the first class, and of none in others."""
+
+    def forward(self, feature, boxes, owners):
+        centres = torch.full((len(boxes), 1, *CELLS), -9.0)
+        sure = boxes[:, 2] - boxes[:, 0] > 5
+        centres[sure, 0, 7, 7] = 3.0
+        centres[sure, 0, 7, 49] = 2.0
+        sides = (boxes[:, 2:] - boxes[:, :2]) * torch.tensor([0.25, 1.0])
+        return centres, sides[:, :, None, None].expand(-1, -1, *CELLS)
+
+
+def test_components_of_an_object_are_one_mask_and_without_any_it_disappears():
+    system = build("deepsnake", classes=("a", "b", "c"), components=True, whole_classes=("c",)).eval()
+    for snake in (system.contours.start, *system.contours.steps):
+        torch.nn.init.zeros_(snake.predict[-1].weight)
+    system.component_head = TwoComponents()
+    raw = painted(system, [(16, 12), (5, 5), (20, 20)], [(24.0, 16.0), (4.0, 4.0), (4.0, 4.0)], [0, 1, 2])
+    (own,) = system.decode(raw, [Placement.identity(SIZE)])
+    assert own.labels.tolist() == [0, 2]  # what had no component is gone, what is always whole is there
+    plane = own.masks.dense()[0]
+    assert plane[48, [20, 28, 100, 108]].all()
+    assert not plane[48, 41:87].any()
+
+
+def test_suppression_is_there_where_it_is_asked_for():
+    system = build("deepsnake").eval()
+    raw = painted(system, [(10, 12), (12, 12)], [(12.0, 12.0), (12.0, 12.0)], [0, 0])
+    (every,) = system.decode(raw, [Placement.identity(SIZE)])
+    (some,) = system.decode(raw, [Placement.identity(SIZE)], nms_threshold=0.5)
+    assert (len(every), len(some)) == (2, 1)
+
+
+def test_not_more_contours_are_learnt_than_allowed():
+    system = build("deepsnake", most_contours=5)
+    seen = []
+    system.contours.start.register_forward_hook(lambda module, given, answer: seen.append(len(answer)))
+    system.losses(system(torch.randn(1, 3, *SIZE)), [objects(30, side=(16, 16))])
+    assert seen == [5]
+
+
+@pytest.mark.fast
+def test_wrong_options_are_refused_in_words():
+    for options, words in (
+        ({"points": 8}, "points 8; a multiple of 4 and at least 16"),
+        ({"backbone": "dla60"}, "no DLA of depth 60"),
+        ({"backbone": "vgg"}, "backbone is 'vgg'"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            build("deepsnake", **options)
+    system, target = build("deepsnake"), objects(2)
+    target.masks = None
+    with pytest.raises(UsageError, match="boxes but no masks"):
+        system.losses(system(torch.randn(1, 3, *SIZE)), [target])
+
+
+def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
+    layout = Path(__file__).parents[1] / "parity" / "layouts" / f"{name}.json"
+    return {k: tuple(shape) for k, (shape, _) in json.loads(layout.read_text())["tensors"].items()}
+
+
+@pytest.mark.fast
+def test_files_say_what_they_are():
+    shapes = shapes_of("deepsnake-sbd")
+    assert [o.name for o in origins() if o.candidates(shapes, {})] == ["snake"]
+    options = recognise(shapes, {})
+    assert options is not None
+    assert (len(options["classes"]), options["classes"][0], options["iterations"]) == (20, "aeroplane", 3)
+    assert recognise({f"module.{k}": v for k, v in shapes.items()}, {}) == options
+    seven = {k: (7, *v[1:]) if k.startswith("dla.ct_hm.2.") else v for k, v in shapes.items()}
+    once = {k: v for k, v in seven.items() if not k.startswith(("gcn.evolve_gcn0.", "gcn.evolve_gcn1."))}
+    kins = recognise(once, {})
+    assert kins is not None
+    assert (kins["classes"][:2], kins["iterations"], kins["fit"]) == (("cyclist", "pedestrian"), 1, "pad")
+    city = recognise(shapes_of("deepsnake-cityscapes"), {})
+    assert city is not None
+    assert city["components"]
+    assert city["classes"][1:3] == city["whole_classes"] == ("person", "rider")
+    assert recognise({k: v for k, v in shapes.items() if not k.startswith("gcn.")}, {}) is None
