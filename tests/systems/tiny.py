@@ -31,6 +31,7 @@ TINY: dict[str, dict[str, Any]] = {
     "deepsnake": {
         **TRUNK, "neck_width": 16, "head_width": 32, "points": 32, "start_points": 16, "contour_width": 64, "canvas": SIZE,
     },
+    "embedmask": {**TRUNK, "neck_width": 64, "convs": 1},
 }
 
 

@@ -17,6 +17,7 @@ REGISTRY = {
     "yolact": "yolact:YOLACT",
     "yolact-plus": "yolact_plus:YOLACTPlus",
     "polarmask": "polarmask:PolarMask",
+    "embedmask": "embedmask:EmbedMask",
     "solo": "solo:SOLO",
     "decoupled-solo": "solo:DecoupledSOLO",
     "fouriernet": "fouriernet:FourierNet",

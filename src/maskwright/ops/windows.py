@@ -1,0 +1,88 @@
+"""Putting windows of coarse maps onto the picture's grid: what a mask costs is the part of the picture it may cover."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from maskwright.structures import Masks
+
+
+def paste_windows(
+    values: Float[Tensor, "n h w"],
+    corners: Int[Tensor, "n 2"],
+    grid: tuple[int, int],
+    stretched: tuple[int, int],
+    size: tuple[int, int],
+    *,
+    threshold: float,
+    shift: tuple[float, float] = (0.0, 0.0),
+    mirrored: bool = False,
+    budget: int = 64 << 20,
+) -> Masks:
+    """Masks of `size` (H, W): where a map of `grid` (h, w) cells, bilinearly stretched to `stretched`, is above
+    `threshold`.
+
+    Of each object's map only a window is given, from the cell `corners` (x, y) on, which may lie outside the map. What
+    lies around a window counts as not above the threshold; its own outer cells must not be either, except at the
+    map's borders. The arithmetic is that of resizing whole maps with half-pixel centres (`align_corners=False`).
+
+    shift     the stretched map's pixel (x, y) that the picture begins at
+    mirrored  the stretched map shows the picture flipped left to right
+    budget    bytes of scratch: windows are pasted some at a time, large ones in strips of rows
+    """
+    if not len(values):
+        return Masks.empty(size)
+    (height, width), crops, places = size, [], []
+    down = _axis(corners[:, 1], values.shape[1], grid[0], stretched[0], height, shift[1])
+    across = _axis(corners[:, 0], values.shape[2], grid[1], stretched[1], width, shift[0])
+    rows, columns = down[1].shape[1], across[1].shape[1]
+    step = max(1, budget // (13 * rows * columns))  # three float32 planes and a bool one
+    for part in range(0, len(values), step):
+        chosen = slice(part, part + step)
+        kept = _resized_above(
+            values[chosen], [t[chosen] for t in down[1:]], [t[chosen] for t in across[1:]], threshold, budget
+        )
+        left, top = across[0][chosen], down[0][chosen]
+        if mirrored:
+            kept, left = kept.flip(-1), width - left - columns
+        crops.extend(kept.cpu())
+        places.append(torch.stack([left, top], 1))
+    return Masks.from_crops(crops, torch.cat(places).cpu(), size)
+
+
+def _resized_above(
+    values: Tensor, down: list[Tensor], across: list[Tensor], threshold: float, budget: int
+) -> Bool[Tensor, "n r c"]:
+    index, share = across
+    right = (index + 1).clamp(max=values.shape[2] - 1)
+    index, right = (i[:, None].expand(-1, values.shape[1], -1) for i in (index, right))
+    share = share[:, None]
+    wide = values.gather(2, index) * (1 - share) + values.gather(2, right) * share  # (n, h, c)
+    index, share = down
+    lower = (index + 1).clamp(max=values.shape[1] - 1)
+    own = torch.arange(len(values), device=values.device)[:, None]
+    at_once = max(1, budget // (12 * len(values) * wide.shape[2]))
+    strips = []
+    for i, j, s in zip(index.split(at_once, 1), lower.split(at_once, 1), share.split(at_once, 1), strict=True):
+        strips.append(wide[own, i] * (1 - s)[..., None] + wide[own, j] * s[..., None] > threshold)
+    return torch.cat(strips, 1)
+
+
+def _axis(
+    first: Tensor, cells: int, length: int, stretched: int, picture: int, shift: float
+) -> tuple[Int[Tensor, " n"], Int[Tensor, "n s"], Float[Tensor, "n s"]]:
+    """Along one axis: the picture's pixel that each window begins at, and for it and those that follow the cell of the
+    window that comes before and the share of the next one."""
+    scale = length / stretched
+    count = min(math.ceil(cells / scale) + 4, picture)
+    start = ((first + 0.5) / scale - 0.5 - shift).floor().long() - 1
+    start = start.clamp(0, max(0, picture - count))
+    pixels = start[:, None] + torch.arange(count, device=first.device)
+    place = ((pixels + (0.5 + shift)).float() * scale - 0.5).clamp(0, length - 1)
+    place = (place - first[:, None]).clamp(0, cells - 1)  # beyond a window its outer cells are read
+    index = place.floor()
+    return start, index.long(), place - index

@@ -1,0 +1,197 @@
+"""EmbedMask, by its own code in three generations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskwright.blocks import fcos
+from maskwright.ops.losses import lovasz_hinge
+from maskwright.ops.windows import paste_windows
+from maskwright.structures import Instances, Masks, Placement
+from maskwright.systems import embedmask
+from maskwright.systems.embedmask import CELL, EmbedMask, Raw, Region, mask_windows
+from tests.parity.ledger import LARGEST, Ledger, matching
+
+EDGE = "pixels within rounding of the threshold"
+POWER = "exp of a sum of squares multiplies the relative error of what it is taken of by its size"
+
+
+def check(system: EmbedMask, layout: Path, ledger: Ledger) -> None:
+    Check(system.eval(), ledger).run()
+
+
+class Check:
+    def __init__(self, system: EmbedMask, ledger: Ledger):
+        self.system, self.ledger = system, ledger
+        self.height, self.width = ledger.about["image_size"]
+
+    @torch.no_grad()
+    def run(self) -> None:
+        ledger, about = self.ledger, self.ledger.about
+        stream = np.random.RandomState(int(about.get("input_seed", about.get("seed", 0))))
+        images = torch.from_numpy(stream.standard_normal(about["input"]).astype("float32"))
+        kept: dict[str, Any] = {}
+        hooks = [
+            part.register_forward_hook(lambda module, given, answer, name=name: kept.update({name: answer}))
+            for name, part in (("trunk", self.system.backbone), ("neck", self.system.neck))
+        ]
+        raw = self.system(images)
+        for hook in hooks:
+            hook.remove()
+        self.network(raw, kept["trunk"], kept["neck"])
+        self.pixels = torch.nn.functional.interpolate(raw.pixels, scale_factor=2.0, mode="bilinear")[0]
+        self.detections(raw)
+        self.given()
+        self.targets(raw)
+        if "lovasz_prob" in ledger:
+            p, truth = ledger.given("lovasz_prob").flatten(1), ledger.given("lovasz_target").flatten(1)
+            ledger.compare("lovasz_loss", lovasz_hinge(p.log() - (1 - p).log(), truth.float()))
+
+    def network(self, raw: Raw, trunk: list[Tensor], levels: list[Tensor]) -> None:
+        ledger = self.ledger
+        ledger.compare("c5", trunk[-1])
+        for number, stride in enumerate(fcos.STRIDES):
+            ledger.compare(f"p{number + 3}", levels[number])
+            ledger.compare(f"cls_{number}", raw.logits[number])
+            ledger.compare(f"reg_{number}", raw.distances[number] * stride)
+            ledger.compare(f"reg_train_{number}", raw.distances[number])
+            ledger.compare(f"centerness_{number}", raw.centerness[number])
+            ledger.compare(f"proposal_embed_{number}", raw.embeddings[number])
+            ledger.compare(f"margin_{number}", raw.margins[number])
+        ledger.compare("pixel_embed", raw.pixels)
+
+    # ---- objects -------------------------------------------------------------------------------------------------
+
+    def detections(self, raw: Raw) -> None:
+        ledger, limits = self.ledger, self.ledger.about["thresholds"]
+        size = (self.height, self.width)
+        found = self.system.find(
+            raw, [size], limits["score"], limits["nms"], limits["keep"], candidates=limits["pre_nms_top_n"]
+        )[0]
+        rows = matching(ledger.peek("det_boxes"), found.boxes, (ledger.peek("det_labels") - 1, found.labels))
+        if rows is None:
+            return ledger.fail("det_boxes", f"{len(found.boxes)} boxes instead of {len(ledger.peek('det_boxes'))}")
+        boxes, embeddings, margins = (v[rows] for v in (found.boxes, found.embeddings, found.margins))
+        ledger.compare("det_boxes", boxes)
+        ledger.compare("det_scores", found.scores[rows])
+        ledger.equal("det_labels", found.labels[rows] + 1)
+        ledger.equal("det_stride", torch.tensor(CELL))
+        rules = self.system.rules
+        threshold = float(np.log(rules.threshold)) if rules.logarithm else rules.threshold
+        ledger.compare("det_mask_th", threshold)
+        self.compare_maps("det_mask_logprob", self.maps(boxes, embeddings, margins, rules.region))
+        masks = self.system.masks(self.pixels, boxes, embeddings, margins, self.placement(), rules.threshold)
+        self.masks("final_mask", masks)
+
+    def given(self) -> None:
+        """Four stated boxes; in generation 2 in the whole region that its kernel computes."""
+        ledger = self.ledger
+        boxes, embeddings, margins = (ledger.given(f"given_{n}") for n in ("boxes", "embed", "margin"))
+        self.compare_maps("given_logprob", self.maps(boxes, embeddings, margins, "padded"))
+        values, corners = mask_windows(
+            self.pixels, boxes, embeddings, margins, region="padded", logarithm=self.system.rules.logarithm
+        )
+        height, width = self.pixels.shape[1:]
+        size = self.placement().picture
+        stretched = tuple(
+            int(np.ceil(round(CELL * cells * picture / own, 6)))
+            for cells, picture, own in zip((height, width), size, (self.height, self.width), strict=True)
+        )
+        masks = paste_windows(
+            values, corners, (height, width), (stretched[0], stretched[1]), size,
+            threshold=float(ledger.given("given_threshold")), budget=1 << 18,
+        )  # fmt: skip
+        self.masks("given_final", masks)
+
+    def placement(self) -> Placement:
+        size = self.ledger.given("final_size").tolist()
+        return Placement.resize((size[0], size[1]), (self.height, self.width))
+
+    def maps(self, boxes: Tensor, embeddings: Tensor, margins: Tensor, region: Region) -> Tensor:
+        """Windows put back onto whole maps."""
+        logarithm = self.system.rules.logarithm
+        values, corners = mask_windows(
+            self.pixels, boxes, embeddings, margins, region=region, logarithm=logarithm
+        )  # fmt: skip
+        height, width = self.pixels.shape[1:]
+        rows, columns = values.shape[1:]
+        room = max(rows, columns) + 1
+        whole = values.new_full((len(values), height + 2 * room, width + 2 * room), -10.0 if logarithm else 0.0)
+        for plane, own, (x, y) in zip(whole, values, corners.tolist(), strict=True):
+            plane[y + room : y + room + rows, x + room : x + room + columns] = own
+        return whole[:, room : room + height, room : room + width]
+
+    def compare_maps(self, name: str, maps: Tensor) -> None:
+        if self.system.rules.logarithm:
+            self.ledger.compare(name, maps)
+        else:  # they are probabilities in spite of their name
+            self.ledger.compare(name, maps, LARGEST, POWER)
+
+    def masks(self, name: str, masks: Masks) -> None:
+        self.ledger.compare_packed_rows(f"{name}_bits", masks.dense())
+        self.ledger.compare(f"{name}_area", masks.areas(), LARGEST, EDGE)
+
+    # ---- learning ------------------------------------------------------------------------------------------------
+
+    def targets(self, raw: Raw) -> None:
+        ledger, system = self.ledger, self.system
+        size = (self.height, self.width)
+        boxes = ledger.given("gt_boxes") + torch.tensor([0.0, 0.0, system.last, system.last])
+        planes = _unpacked(ledger.given("gt_mask_bits"), size)
+        target = Instances(size, boxes, ledger.given("gt_labels") - 1, Masks.from_dense(planes))
+        owner, goal, truth = system.assign(raw, target)
+        ledger.equal("t_matched", owner)
+        ledger.equal("t_labels", torch.where(owner >= 0, target.labels[owner.clamp(min=0)] + 1, 0))
+        ledger.compare("t_reg", goal)
+        ledger.compare_packed_rows("mask_target_bits", truth)
+
+        learnt, terms = self.losses(raw, target)
+        theirs = {"loss_cls": "class", "loss_reg": "box", "loss_centerness": "centerness", "mask_loss": "mask"}
+        for name, ours in {**theirs, "smooth_loss": "smooth"}.items():
+            if name in ledger:
+                ledger.compare(name, terms[ours])
+        embeddings, margins = (learnt[n][..., None, None] for n in ("embeddings", "margins"))
+        apart = (learnt["pixels"][None] - embeddings).square() * margins
+        ledger.compare("mask_prob", (-apart.sum(1)).exp(), LARGEST, POWER)
+        ledger.compare("mask_loss_per_object", learnt["losses"])
+        place = (owner >= 0).nonzero().flatten()
+        if "t_good" in ledger:  # generation 1: all places whose boxes fit
+            ledger.equal("t_good", torch.zeros(len(owner), dtype=torch.bool).index_fill(0, place[learnt["good"]], True))
+        if "t_proposal_index" in ledger:
+            best = place[learnt["best"]]
+            ledger.equal("t_proposal_index", torch.full((len(target),), -1).index_put((owner[best],), best))
+
+    def losses(self, raw: Raw, target: Instances) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the losses are computed from, and the losses."""
+        learnt: dict[str, Any] = {}
+        plain, choose = self.system.object_losses, embedmask.good_places
+
+        def listen(*given: Any) -> Tensor:
+            learnt.update(zip(("pixels", "embeddings", "margins"), given, strict=False))
+            learnt["losses"] = plain(*given)
+            return learnt["losses"]
+
+        def chosen(*given: Any) -> tuple[Tensor, Tensor]:
+            learnt["good"], learnt["best"] = choose(*given)
+            return learnt["good"], learnt["best"]
+
+        setattr(self.system, "object_losses", listen)  # noqa: B010 - a method, for once
+        embedmask.good_places = chosen
+        try:
+            return learnt, self.system.losses(raw, [target])
+        finally:
+            embedmask.good_places = choose
+            delattr(self.system, "object_losses")
+
+
+def _unpacked(bits: Tensor, size: tuple[int, int]) -> Tensor:
+    planes = np.unpackbits(bits.numpy(), axis=1)[:, : size[0] * size[1]]
+    return torch.from_numpy(planes.reshape(-1, *size).astype(bool))
+
+
+SYSTEMS = {"embedmask": check}
