@@ -21,13 +21,22 @@ from tests.parity.weights import write_checkpoint
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("MASKWRIGHT_SHARED", HERE.parents[1] / "../shared")) / "reference"
-MINE = ("mask-rcnn-", "keypoint-rcnn-", "roi-pooling", "preprocess-detectron2", "polarmask-", "fouriernet-", "deepsnake-")
-NO_WEIGHTS = ("roi-pooling", "preprocess-detectron2-torchvision")
+MINE = (
+    "mask-rcnn-",
+    "keypoint-rcnn-",
+    "roi-pooling",
+    "preprocess-detectron2",
+    "polarmask-",
+    "fouriernet-",
+    "deepsnake-",
+    "yolact-",
+)
+NO_WEIGHTS = ("roi-pooling", "preprocess-detectron2-torchvision", "yolact-resnet50-post")
 LONG = ("x101", "dc5")
 
 
 def layout_name(outputs: str) -> str:
-    return re.sub(r"-(grad|batch)$", "", outputs)
+    return re.sub(r"-(grad|batch|features|loss|post)$", "", outputs)
 
 
 def pairs(folder: Path) -> list[str]:
@@ -45,7 +54,12 @@ class Loaded:
 
     def __call__(self, layout: Path, outputs: Path, folder: Path) -> System:
         ledger = Ledger(outputs)
-        key = (layout, ledger.about.get("seed"), json.dumps(ledger.about.get("overrides")), str(runner.stated(ledger)))
+        key = (
+            layout,
+            ledger.about.get("seed", ledger.about.get("weights_seed")),
+            json.dumps(ledger.about.get("overrides")),
+            str(runner.stated(ledger)),
+        )
         if self.system is None or key != self.key:
             self.system = None  # so that two are never held
             self.key, self.system = key, runner.load(layout, ledger, folder)

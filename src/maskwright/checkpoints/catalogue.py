@@ -74,8 +74,9 @@ def find(name: str) -> Entry | None:
 
 
 def entry_of_file(path: Path) -> Entry | None:
-    """The entry whose published file name this file still bears: its hash digits make it all but unique."""
-    return next((e for e in catalogue() if e.file == path.name and (e.sha256 or e.md5)), None)
+    """The entry whose published file name this file still bears: its hash digits make it all but unique. Without such,
+    it is believed only where the file itself cannot say which variant it is."""
+    return next((e for e in catalogue() if e.file == path.name and (e.sha256 or e.md5 or e.variant)), None)
 
 
 def allows_commercial(licence: str) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -327,7 +327,7 @@ class YOLACT(System):
         nms_threshold: float = 0.5,
         detections: int = 100,
         candidate_threshold: float = 0.05,
-        suppression: Literal["fast", "greedy"] = "fast",
+        suppression: str = "fast",
         cross_class: bool = False,
         crop: bool = True,
         mask_threshold: float = 0.5,
@@ -359,7 +359,7 @@ class YOLACT(System):
         candidate_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         detections: int = 100,
-        suppression: Literal["fast", "greedy"] = "fast",
+        suppression: str = "fast",
         cross_class: bool = False,
     ) -> list[Found]:
         """Detections of each picture, best first."""

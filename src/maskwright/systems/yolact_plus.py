@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -100,7 +100,7 @@ class YOLACTPlus(YOLACT):
         nms_threshold: float = 0.5,
         detections: int = 100,
         candidate_threshold: float = 0.05,
-        suppression: Literal["fast", "greedy"] = "fast",
+        suppression: str = "fast",
         cross_class: bool = False,
         crop: bool = True,
         mask_threshold: float = 0.5,
