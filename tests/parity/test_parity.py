@@ -22,6 +22,7 @@ from tests.parity.weights import write_checkpoint
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("MASKWRIGHT_SHARED", HERE.parents[1] / "../shared")) / "reference"
 MINE = (
+    "ese-seg-",
     "mask-rcnn-",
     "keypoint-rcnn-",
     "roi-pooling",
@@ -31,7 +32,7 @@ MINE = (
     "deepsnake-",
     "yolact-",
 )
-NO_WEIGHTS = ("roi-pooling", "preprocess-detectron2-torchvision", "yolact-resnet50-post")
+NO_WEIGHTS = ("roi-pooling", "preprocess-detectron2-torchvision", "yolact-resnet50-post", "ese-seg-codec")
 LONG = ("x101", "dc5")
 
 

@@ -21,7 +21,12 @@ TINY: dict[str, dict[str, Any]] = {
     # Places in a crowd region are left out, which changes what is learnt beside it; here they are not.
     "yolact": {**TRUNK, "neck_width": 32, "prototypes": 8, "crowd_overlap": 1.0},
     "yolact-plus": {
-        **TRUNK, "backbone": "resnet50", "deform_stages": (3,), "neck_width": 32, "prototypes": 8, "crowd_overlap": 1.0,
+        **TRUNK,
+        "backbone": "resnet50",
+        "deform_stages": (3,),
+        "neck_width": 32,
+        "prototypes": 8,
+        "crowd_overlap": 1.0,
     },
     "polarmask": {**TRUNK, "neck_width": 64, "head_convs": 1},
     "fouriernet": {**TRUNK, "neck_width": 64, "head_convs": 1, "coefficients": 18, "rays": 60},
@@ -29,9 +34,16 @@ TINY: dict[str, dict[str, Any]] = {
     "decoupled-solo": {**TRUNK, **CELLS},
     "solov2": {**TRUNK, **CELLS, "mask_width": 32},
     "deepsnake": {
-        **TRUNK, "neck_width": 16, "head_width": 32, "points": 32, "start_points": 16, "contour_width": 64, "canvas": SIZE,
+        **TRUNK,
+        "neck_width": 16,
+        "head_width": 32,
+        "points": 32,
+        "start_points": 16,
+        "contour_width": 64,
+        "canvas": SIZE,
     },
     "embedmask": {**TRUNK, "neck_width": 64, "convs": 1},
+    "ese-seg": {**TRUNK, "head_width": 64, "short": 128},
 }
 
 

@@ -89,11 +89,18 @@ def degree_radii(
     offsets = points - centres.double().numpy()[owners]
     around = offsets[None] + np.array([[0, 0], [1, 1], [0, 1], [1, 0]], np.float64)[:, None]
     angles = _degrees(around[..., 0], around[..., 1])
-    low, high = angles.min(0), angles.max(0)
-    first, last = np.ceil(low).astype(np.int64), np.ceil(high).astype(np.int64)
-    wide = (high - low).astype(np.int64) > 100  # it lies across degree 0
-    starts = np.where(wide, last, first)
-    counts = np.where(wide, DEGREES - last + first, last - first)
+    if reach == "corner":
+        first, last = np.ceil(angles.min(0)).astype(np.int64), np.ceil(angles.max(0)).astype(np.int64)
+        wide = np.ptp(angles, axis=0).astype(np.int64) > 100  # it lies across degree 0
+        starts, counts = np.where(wide, last, first), np.where(wide, DEGREES - last + first, last - first)
+    else:
+        middle = _degrees(offsets[:, 0] + 0.5, offsets[:, 1] + 0.5)
+        apart = (angles - middle + 180) % 360 - 180
+        apart = np.where((around == 0).all(-1), 0, apart)  # a corner at the centre has no direction
+        around_it = ((offsets > -1) & (offsets < 0)).all(1)  # the centre lies in the pixel
+        starts = np.ceil(middle + apart.min(0) - 1e-9).astype(np.int64)  # both ends belong to it
+        lasts = np.floor(middle + apart.max(0) + 1e-9).astype(np.int64)
+        counts = np.where(around_it, DEGREES, lasts - starts + 1)
     which = np.repeat(np.arange(len(counts)), counts)
     degrees = (starts[which] + np.arange(len(which)) - (counts.cumsum() - counts)[which]) % DEGREES
     if reach == "corner":

@@ -16,6 +16,7 @@ REGISTRY = {
     "deepsnake": "deepsnake:DeepSnake",
     "yolact": "yolact:YOLACT",
     "yolact-plus": "yolact_plus:YOLACTPlus",
+    "ese-seg": "ese_seg:ESESeg",
     "polarmask": "polarmask:PolarMask",
     "embedmask": "embedmask:EmbedMask",
     "solo": "solo:SOLO",

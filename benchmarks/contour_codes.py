@@ -1,0 +1,279 @@
+"""How well can a contour say a mask: the overlap of decode(encode(mask)) with the mask, for each code and length.
+
+    python benchmarks/contour_codes.py DATA [DATA ...]      # folders in COCO layout, both parts; or "scenes:count=100"
+    python benchmarks/contour_codes.py DATA --svg docs/images/contour-codes.svg --json codes.json
+
+No network is involved: this is the ceiling of a system that predicts the code, were it never wrong. Crowd regions and
+empty masks are left out; the sizes are COCO's, by the mask's pixels (32 x 32, 96 x 96).
+
+Codes of the radius ("rays", "Chebyshev", "Fourier") see the object from one centre. On equal terms all three read the
+same 360 exact radii of the same region (parts bridged, holes filled) from the same inner centre and are filled
+alike; each is also measured as it was published, with its authors' centre, radii, and way to fill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskwright.data import open_dataset
+from maskwright.ops import contours, vertices
+from maskwright.ops.outlines import fill_contours, fill_holes, largest_parts
+from maskwright.structures import Masks
+
+RAYS = (18, 36, 72, 90, 180, 360)
+CHEBYSHEV = (8, 12, 18, 24, 36)
+FOURIER = (8, 18, 36, 60, 90)  # real numbers: half as many coefficients
+VERTICES = (8, 16, 32, 64, 128)
+SIZES = ("all", "small", "medium", "large")
+EXACT = ("rays", "Chebyshev", "Fourier", "vertices")
+
+
+@dataclass(frozen=True)
+class Row:
+    """`numbers` per shape, without those of a centre or box."""
+
+    code: str
+    setting: str
+    numbers: float
+
+
+def measured(masks: Masks) -> Iterator[tuple[Row, Masks]]:
+    """Every code's reconstruction of the masks of one picture."""
+    size = masks.size
+    bridged = contours.solid(masks)
+    largest = largest_parts(masks)
+    yield Row("ceiling", "holes filled", math.inf), fill_holes(masks)[0]
+    yield Row("ceiling", "largest part, holes filled", math.inf), largest
+    yield Row("ceiling", "parts bridged, holes filled", math.inf), bridged
+    yield from of_radii(bridged)
+    yield from of_vertices(masks, largest)
+
+    boxes = masks.pack().boxes()
+    x0, y0, x1, y1 = boxes.unbind(1)
+    corners = torch.stack([torch.stack(p, 1) for p in ((x0, y0), (x1, y0), (x1, y1), (x0, y1))], 1)
+    yield Row("box", "", 4), filled(corners, size)
+
+    for count in RAYS:
+        rays, centres = contours.encode_rays(masks, count)
+        ends = contours.ray_points(centres, rays)
+        yield Row("rays, PolarMask's", str(count), count), fill_contours(ends, size)
+    rays, centres = contours.encode_rays(masks, 90)
+    for count in FOURIER:
+        code = contours.fourier_coefficients(rays.clamp(min=1), count // 2)
+        ends = contours.ray_points(centres, contours.fourier_rays(code, 90))
+        yield Row("Fourier, FourierNet's", str(count), count), fill_contours(ends, size)
+    own = bridged.boxes()
+    for count in CHEBYSHEV:
+        code, centres, _ = contours.encode_chebyshev(masks, count, boxes=own, reach="corner")
+        ends = contours.decode_chebyshev(code, centres, own, turn=1.0)
+        yield Row("Chebyshev, ESE-Seg's", str(count), count), fill_contours(ends, size)
+
+
+def of_radii(bridged: Masks) -> Iterator[tuple[Row, Masks]]:
+    frames, crops = bridged.crops()
+    centres, _ = contours.inner_centres(crops, frames[:, :2])
+    radii = contours.close_gaps(contours.degree_radii(crops, frames[:, :2], centres))
+    yield Row("ceiling", "seen from one centre", math.inf), filled(contours.degree_points(radii, centres), bridged.size)
+    for count in RAYS:
+        step = 360 // count
+        ends = contours.degree_points(radii, centres)[:, ::step]
+        yield Row("rays", str(count), count), filled(ends, bridged.size)
+    for count in CHEBYSHEV:
+        again = contours.chebyshev_radii(contours.chebyshev_fit(radii, count)).clamp(min=0)
+        yield Row("Chebyshev", str(count), count), filled(contours.degree_points(again, centres), bridged.size)
+    for count in FOURIER:
+        code = contours.fourier_coefficients(radii.clamp(min=0.5), count // 2)
+        again = contours.fourier_rays(code, 360)
+        yield Row("Fourier", str(count), count), filled(contours.degree_points(again, centres), bridged.size)
+
+
+def of_vertices(masks: Masks, largest: Masks) -> Iterator[tuple[Row, Masks]]:
+    rings = [max(own, key=len) for own in largest.polygons()]
+    points, lengths = padded(rings)
+    for count in VERTICES:
+        ends = contours.resample_from(points, count, lengths, points[:, 0])
+        yield Row("vertices", str(count), 2 * count), filled(ends, masks.size)
+    octagons = vertices.octagons(vertices.extreme_points(points, lengths).float())
+    yield Row("octagon", "", 8), filled(octagons, masks.size)
+    # DeepSnake: every part is an object of its own.
+    parts, owners = vertices.outlines_of(fill_holes(masks)[0])
+    points, lengths = padded(parts)
+    share = len(parts) / max(1, len(masks))
+    for count in VERTICES:
+        ends = contours.resample_from(points, count, lengths, points[:, 0]).numpy()
+        each = [[ends[i] for i in np.flatnonzero(owners == number)] for number in range(len(masks))]
+        yield Row("vertices, every part", str(count), 2 * count * share), Masks.from_polygons(each, masks.size)
+
+
+def padded(rings: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor([len(r) for r in rings])
+    points = torch.zeros(len(rings), int(lengths.max()), 2, dtype=torch.float64)
+    for row, ring in zip(points, rings, strict=True):
+        row[: len(ring)] = torch.from_numpy(ring)
+    return points, lengths
+
+
+def filled(points: Tensor, size: tuple[int, int]) -> Masks:
+    return Masks.from_polygons([[ring] for ring in points.numpy()], size)
+
+
+def overlaps(a: Masks, b: Masks, at_once: int = 16) -> list[float]:
+    """The IoU of each mask with the one of the same number."""
+    a, b = a.pack(), b.pack()
+    result: list[float] = []
+    for first in range(0, len(a), at_once):
+        some = slice(first, first + at_once)
+        result += a[some].iou(b[some]).diagonal().tolist()
+    return result
+
+
+def measure(source: str, limit: int | None) -> tuple[dict[tuple[str, str], list[float]], np.ndarray, dict]:
+    found: dict[tuple[str, str], list[float]] = {}
+    numbers: dict[tuple[str, str], list[tuple[float, int]]] = {}
+    areas: list[int] = []
+    pictures = 0
+    for split in ("train", "val"):
+        dataset = open_dataset(source, split)
+        for index in range(len(dataset)):
+            if limit is not None and pictures >= limit:
+                break
+            target = dataset.targets(index)
+            masks = target.masks if target.crowd is None else target[~target.crowd].masks
+            if masks is None or not len(masks):
+                continue
+            masks = masks.pack()
+            masks = masks[masks.areas() > 0]
+            if not len(masks):
+                continue
+            pictures += 1
+            areas += masks.areas().tolist()
+            for row, again in measured(masks):
+                key = (row.code, row.setting)
+                found.setdefault(key, []).extend(overlaps(again, masks))
+                numbers.setdefault(key, []).append((row.numbers, len(masks)))
+    mean = {k: sum(n * c for n, c in v) / sum(c for _, c in v) for k, v in numbers.items()}
+    return found, np.array(areas), {"pictures": pictures, "numbers": mean}
+
+
+def table(found: dict[tuple[str, str], list[float]], areas: np.ndarray, numbers: dict) -> list[dict]:
+    small, large = areas < 32**2, areas >= 96**2
+    chosen = {"all": areas >= 0, "small": small, "medium": ~small & ~large, "large": large}
+    rows = []
+    for (code, setting), values in found.items():
+        own = np.array(values)
+        means = {
+            name: round(100 * float(own[rows_].mean()), 1) if rows_.any() else None for name, rows_ in chosen.items()
+        }
+        rows.append({"code": code, "setting": setting, "numbers": numbers[code, setting], **means})
+    return rows
+
+
+def told(rows: list[dict]) -> str:
+    lines = ["| code | setting | numbers | all | small | medium | large |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        count = "" if math.isinf(row["numbers"]) else f"{row['numbers']:.4g}"
+        values = " | ".join("" if row[s] is None else f"{row[s]:.1f}" for s in SIZES)
+        lines.append(f"| {row['code']} | {row['setting']} | {count} | {values} |")
+    return "\n".join(lines)
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+COLOURS = {"rays": "#1f77b4", "Chebyshev": "#d1495b", "Fourier": "#2a9d62", "vertices": "#8a5fbf"}
+
+
+def plot(sets: dict[str, list[dict]]) -> str:
+    """One panel for each data set: IoU over the numbers per shape (logarithmic), drawn as plain SVG."""
+    width, height, left, top, gap = 380, 300, 46, 30, 24
+    total = left + len(sets) * (width + gap)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height + 90}" font-family="sans-serif" '
+        f'font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
+    ]
+    low, high = 50.0, 100.0
+    first, last = math.log2(4), math.log2(400)
+    for number, (name, rows) in enumerate(sets.items()):
+        at = left + number * (width + gap)
+
+        def across(value: float, at: int = at) -> float:
+            return at + (math.log2(value) - first) / (last - first) * width
+
+        def down(value: float) -> float:
+            return top + (high - max(value, low)) / (high - low) * height
+
+        parts.append(f'<text x="{at}" y="18" font-weight="bold">{name}</text>')
+        for level in range(50, 101, 10):
+            parts.append(f'<path d="M{at} {down(level):.1f}h{width}" stroke="#ddd"/>')
+            if number == 0:
+                parts.append(f'<text x="{at - 8}" y="{down(level) + 4:.1f}" text-anchor="end">{level}</text>')
+        for value in (4, 8, 16, 32, 64, 128, 256):
+            x = across(value)
+            parts.append(f'<path d="M{x:.1f} {top + height}v5" stroke="#888"/>')
+            parts.append(f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{value}</text>')
+        for row in rows:
+            if row["code"] == "ceiling" and row["setting"] in ("seen from one centre", "parts bridged, holes filled"):
+                y = down(row["all"])
+                parts.append(f'<path d="M{at} {y:.1f}h{width}" stroke="#555" stroke-dasharray="2 3"/>')
+                parts.append(f'<text x="{at + 4}" y="{y + 13:.1f}" fill="#555" font-size="10">{row["setting"]}</text>')
+            elif row["code"] in ("box", "octagon"):
+                x, y = across(row["numbers"]), down(row["all"])
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#555"/>')
+                parts.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}" fill="#555">{row["code"]}</text>')
+        for code, colour in COLOURS.items():
+            for dashed in (False, True):
+                own = [r for r in rows if (r["code"].startswith(f"{code}, ") if dashed else r["code"] == code)]
+                if not own or (dashed and code == "vertices"):
+                    continue
+                places = [(across(r["numbers"]), down(r["all"])) for r in own]
+                path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+                extra = ' stroke-dasharray="5 4" opacity="0.75"' if dashed else ""
+                parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"{extra}/>')
+                if not dashed:
+                    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>' for x, y in places]
+    y = top + height + 40
+    parts.append(f'<text x="{total - gap}" y="{y - 4}" text-anchor="end">numbers per shape</text>')
+    x = left
+    for code, colour in COLOURS.items():
+        parts.append(f'<path d="M{x} {y + 20}h22" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{x + 28}" y="{y + 24}">{code}</text>')
+        x += 110
+    parts.append(f'<path d="M{x} {y + 20}h22" stroke="#555" stroke-width="2" stroke-dasharray="5 4"/>')
+    parts.append(f'<text x="{x + 28}" y="{y + 24}">as published</text>')
+    parts.append(f'<text x="{left}" y="{y - 4}">mean IoU (%)</text></svg>')
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+")
+    parser.add_argument("--limit", type=int, help="pictures of each set")
+    parser.add_argument("--svg", type=Path, help="write the plot there")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    arguments = parser.parse_args()
+    sets = {}
+    for source in arguments.data:
+        found, areas, about = measure(source, arguments.limit)
+        name = f"{Path(source).name}: {len(areas)} objects, {about['pictures']} pictures"
+        sets[name] = table(found, areas, about["numbers"])
+        counts = ((areas < 32**2).sum(), ((areas >= 32**2) & (areas < 96**2)).sum(), (areas >= 96**2).sum())
+        print(
+            f"## {name} ({counts[0]} small, {counts[1]} medium, {counts[2]} large)\n\n{told(sets[name])}\n", flush=True
+        )
+    if arguments.svg:
+        arguments.svg.parent.mkdir(parents=True, exist_ok=True)
+        arguments.svg.write_text(plot(sets))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(sets) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""ESE-Seg: the network, and its shape code without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskwright.ops import contours
+from maskwright.ops.outlines import fill_contours
+from maskwright.structures import Masks
+from maskwright.systems.ese_seg import ESESeg, Raw, Shapes
+from tests.parity.ledger import Ledger, matching
+
+BLOWN = "random weights put boxes at e^8 anchors: the exponential multiplies a rounding step of its argument by it"
+LOSSES = {
+    "loss_obj": "objectness", "loss_center": "place", "loss_scale": "size", "loss_coef_center": "centre",
+    "loss_coef": "coefficients", "loss_cls": "class",
+}  # fmt: skip
+
+
+def check(system: ESESeg, layout: Path, ledger: Ledger) -> None:
+    about = ledger.about
+    stream = np.random.RandomState(int(about.get("input_seed", 0)))
+    images = torch.from_numpy(stream.standard_normal(tuple(about["input"])).astype("float32"))
+    routes: list[Tensor] = []
+
+    def keep(module: Any, given: Any, answer: Any) -> None:
+        routes.extend(answer)
+
+    hook = system.eval().backbone.register_forward_hook(keep)
+    with torch.no_grad():
+        raw = system(images)
+    hook.remove()
+    strides = dict(zip(reversed(system.strides), routes[-len(system.strides) :], strict=True))
+    for name in ledger.names(r"route_stride\d+"):
+        ledger.compare(name, strides[int(name.removeprefix("route_stride"))])
+    for name in ledger.names(r"raw_\d"):
+        level = int(name[-1])
+        parts = [m.unflatten(1, (system.anchors_per_cell, -1)) for m in (raw.shapes[level], raw.classes[level])]
+        ledger.compare(name, torch.cat(parts, 2).flatten(1, 2))
+    for name in ledger.names(r"dets_\d"):
+        level = int(name[-1])
+        ours = every(system, one_level(raw, level), level)
+        ledger.compare(name, ours[: int(ledger.arrays[f"{name}__shape"][0])], 1e-4, BLOWN)
+    detections(system, raw, ledger)
+    if "gt_boxes" in ledger:
+        training(system, raw, ledger)
+
+
+def one_level(raw: Raw, level: int) -> Raw:
+    return Raw(raw.shapes[level : level + 1], raw.classes[level : level + 1], raw.size)
+
+
+@torch.no_grad()
+def every(system: ESESeg, raw: Raw, level: int) -> Tensor:
+    """Class, score, box, centre and coefficients of each row, class by class, before suppression."""
+    whole, system.strides = system.strides, system.strides[level : level + 1]
+    table, system.anchors = system.anchors, system.anchors[level : level + 1]
+    rows = system.rows(raw.shapes)
+    boxes, centres = system.boxes(raw, rows)
+    scores = system.rows(raw.classes).sigmoid() * rows[..., -1:].sigmoid()
+    system.strides, system.anchors = whole, table
+    rest = torch.cat([boxes[0], centres[0], system.coefficients(rows[0])], 1)
+    kinds = torch.arange(scores.shape[-1]).repeat_interleave(len(rest))
+    return torch.cat([kinds[:, None], scores[0].T.reshape(-1, 1), rest.repeat(scores.shape[-1], 1)], 1)
+
+
+def detections(system: ESESeg, raw: Raw, ledger: Ledger) -> None:
+    limits: dict[str, Any] = ledger.about["thresholds"]
+    found = system.find(raw, limits["valid"], limits["nms"], limits["post"], limits["topk"])[0]
+    theirs = ledger.peek("det_ids")
+    count = int((theirs >= 0).sum())  # rows that hold nothing are -1
+    if len(found.scores) != count:
+        return ledger.fail("det_ids", f"{len(found.scores)} objects instead of {count}")
+    labels = (theirs[:count, 0].long(), found.labels)
+    rows = matching(torch.cat([ledger.peek("det_boxes"), 1e6 * ledger.peek("det_scores")], 1)[:count],
+                    torch.cat([found.boxes, 1e6 * found.scores[:, None]], 1), labels)  # fmt: skip
+    assert rows is not None
+
+    def padded(values: Tensor) -> Tensor:
+        return torch.cat([values[rows], values.new_full((len(theirs) - count, *values.shape[1:]), -1)])
+
+    ledger.equal("det_ids", padded(found.labels[:, None]))
+    ledger.compare("det_scores", padded(found.scores[:, None]))
+    ledger.compare("det_boxes", padded(found.boxes), 1e-4, BLOWN)
+    ledger.compare("det_centers", padded(found.centres), 1e-4, BLOWN)
+    ledger.compare("det_coefs", padded(found.coefficients))
+
+
+def training(system: ESESeg, raw: Raw, ledger: Ledger) -> None:
+    boxes = ledger.given("gt_boxes")
+    shapes = Shapes(
+        boxes, ledger.given("gt_ids")[:, 0].long(), ledger.given("gt_centers"), ledger.given("gt_coefs"),
+        torch.ones(len(boxes), dtype=torch.bool),
+    )  # fmt: skip
+    rows = system.rows(raw.shapes)
+    goals = system.goals(raw, shapes, system.boxes(raw, rows)[0][0])
+    order = goals.rows.argsort()
+    ledger.equal("t_pos", goals.rows[order])
+    ledger.compare("t_objectness", torch.ones(len(order), 1))
+    ledger.compare("t_center", goals.place[order])
+    ledger.compare("t_scale", goals.size[order])
+    ledger.compare("t_coef_center", goals.centre[order])
+    ledger.compare("t_coef", goals.coefficients[order])
+    ledger.compare("t_weight", goals.weights[order, None].expand(-1, 2))
+    ledger.compare("t_class", torch.nn.functional.one_hot(goals.labels[order], len(system.classes)).float())
+    blamed = goals.ignored.clone()
+    blamed[goals.rows] = False
+    ledger.equal("t_ignore", blamed.nonzero().flatten())
+    with torch.no_grad():
+        terms = system.losses_of(raw, [shapes])
+    for name, ours in LOSSES.items():
+        ledger.compare(name, terms[ours][None])
+
+
+# ---- the code alone --------------------------------------------------------------------------------------------------
+
+
+def codec(ledger: Ledger) -> None:
+    height, width = ledger.about["image"]
+
+    def plane(name: str) -> np.ndarray:
+        bits = np.unpackbits(ledger.arrays[name])[: height * width]
+        return bits.reshape(height, width).astype(bool)
+
+    for name in [n.removeprefix("enc_").removesuffix("_rays") for n in ledger.names(r"enc_\w+_rays")]:
+        ledger.seen.add(f"enc_{name}_mask_bits")
+        mask = plane(f"enc_{name}_mask_bits")
+        whole = contours.solid(Masks.from_dense(torch.from_numpy(mask)[None]))
+        dense = whole.dense()[0]
+        for kind in ("filled", "second"):  # theirs comes in two steps: bridged, then the largest part without holes
+            ledger.arrays[f"enc_{name}_{kind}"] = plane(f"enc_{name}_{kind}_bits")
+            ledger.seen.add(f"enc_{name}_{kind}_bits")
+            ledger.compare_bits(f"enc_{name}_{kind}", dense, 0.0)
+        frames, crops = whole.crops()
+        corner = frames[:, :2]
+        x0, y0, x1, y1 = frames[0].tolist()
+        box = ledger.peek(f"enc_{name}_box_cxcywh")
+        ledger.compare(f"enc_{name}_box_cxcywh", torch.tensor([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]))
+        given = ledger.peek(f"enc_{name}_center")
+        centre = contours.inner_centres(crops, corner)[0][0]
+        if (centre - given).norm() > 0.1:
+            centre = _shifted_pick(crops[0].numpy(), frames[0])
+        ledger.compare(f"enc_{name}_center", centre)
+        radii = contours.degree_radii(crops, corner, given[None], reach="corner")
+        gaps = int(radii.isnan().sum())
+        note = f"{gaps} degrees that no pixel covers: theirs puts the number of a degree for a radius" if gaps else ""
+        ledger.compare(f"enc_{name}_rays", radii[0], note=note)
+        rays = ledger.peek(f"enc_{name}_rays").double()[None]
+        diagonal = box[2:].double().norm()
+        ledger.compare(f"f64_{name}_coef", contours.chebyshev_fit(rays / diagonal)[0])
+        code = ledger.peek(f"f64_{name}_coef")
+        corners = torch.cat([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2])
+        ledger.compare(f"dec_{name}_r", contours.chebyshev_radii(code))
+        outline = contours.decode_chebyshev(code.float(), given, corners, turn=1.0)
+        ledger.compare(f"dec_{name}_polygon", outline)
+        if f"dec_{name}_iou_with_mask" in ledger:
+            ledger.compare(f"dec_{name}_iou_with_mask", _overlap(outline, mask))
+    if "f64_given_coef" in ledger:
+        code, boxes, centres = (ledger.given(n) for n in ("f64_given_coef", "given_box", "given_center"))
+        ledger.compare("given_r", contours.chebyshev_radii(code))
+        ledger.compare("given_polygon", contours.decode_chebyshev(code.float(), centres, boxes, turn=1.0))
+
+
+def _overlap(outline: Tensor, mask: np.ndarray) -> Tensor:
+    """Of the mask with the outline painted as OpenCV paints points cut to whole numbers."""
+    painted = fill_contours(outline[None], mask.shape).dense()[0].numpy()
+    return torch.tensor((painted & mask).sum() / (painted | mask).sum())
+
+
+def _shifted_pick(crop: np.ndarray, frame: Tensor) -> Tensor:
+    """Their inner centre where the best pixel is too near to the border: the list of sums loses an entry each time one
+    is rejected, the list of pixels does not, so that what is picked next is a pixel further on than it should be."""
+    plane = np.pad(crop, 1)
+    well = contours._well_inside(plane)
+    y, x = np.nonzero(plane)
+    sums = contours.distance_sums(plane)[y, x]
+    pick = int(sums.argmin())
+    while not well[y[pick], x[pick]]:
+        sums = np.delete(sums, pick)
+        pick = int(sums.argmin())
+    return torch.tensor([x[pick] - 1.0, y[pick] - 1.0]) + frame[:2]
+
+
+SYSTEMS = {"ese-seg": check}
+OPERATORS = [(lambda ledger: ledger.names(r"f64_\w+_coef") != [], codec)]
