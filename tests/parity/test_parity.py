@@ -31,6 +31,7 @@ MINE = (
     "fouriernet-",
     "deepsnake-",
     "yolact-",
+    "embedmask-",
 )
 NO_WEIGHTS = ("roi-pooling", "preprocess-detectron2-torchvision", "yolact-resnet50-post", "ese-seg-codec")
 LONG = ("x101", "dc5")

@@ -36,7 +36,7 @@ def paste_windows(
     """
     if not len(values):
         return Masks.empty(size)
-    (height, width), crops, places = size, [], []
+    (height, width), parts = size, []
     down = _axis(corners[:, 1], values.shape[1], grid[0], stretched[0], height, shift[1])
     across = _axis(corners[:, 0], values.shape[2], grid[1], stretched[1], width, shift[0])
     rows, columns = down[1].shape[1], across[1].shape[1]
@@ -49,9 +49,8 @@ def paste_windows(
         left, top = across[0][chosen], down[0][chosen]
         if mirrored:
             kept, left = kept.flip(-1), width - left - columns
-        crops.extend(kept.cpu())
-        places.append(torch.stack([left, top], 1))
-    return Masks.from_crops(crops, torch.cat(places).cpu(), size)
+        parts.append(Masks.from_crops(list(kept.cpu()), torch.stack([left, top], 1).cpu(), size))
+    return Masks.join(parts)
 
 
 def _resized_above(
