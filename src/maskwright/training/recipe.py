@@ -27,35 +27,30 @@ class Recipe:
     accumulate: int = 1  # passes whose gradients are averaged into one step
 
     # optimizer
-    optimizer: Literal["sgd", "adamw"] = "adamw"
+    optimizer: Literal["sgd", "adamw"] = "adamw"  # how weights follow their gradients
     lr: float = 2e-4  # learning rate at the end of the warm-up
     lr_per_picture: float | None = None  # linear scaling rule: lr = this * batch * accumulate, instead of `lr`
-    momentum: float = 0.9  # SGD
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW
-    weight_decay: float = 0.05
+    momentum: float = 0.9  # of SGD: share of the last step kept in the next
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW: decay of the running means of gradient and square
+    weight_decay: float = 0.05  # pull of the weights towards nought, per step and learning rate
     decay_norms: bool = False  # whether weight decay also acts on normalisation layers
     decay_biases: bool = False  # whether weight decay also acts on biases
     rates: dict[str, float] = field(default_factory=dict)  # part (see System.groups) or glob of names -> factor on lr
     clip: float | None = 1.0  # largest norm of all gradients together
 
     # learning rate over the run
-    schedule: Literal["constant", "steps", "cosine", "poly"] = "cosine"
-    milestones: tuple[float, ...] = (
-        2 / 3,
-        8 / 9,
-    )  # "steps": where the rate is multiplied by gamma, fractions of the run
-    gamma: float = 0.1  # "steps"
+    schedule: Literal["constant", "steps", "cosine", "poly"] = "cosine"  # how the learning rate falls after warm-up
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # "steps": where the rate falls, fractions of the run
+    gamma: float = 0.1  # "steps": what the rate is multiplied by there
     power: float = 0.9  # "poly": rate * (1 - t) ** power
     final: float = 0.01  # "cosine": factor on lr at the end
     warmup: int = 100  # steps of linear warm-up; at most a quarter of the run is taken
     warmup_from: float = 0.01  # factor on lr at step 0
 
     # averaging and precision
-    ema: float | None = (
-        0.998  # decay of the running mean of the weights, itself warmed up; the mean is evaluated and kept
-    )
-    amp: Literal["no", "bf16"] = "no"
-    channels_last: bool = False
+    ema: float | None = 0.998  # decay of the running mean of the weights, which is what is evaluated and kept
+    amp: Literal["no", "bf16"] = "no"  # bf16: automatic mixed precision, half the memory of activations
+    channels_last: bool = False  # pictures in memory with channels last: faster in bf16 on GPUs
     compile: bool = False  # torch.compile the network's forward
     sync_norm: bool = False  # batch normalisation over all devices (needs GPUs)
 
@@ -74,15 +69,15 @@ class Recipe:
     patience: int | None = None  # stop after so many validations without a better one
 
     # the machine
-    seed: int = 0
+    seed: int = 0  # of weights, order, augmentation and sampling
     device: str = "auto"  # "auto", "cpu", "cuda", "mps"
-    devices: int = 1  # per node; torchrun's numbers win where it started the processes
-    nodes: int = 1
+    devices: int = 1  # processes per node, one per device; torchrun's numbers win where it started the processes
+    nodes: int = 1  # machines
 
     # the run folder
     log_every: int = 20  # steps between lines of the log
     save_minutes: float = 10.0  # between saves of last.ckpt inside an epoch; 0 saves after every step
-    tensorboard: bool = True
+    tensorboard: bool = True  # also write TensorBoard's files
     jsonl: bool = False  # also write log.jsonl, one object per line of the log
 
     def __post_init__(self) -> None:
