@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,7 @@ from maskwright.blocks import fcos
 from maskwright.blocks.trunk import coloured
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
-from maskwright.ops.contours import ray_points, rays_from
+from maskwright.ops.contours import Border, ray_points, rays_from
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import focal_sum
 from maskwright.ops.outlines import fill_contours, outer_contours
@@ -69,16 +69,19 @@ class PolarRaw:
 class PolarRules:
     """What the papers ablate.
 
-    sampling    places around an object's mass centre or its box's centre are its samples (PolarMask, table 2)
+    sampling    places around an object's "mass" centre or its "box"'s centre are its samples (PolarMask, section 3.2)
     centerness  how central a place is: "polar", sqrt(shortest / longest ray); "normalised", that over its value at the
                 mass centre (FourierNet); "cartesian", FCOS's by the box
     mask_loss   "polar_iou"; "smooth_l1" on the rays in pixels; "code", smooth L1 on the code's numbers
+    border      "pixels", as published: rays see the border's pixels alone, of small objects hardly any; "outline": they
+                see the closed line through them (`ops.contours.rays_from`)
     offset      what the centerness is raised by before it multiplies the class probability
     """
 
-    sampling: Literal["mass", "box"] = "mass"
-    centerness: Literal["polar", "normalised", "cartesian"] = "polar"
-    mask_loss: Literal["polar_iou", "smooth_l1", "code"] = "polar_iou"
+    sampling: str = "mass"
+    centerness: str = "polar"
+    mask_loss: str = "polar_iou"
+    border: Border = "pixels"
     offset: float = 0.5
     radius: float = 1.5
 
@@ -87,6 +90,7 @@ class PolarRules:
             "sampling": ("mass", "box"),
             "centerness": ("polar", "normalised", "cartesian"),
             "mask_loss": ("polar_iou", "smooth_l1", "code"),
+            "border": ("pixels", "outline"),
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -187,14 +191,15 @@ def polar_targets(
     )
     positive = (owner >= 0).nonzero().flatten()
     mine = owner[positive]
-    rays = rays_from(contours, mine, everywhere[positive], count)
+    rays = rays_from(contours, mine, everywhere[positive], count, border=rules.border)
     if rules.centerness == "cartesian":
         central = fcos.centerness(inner[positive])
     else:
         central = polar_centerness(rays)
         if rules.centerness == "normalised":
             rows = torch.arange(len(mass), device=mass.device)
-            best = polar_centerness(rays_from(contours, rows, mass.nan_to_num(0), count))[mine]
+            highest = rays_from(contours, rows, mass.nan_to_num(0), count, border=rules.border)
+            best = polar_centerness(highest)[mine]
             central = torch.where(best > 0, central / best, central).clamp(max=1)
     labels = torch.where(owner >= 0, target.labels.to(owner)[owner.clamp(min=0)], -1)
     return PolarTargets(labels, inner, positive, rays, central)

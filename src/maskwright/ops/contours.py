@@ -394,6 +394,7 @@ def _longest(points: Tensor, there: Tensor, lengths: Tensor, count: int) -> tupl
 # coordinates count pixels, from the centre of the first: an outline runs through the centres of the border's pixels.
 
 MISSING = 1e-6  # the length of a ray that meets nothing
+Border = Literal["pixels", "outline"]
 _BESIDE = (0, 1, -1, 2, -2, 3, -3)  # degrees beside a ray's own where the border is looked for, in this order
 
 
@@ -403,14 +404,18 @@ def rays_from(
     origins: Float[Tensor, "p 2"],
     count: int = 36,
     *,
+    border: Border = "pixels",
     budget: int = 256 << 20,
 ) -> Float[Tensor, "p {count}"]:
     """The distance from each origin to the border of its mask `owners` in `count` directions, on the origins' device.
 
-    A border pixel lies in the whole degree below its direction. A ray takes the farthest pixel of its own degree; if
-    that has none, of the first within three degrees beside it that has (so concave parts and rings are filled, as seen
-    from the origin); else its length is 1e-6. There is no going round: beside 0 lies nothing.
+    A border pixel lies in the whole degree below its direction. A ray takes the farthest pixel of its own degree, so
+    that concave parts and rings are filled, as seen from the origin. A ray that meets nothing has length 1e-6.
 
+    border  what a ray does whose own degree is empty. "pixels" (published): it takes the first of the three degrees
+            beside it that is not. Near origins see a border pixel every four degrees or more, and most rays of a small
+            object then meet nothing. There is no going round either: beside 0 lies nothing. "outline": the border is a
+            closed line, and a ray takes the nearest degree, as far away as neighbouring pixels can be at that distance
     budget  bytes of scratch: about 60 for each pair of an origin and a pixel of its border
     """
     if 360 % count:
@@ -430,6 +435,8 @@ def rays_from(
         table[rows] = _farthest(contours.points, starts[rows], lengths[rows], origins[rows], table[rows])
         first = last
     degrees = torch.arange(0, 360, 360 // count, device=device)
+    if border == "outline":
+        return _bridged_degrees(table)[:, degrees]
     rays = origins.new_full((len(origins), count), -1.0)
     for beside in _BESIDE:
         rays = torch.where(rays < 0, table[:, degrees + 3 + beside], rays)
@@ -450,6 +457,25 @@ def _farthest(points: Tensor, starts: Tensor, lengths: Tensor, origins: Tensor, 
     return table.flatten().scatter_reduce(0, cells, (x.square() + y.square()).sqrt(), "amax").view_as(table)
 
 
+def _bridged_degrees(table: Tensor) -> Float[Tensor, "p 360"]:
+    """Every degree's distance, empty ones taken from the nearest filled one if pixels side by side leave such a gap."""
+    around = torch.cat([torch.maximum(table[:, 3:4], table[:, 363:364]), table[:, 4:363]], 1)
+    around = around.repeat(1, 3)  # the degrees three times, so that the middle ones have neighbours on both sides
+    places = torch.arange(around.shape[1], device=table.device)
+    before = torch.where(around >= 0, places, -1).cummax(1).values
+    after = torch.where(around >= 0, places, 3 * 360).flip(1).cummin(1).values.flip(1)
+    sides = []
+    for nearest in (before, after):
+        gap = (nearest - places).abs()[:, 360:720]
+        value = around.gather(1, nearest.clamp(0, around.shape[1] - 1))[:, 360:720]
+        # Two pixels that touch at a corner are seen at most sqrt(2) / distance apart; a degree is lost to cutting.
+        near = (value >= 0) & (gap <= (1 + 81.1 / value.clamp(min=0.1)).clamp(min=3))
+        sides.append((value, torch.where(near, gap, 3 * 360)))
+    (first, gap), (second, other) = sides
+    rays = torch.where(gap <= other, first, second)
+    return torch.where(torch.minimum(gap, other) < 3 * 360, rays, MISSING)
+
+
 def ray_points(origins: Float[Tensor, "*n 2"], rays: Float[Tensor, "*n r"]) -> Float[Tensor, "*n r 2"]:
     """The ends x, y of rays of these lengths: the outline as a polygon, counter-clockwise on the screen."""
     count = rays.shape[-1]
@@ -457,11 +483,13 @@ def ray_points(origins: Float[Tensor, "*n 2"], rays: Float[Tensor, "*n r"]) -> F
     return origins[..., None, :] + rays[..., None] * torch.stack([angles.sin(), angles.cos()], -1)
 
 
-def encode_rays(masks: Masks, count: int = 36) -> tuple[Float[Tensor, "n {count}"], Float[Tensor, "n 2"]]:
+def encode_rays(
+    masks: Masks, count: int = 36, *, border: Border = "pixels"
+) -> tuple[Float[Tensor, "n {count}"], Float[Tensor, "n 2"]]:
     """The rays of each mask from its mass centre (cut to whole pixels), and that centre; zeros for an empty mask."""
     contours = outer_contours(masks)
     centres = contours.centres.nan_to_num(0).trunc().float()
-    rays = rays_from(contours, torch.arange(len(masks)), centres, count)
+    rays = rays_from(contours, torch.arange(len(masks)), centres, count, border=border)
     return rays * (contours.counts > 0)[:, None], centres
 
 

@@ -51,7 +51,7 @@ def outer_contours(masks: Masks) -> Contours:
     counts = np.bincount(owner, minlength=count)
 
     there = largest >= 0
-    area = np.where(there, twice[largest], 0)
+    area = twice[largest]
     sums = np.stack([np.bincount(owner, points[:, axis], minlength=count) for axis in (0, 1)], 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         centres = np.where(area[:, None] > 0, moments[largest] / (3.0 * area[:, None]) - 1, sums / counts[:, None])
@@ -191,7 +191,8 @@ def _connected(count: int, left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _areas(solid: _Pieces, left: np.ndarray, right: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Twice the area that each part's border encloses, and six times its moments in x and y: whole numbers.
+    """Twice the area that each part's border encloses, and six times its moments in x and y: whole numbers. One more
+    entry, the last, is zero.
 
     The border runs through the pixels' centres. Of the square between four neighbouring centres it encloses all where
     all four pixels belong to the part, half where three do, nothing otherwise. Two runs side by side that share L rows
@@ -205,7 +206,7 @@ def _areas(solid: _Pieces, left: np.ndarray, right: np.ndarray, part: np.ndarray
     area = 2 * whole + head + foot
     along = whole * (6 * x + 3) + head * (2 * x + 1 + x + (v0 < y0)) + foot * (2 * x + 1 + x + (v1 > y1))
     down = np.where(shared, 3 * ((high - 1) ** 2 - low**2), 0) + head * (3 * low - 1) + foot * (3 * high - 2)
-    sums = [np.bincount(part[left], values, minlength=len(solid)) for values in (area, along, down)]
+    sums = [np.bincount(part[left], values, minlength=len(solid) + 1) for values in (area, along, down)]
     return sums[0], np.stack(sums[1:], 1)
 
 

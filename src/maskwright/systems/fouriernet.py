@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from maskwright.blocks.polar import (
 from maskwright.blocks.resnet import ResNet, StrideIn
 from maskwright.blocks.trunk import make_trunk
 from maskwright.errors import UsageError
-from maskwright.ops.contours import fourier_coefficients, fourier_rays
+from maskwright.ops.contours import Border, fourier_coefficients, fourier_rays
 from maskwright.structures import Instances, Placement
 from maskwright.systems.base import Card, ClassRows, Preset, Score, System
 
@@ -96,11 +96,12 @@ class FourierNet(System):
         head_convs: int = 4,
         head_deform: bool = False,
         box_branch: bool = True,
-        sampling: Literal["mass", "box"] = "mass",
-        centerness: Literal["polar", "normalised", "cartesian"] = "polar",
-        mask_loss: Literal["polar_iou", "smooth_l1", "code"] = "polar_iou",
+        sampling: str = "mass",
+        centerness: str = "polar",
+        mask_loss: str = "polar_iou",
+        border: Border = "outline",
         offset: float = 0.5,
-        colours: Literal["caffe", "imagenet"] = "caffe",
+        colours: str = "caffe",
         short: int = 800,
         long: int = 1333,
         canvas: Sequence[int] | None = None,
@@ -116,7 +117,7 @@ class FourierNet(System):
                         batches; "frozen" is what the published weights have
         head_deform     all convolutions of the towers are deformable
         box_branch      without, a box is what its contour reaches
-        sampling, centerness, mask_loss, offset
+        sampling, centerness, mask_loss, border, offset
                         see `blocks.polar.PolarRules`. mask_loss="code" asks for the coefficients themselves, the way of
                         learning that the paper compares with. (The published code asks for those of the rays and
                         decodes them as those of the rays' logarithm; here both are the logarithm's.)
@@ -130,7 +131,9 @@ class FourierNet(System):
             raise UsageError(f"coefficients is {coefficients}; {rays} rays have 1 to {rays}")
         self.classes = tuple(classes)
         self.code = FourierCode(coefficients, rays)
-        self.rules = PolarRules(sampling=sampling, centerness=centerness, mask_loss=mask_loss, offset=offset)
+        self.rules = PolarRules(
+            sampling=sampling, centerness=centerness, mask_loss=mask_loss, border=border, offset=offset
+        )
         self.backbone, widths = make_trunk(
             backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width, groups=groups,
             group_width=group_width, stride_in=stride_in, deform_stages=deform_stages, norm=norm, norm_eps=norm_eps,
@@ -194,14 +197,17 @@ class FourierNet(System):
         "fouriernet-1x-half": {**_SGD, "short": (320, 400), "long": 666},  # as its ResNeXt-101 was trained
     }
 
-    _R50: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2, "stride_in": "1x1", "rays": 60}
+    _R50: ClassVar[dict[str, Any]] = {
+        "norm": "frozen", "frozen": 2, "border": "pixels", "stride_in": "1x1", "rays": 60,
+    }  # fmt: skip
     _PLOT = "figure in the README of cogsys-tuebingen/FourierNet, read off by eye"
     _VAL = "COCO val2017, short side 800, long side at most 1333, pycocotools"
     presets: ClassVar[Mapping[str, Preset]] = {
         "fouriernet-r50": Preset(_R50, (Score(28.0, "mask AP", _VAL, _PLOT),), "36 coefficients for 60 rays, 1x"),
         "fouriernet-x101": Preset(
             {
-                "backbone": "resnet101", "groups": 64, "group_width": 4, "norm": "frozen", "frozen": 2, "rays": 90,
+                "backbone": "resnet101", "groups": 64, "group_width": 4, "norm": "frozen", "frozen": 2,
+                "border": "pixels", "rays": 90,
             },
             (Score(30.6, "mask AP", "COCO, the paper's best model", "arXiv 2002.02709 v2, abstract"),),
             "36 coefficients for 90 rays, ResNeXt-101 64x4d; its configuration names Caffe's colours",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from maskwright.blocks.polar import (
 from maskwright.blocks.resnet import ResNet, StrideIn
 from maskwright.blocks.trunk import make_trunk
 from maskwright.errors import UsageError
+from maskwright.ops.contours import Border
 from maskwright.structures import Instances, Placement
 from maskwright.systems.base import Card, ClassRows, Preset, Score, System
 
@@ -89,10 +90,11 @@ class PolarMask(System):
         head_convs: int = 4,
         head_deform: bool = False,
         box_branch: bool = True,
-        sampling: Literal["mass", "box"] = "mass",
-        centerness: Literal["polar", "normalised", "cartesian"] = "polar",
-        mask_loss: Literal["polar_iou", "smooth_l1"] = "polar_iou",
-        colours: Literal["caffe", "imagenet"] = "caffe",
+        sampling: str = "mass",
+        centerness: str = "polar",
+        mask_loss: str = "polar_iou",
+        border: Border = "outline",
+        colours: str = "caffe",
         short: int = 800,
         long: int = 1333,
         canvas: Sequence[int] | None = None,
@@ -107,9 +109,10 @@ class PolarMask(System):
                         batches; "frozen" is what the published weights have
         head_deform     all convolutions of the towers are deformable
         box_branch      without, a box is what its contour reaches (table 2e)
-        sampling, centerness, mask_loss
-                        see `blocks.polar.PolarRules` (tables 2b, 2c and 2d)
-        colours         what pictures are normalised by: Caffe's BGR means, or ImageNet's RGB means and deviations
+        sampling, centerness, mask_loss, border
+                        see `blocks.polar.PolarRules` (tables 2b, 2c and 2d). border="pixels" is published; it hardly
+                        learns small objects, nor anything in small pictures
+        colours         what pictures are normalised by: "caffe", BGR means, or "imagenet", RGB means and deviations
         short, long     with `canvas` None: sides of the input, the picture's shape kept
         canvas          (height, width) that every picture is stretched to, as published: (768, 1280); upright pictures
                         too
@@ -120,7 +123,7 @@ class PolarMask(System):
             raise UsageError(f"rays is {rays}; it must be a divisor of 360, at least 3")
         self.classes = tuple(classes)
         self.code = RayCode(rays)
-        self.rules = PolarRules(sampling=sampling, centerness=centerness, mask_loss=mask_loss)
+        self.rules = PolarRules(sampling=sampling, centerness=centerness, mask_loss=mask_loss, border=border)
         self.backbone, widths = make_trunk(
             backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width, groups=groups,
             group_width=group_width, stride_in=stride_in, deform_stages=deform_stages, norm=norm, norm_eps=norm_eps,
@@ -186,7 +189,9 @@ class PolarMask(System):
         },
     }  # fmt: skip
 
-    _CAFFE: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2, "stride_in": "1x1", "canvas": (768, 1280)}
+    _CAFFE: ClassVar[dict[str, Any]] = {
+        "norm": "frozen", "frozen": 2, "border": "pixels", "stride_in": "1x1", "canvas": (768, 1280),
+    }  # fmt: skip
     _R101: ClassVar[dict[str, Any]] = {**_CAFFE, "backbone": "resnet101"}
     _X101: ClassVar[dict[str, Any]] = {
         **_R101, "stride_in": "3x3", "groups": 64, "group_width": 4, "colours": "imagenet",

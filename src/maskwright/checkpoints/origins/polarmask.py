@@ -58,6 +58,7 @@ def _common(shapes: Shapes) -> dict[str, Any] | None:
     deform = "bbox_head.cls_convs.0.conv_offset_mask.weight" in shapes
     options: dict[str, Any] = {
         "backbone": f"resnet{depth}", "in_channels": stem[1], "stem_width": stem[0], "norm": "frozen", "frozen": 2,
+        "border": "pixels",
         # Files do not say where the stride is: in the first 1 x 1 of Caffe's models, in the 3 x 3 of ResNeXt.
         "stride_in": "3x3" if grouped or depth < 50 else "1x1",
         "deform_stages": [n - 1 for n in (1, 2, 3, 4) if f"backbone.layer{n}.0.conv2_offset.weight" in shapes],
