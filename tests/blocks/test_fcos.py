@@ -73,3 +73,24 @@ def test_overlap_is_that_of_the_boxes_and_smoothing_is_an_argument():
     nothing = torch.zeros(1, 4)
     torch.testing.assert_close(fcos.overlap(nothing, torch.full((1, 4), 0.5), smooth=1.0), torch.tensor([0.5]))
     assert float(fcos.overlap(nothing, nothing, generalised=True, smooth=1.0)) == 1.0
+
+
+def test_losses_of_places_are_those_of_the_rule_written_out():
+    generator = torch.Generator().manual_seed(0)
+    logits, central = torch.randn(2, 5, 3, generator=generator), torch.randn(2, 5, generator=generator)
+    said, goal = (torch.rand(2, 5, 4, generator=generator) * 4 + 0.1 for _ in range(2))
+    positive = torch.tensor([[True, False, True, False, False], [False, False, False, False, True]])
+    labels = torch.tensor([0, 2, 1])
+    terms = fcos.place_losses(logits, said, central, positive, labels, goal)
+    middle = fcos.centerness(goal[positive])
+    box = ((1 - fcos.overlap(said, goal, generalised=True, smooth=1.0))[positive] * middle).sum() / middle.sum()
+    torch.testing.assert_close(terms["box"], box)
+    p, expected = logits.sigmoid().flatten(0, 1), 0.0
+    for place in range(10):
+        for kind in range(3):
+            right = (place, kind) in ((0, 0), (2, 2), (9, 1))
+            q = p[place, kind] if right else 1 - p[place, kind]
+            expected += (0.25 if right else 0.75) * (1 - q) ** 2 * -q.log()
+    torch.testing.assert_close(terms["class"], expected / 3)
+    nothing = fcos.place_losses(logits, said, central, torch.zeros_like(positive), labels[:0], goal)
+    assert float(nothing["box"]) == float(nothing["centerness"]) == 0.0

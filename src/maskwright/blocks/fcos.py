@@ -12,8 +12,11 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 
 from maskwright.blocks.layers import ConvNorm, DeformConvNorm
+from maskwright.ops.distributed import global_mean_count
+from maskwright.ops.losses import focal_sum
 
 STRIDES = (8, 16, 32, 64, 128)
 # The largest of the four distances decides the level; both ends belong to it.
@@ -142,6 +145,38 @@ def overlap(
     union = areas[0] + areas[1] - shared
     iou = (shared + smooth) / (union + smooth)
     return iou - (areas[2] - union) / (areas[2] + 1e-7) if generalised else iou
+
+
+def place_losses(
+    logits: Float[Tensor, "b n k"],
+    said: Float[Tensor, "b n 4"],
+    central: Float[Tensor, "b n"],
+    positive: Bool[Tensor, "b n"],
+    labels: Int[Tensor, " p"],
+    goal: Float[Tensor, "b n 4"],
+    *,
+    smooth: float = 1.0,
+) -> dict[str, Tensor]:
+    """`class` (focal), `box` (GIoU, weighted by how central a place is) and `centerness` (cross entropy), as the
+    improved FCOS learns them: per positive place, the boxes per sum of the weights, counted over all devices.
+
+    said, goal  distances as predicted and as they should be, in units of the stride
+    labels      of the P positive places, picture by picture
+    smooth      added to intersection and union: see `overlap`
+    """
+    image, place = positive.nonzero().unbind(1)
+    kinds = torch.zeros_like(logits)
+    kinds[image, place, labels] = 1
+    said, goal = said[image, place], goal[image, place]
+    middle = centerness(goal)
+    count, weight = global_mean_count(positive.sum()), global_mean_count(middle.sum(), 1e-6)
+    apart = 1 - overlap(said, goal, generalised=True, smooth=smooth)
+    unsure = functional.binary_cross_entropy_with_logits(central[image, place], middle, reduction="sum")
+    return {
+        "class": focal_sum(logits, kinds) / count,
+        "box": (apart * middle).sum() / weight,
+        "centerness": unsure / count,
+    }
 
 
 class Scale(nn.Module):

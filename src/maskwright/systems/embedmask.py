@@ -33,8 +33,7 @@ from maskwright.blocks.resnet import ResNet, StrideIn
 from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
-from maskwright.ops.distributed import global_mean_count
-from maskwright.ops.losses import focal_sum, lovasz_hinge
+from maskwright.ops.losses import lovasz_hinge
 from maskwright.ops.windows import paste_windows
 from maskwright.structures import Instances, Masks, Placement, Preprocess
 from maskwright.systems.base import Card, ClassRows, Preset, Score, System
@@ -251,39 +250,26 @@ class EmbedMask(System):
         if any(t.masks is None and len(t) for t in targets):
             raise UsageError("a target has boxes but no masks; EmbedMask learns masks, give a data set that has them")
         owners, goals, truths = zip(*(self.assign(raw, t) for t in targets), strict=True)
-        owner, positive = torch.stack(owners), torch.stack(owners) >= 0  # (B, N)
-        image, place = positive.nonzero().unbind(1)  # (P,) each: the positives of all pictures
+        owner, goal = torch.stack(owners), torch.stack(goals)  # (B, N), (B, N, 4)
         logits, said, central = (_rows(v).float() for v in (raw.logits, raw.distances, raw.centerness))
-
-        kinds = torch.zeros_like(logits)
-        labels = [t.labels[o[o >= 0]] for t, o in zip(targets, owners, strict=True)]
-        kinds[image, place, torch.cat(labels)] = 1
-        said, goal = said[image, place], torch.stack(goals)[image, place]  # (P, 4), in strides
-        middle = fcos.centerness(goal)
-        count, weight = global_mean_count(positive.sum()), global_mean_count(middle.sum(), 1e-6)
-        apart = 1 - fcos.overlap(said, goal, generalised=True, smooth=1.0)
-        unsure = functional.binary_cross_entropy_with_logits(central[image, place, 0], middle, reduction="sum")
-        terms = {
-            "class": focal_sum(logits, kinds) / count,
-            "box": (apart * middle).sum() / weight,
-            "centerness": unsure / count,
-        }
+        labels = torch.cat([t.labels[o[o >= 0]] for t, o in zip(targets, owners, strict=True)])
+        terms = fcos.place_losses(logits, said, central[..., 0], owner >= 0, labels, goal)
 
         # What an object's places say of its mask; the objects of all pictures are numbered through.
         counts = [len(t) for t in targets]
-        offsets = torch.tensor([0, *counts], device=owner.device).cumsum(0)
-        group = owner[image, place] + offsets[image]
+        image, place = (owner >= 0).nonzero().unbind(1)  # (P,) each
+        group = owner[image, place] + torch.tensor([0, *counts], device=owner.device).cumsum(0)[image]
         stride = fcos.per_location(fcos.locations(raw.logits), [float(s) for s in fcos.STRIDES])[place, None]
-        last = goal.new_tensor([0.0, 0.0, self.last, self.last])
-        iou = fcos.overlap(said.detach() * stride + last, goal * stride + last)
-        good, best = good_places(iou, group, sum(counts))
+        last = _corner(goal, self.last)
+        found, wanted = said.detach()[image, place] * stride + last, goal[image, place] * stride + last
+        good, best = good_places(fcos.overlap(found, wanted), group, sum(counts))
         chosen = good if self.rules.learnt_from == "good" else best
         spoken = [_rows(v)[image, place] for v in (raw.embeddings, raw.margins)]  # (P, D), (P, D or 1)
         embeddings, margins = (_means(v[chosen], group[chosen], sum(counts)).split(counts) for v in spoken)
         learnt = torch.zeros(sum(counts), dtype=torch.bool, device=owner.device).index_fill(0, group, True)
         terms["mask"] = self._mask_loss(raw, targets, truths, embeddings, margins, learnt.split(counts))
         if self.smooth_weight:
-            share = torch.cat([goal.new_full((c,), 1 / (c * len(counts))) for c in counts if c] or [goal.new_zeros(0)])
+            share = torch.cat([goal.new_full((c,), 1 / (max(1, c) * len(counts))) for c in counts])
             away = sum((v - _means(v[good], group[good], sum(counts))[group]).square().sum(1) for v in spoken)
             terms["smooth"] = self.smooth_weight * (away * share[group])[good].sum()
         return terms
@@ -571,8 +557,8 @@ def _rows(levels: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "b n c"
     return torch.cat([v.flatten(2) for v in levels], 2).transpose(1, 2)
 
 
-def _corner(boxes: Float[Tensor, "n 4"], last: float) -> Float[Tensor, " 4"]:
-    return boxes.new_tensor([0.0, 0.0, last, last])
+def _corner(like: Tensor, last: float) -> Float[Tensor, " 4"]:
+    return like.new_tensor([0.0, 0.0, last, last])
 
 
 def _look(
