@@ -303,28 +303,22 @@ def polar_find(
     times (centerness + 0.5), which can exceed 1; but places are ranked without the half.
     """
     height, width = placement.size
-    places, scores, central, reach, values = [], [], [], [], []
+    rows = []
     for level, where in enumerate(fcos.locations(raw.classes)):
-        found, middle, numbers = (
-            levels[level][index].flatten(1).T.float() for levels in (raw.classes, raw.centerness, raw.codes)
-        )
-        found, middle = found.sigmoid(), middle.sigmoid()
-        best = (found * middle).amax(1).topk(min(limits.before, len(found))).indices
-        numbers = numbers[best]
-        if raw.boxes:
-            reach.append(raw.boxes[level][index].flatten(1).T[best].float().clamp(max=LONGEST).exp())
-        else:
-            reach.append(_reach(code.decode(numbers)))
-        for values_of_all, value in ((places, where[best]), (scores, found[best]), (central, middle[best])):
-            values_of_all.append(value)
-        values.append(numbers)
-    everywhere, each, numbers = torch.cat(places), torch.cat(scores), torch.cat(values)
+        kinds = (raw.classes, raw.centerness, raw.codes, raw.boxes or raw.codes)
+        classes, central, numbers, logs = (levels[level][index].flatten(1).T.float() for levels in kinds)
+        classes, central = classes.sigmoid(), central.sigmoid()
+        best = (classes * central).amax(1).topk(min(limits.before, len(classes))).indices
+        numbers, logs = numbers[best], logs[best]
+        reach = logs.clamp(max=LONGEST).exp() if raw.boxes else _reach(code.decode(numbers))
+        rows.append((where[best], classes[best], central[best, 0], numbers, reach))
+    everywhere, each, central, numbers, reach = (torch.cat(parts) for parts in zip(*rows, strict=True))
     limit = everywhere.new_tensor([width - 1, height - 1])
-    corners = fcos.boxes_of(everywhere, torch.cat(reach)).view(-1, 2, 2).clamp(min=0).minimum(limit)
+    corners = fcos.boxes_of(everywhere, reach).view(-1, 2, 2).clamp(min=0).minimum(limit)
     corners = _on_picture(corners, placement)
     boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)  # a mirror swaps left and right
     row, label = (each > limits.score).nonzero().unbind(1)
-    score = each[row, label] * (torch.cat(central)[row, 0] + rules.offset)
+    score = each[row, label] * (central[row] + rules.offset)
     kept = box_ops.nms(_with_last(boxes[row]), score, label, limits.nms)[: limits.detections]
     row = row[kept]
     ends = ray_points(everywhere[row], code.decode(numbers[row])).clamp(min=0).minimum(limit)
