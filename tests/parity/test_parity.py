@@ -32,13 +32,14 @@ MINE = (
     "deepsnake-",
     "yolact-",
     "embedmask-",
+    "solo",
 )
-NO_WEIGHTS = ("roi-pooling", "preprocess-detectron2-torchvision", "yolact-resnet50-post", "ese-seg-codec")
+NO_WEIGHTS = ("roi-pooling", "preprocess-detectron2-torchvision", "yolact-resnet50-post", "ese-seg-codec", "solo-post")
 LONG = ("x101", "dc5")
 
 
 def layout_name(outputs: str) -> str:
-    return re.sub(r"-(grad|batch|features|loss|post)$", "", outputs)
+    return re.sub(r"-(grad|batch|features|ins|loss|post)$", "", outputs)
 
 
 def pairs(folder: Path) -> list[str]:

@@ -219,8 +219,10 @@ class SOLOv2(System):
         """Probabilities of the masks that these kernels make of one picture's feature."""
         if self.kernel_size == 1:
             logits = (kernels @ feature.flatten(1)).unflatten(1, feature.shape[1:])
+        elif not len(kernels):
+            return feature.new_zeros(0, *feature.shape[1:], dtype=torch.float32)
         else:
-            logits = functional.conv2d(feature[None], kernels.reshape(len(kernels), -1, 3, 3), padding=1)[0]
+            logits = functional.conv2d(feature[None], kernels.unflatten(1, (-1, 3, 3)), padding=1)[0]
         return logits.float().sigmoid()
 
     # ---- learning ------------------------------------------------------------------------------------------------

@@ -1,0 +1,160 @@
+"""What is SOLO's, Decoupled SOLO's and SOLOv2's own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from maskwright.checkpoints.origins import origins
+from maskwright.errors import UsageError
+from maskwright.structures import Instances, Masks, Placement
+from maskwright.systems import create
+from tests.systems.tiny import SIZE, build, objects
+
+LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
+SMALL = (64, 96)
+OPTIONS = {
+    "focal masks": ("solo", {"mask_loss": "focal"}),
+    "no coordinates, pooled": ("solo", {"coordinates": False, "align": "pool", "mask_loss": "bce"}),
+    "one tower, its last convolution deformable": ("decoupled-solo", {"shared_tower": True, "head_deform": "last"}),
+    "deformable throughout": ("solov2", {"head_deform": "all", "deform_modulated": True}),
+    "3 x 3 kernels without coordinates": ("solov2", {"kernel_size": 3, "coordinates": False}),
+    "AdelaiDet's": ("solov2", {"rules": "adelaidet", "norm": "frozen", "stride_in": "1x1"}),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS.values(), ids=OPTIONS)
+def test_each_option_trains_and_finds(name, options):
+    system = build(name, **options)
+    images = torch.randn(2, 3, *SMALL)
+    for counts in ((3, 1), (0, 0)):
+        system.zero_grad()
+        terms = system.losses(system(images), [objects(n, size=SMALL) for n in counts])
+        sum(terms.values(), torch.zeros(())).backward()
+        assert all(torch.isfinite(v) for v in terms.values()), terms
+        assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+    with torch.no_grad():
+        for part, values in system.named_parameters():
+            if "_output." in part and part.endswith("bias"):  # masks that are there, not one per cent sure
+                values.fill_(2.0)
+        raw, places = system.eval()(images), [Placement.identity(SMALL)] * 2
+        for nms in (None, 0.5):
+            found = system.decode(raw, places, score_threshold=0.0, nms_threshold=nms, detections=5)
+            assert all(0 < len(own) <= 5 and len(own.masks) == len(own) for own in found)
+
+
+def test_masks_of_single_cells_are_channels_of_the_last_convolution():
+    system = build("solo").eval()
+    raw = system(torch.randn(1, 3, *SIZE))
+    cells = torch.tensor([3, 0, 200, 3])
+    whole = system.mask_output[0](raw.features[0])[0].sigmoid()
+    torch.testing.assert_close(system.masks_of(raw, 0, 0, cells), whole[cells])
+    resized = functional.interpolate(whole[None, cells], size=(50, 60), mode="bilinear")[0]
+    torch.testing.assert_close(system.masks_of(raw, 0, 0, cells, (50, 60)), resized)
+
+
+def test_a_decoupled_mask_is_the_product_of_its_column_and_its_row():
+    system = build("decoupled-solo").eval()
+    raw = system(torch.randn(1, 3, *SIZE))
+    row, column, grid = 2, 5, system.grids[1]
+    found = system.masks_of(raw, 0, 1, torch.tensor([row * grid + column]))[0]
+    torch.testing.assert_close(found, raw.across[1][0, column].sigmoid() * raw.down[1][0, row].sigmoid())
+
+
+def painted(system, **options) -> Instances:
+    """What is decoded where a cell of the finest grid names a rectangle, and its left neighbour nearly the same."""
+    raw = system(torch.zeros(1, 3, *SIZE))
+    classes = [torch.full_like(level, -9) for level in raw.classes]
+    classes[0][0, 1, 4, 5], classes[0][0, 1, 4, 4], classes[0][0, 0, 2, 3] = 3.0, 2.0, 2.5
+    feature = torch.full_like(raw.feature, -1.0)
+    feature[0, 0, 6:14, 8:20] = feature[0, 1, 6:14, 8:19] = feature[0, 2, 14:20, 2:6] = 1.0
+    kernels = [torch.zeros_like(level) for level in raw.kernels]
+    for channel, cell in enumerate([(4, 5), (4, 4), (2, 3)]):
+        kernels[0][0, channel, cell[0], cell[1]] = 6.0
+    raw = replace(raw, classes=tuple(classes), kernels=tuple(kernels), feature=feature)
+    return system.decode(raw, [Placement.identity(SIZE)], **options)[0]
+
+
+def test_kernels_make_masks_and_scores_tell_how_sure_they_are():
+    system = build("solov2").eval()
+    with torch.no_grad():
+        found = painted(system, nms_threshold=0.5)
+        decayed = painted(system)
+    assert found.labels.tolist() == [1, 0]
+    sure = torch.tensor(6.0).sigmoid()
+    torch.testing.assert_close(found.scores, torch.tensor([3.0, 2.5]).sigmoid() * sure)
+    torch.testing.assert_close(found.boxes, torch.tensor([[32.0, 24, 80, 56], [8.0, 56, 24, 80]]), atol=1, rtol=0)
+    assert found.masks.areas().tolist() == pytest.approx([48 * 32, 16 * 24], rel=0.05)
+    assert decayed.labels.tolist() == [1, 0, 1]  # Matrix NMS keeps the duplicate, with a lower score
+    iou = torch.tensor(11 / 12)
+    torch.testing.assert_close(decayed.scores[2], torch.tensor(2.0).sigmoid() * sure * (-2 * iou**2).exp())
+
+
+def test_a_cell_with_two_objects_learns_both_masks_in_solov2_alone():
+    # The same place twice, the second with a hole: SOLO's channels learn the later one, SOLOv2's kernels both.
+    first = objects(1, side=(50, 50))
+    x, y = first.boxes[0, :2].long().tolist()
+    planes = first.masks.dense()
+    planes[:, y + 10 : y + 40, x + 10 : x + 40] = False
+    second = replace(first, masks=Masks.from_dense(planes).pack())
+    images = torch.randn(1, 3, *SIZE)
+    with torch.no_grad():
+        for name, both_count in (("solo", False), ("solov2", True)):
+            system = build(name).eval()
+            raw = system(images)
+            alone, other, together = (
+                float(system.losses(raw, [t])["mask"]) for t in (first, second, Instances.join([first, second]))
+            )
+            assert abs(alone - other) > 1e-4
+            expected = (alone + other) / 2 if both_count else other
+            assert together == pytest.approx(expected, abs=2e-2 * abs(alone - other)), name
+
+
+def test_boxes_end_at_their_last_pixel_for_the_fork_alone():
+    # 32 pixels wide: 31 by the fork's boxes, which are of no level here, 32 by AdelaiDet's.
+    ranges = ((32, 40), (1000, 1001), (1000, 1001), (1000, 1001), (1000, 1001))
+    image, target = torch.randn(1, 3, *SIZE), objects(1, side=(32, 32))
+    terms = {rules: build("solov2", rules=rules, ranges=ranges) for rules in ("mmdet", "adelaidet")}
+    with torch.no_grad():
+        found = {rules: float(s.losses(s(image), [target])["mask"]) for rules, s in terms.items()}
+    assert found["mmdet"] == 0
+    assert found["adelaidet"] > 0
+
+
+def test_wrong_options_are_refused_in_words():
+    with pytest.raises(UsageError, match="grids has 4 entries, ranges 5; there are 5 levels"):
+        create("solo", grids=(9, 8, 7, 6))
+    with pytest.raises(UsageError, match="backbone is 'vgg'; expected resnet18"):
+        create("solov2", backbone="vgg")
+    with pytest.raises(UsageError, match="rules is 'detectron'; expected mmdet or adelaidet"):
+        create("solov2", rules="detectron")
+    with pytest.raises(UsageError, match="no ResNet of depth 51"):
+        create("decoupled-solo", backbone="resnet51")
+
+
+def test_variants_of_the_layout_that_were_never_published_are_recognised():
+    tensors = json.loads((LAYOUTS / "solov2-light-resnet18.json").read_text())["tensors"]
+    shapes = {k: tuple(shape) for k, (shape, _) in tensors.items()}
+    for kind in ("weight", "bias"):
+        shapes[f"bbox_head.solo_cate.{kind}"] = (8, *shapes[f"bbox_head.solo_cate.{kind}"][1:])
+    shapes["bbox_head.solo_kernel.weight"] = (9 * 128, *shapes["bbox_head.solo_kernel.weight"][1:])
+    shapes["bbox_head.solo_kernel.bias"] = (9 * 128,)
+    shapes |= {k.replace("layer1.1.", "layer1.2."): v for k, v in shapes.items() if k.startswith("backbone.layer1.1.")}
+    assert not [o for o in origins() if o.candidates(shapes, {})]  # there is no such ResNet
+    shapes = {k: v for k, v in shapes.items() if not k.startswith("backbone.layer1.2.")}
+    found = [(o.name, c.options) for o in origins() for c in o.candidates(shapes, {})]
+    assert [name for name, _ in found] == ["WXinlong/SOLO"]
+    options = found[0][1]
+    assert options["classes"][0] == "person"
+    assert len(options["classes"]) == 8
+    assert options["kernel_size"] == 3
+    system = create("solov2", **options)
+    ours = {k: tuple(v.shape) for k, v in system.state_dict().items()}
+    origin = next(o for o in origins() if o.name == found[0][0] and o.system == "solov2")
+    state = origin.translate({k: torch.empty(v, device="meta") for k, v in shapes.items()}, options)
+    assert {k: tuple(v.shape) for k, v in state.items()} == ours
