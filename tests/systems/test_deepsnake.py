@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from maskwright.checkpoints.origins import origins
 from maskwright.checkpoints.origins.deepsnake import recognise
@@ -21,7 +23,7 @@ OPTIONS = {
     "components": {"components": True, "component_width": 16, "whole_classes": ("b",)},
     "graph convolution, once": {"convolution": "graph", "iterations": 1},
     "batch norm": {"norm": "batch", "contour_norm": "batch"},
-    "all contours, from the centre": {"supervise": "all", "start": "centre", "contour_norm": "none"},
+    "all contours, from the box": {"supervise": "all", "start": "box", "contour_norm": "none"},
 }
 
 
@@ -67,6 +69,37 @@ def test_an_outline_that_is_not_moved_is_the_octagon_of_the_box():
     assert (mirrored.masks.dense() != own.masks.dense().flip(-1)).float().mean() < 2e-3
     (strict,) = system.decode(raw, [Placement.identity(SIZE)], score_threshold=0.96)
     assert len(strict) == 1
+
+
+def test_an_outline_is_learnt_by_heart_from_a_feature_that_shows_it():
+    system = build("deepsnake", contour_width=32)
+    turns = [(44 - 24 * (k % 2), k * math.pi / 5) for k in range(10)]
+    ring = [v for r, a in turns for v in (64 + r * math.sin(a), 50 - r * math.cos(a))]
+    masks = Masks.from_polygons([[ring]], SIZE)
+    target = Instances(SIZE, masks.boxes(), torch.tensor([0]), masks)
+    plane = functional.avg_pool2d(masks.dense().float()[None], 4)
+    seen = [plane, functional.avg_pool2d(plane, 5, 1, 2), functional.avg_pool2d(plane, 9, 1, 4)]
+    slopes = [f(v) for v in seen for f in (lambda v: v.roll(1, 2) - v, lambda v: v.roll(1, 3) - v)]
+    x0, y0, x1, y1 = (masks.boxes()[0] / 4).tolist()
+    raw = painted(system, [(16, round((y0 + y1) / 2))], [(x1 - x0, y1 - y0)], [0])
+    raw = Raw(raw.centres, raw.sizes, functional.pad(torch.cat(seen + slopes, 1), (0, 0, 0, 0, 0, 7)))
+    optimizer = torch.optim.Adam(system.contours.parameters(), lr=2e-3)
+    for _ in range(90):
+        terms = system.losses(raw, [target])
+        optimizer.zero_grad()
+        (terms["extreme"] + terms["outline"]).backward()
+        optimizer.step()
+    assert terms["outline"] < 0.5  # pixels; 8 in the beginning
+    (own,) = system.decode(raw, [Placement.identity(SIZE)])
+    assert float(own.masks.iou(masks)) > 0.8  # the octagon: 0.5
+
+
+def test_pictures_may_be_padded_instead_of_fitted():
+    system = build("deepsnake", fit="pad")
+    batch = system.preprocess.collate([torch.zeros(3, 64, 50, dtype=torch.uint8)])
+    assert batch.images.shape == (1, 3, 96, 64)  # always larger
+    assert batch.placements[0] == Placement((64, 50), (96, 64), offset=(7.0, 16.0))
+    assert batch.images.std((2, 3)).max() < 1e-6  # black around black
 
 
 def test_a_large_picture_costs_little():

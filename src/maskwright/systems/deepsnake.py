@@ -199,7 +199,7 @@ class DeepSnake(System):
         contour_width: int = 128,
         contour_norm: LineNorm = "group",
         align_corners: bool = True,
-        start: Literal["box", "centre"] = "box",
+        start: Literal["box", "centre"] = "centre",
         supervise: Literal["last", "all"] = "last",
         smallest_area: float = 5.0,
         most_contours: int = 400,
@@ -222,8 +222,8 @@ class DeepSnake(System):
         points, start_points, iterations, convolution, contour_width, contour_norm
                         of the contours; the paper compares iterations and convolutions
         align_corners   how features under the points are read: see `ops.vertices.read_at`
-        start           where a contour starts in training: the annotated "box", or its size around the "centre"
-                        rounded to a cell (the COCO configuration)
+        start           where a contour starts in training: the annotated "box" (SBD, KINS), or its size around the
+                        "centre" rounded to a cell, as a detection has it (COCO)
         supervise       which contours are learnt from: the paper sums over the iterations; the code's trainer keeps
                         the "last" only, through which the others are trained too
         smallest_area   parts that cover no more cells than this are not learnt
@@ -517,7 +517,7 @@ class DeepSnake(System):
     def input_weight(self) -> str | None:
         return "backbone.stem.conv.weight" if hasattr(self.backbone, "stem") else None
 
-    _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "batch", "contour_norm": "batch"}
+    _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "batch", "contour_norm": "batch", "start": "box"}
     _SBD, _LISTED = "SBD val, 512 x 512", "as listed for arXiv 2001.01629"
     presets: ClassVar[Mapping[str, Preset]] = {
         "deepsnake-sbd": Preset(

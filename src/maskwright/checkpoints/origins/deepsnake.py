@@ -75,6 +75,7 @@ def recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None
     count = heat[0]
     options: dict[str, Any] = {
         "backbone": "dla34", "in_channels": stem[1], "stem_width": stem[0], "norm": "batch", "contour_norm": "batch",
+        "start": "box",
         "deformable": "dla.dla_up.ida_0.proj_1.conv.conv_offset_mask.weight" in own,
         "head_width": heat[1], "contour_width": head[0],
         "iterations": len({m[1] for k in own if (m := re.match(r"gcn\.evolve_gcn(\d*)\.", k))}),
