@@ -164,7 +164,8 @@ def read_objects(
     centres = torch.zeros(count, 2, device=device)
     areas = torch.zeros(count, device=device)
     planes = {s: torch.zeros(count, height // s, width // s, dtype=torch.bool, device=device) for s in set(strides)}
-    x, y = (torch.arange(n, device=device, dtype=torch.float64) for n in (width, height))
+    exact = torch.float32 if device.type == "mps" else torch.float64  # which that device does not have
+    x, y = (torch.arange(n, device=device, dtype=exact) for n in (width, height))
     step = max(1, budget // (4 * height * width))
     for first in range(0, count, step):
         rows = slice(first, min(count, first + step))
@@ -173,7 +174,7 @@ def read_objects(
         masks = functional.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
         area = masks.sum((1, 2))
         total = area.clamp(min=1)
-        centre_x, centre_y = masks.sum(1).double() @ x / total, masks.sum(2).double() @ y / total
+        centre_x, centre_y = masks.sum(1).to(exact) @ x / total, masks.sum(2).to(exact) @ y / total
         areas[rows], centres[rows] = area.float(), torch.stack([centre_x, centre_y], 1).float()
         for stride, plane in planes.items():
             plane[rows] = _middles(masks, stride)

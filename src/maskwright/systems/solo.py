@@ -109,7 +109,7 @@ class SOLO(System):
         backbone        "resnet18" ... "resnet152", or "timm:NAME" for any of timm's with strides 4 to 32
         pretrained      timm's published weights in the backbone (a download); ours start random
         stem_width ... deform_modulated
-                        the trunk's variants: see `blocks.resnet`
+                        the trunk's variants: see `blocks.resnet`; `deform_modulated` also of the head's
         norm            of the trunk: "group" trains from random weights and with small batches; "still" is what the
                         published weights have
         frozen          so many parts of the trunk do not train, from the stem on (as published 2: stem, first stage)
@@ -139,16 +139,17 @@ class SOLO(System):
         )  # fmt: skip
         self.neck = FPN(channels, neck_width)
         self.category = GridBranch(
-            neck_width, head_width, head_convs, len(self.classes), bias=PRIOR, deform=head_deform, align=align
-        )
-        self.make_mask_branch(neck_width, head_width, head_convs, head_deform)
+            neck_width, head_width, head_convs, len(self.classes), bias=PRIOR, deform=head_deform,
+            modulated=deform_modulated, align=align,
+        )  # fmt: skip
+        self.make_mask_branch(neck_width, head_width, head_convs, head_deform, deform_modulated)
         self.preprocess = coloured(PREPROCESS.at(short, long), in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
 
-    def make_mask_branch(self, channels_in: int, width: int, convs: int, deform: Deform) -> None:
+    def make_mask_branch(self, channels_in: int, width: int, convs: int, deform: Deform, modulated: bool) -> None:
         """One tower for all levels; the last convolutions have a grid's size of outputs, so each level has its own."""
-        self.masks = tower(channels_in + 2 * self.coordinates, width, convs, deform)
+        self.masks = tower(channels_in + 2 * self.coordinates, width, convs, deform, modulated)
         self.mask_output = nn.ModuleList(_mask_output(width, grid * grid, 1) for grid in self.grids)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw | DecoupledRaw:
@@ -343,13 +344,13 @@ class DecoupledSOLO(SOLO):
             mask_weight=mask_weight, short=short, long=long, mean=mean, std=std,
         )  # fmt: skip
 
-    def make_mask_branch(self, channels_in: int, width: int, convs: int, deform: Deform) -> None:
+    def make_mask_branch(self, channels_in: int, width: int, convs: int, deform: Deform, modulated: bool) -> None:
         self.shared_tower = bool(self.options["shared_tower"])  # this is called by SOLO's constructor
         if self.shared_tower:
-            self.both = tower(channels_in + 2 * self.coordinates, width, convs, deform)
+            self.both = tower(channels_in + 2 * self.coordinates, width, convs, deform, modulated)
         else:
-            self.across = tower(channels_in + self.coordinates, width, convs, deform)
-            self.down = tower(channels_in + self.coordinates, width, convs, deform)
+            self.across = tower(channels_in + self.coordinates, width, convs, deform, modulated)
+            self.down = tower(channels_in + self.coordinates, width, convs, deform, modulated)
         self.across_output = nn.ModuleList(_mask_output(width, grid, 3) for grid in self.grids)
         self.down_output = nn.ModuleList(_mask_output(width, grid, 3) for grid in self.grids)
 

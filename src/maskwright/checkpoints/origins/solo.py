@@ -130,6 +130,9 @@ def _mmdet(shapes: Shapes) -> dict[str, Any] | None:
         return None
     convs = _count(shapes, r"^bbox_head\.cate_convs\.(\d+)\.")
     offsets = [n for n in range(convs) if f"bbox_head.cate_convs.{n}.conv.conv_offset.weight" in shapes]
+    if offsets and "deform_stages" not in options:
+        values = shapes[f"bbox_head.cate_convs.{offsets[-1]}.conv.conv_offset.weight"][0]
+        options |= {"deform_modulated": values == 27}
     return options | {
         # The fork's norms keep their statistics and train scale and shift. Files do not say so.
         "norm": "still" if "backbone.bn1.running_mean" in shapes else "group",
