@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,17 @@ def test_pixels_near_a_detection_in_the_embedding_are_its_mask(generation):
     for mask, own in zip(found.masks.dense(), near, strict=True):
         truth = functional.interpolate(own[None, None].float(), size=(256, 384), mode="bilinear")[0, 0] > 0.5
         assert (mask & truth).sum() / (mask | truth).sum() > 0.85
+
+
+def test_the_score_asked_for_is_that_of_the_object_above_the_published_bound_of_its_class():
+    system = build("embedmask")
+    raw, _ = planted(system, (128, 192), torch.tensor([[16.0, 16, 112, 80], [120, 8, 184, 120]]))
+    half = tuple(torch.full_like(v, 0.0) for v in raw.centerness)  # 0.98 * 0.5
+    raw = replace(raw, centerness=half)
+    counts = [len(system.find(raw, [(128, 192)], t, 0.6, 100)[0].boxes) for t in (0.05, 0.3, 0.6)]
+    assert counts == [2, 2, 0]
+    low = replace(raw, logits=tuple(v.clamp(max=-2.5) for v in raw.logits))  # 0.076 * 0.5
+    assert len(system.find(low, [(128, 192)], 0.05, 0.6, 100)[0].boxes) == 2
 
 
 def test_published_boxes_end_with_their_last_pixel_which_is_the_pictures():

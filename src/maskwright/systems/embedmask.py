@@ -39,6 +39,7 @@ from maskwright.structures import Instances, Masks, Placement, Preprocess
 from maskwright.systems.base import Card, ClassRows, Preset, Score, System
 
 CELL = 4  # input pixels of a mask's cell: the finest level (stride 8), doubled
+CANDIDATE = 0.05  # probability of a class at which a place is looked at
 SMALLEST = 1e-9  # probabilities are kept this far from 0 and 1 where their logits are taken
 # A region of cells in which a mask is computed: the box's whole cells and two more ("padded"), or one more ("near").
 Region = Literal["padded", "near"]
@@ -369,14 +370,16 @@ class EmbedMask(System):
     ) -> list[Found]:  # fmt: skip
         """Detections of each picture of valid size (h, w) in the input's pixels, best first.
 
-        A place is a candidate by its class alone; ranked, it is by class times centerness (no square root here). Where
-        several share the last score, the code keeps all of them, this no more than `detections`.
+        A place is a candidate by its class alone, above 0.05 as published or `score_threshold` if that is less; ranked,
+        it is by class times centerness (no square root here), which has to be above a larger `score_threshold` too.
+        Where several share the last score, the code keeps all of them, this no more than `detections`.
         """
+        candidate = min(score_threshold, CANDIDATE)
         levels = fcos.locations(raw.logits)
         scores, labels, indices, first = [], [], [], 0
         for logits, central in zip(raw.logits, raw.centerness, strict=True):
             sure = logits.float().sigmoid().flatten(2)  # (B, K, n)
-            ranked = torch.where(sure > score_threshold, sure * central.float().sigmoid().flatten(2), -1.0)
+            ranked = torch.where(sure > candidate, sure * central.float().sigmoid().flatten(2), -1.0)
             ranked = ranked.transpose(1, 2).flatten(1)  # (B, n K), places first
             best = ranked.topk(min(candidates, ranked.shape[1]))
             scores.append(best.values)
@@ -389,7 +392,7 @@ class EmbedMask(System):
         embeddings, margins = _rows(raw.embeddings), _rows(raw.margins)
         result = []
         for number, (height, width) in enumerate(sizes):
-            rows = (score[number] >= 0).nonzero().flatten()
+            rows = (score[number] > (score_threshold if score_threshold > CANDIDATE else -1)).nonzero().flatten()
             place = index[number, rows]
             own = fcos.boxes_of(places[place], distances[number, place])
             own = box_ops.clip(own, (height - self.last, width - self.last))
