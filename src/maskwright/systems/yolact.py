@@ -463,7 +463,7 @@ class YOLACT(System):
         ),
         "yolact-r101-im400": Preset(
             {"backbone": "resnet101", "norm": "batch", "size": 400},
-            (Score(24.9, "mask AP", _COCO.format(400), "arXiv 1904.02689, table 1"),),
+            (Score(24.9, "mask AP", _COCO.format(400), "arXiv 1904.02689, from memory"),),
             "45.3 frames per second; weights were not published",
         ),
         "yolact-r101-im700": Preset(
