@@ -2,6 +2,7 @@
 
     python benchmarks/contour_codes.py DATA [DATA ...]      # folders in COCO layout, both parts; or "scenes:count=100"
     python benchmarks/contour_codes.py DATA --svg docs/images/contour-codes.svg --json codes.json
+    python benchmarks/contour_codes.py DATA --scale 2       # encoded and compared on a grid twice as fine
 
 No network is involved: this is the ceiling of a system that predicts the code, were it never wrong. Crowd regions and
 empty masks are left out; the sizes are COCO's, by the mask's pixels (32 x 32, 96 x 96).
@@ -136,7 +137,9 @@ def overlaps(a: Masks, b: Masks, at_once: int = 16) -> list[float]:
     return result
 
 
-def measure(source: str, limit: int | None) -> tuple[dict[tuple[str, str], list[float]], np.ndarray, dict]:
+def measure(
+    source: str, limit: int | None, scale: float
+) -> tuple[dict[tuple[str, str], list[float]], np.ndarray, dict]:
     found: dict[tuple[str, str], list[float]] = {}
     numbers: dict[tuple[str, str], list[tuple[float, int]]] = {}
     areas: list[int] = []
@@ -156,6 +159,8 @@ def measure(source: str, limit: int | None) -> tuple[dict[tuple[str, str], list[
                 continue
             pictures += 1
             areas += masks.areas().tolist()
+            if scale != 1:
+                masks = masks.resize((round(masks.size[0] * scale), round(masks.size[1] * scale)))
             for row, again in measured(masks):
                 key = (row.code, row.setting)
                 found.setdefault(key, []).extend(overlaps(again, masks))
@@ -196,7 +201,7 @@ def plot(sets: dict[str, list[dict]]) -> str:
     width, height, left, top, gap = 380, 300, 46, 30, 24
     total = left + len(sets) * (width + gap)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height + 90}" font-family="sans-serif" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {total} {height + 106}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="#fff"/>'
     ]
     low, high = 50.0, 100.0
@@ -223,7 +228,10 @@ def plot(sets: dict[str, list[dict]]) -> str:
             if row["code"] == "ceiling" and row["setting"] in ("seen from one centre", "parts bridged, holes filled"):
                 y = down(row["all"])
                 parts.append(f'<path d="M{at} {y:.1f}h{width}" stroke="#555" stroke-dasharray="2 3"/>')
-                parts.append(f'<text x="{at + 4}" y="{y + 13:.1f}" fill="#555" font-size="10">{row["setting"]}</text>')
+                if number == 0:
+                    parts.append(
+                        f'<text x="{at + 4}" y="{y + 12:.1f}" fill="#555" font-size="10">{row["setting"]}</text>'
+                    )
             elif row["code"] in ("box", "octagon"):
                 x, y = across(row["numbers"]), down(row["all"])
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="#555"/>')
@@ -254,14 +262,16 @@ def plot(sets: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+")
+    parser.add_argument("data", nargs="*")
     parser.add_argument("--limit", type=int, help="pictures of each set")
+    parser.add_argument("--scale", type=float, default=1.0, help="resize masks first; sizes stay those of the picture")
     parser.add_argument("--svg", type=Path, help="write the plot there")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--again", type=Path, help="draw figures that --json wrote, measure nothing")
     arguments = parser.parse_args()
-    sets = {}
+    sets = json.loads(arguments.again.read_text()) if arguments.again else {}
     for source in arguments.data:
-        found, areas, about = measure(source, arguments.limit)
+        found, areas, about = measure(source, arguments.limit, arguments.scale)
         name = f"{Path(source).name}: {len(areas)} objects, {about['pictures']} pictures"
         sets[name] = table(found, areas, about["numbers"])
         counts = ((areas < 32**2).sum(), ((areas >= 32**2) & (areas < 96**2)).sum(), (areas >= 96**2).sum())

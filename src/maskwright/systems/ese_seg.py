@@ -234,7 +234,7 @@ class ESESeg(System):
         if detector == "fcos":
             if len(strides) != 3:
                 raise UsageError(f"detector='fcos' needs levels of strides 8, 16 and 32; {backbone} has {strides}")
-            self.code, self.rules = ChebyshevCode(coefficients, rays), PolarRules()
+            self.code, self.rules = ChebyshevCode(coefficients, rays), PolarRules(border="outline")
             self.neck = FPN(channels, neck_width, extra="output", relu="between")
             self.head = PolarHead(neck_width, len(self.classes), coefficients, convs=head_convs)
         else:
