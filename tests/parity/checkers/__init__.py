@@ -1,8 +1,9 @@
 """What to compare, for each system and for each kind of file without weights.
 
 A module here gives `SYSTEMS` (names of the registry -> function of (system, layout, ledger)) and `OPERATORS`
-(function that says from a ledger whether it is its own -> function of the ledger). `stated`, where it has one, gives
-further arguments of `load` from what the outputs say of themselves.
+(function that says from a ledger whether it is its own -> function of the ledger). Where it has them, `FILES` are the
+names of outputs that do not begin with a system's, and `stated` gives further arguments of `load` from what the outputs
+say of themselves.
 """
 
 from __future__ import annotations
@@ -30,6 +31,17 @@ def stated(about: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `load` that outputs state and no file of weights holds: what modules' own `stated` say."""
     parts = [module.stated(about) for module in MODULES if hasattr(module, "stated")]
     return {name: value for part in parts for name, value in part.items()}
+
+
+def mine(outputs: str) -> bool:
+    """Whether recorded outputs of this name are of a system, or of operators, that a module here checks."""
+    names = tuple(f"{name}-" for module in MODULES for name in getattr(module, "SYSTEMS", {}))
+    files = tuple(name for module in MODULES for name in getattr(module, "FILES", ()))
+    return f"{outputs}-".startswith(names) or outputs in files
+
+
+def needs_weights(ledger: Ledger) -> bool:
+    return not any(mine(ledger) for module in MODULES for mine, _ in getattr(module, "OPERATORS", []))
 
 
 def without_weights(ledger: Ledger) -> None:

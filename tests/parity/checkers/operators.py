@@ -149,6 +149,7 @@ def preprocessing(ledger: Ledger) -> None:
         ledger.compare(f"tv_input_{number}", own.collate([picture]).images)
 
 
+FILES = ("roi-pooling", "preprocess-detectron2-torchvision")
 OPERATORS = [
     (lambda ledger: "rois" in ledger and "feature" in ledger, roi_pooling),
     (lambda ledger: ledger.names(r"(d2|tv)_input_\d+") != [], preprocessing),
