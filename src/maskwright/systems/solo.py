@@ -269,9 +269,10 @@ class SOLO(System):
         "solo-small": Preset(
             {
                 "backbone": "resnet18", "neck_width": 128, "head_width": 128, "head_convs": 4,
-                "grids": (24, 20, 16, 12, 8), "ranges": ((1, 40), (20, 80), (40, 160), (80, 320), (160, 1024)),
+                "grids": (12, 10, 8, 6, 4), "ranges": ((1, 40), (20, 80), (40, 160), (80, 320), (160, 1024)),
                 "short": 320, "long": 512,
             },
+            # Each cell's channel learns from the objects with their centres there alone: few pictures, few cells.
             note="for a few hundred pictures and no GPU; trains from random weights",
         ),
     }  # fmt: skip
