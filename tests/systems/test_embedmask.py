@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from maskwright.errors import UsageError
-from maskwright.structures import Instances, Masks, Placement
+from maskwright.structures import Masks, Placement
 from maskwright.systems import embedmask
 from maskwright.systems.embedmask import Raw
 from tests.systems.tiny import SIZE, build, objects
@@ -18,11 +18,9 @@ from tests.systems.tiny import SIZE, build, objects
 OPTIONS = {
     "generation 1": {"generation": 1},
     "generation 2": {"generation": 2},
-    "generation 1 without smoothing": {"generation": 1, "smooth_weight": 0.0},
-    "smoothing": {"smooth_weight": 0.1},
+    "generation 1 without smoothing": {"generation": 1, "smooth_weight": 0.0, "crop": -1.0},
     "fixed margins": {"fixed_margin": True},
-    "few dimensions": {"dimensions": 4, "crop": 0.1},
-    "the whole map": {"generation": 2, "crop": -1.0},
+    "smoothing, few dimensions, a crop": {"smooth_weight": 0.1, "dimensions": 4, "crop": 0.1},
     "boxes instead of middles": {"radius": None, "in_mask": False},
     "inclusive boxes": {"inclusive": True, "splits": (32, 64, 128, 256)},
 }
@@ -32,16 +30,15 @@ OPTIONS = {
 def test_each_option_trains_and_finds(options):
     system = build("embedmask", **options)
     images = torch.randn(2, 3, *SIZE)
-    for targets in ([objects(3), objects(1)], [objects(0), objects(0)]):
-        terms = system.losses(system(images), targets)
-        sum(terms.values(), torch.zeros(())).backward()
+    raw = system(images)
+    for targets in ([objects(3), objects(0)], [objects(0), objects(0)]):
+        terms = system.losses(raw, targets)
+        sum(terms.values(), torch.zeros(())).backward(retain_graph=True)
         assert all(torch.isfinite(v) for v in terms.values()), terms
         assert ("smooth" in terms) == bool(system.smooth_weight)
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
     with torch.no_grad():
-        found = system.eval().decode(
-            system(images), [Placement.identity(SIZE)] * 2, score_threshold=0.0, detections=5
-        )  # fmt: skip
+        found = system.decode(raw, [Placement.identity(SIZE)] * 2, score_threshold=0.0, detections=5)
     assert all(len(own.masks) == len(own) for own in found)
 
 
@@ -178,15 +175,15 @@ def test_good_places_are_those_that_overlap_or_else_the_best():
     assert best.tolist() == [False, True, False, False, True, False]
 
 
-def test_a_hundred_objects_on_a_large_picture_cost_megabytes():
+def test_objects_on_a_large_picture_cost_megabytes():
     system = build("embedmask")
     generator = torch.Generator().manual_seed(0)
-    corners = torch.rand(100, 2, generator=generator) * torch.tensor([900.0, 600.0])
-    boxes = torch.cat([corners, corners + 20 + torch.rand(100, 2, generator=generator) * 140], 1)
+    corners = torch.rand(30, 2, generator=generator) * torch.tensor([900.0, 600.0])
+    boxes = torch.cat([corners, corners + 20 + torch.rand(30, 2, generator=generator) * 140], 1)
     boxes[0] = torch.tensor([0.0, 0.0, 1060, 790])
     pixels = torch.randn(16, 200, 272, generator=generator)
     place = Placement.resize((3000, 4000), (800, 1066))
-    embeddings, margins = torch.randn(100, 16, generator=generator), torch.full((100, 16), 0.02)
+    embeddings, margins = torch.randn(30, 16, generator=generator), torch.full((30, 16), 0.02)
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         masks = system.masks(pixels, boxes, embeddings, margins, place, 0.53, budget=16 << 20)
     assert masks.kind == "rle"
@@ -202,13 +199,3 @@ def _peak(profile: torch.profiler.profile) -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
-
-
-def test_many_objects_are_learnt_from_within_a_bound():
-    """300 objects at once keep no more for the way back than the bound that the losses name."""
-    system = build("embedmask", crop=-1.0)
-    target = objects(300, side=(12, 12))
-    assert isinstance(target, Instances)
-    total = sum(system.losses(system(torch.randn(1, 3, *SIZE)), [target]).values())
-    total.backward()
-    assert torch.isfinite(total)
