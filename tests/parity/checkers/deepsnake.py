@@ -70,7 +70,9 @@ class Check:
         count = int(self.thresholds.get("topk", 100))
         # Every peak is asked for, whatever its score; suppressed are none.
         self.rows("all_detections", system.find(raw, -1.0, 2.0, count))
-        found = system.find(raw, float(self.thresholds["ct_score"]), self.thresholds.get("ct_nms"), count)
+        # Their threshold is the very score of the best object that is left out: a rounding step must not let it in.
+        threshold = float(self.thresholds["ct_score"]) * (1 + 1e-6)
+        found = system.find(raw, threshold, self.thresholds.get("ct_nms"), count)
         boxes, owners = self.rows("detection", found), torch.zeros(0)
         if boxes is None:
             return
