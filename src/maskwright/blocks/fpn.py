@@ -68,7 +68,7 @@ class FPN(nn.Module):
             levels = [functional.relu(level, inplace=True) for level in levels]
         if self.extra == "pool":
             return [*levels, functional.max_pool2d(levels[-1], 1, 2)]
-        source = features[-1] if self.extra == "input" else levels[-1] if len(self.coarser) else None
+        source = features[-1] if self.extra == "input" else levels[-1]
         for number, layer in enumerate(self.coarser):
             source = functional.relu(source) if number and self.relu == "between" else source
             source = layer(source)

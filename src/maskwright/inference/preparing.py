@@ -7,6 +7,7 @@ import itertools
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskwright.blocks.layers import DeformConvNorm, FrozenBatchNorm, StillBatchNorm
