@@ -346,6 +346,8 @@ def systems(name: Annotated[str | None, Positional, arg(metavar="NAME")] = None)
             value = chosen.get(parameter.name, parameter.default)
             shown = "needed" if value is inspect.Parameter.empty else json.dumps(value, default=str)
             say(f"  {parameter.name}={shown}    {parameter.annotation}")
+    for recipe, changes in kind.recipes.items():
+        say(f"recipe {recipe} (train --recipe {recipe}): {json.dumps(dict(changes))}")
     for table, ablation in kind.ablations.items():
         say(f"table {table} (maskwright ablate {kind.name} {table}): {ablation.title}")
     for preset, known in kind.presets.items():

@@ -118,6 +118,15 @@ def test_a_high_threshold_leaves_empty_but_whole_instances(name):
 
 
 @EVERY
+@pytest.mark.parametrize("threshold", [0.1, 0.3])
+def test_no_object_scores_less_than_was_asked_for(name, threshold):
+    system = build(name).eval()
+    with torch.no_grad():
+        found = system.decode(system(pictures(1)), [Placement.identity(SIZE)], score_threshold=threshold)[0]
+    assert (found.scores >= threshold).all()
+
+
+@EVERY
 def test_saved_and_loaded_it_answers_the_same(name, tmp_path):
     system = build(name).eval()
     mw.save(system, tmp_path / "own.safetensors")

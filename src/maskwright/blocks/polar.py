@@ -285,12 +285,20 @@ class Found:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """`score` is on the class probability alone; `before` places of each level are looked at."""
+    """`score` is on the class probability alone, `final` on the finished score; `before` places of each level are
+    looked at."""
 
     score: float = 0.05
     nms: float = 0.5
     detections: int = 100
     before: int = 1000
+    final: float = 0.0
+
+    @classmethod
+    def asked(cls, score: float, nms: float, detections: int, before: int) -> Thresholds:
+        """For a score that a person asks for. As published the class alone has to exceed 0.05; asked for more than
+        that, no object shall score less."""
+        return cls(score, nms, detections, before, score if score > cls.score else 0.0)
 
 
 @torch.no_grad()

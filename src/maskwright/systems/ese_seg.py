@@ -427,7 +427,7 @@ class ESESeg(System):
     ) -> list[Instances]:
         """`candidates`: so many places, over all classes, are looked at (of each level, with "fcos")."""
         if isinstance(raw, PolarRaw):
-            limits = Thresholds(score_threshold, nms_threshold, detections, candidates)
+            limits = Thresholds.asked(score_threshold, nms_threshold, detections, candidates)
             return polar_decode(raw, placements, self.code, self.rules, limits)
         found = self.find(raw, score_threshold, nms_threshold, detections, candidates)
         return [self._on_picture(f, p) for f, p in zip(found, placements, strict=True)]

@@ -176,7 +176,7 @@ class FourierNet(System):
         is on the probability alone."""
         if visible is not None and not 1 <= visible <= self.code.coefficients:
             raise UsageError(f"visible is {visible}; this network gives {self.code.coefficients} coefficients")
-        limits = Thresholds(score_threshold, nms_threshold, detections, before)
+        limits = Thresholds.asked(score_threshold, nms_threshold, detections, before)
         return polar_decode(raw, placements, replace(self.code, visible=visible), self.rules, limits)
 
     def groups(self) -> dict[str, list[nn.Module]]:

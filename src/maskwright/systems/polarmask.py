@@ -164,7 +164,7 @@ class PolarMask(System):
     ) -> list[Instances]:
         """`before`: so many places of each level are looked at. Scores are class probability times (centerness + 0.5),
         so they can exceed 1; the threshold is on the probability alone."""
-        limits = Thresholds(score_threshold, nms_threshold, detections, before)
+        limits = Thresholds.asked(score_threshold, nms_threshold, detections, before)
         return polar_decode(raw, placements, self.code, self.rules, limits)
 
     def groups(self) -> dict[str, list[nn.Module]]:
