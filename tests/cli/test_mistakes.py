@@ -87,7 +87,7 @@ def test_a_defect_of_ours_keeps_its_traceback():
         ("check no-such-folder", ["no-such-folder"]),
         ("report no-such-run", ["no-such-run"]),
         ("train mask-rcnn --data no-such-folder", ["no-such-folder"]),
-        ("systems solo", ["solo"]),
+        ("systems solov9", ["solov9"]),
     ],
 )
 def test_a_mistyped_line_is_one_sentence(line, words, capsys, tmp_path, monkeypatch):

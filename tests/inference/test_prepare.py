@@ -12,7 +12,7 @@ import maskwright
 from maskwright.blocks.layers import ConvNorm, DeformConvNorm, FrozenBatchNorm
 from maskwright.errors import UsageError
 from maskwright.inference import predict, prepare
-from maskwright.inference.preparing import Shift, fold
+from maskwright.inference.preparing import fold
 from maskwright.systems import System
 
 SMALL = {
@@ -49,26 +49,28 @@ def distance(a, b) -> float:
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("norm", ["frozen", "batch", "group", "none"])
+@pytest.mark.parametrize("norm", ["frozen", "still", "batch", "group", "none"])
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "groups": 4}, {"kernel": 1, "relu": True}, {"dilation": 2}])
 def test_a_block_with_its_norm_folded(norm, options):
     block = lively(ConvNorm(8, 16, norm=norm, **options))
     x = torch.randn(2, 8, 9, 11)
     folded = copy.deepcopy(block)
-    assert fold(folded) == (norm in ("frozen", "batch"))
+    assert fold(folded) == (norm in ("frozen", "still", "batch"))
     assert isinstance(folded.norm, nn.Identity) == (norm != "group")
     torch.testing.assert_close(folded(x), block(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("norm", ["frozen", "batch"])
-def test_a_deformable_block_keeps_the_shift(norm):
-    block = lively(DeformConvNorm(4, 6, norm=norm))
+@pytest.mark.parametrize("norm", ["frozen", "still", "batch"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_deformable_block_keeps_the_shift_as_its_bias(norm, bias):
+    block = lively(DeformConvNorm(4, 6, norm=norm, bias=bias))
     nn.init.normal_(block.offset.weight)
     x = torch.randn(1, 4, 8, 8)
     folded = copy.deepcopy(block)
     assert fold(folded) == 1
-    assert isinstance(folded.norm, Shift)
+    assert isinstance(folded.norm, nn.Identity)
+    assert folded.bias is not None
     torch.testing.assert_close(folded(x), block(x), rtol=1e-5, atol=1e-5)
 
 

@@ -272,7 +272,7 @@ def class_loss(
 ) -> Float[Tensor, ""]:
     """Focal loss of all cells and classes, over one more than the number of positive cells."""
     truth = functional.one_hot(labels + 1, logits.shape[2] + 1)[..., 1:]
-    count = global_mean_count((labels >= 0).sum(), minimum=0) + 1
+    count = global_mean_count((labels >= 0).sum(), minimum=0, more=1)
     return focal_sum(logits.float(), truth.float(), alpha, gamma) / count
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 _LOCAL: ContextVar[bool] = ContextVar("_LOCAL", default=False)
 
 
-def global_mean_count(count: Tensor, minimum: float = 1.0) -> Tensor:
-    """What a loss divides by: the mean over all devices of `count`, its total being at least `minimum`; float32.
+def global_mean_count(count: Tensor, minimum: float = 1.0, more: float = 0.0) -> Tensor:
+    """What a loss divides by: the mean over all devices of `count`, its total being at least `minimum`, plus `more`;
+    float32.
 
     Several devices hold one large batch in pieces, and their gradients are averaged, not added. A loss that is a sum
     over objects divided by their number n would, with each device dividing by its own n, weigh an object on an emptier
@@ -27,7 +28,8 @@ def global_mean_count(count: Tensor, minimum: float = 1.0) -> Tensor:
         loss.sum() / global_mean_count(positive.sum())
 
     `count` is a tensor of any shape (several counts are one message) and is not differentiated. `minimum` holds for
-    the total over all devices, where a single process would write `clamp(min=1)`. With one process this is that clamp.
+    the total over all devices, where a single process would write `clamp(min=1)`, and `more` is added to that total,
+    where it would write `+ 1`. With one process this is that clamp and that sum.
 
     Every process must call this equally often in the same order, also with a picture without objects: call it before
     any branch on emptiness. With accumulation the counts are those of one backward pass, not of the whole step.
@@ -37,7 +39,7 @@ def global_mean_count(count: Tensor, minimum: float = 1.0) -> Tensor:
     if world > 1:
         total = total.clone()
         torch.distributed.all_reduce(total)
-    return total.clamp(min=minimum) / world
+    return (total.clamp(min=minimum) + more) / world
 
 
 @contextmanager
