@@ -504,6 +504,8 @@ def fourier_rays(
     """
     bins = count // 2 + 1
     values = coefficients[..., :bins, :].float()
+    if not values.numel():  # not every library transforms nothing
+        return values.sum((-2, -1))[..., None].expand(*values.shape[:-2], count)
     real = torch.zeros(values.shape[-2], dtype=torch.bool, device=values.device)
     real[0] = True
     if count % 2 == 0 and values.shape[-2] == bins:
@@ -516,4 +518,6 @@ def fourier_rays(
 def fourier_coefficients(rays: Float[Tensor, "*n r"], keep: int) -> Float[Tensor, "*n {keep} 2"]:
     """The first `keep` coefficients (real, imaginary) of the log of these rays. Missing rays are deep notches in the
     log: raise them to a pixel or so before."""
+    if not rays.numel():
+        return rays.float().new_zeros(*rays.shape[:-1], keep, 2)
     return torch.view_as_real(torch.fft.fft(rays.float().log(), norm="ortho")[..., :keep].contiguous())
