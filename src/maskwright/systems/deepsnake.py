@@ -540,7 +540,7 @@ class DeepSnake(System):
         ),
         "deepsnake-coco": Preset(
             {**_PUBLISHED, "fit": "pad", "start": "centre"},
-            (Score(30.3, "mask AP", "COCO test-dev", "the author, issue 11 of the repository"),),
+            (Score(30.3, "mask AP", "COCO test-dev", "the author, in his repository"),),
             "no weights were published",
         ),
         "deepsnake-small": Preset(
