@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from maskwright.checkpoints import download as fetching
-from maskwright.checkpoints import list_checkpoints
+from maskwright.checkpoints import list_checkpoints, load
 from maskwright.checkpoints.catalogue import allows_commercial, entry_of_file, find, parse_catalogue
 from maskwright.checkpoints.names import COCO, COCO_IDS, class_names
 from maskwright.errors import CheckpointError
@@ -106,3 +106,11 @@ def test_class_names_of_published_heads() -> None:
     assert class_names(1) == ("person",)
     assert class_names(8)[1] == "rider"
     assert class_names(2) == ("class 0", "class 1")
+
+
+def test_what_only_a_browser_can_fetch_is_said_in_words():
+    by_hand = [entry for entry in list_checkpoints() if entry.by_hand]
+    assert by_hand
+    for entry in by_hand:
+        with pytest.raises(CheckpointError, match=f"{entry.name}: its authors publish it in a folder that only"):
+            load(entry.name)

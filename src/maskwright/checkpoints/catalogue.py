@@ -41,6 +41,11 @@ class Entry:
         return self.url.rsplit("/", 1)[-1]
 
     @property
+    def by_hand(self) -> bool:
+        """Whether only a person with a browser can fetch it: the address is that of a folder's page."""
+        return "#" in self.url
+
+    @property
     def verified(self) -> str:
         """What a download is checked by."""
         for kind, digits, whole in (("sha256", self.sha256, 64), ("md5", self.md5, 32)):

@@ -92,6 +92,12 @@ def _locate(source: str | Path, commercial_ok: bool) -> tuple[Path, Entry | None
     if path.exists():
         return path, None
     entry = find(str(source))
+    if entry is not None and entry.by_hand:
+        page, _, file = entry.url.partition("#")
+        raise CheckpointError(
+            f"{entry.name}: its authors publish it in a folder that only a browser opens, {page}; fetch "
+            f"{file.strip('/')} there and give the path of the file"
+        )
     if entry is not None:
         return fetch(entry, commercial_ok=commercial_ok), entry
     if str(source).startswith(("http://", "https://")):
