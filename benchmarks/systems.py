@@ -3,7 +3,8 @@
     python benchmarks/systems.py                               # the presets of PAPERS
     python benchmarks/systems.py yolact-r101 mask-rcnn-r101-fpn --dtype bfloat16
 
-Weights are random; for each system the score threshold is chosen so that about 100 objects come out of the first
+Weights are random: with frozen norms activations may grow until nothing is found, and decoding is then free. Look at
+`objects` before comparing times with decoding. For each system the score threshold is chosen so that about 100 objects come out of the first
 picture, which is then what every picture is decoded to. Timed is what follows the resizing of a picture: the network,
 and decoding up to compact masks on the picture's own grid of 600 x 800. Each system runs in a process of its own; the
 fastest of several rounds is shown, the peak of memory is above that of the process with the weights loaded.
@@ -30,6 +31,7 @@ from maskwright.systems import create, presets
 PAPERS = {
     "mask-rcnn-r50-fpn": "",
     "mask-rcnn-r101-fpn": "8.6 (Titan Xp, YOLACT's table)",
+    "tensormask-r50": "2.6 with R101 (V100, third-party note)",
     "yolact-r101": "33.5 (Titan Xp)",
     "yolact-r50": "42.5 (Titan Xp)",
     "yolact-darknet53": "40.0 (Titan Xp)",
@@ -38,7 +40,7 @@ PAPERS = {
     "solo-r50": "12.1 (V100; 77 ms in its repository)",
     "decoupled-solo-r50": "85 ms in its repository",
     "solov2-r50": "54 ms in its repository",
-    "solov2-light-r50": "24 ms in its repository",
+    "solov2-light-448-r50": "24 ms in its repository",
     "embedmask-r50": "",
     "polarmask-r50": "17.2 (V100, paper); 23.9 in its repository",
     "ese-seg-darknet53": "38.5 (26 ms)",
