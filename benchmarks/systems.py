@@ -4,10 +4,10 @@
     python benchmarks/systems.py yolact-r101 mask-rcnn-r101-fpn --dtype bfloat16
 
 Weights are random: with frozen norms activations may grow until nothing is found, and decoding is then free. Look at
-`objects` before comparing times with decoding. For each system the score threshold is chosen so that about 100 objects come out of the first
-picture, which is then what every picture is decoded to. Timed is what follows the resizing of a picture: the network,
-and decoding up to compact masks on the picture's own grid of 600 x 800. Each system runs in a process of its own; the
-fastest of several rounds is shown, the peak of memory is above that of the process with the weights loaded.
+`objects` before comparing times with decoding. For each system the score threshold is chosen so that about 100 objects
+come out of the first picture, if it gives so many. Timed is what follows the resizing of a picture: the network, and
+decoding up to compact masks on the picture's own grid of 600 x 800. Each system runs in a process of its own; the
+fastest of several rounds is shown, and the peak of memory above that of the process with the weights loaded.
 """
 
 from __future__ import annotations
