@@ -34,6 +34,7 @@ def test_every_variant_is_trained_once_and_told_beside_the_published_one(tmp_pat
     table = (tmp_path / "table.md").read_text()
     assert "two ways to make a mask" in table
     assert "2 seeds" in table
+    assert "-100" not in table, "a size that no object has is left out"
     assert "| published AP |" in table
     assert table.rstrip().endswith("| 30.3 |")
     assert (tmp_path / "chart.svg").read_text().startswith("<svg")

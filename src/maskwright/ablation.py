@@ -117,7 +117,9 @@ def _run(
     recipe = {"tensorboard": False, "workers": 0, **plan.recipe, **changes}
     best = train(system, learn, val=False, out=folder, options=options, seed=seed, device=device, **recipe)
     result = evaluate(load(best), judge, examples=0, device=None if device == "auto" else device)
-    measured = {name: 100 * float(result.summary[key]) for name, key in MEASURES.items()}
+    # COCO's -1 says that there are no objects of this kind: not a number, and no column of the table.
+    found = {name: float(result.summary[key]) for name, key in MEASURES.items()}
+    measured = {name: 100 * value if value >= 0 else float("nan") for name, value in found.items()}
     _put(kept, json.dumps({"promise": promise, "measured": measured}) + "\n")
     for name in ("best.safetensors", "last.safetensors", "last.ckpt"):  # numbers are what an ablation is for
         (folder / name).unlink(missing_ok=True)
