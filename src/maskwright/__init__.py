@@ -20,6 +20,7 @@ _HOMES = {
     "Batch": "structures",
     "Instances": "structures",
     "Masks": "structures",
+    "Panoptic": "structures",
     "Placement": "structures",
     "Preprocess": "structures",
     "System": "systems",
@@ -41,6 +42,7 @@ __all__ = [
     "Instances",
     "Masks",
     "MaskwrightError",
+    "Panoptic",
     "Placement",
     "Preprocess",
     "System",
@@ -63,7 +65,7 @@ if TYPE_CHECKING:
     from maskwright.errors import MaskwrightError
     from maskwright.evaluation import report
     from maskwright.inference import evaluate, predict
-    from maskwright.structures import Batch, Instances, Masks, Placement, Preprocess
+    from maskwright.structures import Batch, Instances, Masks, Panoptic, Placement, Preprocess
     from maskwright.systems import System, create
     from maskwright.training import train
 

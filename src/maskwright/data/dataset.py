@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.utils.data
 from jaxtyping import UInt8
 from torch import Tensor
 
-from maskwright.structures import Instances
+from maskwright.structures import Instances, Panoptic
 
 # COCO's person joints, in its order.
 PERSON_JOINTS = (
@@ -40,14 +41,17 @@ class Sample:
 class Dataset(torch.utils.data.Dataset[Sample]):
     """Pictures with annotated objects; label k is called `classes[k]` and is `category_ids[k]` in the file.
 
-    `joints` are the names of the keypoints where the set has them. `strict` tells a loader what to do with a picture
-    that turns out to be broken in the middle of a run: stop, or leave it out with a warning.
+    `joints` are the names of the keypoints where the set has them. `stuff` are those of `classes` that are regions, not
+    countable objects: a target then divides the picture (its masks are disjoint, one region per class). `strict` tells
+    a loader what to do with a picture that turns out to be broken in the middle of a run: stop, or leave it out with a
+    warning.
     """
 
     name: str
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     joints: tuple[str, ...] | None = None
+    stuff: tuple[str, ...] = ()
     strict: bool = False
 
     def __len__(self) -> int:
@@ -67,6 +71,12 @@ class Dataset(torch.utils.data.Dataset[Sample]):
     def targets(self, index: int) -> Instances:
         """The objects of one picture without decoding the picture; `crowd` and `ids` are filled."""
         raise NotImplementedError
+
+    def panoptic(self, index: int) -> Panoptic:
+        """The same objects as the division of the picture that they are, where there is `stuff`."""
+        target = self.targets(index)
+        things = torch.tensor([name not in self.stuff for name in self.classes], dtype=torch.bool)
+        return Panoptic(target, things[target.labels])
 
     def areas(self, index: int) -> np.ndarray:
         """(N,) float64: the size of each object as the evaluation counts it. A file's own numbers where it has any."""

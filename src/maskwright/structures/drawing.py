@@ -52,6 +52,7 @@ def draw(
     line_width: int | None = None,
     text_height: int | None = None,
     joint_threshold: float = 0.05,
+    things: Tensor | None = None,
 ) -> Image:
     """The picture (a new one, RGB) with the objects over it: large ones first, so that small ones stay visible.
 
@@ -61,6 +62,8 @@ def draw(
     labels      class names; `scores` adds the score. A label that would have to cover other ones, or other objects of
                 its own size and less, is left out
     joints      of predictions only those that score above `joint_threshold`, of annotations those that are labelled
+    things      (N,) bool where some objects are regions (False): these get no box, the darker tone of their class, and
+                their label in their middle
     line_width, text_height  in pixels; by default they follow the picture's size
 
     Crowd regions are grey and hatched.
@@ -84,7 +87,10 @@ def draw(
     line = line_width or max(1, round(math.sqrt(height * width) / 350))
     keys = instances.labels.tolist() if colour_by == "class" else list(range(count))
     crowd = [False] * count if instances.crowd is None else instances.crowd.tolist()
+    regions = [False] * count if things is None else (~things.cpu()).tolist()
     colours = [GREY if crowded else colour(key) for key, crowded in zip(keys, crowd, strict=True)]
+    for number in (n for n in range(count) if regions[n] and not crowd[n]):
+        colours[number] = colour(int(instances.labels[number]) % len(PALETTE) + 2 * len(PALETTE))
     frames = instances.boxes.detach().double()
     whole = torch.isfinite(frames).all(1)
     frames = torch.where(whole[:, None], frames, 0).clamp(min=0)
@@ -101,7 +107,7 @@ def draw(
     pen = ImageDraw.Draw(canvas)
     if boxes:
         for number in order:
-            if not crowd[number] and sizes[number] > 0:
+            if not crowd[number] and not regions[number] and sizes[number] > 0:
                 x0, y0, x1, y1 = (round(v) for v in frames[number].tolist())
                 pen.rectangle(
                     (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colours[number], width=max(1, line * 2 // 3)
@@ -115,7 +121,8 @@ def draw(
     if labels:
         texts = _texts(instances, classes, scores, crowd)
         size = text_height or max(11, round(math.sqrt(height * width) / 48))
-        _write_labels(pen, texts, frames.tolist(), colours, size, (height, width))
+        middles = {n: _middle(instances, n) for n in range(count) if regions[n]}
+        _write_labels(pen, texts, frames.tolist(), colours, size, (height, width), middles)
     return canvas
 
 
@@ -249,6 +256,35 @@ def _texts(instances: Instances, classes: Sequence[str] | None, scores: bool, cr
     return texts
 
 
+def _middle(instances: Instances, number: int) -> tuple[float, float]:
+    """The point x, y of a region that lies deepest inside it, on a coarse grid."""
+    from PIL import Image as pillow
+    from PIL import ImageFilter
+
+    assert instances.masks is not None
+    corners, crops = instances.masks[number].crops()
+    x0, y0, x1, y1 = corners[0].tolist()
+    if x1 <= x0:
+        return 0.0, 0.0
+    width, height = (max(1, min(64, side)) for side in (x1 - x0, y1 - y0))
+    plane = pillow.fromarray(crops[0].numpy().astype(np.uint8) * np.uint8(255))
+    coarse = plane.resize((width, height), pillow.Resampling.BOX)
+    left = pillow.new("L", (width + 2, height + 2))
+    left.paste(coarse, (1, 1))
+    depth = np.zeros((height, width), np.int32)
+    values = np.asarray(left)[1:-1, 1:-1]
+    while values.any():  # at most 32 times: the border moves inwards by a cell each time
+        depth += values
+        left = left.filter(ImageFilter.MinFilter(3))
+        left.paste(0, (0, 0, width + 2, 1))
+        left.paste(0, (0, 0, 1, height + 2))
+        left.paste(0, (0, height + 1, width + 2, height + 2))
+        left.paste(0, (width + 1, 0, width + 2, height + 2))
+        values = np.asarray(left)[1:-1, 1:-1]
+    y, x = np.unravel_index(int(depth.argmax()), depth.shape)
+    return x0 + (float(x) + 0.5) * (x1 - x0) / width, y0 + (float(y) + 0.5) * (y1 - y0) / height
+
+
 def _write_labels(
     pen: Any,
     texts: list[str],
@@ -256,8 +292,10 @@ def _write_labels(
     colours: list[tuple[int, int, int]],
     size: int,
     picture: tuple[int, int],
+    middles: dict[int, tuple[float, float]],
 ) -> None:
-    """Each label above its box, else inside or below it, wherever it covers least; best objects choose first."""
+    """Each label above its box, else inside or below it, wherever it covers least; best objects choose first. Those of
+    regions around the point that `middles` gives."""
     placed = np.zeros((0, 4))
     boxes = np.array(frames).reshape(-1, 4)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
@@ -268,11 +306,15 @@ def _write_labels(
         width, height = math.ceil(font.getlength(text)) + 2 * pad, ascent + descent + pad
         right = max(0, picture[1] - width)
         places = [(x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1), (x0, y1 - height), (x1 - width, y1)]
+        if number in middles:
+            x, y = middles[number][0] - width / 2, middles[number][1] - height / 2
+            places = [(x, y), (x, y - height), (x, y + height), (x - width, y), (x + width, y)]
         fitting = [(min(max(0, x), right), y) for x, y in places if 0 <= y <= picture[0] - height]
         fitting = np.array(fitting or [(min(max(0, x0), right), max(0.0, min(y0, picture[0] - height)))])
         rows = np.hstack([fitting, fitting + np.array([width, height])]).round()
         small = areas < 2 * width * height
         small[number] = False
+        small[list(middles)] = False
         hidden = np.concatenate([placed, boxes[small]])
         low = np.maximum(rows[:, None, :2], hidden[None, :, :2])
         high = np.minimum(rows[:, None, 2:], hidden[None, :, 2:])

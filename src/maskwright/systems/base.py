@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from maskwright.errors import UsageError
-from maskwright.structures import Instances, Placement, Preprocess
+from maskwright.structures import Instances, Panoptic, Placement, Preprocess
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,44 @@ class System(nn.Module):
         from maskwright.inference import predict  # the one upward import: so that load(...).predict(...) reads well
 
         return predict(self, source, **options)
+
+
+class PanopticSystem(System):
+    """A system whose segments can divide a whole picture among objects (things) and regions (stuff).
+
+    Its constructor takes `stuff` too: those of `classes` that are regions, none by default, which leaves a system of
+    objects like any other. A target is an ordinary `Instances` over all classes, with one region per class of stuff.
+    """
+
+    stuff: tuple[str, ...]
+
+    @abstractmethod
+    def decode(self, raw: Any, placements: Sequence[Placement]) -> list[Instances]:
+        """Finished objects as every system gives them: things alone, also where there is stuff."""
+
+    @abstractmethod
+    def decode_panoptic(self, raw: Any, placements: Sequence[Placement]) -> list[Panoptic]:
+        """Each picture divided among segments, by the rule the system was published with. Thresholds are further
+        keywords: `score_threshold` (a segment's own score), `overlap_threshold` (the share of a segment's mask that
+        must be left to it), where the system has them."""
+
+    @abstractmethod
+    def decode_semantic(self, raw: Any, placements: Sequence[Placement]) -> list[Int[Tensor, "_h _w"]]:
+        """The label of each pixel of each picture, on its own grid; -1 where a system leaves pixels without one."""
+
+    def thing_classes(self, device: torch.device | str | None = None) -> Bool[Tensor, " k"]:
+        """True for each class that is a countable object."""
+        return torch.tensor([name not in self.stuff for name in self.classes], dtype=torch.bool, device=device)
+
+    def checked_stuff(self, stuff: Sequence[str]) -> tuple[str, ...]:
+        """`stuff` for the constructor, once `classes` is set; UsageError where one is no class."""
+        unknown = [name for name in stuff if name not in self.classes]
+        if unknown:
+            raise UsageError(
+                f"{self.name}: stuff names {', '.join(map(repr, unknown[:3]))}, which is not among the "
+                f"{len(self.classes)} classes; stuff are those of `classes` that are regions, not countable objects"
+            )
+        return tuple(stuff)
 
 
 def _plain(value: Any) -> Any:
