@@ -17,8 +17,8 @@ pytestmark = pytest.mark.fast
 
 
 @st.composite
-def divided(draw) -> tuple[torch.Tensor, Panoptic]:
-    """A map of numbers 0 ... N, made of blobs, and its segments."""
+def maps(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A map of numbers 0 ... N, made of blobs, with labels and which are things."""
     height, width = draw(SIZES)
     count = draw(st.integers(0, 5))
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
@@ -26,14 +26,21 @@ def divided(draw) -> tuple[torch.Tensor, Panoptic]:
     plane = torch.from_numpy(plane.astype(np.int64))
     labels = torch.from_numpy(rng.integers(0, 9, count))
     things = torch.from_numpy(rng.random(count) < 0.5)
+    return plane, labels, things
+
+
+def segments(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, Panoptic]:
+    """The map again, and its segments with scores and ids."""
+    plane, labels, things = case
+    count = len(labels)
     return plane, Panoptic.from_map(
         plane, labels, things, scores=torch.linspace(0, 1, count), ids=torch.arange(count) + 7
     )
 
 
-@given(divided())
+@given(maps())
 def test_a_map_and_its_segments_say_the_same(case):
-    plane, panoptic = case
+    plane, panoptic = segments(case)
     assert torch.equal(panoptic.map().long(), plane)
     assert panoptic.map().dtype == torch.int32
     masks = panoptic.segments.masks
@@ -43,24 +50,24 @@ def test_a_map_and_its_segments_say_the_same(case):
     assert torch.equal(panoptic.segments.boxes, Masks.from_dense(expected).boxes())
 
 
-@given(divided())
+@given(maps())
 def test_every_pixel_has_the_label_of_its_segment(case):
-    plane, panoptic = case
+    plane, panoptic = segments(case)
     labels = torch.cat([torch.tensor([-5]), panoptic.segments.labels])
     assert torch.equal(panoptic.semantic(void=-5).long(), labels[plane])
 
 
-@given(divided())
+@given(maps())
 def test_numbers_of_segments_may_be_any(case):
-    plane, panoptic = case
+    plane, panoptic = segments(case)
     numbers = torch.tensor([0, 900_000, 3, 17_000_000, 12, 5])[: len(panoptic) + 1]
     same = Panoptic.from_map(numbers[plane].int(), panoptic.segments.labels, panoptic.things, numbers=numbers[1:])
     assert torch.equal(same.map(), panoptic.map())
 
 
-@given(divided())
+@given(maps())
 def test_a_png_and_a_record_hold_it_all(case):
-    plane, panoptic = case
+    plane, panoptic = segments(case)
     record = panoptic.to_coco("a", [label * 10 for label in range(9)])
     ids = colours_to_ids(np.asarray(panoptic.to_png()))
     assert np.array_equal(ids, np.where(plane > 0, plane + 6, 0))
@@ -76,9 +83,9 @@ def test_a_png_and_a_record_hold_it_all(case):
     assert record["file_name"] == "a.png"
 
 
-@given(divided())
+@given(maps())
 def test_things_alone_are_instances(case):
-    _, panoptic = case
+    _, panoptic = segments(case)
     things = panoptic.instances()
     assert isinstance(things, Instances)
     assert torch.equal(things.ids, panoptic.segments.ids[panoptic.things])

@@ -151,21 +151,18 @@ class Panoptic:
         height, width = self.image_size
         assert self.segments.masks is not None
         runs = [rle.runs(code["counts"]) for code in self.segments.masks.rle()]
-        line = np.full(height * width, nothing, np.int32)
-        if runs:
-            starts = np.concatenate([r[0] for r in runs])
-            ends = np.concatenate([r[1] for r in runs])
-            held = np.repeat(values, [len(r[0]) for r in runs])
-            order = np.argsort(starts, kind="stable")
-            starts, ends, held = starts[order], ends[order], held[order]
-            if (starts[1:] < ends[:-1]).any():
-                raise ValueError("segments overlap; in a picture divided among segments no pixel belongs to two")
-            lengths = ends - starts
-            gaps = starts - np.concatenate([[0], ends[:-1]])
-            # Nothing, a run, nothing, a run ... and what is left behind the last.
-            between = np.full_like(gaps, nothing)
-            spans = np.append(np.stack([gaps, lengths], 1).ravel(), len(line) - ends[-1])
-            line = np.repeat(np.append(np.stack([between, held], 1).ravel(), nothing), spans).astype(np.int32)
+        first = np.zeros(0, np.int64)
+        starts = np.concatenate([first, *(r[0] for r in runs)])
+        ends = np.concatenate([first, *(r[1] for r in runs)])
+        held = np.repeat(values, [len(r[0]) for r in runs])
+        order = np.argsort(starts, kind="stable")
+        starts, ends, held = starts[order], ends[order], held[order]
+        if (starts[1:] < ends[:-1]).any():
+            raise ValueError("segments overlap; in a picture divided among segments no pixel belongs to two")
+        # Nothing, a run, nothing, a run ... and nothing behind the last.
+        edges = np.concatenate([[0], np.stack([starts, ends], 1).ravel(), [height * width]])
+        shades = np.append(np.stack([np.full_like(held, nothing), held], 1).ravel(), nothing)
+        line = np.repeat(shades.astype(np.int32), np.diff(edges))
         return torch.from_numpy(np.ascontiguousarray(line.reshape(width, height).T))
 
 
