@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -31,23 +32,34 @@ def test_every_variant_is_trained_once_and_told_beside_the_published_one(tmp_pat
     budget = ["--steps", "2", "--pictures", "4", "--unseen", "2", "--batch", "2", "--device", "cpu"]
     code = main(["ablate", "mask-rcnn", "9z", "--seeds", "0", "1", *budget, "--out", str(tmp_path)])
     assert code == 0
-    table = (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table-9z.md").read_text()
     assert "two ways to make a mask" in table
     assert "2 seeds" in table
     assert "-100" not in table, "a size that no object has is left out"
     assert "| published AP |" in table
     assert table.rstrip().endswith("| 30.3 |")
-    assert (tmp_path / "chart.svg").read_text().startswith("<svg")
-    assert len((tmp_path / "table.csv").read_text().splitlines()) == 5
-    kept = tmp_path / "runs" / "sigmoid-1" / "measured.json"
+    assert (tmp_path / "table-9z.svg").read_text().startswith("<svg")
+    assert len((tmp_path / "table-9z.csv").read_text().splitlines()) == 5
+    kept = {
+        (d["variant"], d["promise"]["seed"]): f
+        for f in tmp_path.glob("runs/*/measured.json")
+        if (d := json.loads(f.read_text()))
+    }
+    assert len(kept) == 4
     assert not list(tmp_path.glob("runs/*/*.safetensors")), "weights are not what it is for"
 
     # Another time nothing is trained again, unless the budget changed.
-    told = json.loads(kept.read_text())
+    told = json.loads(kept["sigmoid", 1].read_text())
     told["measured"]["AP"] = 77.0
-    kept.write_text(json.dumps(told))
+    kept["sigmoid", 1].write_text(json.dumps(told))
     again = ablate("mask-rcnn", "9z", out=tmp_path, seeds=(1,), steps=2, pictures=4, unseen=2, batch=2, device="cpu")
     assert again[1].mean("AP") == 77
+
+    # Nor for a row that another table has too, however it is written there.
+    same = replace(TINY, variants={"plain": {"mask_loss": "sigmoid"}}, published={})
+    monkeypatch.setattr(MaskRCNN, "ablations", {"9y": same})
+    shared = ablate("mask-rcnn", "9y", out=tmp_path, seeds=(1,), steps=2, pictures=4, unseen=2, batch=2, device="cpu")
+    assert shared[0].mean("AP") == 77
 
 
 def test_every_table_is_of_known_options_and_rows():

@@ -7,6 +7,7 @@ table is set beside the published one. Every run is kept, so that an interrupted
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import statistics
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwright.errors import UsageError
-from maskwright.systems import Ablation, system_class
+from maskwright.systems import Ablation, create, system_class
 from maskwright.terminal import choose, progress, say
 
 MEASURES = {
@@ -58,7 +59,7 @@ def ablate(
     device: str = "auto",
     **changes: Any,
 ) -> list[Row]:
-    """Train and measure every variant of a table with every seed; write OUT/table.md, table.csv and chart.svg.
+    """Train and measure every variant of a table with every seed; write OUT/table-NAME.md, .csv and .svg.
 
     system, table  names: "tensormask", "2a"; see `System.ablations`
     seeds          of weights, order and scenes; the variants of one seed see the same pictures in the same order
@@ -66,7 +67,8 @@ def ablate(
     pictures, unseen  generated scenes to learn from and to measure on
     changes        further fields of `training.Recipe`
 
-    A run that stands in OUT/runs already, made with the same budget, is not made again.
+    A run that stands in OUT/runs already, of the same options and budget, is not made again: neither after an
+    interruption nor where two tables share a row.
     """
     kind = system_class(system)
     if not kind.ablations:
@@ -78,7 +80,7 @@ def ablate(
     found: dict[tuple[int, str], dict[str, float]] = {}
     rows: list[Row] = []
     for seed, variant in progress(wanted, "runs"):
-        found[seed, variant] = _run(system, plan, variant, seed, out / "runs" / f"{variant}-{seed}", budget, device)
+        found[seed, variant] = _run(system, plan, variant, seed, out / "runs", budget, device)
         summary = ", ".join(f"{name} {value:.1f}" for name, value in found[seed, variant].items() if value == value)
         say(f"{variant}, seed {seed}: {summary}")
         rows = [
@@ -95,7 +97,7 @@ def ablate(
 
 
 def _run(
-    system: str, plan: Ablation, variant: str, seed: int, folder: Path, budget: Mapping[str, Any], device: str
+    system: str, plan: Ablation, variant: str, seed: int, runs: Path, budget: Mapping[str, Any], device: str
 ) -> dict[str, float]:
     from maskwright.checkpoints import load
     from maskwright.data import Scenes
@@ -103,14 +105,13 @@ def _run(
     from maskwright.training import train
 
     options = {**plan.base, **plan.variants[variant]}
-    promise = json.loads(
-        json.dumps({"options": options, "scenes": dict(plan.scenes), "recipe": dict(plan.recipe), **budget})
-    )
+    whole = create(system, **options).options  # two ways to write one variant are one run
+    promise = {"system": system, "options": whole, "scenes": dict(plan.scenes), "recipe": dict(plan.recipe), **budget}
+    text = json.dumps({**promise, "seed": seed}, sort_keys=True)
+    folder = runs / hashlib.sha256(text.encode()).hexdigest()[:12]
     kept = folder / "measured.json"
     if kept.exists():
-        told = json.loads(kept.read_text("utf-8"))
-        if told["promise"] == promise:
-            return told["measured"]
+        return json.loads(kept.read_text("utf-8"))["measured"]
     changes = {k: v for k, v in budget.items() if k not in ("pictures", "unseen")}
     learn = Scenes(budget["pictures"], seed=seed, **plan.scenes)
     judge = Scenes(budget["unseen"], seed=seed + 10_000, **plan.scenes)
@@ -120,7 +121,7 @@ def _run(
     # COCO's -1 says that there are no objects of this kind: not a number, and no column of the table.
     found = {name: float(result.summary[key]) for name, key in MEASURES.items()}
     measured = {name: 100 * value if value >= 0 else float("nan") for name, value in found.items()}
-    _put(kept, json.dumps({"promise": promise, "measured": measured}) + "\n")
+    _put(kept, json.dumps({"variant": variant, "promise": json.loads(text), "measured": measured}) + "\n")
     for name in ("best.safetensors", "last.safetensors", "last.ckpt"):  # numbers are what an ablation is for
         (folder / name).unlink(missing_ok=True)
     return measured
@@ -145,15 +146,15 @@ def _write(out: Path, system: str, table: str, plan: Ablation, rows: Sequence[Ro
         cells = [f"{row.mean(m):.1f} ± {row.spread(m):.1f}" for m in told]
         cells += [f"{row.published[m]:.1f}" if m in row.published else "" for m in also]
         lines.append(f"| {row.variant} | " + " | ".join(cells) + " |")
-    _put(out / "table.md", "\n".join(lines) + "\n")
+    _put(out / f"table-{table}.md", "\n".join(lines) + "\n")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["variant", "seed number", *MEASURES])
     for row in rows:
         for number in range(len(row.measured["AP"])):
             writer.writerow([row.variant, number, *(f"{row.measured[m][number]:.4f}" for m in MEASURES)])
-    _put(out / "table.csv", text.getvalue())
-    _put(out / "chart.svg", chart(rows))
+    _put(out / f"table-{table}.csv", text.getvalue())
+    _put(out / f"table-{table}.svg", chart(rows))
 
 
 def chart(rows: Sequence[Row]) -> str:

@@ -430,11 +430,12 @@ def ablate(
     """Rerun a table of a system's paper on small generated data.
 
     Every variant is trained and measured with every seed, on the same scenes in the same order. OUT then holds
-    table.md, table.csv and chart.svg, the published numbers beside the measured ones; run again, it goes on where it
-    stopped. `maskwright systems SYSTEM` lists the tables.
+    table-TABLE.md, .csv and .svg, the published numbers beside the measured ones; run again, it goes on where it
+    stopped, and tables of one OUT share the rows that they have in common. `maskwright systems SYSTEM` lists the
+    tables.
 
     Examples:
-      maskwright ablate tensormask 2a --out tensormask-2a
+      maskwright ablate tensormask 2a --out ablation
       maskwright ablate mask-rcnn 2c --seeds 0 --steps 200
 
     Args:
@@ -453,7 +454,7 @@ def ablate(
     run(
         system, table, out=out, seeds=seeds, steps=steps, pictures=pictures, unseen=unseen, batch=batch, device=device
     )  # fmt: skip
-    say((out / "table.md").read_text("utf-8"))
+    say((out / f"table-{table}.md").read_text("utf-8"))
     return 0
 
 
