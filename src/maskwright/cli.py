@@ -396,7 +396,7 @@ def checkpoints(
     return 0
 
 
-def demo(*, out: Output = Path("demo"), seed: int = 0, epochs: int = 7) -> int:
+def demo(*, out: Output = Path("demo"), seed: int = 0, epochs: int = 5) -> int:
     """Show the whole way offline in a few minutes: train on generated scenes, measure, segment unseen ones, report.
 
     Examples:

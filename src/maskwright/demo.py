@@ -47,7 +47,7 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def run(out: Path, *, seed: int = 0, epochs: int = 7, pictures: int = 560, unseen: int = 60) -> Path:
+def run(out: Path, *, seed: int = 0, epochs: int = 5, pictures: int = 560, unseen: int = 60) -> Path:
     """Everything under `out`, and the path of the report page.
 
     out/scenes/          train, val and test: the data set, in the format that one's own takes
