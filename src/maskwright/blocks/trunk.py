@@ -9,6 +9,7 @@ from torch import nn
 
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.resnet import ResNet, StrideIn, TimmBackbone
+from maskwright.blocks.swin import SWINS, Swin
 from maskwright.errors import UsageError
 from maskwright.structures import Preprocess
 
@@ -29,18 +30,33 @@ def make_trunk(
     norm: Norm = "group",
     norm_eps: float = 1e-5,
     frozen: int = 0,
+    swin_width: int | None = None,
+    swin_depths: Sequence[int] | None = None,
+    swin_heads: Sequence[int] | None = None,
+    window: int | None = None,
+    drop_path: float = 0.0,
 ) -> tuple[nn.Module, list[int]]:
     """A network that gives levels of strides 4, 8, 16 and 32, and their channels; UsageError for an unknown name.
 
-    backbone    "resnet18" ... "resnet152", or "timm:NAME"
+    backbone    "resnet18" ... "resnet152", "swin-tiny" ... "swin-large", or "timm:NAME"
     pretrained  timm's published weights; ours start random
+    swin_width ... window
+                of a Swin Transformer; None: those of its name. With `drop_path` see `Swin`
     the others  see `ResNet`; a trunk of timm's has its own
     """
     if backbone.startswith("timm:"):
         trunk = TimmBackbone(backbone[5:], in_channels=in_channels, pretrained=pretrained, frozen=frozen)
         return trunk, trunk.channels
+    if backbone.startswith("swin-") and backbone[5:] in SWINS:
+        width, depths, heads, side = SWINS[backbone[5:]]
+        trunk = Swin(
+            swin_width or width, swin_depths or depths, swin_heads or heads, window or side, in_channels=in_channels,
+            drop_path=drop_path, frozen=frozen,
+        )  # fmt: skip
+        return trunk, trunk.channels
     if not backbone.startswith("resnet") or not backbone[6:].isdigit():
-        raise UsageError(f"backbone is {backbone!r}; expected resnet18 ... resnet152 or timm:NAME")
+        known = ", ".join(f"swin-{size}" for size in SWINS)
+        raise UsageError(f"backbone is {backbone!r}; expected resnet18 ... resnet152, {known} or timm:NAME")
     try:
         trunk = ResNet(
             int(backbone[6:]), in_channels=in_channels, base=stem_width, groups=groups, group_width=group_width,
@@ -50,6 +66,11 @@ def make_trunk(
     except ValueError as error:
         raise UsageError(str(error)) from None
     return trunk, trunk.channels
+
+
+def first_weight(trunk: nn.Module) -> str | None:
+    """The name, inside the trunk, of the weight that reads the picture; None for a trunk of timm's."""
+    return "stem.conv.weight" if isinstance(trunk, ResNet) else "stem.weight" if isinstance(trunk, Swin) else None
 
 
 def coloured(

@@ -1,0 +1,50 @@
+"""Sine position codes of transformers over maps and boxes (arXiv 1706.03762, section 3.5, as DETR has them)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def sine_code(
+    values: Float[Tensor, "*n"], features: int = 128, *, temperature: float = 10000.0
+) -> Float[Tensor, "*n {features}"]:
+    """Sine and cosine in turn, of wavelengths from 2 pi to 2 pi `temperature`."""
+    number = torch.arange(features, device=values.device, dtype=torch.float32)
+    period = temperature ** (2 * number.div(2, rounding_mode="floor") / features)
+    angles = values[..., None] / period
+    return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], -1).flatten(-2)
+
+
+def sine_positions(
+    size: tuple[int, int],
+    features: int = 128,
+    *,
+    padding: Bool[Tensor, "b h w"] | None = None,
+    temperature: float = 10000.0,
+    normalise: bool = True,
+    shift: float = 0.0,
+    epsilon: float = 1e-6,
+    device: torch.device | str | None = None,
+) -> Float[Tensor, "_b c h w"]:
+    """A code of 2 x `features` channels for each cell of a map of `size` (h, w): of its row, then of its column.
+
+    padding    True where a map of the batch holds padding: cells are counted, and the count normalised, without it, as
+               DETR does. None: one code for all, of batch size 1
+    normalise  counts of 1 ... h become 2 pi / h ... 2 pi
+    shift      added to the counts before: -0.5 in Deformable DETR
+    """
+    if padding is None:
+        rows = torch.arange(1, size[0] + 1, device=device, dtype=torch.float32)[None, :, None].expand(1, *size)
+        columns = torch.arange(1, size[1] + 1, device=device, dtype=torch.float32)[None, None].expand(1, *size)
+    else:
+        valid = (~padding).float()
+        rows, columns = valid.cumsum(1), valid.cumsum(2)
+    if normalise:
+        rows = (rows + shift) / (rows[:, -1:, :] + epsilon) * (2 * math.pi)
+        columns = (columns + shift) / (columns[:, :, -1:] + epsilon) * (2 * math.pi)
+    codes = [sine_code(axis, features, temperature=temperature) for axis in (rows, columns)]
+    return torch.cat(codes, -1).permute(0, 3, 1, 2)

@@ -1,0 +1,33 @@
+"""Matching at the least total cost."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from maskwright.ops.assignment import assign
+
+
+def test_pairs_are_the_cheapest_of_all():
+    costs = [torch.randn(3, 5, 4), torch.randn(3, 5, 0), torch.randn(3, 5, 7)]
+    found = assign(costs)
+    assert [q.shape for q, _ in found] == [(3, 4), (3, 0), (3, 5)]
+    for cost, (queries, objects) in zip(costs, found, strict=True):
+        assert len(queries) == len(cost)
+        for q, o in zip(queries, objects, strict=True):
+            assert len(set(q.tolist())) == len(q)
+            assert len(set(o.tolist())) == len(o)
+            assert (q.diff() > 0).all()
+    own, (queries, objects) = costs[0][1], found[0]
+    best = min(sum(own[q, o] for o, q in enumerate(order)) for order in itertools.permutations(range(5), 4))
+    torch.testing.assert_close(own[queries[1], objects[1]].sum(), best)
+
+
+def test_costs_that_are_no_numbers_are_avoided():
+    cost = torch.zeros(1, 2, 2)
+    cost[0, 0, 0] = torch.nan
+    cost[0, 1, 1] = torch.inf
+    queries, objects = assign([cost])[0]
+    assert list(zip(queries[0].tolist(), objects[0].tolist(), strict=True)) == [(0, 1), (1, 0)]
+    assert assign([]) == []
