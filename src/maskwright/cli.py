@@ -94,7 +94,8 @@ def evaluate(
     data: Annotated[str, arg(metavar="DIR")],
     split: str = "val",
     out: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
-    detections: int = 100,
+    task: Literal["instances", "proposals"] = "instances",
+    detections: int | None = None,
     suppression: Literal["matrix"] | None = None,
     boundary: bool = False,
     limit: int | None = None,
@@ -112,13 +113,15 @@ def evaluate(
     Examples:
       maskwright evaluate runs/first/best.safetensors --data my-pictures --out runs/first
       maskwright evaluate mask_rcnn_R_50_FPN_3x.pkl --data coco --split val2017 --out runs/published
+      maskwright evaluate runs/first/best.safetensors --data my-pictures --task proposals
 
     Args:
         weights: A checkpoint of ours, an official file, or a name of the catalogue (`maskwright checkpoints`).
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
         split: The part of it: annotations/instances_SPLIT.json.
         out: Folder for result.json and report.html.
-        detections: At most so many per picture; as many per class are counted.
+        task: instances: AP; proposals: average recall of objects whatever their class, at 10, 100 and 1000 per picture.
+        detections: At most so many per picture; as many per class are counted. 100, of proposals 1000.
         suppression: Matrix NMS on the finished masks too, with any system: scores decay by overlap with better objects.
         boundary: Boundary AP too.
         limit: At most so many pictures, evenly spread over the set.
@@ -137,6 +140,7 @@ def evaluate(
         system,
         data,
         split,
+        task=task,
         detections=detections,
         suppression=suppression,
         boundary=boundary,

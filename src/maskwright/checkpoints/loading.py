@@ -20,7 +20,7 @@ from maskwright.checkpoints.origins import Candidate, Origin, origins
 from maskwright.checkpoints.ours import is_ours, parse_metadata, preprocess_of, save
 from maskwright.checkpoints.reading import read_state
 from maskwright.errors import CheckpointError, UnknownLayoutError, UnknownSystemError, UsageError
-from maskwright.systems import System, system_class
+from maskwright.systems import ProposalSystem, System, system_class
 
 Options = dict[str, Any]
 
@@ -37,7 +37,7 @@ def load(
     """A system with its weights, ready to predict (eval mode), from a file, a folder or a name in the catalogue.
 
     classes         other classes than the file's: rows of the heads are kept where the names match (case does not
-                    count), the others start as new
+                    count), the others start as new. A system of proposals knows no classes and stays as it is
     commercial_ok   refuse weights whose licence does not allow commercial use, before anything is downloaded
     variant         which published variant a file is, where its keys and shapes cannot say
     overrides       options of the system's constructor; `in_channels` widens the first convolution
@@ -261,6 +261,8 @@ def _fill(
     absent: Sequence[str],
 ) -> System:
     old = tuple(options.get("classes", ()))
+    if issubclass(kind, ProposalSystem):
+        classes = None
     final = {**options, **overrides, **({} if classes is None else {"classes": list(classes)})}
     _check_classes(classes)
     system = kind(**final)

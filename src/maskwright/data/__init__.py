@@ -6,6 +6,7 @@ from maskwright.data.coco import CocoDataset, open_dataset, read_coco
 from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample, mirrored_joints
 from maskwright.data.findings import DataWarning, Finding
 from maskwright.data.loader import Loader, make_loader
+from maskwright.data.one_class import OneClass
 from maskwright.data.pictures import read_picture, read_size
 from maskwright.data.scenes import Scenes
 from maskwright.data.show import show_batch
@@ -19,6 +20,7 @@ __all__ = [
     "Dataset",
     "Finding",
     "Loader",
+    "OneClass",
     "Sample",
     "Scenes",
     "check",

@@ -2,7 +2,7 @@
 
 from maskwright.evaluation.coco import Curves, coco_ap
 from maskwright.evaluation.confusion import Confusion, PictureScore
-from maskwright.evaluation.evaluator import Evaluator, match_classes
+from maskwright.evaluation.evaluator import Evaluator, Task, match_classes
 from maskwright.evaluation.report import report
 from maskwright.evaluation.result import Protocol, Result, Speed
 
@@ -14,6 +14,7 @@ __all__ = [
     "Protocol",
     "Result",
     "Speed",
+    "Task",
     "coco_ap",
     "match_classes",
     "report",

@@ -101,6 +101,14 @@ class Curves:
         values |= {f"AR{n}": _mean(recall[..., a, -1]) for a, n in enumerate(self.sizes) if n}
         return values
 
+    def recalls(self) -> dict[str, float]:
+        """Average recall by limit and size, as proposals are measured: AR10, AR10s, AR10m, AR10l, AR100, ..."""
+        return {
+            f"AR{limit}{name}": _mean(self.recall[..., a, m])
+            for m, limit in enumerate(self.limits)
+            for a, name in enumerate(self.sizes)
+        }
+
     def precision_at(self, overlap: float) -> list[float]:
         """Precision at the recalls 0, 0.01, ... 1, the mean over the classes that have objects; empty if none has."""
         planes = self.precision[_at(overlap), :, :, 0, -1]  # (R, K)
@@ -124,16 +132,19 @@ def coco_ap(
     kind: Kind = "segm",
     *,
     max_detections: int = 100,
+    limits: Sequence[int] | None = None,
     sigmas: Sequence[float] | None = None,
     backend: Backend = "auto",
 ) -> Curves:
     """Precision and recall as COCO counts them, at most `max_detections` per picture *and class*, as there.
 
+    `limits`: the numbers of detections that recall is told for, instead of those of COCO's table.
+
     A prediction's size is that of its mask for "segm" and "boundary" (results without a "bbox" key, in pycocotools'
     terms), of its box for "bbox", and of the extent of its joints for "keypoints".
     """
     _require(truth, found, kind)
-    limits = (max_detections,) if kind == "keypoints" else ladder(max_detections)
+    limits = tuple(limits or ((max_detections,) if kind == "keypoints" else ladder(max_detections)))
     if kind == "keypoints":
         sigmas = tuple(sigmas or joint_sigmas(_joints(truth, found)))
         found = _boxed_by_joints(found)
@@ -163,6 +174,12 @@ def ladder(max_detections: int) -> tuple[int, ...]:
     if max_detections < 1:
         raise UsageError(f"max_detections is {max_detections}; it must be at least 1")
     return tuple(sorted({1, 10, max_detections} if max_detections > 10 else {1, max_detections}))
+
+
+def proposal_limits(max_detections: int) -> tuple[int, ...]:
+    """The limits recall of proposals is told for: 10, 100 and `max_detections`, which is 1000 in the papers."""
+    ladder(max_detections)
+    return tuple(sorted({n for n in (10, 100) if n < max_detections} | {max_detections}))
 
 
 def joint_sigmas(joints: int) -> tuple[float, ...]:

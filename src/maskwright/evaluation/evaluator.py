@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, runtime_checkable
+from typing import Any, Literal, cast, runtime_checkable
 from typing import Protocol as Interface
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from maskwright.data.one_class import OneClass, nameless
 from maskwright.errors import UsageError
 from maskwright.evaluation import coco
 from maskwright.evaluation.coco import Backend, Curves, Found, Kind, Truth
@@ -21,6 +22,8 @@ from maskwright.evaluation.confusion import PictureScore, confuse
 from maskwright.evaluation.records import read_results
 from maskwright.evaluation.result import Example, Protocol, Result, write_json
 from maskwright.structures import Instances, Masks, Placement
+
+Task = Literal["instances", "proposals"]
 
 EXAMPLE_SIDE = 560  # pixels of the longer side: sharp in a column of the report, about 40 KB each
 
@@ -54,9 +57,12 @@ class _Record:
 class Evaluator:
     """Collects predictions picture by picture and compares them with a data set's annotations.
 
+    task                "instances": AP, class by class; "proposals": average recall of objects whatever their class,
+                        at 10, 100 and 1000 per picture, as pycocotools counts it without categories
     kinds               of "segm", "bbox", "keypoints": what to measure
     boundary            also boundary AP
-    max_detections      per picture and class, best first; keypoints have their own limit (COCO's is 20)
+    max_detections      per picture and class, best first: 100, for proposals 1000; keypoints have their own limit
+                        (COCO's is 20)
     score_threshold     from which on a prediction counts in the confusion matrix and in the pictures' quality
     sigmas              of the joints, where they are not COCO's 17
 
@@ -70,8 +76,9 @@ class Evaluator:
         dataset: Annotated,
         kinds: Sequence[str] = ("segm", "bbox"),
         boundary: bool = False,
-        max_detections: int = 100,
+        max_detections: int | None = None,
         *,
+        task: str = "instances",
         keypoint_detections: int = 20,
         score_threshold: float = 0.5,
         sigmas: Sequence[float] | None = None,
@@ -80,10 +87,18 @@ class Evaluator:
         unknown = [kind for kind in kinds if kind not in coco.KINDS]
         if unknown or not kinds:
             raise UsageError(f"kinds is {tuple(kinds)}; choose one or more of {', '.join(coco.KINDS)}")
+        if task not in ("instances", "proposals"):
+            raise UsageError(f"task is {task!r}; expected instances or proposals")
+        if task == "proposals" and "keypoints" in kinds:
+            raise UsageError("proposals have no keypoints; measure kinds 'segm' and 'bbox'")
+        if max_detections is None:
+            max_detections = 1000 if task == "proposals" else 100
         coco.backend_of(backend)
         coco.ladder(max_detections)
         coco.ladder(keypoint_detections)
-        self.dataset = dataset
+        self.task = task
+        self.given = dataset  # with its own classes
+        self.dataset = cast(Annotated, OneClass(dataset)) if task == "proposals" else dataset
         self.kinds = cast(tuple[Kind, ...], tuple(dict.fromkeys([*kinds, *(["boundary"] if boundary else [])])))
         self.max_detections = max_detections
         self.keypoint_detections = keypoint_detections
@@ -112,6 +127,7 @@ class Evaluator:
         """One picture's predictions, by the data set's own image id, on the picture's own grid.
 
         Labels are the data set's; objects of label -1 (a class it does not have, see `match_classes`) are left out.
+        Proposals may have any labels.
         """
         if image_id not in self._position:
             raise UsageError(
@@ -166,7 +182,7 @@ class Evaluator:
     def read(self, path: str | Path) -> None:
         """Adds all predictions of a COCO results file. AnnotationError names the file and the record at fault."""
         sizes = dict(zip(self._ids, self._sizes, strict=True))
-        for image_id, instances in read_results(path, sizes, self.dataset.category_ids).items():
+        for image_id, instances in read_results(path, sizes, self.given.category_ids).items():
             self.add(image_id, instances)
 
     # ---- counting ------------------------------------------------------------------------------------------------
@@ -185,13 +201,14 @@ class Evaluator:
             by="segm" if masked else "bbox",
             score_threshold=self.score_threshold,
         )
+        values = {k: c.recalls() if self.task == "proposals" else c.average() for k, c in curves.items()}
         return Result(
-            summary={f"{kind}/{name}": value for kind in curves for name, value in curves[kind].average().items()},
+            summary={f"{kind}/{name}": value for kind in curves for name, value in values[kind].items()},
             classes=tuple(self.dataset.classes),
             protocol=self._protocol(truth, found),
             per_class=self._per_class(truth, found, curves),
             objects=_sizes_of(truth),
-            curves={f"{k}/{int(o * 100)}": c for k in curves for o in (0.5, 0.75) if (c := curves[k].precision_at(o))},
+            curves=self._precisions(curves),
             confusion=confusion,
             pictures=pictures,
             examples=self._examples(pictures, examples),
@@ -201,7 +218,15 @@ class Evaluator:
 
     def _curves(self, truth: Truth, found: Found, kind: Kind) -> Curves:
         limit = self.keypoint_detections if kind == "keypoints" else self.max_detections
-        return coco.coco_ap(truth, found, kind, max_detections=limit, sigmas=self.sigmas, backend=self.backend)
+        limits = coco.proposal_limits(limit) if self.task == "proposals" else None
+        return coco.coco_ap(
+            truth, found, kind, max_detections=limit, limits=limits, sigmas=self.sigmas, backend=self.backend
+        )
+
+    def _precisions(self, curves: dict[Kind, Curves]) -> dict[str, list[float]]:
+        if self.task == "proposals":  # nobody counts what is too much
+            return {}
+        return {f"{k}/{int(o * 100)}": c for k in curves for o in (0.5, 0.75) if (c := curves[k].precision_at(o))}
 
     def _protocol(self, truth: Truth, found: Found) -> Protocol:
         name = str(getattr(self.dataset, "name", "") or "unnamed")
@@ -214,6 +239,8 @@ class Evaluator:
                 notes.append("OKS with sigmas of the caller's")
             elif joints != len(coco.PERSON_SIGMAS):
                 notes.append(f"OKS with sigma {coco.OTHER_SIGMA} for each of {joints} joints")
+        if self.task == "proposals":
+            notes.append("average recall of objects whatever their class (useCats 0)")
         if not hasattr(self.dataset, "areas"):
             notes.append("sizes of objects are those of their masks")
         return Protocol(
@@ -224,6 +251,8 @@ class Evaluator:
         )
 
     def _per_class(self, truth: Truth, found: Found, curves: dict[Kind, Curves]) -> list[dict[str, Any]]:
+        if self.task == "proposals":
+            return []
         count = len(self.dataset.classes)
         real = ~truth.crowd
         objects = np.bincount(truth.labels[real], minlength=count).tolist()
@@ -279,7 +308,7 @@ class Evaluator:
     def _compact(self, image_id: Any, instances: Instances) -> _Record:
         if instances.scores is None:
             raise UsageError(f"predictions for picture {image_id!r} have no scores; AP ranks by them")
-        instances = instances.to("cpu")
+        instances = nameless(instances.to("cpu")) if self.task == "proposals" else instances.to("cpu")
         known = instances.labels >= 0
         if not bool(known.all()):
             instances = instances[known]

@@ -155,6 +155,13 @@ def _bounded(lines: dict[str, Line], most: int) -> dict[str, Line]:
 
 def _headline(result: Result) -> list[tuple[str, str]]:
     names = {"segm": "Mask AP", "bbox": "Box AP", "keypoints": "Keypoint AP", "boundary": "Boundary AP"}
+    if _of_proposals(result):
+        first = result.kinds[0]
+        return [
+            (f"{KIND_NAMES[first].rstrip('es').capitalize()} {name.split('/')[1]}", percent(value))
+            for name, value in result.summary.items()
+            if name.startswith(f"{first}/") and name[-1].isdigit()
+        ]
     tiles = [(names[kind], percent(result.summary.get(f"{kind}/AP"))) for kind in result.kinds]
     if result.kinds:
         first = result.kinds[0]
@@ -162,6 +169,11 @@ def _headline(result: Result) -> list[tuple[str, str]]:
     if result.speed.milliseconds is not None:
         tiles.append(("ms per picture", f"{result.speed.milliseconds:.0f}"))
     return tiles
+
+
+def _of_proposals(result: Result) -> bool:
+    """Whether recall alone was measured."""
+    return bool(result.kinds) and f"{result.kinds[0]}/AP" not in result.summary
 
 
 def _averages(result: Result) -> dict[str, Any]:
@@ -173,6 +185,8 @@ def _averages(result: Result) -> dict[str, Any]:
 
 
 def _subscript(name: str) -> tuple[str, str]:
+    if name[-1].isalpha() and name[-2].isdigit():
+        return name[:2], name[2:-1] + name[-1].upper()
     return name[:2], name[2:].upper() if name[2:].isalpha() else name[2:]
 
 
@@ -191,6 +205,8 @@ def _recall_charts(result: Result) -> list[tuple[str, Any]]:
 
 
 def _size_rows(result: Result) -> list[dict[str, Any]]:
+    if _of_proposals(result):  # the table of averages has them
+        return []
     total = max(1, result.objects.get("all", 0))
     kinds = [k for k in result.kinds if k != "keypoints"] or list(result.kinds)
     return [

@@ -137,9 +137,10 @@ class Result:
     """The outcome of an evaluation.
 
     `summary` maps "segm/AP", "segm/AP50", "segm/APs", "segm/AR100", "bbox/AP", "keypoints/AP", "boundary/AP", ... to
-    0 ... 1; -1 where there was nothing to find (pycocotools' convention). `per_class` has one row per class with the
-    same keys and "class", "category_id", "objects", "pictures", "found", "threshold" (the score at which F1 at overlap
-    0.5 is best) and "F1" (None where it has none).
+    0 ... 1 (of proposals recall alone: "segm/AR10", "segm/AR100s", ...); -1 where there was nothing to find
+    (pycocotools' convention). `per_class` has one row per class (none of proposals) with the same keys and "class",
+    "category_id", "objects", "pictures", "found", "threshold" (the score at which F1 at overlap 0.5 is best) and "F1" (None where it
+    has none).
     """
 
     summary: dict[str, float]
@@ -169,6 +170,8 @@ class Result:
 
     def __str__(self) -> str:
         """The table of averages (in percent), with the protocol under it."""
+        if self.kinds and f"{self.kinds[0]}/AP" not in self.summary:
+            return "\n".join([*self._recalls(), *self._missing(), str(self.protocol)])
         columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
         lines = [" " * 10 + "".join(f"{c:>8}" for c in columns) + f"{'AR':>8}"]
         for kind in self.kinds:
@@ -176,9 +179,22 @@ class Result:
             recall = self.summary.get(f"{kind}/AR", last[-1] if last else -1)
             values = [self.summary.get(f"{kind}/{c}", -1) for c in columns]
             lines.append(f"{kind:10}" + "".join(f"{percent(v):>8}" for v in (*values, recall)))
-        if self.missing:
-            lines.append(f"{self.missing} pictures had no predictions handed in; they count as empty.")
-        return "\n".join([*lines, str(self.protocol)])
+        return "\n".join([*lines, *self._missing(), str(self.protocol)])
+
+    def _recalls(self) -> list[str]:
+        """Of proposals: recall by limit, and by size where the limit is 100 (or the largest below it)."""
+        first = f"{self.kinds[0]}/"
+        names = [k.removeprefix(first) for k in self.summary if k.startswith(first)]
+        whole = [n for n in names if n[2:].isdigit()]
+        middle = max((n for n in whole if int(n[2:]) <= 100), key=lambda n: int(n[2:]), default=whole[0])
+        columns = [*whole, *(n for n in names if n[:-1] == middle and not n[-1].isdigit())]
+        lines = [" " * 10 + "".join(f"{c:>8}" for c in columns)]
+        for kind in self.kinds:
+            lines.append(f"{kind:10}" + "".join(f"{percent(self.summary.get(f'{kind}/{c}', -1)):>8}" for c in columns))
+        return lines
+
+    def _missing(self) -> list[str]:
+        return [f"{self.missing} pictures had no predictions handed in; they count as empty."] if self.missing else []
 
     # ---- files -----------------------------------------------------------------------------------------------------
 

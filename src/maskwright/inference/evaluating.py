@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.data import DataWarning, open_dataset
+from maskwright.data import DataWarning, OneClass, open_dataset
 from maskwright.errors import PictureError, UsageError
-from maskwright.evaluation import Evaluator, Result, Speed, match_classes
+from maskwright.evaluation import Evaluator, Result, Speed, Task, match_classes
 from maskwright.inference.predicting import ahead, checked_thresholds, default_of, on_host
 from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
 from maskwright.structures import Batch, Instances, Placement
-from maskwright.systems import System
+from maskwright.systems import ProposalSystem, System
 
 
 def evaluate(
@@ -30,12 +30,13 @@ def evaluate(
     data: str | Path | Any,
     split: str = "val",
     *,
+    task: Task = "instances",
     batch: int = 1,
     device: torch.device | str | None = None,
     dtype: str = "float32",
     compile: bool = False,
     score_threshold: float | None = None,
-    detections: int = 100,
+    detections: int | None = None,
     limit: int | None = None,
     kinds: Sequence[str] | None = None,
     boundary: bool = False,
@@ -45,13 +46,14 @@ def evaluate(
     suppression: Suppression | None = None,
     **thresholds: Any,
 ) -> Result:
-    """AP of a system on a data set, with the speed and memory it took.
+    """AP of a system on a data set, or recall of its proposals, with the speed and memory it took.
 
     data             a folder, a COCO file, "scenes...", or a `Dataset`; classes are matched by name
+    task             "instances": AP; "proposals": average recall of objects whatever their class, of any system
     batch            pictures per forward pass
     device, dtype, compile  see `prepare`
-    score_threshold  None: the system's own, 0.05 for most; higher ones lower AP
-    detections       per picture, and as many per class are counted
+    score_threshold  None: the system's own, 0.05 for most (of proposals: 0); higher ones lower AP
+    detections       per picture, and as many per class are counted; None: 100, of proposals 1000
     limit            at most so many pictures, evenly spread over the set
     kinds            of "segm", "bbox", "keypoints"; None: all that the system predicts and the set has
     boundary         boundary AP too
@@ -63,6 +65,10 @@ def evaluate(
     read counts as one without predictions, with a warning; it is an error where the data set is strict.
     `Result.speed` is of the network and the decoding up to full-size masks, reading apart.
     """
+    if detections is None:
+        detections = 1000 if task == "proposals" else 100
+    if score_threshold is None and task == "proposals":
+        score_threshold = 0.0
     if batch < 1 or workers < 1 or detections < 1:
         raise UsageError(f"batch is {batch}, workers is {workers}, detections is {detections}; all are at least 1")
     options = checked_thresholds(system, {**thresholds, "score_threshold": score_threshold, "detections": detections})
@@ -74,7 +80,12 @@ def evaluate(
         dataset = _spread(dataset, limit)
     if not len(dataset):
         raise UsageError("there are no pictures in this data set; nothing can be measured")
-    rename = match_classes(system.classes, dataset.classes)
+    if isinstance(system, ProposalSystem):
+        dataset = OneClass(dataset, system.classes[0])
+    # Whatever classes proposals have, the evaluator forgets them.
+    rename = torch.arange(len(system.classes))
+    if task != "proposals":
+        rename = match_classes(system.classes, dataset.classes)
     ready = prepare(system, place, dtype, compile)
     rank, world = _ranks()
     watch = _Watch(place)
@@ -88,9 +99,10 @@ def evaluate(
     outputs = set().union(*(names for _, names in parts))
     evaluator = Evaluator(
         dataset,
-        kinds=_kinds(kinds, outputs, dataset),
+        kinds=_kinds(kinds, outputs - {"keypoints"} if task == "proposals" else outputs, dataset),
         boundary=boundary and "segm" in outputs,
         max_detections=detections,
+        task=task,
     )
     for index, objects in (pair for own, _ in parts for pair in own):
         evaluator.add_at(index, objects)

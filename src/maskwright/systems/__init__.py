@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from maskwright.errors import UnknownSystemError
-from maskwright.systems.base import Ablation, Card, ClassRows, PanopticSystem, Preset, Score, System
+from maskwright.systems.base import Ablation, Card, ClassRows, PanopticSystem, Preset, ProposalSystem, Score, System
 
 # name: "module:class", in the order of publication
 REGISTRY = {
@@ -32,6 +32,7 @@ __all__ = [
     "ClassRows",
     "PanopticSystem",
     "Preset",
+    "ProposalSystem",
     "Score",
     "System",
     "create",

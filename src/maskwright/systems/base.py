@@ -185,6 +185,22 @@ class PanopticSystem(System):
         return tuple(stuff)
 
 
+class ProposalSystem(System):
+    """A system that finds objects without saying what they are: proposals, all of one label.
+
+    Its constructor takes `classes` as every other's, but that is a single name. It trains on data sets of any classes
+    and is measured on them as if they had one; what it is for is average recall (`evaluate(..., task="proposals")`).
+    """
+
+    def checked_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """`classes` for the constructor; UsageError where there is not exactly one."""
+        if len(classes) != 1:
+            raise UsageError(
+                f"{self.name} finds objects of no class; classes is one name for all of them, here are {len(classes)}"
+            )
+        return tuple(classes)
+
+
 def _plain(value: Any) -> Any:
     """Tuples as lists, also inside others: what JSON gives back."""
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

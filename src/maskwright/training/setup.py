@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from maskwright.data import OneClass
 from maskwright.errors import MissingExtraError, TrainingError, UsageError
-from maskwright.systems import System, create, names, presets
+from maskwright.systems import ProposalSystem, System, create, names, presets, system_class
 from maskwright.training.recipe import Recipe
 from maskwright.training.validation import Renamed
 
@@ -89,13 +90,15 @@ def make_system(
 ) -> System:
     """The system to train: one given, one by name with random weights, or one that starts from `weights`.
 
-    Weights of other classes keep the rows of the head whose class names match.
+    Weights of other classes keep the rows of the head whose class names match. A system of proposals has no classes.
     """
     if isinstance(system, System):
         if weights is not None or options:
             raise UsageError("weights and options go with a system's name; here a finished system was given")
         return system
     if weights is None and (system in names() or system in presets()):
+        if issubclass(system_class(presets().get(system, system)), ProposalSystem):
+            return create(system, **dict(options or {}))
         return create(system, **{**dict(options or {}), "classes": tuple(classes)})
     from maskwright.checkpoints import load
 
@@ -133,6 +136,8 @@ def fit_classes(dataset: Any, system: System) -> Any:
     """The data set with labels as the system counts them; objects of classes the system does not know are left out."""
     if tuple(dataset.classes) == tuple(system.classes):
         return dataset
+    if isinstance(system, ProposalSystem):
+        return OneClass(dataset, system.classes[0])
     if not set(dataset.classes) & set(system.classes):
         raise UsageError(
             f"the system knows {_few(system.classes)}, the data {_few(dataset.classes)}: no class in common; "

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from maskwright.data import DataWarning
+from maskwright.data import DataWarning, OneClass
 from maskwright.errors import PictureError
 from maskwright.evaluation import Evaluator, match_classes
 from maskwright.ops.distributed import local_counts
 from maskwright.structures import Batch, Instances
-from maskwright.systems import System
+from maskwright.systems import ProposalSystem, System
 from maskwright.training.state import seed_step
 
 # The first of these that was measured decides which weights are best.
-MEASURES = ("keypoints/AP", "segm/AP", "bbox/AP")
+MEASURES = ("keypoints/AP", "segm/AP", "bbox/AP", "segm/AR100", "bbox/AR100")
 
 
 class Renamed:
@@ -100,6 +100,9 @@ def validate(
         # Every process counts its own batch statistics; the first one's are those that are saved.
         for buffer in system.buffers():
             torch.distributed.broadcast(buffer, 0)
+    proposals = isinstance(system, ProposalSystem)
+    if proposals:
+        dataset = OneClass(dataset, system.classes[0])
     was_training = system.training
     system.eval()
     try:
@@ -111,7 +114,7 @@ def validate(
     values = {f"val/{name}": value / max(count, 1) for name, value in sums.items()}
     gathered = _gather(fabric, pairs)
     if fabric.global_rank == 0:
-        values |= {f"val/{name}": float(v) for name, v in _measure(dataset, gathered).items()}
+        values |= {f"val/{name}": float(v) for name, v in _measure(dataset, gathered, proposals).items()}
     return fabric.broadcast(values, src=0)
 
 
@@ -197,14 +200,15 @@ class _Laid(Dataset):
         return replace(target, labels=known)[keep].place(placement)
 
 
-def _measure(dataset: Any, pairs: list[tuple[int, Instances]]) -> dict[str, float]:
+def _measure(dataset: Any, pairs: list[tuple[int, Instances]], proposals: bool) -> dict[str, float]:
     found = [objects for _, objects in pairs if len(objects)]
     kinds = ["bbox"]
     if not found or any(o.masks is not None for o in found):
         kinds.insert(0, "segm")
     if getattr(dataset, "joints", None) and any(o.keypoints is not None for o in found):
         kinds.insert(0, "keypoints")
-    evaluator = Evaluator(dataset, kinds=tuple(kinds))
+    task, most = ("proposals", 1000) if proposals else ("instances", 100)
+    evaluator = Evaluator(dataset, kinds=tuple(kinds), task=task, max_detections=most)
     ids = dataset.image_ids()
     for position, objects in pairs:
         evaluator.add(ids[position], objects)
