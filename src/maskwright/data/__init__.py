@@ -3,10 +3,11 @@
 from maskwright.data.augment import Augment
 from maskwright.data.check import CheckReport, check
 from maskwright.data.coco import CocoDataset, open_dataset, read_coco
-from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample, mirrored_joints
+from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample, mirrored_joints, things_only
 from maskwright.data.findings import DataWarning, Finding
 from maskwright.data.loader import Loader, make_loader
 from maskwright.data.one_class import OneClass
+from maskwright.data.panoptic import PanopticDataset, read_panoptic, write_panoptic
 from maskwright.data.pictures import read_picture, read_size
 from maskwright.data.scenes import Scenes
 from maskwright.data.show import show_batch
@@ -21,6 +22,7 @@ __all__ = [
     "Finding",
     "Loader",
     "OneClass",
+    "PanopticDataset",
     "Sample",
     "Scenes",
     "check",
@@ -28,7 +30,10 @@ __all__ = [
     "mirrored_joints",
     "open_dataset",
     "read_coco",
+    "read_panoptic",
     "read_picture",
     "read_size",
     "show_batch",
+    "things_only",
+    "write_panoptic",
 ]

@@ -52,6 +52,8 @@ class Table:
     keypoints: np.ndarray | None = None  # (A, J, 3) float32, continuous coordinates
     shapes: Shapes = field(default_factory=lambda: ShapesBuilder().finish()[0])
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # position in the file's list
+    maps: list[Path] | None = None  # a panoptic file: each picture's map of segments; `ids` are the numbers in it
+    stuff: tuple[str, ...] = ()
     findings: list[Finding] = field(default_factory=list)
     usable: bool = True  # False: so broken that there is nothing to repair
     raw: dict[str, Any] = field(default_factory=dict)
@@ -70,16 +72,25 @@ def read_table(path: Path, pictures: Path | None = None, verify: Verify | None =
     how many pictures the header is compared with the file's sizes: "all", "some" or "none" (then sizes must be in the
     file); left out, all of a set of up to 20,000 and some of a larger one.
     """
+    table, position, labels = begin_table(path, pictures, verify)
+    if table.usable:
+        _annotations(table, table.raw["annotations"], position, labels)
+    return table
+
+
+def begin_table(
+    path: Path, pictures: Path | None, verify: Verify | None
+) -> tuple[Table, dict[int | str, int | None], dict[int, int]]:
+    """Classes and pictures of a file that has objects, or segments, of whatever kind; image id -> position (None: it
+    cannot be used); category id -> label."""
     table = Table(path, pictures or path.parent)
     raw = _load(table)
     if raw is None:
         table.usable = False
-        return table
+        return table, {}, {}
     table.raw = raw
     labels = _categories(table, raw["categories"])
-    position = _images(table, raw["images"], pictures, verify)
-    _annotations(table, raw["annotations"], position, labels)
-    return table
+    return table, _images(table, raw["images"], pictures, verify), labels
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
@@ -317,6 +328,10 @@ def _probe(paths: list[Path]) -> list[tuple[tuple[int, int], tuple[int, int]] | 
 def _annotations(
     table: Table, entries: list[Any], position: dict[int | str, int | None], labels: dict[int, int]
 ) -> None:
+    if any(isinstance(e, dict) and "segments_info" in e for e in entries[:3]):
+        what = "its annotations divide pictures among segments (COCO panoptic)"
+        table.say("error", "file", what, "call it panoptic_SPLIT.json, or read it with read_panoptic")
+        return
     shapes = ShapesBuilder()
     owner: list[int] = []
     chosen: list[int] = []
@@ -332,7 +347,7 @@ def _annotations(
         if number is None:
             table.say("skip", "annotation", f"annotations[{row}] has no usable id", "it is left out")
             continue
-        picture = _lookup(entry.get("image_id"), position)
+        picture = lookup(entry.get("image_id"), position)
         if picture is None:
             asked = entry.get("image_id")
             _skip(table, number, None, f"is on image {asked!r}, which is not in the list of images")
@@ -344,7 +359,7 @@ def _annotations(
         if category not in labels:
             _skip(table, number, place, f"has category {entry.get('category_id')!r}, which is not in the list")
             continue
-        flag = _flag(entry.get("iscrowd"))
+        flag = flag_of(entry.get("iscrowd"))
         if flag is None:
             _skip(table, number, place, f"has {entry['iscrowd']!r} for 'iscrowd'; expected 0 or 1")
             continue
@@ -539,7 +554,7 @@ def shorten(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _lookup(asked: Any, position: dict[int | str, int | None]) -> int | str | None:
+def lookup(asked: Any, position: dict[int | str, int | None]) -> int | str | None:
     """The image id that is meant: exactly, or "1" for 1 and 1 for "1" where only that exists."""
     number = identity(asked)
     if number is None or number in position:
@@ -553,7 +568,8 @@ def _length(value: Any) -> int | None:
     return number if number is not None and 0 < number < 1 << 31 else None
 
 
-def _flag(value: Any) -> bool | None:
+def flag_of(value: Any) -> bool | None:
+    """0 or 1 as False or True, nothing as False; None for anything else."""
     if value is None:
         return False
     number = number_of(int(value) if isinstance(value, bool) else value)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from maskwright.data.annotations import Table, read_table
-from maskwright.data.coco import annotation_files, write_coco
+from maskwright.data.coco import annotation_files, is_panoptic, write_coco
 from maskwright.data.findings import SEVERITIES, Finding, Severity, digest, few
+from maskwright.data.panoptic import read_panoptic_table, repaired
 from maskwright.data.pictures import is_animated, read_picture
 from maskwright.errors import DataError, PictureError, UsageError
 
@@ -98,7 +99,8 @@ def check(
         raise UsageError(f"{source}: there is no such file or folder")
     files = _annotation_files(source)
     if files:
-        tables = [read_table(path, None if pictures is None else Path(pictures), "all") for path in files]
+        folder = None if pictures is None else Path(pictures)
+        tables = [(read_panoptic_table if is_panoptic(p) else read_table)(p, folder, verify="all") for p in files]
         broken = _decoded(tables, workers) if decode else {}
         for table in tables:
             _look_over(table, broken)
@@ -191,7 +193,10 @@ def _look_over(table: Table, broken: dict[Path, Finding | None]) -> None:
 def _contents(table: Table) -> str:
     if not table.usable:
         return f"{table.path}: cannot be read"
-    parts = [_count(len(table.files), "picture"), _count(len(table.ids), "object"), _count(len(table.classes), "class")]
+    what = "object" if table.maps is None else "segment"
+    parts = [_count(len(table.files), "picture"), _count(len(table.ids), what), _count(len(table.classes), "class")]
+    if table.maps is not None:
+        parts[-1] += f" ({len(table.stuff)} of them stuff)"
     crowd = int(table.crowd.sum())
     if crowd:
         parts.append(f"{crowd} crowd regions")
@@ -258,7 +263,9 @@ def _write_copy(source: Path, tables: Sequence[Table], broken: dict[Path, Findin
             for index, file in enumerate(table.files):
                 if index not in lost:
                     _link(table.folder / file, folder / place / file)
-            write_coco(folder / "annotations" / table.path.name, _content(table, lost))
+            target = folder / "annotations" / table.path.name
+            content = _content(table, lost) if table.maps is None else repaired(table, lost, target.with_suffix(""))
+            write_coco(target, content)
     return target
 
 

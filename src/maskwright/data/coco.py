@@ -26,7 +26,7 @@ class CocoDataset(Dataset):
 
     def __init__(self, table: Table, strict: bool = False):
         self.path, self.folder = table.path, table.folder
-        self.name = _name(table.path)
+        self.name = name_of(table.path)
         self.classes, self.category_ids, self.joints = table.classes, table.category_ids, table.joints
         self.strict = strict
         self.findings = table.findings
@@ -127,49 +127,67 @@ def read_coco(
     return CocoDataset(table, strict)
 
 
-def open_dataset(source: str | Path, split: str = "train", *, strict: bool = False, keypoints: bool = False) -> Dataset:
+def open_dataset(
+    source: str | Path, split: str = "train", *, strict: bool = False, keypoints: bool = False, panoptic: bool = False
+) -> Dataset:
     """The data set that `source` names.
 
-    source      a folder DIR with DIR/annotations/instances_{split}.json and the pictures in DIR/{split}; a COCO JSON
-                file; or "scenes", "scenes:count=200,size=192,seed=0,difficulty=0.5" for generated ones (split "val"
-                gives others than "train")
+    source      a folder DIR with DIR/annotations/instances_{split}.json (or panoptic_{split}.json) and the pictures in
+                DIR/{split}; a COCO JSON file, panoptic where its name begins so; or "scenes",
+                "scenes:count=200,size=192,seed=0,difficulty=0.5" for generated ones (split "val" gives others than
+                "train"; "stuff=1" divides their ground among regions)
     strict      broken annotations and pictures are errors, not left out
     keypoints   read person_keypoints_{split}.json, the set with joints
+    panoptic    read panoptic_{split}.json, the set whose pictures are divided among things and stuff, also where there
+                is one of instances
     """
     text = str(source)
     if text == "scenes" or text.startswith("scenes:"):
         from maskwright.data.scenes import parse_scenes
 
-        return parse_scenes(text, split, keypoints)
+        return parse_scenes(text, split, keypoints, panoptic)
     path = Path(source)
-    if path.is_file():
-        dataset = read_coco(path, strict=strict)
-    elif path.is_dir():
-        dataset = read_coco(find_annotations(path, split, keypoints), strict=strict)
-    else:
+    if path.is_dir():
+        path = find_annotations(path, split, keypoints, panoptic)
+    elif not path.is_file():
         raise UsageError(f"{path}: there is no such file or folder; give a data set's folder, a COCO JSON or 'scenes'")
+    if is_panoptic(path):
+        from maskwright.data.panoptic import read_panoptic
+
+        dataset: Dataset = read_panoptic(path, strict=strict)
+    else:
+        dataset = read_coco(path, strict=strict)
+    if panoptic and not is_panoptic(path):
+        raise DataError(f"{path}: its objects do not divide pictures; give a COCO panoptic file, panoptic_SPLIT.json")
     if keypoints and dataset.joints is None:
-        raise DataError(f"{dataset.path}: none of its categories names keypoints; give a set that has joints")
+        raise DataError(f"{path}: none of its categories names keypoints; give a set that has joints")
     return dataset
 
 
-def find_annotations(folder: Path, split: str, keypoints: bool = False) -> Path:
-    """The annotation file of a split; UsageError tells what there is instead."""
-    wanted = f"{'person_keypoints' if keypoints else 'instances'}_{split}.json"
-    for place in (folder / "annotations" / wanted, folder / wanted):
-        if place.is_file():
-            return place
+def is_panoptic(path: Path) -> bool:
+    """Whether a file's name says that it is COCO panoptic."""
+    return path.stem.startswith("panoptic")
+
+
+def find_annotations(folder: Path, split: str, keypoints: bool = False, panoptic: bool = False) -> Path:
+    """The annotation file of a split, of instances before others; UsageError tells what there is instead."""
+    kinds = ["person_keypoints"] if keypoints else ["panoptic"] if panoptic else ["instances", "panoptic"]
+    wanted = f"{kinds[0]}_{split}.json"
+    for kind in kinds:
+        for place in (folder / "annotations", folder):
+            if (place / f"{kind}_{split}.json").is_file():
+                return place / f"{kind}_{split}.json"
     found = annotation_files(folder)
     there = f"there are {', '.join(p.name for p in found)}" if found else "there is no annotation file at all"
     raise UsageError(f"{folder / 'annotations' / wanted}: there is no such file; {there}")
 
 
 def annotation_files(folder: Path) -> list[Path]:
-    """The COCO files of instances and joints below a folder; of other names only where there are none of these."""
+    """The COCO files of instances, joints and segments below a folder; of other names only where there are none."""
     places = (folder / "annotations", folder)
-    kinds = ("instances", "person_keypoints")
+    kinds = ("instances", "person_keypoints", "panoptic")
     found = [path for place in places for kind in kinds for path in sorted(place.glob(f"{kind}_*.json"))]
-    others = ("captions", "panoptic", "stuff", "image_info")
+    others = ("captions", "stuff", "image_info")
     return found or [p for p in sorted(places[0].glob("*.json")) if not p.stem.startswith(others)]
 
 
@@ -191,7 +209,7 @@ def write_coco(path: Path, content: dict[str, Any]) -> None:
         raise DataError(f"{path}: cannot be written ({error.strerror}); nothing was changed") from None
 
 
-def _name(path: Path) -> str:
+def name_of(path: Path) -> str:
     """ "balloons/train" for balloons/annotations/instances_train.json, else the file's own name."""
     if path.parent.name == "annotations":
         return f"{path.resolve().parent.parent.name}/{path.stem.rsplit('_', 1)[-1]}"

@@ -23,6 +23,7 @@ from maskwright.errors import DataError, UsageError
 from maskwright.structures import Instances, Masks
 
 CLASSES = ("disc", "ring", "star", "box", "crescent", "cross")
+GROUNDS = ("sky", "grass", "water", "gravel")  # the regions of `stuff`
 _POOL = 512  # side of the ready-made noise
 
 
@@ -39,6 +40,7 @@ class _Thing:
 class _Layout:
     things: list[_Thing]
     owner: np.ndarray  # (H, W) int16: which thing is seen at a pixel, -1 for the ground
+    ground: np.ndarray | None = None  # (H, W) int64: which of GROUNDS lies at a pixel, seen or not
 
 
 class Scenes(Dataset):
@@ -48,6 +50,8 @@ class Scenes(Dataset):
     difficulty  0 easy ... 1 hard
     keypoints   instead of shapes, people ("figure") with COCO's 17 joints; shapes are then what they hide behind
     empty       share of pictures without any object
+    stuff       the ground is divided among one to three of "sky", "grass", "water", "gravel", told apart by colour and
+                texture: further classes, and targets that divide the whole picture
 
     One core makes 120 to 220 pictures of 192 x 192 a second, harder ones slower; figures about 70. Ids are 1, 2, ...
     """
@@ -61,7 +65,10 @@ class Scenes(Dataset):
         difficulty: float = 0.5,
         keypoints: bool = False,
         empty: float = 0.04,
+        stuff: bool = False,
     ):
+        if stuff and keypoints:
+            raise UsageError("scenes have figures with joints or a ground of stuff, not both")
         unknown = [name for name in classes if name not in SHAPES]
         if unknown or not classes or len(set(classes)) < len(classes):
             raise UsageError(f"scenes cannot draw {tuple(classes)}; choose some of {', '.join(SHAPES)}, each once")
@@ -72,10 +79,12 @@ class Scenes(Dataset):
             )
         self.count, self.size, self.seed = count, (int(size[0]), int(size[1])), seed
         self.shapes, self.difficulty, self.keypoints, self.empty = tuple(classes), difficulty, keypoints, empty
-        self.classes = ("figure",) if keypoints else tuple(classes)
+        self.stuff = GROUNDS if stuff else ()
+        self.classes = ("figure",) if keypoints else (*classes, *self.stuff)
         self.category_ids = tuple(range(1, len(self.classes) + 1))
         self.joints = PERSON_JOINTS if keypoints else None
-        self.name = f"scenes (seed {seed}, difficulty {difficulty:g}{', figures' if keypoints else ''})"
+        kind = ", figures" if keypoints else ", stuff" if stuff else ""
+        self.name = f"scenes (seed {seed}, difficulty {difficulty:g}{kind})"
         self.strict = True
 
     def __len__(self) -> int:
@@ -106,7 +115,7 @@ class Scenes(Dataset):
         rng = np.random.default_rng((self.seed, index))
         height, width = self.size
         hard, short = self.difficulty, min(self.size)
-        layout = _Layout([], np.full(self.size, -1, np.int16))
+        layout = _Layout([], np.full(self.size, -1, np.int16), self._regions(index) if self.stuff else None)
         if rng.random() < self.empty:
             return layout
         left: list[int] = []  # visible pixels of each thing so far
@@ -159,16 +168,35 @@ class Scenes(Dataset):
             _, window = _cut(stamp.alpha, stamp, self.size)
             crops.append(layout.owner[*window] == n)
             corners.append((window[1].start, window[0].start))
+        labels = [layout.things[n].label for n in chosen]
+        if layout.ground is not None:
+            for region in np.unique(layout.ground[layout.owner < 0]).tolist():
+                crops.append((layout.ground == region) & (layout.owner < 0))
+                corners.append((0, 0))
+                labels.append(len(self.shapes) + region)
         masks = Masks.from_crops(crops, torch.tensor(corners, dtype=torch.int64).reshape(-1, 2), self.size)
         return Instances(
             self.size,
             masks.boxes(),
-            torch.tensor([layout.things[n].label for n in chosen], dtype=torch.int64),
+            torch.tensor(labels, dtype=torch.int64),
             masks,
             keypoints=self._joints(layout, chosen) if self.keypoints else None,
-            crowd=torch.zeros(len(chosen), dtype=torch.bool),
-            ids=torch.arange(len(chosen)) + index * 1000 + 1,
+            crowd=torch.zeros(len(labels), dtype=torch.bool),
+            ids=torch.arange(len(labels)) + index * 1000 + 1,
         )
+
+    def _regions(self, index: int) -> np.ndarray:
+        """One to three different grounds above each other, their borders wavy."""
+        rng = np.random.default_rng((self.seed, index, 2))
+        height, width = self.size
+        kinds = rng.permutation(len(GROUNDS))[: int(rng.integers(1, 4))]
+        plane = np.full(self.size, kinds[0], np.int64)
+        levels = np.linspace(0, 1, len(kinds) + 1)[1:-1] + rng.uniform(-0.1, 0.1, len(kinds) - 1)
+        along = np.arange(width) / width * 2 * np.pi
+        for level, kind in zip(levels, kinds[1:], strict=True):
+            waves = sum(rng.uniform(0, 0.04) * np.sin(along * n + rng.uniform(0, 2 * np.pi)) for n in (1, 2, 5))
+            plane[np.arange(height)[:, None] >= (level + waves) * height] = kind
+        return plane
 
     def _joints(self, layout: _Layout, chosen: list[int]) -> torch.Tensor:
         """(N, 17, 3): 2 where the figure is seen at the joint, 1 where something lies over it, 0 outside."""
@@ -188,7 +216,11 @@ class Scenes(Dataset):
     def _paint(self, index: int, layout: _Layout) -> np.ndarray:
         rng = np.random.default_rng((self.seed, index, 1))
         hard = self.difficulty
-        canvas, ground = _ground(rng, self.size, hard)
+        if layout.ground is None:
+            canvas, ground = _ground(rng, self.size, hard)
+        else:
+            canvas = _grounds(rng, layout.ground, hard)
+            ground = canvas[::8, ::8].mean((0, 1))
         _clutter(rng, canvas, hard)
         for thing in layout.things:
             _paint_thing(rng, canvas, thing.stamp, ground, hard)
@@ -201,9 +233,11 @@ class Scenes(Dataset):
     def write(self, folder: str | Path, split: str = "train") -> Path:
         """As a COCO data set: FOLDER/SPLIT/*.png and FOLDER/annotations/instances_SPLIT.json, which is returned.
 
-        With figures also person_keypoints_SPLIT.json. Reading it back gives the same pictures and masks.
+        With stuff it is panoptic_SPLIT.json with its maps instead; with figures there is also
+        person_keypoints_SPLIT.json. Reading it back gives the same pictures and masks.
         """
         from maskwright.data.coco import write_coco
+        from maskwright.data.panoptic import write_panoptic
 
         folder = Path(folder)
         try:
@@ -218,6 +252,10 @@ class Scenes(Dataset):
                 beside.replace(folder / split / name)
                 images.append({"id": index + 1, "file_name": name, "height": self.size[0], "width": self.size[1]})
                 annotations += self._records(index, sample.target)
+            if self.stuff:
+                pictures = ((entry, self.panoptic(index)) for index, entry in enumerate(images))
+                path = folder / "annotations" / f"panoptic_{split}.json"
+                return write_panoptic(path, pictures, self.classes, self.category_ids, self.stuff)
         except OSError as error:
             raise DataError(
                 f"{folder}: cannot be written ({error.strerror}); free some space or choose another place"
@@ -252,18 +290,18 @@ class Scenes(Dataset):
         return records
 
 
-def parse_scenes(text: str, split: str, keypoints: bool = False) -> Scenes:
-    """What "scenes:count=200,size=192x256,seed=0,difficulty=0.5,classes=disc+ring,empty=0.1,val=50" means.
+def parse_scenes(text: str, split: str, keypoints: bool = False, stuff: bool = False) -> Scenes:
+    """What "scenes:count=200,size=192x256,seed=0,difficulty=0.5,classes=disc+ring,empty=0.1,stuff=1,val=50" means.
 
     Splits other than "train" hold other pictures, `val` of them (a quarter of `count` unless given).
     """
     options: dict[str, str] = {}
     for part in filter(None, text.partition(":")[2].split(",")):
         name, equals, value = part.partition("=")
-        if not equals or name not in ("count", "size", "seed", "difficulty", "classes", "empty", "val"):
+        if not equals or name not in ("count", "size", "seed", "difficulty", "classes", "empty", "stuff", "val"):
             raise UsageError(
                 f"{text!r}: {part!r} is no option of scenes; known are count, size, seed, difficulty, classes, empty, "
-                "val, as in scenes:count=200,size=192"
+                "stuff, val, as in scenes:count=200,size=192"
             )
         options[name] = value
     try:
@@ -272,6 +310,7 @@ def parse_scenes(text: str, split: str, keypoints: bool = False) -> Scenes:
         sides = [int(v) for v in options.get("size", "192").split("x")]
         difficulty = float(options.get("difficulty", 0.5))
         empty = float(options.get("empty", 0.04))
+        stuff = stuff or bool(int(options.get("stuff", 0)))
         held = int(options.get("val", max(1, count // 4)))
         if len(sides) not in (1, 2):
             raise ValueError
@@ -290,6 +329,7 @@ def parse_scenes(text: str, split: str, keypoints: bool = False) -> Scenes:
         difficulty,
         keypoints,
         empty,
+        stuff,
     )
 
 
@@ -342,6 +382,21 @@ def _ground(rng: np.random.Generator, size: tuple[int, int], hard: float) -> tup
         )
         canvas += (waves * np.float32(3 + 10 * hard * rng.random()))[..., None]
     return canvas, canvas[::8, ::8].mean((0, 1))
+
+
+def _grounds(rng: np.random.Generator, plane: np.ndarray, hard: float) -> np.ndarray:
+    """The background (H, W, 3) float32 of a map of GROUNDS: each has its hue and its texture, both vary."""
+    size = (plane.shape[0], plane.shape[1])
+    hues = np.array([(150, 190, 230), (80, 140, 60), (40, 80, 140), (150, 130, 115)], np.float32)
+    canvas = (hues + rng.uniform(-1, 1, (len(GROUNDS), 3)) * (8 + 22 * hard)).astype(np.float32)[plane]
+    rows = np.arange(size[0], dtype=np.float32)[:, None]
+    fields = [
+        _piece(rng, _noise()[3], size) * np.float32(6),
+        _piece(rng, _noise()[1], size) * np.float32(16),
+        np.sin(rows * np.float32(rng.uniform(0.5, 0.9)) + _piece(rng, _noise()[2], size)) * np.float32(14),
+        _piece(rng, _noise()[0], size) * np.float32(22),
+    ]
+    return canvas + np.stack(fields)[plane, rows.astype(np.int64), np.arange(size[1])][..., None]
 
 
 def _clutter(rng: np.random.Generator, canvas: np.ndarray, hard: float) -> None:

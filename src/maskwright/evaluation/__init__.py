@@ -3,6 +3,7 @@
 from maskwright.evaluation.coco import Curves, coco_ap
 from maskwright.evaluation.confusion import Confusion, PictureScore
 from maskwright.evaluation.evaluator import Evaluator, Task, match_classes
+from maskwright.evaluation.panoptic import PanopticEvaluator, SemanticEvaluator, panoptic_counts
 from maskwright.evaluation.report import report
 from maskwright.evaluation.result import Protocol, Result, Speed
 
@@ -10,12 +11,15 @@ __all__ = [
     "Confusion",
     "Curves",
     "Evaluator",
+    "PanopticEvaluator",
     "PictureScore",
     "Protocol",
     "Result",
+    "SemanticEvaluator",
     "Speed",
     "Task",
     "coco_ap",
     "match_classes",
+    "panoptic_counts",
     "report",
 ]

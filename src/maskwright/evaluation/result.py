@@ -170,6 +170,8 @@ class Result:
 
     def __str__(self) -> str:
         """The table of averages (in percent), with the protocol under it."""
+        if self.kinds and self.kinds[0] in ("panoptic", "semantic"):
+            return self._divided()
         if self.kinds and f"{self.kinds[0]}/AP" not in self.summary:
             return "\n".join([*self._recalls(), *self._missing(), str(self.protocol)])
         columns = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -195,6 +197,17 @@ class Result:
 
     def _missing(self) -> list[str]:
         return [f"{self.missing} pictures had no predictions handed in; they count as empty."] if self.missing else []
+
+    def _divided(self) -> str:
+        """The same for pictures divided among segments."""
+        if self.kinds[0] == "semantic":
+            lines = [f"{name.split('/')[1]:10}{percent(value):>8}" for name, value in self.summary.items()]
+        else:
+            lines = [" " * 10 + "".join(f"{c:>8}" for c in ("PQ", "SQ", "RQ"))]
+            for part, name in (("", "all"), ("th", "things"), ("st", "stuff")):
+                values = [self.summary[f"panoptic/{c}{part}"] for c in ("PQ", "SQ", "RQ")]
+                lines.append(f"{name:10}" + "".join(f"{percent(v):>8}" for v in values))
+        return "\n".join([*lines, *self._missing(), str(self.protocol)])
 
     # ---- files -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,237 @@
+"""Panoptic quality: how well pictures are divided among things and stuff; and the labels of pixels alone.
+
+Segments of a class match where they overlap by more than half (IoU > 0.5), so that each has one partner at most. With
+TP matches, FP predicted and FN annotated segments left alone, a class has
+
+    PQ = SQ x RQ,  SQ = mean IoU of the matches,  RQ = TP / (TP + FP / 2 + FN / 2)        (Kirillov et al., 2019)
+
+and PQ over classes is the mean over those that have any of the three. The rules for what is not annotated are those of
+the reference implementation (panopticapi): pixels of nothing are taken out of a union; crowd regions match nothing; a
+prediction of which more than half lies on nothing, or on the crowd of its class, is no mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from maskwright.errors import UsageError
+from maskwright.evaluation.result import Protocol, Result
+from maskwright.structures import Panoptic
+
+MEASURES = ("PQ", "SQ", "RQ")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What matches and what is left alone, per class."""
+
+    iou: Float[np.ndarray, " k"]  # sum over the matches
+    tp: Int[np.ndarray, " k"]
+    fp: Int[np.ndarray, " k"]
+    fn: Int[np.ndarray, " k"]
+
+    @classmethod
+    def none(cls, classes: int) -> Counts:
+        zero = np.zeros(classes, np.int64)
+        return cls(np.zeros(classes), zero, zero, zero)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.iou + other.iou, self.tp + other.tp, self.fp + other.fp, self.fn + other.fn)
+
+    def quality(self, chosen: np.ndarray | None = None) -> dict[str, float]:
+        """PQ, SQ and RQ, the mean over those of the chosen classes that have anything; -1 where none has."""
+        kept = (self.tp + self.fp + self.fn > 0) & (True if chosen is None else chosen)
+        if not kept.any():
+            return dict.fromkeys(MEASURES, -1.0)
+        iou, tp = self.iou[kept], self.tp[kept]
+        half = tp + 0.5 * self.fp[kept] + 0.5 * self.fn[kept]
+        return {
+            "PQ": float((iou / half).mean()),
+            "SQ": float((iou / np.maximum(tp, 1)).mean()),
+            "RQ": float((tp / half).mean()),
+        }
+
+
+def panoptic_counts(truth: Panoptic, found: Panoptic, classes: int) -> Counts:
+    """One picture's matches. Labels are 0 ... classes - 1 in both."""
+    if truth.image_size != found.image_size:
+        raise UsageError(f"the prediction is on a grid of {found.image_size}, the picture is {truth.image_size} (H, W)")
+    there, guessed = truth.segments.labels.cpu().numpy(), found.segments.labels.cpu().numpy()
+    crowd = np.zeros(len(there), bool) if truth.segments.crowd is None else truth.segments.crowd.cpu().numpy()
+    columns = len(guessed) + 1
+    pairs = truth.map().numpy().astype(np.int64) * columns + found.map().numpy()
+    # (N + 1, M + 1) pixels in common; row and column 0 are nothing
+    common = np.bincount(pairs.ravel(), minlength=(len(there) + 1) * columns).reshape(-1, columns)
+    areas, sizes = common.sum(1), common.sum(0)
+    inside = common[1:, 1:]
+    union = sizes[None, 1:] + areas[1:, None] - inside - common[0, 1:]
+    iou = inside / np.maximum(union, 1)
+    match = (iou > 0.5) & (there[:, None] == guessed[None]) & ~crowd[:, None]
+    rows, partners = np.nonzero(match)
+    alone = ~match.any(0) & (sizes[1:] > 0)
+    # The reference keeps one crowd region per class, the last it reads.
+    last_crowd = {int(label): row + 1 for row, label in enumerate(there) if crowd[row]}
+    on_crowd = np.array(
+        [common[last_crowd[k], m + 1] if (k := int(guessed[m])) in last_crowd else 0 for m in range(len(guessed))]
+    )
+    excused = (common[0, 1:] + on_crowd) / np.maximum(sizes[1:], 1) > 0.5
+    missed = ~match.any(1) & ~crowd & (areas[1:] > 0)
+    return Counts(
+        np.bincount(there[rows], iou[rows, partners], classes),
+        np.bincount(there[rows], minlength=classes),
+        np.bincount(guessed[alone & ~excused], minlength=classes),
+        np.bincount(there[missed], minlength=classes),
+    )
+
+
+class PanopticEvaluator:
+    """Collects divided pictures one by one and compares them with a data set's; a picture that was not added counts as
+    divided among nothing. Each costs a few numbers per class once it is compared."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+        self._position = {image_id: index for index, image_id in enumerate(dataset.image_ids())}
+        self._counts: dict[Any, Counts] = {}
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def add(self, image_id: Any, panoptic: Panoptic) -> None:
+        """One picture's segments, by the data set's own image id and labels; those of label -1 are left out."""
+        if image_id not in self._position:
+            raise UsageError(f"the data set has no picture {image_id!r}")
+        if image_id in self._counts:
+            raise UsageError(f"picture {image_id!r} was added twice; call reset() before the next round")
+        labels = panoptic.segments.labels
+        if len(labels) and int(labels.max()) >= len(self.dataset.classes):
+            raise UsageError(
+                f"a segment of picture {image_id!r} has label {int(labels.max())}, the data set has "
+                f"{len(self.dataset.classes)} classes; map labels with match_classes first"
+            )
+        known = labels >= 0
+        panoptic = panoptic if bool(known.all()) else panoptic[known]
+        truth = self.dataset.panoptic(self._position[image_id])
+        self._counts[image_id] = panoptic_counts(truth, panoptic, len(self.dataset.classes))
+
+    def add_at(self, index: int, panoptic: Panoptic) -> None:
+        """The same by the picture's position in the data set."""
+        self.add(self.dataset.image_ids()[index], panoptic)
+
+    def reset(self) -> None:
+        """Forgets all predictions."""
+        self._counts = {}
+
+    def partial(self) -> dict[Any, Counts]:
+        """What was added here, to be sent to another process and given to `merge` there."""
+        return dict(self._counts)
+
+    def merge(self, partials: Sequence[dict[Any, Counts]]) -> None:
+        """Takes over what other processes added; a picture that several have counts once."""
+        for partial in partials:
+            self._counts = {**partial, **self._counts}
+
+    def result(self, title: str = "") -> Result:
+        """`summary` has "panoptic/PQ", "panoptic/SQ", "panoptic/RQ" and the same for things and stuff, as
+        "panoptic/PQth" and "panoptic/PQst"."""
+        classes, count = tuple(self.dataset.classes), len(self.dataset.classes)
+        missing = [image_id for image_id in self._position if image_id not in self._counts]
+        total = Counts.none(count)
+        for image_id, index in self._position.items():
+            counts = self._counts.get(image_id)
+            if counts is None:
+                truth = self.dataset.panoptic(index)
+                counts = panoptic_counts(truth, Panoptic.empty(truth.image_size), count)
+            total = total + counts
+        stuff = np.array([name in self.dataset.stuff for name in classes])
+        parts = {"": None, "th": ~stuff, "st": stuff}
+        summary = {f"panoptic/{n}{part}": v for part, kept in parts.items() for n, v in total.quality(kept).items()}
+        rows = []
+        for label, name in enumerate(classes):
+            own = total.quality(np.arange(count) == label)
+            objects = int(total.tp[label] + total.fn[label])
+            found = int(total.tp[label] + total.fp[label])
+            about = {"class": name, "category_id": int(self.dataset.category_ids[label]), "stuff": bool(stuff[label])}
+            rows.append({**about, "objects": objects, "found": found, **{f"panoptic/{n}": v for n, v in own.items()}})
+        note = "crowds and pixels of nothing as panopticapi counts them; segments, things and stuff"
+        return Result(
+            summary=summary,
+            classes=classes,
+            protocol=_protocol(self.dataset, "panoptic quality (IoU > 0.5)", note),
+            per_class=rows,
+            objects={"all": int((total.tp + total.fn).sum())},
+            missing=len(missing),
+            title=title,
+        )
+
+
+class SemanticEvaluator:
+    """Counts pixels by what they are and what they were taken for; pixels of nothing and of crowds do not count."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+        self._position = {image_id: index for index, image_id in enumerate(dataset.image_ids())}
+        self._seen: dict[Any, np.ndarray] = {}
+
+    def add(self, image_id: Any, labels: Int[Tensor, "h w"]) -> None:
+        """One picture's labels on its own grid; -1: none."""
+        truth: Panoptic = self.dataset.panoptic(self._position[image_id])
+        if truth.image_size != tuple(labels.shape):
+            raise UsageError(f"the prediction is on a grid of {tuple(labels.shape)}, the picture is {truth.image_size}")
+        if truth.segments.crowd is not None:
+            truth = truth[~truth.segments.crowd]
+        count = len(self.dataset.classes)
+        there, guessed = truth.semantic().numpy().ravel(), labels.cpu().numpy().ravel()
+        known = there >= 0
+        pairs = there[known].astype(np.int64) * (count + 1) + np.where(guessed < 0, count, guessed)[known]
+        self._seen[image_id] = np.bincount(pairs, minlength=count * (count + 1)).reshape(count, count + 1)
+
+    def add_at(self, index: int, labels: Int[Tensor, "h w"]) -> None:
+        """The same by the picture's position in the data set."""
+        self.add(self.dataset.image_ids()[index], labels)
+
+    def result(self, title: str = "") -> Result:
+        """`summary` has "semantic/mIoU", the mean over classes that are there or were seen, and "semantic/accuracy"."""
+        classes, count = tuple(self.dataset.classes), len(self.dataset.classes)
+        pixels = sum(self._seen.values(), np.zeros((count, count + 1), np.int64))
+        right, there, guessed = pixels.diagonal(), pixels.sum(1), pixels[:, :count].sum(0)
+        union = there + guessed - right
+        iou = np.where(union > 0, right / np.maximum(union, 1), -1.0)
+        kept = union > 0
+        summary = {
+            "semantic/mIoU": float(iou[kept].mean()) if kept.any() else -1.0,
+            "semantic/accuracy": float(right.sum() / there.sum()) if there.sum() else -1.0,
+        }
+        rows = [
+            {
+                "class": name,
+                "category_id": int(self.dataset.category_ids[label]),
+                "stuff": name in self.dataset.stuff,
+                "objects": int(there[label]),
+                "found": int(guessed[label]),
+                "semantic/IoU": float(iou[label]),
+            }
+            for label, name in enumerate(classes)
+        ]
+        note = "objects are pixels; a picture's pixels of nothing and of crowds do not count"
+        protocol = _protocol(self.dataset, "IoU of labels over all pixels", note)
+        missing = len(self._position) - len(self._seen)
+        return Result(
+            summary=summary,
+            classes=classes,
+            protocol=protocol,
+            per_class=rows,
+            objects={"all": int(there.sum())},
+            missing=missing,
+            title=title,
+        )
+
+
+def _protocol(dataset: Any, evaluator: str, note: str) -> Protocol:
+    name = str(getattr(dataset, "name", "") or "unnamed")
+    return Protocol(pictures=f"{name}, {len(dataset)} pictures", evaluator=evaluator, note=note)
