@@ -56,13 +56,13 @@ def measure(preset: str, dtype: str, device: str, rounds: int, compile: bool, pi
     batch = system.preprocess.collate([Scenes(1, size=(600, 800), seed=5)[0].picture])
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with torch.no_grad():
-        threshold, count = reach_hundred(system, run_network(system, batch.images, place, kind), batch.placements)
+        threshold, count = reach_hundred(system, run_network(system, batch, place, kind), batch.placements)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         times = []
         for number in range(rounds + 1):
             begun = time.perf_counter()
-            raw = run_network(system, batch.images, place, kind)
+            raw = run_network(system, batch, place, kind)
             if device == "cuda":
                 torch.cuda.synchronize()
             between = time.perf_counter()

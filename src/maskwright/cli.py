@@ -94,7 +94,7 @@ def evaluate(
     data: Annotated[str, arg(metavar="DIR")],
     split: str = "val",
     out: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
-    task: Literal["instances", "proposals"] = "instances",
+    task: Literal["instances", "panoptic", "semantic", "proposals"] = "instances",
     detections: int | None = None,
     suppression: Literal["matrix"] | None = None,
     boundary: bool = False,
@@ -105,7 +105,7 @@ def evaluate(
     compile: bool = False,
     commercial_ok: bool = False,
 ) -> int:
-    """Measure weights on a data set with annotations: AP of masks and boxes, as COCO counts it.
+    """Measure weights on a data set with annotations: AP of masks and boxes, as COCO counts it, or panoptic quality.
 
     Classes are matched by name. With --out, OUT/result.json and the page OUT/report.html are written too; in a run
     folder the page then shows the curves of the training as well.
@@ -114,13 +114,15 @@ def evaluate(
       maskwright evaluate runs/first/best.safetensors --data my-pictures --out runs/first
       maskwright evaluate mask_rcnn_R_50_FPN_3x.pkl --data coco --split val2017 --out runs/published
       maskwright evaluate runs/first/best.safetensors --data my-pictures --task proposals
+      maskwright evaluate detr-r50-panoptic --data coco --split val2017 --task panoptic
 
     Args:
         weights: A checkpoint of ours, an official file, or a name of the catalogue (`maskwright checkpoints`).
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
-        split: The part of it: annotations/instances_SPLIT.json.
+        split: The part of it: annotations/instances_SPLIT.json (panoptic_SPLIT.json).
         out: Folder for result.json and report.html.
-        task: instances: AP; proposals: average recall of objects whatever their class, at 10, 100 and 1000 per picture.
+        task: instances: AP; panoptic: PQ of pictures divided among things and stuff; semantic: IoU of labels over all
+            pixels; proposals: average recall of objects whatever their class, at 10, 100 and 1000 per picture.
         detections: At most so many per picture; as many per class are counted. 100, of proposals 1000.
         suppression: Matrix NMS on the finished masks too, with any system: scores decay by overlap with better objects.
         boundary: Boundary AP too.
@@ -164,8 +166,9 @@ def predict(
     out: Output = Path("found"),
     weights: Weights = None,
     variant: str | None = None,
+    task: Literal["instances", "panoptic", "semantic"] = "instances",
     format: tuple[Literal["drawn", "coco", "masks"], ...] = ("drawn", "coco"),
-    score_threshold: float = 0.5,
+    score_threshold: float | None = None,
     nms_threshold: float | None = None,
     suppression: Literal["matrix"] | None = None,
     detections: int | None = None,
@@ -178,11 +181,13 @@ def predict(
     compile: bool = False,
     commercial_ok: bool = False,
 ) -> int:
-    """Find the objects in pictures: files, folders, globs.
+    """Find the objects in pictures, or divide them among things and stuff: files, folders, globs.
 
     OUT/drawn/NAME.jpg       the picture with its objects drawn over it
     OUT/results.json         COCO results; OUT/pictures.json says which picture and class their ids mean
     OUT/masks/NAME.png       16 bits: 0 background, k the k-th best object (the better one where two overlap)
+
+    With --task panoptic or semantic, OUT/panoptic.json and OUT/panoptic/NAME.png (COCO panoptic) for results.json.
 
     A picture that cannot be read is skipped and the rest goes on; skipped ones are listed at the end, and the exit code
     is then 1.
@@ -197,8 +202,9 @@ def predict(
         out: Folder for what is found.
         weights: A checkpoint of ours, an official file, or a name of the catalogue (`maskwright checkpoints`).
         variant: The published variant, where an official file's keys fit more than one.
+        task: Objects; pictures divided among things and stuff; a label for every pixel (systems that have stuff).
         format: What to write, one or more.
-        score_threshold: Objects below this score are left out.
+        score_threshold: What scores below it is left out; default: 0.5 for objects, else the system's.
         nms_threshold: Overlap above which the weaker of two boxes of a class is dropped; default: the system's.
         suppression: Matrix NMS on the finished masks too, with any system: scores decay by overlap with better objects.
         detections: At most so many objects per picture; default: the system's.
@@ -230,17 +236,24 @@ def predict(
         device=_device(device),
         dtype=dtype,
         compile=compile,
-        score_threshold=score_threshold,
         suppression=suppression,
-        **_given(nms_threshold=nms_threshold, detections=detections),
+        task=task,
+        **_given(
+            score_threshold=0.5 if score_threshold is None and task == "instances" else score_threshold,
+            nms_threshold=nms_threshold,
+            detections=detections,
+        ),
     )
-    writer = PredictionWriter(out, format, network.classes, pictures)
+    stuff = network.classes if task == "semantic" else getattr(network, "stuff", ())
+    writer = PredictionWriter(out, format, network.classes, pictures, stuff, task == "semantic")
     try:
         for prediction in progress(found, "pictures"):
-            writer.add(prediction.path, prediction.instances, prediction.error)
+            found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
+            writer.add(prediction.path, found_there, prediction.error)
     finally:
         writer.close()
-    say(f"{writer.objects} objects in {len(writer.images)} pictures: {out}")
+    what = "objects" if task == "instances" else "segments"
+    say(f"{writer.objects} {what} in {len(writer.images)} pictures: {out}")
     for path, reason in writer.skipped:
         complain(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
     return 1 if writer.skipped else 0

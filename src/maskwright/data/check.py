@@ -263,9 +263,9 @@ def _write_copy(source: Path, tables: Sequence[Table], broken: dict[Path, Findin
             for index, file in enumerate(table.files):
                 if index not in lost:
                     _link(table.folder / file, folder / place / file)
-            target = folder / "annotations" / table.path.name
-            content = _content(table, lost) if table.maps is None else repaired(table, lost, target.with_suffix(""))
-            write_coco(target, content)
+            file = folder / "annotations" / table.path.name
+            content = _content(table, lost) if table.maps is None else repaired(table, lost, file.with_suffix(""))
+            write_coco(file, content)
     return target
 
 

@@ -23,6 +23,7 @@ from maskwright.structures import Instances
 
 KIND_NAMES = {"segm": "masks", "bbox": "boxes", "keypoints": "keypoints", "boundary": "mask boundaries"}
 SIZE_NAMES = {"s": "small, under 32² pixels", "m": "medium, 32² to 96²", "l": "large, over 96²"}
+DIVIDED = (("panoptic",), ("semantic",))  # what is measured on whole pictures instead of objects
 MOST_CLASSES = 20  # in the confusion matrix: what fits a screen; those with most errors are shown
 MOST_IDS = 60  # picture ids told per cell
 
@@ -67,10 +68,11 @@ def _render(title: str, result: Result | None, log: dict[str, Line], recipe: lis
         recipe=recipe,
         training=_training_charts(log),
         headline=_headline(result) if result else [],
+        divided=_divided(result) if result else None,
         averages=_averages(result) if result else None,
         recall_charts=_recall_charts(result) if result else [],
         sizes=_size_rows(result) if result else [],
-        classes=_class_rows(result) if result else [],
+        classes=_class_rows(result) if result and result.kinds[:1] not in DIVIDED else [],
         absent=[row["class"] for row in result.per_class if not row["objects"]] if result else [],
         class_kinds=[k for k in (result.kinds if result else ()) if k != "boundary"],
         kind_names=KIND_NAMES,
@@ -154,6 +156,11 @@ def _bounded(lines: dict[str, Line], most: int) -> dict[str, Line]:
 
 
 def _headline(result: Result) -> list[tuple[str, str]]:
+    if result.kinds[:1] in DIVIDED:
+        tiles = [(name.split("/")[1], percent(value)) for name, value in result.summary.items()][:4]
+        if result.speed.milliseconds is not None:
+            tiles.append(("ms per picture", f"{result.speed.milliseconds:.0f}"))
+        return tiles
     names = {"segm": "Mask AP", "bbox": "Box AP", "keypoints": "Keypoint AP", "boundary": "Boundary AP"}
     if _of_proposals(result):
         first = result.kinds[0]
@@ -176,8 +183,30 @@ def _of_proposals(result: Result) -> bool:
     return bool(result.kinds) and f"{result.kinds[0]}/AP" not in result.summary
 
 
+def _divided(result: Result) -> dict[str, Any] | None:
+    """The tables of pictures divided among segments: PQ of things and stuff, or IoU of labels; classes, worst first."""
+    if result.kinds[:1] not in DIVIDED:
+        return None
+    if result.kinds[0] == "semantic":
+        columns, measures = ["IoU"], ["semantic/IoU"]
+        rows = [(name.split("/")[1], [percent(value)]) for name, value in result.summary.items()]
+    else:
+        columns = ["PQ", "SQ", "RQ"]
+        measures = [f"panoptic/{c}" for c in columns]
+        parts = (("", "all"), ("th", "things"), ("st", "stuff"))
+        rows = [(name, [percent(result.summary.get(f"panoptic/{c}{part}")) for c in columns]) for part, name in parts]
+    there = sorted((r for r in result.per_class if r["objects"] or r["found"]), key=lambda r: r[measures[0]])
+    classes = [
+        (r["class"], "stuff" if r["stuff"] else "thing", r["objects"], [percent(r[m]) for m in measures]) for r in there
+    ]
+    counted = "pixels" if result.kinds[0] == "semantic" else "segments"
+    return {"columns": columns, "rows": rows, "classes": classes, "counted": counted}
+
+
 def _averages(result: Result) -> dict[str, Any]:
     columns: dict[str, None] = {}
+    if result.kinds[:1] in DIVIDED:
+        return {"columns": [], "rows": []}
     for name in result.summary:
         columns[name.split("/")[1]] = None
     rows = [(KIND_NAMES[k], [percent(result.summary.get(f"{k}/{c}")) for c in columns]) for k in result.kinds]

@@ -139,8 +139,8 @@ class Result:
     `summary` maps "segm/AP", "segm/AP50", "segm/APs", "segm/AR100", "bbox/AP", "keypoints/AP", "boundary/AP", ... to
     0 ... 1 (of proposals recall alone: "segm/AR10", "segm/AR100s", ...); -1 where there was nothing to find
     (pycocotools' convention). `per_class` has one row per class (none of proposals) with the same keys and "class",
-    "category_id", "objects", "pictures", "found", "threshold" (the score at which F1 at overlap 0.5 is best) and "F1" (None where it
-    has none).
+    "category_id", "objects", "pictures", "found", "threshold" (the score at which F1 at overlap 0.5 is best) and "F1"
+    (None where it has none).
     """
 
     summary: dict[str, float]

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.data import DataWarning, OneClass, open_dataset
+from maskwright.data import DataWarning, OneClass, open_dataset, things_only
 from maskwright.errors import PictureError, UsageError
-from maskwright.evaluation import Evaluator, Result, Speed, Task, match_classes
-from maskwright.inference.predicting import ahead, checked_thresholds, default_of, on_host
+from maskwright.evaluation import Evaluator, PanopticEvaluator, Result, SemanticEvaluator, Speed, match_classes
+from maskwright.inference.predicting import ahead
 from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
-from maskwright.structures import Batch, Instances, Placement
+from maskwright.inference.tasks import Measured, checked_thresholds, default_of, on_host, verb_of
+from maskwright.structures import Batch, Instances, Panoptic, Placement
 from maskwright.systems import ProposalSystem, System
 
 
@@ -30,7 +31,7 @@ def evaluate(
     data: str | Path | Any,
     split: str = "val",
     *,
-    task: Task = "instances",
+    task: Measured = "instances",
     batch: int = 1,
     device: torch.device | str | None = None,
     dtype: str = "float32",
@@ -46,10 +47,12 @@ def evaluate(
     suppression: Suppression | None = None,
     **thresholds: Any,
 ) -> Result:
-    """AP of a system on a data set, or recall of its proposals, with the speed and memory it took.
+    """AP of a system on a data set, its panoptic quality, or recall of its proposals, with the speed and memory.
 
     data             a folder, a COCO file, "scenes...", or a `Dataset`; classes are matched by name
-    task             "instances": AP; "proposals": average recall of objects whatever their class, of any system
+    task             "instances": AP; "panoptic": PQ, of pictures divided among things and stuff; "semantic": IoU of
+                     labels over all pixels, both of systems and sets that have stuff (without it, AP is of things
+                     alone); "proposals": average recall of objects whatever their class, of any system
     batch            pictures per forward pass
     device, dtype, compile  see `prepare`
     score_threshold  None: the system's own, 0.05 for most (of proposals: 0); higher ones lower AP
@@ -71,11 +74,22 @@ def evaluate(
         score_threshold = 0.0
     if batch < 1 or workers < 1 or detections < 1:
         raise UsageError(f"batch is {batch}, workers is {workers}, detections is {detections}; all are at least 1")
-    options = checked_thresholds(system, {**thresholds, "score_threshold": score_threshold, "detections": detections})
-    lowest = default_of(system, "score_threshold") if score_threshold is None else score_threshold
+    divided = task in ("panoptic", "semantic")
+    verb = verb_of(system, task)
+    given = {**thresholds, **({} if score_threshold is None else {"score_threshold": score_threshold})}
+    if not divided:
+        given["detections"] = detections
+    elif suppression is not None or kinds is not None or boundary:
+        raise UsageError(f"suppression, kinds and boundary are for objects; with task {task!r} leave them out")
+    options = checked_thresholds(verb, system.name, given)
+    lowest = default_of(verb, "score_threshold") if score_threshold is None else score_threshold
     after = functools.partial(suppressed, kind=checked_suppression(suppression), threshold=lowest)
     place, kind = chosen_device(device), precision(dtype)
-    dataset = open_dataset(data, split) if isinstance(data, (str, Path)) else data
+    dataset = open_dataset(data, split, panoptic=divided) if isinstance(data, (str, Path)) else data
+    if not divided:
+        dataset = things_only(dataset)
+    elif not getattr(dataset, "stuff", ()):
+        raise UsageError(f"task {task!r} needs a set whose pictures are divided among things and stuff (COCO panoptic)")
     if limit is not None:
         dataset = _spread(dataset, limit)
     if not len(dataset):
@@ -89,24 +103,26 @@ def evaluate(
     ready = prepare(system, place, dtype, compile)
     rank, world = _ranks()
     watch = _Watch(place)
-    pairs: list[tuple[int, Instances]] = []
-    for index, objects in _run(
-        ready, dataset, range(rank, len(dataset), world), batch, place, kind, options, workers, watch, after
-    ):
-        labels = rename[objects.labels]
-        pairs.append((index, replace(objects, labels=labels)[labels >= 0]))
+    pairs: list[tuple[int, Any]] = []
+    mine = range(rank, len(dataset), world)
+    for index, found in _run(ready, task, dataset, mine, batch, place, kind, options, workers, watch, after):
+        pairs.append((index, _renamed(found, rename)))
     parts = _gathered((pairs, watch.outputs), world)
-    outputs = set().union(*(names for _, names in parts))
-    evaluator = Evaluator(
-        dataset,
-        kinds=_kinds(kinds, outputs - {"keypoints"} if task == "proposals" else outputs, dataset),
-        boundary=boundary and "segm" in outputs,
-        max_detections=detections,
-        task=task,
-    )
-    for index, objects in (pair for own, _ in parts for pair in own):
-        evaluator.add_at(index, objects)
-    result = evaluator.result(examples=examples, title=title)
+    everything = [pair for own, _ in parts for pair in own]
+    if divided:
+        result = _divided_result(task, dataset, everything, title)
+    else:
+        outputs = set().union(*(names for _, names in parts))
+        evaluator = Evaluator(
+            dataset,
+            kinds=_kinds(kinds, outputs - {"keypoints"} if task == "proposals" else outputs, dataset),
+            boundary=boundary and "segm" in outputs,
+            max_detections=detections,
+            task="proposals" if task == "proposals" else "instances",
+        )
+        for index, objects in everything:
+            evaluator.add_at(index, objects)
+        result = evaluator.result(examples=examples, title=title)
     preprocess = ready.preprocess
     result.protocol = replace(
         result.protocol,
@@ -121,8 +137,30 @@ def evaluate(
     return result
 
 
+def _renamed(found: Any, rename: Tensor) -> Any:
+    """With the data set's labels; what it has no class for is left out."""
+    objects = found.segments if isinstance(found, Panoptic) else found
+    labels = rename[objects.labels]
+    known = labels >= 0
+    objects = replace(objects, labels=labels)[known]
+    return Panoptic(objects, found.things[known]) if isinstance(found, Panoptic) else objects
+
+
+def _divided_result(task: Measured, dataset: Any, pairs: Sequence[tuple[int, Panoptic]], title: str) -> Result:
+    if task == "panoptic":
+        quality = PanopticEvaluator(dataset)
+        for index, found in pairs:
+            quality.add_at(index, found)
+        return quality.result(title)
+    labels = SemanticEvaluator(dataset)
+    for index, found in pairs:
+        labels.add_at(index, found.semantic())
+    return labels.result(title)
+
+
 def _run(
     system: System,
+    task: Measured,
     dataset: Any,
     indices: Sequence[int],
     batch: int,
@@ -155,9 +193,10 @@ def _run(
             )
             with torch.no_grad():
                 watch.start()
-                raw = run_network(system, pictures.images, place, kind)
+                raw = run_network(system, pictures, place, kind)
                 watch.network()
-                found = [after(on_host(objects)) for objects in system.decode(raw, pictures.placements, **options)]
+                found = [on_host(each) for each in verb_of(system, task)(raw, pictures.placements, **options)]
+                found = [after(each) if isinstance(each, Instances) else each for each in found]
                 watch.decoded(len(group))
             for (number, _), objects in zip(group, found, strict=True):
                 watch.saw(objects)
@@ -198,7 +237,9 @@ class _Watch:
         self.decodings.append((self._now() - middle) / pictures)
         self.pictures.append(pictures)
 
-    def saw(self, objects: Instances) -> None:
+    def saw(self, objects: Instances | Panoptic) -> None:
+        if isinstance(objects, Panoptic):
+            return
         self.outputs.add("bbox")
         if objects.masks is not None:
             self.outputs.add("segm")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 
 from maskwright.errors import DataError, UsageError
-from maskwright.structures import Instances, Masks
+from maskwright.structures import Instances, Masks, Panoptic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -124,6 +124,20 @@ def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), pi
         data, size=np.array(objects.image_size), classes=np.array(list(classes), dtype=np.str_), **values
     )
     return write_bytes(path, data.getvalue())
+
+
+def save_panoptic(
+    panoptic: Panoptic, path: Path, classes: Sequence[str], stuff: Sequence[str], picture: Path | None = None
+) -> Path:
+    """One divided picture as COCO panoptic JSON, and its map as a PNG of the same name beside it."""
+    height, width = panoptic.image_size
+    document = {
+        "images": [{"id": 1, "file_name": str(picture or ""), "height": height, "width": width}],
+        "categories": [{"id": k + 1, "name": n, "isthing": int(n not in stuff)} for k, n in enumerate(classes)],
+        "annotations": [panoptic.to_coco(1, file_name=f"{path.stem}.png")],
+    }
+    write_picture(path.with_suffix(".png"), panoptic.to_png())
+    return write_bytes(path, json.dumps(document, ensure_ascii=False).encode())
 
 
 def load_objects(path: str | Path) -> tuple[Instances, tuple[str, ...]]:

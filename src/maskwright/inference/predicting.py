@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,8 +17,9 @@ from maskwright.errors import PictureError, UsageError
 from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
 from maskwright.inference.sources import Item, is_single, items, read
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
+from maskwright.inference.tasks import Task, checked_thresholds, default_of, on_host, verb_of
 from maskwright.inference.tiles import predict_tiled
-from maskwright.structures import Batch, Instances, Placement
+from maskwright.structures import Batch, Instances, Panoptic, Placement
 from maskwright.systems import System
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class Prediction:
 
     path       where it came from; None for pictures in memory
     instances  the objects, best first, on the picture's own grid, on the host; None where `error` says why
+    panoptic   what the picture is divided among, where that was asked for (`task`); `instances` are its things then
     size       H, W; None where the picture could not be read
     error      one sentence, where the picture was skipped
     seconds    network and decoding, this picture's share of its batch
@@ -47,6 +48,8 @@ class Prediction:
     seconds: float = 0.0
     classes: tuple[str, ...] = field(default=(), repr=False)
     given: Any = field(default=None, repr=False, compare=False)  # the picture, where it came from memory
+    panoptic: Panoptic | None = None
+    stuff: tuple[str, ...] = field(default=(), repr=False)
 
     def found(self) -> Instances:
         """The objects; PictureError where the picture was skipped."""
@@ -55,16 +58,21 @@ class Prediction:
         return self.instances
 
     def draw(self, **options: Any) -> Image:
-        """The picture with its objects drawn over it (a picture from a file is read again); see `Instances.draw`."""
-        objects = self.found()
-        return objects.draw(read(Item(self.path, self.given), 3), self.classes, **options)
+        """The picture with what was found drawn over it (a picture from a file is read again); see `Instances.draw`."""
+        found = self.panoptic if self.panoptic is not None else self.found()
+        return found.draw(read(Item(self.path, self.given), 3), self.classes, **options)
 
     def save(self, path: str | Path, **options: Any) -> Path:
         """Writes one file, by its suffix: .json COCO records, .npz run-length masks with boxes, labels and scores,
-        any picture's suffix the drawn picture (`options` as for `draw`). Written beside and renamed."""
-        from maskwright.inference.outputs import save_objects, write_picture
+        any picture's suffix the drawn picture (`options` as for `draw`). Written beside and renamed. The .json of a
+        divided picture is COCO panoptic, and its map a .png of the same name."""
+        from maskwright.inference.outputs import save_objects, save_panoptic, write_picture
 
         path = Path(path)
+        if self.panoptic is not None and path.suffix.lower() == ".json":
+            return save_panoptic(self.panoptic, path, self.classes, self.stuff, self.path)
+        if self.panoptic is not None and path.suffix.lower() == ".npz":
+            return save_objects(self.panoptic.segments, path, self.classes, self.path)
         if path.suffix.lower() in (".json", ".npz"):
             return save_objects(self.found(), path, self.classes, self.path)
         return write_picture(path, self.draw(**options))
@@ -114,6 +122,7 @@ def predict(
     compile: bool = False,
     workers: int = 2,
     suppression: Suppression | None = None,
+    task: Task = "instances",
     **thresholds: Any,
 ) -> Any:
     """The objects in one picture (a `Prediction`) or in many (`Predictions`, an iterator of them).
@@ -128,7 +137,10 @@ def predict(
     workers     threads that read and resize pictures while the network works
     suppression "matrix": Matrix NMS on the finished masks, after what the system does itself: scores decay by how much
                 better objects of the class overlap. `nms_threshold=1` turns most systems' own off
-    thresholds  of the system's `decode`: score_threshold, nms_threshold, detections (per picture; per tile), ...
+    task        "panoptic": the picture divided among things and stuff, "semantic": a label for every pixel (as
+                regions), both as `Prediction.panoptic`, of systems that can
+    thresholds  of the system's `decode` (`decode_panoptic`, ...): score_threshold, nms_threshold, detections (per
+                picture; per tile), ...
 
     Among many, a picture that cannot be read is skipped, see `Prediction.error`; one alone raises PictureError.
     """
@@ -136,11 +148,14 @@ def predict(
         raise UsageError(f"batch is {batch}, workers is {workers}; both are at least 1")
     if tile is not None and (tile < 16 or not 0 <= overlap <= 0.9):
         raise UsageError(f"tile is {tile}, overlap is {overlap}; a tile is at least 16 pixels, its overlap 0 ... 0.9")
-    options = checked_thresholds(system, thresholds)
+    verb = verb_of(system, task)
+    if task != "instances" and (tile is not None or suppression is not None):
+        raise UsageError(f"tile and suppression are for objects; with task {task!r} leave them out")
+    options = checked_thresholds(verb, system.name, thresholds)
     place, kind = chosen_device(device), precision(dtype)
     wanted = items(source, recursive)
     ready = prepare(system, place, dtype, compile)
-    run = _Runner(ready, place, kind, options, checked_suppression(suppression))
+    run = _Runner(ready, place, kind, options, checked_suppression(suppression), task)
     stream = _tiles(run, wanted, batch, tile, overlap) if tile else _batches(run, wanted, batch, workers)
     if is_single(source):
         prediction = next(stream)
@@ -148,25 +163,6 @@ def predict(
             raise PictureError(prediction.error)
         return prediction
     return CountedPredictions(stream, len(wanted)) if isinstance(wanted, list) else Predictions(stream)
-
-
-def checked_thresholds(system: System, thresholds: dict[str, Any]) -> dict[str, Any]:
-    """`thresholds` without those that are None; UsageError names one that the system's `decode` does not know."""
-    known = [p.name for p in inspect.signature(system.decode).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    if not known:
-        known = list(inspect.signature(system.decode).parameters)[2:]
-    for name in thresholds:
-        if name not in known:
-            raise UsageError(
-                f"{system.name} has no option {name!r} for predicting; its thresholds are {', '.join(known)}"
-            )
-    return {name: value for name, value in thresholds.items() if value is not None}
-
-
-def default_of(system: System, name: str) -> Any:
-    """The default of an option of the system's `decode`; None where it has none."""
-    parameter = inspect.signature(system.decode).parameters.get(name)
-    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def ahead(function: Callable[[A], B], inputs: Iterable[A], workers: int, depth: int) -> Iterator[B]:
@@ -193,6 +189,7 @@ class _Runner:
     dtype: torch.dtype
     thresholds: dict[str, Any]
     suppression: Suppression | None = None
+    task: Task = "instances"
 
     @property
     def channels(self) -> int:
@@ -200,27 +197,24 @@ class _Runner:
 
     @property
     def score_threshold(self) -> float | None:
-        return self.thresholds.get("score_threshold", default_of(self.system, "score_threshold"))
+        return self.thresholds.get("score_threshold", default_of(self.system.decode, "score_threshold"))
 
-    def __call__(self, laid: Sequence[tuple[Tensor, Placement]]) -> list[Instances]:
-        """Objects of each picture, on the host, masks packed."""
+    def __call__(self, laid: Sequence[tuple[Tensor, Placement]]) -> list[Any]:
+        """Objects of each picture (or the picture divided), on the host, masks packed."""
         batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], multiple=self.system.preprocess.multiple)
         with torch.no_grad():  # not inference mode: results may be changed in place by whoever gets them
-            raw = run_network(self.system, batch.images, self.device, self.dtype)
-            found = self.system.decode(raw, batch.placements, **self.thresholds)
+            raw = run_network(self.system, batch, self.device, self.dtype)
+            found = verb_of(self.system, self.task)(raw, batch.placements, **self.thresholds)
         return [on_host(objects) for objects in found]
 
-    def prediction(self, item: Item, objects: Instances, seconds: float) -> Prediction:
-        objects = suppressed(objects, self.suppression, self.score_threshold)
-        return Prediction(item.path, objects, objects.image_size, None, seconds, tuple(self.system.classes), item.given)
-
-
-def on_host(objects: Instances) -> Instances:
-    """The same objects on the host with their masks in the smallest form."""
-    objects = objects.to("cpu")
-    if objects.masks is not None:
-        objects.masks = objects.masks.pack()
-    return objects
+    def prediction(self, item: Item, found: Instances | Panoptic, seconds: float) -> Prediction:
+        classes = tuple(self.system.classes)
+        if isinstance(found, Panoptic):
+            stuff = classes if self.task == "semantic" else tuple(getattr(self.system, "stuff", ()))
+            things, size = found.instances(), found.image_size
+            return Prediction(item.path, things, size, None, seconds, classes, item.given, found, stuff)
+        objects = suppressed(found, self.suppression, self.score_threshold)
+        return Prediction(item.path, objects, objects.image_size, None, seconds, classes, item.given)
 
 
 def _batches(run: _Runner, wanted: Iterable[Item], batch: int, workers: int) -> Iterator[Prediction]:

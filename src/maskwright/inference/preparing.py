@@ -7,11 +7,11 @@ import itertools
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from maskwright.blocks.layers import DeformConvNorm, FrozenBatchNorm, StillBatchNorm
 from maskwright.errors import UsageError
+from maskwright.structures import Batch
 from maskwright.systems import System
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -112,10 +112,10 @@ def is_prepared(system: System, device: torch.device, dtype: str, compile: bool)
     return system.__dict__.get("_prepared") == (str(device), dtype, compile)
 
 
-def run_network(system: System, images: Float[Tensor, "b c h w"], device: torch.device, dtype: torch.dtype) -> Any:
+def run_network(system: System, batch: Batch, device: torch.device, dtype: torch.dtype) -> Any:
     """The raw output for a batch that lies on the host in float32."""
-    images = images.to(device, non_blocking=True)
-    return system(images.to(dtype=dtype, memory_format=torch.channels_last))
+    images = batch.images.to(device, non_blocking=True).to(dtype=dtype, memory_format=torch.channels_last)
+    return system(*system.inputs(images, [placement.size for placement in batch.placements]))
 
 
 def _converted(value: Tensor, kind: torch.dtype) -> Tensor:

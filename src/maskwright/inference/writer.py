@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from maskwright.inference.outputs import RecordStream, write_bytes
-from maskwright.structures import Instances
+from maskwright.structures import Instances, Panoptic
 
 Kind = Literal["drawn", "coco", "masks"]
 _LARGEST = 65_535  # objects that 16 bits can tell apart
@@ -26,16 +26,29 @@ class PredictionWriter:
     folder/pictures.json      the "images" and "categories" that those ids mean
     folder/masks/NAME.png     16 bits: 0 background, k the k-th best object, the better one where two overlap
 
+    of pictures divided among things and `stuff`:
+    folder/panoptic.json      instead of results.json: COCO panoptic, whole ("images", "annotations", "categories")
+    folder/panoptic/NAME.png  its maps; red + 256 green + 65536 blue is a segment's number
+    folder/masks/NAME.png     16 bits: 0 nothing, k the k-th segment; with `semantic`, the pixel's label + 1
+
     NAME is the picture's path from the folder or glob it was named by. Every file is written beside and renamed;
     results.json grows beside its place, so that nothing of a long run is held in memory but the pictures' names.
     `sources` are what the pictures were named by; `skipped` collects (path, reason) of those with an error.
     """
 
     def __init__(
-        self, folder: str | Path, kinds: Collection[Kind], classes: Sequence[str], sources: Iterable[str | Path] = ()
+        self,
+        folder: str | Path,
+        kinds: Collection[Kind],
+        classes: Sequence[str],
+        sources: Iterable[str | Path] = (),
+        stuff: Sequence[str] = (),
+        semantic: bool = False,
     ):
         self.folder, self.kinds, self.classes = Path(folder), frozenset(kinds), tuple(classes)
         self.roots = [_root(source) for source in sources]
+        self.stuff, self.semantic = tuple(stuff), semantic
+        self.divided: list[dict[str, Any]] = []
         self.names: set[str] = set()
         self.images: list[dict[str, Any]] = []
         self.results = RecordStream(self.folder / "results.json")
@@ -43,35 +56,51 @@ class PredictionWriter:
         self.objects = 0
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, path: str | Path, instances: Instances | None, error: Any = None) -> None:
-        """One picture's objects; or, where `error` is given, why there are none."""
-        if error is not None or instances is None:
+    def add(self, path: str | Path, found: Instances | Panoptic | None, error: Any = None) -> None:
+        """One picture's objects or segments; or, where `error` is given, why there are none."""
+        if error is not None or found is None:
             self.skipped.append((str(path), str(error)))
             return
         name = self._name(Path(path))
         number = len(self.images) + 1
-        height, width = instances.image_size
+        height, width = found.image_size
         self.images.append({"id": number, "file_name": str(path), "height": height, "width": width})
-        self.objects += len(instances)
-        if "coco" in self.kinds:
-            self.results.add(instances.to_coco(number))
+        self.objects += len(found)
         if "drawn" in self.kinds:
-            self._draw(Path(path), instances, self.folder / "drawn" / f"{name}.jpg")
+            self._draw(Path(path), found, self.folder / "drawn" / f"{name}.jpg")
+        if isinstance(found, Panoptic):
+            self._add_divided(found, name, number)
+            return
+        if "coco" in self.kinds:
+            self.results.add(found.to_coco(number))
         if "masks" in self.kinds:
-            _write_numbers(instances, self.folder / "masks" / f"{name}.png")
+            _write_plane(_numbers(found), self.folder / "masks" / f"{name}.png")
+
+    def _add_divided(self, found: Panoptic, name: str, number: int) -> None:
+        if "coco" in self.kinds:
+            self.divided.append(found.to_coco(number, file_name=f"{name}.png"))
+            _write_png(found.to_png(), self.folder / "panoptic" / f"{name}.png")
+        if "masks" in self.kinds:
+            plane = found.semantic() + 1 if self.semantic else found.map()
+            _write_plane(plane.numpy().astype(np.uint16), self.folder / "masks" / f"{name}.png")
 
     def close(self) -> None:
-        """Write results.json and pictures.json."""
-        if "coco" in self.kinds:
+        """Write results.json and pictures.json, or panoptic.json."""
+        if self.divided:
+            kinds = [{"id": k + 1, "name": n, "isthing": int(n not in self.stuff)} for k, n in enumerate(self.classes)]
+            whole = {"images": self.images, "annotations": self.divided, "categories": kinds}
+            write_bytes(self.folder / "panoptic.json", json.dumps(whole, ensure_ascii=False).encode())
+            self.results.abandon()
+        elif "coco" in self.kinds:
             categories = [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
             about = {"images": self.images, "categories": categories}
             self.results.close()
             write_bytes(self.folder / "pictures.json", json.dumps(about, ensure_ascii=False, indent=1).encode())
 
-    def _draw(self, path: Path, instances: Instances, target: Path) -> None:
+    def _draw(self, path: Path, found: Instances | Panoptic, target: Path) -> None:
         from maskwright.data import read_picture
 
-        drawn = instances.draw(read_picture(path), self.classes)
+        drawn = found.draw(read_picture(path), self.classes)
         data = io.BytesIO()
         drawn.convert("RGB").save(data, "JPEG", quality=92)
         write_bytes(target, data.getvalue())
@@ -102,9 +131,8 @@ def _root(source: str | Path) -> Path:
     return Path(*parts[: min(fixed, len(parts) - 1)])
 
 
-def _write_numbers(instances: Instances, target: Path) -> None:
-    from PIL import Image
-
+def _numbers(instances: Instances) -> np.ndarray:
+    """(H, W) uint16: 0, or the number of the best object at a pixel."""
     height, width = instances.image_size
     plane = np.zeros((height, width), dtype=np.uint16)
     masks = instances.masks
@@ -118,6 +146,16 @@ def _write_numbers(instances: Instances, target: Path) -> None:
             any_object, first = dense.any(0), torch.argmax(dense.to(torch.uint8), 0)
             covered = any_object.numpy()
             plane[covered] = (first.numpy()[covered] + start + 1).astype(np.uint16)
+    return plane
+
+
+def _write_plane(plane: np.ndarray, target: Path) -> None:
+    from PIL import Image
+
+    _write_png(Image.fromarray(plane), target)
+
+
+def _write_png(picture: Any, target: Path) -> None:
     data = io.BytesIO()
-    Image.fromarray(plane).save(data, "PNG")
+    picture.save(data, "PNG")
     write_bytes(target, data.getvalue())

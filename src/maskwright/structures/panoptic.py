@@ -67,6 +67,13 @@ class Panoptic:
         boxes = masks.boxes().to(labels.device)
         return cls(Instances(size, boxes, labels, masks, scores, crowd=crowd, ids=ids), things)
 
+    @classmethod
+    def from_semantic(cls, plane: Int[Tensor, "h w"]) -> Panoptic:
+        """One region per label of a plane of labels; below 0 is nothing."""
+        labels = plane.unique().long()
+        labels = labels[labels >= 0]
+        return cls.from_map(plane, labels, torch.zeros(len(labels), dtype=torch.bool), numbers=labels)
+
     @property
     def image_size(self) -> tuple[int, int]:
         return self.segments.image_size

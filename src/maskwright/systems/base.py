@@ -95,6 +95,10 @@ class System(nn.Module):
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     ablations: ClassVar[Mapping[str, Ablation]] = {}  # tables of the paper, by a short name
 
+    # Whether `forward` takes a second tensor, (B, 2): height and width of what is not padding in each picture; left
+    # out, nothing is padding. Few need it: those whose positions or attention depend on where a picture ends.
+    sees_padding: ClassVar[bool] = False
+
     options: dict[str, Any]
     classes: tuple[str, ...]
     preprocess: Preprocess
@@ -118,6 +122,12 @@ class System(nn.Module):
     @abstractmethod
     def forward(self, images: Float[Tensor, "b c h w"]) -> Any:
         """Raw outputs, a frozen dataclass of tensors. No targets, no thresholds, no host sync: this is compiled."""
+
+    def inputs(self, images: Float[Tensor, "b c h w"], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """What `forward` is called with for pictures that fill `sizes` (H, W) of their planes."""
+        if not self.sees_padding:
+            return (images,)
+        return images, torch.tensor([list(size) for size in sizes], dtype=torch.int64).reshape(-1, 2).to(images.device)
 
     @abstractmethod
     def losses(self, raw: Any, targets: Sequence[Instances]) -> dict[str, Tensor]:
@@ -169,6 +179,9 @@ class PanopticSystem(System):
     @abstractmethod
     def decode_semantic(self, raw: Any, placements: Sequence[Placement]) -> list[Int[Tensor, "_h _w"]]:
         """The label of each pixel of each picture, on its own grid; -1 where a system leaves pixels without one."""
+
+    # Whether this one can: False where options leave out the part that does
+    can_divide: bool = True
 
     def thing_classes(self, device: torch.device | str | None = None) -> Bool[Tensor, " k"]:
         """True for each class that is a countable object."""

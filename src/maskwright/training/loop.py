@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskwright.data import things_only
 from maskwright.errors import TrainingError, UsageError
 from maskwright.structures import Batch, Instances
 from maskwright.systems import System, names, presets, system_class
@@ -49,6 +50,7 @@ def train(
     logger: Logger | None = None,
     options: Mapping[str, Any] | None = None,
     keypoints: bool | None = None,
+    panoptic: bool | None = None,
     **changes: Any,
 ) -> Path:
     """Train a system and give the path of its best checkpoint, `out/best.safetensors`.
@@ -64,6 +66,8 @@ def train(
     logger    gets every number too
     options   the constructor's arguments, where `system` is a name
     keypoints whether joints are read; default: if the system's name says so
+    panoptic  whether pictures divided among things and stuff are read (panoptic_train.json); default: if the name says
+              so, or there is nothing else. Systems that find objects alone learn from the things of such a set
 
     "Best" is by mask AP (joints' AP for keypoint systems, box AP where there are no masks), by validation loss where
     no AP can be measured, and simply the last where there is no validation set.
@@ -74,10 +78,15 @@ def train(
     fabric = setup.launch(recipe)
     if keypoints is None:
         keypoints = "keypoint" in (system.name if isinstance(system, System) else str(system))
-    train_set, val_set = setup.open_sets(data, val, keypoints)
+    if panoptic is None:
+        panoptic = "panoptic" in str(system) if isinstance(system, str) else bool(getattr(system, "stuff", ()))
+    train_set, val_set = setup.open_sets(data, val, keypoints, panoptic)
+    if getattr(train_set, "stuff", ()) and not setup.divides(system, weights):
+        train_set = things_only(train_set)
     seed_step(recipe.seed)
     if state is None:
-        system = setup.make_system(system, classes or train_set.classes, weights, options)
+        stuff = getattr(train_set, "stuff", ())
+        system = setup.make_system(system, classes or train_set.classes, weights, options, stuff)
     else:
         system = _same_system(system, state, options)
     train_set = setup.fit_classes(train_set, system)
@@ -104,7 +113,8 @@ class Objective(nn.Module):
         self.system = system
 
     def forward(self, images: Tensor, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        return {name: value.float() for name, value in self.system.losses(self.system(images), targets).items()}
+        raw = self.system(*self.system.inputs(images, [target.image_size for target in targets]))
+        return {name: value.float() for name, value in self.system.losses(raw, targets).items()}
 
 
 class Run:
@@ -443,5 +453,5 @@ def _same_system(system: str | System, state: dict[str, Any], options: Mapping[s
 
 
 def _sentence(values: dict[str, float]) -> str:
-    told = [n for n in ("val/segm/AP", "val/keypoints/AP", "val/bbox/AP", "val/loss") if n in values]
+    told = [n for n in ("val/panoptic/PQ", "val/segm/AP", "val/keypoints/AP", "val/bbox/AP", "val/loss") if n in values]
     return ", ".join(f"{name.removeprefix('val/')} {values[name]:.4f}" for name in told)

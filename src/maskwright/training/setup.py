@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from maskwright.data import OneClass
+from maskwright.data import OneClass, things_only
 from maskwright.errors import MissingExtraError, TrainingError, UsageError
-from maskwright.systems import ProposalSystem, System, create, names, presets, system_class
+from maskwright.systems import PanopticSystem, ProposalSystem, System, create, names, presets, system_class
 from maskwright.training.recipe import Recipe
 from maskwright.training.validation import Renamed
 
@@ -63,7 +63,7 @@ def device_kind(wish: str) -> str:
     return wish
 
 
-def open_sets(data: Any, val: Any, keypoints: bool) -> tuple[Any, Any | None]:
+def open_sets(data: Any, val: Any, keypoints: bool, panoptic: bool = False) -> tuple[Any, Any | None]:
     """The set to learn from and the one to validate on, None where there is none.
 
     `val` may be a data set, a source of its own (its split "val"), None for the "val" split of `data` where it has
@@ -72,14 +72,16 @@ def open_sets(data: Any, val: Any, keypoints: bool) -> tuple[Any, Any | None]:
     from maskwright.data import open_dataset
 
     if isinstance(data, (str, Path)):
-        train_set = open_dataset(data, "train", keypoints=keypoints)
-        if val is None and _has_val(data, keypoints):
+        train_set = open_dataset(data, "train", keypoints=keypoints, panoptic=panoptic)
+        if val is None and _has_val(data, keypoints, panoptic):
             val = data
     else:
         train_set = data
     if val is None or val is False:
         return train_set, None
-    return train_set, open_dataset(val, "val", keypoints=keypoints) if isinstance(val, (str, Path)) else val
+    if not isinstance(val, (str, Path)):
+        return train_set, val
+    return train_set, open_dataset(val, "val", keypoints=keypoints, panoptic=panoptic)
 
 
 def make_system(
@@ -87,23 +89,28 @@ def make_system(
     classes: Sequence[str],
     weights: str | Path | None,
     options: Mapping[str, Any] | None,
+    stuff: Sequence[str] = (),
 ) -> System:
     """The system to train: one given, one by name with random weights, or one that starts from `weights`.
 
-    Weights of other classes keep the rows of the head whose class names match. A system of proposals has no classes.
+    Weights of other classes keep the rows of the head whose class names match; a system of proposals has no classes.
+    `stuff` are the classes that are regions: a system that can divides pictures among both then.
     """
     if isinstance(system, System):
         if weights is not None or options:
             raise UsageError("weights and options go with a system's name; here a finished system was given")
         return system
+    options = dict(options or {})
+    if stuff:
+        options = {"stuff": [name for name in stuff if name in classes], **options}
     if weights is None and (system in names() or system in presets()):
         if issubclass(system_class(presets().get(system, system)), ProposalSystem):
-            return create(system, **dict(options or {}))
-        return create(system, **{**dict(options or {}), "classes": tuple(classes)})
+            return create(system, **options)
+        return create(system, **{**options, "classes": tuple(classes)})
     from maskwright.checkpoints import load
 
     source = system if weights is None else weights
-    loaded = load(source, classes=tuple(classes), **dict(options or {}))
+    loaded = load(source, classes=tuple(classes), **options)
     wanted = presets().get(system, system)
     if weights is not None and loaded.name != wanted:
         raise UsageError(f"{weights} holds a {loaded.name}, not a {wanted}")
@@ -134,6 +141,8 @@ def make_augment(recipe: Recipe) -> Any:
 
 def fit_classes(dataset: Any, system: System) -> Any:
     """The data set with labels as the system counts them; objects of classes the system does not know are left out."""
+    if not getattr(system, "stuff", ()):
+        dataset = things_only(dataset)
     if tuple(dataset.classes) == tuple(system.classes):
         return dataset
     if isinstance(system, ProposalSystem):
@@ -161,7 +170,18 @@ def check_data(dataset: Any, split: str) -> None:
     )
 
 
-def _has_val(source: str | Path, keypoints: bool) -> bool:
+def divides(system: str | System, weights: str | Path | None) -> bool:
+    """Whether the system can divide pictures among things and stuff: whose sets may keep their regions."""
+    if isinstance(system, System):
+        return bool(getattr(system, "stuff", ()))
+    if system in names() or system in presets():
+        return issubclass(system_class(presets().get(system, system)), PanopticSystem)
+    from maskwright.checkpoints import load
+
+    return isinstance(load(system if weights is None else weights), PanopticSystem)
+
+
+def _has_val(source: str | Path, keypoints: bool, panoptic: bool) -> bool:
     from maskwright.data.coco import find_annotations
 
     if str(source).split(":")[0] == "scenes":
@@ -169,7 +189,7 @@ def _has_val(source: str | Path, keypoints: bool) -> bool:
     if not Path(source).is_dir():
         return False
     try:
-        find_annotations(Path(source), "val", keypoints)
+        find_annotations(Path(source), "val", keypoints, panoptic)
     except UsageError:
         return False
     return True

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from maskwright.data import DataWarning, OneClass
+from maskwright.data import DataWarning, OneClass, things_only
 from maskwright.errors import PictureError
-from maskwright.evaluation import Evaluator, match_classes
+from maskwright.evaluation import Evaluator, PanopticEvaluator, match_classes
 from maskwright.ops.distributed import local_counts
-from maskwright.structures import Batch, Instances
-from maskwright.systems import ProposalSystem, System
+from maskwright.structures import Batch, Instances, Panoptic
+from maskwright.systems import PanopticSystem, ProposalSystem, System
 from maskwright.training.state import seed_step
 
 # The first of these that was measured decides which weights are best.
-MEASURES = ("keypoints/AP", "segm/AP", "bbox/AP", "segm/AR100", "bbox/AR100")
+MEASURES = ("panoptic/PQ", "keypoints/AP", "segm/AP", "bbox/AP", "segm/AR100", "bbox/AR100")
 
 
 class Renamed:
@@ -71,6 +71,9 @@ class Chosen:
 
     def targets(self, index: int) -> Instances:
         return self.inner.targets(self.positions[index])
+
+    def panoptic(self, index: int) -> Panoptic:
+        return self.inner.panoptic(self.positions[index])
 
     def image_ids(self) -> list:
         ids = self.inner.image_ids()
@@ -130,10 +133,11 @@ def score(values: dict[str, float]) -> tuple[str, float]:
 
 def _run(
     fabric: Any, system: System, dataset: Any, batch: int, workers: int, seed: int, channels_last: bool
-) -> tuple[list[tuple[int, Instances]], dict[str, float], int]:
+) -> tuple[list[tuple[int, Any]], dict[str, float], int]:
+    divided = bool(getattr(dataset, "stuff", ()))
     rename = match_classes(system.classes, dataset.classes)
     mine = list(range(fabric.global_rank, len(dataset), fabric.world_size))
-    pairs: list[tuple[int, Instances]] = []
+    pairs: list[tuple[int, Any]] = []
     sums: dict[str, float] = {}
     count = 0
     for number, (positions, pictures) in enumerate(_batches(system, dataset, mine, batch, workers)):
@@ -143,11 +147,16 @@ def _run(
         images = pictures.images
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        raw = system(images)
+        raw = system(*system.inputs(images, [place.size for place in pictures.placements]))
         for position, objects in zip(positions, system.decode(raw, pictures.placements), strict=True):
             labels = rename.to(objects.labels.device)[objects.labels]
             objects = replace(objects, labels=labels)[labels >= 0].to("cpu")
             pairs.append((position, replace(objects, masks=None if objects.masks is None else objects.masks.pack())))
+        if divided and isinstance(system, PanopticSystem) and system.can_divide:
+            for position, found in zip(positions, system.decode_panoptic(raw, pictures.placements), strict=True):
+                labels = rename.to(found.things.device)[found.segments.labels]
+                segments = replace(found.segments, labels=labels)
+                pairs.append((position, Panoptic(segments, found.things)[labels >= 0].to("cpu")))
         seed_step(seed, number, fabric.global_rank)
         terms = {name: float(value) for name, value in system.losses(raw, pictures.targets or []).items()}
         for name, value in {**{term_name(n): v for n, v in terms.items()}, "loss": sum(terms.values())}.items():
@@ -201,7 +210,24 @@ class _Laid(Dataset):
         return replace(target, labels=known)[keep].place(placement)
 
 
-def _measure(dataset: Any, pairs: list[tuple[int, Instances]], proposals: bool) -> dict[str, float]:
+def _measure(dataset: Any, pairs: list[tuple[int, Any]], proposals: bool) -> dict[str, float]:
+    divided = [(position, found) for position, found in pairs if isinstance(found, Panoptic)]
+    summary = _measure_objects(dataset, [(p, found) for p, found in pairs if isinstance(found, Instances)], proposals)
+    if divided:
+        quality = PanopticEvaluator(dataset)
+        for position, found in divided:
+            quality.add_at(position, found)
+        summary |= quality.result().summary
+    return summary
+
+
+def _measure_objects(dataset: Any, pairs: list[tuple[int, Instances]], proposals: bool) -> dict[str, float]:
+    if getattr(dataset, "stuff", ()):
+        things = things_only(dataset)
+        rename = match_classes(dataset.classes, things.classes)
+        pairs = [(p, replace(o, labels=rename[o.labels])) for p, o in pairs]
+        pairs = [(p, o[o.labels >= 0]) for p, o in pairs]
+        dataset = things
     found = [objects for _, objects in pairs if len(objects)]
     kinds = ["bbox"]
     if not found or any(o.masks is not None for o in found):
@@ -225,7 +251,7 @@ def _total(fabric: Any, sums: dict[str, float], count: int) -> tuple[dict[str, f
     return {n: sum(s.get(n, 0.0) for s, _ in parts) for n in names}, sum(c for _, c in parts)
 
 
-def _gather(fabric: Any, pairs: list[tuple[int, Instances]]) -> list[tuple[int, Instances]]:
+def _gather(fabric: Any, pairs: list[tuple[int, Any]]) -> list[tuple[int, Any]]:
     if fabric.world_size == 1:
         return pairs
     return [pair for part in _exchange(fabric, pairs) for pair in part]
