@@ -1,0 +1,229 @@
+"""COCO panoptic sets: read as they are, damage told in one sentence, written and read back the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskwright.data import DataWarning, Scenes, check, open_dataset, read_panoptic, things_only
+from maskwright.errors import AnnotationError, UsageError
+from maskwright.structures.panoptic import colours_to_ids, ids_to_colours
+from tests.data.making import pixels, shared
+
+pytestmark = pytest.mark.fast
+
+
+def small_set(folder: Path, split: str = "val") -> Path:
+    """Two pictures of 40 x 60: sky (number 70,000) over two cups (1 and 300), a corner of nothing."""
+    plane = np.full((40, 60), 70_000, np.int32)
+    plane[10:30, 5:25], plane[10:30, 30:50], plane[:4, :4] = 1, 300, 0
+    images, records = [], []
+    maps = folder / "annotations" / f"panoptic_{split}"
+    maps.mkdir(parents=True)
+    (folder / split).mkdir()
+    for number in (1, 2):
+        Image.fromarray(pixels(seed=number)).save(folder / split / f"{number}.png")
+        Image.fromarray(ids_to_colours(plane)).save(maps / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 40, "width": 60})
+        segments = [
+            {"id": 70_000, "category_id": 90, "iscrowd": 0},
+            {"id": 1, "category_id": 3, "iscrowd": 0},
+            {"id": 300, "category_id": 3, "iscrowd": 1},
+        ]
+        records.append({"image_id": number, "file_name": f"{number}.png", "segments_info": segments})
+    categories = [{"id": 3, "name": "cup", "isthing": 1}, {"id": 90, "name": "sky", "isthing": 0}]
+    path = folder / "annotations" / f"panoptic_{split}.json"
+    path.write_text(json.dumps({"images": images, "annotations": records, "categories": categories}))
+    return path
+
+
+def changed(path: Path, change) -> Path:
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    return path
+
+
+def test_a_set_is_read_with_its_things_and_stuff(tmp_path: Path):
+    small_set(tmp_path)
+    dataset = open_dataset(tmp_path, "val", strict=True)
+    assert (dataset.classes, dataset.stuff, dataset.category_ids) == (("cup", "sky"), ("sky",), (3, 90))
+    target = dataset.targets(1)
+    assert target.ids is not None
+    assert target.ids.tolist() == [70_000, 1, 300]
+    assert target.labels.tolist() == [1, 0, 0]
+    assert target.crowd is not None
+    assert target.crowd.tolist() == [False, False, True]
+    panoptic = dataset.panoptic(1)
+    assert panoptic.things.tolist() == [False, True, True]
+    assert int((panoptic.map() == 0).sum()) == 16
+    assert dataset[0].picture.shape == (3, 40, 60)
+    things = things_only(dataset)
+    assert (things.classes, things.category_ids) == (("cup",), (3,))
+    assert things.targets(0).labels.tolist() == [0, 0]
+    assert things_only(things) is things
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def other_size(path: Path) -> None:
+    Image.fromarray(np.zeros((20, 60, 3), np.uint8)).save(path)
+
+
+def grey(path: Path) -> None:
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (remove, r"1 of 2 maps of segments are not in .*panoptic_val: '2.png'; put the PNGs there"),
+        (other_size, r"2.png is 60 x 20, its picture is 60 x 40; put back the map"),
+        (grey, r"2.png: is a picture of mode L; a map of segments is an RGB PNG"),
+    ],
+)
+def test_a_map_that_is_wrong_is_named(tmp_path: Path, damage, words: str):
+    path = small_set(tmp_path)
+    damage(path.with_suffix("") / "2.png")
+    with pytest.raises(AnnotationError, match=words):
+        read_panoptic(path)
+    assert not check(tmp_path).ok
+
+
+def test_a_map_that_was_cut_off_is_named(tmp_path: Path):
+    path = small_set(tmp_path)
+    cut(path.with_suffix("") / "2.png")
+    with pytest.raises(AnnotationError, match=r"2\.png"):
+        read_panoptic(path, strict=True)
+
+
+SKIPS = {
+    "a segment without a pixel": (
+        lambda d: d["annotations"][0]["segments_info"].append({"id": 9, "category_id": 3}),
+        r"segments 9 of image 1 have no pixel in .*1.png",
+    ),
+    "pixels of no segment": (
+        lambda d: d["annotations"][0]["segments_info"].pop(1),
+        r"400 pixels of .*1.png have numbers that no segment of image 1 has: 1",
+    ),
+    "an unknown category": (
+        lambda d: d["annotations"][0]["segments_info"][0].update(category_id=7),
+        r"segment 70000 of image 1 has category 7, which is not in the list",
+    ),
+    "a number that no colour says": (
+        lambda d: d["annotations"][0]["segments_info"][0].update(id=2**24),
+        r"segment 0 of image 1 has 16777216 as its id; expected 1 ... 16777215",
+    ),
+    "a number twice": (
+        lambda d: d["annotations"][0]["segments_info"][0].update(id=1),
+        r"two segments of image 1 share id 1",
+    ),
+    "no record": (lambda d: d["annotations"].pop(1), r"1 of 2 pictures have no segments listed: 2"),
+    "no segments": (
+        lambda d: d["annotations"][0].pop("segments_info"),
+        r"annotations\[0\] has no list 'segments_info'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SKIPS)
+def test_a_damaged_record_is_left_out_and_named(tmp_path: Path, name: str):
+    change, words = SKIPS[name]
+    path = changed(small_set(tmp_path), change)
+    with pytest.raises(AnnotationError, match=words):
+        read_panoptic(path, strict=True)
+    with pytest.warns(DataWarning, match=words):
+        dataset = read_panoptic(path)
+    for index in range(len(dataset)):
+        masks = dataset.targets(index).masks
+        assert masks is not None
+        assert bool((masks.areas() > 0).all())
+    with pytest.warns(DataWarning, match=words):
+        assert len(open_dataset(tmp_path, "val")) == len(dataset)
+
+
+def test_what_makes_a_file_useless_is_an_error(tmp_path: Path):
+    path = changed(small_set(tmp_path), lambda d: d["categories"][1].pop("isthing"))
+    with pytest.raises(AnnotationError, match=r"category 90 \('sky'\) has None for 'isthing'; expected 1"):
+        read_panoptic(path)
+    path = changed(small_set(tmp_path / "b"), lambda d: d["annotations"][0].update(file_name="../x.png"))
+    with pytest.raises(AnnotationError, match=r"is called '../x.png'; expected the name of a PNG inside"):
+        read_panoptic(path)
+    path = changed(small_set(tmp_path / "c"), lambda d: d["annotations"][0].update(image_id=2))
+    with pytest.raises(AnnotationError, match="image 2 is divided twice"):
+        read_panoptic(path)
+    with pytest.raises(UsageError, match="no such folder of maps"):
+        read_panoptic(path, maps=tmp_path / "none")
+
+
+def test_a_panoptic_file_under_another_name_says_what_it_is(tmp_path: Path):
+    path = small_set(tmp_path)
+    path.rename(path.with_name("instances_val.json"))
+    with pytest.raises(AnnotationError, match=r"COCO panoptic.*read_panoptic"):
+        open_dataset(tmp_path, "val")
+
+
+def test_the_repaired_copy_reads_strictly(tmp_path: Path):
+    def change(data) -> None:
+        for name in ("a segment without a pixel", "pixels of no segment"):
+            SKIPS[name][0](data)
+
+    changed(small_set(tmp_path / "set"), change)
+    report = check(tmp_path / "set", tmp_path / "copy")
+    assert len(report.skips) == 2
+    assert report.fixed == tmp_path / "copy"
+    copy = open_dataset(tmp_path / "copy", "val", strict=True)
+    ids = copy.targets(0).ids
+    assert ids is not None
+    assert ids.tolist() == [70_000, 300]
+    assert check(tmp_path / "copy").ok
+    plane = colours_to_ids(np.asarray(Image.open(tmp_path / "copy/annotations/panoptic_val/1.png")))
+    assert set(np.unique(plane).tolist()) == {0, 300, 70_000}
+
+
+def test_scenes_with_stuff_divide_the_whole_picture_and_are_read_back_the_same(tmp_path: Path):
+    scenes = Scenes(3, (48, 64), seed=4, stuff=True)
+    assert scenes.stuff == scenes.classes[-4:]
+    for index in range(3):
+        assert bool((scenes.panoptic(index).map() > 0).all())
+        regions = scenes.targets(index).labels[~scenes.panoptic(index).things]
+        assert len(regions.unique()) == len(regions) > 0, "one region per class"
+    scenes.write(tmp_path, "val")
+    dataset = open_dataset(tmp_path, "val", strict=True)
+    assert (dataset.classes, dataset.stuff) == (scenes.classes, scenes.stuff)
+    for index in range(3):
+        assert torch.equal(dataset[index].picture, scenes[index].picture)
+        assert torch.equal(dataset.panoptic(index).semantic(), scenes.panoptic(index).semantic())
+    named = open_dataset("scenes:count=2,size=48,stuff=1", "val")
+    assert len(named.stuff) == 4
+    with pytest.raises(UsageError, match="not both"):
+        Scenes(1, keypoints=True, stuff=True)
+
+
+def test_scenes_without_stuff_are_what_they_were():
+    plain, divided = Scenes(2, (48, 48), empty=0.0), Scenes(2, (48, 48), empty=0.0, stuff=True)
+    assert plain.stuff == ()
+    count = len(plain.targets(0))
+    assert torch.equal(plain.targets(0).boxes, divided.targets(0).boxes[:count])
+
+
+def test_the_genuine_set_is_whole():
+    dataset = open_dataset(shared("coco-panoptic"), "val", strict=True)
+    assert (len(dataset), len(dataset.classes), len(dataset.stuff)) == (2, 133, 53)
+    assert [len(dataset.targets(i)) for i in range(2)] == [18, 32]
+    raw = json.loads((shared("coco-panoptic") / "annotations/panoptic_val.json").read_text())
+    for index, record in enumerate(raw["annotations"]):
+        ours = dataset.panoptic(index).to_coco(record["image_id"], dataset.category_ids, record["file_name"])
+        for mine, theirs in zip(ours["segments_info"], record["segments_info"], strict=True):
+            assert {k: mine[k] for k in theirs} == theirs
