@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.layers import ConvNorm, Norm
+from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
+from maskwright.ops import keypoints as joint_ops
 from maskwright.ops import pooling
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import smooth_l1_sum
@@ -261,3 +263,44 @@ class KeypointHead(nn.Module):
         for conv in self.convs:
             x = conv(x)
         return functional.interpolate(self.logits(x), scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+def keypoint_loss(
+    maps_of: Callable[[Sequence[Tensor]], Float[Tensor, "r j t t"]], sampled: Sequence[Sampled],
+    boxes: Sequence[Float[Tensor, "_n 4"]], targets: Sequence[Instances], inside: bool,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Cross entropy of each labelled joint over the cells of its map, mean over the joints of the batch.
+
+    maps_of  joints' maps of boxes of each picture
+    boxes    of each picture's foreground; with `inside`, those without a joint in them are not learnt from
+    """
+    joints = []
+    for own, target in zip(sampled, targets, strict=True):
+        if target.keypoints is None and len(target):
+            raise UsageError("a target has no keypoints; this system learns them, give a data set that has them")
+        joints.append(
+            own.boxes.new_zeros(0) if target.keypoints is None else target.keypoints.to(own.boxes)[own.owners]
+        )
+    if inside:
+        keep = [
+            _holds_a_joint(j, b) if len(b) else b.new_zeros(0, dtype=torch.bool)
+            for j, b in zip(joints, boxes, strict=True)
+        ]
+        boxes = [b[k] for b, k in zip(boxes, keep, strict=True)]
+        joints = [j[k] if len(k) else j for j, k in zip(joints, keep, strict=True)]
+    maps = maps_of(boxes).float()
+    chosen, places = maps.flatten(2).flatten(0, 1)[:0], torch.zeros(0, dtype=torch.int64)
+    if len(maps):
+        place, counts = joint_ops.encode(
+            torch.cat([j for j in joints if len(j)]), torch.cat(list(boxes)), maps.shape[-1]
+        )
+        chosen, places = maps.flatten(2)[counts], place[counts]
+    count = global_mean_count(maps.new_tensor(float(len(chosen))))
+    total = functional.cross_entropy(chosen, places, reduction="sum") if len(chosen) else maps.sum() * 0
+    return total / count + maps.sum() * 0
+
+
+def _holds_a_joint(joints: Float[Tensor, "n j 3"], boxes: Float[Tensor, "n 4"]) -> Tensor:
+    x, y, seen = joints.unbind(-1)
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
+    return ((seen >= 1) & (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).any(1)

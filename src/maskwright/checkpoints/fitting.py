@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -34,30 +35,40 @@ def adapt_classes(
         if key not in fresh:
             raise UsageError(f"{system.name}: class_rows names {key!r}, which is no parameter of it")
         if key in adapted:
-            adapted[key] = _rows(adapted[key], fresh[key], ClassRows(*spec), pairs, (len(old_classes), len(new)), key)
+            several: Any = spec if isinstance(spec[0], tuple) else (spec,)
+            specs = [ClassRows(*one) for one in several]
+            adapted[key] = _rows(adapted[key], fresh[key], specs, pairs, (len(old_classes), len(new)), key)
     return adapted, tuple((system.classes if new_classes is None else tuple(new_classes))[i] for i, _ in pairs)
 
 
 def _rows(
-    old: Tensor, fresh: Tensor, spec: ClassRows, pairs: list[tuple[int, int]], counts: tuple[int, int], key: str
-) -> Tensor:
-    layouts = []
-    for tensor, classes in ((old, counts[0]), (fresh, counts[1])):
-        entries = classes + spec.background_last
-        length = tensor.shape[spec.axis]
-        if length != spec.repeats * entries * spec.per_class:
-            raise CheckpointError(
-                f"{key}: {length} rows where {classes} classes need {spec.repeats * entries * spec.per_class}; "
-                "the classes named for this file are not the ones it was trained on"
-            )
-        layouts.append(tensor.unflatten(spec.axis, (spec.repeats, entries, spec.per_class)).movedim(spec.axis + 1, 0))
-    if spec.background_last:
-        pairs = [*pairs, (counts[1], counts[0])]
-    result = layouts[1].clone()
-    if pairs:
-        target, source = torch.tensor(pairs).T
-        result[target] = layouts[0][source].to(result)
-    return result.movedim(0, spec.axis + 1).flatten(spec.axis, spec.axis + 2).contiguous()
+    old: Tensor, fresh: Tensor, specs: Sequence[ClassRows], pairs: list[tuple[int, int]], counts: tuple[int, int],
+    key: str,
+) -> Tensor:  # fmt: skip
+    part, targets = old, []
+    for spec in specs:
+        places = []
+        for tensor, classes, chosen in ((fresh, counts[1], 0), (old, counts[0], 1)):
+            entries = classes + spec.background_last
+            length = spec.before + spec.repeats * entries * spec.per_class
+            if tensor.shape[spec.axis] != length:
+                raise CheckpointError(
+                    f"{key}: {tensor.shape[spec.axis]} rows where {classes} classes need {length}; "
+                    "the classes named for this file are not the ones it was trained on"
+                )
+            wanted = [pair[chosen] for pair in pairs] + [classes] * spec.background_last
+            block = torch.arange(spec.before, length).view(spec.repeats, entries, spec.per_class)
+            places.append(torch.cat([torch.arange(spec.before), block[:, wanted].flatten()]))
+        part = part.index_select(spec.axis, places[1])
+        targets.append((spec.axis, places[0]))
+    return _put(fresh.clone(), part.to(fresh), targets)
+
+
+def _put(whole: Tensor, part: Tensor, targets: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """`part` at these places of each axis of `whole`."""
+    (axis, places), *others = targets
+    inner = _put(whole.index_select(axis, places), part, others) if others else part
+    return whole.index_copy(axis, places, inner)
 
 
 def _fold(name: str) -> str:

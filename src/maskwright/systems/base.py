@@ -71,13 +71,15 @@ class Card:
 class ClassRows(NamedTuple):
     """Where a parameter keeps its rows for each class, so that a head can be fitted to other classes by name.
 
-    The axis is laid out as `repeats` x (classes [+ background]) x `per_class`.
+    The axis is laid out as `before` entries that are no class's, then `repeats` x (classes [+ background]) x
+    `per_class`.
     """
 
     axis: int = 0
     per_class: int = 1  # neighbouring rows of one class: 4 for boxes of their own per class
     background_last: bool = False  # one more entry after the classes
     repeats: int = 1  # how often the list of classes comes: anchors per place
+    before: int = 0
 
 
 class System(nn.Module):
@@ -142,8 +144,9 @@ class System(nn.Module):
         """Parts by name, from the input on, for freezing and for learning rates: at least "backbone"."""
         return {name: [child] for name, child in self.named_children()}
 
-    def class_rows(self) -> dict[str, ClassRows]:
-        """Parameters (by their name in the state dict) that hold rows per class, for `load(..., classes=...)`."""
+    def class_rows(self) -> Mapping[str, ClassRows | tuple[ClassRows, ...]]:
+        """Parameters (by their name in the state dict) that hold rows per class, for `load(..., classes=...)`; several
+        where more than one of a parameter's axes does."""
         return {}
 
     def input_weight(self) -> str | None:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import FrozenBatchNorm, Norm
+from maskwright.blocks.points import BoxPoints, PointRules
 from maskwright.blocks.resnet import ResNet, StrideIn, TimmBackbone, freeze, make_stage
 from maskwright.blocks.roi_heads import (
     BoxHead,
@@ -33,6 +34,7 @@ from maskwright.blocks.roi_heads import (
     Sampled,
     box_losses,
     detect,
+    keypoint_loss,
     sample_proposals,
 )
 from maskwright.blocks.rpn import Anchors, ProposalRules, RPNHead, proposal_losses, propose
@@ -149,6 +151,7 @@ class MaskRCNN(System):
         mask_norm: Norm = "none",
         mask_loss: Literal["sigmoid", "softmax"] = "sigmoid",
         agnostic_masks: bool = False,
+        points: bool = False,
         keypoints: int = 0,
         keypoint_convs: int = 8,
         keypoint_width: int = 512,
@@ -176,6 +179,7 @@ class MaskRCNN(System):
         mask_loss       "sigmoid": a binary mask per class; "softmax": classes and background compete at each pixel
                         (table 2b)
         agnostic_masks  one mask for all classes (section 4.2)
+        points          masks are refined at single points (PointRend, arXiv 1912.08193), to 224 x 224; "fpn" only
         masks, keypoints  which heads there are, `keypoints` being the number of joints
         short, long, mean, std  preprocessing; mean and std in the network's channel order, None: as published
         """
@@ -244,6 +248,11 @@ class MaskRCNN(System):
             MaskHead(read, outputs, convs=mask_convs, width=mask_width, norm=mask_norm, init=own.mask_init)
             if masks else None
         )  # fmt: skip
+        self.points: BoxPoints | None = None
+        if points:
+            if neck != "fpn" or mask_loss != "sigmoid" or not masks:
+                raise UsageError("points=True needs masks, neck='fpn' and mask_loss='sigmoid'")
+            self.points = BoxPoints(neck_width, outputs, width=mask_width, rules=PointRules(steps=3))
         self.keypoint_head = (
             KeypointHead(read, keypoints, convs=keypoint_convs, width=keypoint_width) if keypoints else None
         )
@@ -304,72 +313,64 @@ class MaskRCNN(System):
         features = self.pooled(raw, [s.boxes for s in sampled], self.box_side)
         logits, deltas = self.box_head(features)
         terms = box_losses(logits, deltas, sampled, targets, self.roi_rules)
-        foreground = [s.boxes[s.foreground] for s in sampled]
+        foreground = self.mask_boxes(sampled, deltas)
         if self.mask_head is not None:
             if self.roi_stage is not None:  # the same features serve both heads
                 counts = [len(s.boxes) for s in sampled]
                 read = torch.cat([f[s.foreground] for f, s in zip(features.split(counts), sampled, strict=True)])
             else:
-                read = self.pooled(raw, foreground, self.mask_side)
-            terms["mask"] = self._mask_loss(read, sampled, foreground, targets)
+                read = self.mask_features(raw, foreground)
+            terms |= self.mask_losses(raw, read, sampled, foreground, targets)
         if self.keypoint_head is not None:
-            terms["keypoint"] = self._keypoint_loss(raw, sampled, foreground, targets)
+            head, inside = self.keypoint_head, self.rules.joints_inside
+            terms["keypoint"] = keypoint_loss(
+                lambda boxes: head(self.pooled(raw, boxes, self.mask_side)), sampled, foreground, targets, inside
+            )
         return terms
 
-    def _mask_loss(
-        self, features: Tensor, sampled: Sequence[Sampled], boxes: Sequence[Tensor], targets: Sequence[Instances]
-    ) -> Tensor:
-        """Mean over the pixels of all foreground boxes; a box's target is the object's mask inside the *proposal*."""
+    def mask_boxes(self, sampled: Sequence[Sampled], deltas: Tensor) -> list[Float[Tensor, "_n 4"]]:
+        """The boxes in which masks and joints are learnt: the foreground's proposals."""
+        return [s.boxes[s.foreground] for s in sampled]
+
+    def mask_features(self, raw: Raw, boxes: Sequence[Float[Tensor, "_n 4"]]) -> Float[Tensor, "r c s s"]:
+        """What the mask head reads of each box."""
+        return self.pooled(raw, boxes, self.mask_side)
+
+    def mask_losses(
+        self, raw: Raw, features: Tensor, sampled: Sequence[Sampled], boxes: Sequence[Tensor],
+        targets: Sequence[Instances],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """`mask`, mean over the pixels of all foreground boxes; a box's target is the object's mask inside the
+        *proposal*. With `points`, `mask_point` too."""
         assert self.mask_head is not None
-        side = 2 * features.shape[-1]
+        labels = torch.cat([s.labels[s.foreground] for s in sampled])
+        owners = [s.owners for s in sampled]
+        if any(t.masks is None and len(o) for t, o in zip(targets, owners, strict=True)):
+            raise UsageError("a target has boxes but no masks; train with keypoints only, or give masks")
+        own = torch.zeros_like(labels) if self.agnostic_masks else labels
+        coarse = self.mask_head(features) if self.mask_loss == "softmax" or self.points is not None else None
+        if coarse is None:
+            logits = self.mask_head.of(features, own).float()
+        elif self.mask_loss == "softmax":
+            logits = coarse.float()
+        else:
+            logits = coarse[torch.arange(len(own), device=own.device), own].float()
+        side = logits.shape[-1]
         truth = torch.cat(
             [
-                mask_targets(t.masks, s.owners, b, side, rule=self.rules.mask_rule)
-                if t.masks is not None
-                else b.new_zeros(0, side, side)
-                for t, s, b in zip(targets, sampled, boxes, strict=True)
+                b.new_zeros(0, side, side) if t.masks is None
+                else mask_targets(t.masks, o, b, side, rule=self.rules.mask_rule)
+                for t, o, b in zip(targets, owners, boxes, strict=True)
             ]
-        )
-        labels = torch.cat([s.labels[s.foreground] for s in sampled])
-        if len(truth) != len(labels):
-            raise UsageError("a target has boxes but no masks; train with keypoints only, or give masks")
-        count = global_mean_count(features.new_tensor(float(truth.numel()), dtype=torch.float32))
+        )  # fmt: skip
+        count = global_mean_count(truth.new_tensor(float(truth.numel())))
         if self.mask_loss == "softmax":
-            logits = self.mask_head(features).float()
             goal = torch.where(truth >= 0.5, labels[:, None, None], logits.shape[1] - 1)
-            return functional.cross_entropy(logits, goal, reduction="sum") / count + logits.sum() * 0
-        chosen = self.mask_head.of(features, torch.zeros_like(labels) if self.agnostic_masks else labels).float()
-        return functional.binary_cross_entropy_with_logits(chosen, truth, reduction="sum") / count
-
-    def _keypoint_loss(
-        self, raw: Raw, sampled: Sequence[Sampled], boxes: Sequence[Tensor], targets: Sequence[Instances]
-    ) -> Tensor:
-        """Cross entropy of each labelled joint over the cells of its map, mean over the joints of the batch."""
-        joints = []
-        for own, target in zip(sampled, targets, strict=True):
-            if target.keypoints is None and len(target):
-                raise UsageError("a target has no keypoints; this system learns them, give a data set that has them")
-            joints.append(
-                own.boxes.new_zeros(0) if target.keypoints is None else target.keypoints.to(own.boxes)[own.owners]
-            )
-        if self.rules.joints_inside:
-            keep = [
-                _holds_a_joint(j, b) if len(b) else b.new_zeros(0, dtype=torch.bool)
-                for j, b in zip(joints, boxes, strict=True)
-            ]
-            boxes = [b[k] for b, k in zip(boxes, keep, strict=True)]
-            joints = [j[k] if len(k) else j for j, k in zip(joints, keep, strict=True)]
-        assert self.keypoint_head is not None
-        maps = self.keypoint_head(self.pooled(raw, boxes, self.mask_side)).float()
-        chosen, places = maps.flatten(2).flatten(0, 1)[:0], torch.zeros(0, dtype=torch.int64)
-        if len(maps):
-            place, counts = joint_ops.encode(
-                torch.cat([j for j in joints if len(j)]), torch.cat(list(boxes)), maps.shape[-1]
-            )
-            chosen, places = maps.flatten(2)[counts], place[counts]
-        count = global_mean_count(maps.new_tensor(float(len(chosen))))
-        total = functional.cross_entropy(chosen, places, reduction="sum") if len(chosen) else maps.sum() * 0
-        return total / count + maps.sum() * 0
+            return {"mask": functional.cross_entropy(logits, goal, reduction="sum") / count + logits.sum() * 0}
+        terms = {"mask": functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / count}
+        if self.points is not None and coarse is not None:
+            terms["mask_point"] = self.points.loss(raw.features[0], coarse, boxes, own, targets, owners)
+        return terms
 
     # ---- objects -------------------------------------------------------------------------------------------------
 
@@ -383,9 +384,11 @@ class MaskRCNN(System):
         nms_threshold: float = 0.5,
         detections: int = 100,
         mask_threshold: float = 0.5,
+        refine: bool = True,
     ) -> list[Instances]:
+        """refine  False: coarse masks alone, where points could refine them"""
         found = self.find(raw, [p.size for p in placements], score_threshold, nms_threshold, detections)
-        masks, joints = self.read_boxes(raw, [b for b, _, _ in found], [k for _, _, k in found])
+        masks, joints = self.read_boxes(raw, [b for b, _, _ in found], [k for _, _, k in found], refine)
         return [
             self._on_picture(boxes, scores, kinds, mask, joint, placement, mask_threshold)
             for (boxes, scores, kinds), mask, joint, placement in zip(found, masks, joints, placements, strict=True)
@@ -407,28 +410,36 @@ class MaskRCNN(System):
 
     @torch.no_grad()
     def read_boxes(
-        self, raw: Raw, boxes: Sequence[Float[Tensor, "_n 4"]], labels: Sequence[Tensor]
+        self, raw: Raw, boxes: Sequence[Float[Tensor, "_n 4"]], labels: Sequence[Tensor], refine: bool = True
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """For boxes of each picture (in the input's pixels): masks (N, 28, 28) as probabilities of the box's class, and
-        joints' maps (N, J, 56, 56) as logits; None where there is no such head."""
+        """For boxes of each picture (in the input's pixels): masks (N, 28, 28) as probabilities of the box's class
+        (with points, unless not to `refine`, (N, 224, 224)), and joints' maps (N, J, 56, 56) as logits; None where
+        there is no such head."""
         counts = [len(b) for b in boxes]
         masks: list[Tensor | None] = [None] * len(boxes)
         joints: list[Tensor | None] = [None] * len(boxes)
         if self.mask_head is None and self.keypoint_head is None:
             return masks, joints
-        features = self.pooled(raw, boxes, self.mask_side)
+        features = self.mask_features(raw, boxes)
         if self.mask_head is not None:
-            every = torch.cat(list(labels))
-            every = torch.zeros_like(every) if self.agnostic_masks else every
-            if self.mask_loss == "softmax":
-                rows = torch.arange(len(every), device=every.device)
-                probabilities = self.mask_head(features).float().softmax(1)[rows, every]
-            else:
-                probabilities = self.mask_head.of(features, every).float().sigmoid()
-            masks = list(probabilities.split(counts))
+            masks = list(self.box_masks(raw, features, boxes, torch.cat(list(labels)), refine).split(counts))
         if self.keypoint_head is not None:
             joints = list(self.keypoint_head(features).float().split(counts))
         return masks, joints
+
+    def box_masks(
+        self, raw: Raw, features: Float[Tensor, "r c _s _s"], boxes: Sequence[Float[Tensor, "_n 4"]],
+        labels: Int[Tensor, " r"], refine: bool = True,
+    ) -> Float[Tensor, "r s s"]:  # fmt: skip
+        """Masks of boxes as probabilities."""
+        assert self.mask_head is not None
+        own = torch.zeros_like(labels) if self.agnostic_masks else labels
+        if self.mask_loss == "softmax":
+            rows = torch.arange(len(own), device=own.device)
+            return self.mask_head(features).float().softmax(1)[rows, own]
+        if self.points is None or not refine:
+            return self.mask_head.of(features, own).float().sigmoid()
+        return self.points.refine(raw.features[0], self.mask_head(features), boxes, own).sigmoid()
 
     def _on_picture(
         self, boxes: Tensor, scores: Tensor, labels: Tensor, mask: Tensor | None, joint: Tensor | None,
@@ -455,7 +466,7 @@ class MaskRCNN(System):
     def groups(self) -> dict[str, list[nn.Module]]:
         parts = {
             "backbone": [self.backbone], "neck": [self.neck], "rpn": [self.rpn],
-            "heads": [self.roi_stage, self.box_head, self.mask_head, self.keypoint_head],
+            "heads": [self.roi_stage, self.box_head, self.mask_head, self.points, self.keypoint_head],
         }  # fmt: skip
         return {name: [m for m in modules if m is not None] for name, modules in parts.items()}
 
@@ -467,6 +478,9 @@ class MaskRCNN(System):
                 rows[f"box_head.deltas.{kind}"] = ClassRows(per_class=4)
             if self.mask_head is not None and not self.agnostic_masks:
                 rows[f"mask_head.logits.{kind}"] = ClassRows(background_last=self.mask_loss == "softmax")
+        if self.points is not None and not self.agnostic_masks:
+            for name, axes in self.points.head.class_rows().items():
+                rows[f"points.head.{name}"] = tuple(ClassRows(axis, before=before) for axis, before in axes)
         return rows
 
     def input_weight(self) -> str | None:
@@ -575,9 +589,3 @@ class MaskRCNN(System):
             _MEMORY, _ABLATED, _SCENES, _TRAINED,
         ),
     }  # fmt: skip
-
-
-def _holds_a_joint(joints: Float[Tensor, "n j 3"], boxes: Float[Tensor, "n 4"]) -> Tensor:
-    x, y, seen = joints.unbind(-1)
-    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
-    return ((seen >= 1) & (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).any(1)
