@@ -42,6 +42,9 @@ TINY: dict[str, dict[str, Any]] = {
         "contour_width": 64,
         "canvas": SIZE,
     },
+    "pointrend": {**TRUNK, **HEADS, "mask_width": 32, "mask_fc_width": 64, "point_width": 32},
+    # As published, so that a crowd region is left out like what nothing covers.
+    "pointrend-semantic": {**TRUNK, "neck_width": 32, "coarse_width": 32, "point_width": 32, "background": False},
     "embedmask": {**TRUNK, "neck_width": 64, "convs": 1},
     "ese-seg": {**TRUNK, "head_width": 64, "short": 128},
 }

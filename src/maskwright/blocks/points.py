@@ -107,6 +107,8 @@ class BoxPoints(nn.Module):
             (PointRend, whose coarse mask is tiny); "coarse": the coarse mask is the first one
     """
 
+    side = 7  # of the grid that doublings are counted from, where there is no coarse mask
+
     def __init__(
         self,
         channels: int,
@@ -170,7 +172,7 @@ class BoxPoints(nn.Module):
     ) -> Float[Tensor, "r s s"]:
         """Fine masks as logits; so many at a time as need `budget` bytes."""
         # Where every cell would be asked for after a doubling, the doubling itself is not needed.
-        side, steps, most = coarse.shape[-1] if coarse.dim() == 4 else 7, self.rules.steps, self.rules.points
+        side, steps, most = coarse.shape[-1] if coarse.dim() == 4 else self.side, self.rules.steps, self.rules.points
         while self.start == "grid" and steps and 4 * side * side <= most:
             side, steps = 2 * side, steps - 1
         last = side << steps

@@ -89,6 +89,9 @@ def allows_commercial(licence: str) -> bool:
     return re.search(r"\bNC\b|non-?\s?commercial|academic|research[ -]only|AGPL", licence, re.IGNORECASE) is None
 
 
+SCORES = {"box": "box AP", "mask": "mask AP", "keypoint": "keypoint AP", "miou": "mIoU"}
+
+
 @cache
 def catalogue() -> tuple[Entry, ...]:
     """Every entry, as the package's `catalogue.toml` lists them."""
@@ -119,8 +122,8 @@ def parse_catalogue(text: str) -> tuple[Entry, ...]:
                     sha256=file.get("sha256", hashes.get("sha256", "")),
                     md5=file.get("md5", hashes.get("md5", "")),
                     published=tuple(
-                        Score(file[kind], f"{kind} AP", protocol, publisher.get("scores_from", ""))
-                        for kind in ("box", "mask", "keypoint")
+                        Score(file[kind], what, protocol, file.get("scores_from", publisher.get("scores_from", "")))
+                        for kind, what in SCORES.items()
                         if kind in file
                     ),
                     variant=file.get("variant"),

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from maskwright.ops.interpolation import weights
@@ -78,3 +78,20 @@ def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int) -> Tenso
         for owner, corner, scale in zip(owners.tolist(), corners, scales, strict=True)
     ]
     return Masks.from_polygons(cut, (side, side), masks.fill).dense().float()
+
+
+def label_plane(
+    masks: Masks, labels: Int[Tensor, " n"], *, nothing: int, crowd: Bool[Tensor, " n"] | None = None, void: int = -1
+) -> Int[Tensor, "h w"]:
+    """The label of each pixel, on the host: `nothing` where no mask is. Where masks overlap the smaller one lies on
+    top; crowd regions are `void`, below all others."""
+    plane = np.full(masks.size, nothing, np.int64)
+    areas = masks.areas().cpu().double()
+    if crowd is not None:
+        areas = areas + crowd.cpu() * (1.0 + areas.max() if len(areas) else 1.0)
+        labels = labels.masked_fill(crowd.to(labels.device), void)
+    order = areas.argsort(descending=True, stable=True)
+    frames, crops = masks[order].crops()
+    for (x0, y0, x1, y1), crop, label in zip(frames.tolist(), crops, labels.cpu()[order].tolist(), strict=True):
+        plane[y0:y1, x0:x1][crop.numpy()] = label
+    return torch.from_numpy(plane)

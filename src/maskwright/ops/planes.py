@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from maskwright.ops.interpolation import weights
@@ -59,6 +60,49 @@ def place_planes(
             parts.append(Masks.from_crops(crops, corners[: len(crops)], placement.picture))
             corners, crops, held = corners[len(crops) :], [], 0
     return Masks.join([*parts, Masks.from_crops(crops, corners, placement.picture)])
+
+
+def label_plane(
+    logits: Float[Tensor, "k p q"], placement: Placement, size: tuple[int, int], *, budget: int = 64 << 20
+) -> tuple[Int[Tensor, "h w"], Float[Tensor, "h w"]]:
+    """Each of the picture's pixels: the best class, -1 where the input does not show it, and that class's probability
+    among all, from logits that cover the network's input of `size` (H, W), padding included.
+
+    The padding is cut off, the rest is brought to the picture's grid bilinearly, by pixel centres, and only then the
+    best is chosen (detectron2). `budget`: bytes of scratch; so many rows of the picture are made at a time.
+    """
+    height, width = placement.picture
+    rows, columns = logits.shape[1] / size[0], logits.shape[2] / size[1]
+    down = _neighbours(logits, height, placement.size[0], rows, placement.scale[1], placement.offset[1], False)
+    across = _neighbours(
+        logits, width, placement.size[1], columns, placement.scale[0], placement.offset[0], placement.mirrored
+    )
+    labels = torch.full((height, width), -1, dtype=torch.int64, device=logits.device)
+    surety = logits.new_zeros(height, width, dtype=torch.float32)
+    step = max(1, budget // (16 * len(logits) * max(width, logits.shape[2])))
+    for first in range(0, height, step):
+        band = slice(first, min(height, first + step))
+        upper, lower, part, seen = (v[band] for v in down)
+        lines = logits[:, upper].float().lerp(logits[:, lower].float(), part[:, None])
+        values = lines[..., across[0]].lerp(lines[..., across[1]], across[2])  # (K, rows, W)
+        best = values.argmax(0)
+        surety[band] = (values.amax(0) - values.logsumexp(0)).exp() * seen[:, None] * across[3]
+        labels[band] = torch.where(seen[:, None] & across[3], best, -1)
+    return labels, surety
+
+
+def _neighbours(
+    like: Tensor, pixels: int, valid: int, ratio: float, scale: float, offset: float, mirrored: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For each of the picture's pixels along one axis the cells before and after it, how far it is between them, and
+    whether the valid part of the input shows it. `ratio`: cells for each pixel of the input."""
+    number = torch.arange(pixels, device=like.device, dtype=torch.float32) + 0.5
+    place = (pixels - number if mirrored else number) * scale + offset
+    seen = (place > 0) & (place < valid)
+    place = (place * ratio - 0.5).clamp(0, max(0.0, valid * ratio - 1))
+    first = place.floor().long()
+    last = max(0, math.ceil(valid * ratio) - 1)
+    return first, (first + 1).clamp(max=last), place - first, seen
 
 
 def _axis(

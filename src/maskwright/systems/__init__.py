@@ -18,6 +18,8 @@ REGISTRY = {
     "ese-seg": "ese_seg:ESESeg",
     "polarmask": "polarmask:PolarMask",
     "embedmask": "embedmask:EmbedMask",
+    "pointrend": "pointrend:PointRend",
+    "pointrend-semantic": "pointrend:PointRendSemantic",
     "deepsnake": "deepsnake:DeepSnake",
     "solo": "solo:SOLO",
     "decoupled-solo": "solo:DecoupledSOLO",

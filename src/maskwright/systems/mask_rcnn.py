@@ -470,8 +470,8 @@ class MaskRCNN(System):
         }  # fmt: skip
         return {name: [m for m in modules if m is not None] for name, modules in parts.items()}
 
-    def class_rows(self) -> dict[str, ClassRows]:
-        rows = {}
+    def class_rows(self) -> Mapping[str, ClassRows | tuple[ClassRows, ...]]:
+        rows: dict[str, ClassRows | tuple[ClassRows, ...]] = {}
         for kind in ("weight", "bias"):
             rows[f"box_head.classes.{kind}"] = ClassRows(background_last=True)
             if not self.agnostic_boxes:

@@ -31,7 +31,7 @@ def check(system: MaskRCNN, layout: Path, ledger: Ledger) -> None:
 class Check:
     def __init__(self, system: MaskRCNN, ledger: Ledger):
         self.system, self.ledger = system.eval(), ledger
-        self.torchvision = system.options["rules"] == "torchvision"
+        self.torchvision = system.options.get("rules") == "torchvision"
         self.classes = len(system.classes)
 
     def run(self) -> None:

@@ -68,6 +68,47 @@ def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
     mask = "roi_heads.mask_head.predictor.weight" in shapes
     if not mask and not keypoints:
         return None
+    options = detectron2_trunk(shapes)
+    if options is None:
+        return None
+    trunk = "backbone.bottom_up." if any(k.startswith("backbone.bottom_up.") for k in shapes) else "backbone."
+    if "neck_width" not in options:
+        if keypoints:
+            return None
+        options |= {"neck": "c4" if any(k.startswith("roi_heads.res5.") for k in shapes) else "dc5"}
+    count = shapes["roi_heads.box_predictor.cls_score.weight"][0] - 1
+    boxes = shapes["roi_heads.box_predictor.bbox_pred.weight"][0]
+    fcs = _count(shapes, r"^roi_heads\.box_head\.fc(\d)\.")
+    if fcs:
+        options |= {"box_width": shapes["roi_heads.box_head.fc1.weight"][0]}
+    if keypoints:
+        convs = _count(shapes, r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.")
+        options |= {
+            "keypoints": shapes["roi_heads.keypoint_head.score_lowres.weight"][1], "keypoint_convs": convs,
+            "keypoint_width": shapes["roi_heads.keypoint_head.conv_fcn1.weight"][0], "box_beta": 0.5,
+            "proposals_after": (1500, 1000),
+        }  # fmt: skip
+    else:
+        deform = [n for n in range(4) if f"{trunk}res{n + 2}.0.conv2_offset.weight" in shapes]
+        if deform:
+            offsets = shapes[f"{trunk}res{deform[0] + 2}.0.conv2_offset.weight"][0]
+            options |= {"deform_stages": deform, "deform_modulated": offsets == 27}
+        convs = _count(shapes, r"^roi_heads\.box_head\.conv(\d)\.")
+        options |= {
+            "rpn_convs": max(1, _count(shapes, r"^proposal_generator\.rpn_head\.conv\.conv(\d)\.")),
+            "box_convs": convs, "box_fcs": fcs, "box_norm": _norm(shapes, "roi_heads.box_head.conv1.norm."),
+            "agnostic_boxes": boxes == 4 and count > 1,
+            "mask_convs": _count(shapes, r"^roi_heads\.mask_head\.mask_fcn(\d)\."),
+            "mask_width": shapes["roi_heads.mask_head.deconv.weight"][1],
+            "mask_norm": _norm(shapes, "roi_heads.mask_head.mask_fcn1.norm."),
+            "agnostic_masks": shapes["roi_heads.mask_head.predictor.weight"][0] == 1 and count > 1,
+        }  # fmt: skip
+    return options | {"classes": class_names(count)}
+
+
+def detectron2_trunk(shapes: Shapes) -> dict[str, Any] | None:
+    """Options of a ResNet, and of the pyramid on it if there is one, that every system of this code base shares; None
+    for another trunk."""
     trunk = "backbone.bottom_up." if any(k.startswith("backbone.bottom_up.") for k in shapes) else "backbone."
     c4 = any(k.startswith("roi_heads.res5.") for k in shapes)
     last = "roi_heads.res5." if c4 else f"{trunk}res5."
@@ -98,38 +139,7 @@ def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
     if fpn:
         options |= {"neck_width": shapes["backbone.fpn_output2.weight"][0]}
         options |= {"neck_norm": _norm(shapes, "backbone.fpn_output2.norm.")}
-    elif not keypoints:
-        options |= {"neck": "c4" if c4 else "dc5"}
-    else:
-        return None
-    count = shapes["roi_heads.box_predictor.cls_score.weight"][0] - 1
-    boxes = shapes["roi_heads.box_predictor.bbox_pred.weight"][0]
-    fcs = _count(shapes, r"^roi_heads\.box_head\.fc(\d)\.")
-    if fcs:
-        options |= {"box_width": shapes["roi_heads.box_head.fc1.weight"][0]}
-    if keypoints:
-        convs = _count(shapes, r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.")
-        options |= {
-            "keypoints": shapes["roi_heads.keypoint_head.score_lowres.weight"][1], "keypoint_convs": convs,
-            "keypoint_width": shapes["roi_heads.keypoint_head.conv_fcn1.weight"][0], "box_beta": 0.5,
-            "proposals_after": (1500, 1000),
-        }  # fmt: skip
-    else:
-        deform = [n for n in range(4) if f"{trunk}res{n + 2}.0.conv2_offset.weight" in shapes]
-        if deform:
-            offsets = shapes[f"{trunk}res{deform[0] + 2}.0.conv2_offset.weight"][0]
-            options |= {"deform_stages": deform, "deform_modulated": offsets == 27}
-        convs = _count(shapes, r"^roi_heads\.box_head\.conv(\d)\.")
-        options |= {
-            "rpn_convs": max(1, _count(shapes, r"^proposal_generator\.rpn_head\.conv\.conv(\d)\.")),
-            "box_convs": convs, "box_fcs": fcs, "box_norm": _norm(shapes, "roi_heads.box_head.conv1.norm."),
-            "agnostic_boxes": boxes == 4 and count > 1,
-            "mask_convs": _count(shapes, r"^roi_heads\.mask_head\.mask_fcn(\d)\."),
-            "mask_width": shapes["roi_heads.mask_head.deconv.weight"][1],
-            "mask_norm": _norm(shapes, "roi_heads.mask_head.mask_fcn1.norm."),
-            "agnostic_masks": shapes["roi_heads.mask_head.predictor.weight"][0] == 1 and count > 1,
-        }  # fmt: skip
-    return options | {"classes": class_names(count)}
+    return options
 
 
 def _deformable_weights(state: State, options: Mapping[str, Any]) -> State:

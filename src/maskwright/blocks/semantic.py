@@ -1,0 +1,62 @@
+"""Semantic segmentation on a pyramid (Panoptic Feature Pyramid Networks, arXiv 1901.02446, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from maskwright.blocks.layers import ConvNorm, Norm
+from maskwright.ops.distributed import global_mean_count
+
+VOID = -1  # the label of pixels that are not learnt from
+
+
+class SemanticFPN(nn.Module):
+    """Logits of every class at stride 4, from levels of strides 4, 8, 16 ...: each level goes through as many 3 x 3
+    convolutions as it is doublings away from stride 4 (the first through one), each followed by its doubling; all are
+    added."""
+
+    def __init__(self, channels: int, outputs: int, *, width: int = 128, norm: Norm = "group", levels: int = 4):
+        super().__init__()
+        self.levels = nn.ModuleList()
+        for number in range(levels):
+            convs = [
+                ConvNorm(width if step else channels, width, 3, norm=norm, relu=True) for step in range(max(1, number))
+            ]
+            self.levels.append(nn.ModuleList(convs))
+        self.output = nn.Conv2d(width, outputs, 1)
+        nn.init.kaiming_normal_(self.output.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(self.output.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, features: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "b k h w"]:
+        """From as many of the features, finest first, as there are levels."""
+        parts = []
+        for number, convs in enumerate(self.levels):
+            x = features[number]
+            for conv in convs:  # pyright: ignore[reportGeneralTypeIssues]
+                x = conv(x)
+                if number:
+                    x = functional.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+            parts.append(x)
+        return self.output(sum(parts[1:], parts[0]))
+
+
+def semantic_loss(logits: Float[Tensor, "b k h w"], truth: Int[Tensor, "b _h _w"]) -> Float[Tensor, ""]:
+    """Cross entropy of the logits, enlarged bilinearly to the map's size, mean over the pixels that are not VOID."""
+    large = functional.interpolate(logits.float(), size=truth.shape[1:], mode="bilinear", align_corners=False)
+    count = global_mean_count((truth != VOID).sum())
+    return functional.cross_entropy(large, truth, ignore_index=VOID, reduction="sum") / count
+
+
+def label_maps(
+    planes: Sequence[Int[Tensor, "_h _w"]], size: tuple[int, int], device: torch.device
+) -> Int[Tensor, "b h w"]:
+    """Label maps of pictures of different sizes on one input of `size` (H, W): VOID in the padding."""
+    result = torch.full((len(planes), *size), VOID, dtype=torch.int64, device=device)
+    for own, plane in zip(result, planes, strict=True):
+        own[: plane.shape[0], : plane.shape[1]] = plane.to(device)
+    return result

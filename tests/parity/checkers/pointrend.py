@@ -1,0 +1,249 @@
+"""PointRend of detectron2's project: inside boxes, and on whole pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from maskwright.blocks.points import read_in_boxes
+from maskwright.blocks.rpn import propose
+from maskwright.ops.mask_targets import mask_targets
+from maskwright.ops.points import class_uncertainty
+from maskwright.structures import Instances, Masks, Placement
+from maskwright.systems.mask_rcnn import Raw
+from maskwright.systems.pointrend import PointRend, PointRendSemantic
+from tests.parity.checkers.mask_rcnn import Check as BoxCheck
+from tests.parity.ledger import LARGEST, RAW, Ledger, inputs
+
+SMALL = "cells are chosen for logits next to nought, of which rounding is a larger part"
+TIES = "which of two equally unsure cells comes first is nobody's decision"
+
+
+def check(system: PointRend, layout: Path, ledger: Ledger) -> None:
+    Check(system, ledger).run()
+
+
+def images_of(about: dict[str, Any]) -> Tensor:
+    given = about.get("input")
+    shape = tuple(given) if isinstance(given, list) else None
+    return inputs({**about, "input": f"standard_normal({shape})"} if shape else about)[0]
+
+
+def compare_cells(ledger: Ledger, name: str, ours: Tensor, tied: Tensor) -> None:
+    """Numbers of cells: equal, except where a cell is tied with another one."""
+    theirs, shape, chosen = ledger._answer(name)
+    if tuple(ours.shape) != tuple(shape):
+        return ledger.fail(name, f"shape {tuple(ours.shape)}, expected {tuple(shape)}")
+    mine, loose = ours.flatten().numpy(), tied.flatten().numpy()
+    if chosen is not None:
+        mine, loose = mine[chosen], loose[chosen]
+    wrong = int(((mine != theirs.reshape(-1)) & ~loose).sum())
+    ledger._line(name, f"{wrong} of {len(mine)} differ, {int(loose.sum())} are tied [{TIES}]", wrong == 0)
+
+
+class Check(BoxCheck):
+    system: PointRend  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def run(self) -> None:
+        ledger, about = self.ledger, self.ledger.about
+        if "coarse_pooled" not in ledger:
+            return super().run()
+        images = images_of(about)
+        size = tuple(about.get("image_size", images.shape[-2:]))
+        with torch.no_grad():
+            raw = self.system(images)
+            self.network(raw, [])
+            self.first_stage(raw, size)
+            boxes, labels = ledger.given("given_boxes"), ledger.given("given_classes")
+            self.refinement(raw, boxes, labels)
+            self.objects(raw, size)
+            if "loss_mask" in ledger:
+                self.mask_terms(raw, boxes, labels, size)
+
+    def first_stage(self, raw: Raw, size: tuple[int, int]) -> None:
+        ledger, system = self.ledger, self.system
+        kept = ledger.about.get("rpn_post_nms", 1000)
+        system.proposal_rules = replace(system.proposal_rules, after=(kept, kept))
+        found, logits = propose(
+            raw.objectness, raw.deltas, system.anchors(raw.features, raw.size), [size], system.proposal_rules
+        )[0]
+        rows = self.boxes("proposals", found, {"proposal_logits": logits})
+        if rows is None:
+            return
+        inside = found[rows]
+        pooled = system.pooler(raw.features, [inside], system.box_side)
+        ledger.compare("box_pooled", pooled)
+        read = []
+        hook = system.box_head.fcs[-1].register_forward_hook(lambda module, given, answer: read.append(answer))
+        logits, deltas = system.box_head(pooled)
+        hook.remove()
+        ledger.compare("box_head", read[0].relu())
+        ledger.compare("box_scores", logits)
+        ledger.compare("box_deltas", deltas)
+
+    def refinement(self, raw: Raw, boxes: Tensor, labels: Tensor) -> None:
+        ledger, system = self.ledger, self.system
+        pooled = system.mask_features(raw, [boxes])
+        ledger.compare("coarse_pooled", pooled)
+        coarse = system.mask_head(pooled)
+        ledger.compare("coarse_logits", coarse)
+        refiner = system.points
+        assert refiner is not None
+        asked: list[tuple[Tensor, Tensor]] = []
+        answer = refiner.answer
+
+        def recorded(feature: Tensor, coarse: Tensor, boxes: Any, labels: Tensor, points: Tensor) -> Tensor:
+            found = answer(feature, coarse, boxes, labels, points)
+            asked.append((points, found))
+            return found
+
+        refiner.answer = recorded
+        try:
+            final = refiner.refine(raw.features[0], coarse, [boxes], labels, budget=1 << 40)
+        finally:
+            del refiner.answer
+        for step, (places, found) in enumerate(asked):
+            tied = torch.zeros(places.shape[:2], dtype=torch.bool)
+            name = f"step{step}_indices"
+            if name in ledger:
+                side = 28 << step
+                column, row = (places * side).floor().long().unbind(-1)
+                cells = row * side + column
+                order, tied = self.their_order(name, cells, self.before(asked, step))
+                cells, places = cells.gather(1, order), places.gather(1, order[..., None].expand_as(places))
+                found = found.gather(2, order[:, None])
+                compare_cells(ledger, name, cells, tied)
+            lost, note = tied[..., None].expand_as(places), TIES if tied.any() else ""
+            ledger.compare(f"step{step}_point_coords", places.masked_fill(lost, torch.nan), note=note)
+            fine = read_in_boxes(raw.features[0], [boxes], places, 4)
+            lost = tied[:, None].expand_as(fine)
+            ledger.compare(f"step{step}_fine_features", fine.masked_fill(lost, torch.nan), note=note)
+            near = found[:, 0].masked_fill(tied, torch.nan)
+            ledger.compare(f"step{step}_logits_of_class", near, LARGEST if step else RAW, SMALL * bool(step), note)
+        ledger.compare("given_mask_logits_of_class", final)
+
+    def their_order(self, name: str, cells: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The places of our cells in their order, and which of them cannot be compared: those that are as unsure as
+        the last one that was taken, so that another may have been; where only a part of their order was kept, all
+        that are as unsure as another one."""
+        values = logits.gather(1, cells).abs()
+        close = 5e-6 * logits.abs().amax(1, keepdim=True)  # rounding goes by the size of what was summed
+        last = values[:, -1:] - values < close
+        own = torch.arange(cells.shape[1]).expand_as(cells)
+        if name not in self.ledger.arrays:
+            near = values.diff(dim=1) < close
+            none = torch.zeros(len(values), 1, dtype=torch.bool)
+            return own, last | torch.cat([near, none], 1) | torch.cat([none, near], 1)
+        theirs = self.ledger.peek(name).long()
+        ours, order = cells.sort(1)
+        place = torch.searchsorted(ours, theirs).clamp(max=cells.shape[1] - 1)
+        order = order.gather(1, place)
+        return order, last.gather(1, order) & (cells.gather(1, order) != theirs)
+
+    @staticmethod
+    def before(asked: list[tuple[Tensor, Tensor]], step: int) -> Tensor:
+        """The logits of each box's class after the doubling of `step`, before its points were asked for: what was
+        unsure is decided by these, not by the answers."""
+        plane = asked[0][1].unflatten(2, (28, 28))
+        for places, found in asked[1:step]:
+            plane = functional.interpolate(plane, scale_factor=2.0, mode="bilinear", align_corners=False)
+            width = plane.shape[-1]
+            column, row = (places * width).floor().long().unbind(-1)
+            flat = plane.flatten(2).scatter(2, (row * width + column)[:, None], found)
+            plane = flat.unflatten(2, (width, width))
+        plane = functional.interpolate(plane, scale_factor=2.0, mode="bilinear", align_corners=False)
+        return plane.flatten(1)
+
+    def objects(self, raw: Raw, size: tuple[int, int]) -> None:
+        ledger, system = self.ledger, self.system
+        limits = self.thresholds()
+        boxes, scores, labels = system.find(raw, [size], *limits.values())[0]
+        rows = self.boxes("det_boxes_net", boxes, {"det_scores": scores}, ("det_classes", labels))
+        if rows is None:
+            return
+        masks, _ = system.read_boxes(raw, [boxes], [labels])
+        assert masks[0] is not None
+        ledger.compare("det_mask_prob", masks[0][rows][:, None])
+        out = tuple(ledger.about["output_size"])
+        final = system.decode(raw, [Placement.resize(out, size)], **limits)[0]
+        rows = self.boxes("final_boxes", final.boxes, {"final_scores": final.scores}, ("final_classes", final.labels))  # pyright: ignore[reportArgumentType]
+        if rows is not None:
+            assert final.masks is not None
+            ledger.compare_bits("final_masks", final.masks[rows].dense())
+
+    def mask_terms(self, raw: Raw, boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> None:
+        """The two losses of the mask head, for the first boxes, at the points that the original drew."""
+        ledger, system = self.ledger, self.system
+        points = ledger.given("train_points")
+        boxes, labels = boxes[: len(points)], labels[: len(points)]
+        features = system.mask_features(raw, [boxes])
+        coarse = system.mask_head(features)
+        own = coarse[torch.arange(len(labels)), labels]
+        refiner = system.points
+        assert refiner is not None
+        if "train_gt_masks__packbits__sampled" in ledger.arrays:  # an input of which only a part was kept
+            ledger.seen |= {n for n in ledger.arrays if n.startswith("train_gt_masks")}
+            small, truth = ledger.given("train_gt_coarse7").float(), ledger.given("train_point_labels")
+            found = refiner.answer(raw.features[0], coarse, [boxes], labels, points)[:, 0]
+            ledger.compare("loss_mask", functional.binary_cross_entropy_with_logits(own, small))
+            return ledger.compare("loss_mask_point", functional.binary_cross_entropy_with_logits(found, truth))
+        masks = Masks.from_dense(ledger.given("train_gt_masks")).pack()
+        owners = torch.arange(len(labels))
+        small = mask_targets(masks, owners, boxes, own.shape[-1])
+        ledger.compare_bits("train_gt_coarse7", small)
+        from maskwright.ops.points import box_points, mask_sample
+
+        ledger.compare("train_point_labels", mask_sample(masks, box_points(boxes, points), owners))
+        ledger.compare("loss_mask", functional.binary_cross_entropy_with_logits(own, small))
+        target = Instances(size, masks.boxes(), labels, masks)
+        ledger.compare(
+            "loss_mask_point",
+            refiner.loss(raw.features[0], coarse, [boxes], labels, [target], [owners], points=points),
+        )
+
+
+@torch.no_grad()
+def semantic(system: PointRendSemantic, layout: Path, ledger: Ledger) -> None:
+    system.eval()
+    levels: list[Tensor] = []
+    hook = system.neck.register_forward_hook(lambda module, given, answer: levels.extend(list[Any](answer)))
+    raw = system(images_of(ledger.about))
+    hook.remove()
+    for name in ledger.names(r"fpn_p\d"):
+        ledger.compare(name, levels[int(name[-1]) - 2])
+    ledger.compare("coarse_logits", raw.coarse)
+    asked: list[Tensor] = []
+    answer = system.answer
+
+    def recorded(raw: Any, points: Tensor) -> Tensor:
+        asked.append(points)
+        return answer(raw, points)
+
+    system.answer = recorded
+    try:
+        final = system.refined(raw)
+    finally:
+        del system.answer
+    height, width = raw.coarse.shape[-2:]
+    for step, points in enumerate(asked, 1):
+        name = f"step{step}_indices_sorted"
+        if name not in ledger:
+            continue
+        column, row = (points * torch.tensor([width << step, height << step])).floor().long().unbind(-1)
+        compare_cells(ledger, name, (row * (width << step) + column).sort(1).values, torch.zeros_like(row).bool())
+    ledger.compare("final_logits", final)
+    best = (
+        final.argmax(1)
+        .double()
+        .masked_fill(class_uncertainty(final.flatten(2)).unflatten(1, final.shape[2:]) > -1e-4, np.nan)
+    )
+    ledger.compare("final_argmax", best)
+
+
+SYSTEMS = {"pointrend": check, "pointrend-semantic": semantic}
