@@ -295,3 +295,21 @@ def test_reading_the_header_of_a_foreign_file_says_so(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="it was not written by maskwright; `convert` makes"):
         read_metadata(tmp_path / "x.safetensors")
+
+
+def test_a_saved_system_fetches_no_pretrained_weights_again(tmp_path, monkeypatch):
+    import timm
+
+    asked, make = [], timm.create_model
+
+    def watched(name, pretrained=False, **options):
+        asked.append(pretrained)
+        return make(name, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", watched)
+    small = {"neck_width": 32, "head_width": 32, "head_convs": 1, "mask_width": 32}
+    system = maskwright.systems.create("solov2", classes=("a",), backbone="timm:test_resnet", pretrained=True, **small)
+    save(system, tmp_path / "own.safetensors")
+    again = load(tmp_path / "own.safetensors")
+    assert asked == [True, False]
+    assert again.options == system.options

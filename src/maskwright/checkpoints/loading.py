@@ -265,7 +265,7 @@ def _fill(
         classes = None
     final = {**options, **overrides, **({} if classes is None else {"classes": list(classes)})}
     _check_classes(classes)
-    system = kind(**final)
+    system = kind.rebuild(final)
     state = dict(state)
     kept: tuple[str, ...] | None = None
     if tuple(system.classes) != old:

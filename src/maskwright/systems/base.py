@@ -121,6 +121,15 @@ class System(nn.Module):
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
         return (), dict(self.options)  # copying and unpickling come through __new__ too, which wants the options
 
+    @classmethod
+    def rebuild(cls, options: Mapping[str, Any]) -> Self:
+        """As `cls(**options)`, for weights that follow at once: nothing `pretrained` is fetched for it."""
+        if not options.get("pretrained"):
+            return cls(**options)
+        system = cls(**{**options, "pretrained": False})
+        system.options["pretrained"] = options["pretrained"]
+        return system
+
     @abstractmethod
     def forward(self, images: Float[Tensor, "b c h w"]) -> Any:
         """Raw outputs, a frozen dataclass of tensors. No targets, no thresholds, no host sync: this is compiled."""
@@ -139,6 +148,9 @@ class System(nn.Module):
     @abstractmethod
     def decode(self, raw: Any, placements: Sequence[Placement]) -> list[Instances]:
         """Finished objects, best first, on each picture's own pixel grid. Thresholds are further keywords."""
+
+    def progressed(self, done: float) -> None:
+        """Told before every step of training which share of the run is done, 0 ... 1: for whatever is annealed."""
 
     def groups(self) -> dict[str, list[nn.Module]]:
         """Parts by name, from the input on, for freezing and for learning rates: at least "backbone"."""

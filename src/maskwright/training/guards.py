@@ -47,7 +47,7 @@ def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
     """
     state = _kept(path)
     if system is None:
-        system = system_class(state["system"])(**state["options"])
+        system = system_class(state["system"]).rebuild(state["options"])
     system.load_state_dict(state["model"])
     for name, module in system.named_modules():
         module.training = state["training"].get(name, True)

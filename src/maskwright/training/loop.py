@@ -230,6 +230,7 @@ class Run:
         recipe, here = self.recipe, self.progress
         rate = recipe.learning_rate * recipe.factor(here.step, self.total)
         set_rate(self.optimizer, rate)
+        self.system.progressed(here.step / self.total)
         means: dict[str, float] = {}
         for number, batch in enumerate(batches):
             place = (recipe.seed, here.step, number, self.fabric.global_rank)
@@ -446,7 +447,7 @@ def _same_system(system: str | System, state: dict[str, Any], options: Mapping[s
         other = {k: v for k, v in (options or {}).items() if state["options"].get(k) != v}
         if other:
             raise UsageError(f"a run's network cannot change when it is resumed: {', '.join(other)}")
-        system = system_class(state["system"])(**state["options"])
+        system = system_class(state["system"]).rebuild(state["options"])
     system.preprocess = type(system.preprocess).from_dict(state["preprocess"])
     system.source = state["source"]
     return system
