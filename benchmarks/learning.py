@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import maskwright as mw
-from maskwright.data import Augment, make_loader, open_dataset
+from maskwright.data import Augment, Dataset, Sample, make_loader, open_dataset
 from maskwright.evaluation import Evaluator
 from maskwright.structures import Batch, Instances, Masks
 from maskwright.systems.mask_rcnn import MaskRCNN
@@ -66,10 +66,28 @@ def networks(classes: tuple[str, ...], seed: int, short: int, device: str) -> tu
     return theirs.to(device), system.to(device)
 
 
-def train(side: Any, ours: bool, loader: Any, steps: int, lr: float, seed: int, device: str) -> float:
+class Kept(Dataset):
+    """A small data set whose pictures are decoded once."""
+
+    def __init__(self, inner: Dataset):
+        self.inner, self.name, self.classes, self.category_ids = inner, inner.name, inner.classes, inner.category_ids
+        self.samples = [inner[index] for index in range(len(inner))]
+        self.sizes, self.image_ids, self.targets, self.areas = inner.sizes, inner.image_ids, inner.targets, inner.areas
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+def train(side: Any, ours: bool, loader: Any, steps: int, adam: bool, lr: float, seed: int, device: str) -> float:
     """Seconds of all steps."""
     parameters = [p for p in side.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
+    if adam:
+        optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    else:
+        optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
     warm = min(100, steps // 4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min(1.0, (s + 1) / warm) * (0.1 if s > 0.8 * steps else 1.0)
@@ -134,13 +152,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--short", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="adamw")
+    parser.add_argument("--lr", type=float, help="default: 0.01 with SGD, 0.0005 with AdamW")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    adam = arguments.optimizer == "adamw"
+    lr = arguments.lr or (5e-4 if adam else 0.01)
     rows = []
     for folder in arguments.data:
-        learn, judge = open_dataset(folder, "train"), open_dataset(folder, "val")
+        learn, judge = Kept(open_dataset(folder, "train")), Kept(open_dataset(folder, "val"))
         for seed in arguments.seeds:
             theirs, system = networks(learn.classes, seed, arguments.short, arguments.device)
             loader = make_loader(
@@ -153,7 +174,7 @@ def main() -> None:
             )
             for name, side in (("torchvision", theirs), ("ours", system)):
                 own = name == "ours"
-                seconds = train(side, own, loader, arguments.steps, arguments.lr, seed, arguments.device)
+                seconds = train(side, own, loader, arguments.steps, adam, lr, seed, arguments.device)
                 row = {"data": folder.name, "seed": seed, "side": name, "seconds": round(seconds, 1)}
                 row |= score(side, system, own, judge, arguments.device)
                 rows.append(row)
