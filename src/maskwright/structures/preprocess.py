@@ -23,6 +23,7 @@ class Preprocess:
     fit           "short": the short side becomes `short` unless the long side would then exceed `long`;
                   "stretch": every picture becomes `canvas`, its shape not kept (YOLACT, PolarMask);
                   "letterbox": the largest that fits into `canvas`, in its middle, black around it (CenterNet's heirs);
+                  with `corner` at its upper left instead (EoMT);
                   "pad": as it is, in the middle of a black canvas that is a multiple of `multiple` and always larger
     canvas        height and width; used by "stretch" and "letterbox" alone
     resample      "pillow": 8-bit bilinear with anti-aliasing, before normalising (detectron2);
@@ -45,6 +46,7 @@ class Preprocess:
     fit: Literal["short", "stretch", "letterbox", "pad"] = "short"
     canvas: tuple[int, int] | None = None
     sizes: Literal["rounded", "floored", "benchmark"] | None = None
+    corner: bool = False
 
     def __post_init__(self) -> None:
         if self.fit in ("stretch", "letterbox") and self.canvas is None:
@@ -116,7 +118,7 @@ class Preprocess:
             return values, placement
         larger = cast(tuple[int, int], tuple((side // self.multiple + 1) * self.multiple for side in size))
         canvas = larger if self.fit == "pad" else cast(tuple[int, int], self.canvas)
-        top, left = (canvas[0] - target[0]) // 2, (canvas[1] - target[1]) // 2
+        top, left = (0, 0) if self.corner else ((canvas[0] - target[0]) // 2, (canvas[1] - target[1]) // 2)
         black = self.normalise(torch.zeros(len(picture), 1, 1))
         plane = black.expand(len(picture), *canvas).clone()
         plane[:, top : top + target[0], left : left + target[1]] = values
