@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,10 @@ def test_stretched_and_letter_boxed_pictures_find_their_way_back():
     assert torch.equal(values[:, :24], torch.full((3, 24, 120), -0.5)), "black lies around it"
     corner = torch.tensor([[0.0, 24.0], [120.0, 104.0]])
     torch.testing.assert_close(placement.points_to_picture(corner), torch.tensor([[0.0, 0.0], [90.0, 60.0]]))
+    cornered, placement = replace(boxed, corner=True).lay(picture)
+    assert torch.equal(cornered[:, :80], values[:, 24:104])
+    assert torch.equal(cornered[:, 80:], torch.full((3, 48, 120), -0.5)), "black lies below it"
+    torch.testing.assert_close(placement.points_to_input(torch.tensor([[90.0, 60.0]])), torch.tensor([[120.0, 80.0]]))
 
 
 def test_a_canvas_is_needed_and_keeps_its_shape_at_another_size():
