@@ -82,10 +82,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", names())
 def test_an_empty_picture_on_one_process_gives_the_gradients_of_the_whole_batch(name: str, folder: Path):
     expected = gradients(objective(name), None)
+    # Some have no gradient but rounding, as what is added to all keys of an attention.
+    least = max(1e-6, 1e-5 * float(torch.stack([g.norm() for g in expected.values()]).norm()))
     for rank in range(2):
         found = torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
         assert found.keys() == expected.keys()
         for key, gradient in expected.items():
             # Sums over four pictures in another order: float32 rounding against the size of the whole gradient.
-            error = (found[key] - gradient).norm() / gradient.norm().clamp(min=1e-6)
+            error = (found[key] - gradient).norm() / gradient.norm().clamp(min=least)
             assert error < 1e-3, (key, float(error))

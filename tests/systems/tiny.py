@@ -13,6 +13,7 @@ SIZE = (96, 128)
 TRUNK = {"backbone": "resnet18", "stem_width": 16, "norm": "group", "frozen": 0}
 HEADS = {"neck_width": 32, "box_width": 64, "proposals_before": (200, 100), "proposals_after": (100, 50)}
 CELLS = {"neck_width": 32, "head_width": 32, "head_convs": 2, "grids": (16, 12, 8, 6, 4)}
+QUERIES = {"width": 64, "heads": 4, "queries": 12, "hidden": 64}
 # What makes each system of the registry small. A new system adds its line.
 TINY: dict[str, dict[str, Any]] = {
     "mask-rcnn": {**TRUNK, **HEADS, "mask_width": 32},
@@ -47,6 +48,7 @@ TINY: dict[str, dict[str, Any]] = {
     "pointrend-semantic": {**TRUNK, "neck_width": 32, "coarse_width": 32, "point_width": 32, "background": False},
     "embedmask": {**TRUNK, "neck_width": 64, "convs": 1},
     "ese-seg": {**TRUNK, "head_width": 64, "short": 128},
+    "mask2former": {**TRUNK, **QUERIES, "encoder_layers": 1, "encoder_hidden": 64, "layers": 3, "points": 256},
 }
 
 

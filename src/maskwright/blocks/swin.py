@@ -118,7 +118,7 @@ class Swin(nn.Module):
         self.stem = nn.Conv2d(in_channels, width, self.patch, self.patch)
         self.stem_norm = nn.LayerNorm(width)
         self.stages, self.merges, self.norms = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+        rates = [drop_path * number / max(1, sum(depths) - 1) for number in range(sum(depths))]
         self.channels = [width * 2**number for number in range(len(depths))]
         self.strides = [4 * 2**number for number in range(len(depths))]
         for number, (channels, depth, count) in enumerate(zip(self.channels, depths, heads, strict=True)):

@@ -13,7 +13,18 @@ COCO = (
     "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
     "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )
+# The regions of COCO's panoptic set, in the order of its ids; those that end in "-merged" were several.
+COCO_STUFF = (
+    "banner", "blanket", "bridge", "cardboard", "counter", "curtain", "door-stuff", "floor-wood", "flower", "fruit",
+    "gravel", "house", "light", "mirror-stuff", "net", "pillow", "platform", "playingfield", "railroad", "river",
+    "road", "roof", "sand", "sea", "shelf", "snow", "stairs", "tent", "towel", "wall-brick", "wall-stone", "wall-tile",
+    "wall-wood", "water-other", "window-blind", "window-other", "tree-merged", "fence-merged", "ceiling-merged",
+    "sky-other-merged", "cabinet-merged", "table-merged", "floor-other-merged", "pavement-merged", "mountain-merged",
+    "grass-merged", "dirt-merged", "paper-merged", "food-other-merged", "building-other-merged", "rock-merged",
+    "wall-other-merged", "rug-merged",
+)
 # fmt: on
+COCO_PANOPTIC = (*COCO, *COCO_STUFF)
 # The data set's own ids, 1 ... 90 with gaps: torchvision's heads have a row for each of 0 ... 90.
 _GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_IDS = tuple(i for i in range(1, 91) if i not in _GAPS)
@@ -26,6 +37,11 @@ CITYSCAPES_REGIONS = (  # every pixel is of one of these, for semantic segmentat
     "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )  # fmt: skip
 CITYSCAPES = ("person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
+CITYSCAPES_STUFF = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+    "sky",
+)  # fmt: skip
+CITYSCAPES_PANOPTIC = (*CITYSCAPES_STUFF, *CITYSCAPES)  # by its training ids
 
 
 def coco_by_id() -> tuple[str, ...]:
@@ -39,3 +55,13 @@ def class_names(count: int) -> tuple[str, ...]:
     "class 0", ..."""
     known = {len(COCO): COCO, len(VOC): VOC, len(CITYSCAPES): CITYSCAPES, 1: ("person",)}
     return known.get(count) or tuple(f"class {k}" for k in range(count))
+
+
+def segment_names(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names for a head of so many things and stuff, and which of them are stuff: COCO's panoptic set for 133,
+    Cityscapes' for 19; for other counts as `class_names`, and none is stuff."""
+    if count == len(COCO_PANOPTIC):
+        return COCO_PANOPTIC, COCO_STUFF
+    if count == len(CITYSCAPES_PANOPTIC):
+        return CITYSCAPES_PANOPTIC, CITYSCAPES_STUFF
+    return class_names(count), ()

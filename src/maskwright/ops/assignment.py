@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-Pairs = tuple[Int[Tensor, "k p"], Int[Tensor, "k p"]]
+Pairs = tuple[Int[Tensor, "k _p"], Int[Tensor, "k _p"]]
 FORBIDDEN = 1e9  # stands for a cost that is no number
 
 

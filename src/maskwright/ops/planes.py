@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ def place_planes(
     """Masks on the picture from planes that cover the network's input of `size` (H, W), padding included.
 
     Both steps are bilinear, by pixel centres and without anti-aliasing: to the input's grid, of which only the valid
-    part is kept, then from there to the picture's. Kept are values > threshold (which is above 0). Both steps are
+    part is kept, then from there to the picture's. Kept are values > threshold (which is 0 or above). Both steps are
     linear along each axis, so one small matrix per axis does them at once, and padding is never read.
 
     steps   1: straight to the picture's grid instead (YOLACT)
@@ -33,33 +34,64 @@ def place_planes(
             mask is made on the pixels alone that its probabilities above the threshold reach, and so many bytes of them
             are held before they are packed
     """
-    probabilities = probabilities.float()
-    if not len(probabilities):
-        return Masks.empty(placement.picture)
+    return place_measured(probabilities, placement, size, None, threshold=threshold, steps=steps, budget=budget)[0]
+
+
+def place_measured(
+    planes: Float[Tensor, "n p q"],
+    placement: Placement,
+    size: tuple[int, int],
+    measure: Callable[[Tensor, Tensor], Tensor] | None,
+    *,
+    threshold: float = 0.5,
+    steps: Literal[1, 2] = 2,
+    budget: int = 64 << 20,
+) -> tuple[Masks, Float[Tensor, " n"]]:
+    """As `place_planes`, with a number for each mask: `measure` of values on the picture's grid and of which of them
+    are in the mask, both (k, h, w), gives k of them. It must not depend on pixels outside the mask, of which it is not
+    shown all. Without it the numbers are noughts."""
+    planes = planes.float()
+    if not len(planes):
+        return Masks.empty(placement.picture), planes.new_zeros(0)
     height, width = placement.picture
-    like, across_first = probabilities, placement.mirrored
-    down = _axis(like, 1, size[0], placement.size[0], height, placement.scale[1], placement.offset[1], False, steps)
-    across = _axis(
-        like, 2, size[1], placement.size[1], width, placement.scale[0], placement.offset[0], across_first, steps
-    )
-    if probabilities.device.type != "cpu":
-        step = max(1, budget // (height * max(width, probabilities.shape[2]) * 9))
-        return Masks.join(
-            [Masks.from_dense(down @ part @ across.T > threshold).pack() for part in probabilities.split(step)]
-        )
+    down, across = axes(planes, placement, size, steps)
+    if planes.device.type != "cpu":
+        step = max(1, budget // (height * max(width, planes.shape[2]) * (9 if measure is None else 17)))
+        masks, numbers = [], []
+        for part in planes.split(step):
+            values = down @ part @ across.T
+            solid = values > threshold
+            numbers.append(planes.new_zeros(len(part)) if measure is None else measure(values, solid))
+            masks.append(Masks.from_dense(solid).pack())
+        return Masks.join(masks), torch.cat(numbers)
     # A mean of neighbours is above the threshold only if one of them is.
-    solid = probabilities > threshold
+    solid = planes > threshold
     rows, columns = _reached(solid.any(2), down), _reached(solid.any(1), across)
     corners, parts, crops, held = torch.stack([columns[:, 0], rows[:, 0]], 1), [], [], 0
-    for plane, (top, bottom), (left, right) in zip(probabilities, rows.tolist(), columns.tolist(), strict=True):
+    numbers = []
+    for plane, (top, bottom), (left, right) in zip(planes, rows.tolist(), columns.tolist(), strict=True):
         window = (_used(down[top:bottom]), _used(across[left:right]))
         small = down[top:bottom, window[0]] @ plane[window] @ across[left:right, window[1]].T
         crops.append(small > threshold)
+        if measure is not None:
+            numbers.append(measure(small[None], crops[-1][None]))
         held += small.numel()
         if held > budget:
             parts.append(Masks.from_crops(crops, corners[: len(crops)], placement.picture))
             corners, crops, held = corners[len(crops) :], [], 0
-    return Masks.join([*parts, Masks.from_crops(crops, corners, placement.picture)])
+    masks = Masks.join([*parts, Masks.from_crops(crops, corners, placement.picture)])
+    return masks, torch.cat(numbers) if numbers else planes.new_zeros(len(planes))
+
+
+def axes(
+    like: Float[Tensor, "n p q"], placement: Placement, size: tuple[int, int], steps: Literal[1, 2] = 2
+) -> tuple[Float[Tensor, "h p"], Float[Tensor, "w q"]]:
+    """What each of the picture's rows takes of each row of planes that cover the input of `size`, and likewise for the
+    columns; noughts for what lies outside the input. Planes on the picture are `down @ planes @ across.T`."""
+    (height, width), (x, y) = placement.picture, placement.scale
+    down = _axis(like, 1, size[0], placement.size[0], height, y, placement.offset[1], False, steps)
+    across = _axis(like, 2, size[1], placement.size[1], width, x, placement.offset[0], placement.mirrored, steps)
+    return down, across
 
 
 def label_plane(

@@ -25,6 +25,7 @@ REGISTRY = {
     "decoupled-solo": "solo:DecoupledSOLO",
     "fouriernet": "fouriernet:FourierNet",
     "solov2": "solov2:SOLOv2",
+    "mask2former": "mask2former:Mask2Former",
 }
 
 __all__ = [

@@ -103,18 +103,23 @@ class Average:
 
 
 def _named(system: System, name: str, option: str) -> dict[str, nn.Parameter]:
-    """The parameters of a part, or those whose names match a glob."""
+    """The parameters of a part, or those whose names match a glob: at least one."""
+    found = _matching(system, name)
+    if not found:
+        parts = ", ".join(system.groups())
+        raise UsageError(
+            f"{option}: {name!r} is neither a part of {system.name} ({parts}) nor matches a parameter's name"
+        )
+    return found
+
+
+def _matching(system: System, name: str) -> dict[str, nn.Parameter]:
     parts = system.groups()
     everything = dict(system.named_parameters())
     if name in parts:
         wanted = {id(p) for module in parts[name] for p in module.parameters()}
         return {n: p for n, p in everything.items() if id(p) in wanted}
-    found = {n: p for n, p in everything.items() if fnmatchcase(n, name)}
-    if not found:
-        raise UsageError(
-            f"{option}: {name!r} is neither a part of {system.name} ({', '.join(parts)}) nor matches a parameter's name"
-        )
-    return found
+    return {n: p for n, p in everything.items() if fnmatchcase(n, name)}
 
 
 def _decays(system: System, recipe: Recipe) -> dict[str, bool]:
@@ -127,6 +132,8 @@ def _decays(system: System, recipe: Recipe) -> dict[str, bool]:
             else:
                 bias = name == "bias" or name.endswith("_bias")
                 decays[f"{prefix}.{name}" if prefix else name] = recipe.decay_biases if bias else True
+    for part in recipe.no_decay:
+        decays.update(dict.fromkeys(_matching(system, part), False))
     return decays
 
 

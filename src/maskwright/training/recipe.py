@@ -35,6 +35,7 @@ class Recipe:
     weight_decay: float = 0.05  # pull of the weights towards nought, per step and learning rate
     decay_norms: bool = False  # whether weight decay also acts on normalisation layers
     decay_biases: bool = False  # whether weight decay also acts on biases
+    no_decay: tuple[str, ...] = ()  # parts or globs of parameter names on which it does not act, whatever they are
     rates: dict[str, float] = field(default_factory=dict)  # part (see System.groups) or glob of names -> factor on lr
     clip: float | None = 1.0  # largest norm of all gradients together
 
@@ -180,7 +181,7 @@ def _choose(name: str, value: Any) -> None:
         raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(_CHOICES[name])}")
 
 
-_TUPLES = ("betas", "milestones", "freeze", "short")
+_TUPLES = ("betas", "milestones", "freeze", "short", "no_decay")
 
 
 def _frozen(name: str, value: Any) -> Any:
