@@ -259,3 +259,22 @@ def test_planes_are_refined_by_what_the_feature_shows():
     small = torch.nn.functional.interpolate(truth[None, None].float(), (32, 32), mode="area")[0] > 0.5
     rough = torch.nn.functional.interpolate(coarse[None], (32, 32), mode="bilinear")[0] > 0
     assert ((fine > 0) != small).sum() < 0.5 * (rough != small).sum()
+
+
+def test_solov2_refines_its_masks_where_it_is_asked_to():
+    system = make("solov2", points=True)
+    terms = terms_of(system, objects(2))
+    assert set(terms) == {"class", "mask", "point"}
+    sum(terms.values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in system.parameters())
+    assert float(terms_of(system, objects(0))["point"].detach()) == 0
+    many = terms_of(system, objects(300, side=(12, 12)))["point"]
+    torch.manual_seed(0)
+    system.points.rules = PointRules(count=1024, steps=2, points=512)
+    assert torch.isfinite(many)
+    with torch.no_grad():
+        raw, place = system.eval()(pictures()), [Placement.identity(SIZE)]
+        for refine in (True, False):
+            found = system.decode(raw, place, score_threshold=0.0, detections=7, refine=refine)[0]
+            assert len(found) <= 7
+            assert found.masks is None or found.masks.size == SIZE

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.points import (
@@ -234,15 +235,29 @@ class PlanePoints(nn.Module):
         feature: Float[Tensor, "1 c h w"],
         coarse: Float[Tensor, "n _h _w"],
         truth: Callable[[Float[Tensor, "n p 2"]], Float[Tensor, "n p"]],
+        budget: int = 64 << 20,
     ) -> Float[Tensor, ""]:
-        """Sum over one picture's masks of the mean cross entropy over their points; `truth` reads the objects'."""
+        """Sum over one picture's masks of the mean cross entropy over their points; `truth` reads the objects'.
+
+        budget  bytes of what the points read: with more masks than fit, each part is computed once more on the way back
+                instead of being kept
+        """
         points = uncertain_points(
             coarse.detach()[:, None].float(), self.rules.count, mask_uncertainty,
             candidates=self.rules.candidates, important=self.rules.important,
         )  # fmt: skip
-        logits = self.answer(feature, coarse, points)[:, 0].float()
-        total = functional.binary_cross_entropy_with_logits(logits, truth(points), reduction="sum")
-        return total / self.rules.count
+        known = truth(points)
+
+        def part(coarse: Tensor, points: Tensor, known: Tensor) -> Tensor:
+            logits = self.answer(feature, coarse, points)[:, 0].float()
+            return functional.binary_cross_entropy_with_logits(logits, known, reduction="sum")
+
+        step = max(1, budget // (4 * self.rules.count * (feature.shape[1] + 1)))
+        if len(coarse) <= step:
+            return part(coarse, points, known) / self.rules.count
+        parts = zip(coarse.split(step), points.split(step), known.split(step), strict=True)
+        sums: list[Any] = [checkpoint(part, *own, use_reentrant=False) for own in parts]
+        return torch.stack(sums).sum() / self.rules.count
 
     @torch.no_grad()
     def refine(

@@ -26,7 +26,7 @@ from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import dice, focal_sum
 from maskwright.ops.planes import place_planes
 from maskwright.ops.suppression import mask_iou, mask_nms, matrix_nms
-from maskwright.structures import Instances, Placement
+from maskwright.structures import Instances, Masks, Placement
 
 GRIDS = (40, 36, 24, 16, 12)
 STRIDES = (8, 8, 16, 32, 32)  # of the prepared levels
@@ -377,10 +377,18 @@ def on_picture(
     placement: Placement,
     size: tuple[int, int],
     threshold: float = 0.5,
+    finer: Callable[[Float[Tensor, "n h w"]], Float[Tensor, "n _p _q"]] | None = None,
+    budget: int = 64 << 20,
 ) -> Instances:
     """Finished objects from masks that cover the input of `size` (H, W). Boxes are those around the masks: none are
-    predicted. What lies in the padding alone is dropped."""
-    planes = place_planes(masks, placement, size, threshold=threshold)
+    predicted. What lies in the padding alone is dropped.
+
+    finer   makes finer probabilities of some of the masks, as many at a time as `budget` bytes hold at the input's size
+    """
+    parts = masks.split(max(1, budget // (4 * size[0] * size[1]))) if finer is not None else [masks]
+    planes = Masks.join(
+        [place_planes(p if finer is None else finer(p), placement, size, threshold=threshold) for p in parts]
+    )
     boxes = planes.boxes().to(scores.device)
     there = boxes[:, 2] > boxes[:, 0]
     return Instances(placement.picture, boxes, labels, planes, scores)[there]

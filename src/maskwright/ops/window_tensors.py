@@ -16,6 +16,7 @@ the gradient is the transposed product. A value that would be read outside its t
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
@@ -28,6 +29,7 @@ from maskwright.errors import UsageError
 
 Mode = Literal["bilinear", "nearest"]
 PAD = -6.0
+FUSED = os.environ.get("MASKWRIGHT_FUSED_WINDOWS") == "1"
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,21 @@ def up_align2nat(tensor: MaskTensor, factor: float, pad: float = PAD, mode: Mode
     return replace(tensor, values=values, aligned=False, step=tensor.step / factor)
 
 
-def swap_align2nat(tensor: MaskTensor, factor: float, pad: float = PAD, mode: Mode = "bilinear") -> MaskTensor:
+def swap_align2nat(
+    tensor: MaskTensor, factor: float, pad: float = PAD, mode: Mode = "bilinear", fused: bool | None = None
+) -> MaskTensor:
     """`up_align2nat`, then every `factor`-th window (section 4.2), without the large tensor between them: as many
-    values come out as go in, whatever the factor. The grid becomes ceil(H / factor) x ceil(W / factor)."""
+    values come out as go in, whatever the factor. The grid becomes ceil(H / factor) x ceil(W / factor).
+
+    fused  True: by one Triton kernel (`ops.window_kernels`), which agrees with the PyTorch form in Triton's interpreter
+           and has not been measured on a GPU yet; UsageError where Triton is missing. None: where the environment says
+           MASKWRIGHT_FUSED_WINDOWS=1 and the tensor is on a CUDA device; otherwise, and by default, the PyTorch form
+    """
     _expect(tensor, True)
-    values = _resampled(tensor.values, factor, factor, tensor.alpha / factor, pad, mode)
+    if fused or (fused is None and FUSED and tensor.values.is_cuda):
+        values = _fused(tensor.values, factor, factor, tensor.alpha / factor, pad, mode)
+    else:
+        values = _resampled(tensor.values, factor, factor, tensor.alpha / factor, pad, mode)
     return replace(tensor, values=values, aligned=False, cell=tensor.cell * factor, step=tensor.step / factor)
 
 
@@ -190,6 +202,21 @@ def _resampled(values: Tensor, factor: float, stride: float, alpha: float, pad: 
         return result
     down, across = rows.weight.sum(-1).to(values), columns.weight.sum(-1).to(values)  # (V', H'), (U', W')
     return result + pad * (1 - down[:, None, :, None] * across[None, :, None, :])
+
+
+def _fused(values: Tensor, factor: float, stride: float, alpha: float, pad: float, mode: Mode) -> Tensor:
+    try:
+        from maskwright.ops.window_kernels import swap_windows_fused
+    except ImportError as error:
+        raise UsageError(
+            f"fused windows need Triton, which comes with torch's CUDA builds ({error}); use fused=False"
+        ) from None
+    _, v, u, h, w = values.shape
+    tables = []
+    for cells, windows in ((v, h), (u, w)):
+        taps = _taps(cells, windows, factor, stride, alpha, mode, str(values.device))
+        tables += [taps.index.int(), taps.weight.float()]
+    return swap_windows_fused(values, *tables, float(pad))
 
 
 def _sums(table: Tensor, taps: _Taps) -> Tensor:

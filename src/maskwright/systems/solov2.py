@@ -24,12 +24,14 @@ from torch.nn import functional
 from maskwright.blocks import solo_grid as grid_ops
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
+from maskwright.blocks.points import PlanePoints
 from maskwright.blocks.resnet import ResNet, StrideIn
 from maskwright.blocks.solo_grid import GRIDS, PRIOR, RANGES, STRIDES, Deform, GridBranch, MaskLoss
 from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count
-from maskwright.structures import Instances, Placement, Preprocess
+from maskwright.ops.points import mask_sample
+from maskwright.structures import Instances, Masks, Placement, Preprocess
 from maskwright.systems.base import Card, ClassRows, Preset, Score, System
 
 
@@ -141,6 +143,7 @@ class SOLOv2(System):
         coordinates: bool = True,
         mask_loss: MaskLoss = "dice",
         mask_weight: float = 3.0,
+        points: bool = False,
         short: int = 800,
         long: int = 1333,
         mean: Sequence[float] | None = None,
@@ -166,6 +169,8 @@ class SOLOv2(System):
         kernel_size     of the dynamic convolution (table 5a)
         coordinates     whether kernel branch and mask feature know where they are (table 5b)
         mask_loss       "dice"; "focal", "bce" as in SOLO
+        points          masks are refined at single points of the mask feature, from stride 4 to the input's own grid
+                        (PointRend, arXiv 1912.08193)
         short, long, mean, std  preprocessing; mean and std in the network's channel order, None: as published
         """
         super().__init__()
@@ -200,6 +205,7 @@ class SOLOv2(System):
             neck_width, mask_width, mask_channels, coordinates=coordinates, deformable=head_deform == "all",
             modulated=deform_modulated,
         )  # fmt: skip
+        self.points = PlanePoints(mask_channels, width=mask_width) if points else None
         self.preprocess = coloured(self.rules.preprocess.at(short, long), in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
@@ -216,14 +222,12 @@ class SOLOv2(System):
         return Raw(tuple(classes), tuple(kernels), feature, (images.shape[-2], images.shape[-1]))
 
     def masks_of(self, feature: Float[Tensor, "e h w"], kernels: Float[Tensor, "n d"]) -> Float[Tensor, "n h w"]:
-        """Probabilities of the masks that these kernels make of one picture's feature."""
+        """Logits of the masks that these kernels make of one picture's feature."""
         if self.kernel_size == 1:
-            logits = (kernels @ feature.flatten(1)).unflatten(1, feature.shape[1:])
-        elif not len(kernels):
+            return (kernels @ feature.flatten(1)).unflatten(1, feature.shape[1:]).float()
+        if not len(kernels):
             return feature.new_zeros(0, *feature.shape[1:], dtype=torch.float32)
-        else:
-            logits = functional.conv2d(feature[None], kernels.unflatten(1, (-1, 3, 3)), padding=1)[0]
-        return logits.float().sigmoid()
+        return functional.conv2d(feature[None], kernels.unflatten(1, (-1, 3, 3)), padding=1)[0].float()
 
     # ---- learning ------------------------------------------------------------------------------------------------
 
@@ -238,22 +242,44 @@ class SOLOv2(System):
         ]
         claims = [grid_ops.assign(o, raw.size, self.grids, self.ranges, self.sigma) for o in objects]
         labels = grid_ops.class_labels(objects, claims, self.grids)
-        terms, count = [], torch.zeros((), device=logits.device)
+        terms, refined, (count, learnt) = [], [], torch.zeros(2, device=logits.device)
         for picture, (own, levels) in enumerate(zip(objects, claims, strict=True)):
 
             def soft(cells: Tensor, picture: int = picture) -> Tensor:
-                return self.masks_of(raw.feature[picture], kernels[picture][cells])
+                return self.masks_of(raw.feature[picture], kernels[picture][cells]).sigmoid()
 
             # Unlike in SOLO, a cell that two objects claim learns both masks, if only one class.
             claim = grid_ops.joined(levels, self.grids)
             terms.append(grid_ops.mask_loss_sum(soft, claim, own.planes[4], self.mask_loss))
             count = count + len(claim.cells)
+            if self.points is not None:
+                refined.append(self._point_loss(raw, kernels, picture, claim, targets[picture]))
+                learnt = learnt + len(claim.owners.unique())
         # Without an object the masks have a gradient all the same, a zero one.
         idle = (raw.feature.float().sum() + kernels.float().sum()) * 0
-        return {
+        losses = {
             "class": grid_ops.class_loss(logits, labels),
             "mask": self.mask_weight * torch.stack(terms).sum() / global_mean_count(count) + idle,
         }
+        return losses | ({"point": torch.stack(refined).sum() / global_mean_count(learnt)} if refined else {})
+
+    def _point_loss(
+        self, raw: Raw, kernels: Tensor, picture: int, claim: grid_ops.Positives, target: Instances
+    ) -> Tensor:
+        """Sum over one picture's objects, each by the first of its cells."""
+        assert self.points is not None
+        target = target if target.crowd is None else target[~target.crowd]
+        owners, row = claim.owners.unique(return_inverse=True)
+        place = torch.arange(len(row), device=row.device)
+        first = torch.full_like(owners, len(row)).scatter_reduce(0, row, place, "amin")
+        extent = raw.feature.new_tensor([raw.size[1], raw.size[0]], dtype=torch.float32)
+
+        def truth(points: Tensor) -> Tensor:
+            masks = target.masks if target.masks is not None else Masks.empty(target.image_size)
+            return mask_sample(masks, points * extent, owners)
+
+        coarse = self.masks_of(raw.feature[picture], kernels[picture][claim.cells[first]])
+        return self.points.loss_sum(raw.feature[picture : picture + 1], coarse, truth)
 
     # ---- objects -------------------------------------------------------------------------------------------------
 
@@ -270,10 +296,12 @@ class SOLOv2(System):
         kernel: Literal["gaussian", "linear"] = "gaussian",
         nms_sigma: float = 2.0,
         mask_threshold: float = 0.5,
+        refine: bool = True,
     ) -> list[Instances]:
         """
         nms_threshold        None: Matrix NMS, with `kernel` and `nms_sigma`; a number: plain mask NMS by class
         candidate_threshold  for a cell's score before its mask is made; twice `score_threshold` if that is less
+        refine               False: masks as they are, where points could refine them
         """
         rules = grid_ops.Suppression(
             score_threshold, min(candidate_threshold, 2 * score_threshold), nms_threshold, kernel, nms_sigma,
@@ -287,10 +315,15 @@ class SOLOv2(System):
         for picture, (own, placement) in enumerate(zip(scores, placements, strict=True)):
 
             def soft(cells: Int[Tensor, " n"], picture: int = picture) -> Tensor:
-                return self.masks_of(raw.feature[picture], kernels[picture][cells])
+                return self.masks_of(raw.feature[picture], kernels[picture][cells]).sigmoid()
+
+            def finer(masks: Tensor, picture: int = picture) -> Tensor:
+                assert self.points is not None
+                return self.points.refine(raw.feature[picture : picture + 1], masks.logit(1e-6)).sigmoid()
 
             masks, values, labels = grid_ops.find(own, smallest, soft, rules, pixels)
-            found.append(grid_ops.on_picture(masks, values, labels, placement, raw.size, mask_threshold))
+            own_finer = finer if refine and self.points is not None else None
+            found.append(grid_ops.on_picture(masks, values, labels, placement, raw.size, mask_threshold, own_finer))
         return found
 
     # ---- for loading and training --------------------------------------------------------------------------------
@@ -298,7 +331,7 @@ class SOLOv2(System):
     def groups(self) -> dict[str, list[nn.Module]]:
         return {
             "backbone": [self.backbone], "neck": [self.neck],
-            "heads": [self.category, self.kernel, self.mask_feature],
+            "heads": [m for m in (self.category, self.kernel, self.mask_feature, self.points) if m is not None],
         }  # fmt: skip
 
     def class_rows(self) -> dict[str, ClassRows]:

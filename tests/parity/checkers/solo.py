@@ -212,7 +212,7 @@ def post(ledger: Ledger) -> None:
 
     ways = {
         "solo": lambda chosen: soft[row[chosen]],
-        "solov2": lambda chosen: dynamic.masks_of(logits, kernels[row[chosen]]),
+        "solov2": lambda chosen: dynamic.masks_of(logits, kernels[row[chosen]]).sigmoid(),
         "decoupled": profile_masks,
     }
     for name, way in ways.items():
