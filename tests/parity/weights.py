@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def write_checkpoint(layout: Path, folder: Path, seed: int = 0, overrides: dict[
     """
     about = json.loads(layout.read_text())
     state = {k: value(k, tuple(shape), kind, seed) for k, (shape, kind) in about["tensors"].items()}
+    for ending, more in re.findall(r"keys ending (\S+) \+= ([\d.]+)", about.get("fill_fixup", "")):
+        state |= {k: v + np.float32(more) for k, v in state.items() if k.endswith(ending)}
     for key, given in (overrides or {}).items():
         state[key] = np.broadcast_to(np.asarray(given, state[key].dtype), state[key].shape).copy()
     wrapper = about.get("wrapper", "")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Norm = Literal["none", "frozen", "still", "batch", "group"]
+Border = Literal["zeros", "symmetric", "reflect"]
 
 
 class FrozenBatchNorm(nn.Module):
@@ -104,6 +105,7 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(channels_in, channels, kernel, stride, padding, dilation, groups, bias=biased)
         self.norm = make_norm(norm, channels, eps)
         self.relu, self.leaky = relu, leaky
+        self.border: Border = "zeros"  # see `set_border`
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
@@ -111,11 +113,39 @@ class ConvNorm(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
         # A frozen norm is not folded into the weights: that is no faster, and rounds otherwise than the originals. What
         # decides deep in a network (a ReLU's gate, a cell at a threshold) would fall to the other side here and there.
-        x = self.conv(x)
+        if self.border == "zeros":
+            x = self.conv(x)
+        else:
+            conv, around = self.conv, self.conv.padding[0]
+            x = pad_mirrored(x, int(around), self.border)
+            x = functional.conv2d(x, conv.weight, conv.bias, conv.stride, 0, conv.dilation, conv.groups)
         x = self.norm.forward_(x) if type(self.norm) is FrozenBatchNorm else self.norm(x)
         if self.leaky:
             return functional.leaky_relu(x, self.leaky, inplace=True)
         return functional.relu(x, inplace=True) if self.relu else x
+
+
+def pad_mirrored(x: Float[Tensor, "b c h w"], around: int, border: Border) -> Float[Tensor, "b c _h _w"]:
+    """`around` more rows and columns on each side that mirror what is there: with the border itself repeated
+    ("symmetric", cba|abc) or not ("reflect", dcb|abcd)."""
+    if border == "reflect":
+        return functional.pad(x, (around,) * 4, mode="reflect")
+    if around == 1:
+        return functional.pad(x, (1,) * 4, mode="replicate")
+    for axis in (2, 3):
+        length = x.shape[axis]
+        before, after = x.narrow(axis, 0, around), x.narrow(axis, length - around, around)
+        x = torch.cat([before.flip(axis), x, after.flip(axis)], axis)
+    return x
+
+
+def set_border(module: nn.Module, border: Border) -> None:
+    """All of the module's convolutions of 3 x 3 read what lies beyond the border as `border` says, larger ones as
+    "symmetric" unless that is "zeros": how Torch 7's networks were padded, and a port of them."""
+    for block in module.modules():
+        if isinstance(block, ConvNorm) and block.conv.padding != (0, 0):
+            large = block.conv.kernel_size[0] > 3
+            block.border = "symmetric" if large and border != "zeros" else border
 
 
 class DeformConvNorm(nn.Module):

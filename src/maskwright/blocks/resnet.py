@@ -180,9 +180,12 @@ class ResNet(nn.Module):
 
 
 class TimmBackbone(nn.Module):
-    """A trunk of timm's, random or with its published weights, giving the levels of strides 4, 8, 16 and 32."""
+    """A trunk of timm's, random or with its published weights, giving the levels of strides 4, 8, 16 and 32, or those
+    up to `deepest`, and nothing after that."""
 
-    def __init__(self, name: str, *, in_channels: int = 3, pretrained: bool = False, frozen: int = 0):
+    def __init__(
+        self, name: str, *, in_channels: int = 3, pretrained: bool = False, frozen: int = 0, deepest: int = 32
+    ):
         super().__init__()
         try:
             import timm
@@ -200,9 +203,15 @@ class TimmBackbone(nn.Module):
         wanted = [i for i, stride in enumerate(info.reduction()) if stride in (4, 8, 16, 32)]
         if [info.reduction()[i] for i in wanted] != [4, 8, 16, 32]:
             raise UsageError(f"timm's {name!r} has strides {info.reduction()}; strides 4, 8, 16 and 32 are needed")
+        if deepest < 32:
+            wanted = [i for i in wanted if info.reduction()[i] <= deepest]
+            self.body = timm.create_model(
+                name, pretrained=pretrained, features_only=True, in_chans=in_channels, out_indices=wanted
+            )
+            info, wanted = self.body.feature_info, list(range(len(wanted)))
         self.wanted = wanted
         self.channels = [info.channels()[i] for i in wanted]
-        self.strides = [4, 8, 16, 32]
+        self.strides = [s for s in (4, 8, 16, 32) if s <= deepest]
         self.channels_last = info.channels()[-1] != _channels_at_end(self.body, in_channels)
         freeze(list(self.body.children())[: 2 * frozen])
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.resnet import ResNet, StrideIn, TimmBackbone
 from maskwright.blocks.swin import SWINS, Swin
+from maskwright.blocks.vgg import VGG
 from maskwright.errors import UsageError
 from maskwright.structures import Preprocess
 
@@ -71,6 +73,44 @@ def make_trunk(
 def first_weight(trunk: nn.Module) -> str | None:
     """The name, inside the trunk, of the weight that reads the picture; None for a trunk of timm's."""
     return "stem.conv.weight" if isinstance(trunk, ResNet) else "stem.weight" if isinstance(trunk, Swin) else None
+
+
+def make_stem(
+    backbone: str,
+    stride: int,
+    *,
+    pretrained: bool = False,
+    in_channels: int = 3,
+    stem_width: int = 64,
+    norm: Norm = "group",
+    norm_eps: float = 1e-5,
+    frozen: int = 0,
+) -> tuple[nn.Module, int]:
+    """The first stages of a network, up to `stride` (4, 8, 16 or 32), whose last output is what is read; its channels.
+
+    backbone  "resnet18" ... "resnet152"; "vgg11" ... "vgg19", which at stride 8 keeps all its stages by dilation; or
+              "timm:NAME" (whose further stages are left out)
+    """
+    if backbone.startswith("timm:"):
+        trunk = TimmBackbone(
+            backbone[5:], in_channels=in_channels, pretrained=pretrained, frozen=frozen, deepest=stride
+        )
+        return trunk, trunk.channels[-1]
+    kind, depth = backbone.rstrip("0123456789"), backbone.lstrip("abcdefghijklmnopqrstuvwxyz")
+    common: dict[str, Any] = {"in_channels": in_channels, "base": stem_width, "norm": norm, "eps": norm_eps}
+    if kind == "vgg" and depth and stride in (8, 16):
+        trunk = VGG(int(depth), dilated=stride == 8, frozen=frozen, **common)
+    elif kind == "resnet" and depth and stride in (4, 8, 16, 32):
+        try:
+            trunk = ResNet(int(depth), stages=stride.bit_length() - 2, frozen=frozen, **common)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    else:
+        raise UsageError(
+            f"backbone is {backbone!r} at stride {stride}; expected resnet18 ... resnet152 (4, 8, 16, 32), "
+            "vgg11 ... vgg19 (8, 16) or timm:NAME"
+        )
+    return trunk, trunk.channels[-1]
 
 
 def coloured(

@@ -28,6 +28,11 @@ def focal_sum(
     return (weight * wrong.pow(gamma) * cross).sum()
 
 
+def soft_margin(logits: Float[Tensor, "*n"], target: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """log(1 + exp(-y x)) of each element, y = 1 where the target is 1 and -1 where it is 0."""
+    return torch.nn.functional.softplus(-logits * (2 * target - 1))
+
+
 def dice(
     probabilities: Float[Tensor, "n p"], target: Float[Tensor, "n p"], epsilon: float = 1e-3
 ) -> Float[Tensor, " n"]:

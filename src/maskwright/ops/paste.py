@@ -11,7 +11,7 @@ from torch import Tensor
 from maskwright.ops.interpolation import weights
 from maskwright.structures import Masks
 
-Rule = Literal["continuous", "padded"]
+Rule = Literal["continuous", "padded", "corners"]
 
 
 def paste_masks(
@@ -28,7 +28,9 @@ def paste_masks(
 
     rule      "continuous" (detectron2): the centre of each pixel is looked up in the box's grid, zeros around it;
               "padded" (torchvision, maskrcnn-benchmark): the grid gets a border of zeros, the grown box is cut to
-              whole pixels and counts its last one, and the grid is resized to it
+              whole pixels and counts its last one, and the grid is resized to it;
+              "corners" (DeepMask): as many whole pixels as the box's sides hold, from the pixel of its corner on, and
+              the grid is resized to them with the outer cells on the outer pixels
     threshold kept are values >= threshold, > with `strict`
     budget    bytes of scratch on an accelerator. There whole planes are made, as many at a time as fit; on the host
               each mask is made on the pixels of its box alone, and nothing of the picture's size ever exists
@@ -95,6 +97,12 @@ def _axis(low: Tensor, high: Tensor, pixels: Tensor, cells: int, rule: Rule) -> 
         # A box without extent maps every pixel to infinity or nowhere; both read zeros.
         place = (pixels + 0.5 - low) / (high - low) * cells - 0.5
         return weights(torch.nan_to_num(place, nan=-9.0, posinf=-9.0, neginf=-9.0), cells)
+    if rule == "corners":
+        # What should be a whole number may be off by rounding once a placement was applied to it.
+        first, length = torch.floor(low + 1e-3), torch.floor(high - low + 1e-3)
+        place = (pixels - first) * ((cells - 1) / (length - 1).clamp(min=1))
+        inside = (pixels >= first) & (pixels < first + length)
+        return weights(place.clamp(0, cells - 1), cells) * inside[..., None]
     half = (high - low) * 0.5 * ((cells + 2) / cells)
     centre = (high + low) * 0.5
     first, last = torch.trunc(centre - half), torch.trunc(centre + half)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from maskwright.errors import UsageError
 
-Mode = Literal["bilinear", "nearest"]
+Mode = Literal["bilinear", "nearest", "floor"]
 PAD = -6.0
 FUSED = os.environ.get("MASKWRIGHT_FUSED_WINDOWS") == "1"
 
@@ -64,8 +64,9 @@ def nat2align(tensor: MaskTensor, pad: float = PAD) -> MaskTensor:
 def up_align2nat(tensor: MaskTensor, factor: float, pad: float = PAD, mode: Mode = "bilinear") -> MaskTensor:
     """Aligned and coarse in (V, U) to natural and `factor` times as fine in it, on the same grid (section 3.4).
 
-    The sub-tensor is upsampled first, by pixel centres; "nearest" repeats its cells instead. `factor` times V and U
-    must be whole numbers: 1.5 takes 10 to 15.
+    The sub-tensor is upsampled first, by pixel centres; "nearest" repeats its cells instead, "floor" too, but the cell
+    that a pixel's lower edge lies in (the same for whole factors). `factor` times V and U must be whole numbers: 1.5
+    takes 10 to 15.
     """
     _expect(tensor, True)
     values = _resampled(tensor.values, factor, 1.0, tensor.alpha / factor, pad, mode)
@@ -102,7 +103,8 @@ def upsample(tensor: MaskTensor, factor: float, mode: Mode = "bilinear") -> Mask
     size = (_whole(v * factor, "V"), _whole(u * factor, "U"))
     planes = tensor.values.permute(0, 3, 4, 1, 2).reshape(n * h * w, 1, v, u)
     kind = {"align_corners": False} if mode == "bilinear" else {}
-    planes = torch.nn.functional.interpolate(planes, size=size, mode=mode, **kind)
+    named = {"bilinear": "bilinear", "nearest": "nearest-exact", "floor": "nearest"}[mode]  # torch's words for these
+    planes = torch.nn.functional.interpolate(planes, size=size, mode=named, **kind)
     return replace(tensor, values=planes.view(n, h, w, *size).permute(0, 3, 4, 1, 2), step=tensor.step / factor)
 
 
@@ -164,6 +166,8 @@ def _taps(cells: int, windows: int, factor: float, stride: float, alpha: float, 
     inner = (number + 0.5) / factor - 0.5
     if mode == "nearest":
         inner = (inner + 0.5).floor()
+    elif mode == "floor":
+        inner = (number / factor + 1e-9).floor()
     middle = number - fine / 2 + 0.5
     outer = torch.arange(coarse, dtype=torch.float64) * stride + (alpha * middle)[:, None]  # (V', H')
     index, weight = [], []

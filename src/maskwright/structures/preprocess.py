@@ -24,6 +24,7 @@ class Preprocess:
                   "stretch": every picture becomes `canvas`, its shape not kept (YOLACT, PolarMask);
                   "letterbox": the largest that fits into `canvas`, in its middle, black around it (CenterNet's heirs);
                   with `corner` at its upper left instead (EoMT);
+                  "own": as it is;
                   "pad": as it is, in the middle of a black canvas that is a multiple of `multiple` and always larger
     canvas        height and width; used by "stretch" and "letterbox" alone
     resample      "pillow": 8-bit bilinear with anti-aliasing, before normalising (detectron2);
@@ -43,7 +44,7 @@ class Preprocess:
     divide: float = 255.0
     channels: Literal["RGB", "BGR"] = "RGB"
     multiple: int = 32
-    fit: Literal["short", "stretch", "letterbox", "pad"] = "short"
+    fit: Literal["short", "stretch", "letterbox", "pad", "own"] = "short"
     canvas: tuple[int, int] | None = None
     sizes: Literal["rounded", "floored", "benchmark"] | None = None
     corner: bool = False
@@ -57,17 +58,21 @@ class Preprocess:
         """The size rule in words, for protocols: what a number measured with it means."""
         if self.fit == "short":
             return f"short side {self.short}, long side at most {self.long}"
+        if self.fit == "own":
+            return "its own size"
         if self.fit == "pad":
             return f"its own size, padded to a larger multiple of {self.multiple}"
         height, width = self.canvas or (0, 0)
         return f"{self.fit} to {height} x {width}"
 
     def at(self, short: int | None = None, long: int | None = None) -> Preprocess:
-        """The same rule at another size. A canvas keeps its shape and gets this short side."""
+        """The same rule at another size. A canvas keeps its shape and gets this short side; pictures of their own size
+        get one."""
         if self.canvas is not None and short:
             ratio = short / min(self.canvas)
             return replace(self, canvas=(round(self.canvas[0] * ratio), round(self.canvas[1] * ratio)))
-        return replace(self, short=short or self.short, long=long or self.long)
+        fit = "short" if self.fit == "own" and short else self.fit
+        return replace(self, short=short or self.short, long=long or self.long, fit=fit)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocess:
@@ -81,7 +86,7 @@ class Preprocess:
         """The size (h, w) that a picture of this size is resized to; never less than one pixel."""
         if self.fit == "stretch":
             return cast(tuple[int, int], self.canvas)
-        if self.fit == "pad":
+        if self.fit in ("pad", "own"):
             return height, width
         if self.fit == "letterbox":
             canvas = cast(tuple[int, int], self.canvas)

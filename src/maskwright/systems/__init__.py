@@ -10,6 +10,8 @@ from maskwright.systems.base import Ablation, Card, ClassRows, PanopticSystem, P
 
 # name: "module:class", in the order of publication
 REGISTRY = {
+    "deepmask": "deepmask:DeepMask",
+    "instancefcn": "instancefcn:InstanceFCN",
     "mask-rcnn": "mask_rcnn:MaskRCNN",
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
     "tensormask": "tensormask:TensorMask",

@@ -1,0 +1,139 @@
+"""Windows of one size that slide over every place of a pyramid of resized pictures, and what they find.
+
+What DeepMask and InstanceFCN share: the pyramid, where the windows are, which of them learn from an object, and how the
+best become proposals. Objects have no class here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from maskwright.ops import boxes as box_ops
+from maskwright.ops.paste import Rule, paste_masks
+from maskwright.structures import Instances, Masks, Placement
+
+
+@dataclass(frozen=True)
+class Windows:
+    """All windows of a pyramid, level by level and row by row."""
+
+    boxes: Float[Tensor, "n 4"]  # in the pixels of the network's input; they may reach beyond it
+    places: Int[Tensor, "n 3"]  # level, y, x
+    scales: Float[Tensor, " n"]  # pixels of their level per pixel of the input
+
+    @property
+    def centres(self) -> Float[Tensor, "n 2"]:
+        return (self.boxes[:, :2] + self.boxes[:, 2:]) / 2
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Which windows learn what: rows of `Windows`."""
+
+    positive: Bool[Tensor, " n"]
+    owners: Int[Tensor, " n"]  # the object of each positive one
+    negative: Bool[Tensor, " n"]
+
+
+def resized(images: Float[Tensor, "b c h w"], scale: float, corners: bool) -> Float[Tensor, "b c _h _w"]:
+    """Pictures bilinearly at round(side * scale), without anti-aliasing; `corners`: the outer pixels' centres stay."""
+    size = [max(1, int(side * scale + 0.5)) for side in images.shape[-2:]]
+    if size == list(images.shape[-2:]):
+        return images
+    return functional.interpolate(images, size=size, mode="bilinear", align_corners=corners)
+
+
+def windows_of(
+    maps: Sequence[Tensor], scales: Sequence[float], stride: int, side: float, first: float = 0.0
+) -> Windows:
+    """Windows of `side` pixels of their level, `stride` apart; the first one's centre is at `first` pixels."""
+    boxes, places, factors = [], [], []
+    for level, (values, scale) in enumerate(zip(maps, scales, strict=True)):
+        height, width = values.shape[-2:]
+        rows, columns = (torch.arange(n, device=values.device) for n in (height, width))
+        y, x = (v.flatten() for v in torch.meshgrid(rows, columns, indexing="ij"))
+        corner = torch.stack([x, y], 1).double() * stride + (first - side / 2)
+        boxes.append((torch.cat([corner, corner + side], 1) / scale).float())
+        places.append(torch.stack([torch.full_like(y, level), y, x], 1))
+        factors.append(torch.full((len(y),), scale, device=values.device))
+    return Windows(torch.cat(boxes), torch.cat(places), torch.cat(factors))
+
+
+def assign(
+    windows: Windows, target: Instances, *, canonical: float, shift: float, octaves: float, margin: float, far: float
+) -> Assigned:
+    """Positive is a window that an object is centred in and fits: at the window's scale, its longer side is within
+    2 ** `octaves` of `canonical` and its box's centre at most `shift` pixels from the window's, in x and in y. The
+    nearest such object is the owner. Negative is one with no object within `margin` pixels and 2 ** `far` of scale;
+    what is between learns nothing."""
+    boxes = target.boxes.to(windows.boxes)
+    count = len(windows.boxes)
+    if not len(boxes):
+        none = torch.zeros(count, dtype=torch.bool, device=boxes.device)
+        return Assigned(none, none.long(), ~none)
+    middles, longer = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).amax(1)
+    away = (windows.centres[:, None] - middles[None]).abs().amax(-1) * windows.scales[:, None]  # (N, G)
+    octave = (longer[None] * windows.scales[:, None] / canonical).clamp(min=1e-6).log2().abs()
+    fits = (away <= shift) & (octave <= octaves + 1e-6)
+    owners = torch.where(fits, away, torch.inf).argmin(1)
+    return Assigned(fits.any(1), owners, ~((away < margin) & (octave < far)).any(1))
+
+
+def reachable(windows: Windows, size: tuple[int, int], stride: int) -> Bool[Tensor, " n"]:
+    """Windows whose centres lie on a picture of `size` (H, W), or less than a place beyond it: not on the padding that
+    a batch adds."""
+    limit = windows.boxes.new_tensor([size[1], size[0]])
+    return ((windows.centres - limit) * windows.scales[:, None] < stride).all(1)
+
+
+def proposals(
+    scores: Float[Tensor, " n"],
+    windows: Windows,
+    masks_of: Callable[[Int[Tensor, " k"]], Float[Tensor, "k v u"]],
+    placement: Placement,
+    *,
+    score_threshold: float,
+    nms_threshold: float | None,
+    detections: int,
+    candidates: int,
+    rule: Rule,
+) -> Instances:
+    """The best windows of one picture as objects, best first, on its own grid.
+
+    masks_of    what is in the masks of some windows, above nought
+    nms         on the tight boxes of the masks, which are also the objects' boxes
+    candidates  best windows whose masks are made at all
+    rule        how a mask is laid into its window, see `paste_masks`
+    """
+    best, rows = scores.topk(min(candidates if nms_threshold is not None else detections, len(scores)))
+    rows, best = rows[best >= score_threshold], best[best >= score_threshold]
+    values = masks_of(rows).float()
+    tight = Masks.from_dense(values > 0).boxes().to(windows.boxes)
+    own = windows.boxes[rows]
+    step = (own[:, 2:] - own[:, :2]) / own.new_tensor([values.shape[2], values.shape[1]])
+    boxes = own[:, :2].repeat(1, 2) + tight * step.repeat(1, 2)
+    solid = (tight[:, 2:] > tight[:, :2]).all(1)
+    values, own, boxes, best = values[solid], own[solid], boxes[solid], best[solid]
+    if nms_threshold is not None:
+        kept = box_ops.nms(boxes, best, torch.zeros_like(best, dtype=torch.int64), nms_threshold)
+        values, own, best = values[kept], own[kept], best[kept]
+    values, own, best = values[:detections], own[:detections], best[:detections]
+    values = values.flip(-1) if placement.mirrored else values
+    size = placement.picture
+    masks = paste_masks(values, placement.boxes_to_picture(own), size, rule=rule, threshold=0.0, strict=True)
+    frames = masks.boxes()
+    there = (frames[:, 2:] > frames[:, :2]).all(1)
+    masks, frames, best = masks[there], frames[there].to(best), best[there.to(best.device)]
+    return Instances(size, frames, torch.zeros_like(best, dtype=torch.int64), masks, best)
+
+
+def scales_between(low: float, high: float, step: float) -> tuple[float, ...]:
+    """2 to the powers low, low + step, ... high."""
+    return tuple(2.0 ** (low + n * step) for n in range(math.floor((high - low) / step + 1.5)))

@@ -1,0 +1,60 @@
+"""VGG trunks (Simonyan, Zisserman, arXiv 1409.1556): 3 x 3 convolutions and nothing else, halved between stages."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from maskwright.blocks.layers import ConvNorm, Norm
+from maskwright.blocks.resnet import freeze
+from maskwright.errors import UsageError
+
+CONVS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+
+
+class VGG(nn.Module):
+    """Five stages with a 2 x 2 pooling between them (none after the last); gives the outputs of all.
+
+    dilated  the last pooling does not stride and the last stage's convolutions are dilated by 2: stride 8 instead of 16
+    norm     "none" as published
+    """
+
+    def __init__(
+        self,
+        depth: int = 16,
+        *,
+        in_channels: int = 3,
+        base: int = 64,
+        dilated: bool = False,
+        norm: Norm = "none",
+        eps: float = 1e-5,
+        frozen: int = 0,
+    ):
+        super().__init__()
+        if depth not in CONVS:
+            raise UsageError(f"there is no VGG of depth {depth}; known are {', '.join(map(str, CONVS))}")
+        self.dilated = dilated
+        self.stages = nn.ModuleList()
+        self.channels, self.strides = [], [1, 2, 4, 8, 8 if dilated else 16]
+        before = in_channels
+        for number, count in enumerate(CONVS[depth]):
+            layers, width = [], base * min(2**number, 8)
+            for _ in range(count):
+                dilation = 2 if dilated and number == 4 else 1
+                layers.append(ConvNorm(before, width, 3, dilation=dilation, norm=norm, eps=eps, relu=True))
+                before = width
+            self.stages.append(nn.Sequential(*layers))
+            self.channels.append(width)
+        freeze(list(self.stages)[:frozen])
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        outputs = []
+        for number, stage in enumerate(self.stages):
+            if number == 4 and self.dilated:  # 2 x 2 without a stride keeps the size where one row and column are added
+                x = functional.max_pool2d(functional.pad(x, (0, 1, 0, 1), mode="replicate"), 2, 1)
+            elif number:
+                x = functional.max_pool2d(x, 2)
+            x = stage(x)
+            outputs.append(x)
+        return outputs
