@@ -6,7 +6,8 @@
 Every network is a system's small preset with half of ResNet-18's channels and a narrow neck, from random weights, at
 the same input size, with the same pictures in the same order (Keypoint R-CNN: figures
 with joints), the same number of steps, AdamW with the same schedule.
-What differs is the system, and its learning rate where `--rates` says so. AP is measured on scenes that none has seen.
+What differs is the system, and its learning rate where `--rates` says so. AP is measured on scenes that none has
+seen, and average recall of what finds objects without classes.
 A system that needs longer than the budget shows less than it can: this is a test of losses, targets and decoding, not a
 ranking.
 """
@@ -25,7 +26,7 @@ import torch
 
 import maskwright as mw
 from maskwright.data import Scenes
-from maskwright.systems import presets, system_class
+from maskwright.systems import ProposalSystem, presets, system_class
 
 NARROW = {
     "stem_width": 32,
@@ -35,6 +36,7 @@ NARROW = {
     "head_width": 64,
     "keypoint_width": 64,
 }
+RECALLS = ("segm/AR10", "segm/AR100")
 MEASURES = ("segm/AP", "segm/AP50", "keypoints/AP", "keypoints/AP50")
 CLASSES = ("disc", "ring", "star", "box")
 
@@ -43,7 +45,9 @@ def small_presets() -> list[str]:
     return [name for name in presets() if name.endswith("-small")]
 
 
-def learn(preset: str, steps: int, batch: int, size: int, rate: float, seed: int, draw: Path | None) -> dict[str, Any]:
+def learn(
+    preset: str, steps: int, batch: int, size: int, rate: float, seed: int, draw: Path | None, recall: bool
+) -> dict[str, Any]:
     joints = preset.startswith("keypoint")  # it learns figures and their joints; shapes are what they hide behind
     train = Scenes(400, size=(size, size), classes=CLASSES, seed=seed, keypoints=joints)
     unseen = Scenes(60, size=(size, size), classes=CLASSES, seed=seed + 1000, keypoints=joints)
@@ -58,14 +62,22 @@ def learn(preset: str, steps: int, batch: int, size: int, rate: float, seed: int
         )  # fmt: skip
         system = mw.load(best)
     seconds = time.process_time() - start
-    result = mw.evaluate(system, unseen, examples=0)
+    proposing = isinstance(system, ProposalSystem)  # it knows no classes: recall is its measure
+    summary: dict[str, float] = {}
+    if not proposing:
+        summary |= mw.evaluate(system, unseen, examples=0).summary
+    if recall or proposing:
+        # For AR@10 what is the same object has to be suppressed, also where a system publishes its windows as they are.
+        once: dict[str, Any] = {"nms_threshold": 0.7} if proposing else {}
+        summary |= mw.evaluate(system, unseen, task="proposals", detections=100, examples=0, **once).summary
     row: dict[str, Any] = {"system": preset, "lr": rate, "CPU seconds": round(seconds)}
-    row |= {k: round(100 * float(result.summary[k]), 1) for k in MEASURES if k in result.summary}
+    row |= {k: round(100 * float(summary[k]), 1) for k in (*MEASURES, *RECALLS * (recall or proposing)) if k in summary}
     row["parameters / 1e6"] = round(sum(p.numel() for p in system.parameters()) / 1e6, 1)
     if draw is not None:
         draw.mkdir(parents=True, exist_ok=True)
         for index in range(3):
-            found = system.predict(unseen[index].picture, score_threshold=0.3)
+            best = {"nms_threshold": 0.5, "detections": 8} if proposing else {}
+            found = system.predict(unseen[index].picture, score_threshold=0.3, **best)
             found.save(draw / f"{preset}-{index}.png")
     return row
 
@@ -79,6 +91,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rates", nargs="*", default=[], metavar="PRESET=LR", help="other rates for some")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--recall", action="store_true", help="average recall too, whatever the class; proposals alone have it"
+    )
     parser.add_argument("--draw", type=Path, help="write drawn pictures there")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
@@ -86,7 +101,10 @@ def main() -> None:
     rows = []
     for preset in arguments.presets or small_presets():
         rate = rates.get(preset, arguments.lr)
-        row = learn(preset, arguments.steps, arguments.batch, arguments.size, rate, arguments.seed, arguments.draw)
+        row = learn(
+            preset, arguments.steps, arguments.batch, arguments.size, rate, arguments.seed, arguments.draw,
+            arguments.recall,
+        )  # fmt: skip
         rows.append(row)
         print(json.dumps(row), flush=True)
     if arguments.json:

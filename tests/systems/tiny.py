@@ -19,7 +19,7 @@ TINY: dict[str, dict[str, Any]] = {
     "deepmask": {
         **TRUNK,
         "classes": ("object",),
-        "stride": 8,
+        "stride": 16,
         "window": 64,
         "neck_width": 16,
         "feature_width": 64,
@@ -28,7 +28,7 @@ TINY: dict[str, dict[str, Any]] = {
         "score_width": 32,
         "score_weight": 1.0,
         "dropout": 0.0,
-        "scales": (0.7, 1.0),
+        "scales": (0.5, 1.0),
     },
     "instancefcn": {
         **TRUNK,
@@ -38,7 +38,7 @@ TINY: dict[str, dict[str, Any]] = {
         "head_width": 32,
         "parts": 3,
         "side": 9,
-        "scales": (0.7, 1.0),
+        "scales": (0.5, 1.0),
         "short": 96,
     },
     "mask-rcnn": {**TRUNK, **HEADS, "mask_width": 32},

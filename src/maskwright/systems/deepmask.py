@@ -52,6 +52,7 @@ class DeepMask(ProposalSystem):
     """See the module's text. `decode` takes `score_threshold`, `nms_threshold` (None: as published, no suppression),
     `detections`, `mask_threshold`, `candidates`."""
 
+    grey: Tensor
     name = "deepmask"
     card = Card(
         title="DeepMask",
@@ -287,7 +288,7 @@ class DeepMask(ProposalSystem):
     # ---- for loading and training --------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, list[nn.Module]]:
-        score = [m for m in (self.score_feature, self.score_hidden, self.score) if m is not None]
+        score: list[nn.Module] = [m for m in (self.score_feature, self.score_hidden, self.score) if m is not None]
         return {"backbone": [self.backbone], "neck": [self.squeeze, self.feature], "mask": [self.masks], "score": score}
 
     def input_weight(self) -> str | None:
@@ -330,9 +331,9 @@ class DeepMask(ProposalSystem):
         ),
         "deepmask-small": Preset(
             {
-                "backbone": "resnet18", "stride": 8, "window": 64, "neck_width": 64, "feature_width": 256,
+                "backbone": "resnet18", "stride": 8, "window": 48, "neck_width": 64, "feature_width": 256,
                 "mask_side": 28, "label_side": 56, "score_width": 256, "score_weight": 1.0, "dropout": 0.1,
-                "scales": scales_between(-1, 1, 0.5), "short": 192, "long": 320,
+                "scales": scales_between(-1, 0.5, 0.5), "short": 192, "long": 320,
             },
             note="for a few hundred pictures and no GPU; trains from random weights",
         ),

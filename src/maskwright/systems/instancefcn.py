@@ -124,7 +124,8 @@ class InstanceFCN(ProposalSystem):
         if bins not in ("nearest", "floor"):
             raise UsageError(f"bins is {bins!r}; expected nearest or floor")
         self.classes = self.checked_classes(classes)
-        self.parts, self.side, self.bins = parts, side, bins
+        self.parts, self.side = parts, side
+        self.bins: Bins = bins
         self.canonical = float(canonical or math.ceil(side * STRIDE * 128 / 224))
         self.scales = tuple(float(s) for s in scales)
         self.shift, self.margin, self.octaves, self.sampled = shift, margin, octaves, sampled
@@ -270,8 +271,8 @@ class InstanceFCN(ProposalSystem):
         },
         "instancefcn-small": Preset(
             {
-                "backbone": "vgg11", "stem_width": 32, "parts": 3, "side": 9, "head_width": 64, "shift": 8.0,
-                "margin": 16.0, "scales": (0.5, 0.75, 1.0, 1.5, 2.0), "short": 192, "long": 320,
+                "backbone": "resnet18", "parts": 3, "side": 7, "head_width": 64, "shift": 6.0, "margin": 12.0,
+                "scales": (0.5, 0.75, 1.125, 1.6875), "short": 192, "long": 320,
             },
             note="for a few hundred pictures and no GPU; trains from random weights",
         ),

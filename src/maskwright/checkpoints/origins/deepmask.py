@@ -14,7 +14,7 @@ import torch
 
 from maskwright.checkpoints.origins import Origin, Shapes, State
 
-DEPTHS = {(3, 4, 6): 50, (3, 4, 23): 101, (3, 8, 36): 152}
+DEPTHS: dict[tuple[int, ...], int] = {(3, 4, 6): 50, (3, 4, 23): 101, (3, 8, 36): 152}
 STRIDE = 16  # of the trunk in every known file: the third stage of a ResNet
 
 # In a block the first entry is (main branch, shortcut); in the main branch 1, 4, 7 are convolutions (4 with its padding

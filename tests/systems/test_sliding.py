@@ -1,0 +1,424 @@
+"""What is DeepMask's and InstanceFCN's own: two points of TensorMask's design space, on a pyramid, without classes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import maskwright as mw
+from maskwright.blocks.layers import pad_mirrored
+from maskwright.blocks.sliding import assign, reachable, windows_of
+from maskwright.blocks.vgg import VGG
+from maskwright.data import Scenes
+from maskwright.errors import UsageError
+from maskwright.ops.paste import paste_masks
+from maskwright.ops.window_tensors import MaskTensor, up_align2nat
+from maskwright.structures import Instances, Placement
+from maskwright.systems import create
+from maskwright.systems.deepmask import Raw as Patches
+from maskwright.systems.instancefcn import Raw as Maps
+from maskwright.systems.instancefcn import assemble
+from tests.parity.weights import value
+from tests.systems.tiny import SIZE, build, objects
+
+LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
+OPTIONS = {
+    "the network of 2015": (
+        "deepmask",
+        {"backbone": "vgg11", "norm": "none", "score_pooled": True, "context": 0, "stem_width": 8},
+    ),
+    "borders mirrored": ("deepmask", {"border": "symmetric", "norm": "frozen"}),
+    "borders reflected": ("deepmask", {"border": "reflect", "norm": "batch"}),
+    "a finer grid": ("deepmask", {"stride": 8, "window": 32}),
+    "parts by their upper edge": ("instancefcn", {"parts": 4, "side": 9, "bins": "floor"}),
+    "a residual trunk": ("instancefcn", {"backbone": "resnet18", "stem_width": 16}),
+}
+
+
+@pytest.mark.parametrize(("name", "options"), OPTIONS.values(), ids=OPTIONS)
+def test_each_option_trains_and_finds(name, options):
+    system = build(name, **options)
+    images = torch.randn(2, 3, *SIZE)
+    for counts in ((3, 1), (0, 0)):
+        system.zero_grad()
+        terms = system.losses(system(images), [objects(n) for n in counts])
+        assert set(terms) == {"mask", "score"}
+        sum(terms.values(), torch.zeros(())).backward()
+        assert all(torch.isfinite(v) for v in terms.values()), terms
+        assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+    with torch.no_grad():
+        found = system.eval().decode(system(images), [Placement.identity(SIZE)] * 2, detections=5)
+    assert all(len(own.masks) == len(own) <= 5 for own in found)
+    assert all((own.labels == 0).all() for own in found)
+
+
+# ---- points of the design space --------------------------------------------------------------------------------------
+
+
+def test_deepmask_is_a_linear_layer_per_window_in_natural_representation():
+    system = build("deepmask").eval()
+    with torch.no_grad():
+        raw = system(torch.randn(2, 3, *SIZE))
+        tensor = system.mask_tensor(raw, 1)
+        places = torch.tensor([[1, 0, 0], [1, 3, 2], [0, 1, 1], [1, 6, 8]])
+        grids = system.grids_of(raw, 1, places)
+    assert not tensor.aligned
+    for row in (0, 1, 3):
+        _, y, x = places[row].tolist()
+        torch.testing.assert_close(grids[row], tensor.values[1, :, :, y, x], rtol=1e-4, atol=1e-4)
+    # Every mask value is a linear function of what the window shows.
+    a, b = raw.features[1][0, :, 0, 0], raw.features[1][0, :, 3, 3]
+    zero, one, two, both = system._grids(torch.stack([a * 0, a, b, a + b]))
+    torch.testing.assert_close(one + two - zero, both, rtol=1e-4, atol=1e-4)
+
+
+def test_instancefcn_is_the_aligned_head_upsampled_by_the_nearest_cell():
+    """The same maps in TensorMask's head of figure 6d with the factor 5, and in ours."""
+    head = build("tensormask", bipyramid=False, windows=(15,), factor=5.0, mode="nearest", boxes=False).eval()
+    with torch.no_grad():
+        raw = head(torch.randn(1, 3, *SIZE))
+        tensor = head.mask_tensors(raw, 0)[0]
+        assert tensor.alpha == 5
+        theirs = head.whole_masks(raw, 0)[0]
+        ours = assemble(tensor.values.flatten(1, 2), 3, 15)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_deepmask_is_the_simple_natural_head():
+    """A 1 x 1 convolution whose channels are the mask of the window at that place: figure 6a, in both."""
+    head = build("tensormask", bipyramid=False, aligned=False, windows=(14,), boxes=False).eval()
+    system = build("deepmask").eval()
+    with torch.no_grad():
+        system.masks.weight.zero_()
+        system.masks.weight[:, :32] = head.mask_outputs[0].weight
+        system.masks.bias.copy_(head.mask_outputs[0].bias)
+        x = head(torch.randn(1, 3, *SIZE)).masks[0]
+        (natural,) = head.whole_masks(type(head(torch.zeros(1, 3, *SIZE)))((), (), (x,), SIZE), 0)
+        features = functional.pad(x, (0, 0, 0, 0, 0, 64 - x.shape[1]))
+        ours = system.mask_tensor(Patches((), (features, features), SIZE), 1).values
+    torch.testing.assert_close(ours, natural, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("parts", "side"), [(3, 9), (5, 21), (4, 7)])
+@pytest.mark.parametrize("bins", ["nearest", "floor"])
+def test_a_mask_is_copied_from_the_map_of_each_part(parts, side, bins):
+    maps = torch.randn(1, parts**2, 6, 8)
+    ours = assemble(maps, parts, side, bins, pad=0.0)[0]
+    shift = 0.5 if bins == "nearest" else 0.0
+    part = [int((i + shift) * parts / side) for i in range(side)]
+    for y, x in ((0, 0), (3, 4), (5, 7)):
+        for i in range(side):
+            for j in range(side):
+                row, column = y + i - side // 2, x + j - side // 2
+                inside = 0 <= row < 6 and 0 <= column < 8
+                expected = maps[0, part[i] * parts + part[j], row, column] if inside else torch.zeros(())
+                assert ours[i, j, y, x] == expected
+
+
+def test_bins_of_two_kinds():
+    sizes = {}
+    for bins in ("nearest", "floor"):
+        each = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(1, 5, 5, 43, 43)
+        column = up_align2nat(MaskTensor(each, True, 1.0, 4.2), 4.2, 0.0, bins).values[0, :, 10, 21, 21]
+        sizes[bins] = column.round().long().bincount().tolist()
+    assert sizes == {"nearest": [4, 4, 5, 4, 4], "floor": [5, 4, 4, 4, 4]}
+
+
+def test_neighbouring_windows_say_the_same_of_a_pixel_in_the_same_part():
+    windows = assemble(torch.randn(1, 25, 30, 30), 5, 21)[0]
+    # (i, j) of the window around (y, x) is (i - 1, j) of the one around (y + 1, x): the middle part has five rows.
+    torch.testing.assert_close(windows[9:13, :, 15, 15], windows[8:12, :, 16, 15], rtol=0, atol=0)
+    assert not torch.equal(windows[13:17, :, 15, 15], windows[12:16, :, 16, 15])  # row 13 has another part's map
+
+
+def test_masks_of_single_windows_are_those_of_the_assembled_tensor():
+    system = build("instancefcn").eval()
+    with torch.no_grad():
+        raw = system(torch.randn(2, 3, *SIZE))
+        places = torch.tensor([[1, 0, 0], [0, 2, 3], [1, 11, 15], [1, 5, 6]])
+        grids = system.grids_of(raw, 1, places)
+        for row, (level, y, x) in enumerate(places.tolist()):
+            whole = assemble(raw.maps[level], 3, 9)[1, :, :, y, x]
+            torch.testing.assert_close(grids[row], whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["deepmask", "instancefcn"])
+def test_windows_lie_where_the_units_of_their_tensors_say(name):
+    system = build(name).eval()
+    with torch.no_grad():
+        raw = system(torch.randn(1, 3, *SIZE))
+    windows = system.windows(raw)
+    for level in range(2):
+        own = windows.places[:, 0] == level
+        tensor = system.mask_tensor(raw, level)
+        width = windows.boxes[own, 2] - windows.boxes[own, 0]
+        span = tensor.step * tensor.values.shape[2]
+        torch.testing.assert_close(width, torch.full_like(width, span))
+        columns = windows.centres[own].view(*raw.scores[level].shape[-2:], 2)[0, :, 0]
+        torch.testing.assert_close(columns.diff(), torch.full_like(columns.diff(), tensor.cell))
+
+
+# ---- two forms of one network ----------------------------------------------------------------------------------------
+
+
+class Pool(nn.Module):
+    """A trunk that sees nothing beyond its place, so that a patch and a picture show it the same."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [functional.avg_pool2d(x, 16).repeat(1, 86, 1, 1)[:, :64]]
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["shared feature", "2015"])
+def test_patches_and_pictures_are_two_forms_of_the_same_network(pooled):
+    options = {"score_pooled": pooled, "backbone": "resnet18", "stem_width": 16, "stride": 16, "window": 128}
+    system = build("deepmask", **options).eval()
+    system.squeeze = nn.Conv2d(64, 16, 1)
+    system.backbone = Pool()
+    canvas = torch.randn(1, 3, 224, 256)
+    with torch.no_grad():
+        feature, score = system.dense(canvas)
+        for y, x in ((1, 1), (3, 5)):  # windows of 128 with one place of context
+            patch = canvas[:, :, 16 * y - 16 : 16 * y + 144, 16 * x - 16 : 16 * x + 144]
+            mask, own = system.patches(patch)
+            torch.testing.assert_close(own[0], score[0, 0, y, x], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mask[0], system._grids(feature[:, :, y, x])[0], rtol=1e-4, atol=1e-5)
+
+
+def test_grey_lies_around_a_picture():
+    system = build("deepmask", scales=(1.0,)).eval()
+    seen = []
+    system.backbone.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    system(torch.zeros(1, 3, 64, 96))
+    assert tuple(seen[0].shape) == (1, 3, 128, 160)
+    expected = (0.5 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(seen[0][0, :, 0, 0], expected)
+    assert seen[0][0, :, 32:96, 32:128].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("border", "name"), [("symmetric", "symmetric"), ("reflect", "reflect")])
+@pytest.mark.parametrize("around", [1, 3])
+def test_mirrored_borders_are_numpys(border, name, around):
+    x = torch.randn(2, 3, 5, 7)
+    expected = np.pad(x.numpy(), ((0, 0), (0, 0), (around, around), (around, around)), mode=name)
+    assert np.array_equal(pad_mirrored(x, around, border).numpy(), expected)
+
+
+def test_a_dilated_vgg_keeps_its_size():
+    for dilated, strides in ((False, [1, 2, 4, 8, 16]), (True, [1, 2, 4, 8, 8])):
+        trunk = VGG(11, base=4, dilated=dilated)
+        shapes = [y.shape[-1] for y in trunk(torch.zeros(1, 3, 64, 64))]
+        assert shapes == [64 // s for s in strides]
+        assert trunk.strides == strides
+
+
+# ---- what learns -----------------------------------------------------------------------------------------------------
+
+
+def test_windows_learn_from_the_object_that_is_centred_in_them_and_fits():
+    maps = [torch.zeros(1, 1, 20, 20)]
+    windows = windows_of(maps, (0.5,), 16, 160)  # 320 pixels of the input, 32 apart
+    rule = {"canonical": 92, "shift": 16, "octaves": 0.25, "margin": 48, "far": 1}
+
+    def found(*boxes):
+        target = Instances(
+            (640, 640),
+            torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+            torch.zeros(len(boxes), dtype=torch.int64),
+        )
+        return assign(windows, target, **rule)
+
+    side = 92 / 0.5
+    centre = [320 - side / 2, 320 - side / 4, 320 + side / 2, 320 + side / 4]
+    own = found(centre)
+    middle = 10 * 20 + 10
+    assert windows.centres[middle].tolist() == [320, 320]
+    assert sorted(own.positive.nonzero().flatten().tolist()) == [
+        middle + 20 * dy + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)
+    ]
+    assert not own.negative.view(20, 20)[8:13, 8:13].any()
+    assert own.negative.sum() == 400 - 25
+    larger = found([320 - 0.8 * side, 300, 320 + 0.8 * side, 340])
+    assert not larger.positive.any()
+    assert larger.negative.sum() == 400 - 25
+    assert found([320 - 1.1 * side, 300, 320 + 1.1 * side, 340]).negative.all()
+    shifted = [v + 40 * (n % 2 == 0) for n, v in enumerate(centre)]
+    two = found(shifted, centre)
+    assert two.owners[middle] == 1
+    assert two.owners[middle + 1] == 0
+    assert found().negative.all()
+
+
+def test_windows_on_a_batchs_padding_find_nothing():
+    windows = windows_of([torch.zeros(1, 1, 5, 9)], (1.0,), 16, 64)
+    there = reachable(windows, (40, 60), 16).view(5, 9)
+    assert there.sum(0).tolist() == [4, 4, 4, 4, 4, 0, 0, 0, 0]  # at 0 ... 48 and 0 ... 64, less than a place beyond
+
+
+# ---- what is found ---------------------------------------------------------------------------------------------------
+
+
+def planted(system, place, level=1):
+    """A DeepMask that is sure of one window and says of every mask: the left half."""
+    with torch.no_grad():
+        system.masks.weight.zero_()
+        side = system.mask_side
+        system.masks.bias.copy_(torch.where(torch.arange(side) < side // 2, 9.0, -9.0).repeat(side))
+        scores = [torch.full((1, 1, 4, 5), -9.0), torch.full((1, 1, 7, 9), -9.0)]
+        scores[level][0, 0, place[0], place[1]] = 9.0
+        features = [torch.zeros(1, 64, *s.shape[-2:]) for s in scores]
+    return Patches(tuple(scores), tuple(features), SIZE)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("double", [False, True])
+def test_a_mask_is_laid_into_its_window_on_the_picture(mirrored, double):
+    system = build("deepmask").eval()
+    raw = planted(system, (3, 4))  # the window around (64, 48), 64 pixels wide: x 32 ... 96, y 16 ... 80
+    size = (192, 256) if double else SIZE
+    placement = Placement.resize(size, SIZE)
+    placement = placement.then_mirror() if mirrored else placement
+    found = system.decode(raw, [placement], score_threshold=0.5)[0]
+    assert len(found) == 1
+    left, right = (64, 96) if mirrored else (32, 64)
+    expected = torch.tensor([[left, 16, right, 80]]) * (2.0 if double else 1.0)
+    # Half a cell of the mask, where it is resized between the two halves and the threshold is 0.2, not a half.
+    assert (found.boxes - expected).abs().max() <= (5 if double else 3)
+    assert found.boxes[0, 1] == expected[0, 1]
+    assert found.boxes[0, 3] == expected[0, 3]
+    assert torch.equal(found.boxes, found.masks.boxes())
+
+
+def test_duplicates_are_kept_as_published_or_suppressed():
+    system = build("deepmask").eval()
+    raw = planted(system, (3, 4))
+    raw.scores[1][0, 0, 3, 5] = 8.0  # overlaps a half
+    for nms, count in ((None, 2), (0.2, 1), (0.9, 2)):
+        found = system.decode(raw, [Placement.identity(SIZE)], score_threshold=0.5, nms_threshold=nms)[0]
+        assert len(found) == count
+
+
+def test_masks_of_instancefcn_are_suppressed_by_their_tight_boxes():
+    system = build("instancefcn").eval()
+    maps = torch.full((1, 9, 12, 16), -9.0)
+    maps[:, :, 3:6, 4:8] = 9.0  # every part says the same: all windows that see it have the same mask
+    scores = torch.full((1, 1, 12, 16), -9.0)
+    scores[0, 0, 4, 5:8] = torch.tensor([1.0, 3.0, 2.0])
+    small = torch.full((1, 1, 6, 8), -9.0)
+    raw = Maps((small, scores), (torch.full((1, 9, 6, 8), -9.0), maps), SIZE)
+    found = system.decode(raw, [Placement.identity(SIZE)], score_threshold=0.5)[0]
+    assert len(found) == 1
+    assert float(found.scores[0]) == pytest.approx(torch.sigmoid(torch.tensor(3.0)).item())
+    assert (found.boxes[0] - torch.tensor([32.0, 24, 64, 48])).abs().max() <= 1
+
+
+def test_a_grid_is_resized_with_its_corners_on_the_outer_pixels():
+    grid = torch.randn(1, 5, 5)
+    plane = functional.interpolate(grid[None], size=(17, 23), mode="bilinear", align_corners=True)[0, 0]
+    masks = paste_masks(grid, torch.tensor([[4.0, 6, 27, 23]]), (40, 50), rule="corners", threshold=0.0, strict=True)
+    expected = torch.zeros(40, 50, dtype=torch.bool)
+    expected[6:23, 4:27] = plane > 0
+    assert torch.equal(masks.dense()[0], expected)
+
+
+# ---- without classes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_set_of_any_classes_is_learnt_and_measured(tmp_path):
+    data = Scenes(6, size=(64, 64), classes=("disc", "star", "box"), difficulty=0.2)
+    options = {
+        "stem_width": 8, "feature_width": 32, "score_width": 16, "neck_width": 8, "mask_side": 8, "label_side": 16,
+        "scales": (0.7,),
+    }  # fmt: skip
+    best = mw.train(
+        "deepmask-small", data, val=data, out=tmp_path / "run", steps=2, batch=2, epochs=1, workers=0,
+        tensorboard=False, short=(64,), options=options,
+    )  # fmt: skip
+    system = mw.load(best)
+    assert system.classes == ("object",)
+    assert system.preprocess.short == 64
+    assert "val/segm/AR100" in (tmp_path / "run" / "log.csv").read_text()
+    for task, name in (("instances", "segm/AP"), ("proposals", "segm/AR1000")):
+        result = mw.evaluate(system, data, task=task, examples=0)
+        assert result.classes == ("object",)
+        assert 0 <= result[name] <= 1
+    again = mw.load(best, classes=("cat", "dog"))
+    assert again.classes == ("object",)
+
+
+def test_what_cannot_be_is_refused_in_words():
+    with pytest.raises(UsageError, match="window is 72 pixels; it must be a multiple of two places, 32 pixels"):
+        build("deepmask", window=72)
+    with pytest.raises(UsageError, match="side is 8, parts 3; expected an odd side"):
+        build("instancefcn", side=8)
+    with pytest.raises(UsageError, match="backbone is 'alexnet' at stride 16; expected resnet18"):
+        build("deepmask", backbone="alexnet")
+    with pytest.raises(UsageError, match="there is no VGG of depth 12"):
+        build("instancefcn", backbone="vgg12")
+    with pytest.raises(UsageError, match="there is no ResNet of depth 20"):
+        build("deepmask", backbone="resnet20")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def filled(layout, narrow, **changes):
+    """A layout's tensors with every width divided by `narrow`, as far as it is one, and some shapes changed."""
+    tensors = json.loads((LAYOUTS / f"{layout}.json").read_text())["tensors"]
+    state = {}
+    for key, (shape, kind) in tensors.items():
+        small = [n // narrow if n in (64, 128, 256, 512, 1024) else n for n in changes.get(key, shape)]
+        state[key] = torch.from_numpy(value(key, tuple(small), kind, 1))
+    return state
+
+
+def test_narrower_networks_with_smaller_windows_and_masks_load_from_both_layouts(tmp_path):
+    shared = {"masks": [784, 512], "bias": [784], "cells": 128 * 36 // 8}
+    torch7 = filled(
+        "deepmask-r50", 8, **{"maskBranch.1.1.weight": shared["masks"], "maskBranch.1.1.bias": shared["bias"],
+        "trunk.12.weight": [512, shared["cells"]]},
+    )  # fmt: skip
+    port = filled(
+        "deepmask-foolwood-r50", 8, **{"maskBranch.0.0.weight": [*shared["masks"], 1, 1],
+        "maskBranch.0.0.bias": shared["bias"], "trunk.1.2.weight": [512, 128, 6, 6]},
+    )  # fmt: skip
+    for name, state, border in (("a", torch7, "symmetric"), ("b", port, "reflect")):
+        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / f"{name}.pth")
+        system = mw.load(tmp_path / f"{name}.pth")
+        assert system.name == "deepmask"
+        wanted = {"stem_width": 8, "window": 96, "mask_side": 28, "label_side": 56, "neck_width": 16, "border": border,
+                  "feature_width": 64, "score_width": 128}  # fmt: skip
+        assert {k: system.options[k] for k in wanted} == wanted
+
+
+def test_norms_of_torch_7_may_have_other_shapes_and_biases_before_them(tmp_path):
+    state = filled("deepmask-r50", 8, **{"trunk.12.weight": [512, 1600]})
+    images = torch.randn(1, 3, 192, 192)
+    torch.save(state, tmp_path / "plain.pth")
+    other = {k: v.view(1, -1, 1, 1) if k.endswith((".a", ".b")) else v for k, v in state.items()}
+    norm, conv = "trunk.5.1.1.1.2", "trunk.5.1.1.1.1"
+    bias = torch.randn(len(state[f"{norm}.a"]))
+    other[f"{conv}.bias"] = bias
+    other[f"{norm}.b"] = (state[f"{norm}.b"] - state[f"{norm}.a"] * bias).view(1, -1, 1, 1)
+    torch.save(other, tmp_path / "other.pth")
+    with torch.no_grad():
+        a, b = (mw.load(tmp_path / f"{n}.pth").patches(images)[1] for n in ("plain", "other"))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_presets_are_the_published_networks():
+    system = create("deepmask-r50")
+    norms = sum(b.numel() for n, b in system.named_buffers() if n.endswith(("norm.weight", "norm.bias")))
+    assert round((sum(p.numel() for p in system.parameters()) + norms) / 1e6, 1) == 17.4
+    system = create("deepmask-vgg")
+    assert round(sum(p.numel() for p in system.parameters()) / 1e6) in (75, 76)
+    assert system.window == 224
+    assert system.canonical == 128
+    assert create("deepmask").canonical == 92
+    assert create("instancefcn-vgg16-k5").side * 8 == 168
