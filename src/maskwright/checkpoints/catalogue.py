@@ -14,6 +14,7 @@ from typing import Any, Literal
 from maskwright.systems import Score
 
 Commercial = Literal["yes", "attribution", "no"]
+HUB_NAMES = ("pytorch_model.bin", "model.safetensors")  # what every model of a hub is called: it says nothing
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,14 @@ def list_checkpoints(commercial_ok: bool = False, system: str | None = None) -> 
 
 def find(name: str) -> Entry | None:
     """The entry of this name, address or file name; None if there is none."""
-    return next((e for e in catalogue() if name in (e.name, e.url, e.file)), None)
+    return next((e for e in catalogue() if name in (e.name, e.url) or (name == e.file and name not in HUB_NAMES)), None)
 
 
 def entry_of_file(path: Path) -> Entry | None:
     """The entry whose published file name this file still bears: its hash digits make it all but unique. Without such,
     it is believed only where the file itself cannot say which variant it is."""
+    if path.name in HUB_NAMES:
+        return None
     return next((e for e in catalogue() if e.file == path.name and (e.sha256 or e.md5 or e.variant)), None)
 
 

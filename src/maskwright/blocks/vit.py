@@ -1,0 +1,101 @@
+"""Vision transformers of timm's, opened up so that a system can put tokens of its own between their blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from maskwright.errors import MissingExtraError, UsageError
+
+
+class ViT(nn.Module):
+    """A plain ViT: patches, prefix tokens (class, registers), blocks of one width, a final norm.
+
+    name        any of timm's with `blocks` and `norm`: "vit_base_patch14_reg4_dinov2", "vit_base_patch16_dinov3_qkvb"
+    patch       side of a patch in pixels; other than the published one it needs weights resampled by timm
+    size        of the input that the table of positions is made for, in pixels; at other sizes it is interpolated
+    own         arguments that replace timm's: embed_dim, depth, num_heads
+
+    `begin` makes tokens (B, prefix + patches, C), `block` runs one block, `norm` ends; in between anything may be done.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        patch: int = 16,
+        size: int = 640,
+        in_channels: int = 3,
+        pretrained: bool = False,
+        own: dict[str, int] | None = None,
+    ):
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise MissingExtraError("timm", "timm") from None
+        try:
+            body: Any = timm.create_model(
+                name, pretrained=pretrained, num_classes=0, patch_size=patch, img_size=size, in_chans=in_channels,
+                **(own or {}),
+            )  # fmt: skip
+        except (RuntimeError, AttributeError, ValueError, TypeError, AssertionError) as error:
+            raise UsageError(f"timm cannot give {name!r} as a transformer of {size} pixels: {error}") from None
+        lacking = [part for part in ("patch_embed", "cls_token", "blocks", "norm") if getattr(body, part, None) is None]
+        if lacking:
+            raise UsageError(f"timm's {name!r} is no plain ViT: it has no {', '.join(lacking)}")
+        self.body, self.patch, self.width, self.prefix = body, patch, body.embed_dim, body.num_prefix_tokens
+        self.rotary = getattr(body, "rope", None)
+        body.requires_grad_(True)
+
+    def __len__(self) -> int:
+        return len(self.body.blocks)
+
+    def begin(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], tuple[int, int], Tensor | None]:
+        """Tokens with their positions, the grid of patches, and the rotation that `block` wants (None: no rotation)."""
+        import torch
+        from timm.layers.pos_embed import resample_abs_pos_embed
+
+        body = self.body
+        patches = body.patch_embed.proj(images)  # (B, D, h, w)
+        grid = (int(patches.shape[2]), int(patches.shape[3]))
+        tokens = body.patch_embed.norm(patches.flatten(2).transpose(1, 2))
+        prefix = [t.expand(len(tokens), -1, -1) for t in (body.cls_token, getattr(body, "reg_token", None)) if t is not None]
+        table = body.pos_embed
+        if table is None:
+            tokens = torch.cat([*prefix, tokens], 1)
+        else:
+            whole = table.shape[1] - (0 if getattr(body, "no_embed_class", False) else self.prefix)
+            if whole != grid[0] * grid[1]:
+                table = resample_abs_pos_embed(table, list(grid), num_prefix_tokens=table.shape[1] - whole)
+            if table.shape[1] == tokens.shape[1]:  # the prefix has no position
+                tokens = torch.cat([*prefix, tokens + table], 1)
+            else:
+                tokens = torch.cat([*prefix, tokens], 1) + table
+        tokens = getattr(body, "norm_pre", nn.Identity())(tokens)
+        rotation = None if self.rotary is None else self.rotary.get_embed(shape=list(grid))
+        return tokens, grid, rotation
+
+    def block(
+        self,
+        number: int,
+        tokens: Float[Tensor, "b n d"],
+        rotation: Tensor | None = None,
+        allowed: Bool[Tensor, "b 1 n n"] | None = None,
+    ) -> Float[Tensor, "b n d"]:
+        """Block `number`; `allowed` is True where a token (row) may look (column)."""
+        layer = self.body.blocks[number]
+        if self.rotary is None:
+            return layer(tokens, attn_mask=allowed)
+        return layer(tokens, rope=rotation, attn_mask=allowed)
+
+    def norm(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.body.norm(tokens)
+
+    def more_prefix(self, first: int, count: int) -> None:
+        """Blocks from `first` on will have `count` further tokens before the patches, which are not rotated either."""
+        if self.rotary is not None:
+            for layer in list(self.body.blocks)[first:]:
+                layer.attn.num_prefix_tokens += count
