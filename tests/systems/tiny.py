@@ -72,6 +72,16 @@ TINY: dict[str, dict[str, Any]] = {
     # As published, so that a crowd region is left out like what nothing covers.
     "pointrend-semantic": {**TRUNK, "neck_width": 32, "coarse_width": 32, "point_width": 32, "background": False},
     "embedmask": {**TRUNK, "neck_width": 64, "convs": 1},
+    "eomt": {
+        "backbone": "vit_tiny_patch16_224",
+        "width": 32,
+        "depth": 3,
+        "heads": 2,
+        "size": 128,
+        "queries": 30,
+        "last_blocks": 2,
+        "points": 256,
+    },
     "ese-seg": {**TRUNK, "head_width": 64, "short": 128},
     "mask2former": {**TRUNK, **QUERIES, "encoder_layers": 1, "encoder_hidden": 64, "layers": 3, "points": 256},
 }

@@ -27,7 +27,7 @@ from maskwright.blocks.vit import ViT
 from maskwright.errors import UsageError
 from maskwright.ops import queries as query_ops
 from maskwright.ops import query_losses as learning
-from maskwright.ops.assignment import assign
+from maskwright.ops.assignment import Pairs, assign
 from maskwright.structures import Instances, Panoptic, Placement, Preprocess
 from maskwright.systems.base import Card, ClassRows, PanopticSystem, Preset, Score
 
@@ -203,28 +203,33 @@ class EoMT(PanopticSystem):
     # ---- learning ----------------------------------------------------------------------------------------------------
 
     def losses(self, raw: Raw, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        """`class`, `mask` and `dice` of the last prediction, and `class_0` ... of those before it: Mask2Former's losses,
-        each prediction being matched by itself. Crowd regions are not learnt from. Random points come from torch's
-        generator in the order of the published code, prediction by prediction.
+        """`class`, `mask` and `dice` of the last prediction, and `class_0` ... of those before it: Mask2Former's, each
+        prediction being matched by itself. Crowd regions are not learnt from. Random points come from torch's generator
+        in the order of the published code, prediction by prediction.
         """
         device = raw.features.device
         with torch.autocast(device.type, enabled=False):
             objects = [learning.Objects.of(t, device) for t in targets]
             count = learning.object_count(objects, device)
-            matched = sum(min(len(self.queries), len(own)) for own in objects)
-            terms: dict[str, list[Tensor]] = {"class": [], "mask": [], "dice": []}
-            for layer in range(len(raw.classes)):
-                classes, queries = raw.classes[layer, None], raw.embeddings[layer, None]
-                places = learning.draw_places(1, len(objects), matched, self.rules, device)
-                chances = classes.float().softmax(-1)
-                costs = learning.point_costs(chances, queries, raw.features[layer], objects, places, raw.size, WEIGHTS)
-                pairs = assign(costs)
-                mask, dice = learning.point_losses(queries, raw.features[layer], objects, pairs, raw.size, self.rules)
-                own = (learning.class_losses(classes, objects, pairs, self.no_object), mask / count, dice / count)
-                for (name, values), weight, value in zip(terms.items(), WEIGHTS, own, strict=True):
-                    values.append(weight * value[0])
+            found = [self.prediction_losses(raw, layer, objects, count)[0] for layer in range(len(raw.classes))]
             idle = (raw.features.float().sum() + raw.embeddings.float().sum()) * 0
-            return learning.named({name: torch.stack(values) for name, values in terms.items()}, idle)
+            terms = torch.stack(found, 1)  # (3, L)
+            return learning.named(dict(zip(("class", "mask", "dice"), terms, strict=True)), idle)
+
+    def prediction_losses(
+        self, raw: Raw, layer: int, objects: Sequence[learning.Objects], count: Float[Tensor, ""]
+    ) -> tuple[Float[Tensor, " terms"], list[Pairs]]:
+        """Weighted losses of one prediction, and who answered for what."""
+        classes, queries, features = raw.classes[layer, None], raw.embeddings[layer, None], raw.features[layer]
+        matched = sum(min(len(self.queries), len(own)) for own in objects)
+        places = learning.draw_places(1, len(objects), matched, self.rules, features.device)
+        chances = classes.float().softmax(-1)
+        costs = learning.point_costs(chances, queries, features, objects, places, raw.size, WEIGHTS)
+        pairs = assign(costs)
+        mask, dice = learning.point_losses(queries, features, objects, pairs, raw.size, self.rules)
+        kinds = learning.class_losses(classes, objects, pairs, self.no_object)
+        terms = torch.cat([kinds, mask / count, dice / count])
+        return terms * terms.new_tensor(WEIGHTS), pairs
 
     # ---- objects -----------------------------------------------------------------------------------------------------
 

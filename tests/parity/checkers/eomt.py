@@ -1,0 +1,199 @@
+"""EoMT, by its authors: heads without and with masked attention, losses, and the rules for objects and segments."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from maskwright.checkpoints.origins import origins
+from maskwright.ops import queries as query_ops
+from maskwright.ops import query_losses as learning
+from maskwright.structures import Placement
+from maskwright.systems.eomt import WEIGHTS
+from tests.parity.checkers import mask2former
+from tests.parity.ledger import LARGEST, Ledger, matching
+
+DEEP = "gradients of four matched predictions at random points through all blocks"
+NEAR_NOUGHT = 2e-5  # of mask logits up to 25: whether such a patch may be looked at is decided by rounding
+
+
+def check(system: Any, layout: Path, ledger: Ledger) -> None:
+    own = Check(system.eval(), ledger)
+    own.answers()
+    raw = own.masked() if ledger.names(r"masked/.*") else None
+    if "loss/total_weighted" in ledger:
+        own.learning(raw)
+    if "post/inst_scores" in ledger:
+        own.post()
+
+
+class Check(mask2former.Check):
+    # ---- the network ---------------------------------------------------------------------------------------------
+
+    def answers(self) -> None:
+        ledger = self.ledger
+        with torch.no_grad():
+            raw = self.system(self.images)
+            tokens, _, _ = self.system.backbone.begin(self.images)
+        if "tokens_after_pos" in ledger:
+            ledger.compare("tokens_after_pos", tokens[:, : int(_shape(ledger, "tokens_after_pos")[1])])
+        ledger.compare("mask_logits", raw.masks())
+        ledger.compare("class_logits", raw.classes[-1])
+
+    def masked(self) -> Any:
+        """With attention held to the masks. Where a patch's logit is nought but for rounding either answer is right:
+        both are tried, and the one nearer to what was recorded is kept for the blocks that follow."""
+        system, ledger = self.system.train(), self.ledger
+        system.mask_probability.fill_(1)
+        flips: list[Tensor] = []
+        for _ in range(len(system.mask_probability) + 1):
+            raw, doubtful = self.forward(flips)
+            number = len(flips)
+            if number == len(system.mask_probability):
+                break
+            cells = doubtful[number].nonzero()
+            choices = [c for n in range(min(3, len(cells)) + 1) for c in itertools.combinations(range(len(cells)), n)]
+            trials = []
+            for chosen in choices[:16]:
+                flip = torch.zeros_like(doubtful[number])
+                flip[tuple(cells[list(chosen)].T)] = True
+                trials.append((self.apart(self.forward([*flips, flip])[0], number + 1), flip))
+            flips.append(min(trials, key=lambda t: t[0])[1])
+        told = ", ".join(str(int(f.sum())) for f in flips)
+        note = f"patches turned by rounding before each block: {told}" if any(f.any() for f in flips) else ""
+        masks = torch.stack([raw.masks(layer)[0] for layer in range(len(raw.classes))])
+        ledger.compare("masked/mask_logits_per_layer", masks, note=note)
+        ledger.compare("masked/class_logits_per_layer", raw.classes[:, 0], note=note)
+        return raw
+
+    def forward(self, flips: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        """The answer with some patches' decisions turned over, and which decisions were doubtful, block by block."""
+        system, doubtful, plain = self.system, [], self.system.allowed
+
+        def watched(embeddings: Tensor, features: Tensor, grid: Any, probability: Tensor) -> Tensor:
+            allowed = plain(embeddings, features, grid, probability)
+            small = functional.interpolate(features, grid, mode="bilinear", align_corners=False).flatten(2)
+            doubtful.append((embeddings @ small).abs() < NEAR_NOUGHT)
+            if len(doubtful) <= len(flips):
+                count, before = embeddings.shape[1], allowed.shape[-1] - small.shape[2]
+                allowed[:, 0, :count, before:] ^= flips[len(doubtful) - 1]
+            return allowed
+
+        system.allowed = watched
+        try:
+            with torch.no_grad():
+                return system(self.images), doubtful
+        finally:
+            del system.allowed
+
+    def apart(self, raw: Any, layer: int) -> float:
+        """How far prediction `layer` is from what was recorded of it."""
+        total = 0.0
+        for name, ours in (("class_logits", raw.classes[layer]), ("mask_logits", raw.masks(layer))):
+            theirs, shape, chosen = self.ledger._answer(f"masked/{name}_per_layer")
+            places = np.arange(int(np.prod(shape))) if chosen is None else chosen
+            rows = places // ours.numel() == layer
+            values = ours.numpy().reshape(-1)[places[rows] - layer * ours.numel()]
+            total += float(np.linalg.norm(values - theirs.reshape(-1)[rows]))
+        return total
+
+    # ---- learning ------------------------------------------------------------------------------------------------
+
+    def learning(self, raw: Any) -> None:
+        ledger, system = self.ledger, self.system.train()
+        target = self.target()
+        if "rng_first8" in ledger:
+            torch.manual_seed(0)
+            ledger.compare("rng_first8", torch.rand(8))
+        if "grad_norms" in ledger:
+            system.mask_probability.fill_(1)
+            raw = system(self.images)
+        torch.manual_seed(0)
+        objects = [learning.Objects.of(target, raw.classes.device)]
+        count = learning.object_count(objects, raw.classes.device)
+        found = [system.prediction_losses(raw, layer, objects, count) for layer in range(len(raw.classes))]
+        ledger.equal("match_pairs", torch.stack([torch.stack([q[0], o[0]]) for _, ((q, o),) in found]))
+        for layer, (terms, _) in enumerate(found):
+            for name, value, weight in zip(("cross_entropy", "mask", "dice"), terms, WEIGHTS, strict=True):
+                ledger.compare(f"loss/loss_{name}_{layer}", value / weight)
+        torch.manual_seed(0)
+        total = torch.stack(list(system.losses(raw, [target]).values())).sum()
+        ledger.compare("loss/total_weighted", total)
+        if "grad_norms" in ledger:
+            system.zero_grad()
+            total.backward()
+            self.gradients()
+
+    def gradients(self) -> None:
+        ledger = self.ledger
+        keys = [str(k) for k in ledger.arrays["grad_keys"]]
+        ledger.seen.add("grad_keys")
+        origin = next(o for o in origins() if o.system == "eomt" and o.name == "eomt")
+        ours = dict(self.system.named_parameters())
+        numbered = origin.translate(
+            {f"network.{k}": torch.full((3,), float(i)) for i, k in enumerate(keys)}, {"backbone": ""}
+        )
+        norms = torch.zeros(len(keys), dtype=torch.float64)
+        for name, value in numbered.items():
+            gradient = ours.pop(name).grad
+            assert gradient is not None, name
+            norms[int(value[0])] = gradient.double().norm()
+        assert not ours, f"the original trains no {', '.join(list(ours)[:3])}"
+        ledger.compare("grad_norms", norms, LARGEST, DEEP)
+
+    # ---- finished answers ----------------------------------------------------------------------------------------
+
+    def post(self) -> None:
+        """The rules on answers that are made up: recipe in the recording's notes."""
+        ledger, seed = self.ledger, int(self.ledger.about["seed"]) + 7
+        stream = np.random.RandomState(seed)
+        logits = torch.from_numpy(stream.standard_normal((1, 200, 134)).astype("float32") * np.float32(4))[0]
+        masks = torch.from_numpy(stream.standard_normal((1, 200, 16, 16)).astype("float32") * np.float32(4))[0]
+        size, picture = (128, 128), (75, 110)
+        ratio = min(s / p for s, p in zip(size, picture, strict=True))
+        inner = (round(picture[0] * ratio), round(picture[1] * ratio))
+        placement = Placement.resize(picture, inner).then_crop(0, 0, size)
+        scores = logits[:, :81].softmax(-1)[:, :-1]
+        place = scores.flatten().topk(100).indices
+        ledger.equal("post/inst_query", place // 80)
+        ledger.equal("post/inst_classes", place % 80)
+        found = query_ops.objects(scores, lambda rows: masks[rows], placement, size, query_ops.Choice())
+        assert found.scores is not None
+        assert found.masks is not None
+        theirs, areas = ledger.peek("post/inst_scores"), ledger.peek("post/inst_area")
+        rows = matching(
+            torch.stack([theirs, areas * 1e-9], 1), torch.stack([found.scores, found.masks.areas() * 1e-9], 1),
+            (place % 80, found.labels),
+        )  # fmt: skip
+        if rows is None:
+            return ledger.fail("post/inst_scores", f"{len(found)} objects instead of {len(theirs)}")
+        ledger.compare("post/inst_scores", found.scores[rows])
+        self.nearly("post/inst_area", found.masks.areas()[rows], 1)
+        things = torch.arange(133) < 80
+        divided = query_ops.segments(
+            logits.softmax(-1), lambda rows: masks[rows], placement, size, things, score_threshold=0.5,
+            overlap_threshold=0.5,
+        )  # fmt: skip
+        number = divided.map().long() - 1
+        labels = divided.segments.labels
+        kinds = torch.cat([labels, torch.tensor([133])])[number]
+        self.agree("post/pan_class_segment", torch.stack([kinds, number], -1))
+
+
+def _shape(ledger: Ledger, name: str) -> tuple[int, ...]:
+    key = f"{name}__shape"
+    return tuple(int(n) for n in ledger.arrays[key]) if key in ledger.arrays else ledger.arrays[name].shape
+
+
+def stated(about: dict[str, Any]) -> dict[str, Any]:
+    """Files with DINOv3 are taken as sums, where the recording says so."""
+    return {"variant": "sum"} if "already summed" in str(about.get("variant", "")) else {}
+
+
+SYSTEMS = {"eomt": check}

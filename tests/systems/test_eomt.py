@@ -1,0 +1,192 @@
+"""EoMT's own: queries among the tokens of a ViT, attention held to masks and let go, and whose weights go where."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import maskwright as mw
+from maskwright.checkpoints.origins.eomt import ORIGINS
+from maskwright.errors import UsageError
+from maskwright.structures import Placement
+from maskwright.systems import create
+from tests.systems.tiny import SIZE, build, objects
+
+
+def pictures(count: int = 1) -> torch.Tensor:
+    return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_query_looks_into_its_mask_alone_and_everything_else_everywhere():
+    system = build("eomt")
+    embeddings, features = torch.randn(2, 30, 32), torch.randn(2, 32, 24, 32)
+    allowed = system.allowed(embeddings, features, (6, 8), torch.tensor(1.0))
+    before = 30 + system.backbone.prefix
+    assert allowed.shape == (2, 1, before + 48, before + 48)
+    assert allowed[:, :, :, :before].all(), "queries and the class token are seen by all"
+    assert allowed[:, :, 30:].all(), "tokens that are no queries see all"
+    small = torch.nn.functional.interpolate(features, (6, 8), mode="bilinear", align_corners=False).flatten(2)
+    assert torch.equal(allowed[:, 0, :30, before:], embeddings @ small > 0)
+    assert system.allowed(embeddings, features, (6, 8), torch.tensor(0.0)).float().mean() > 0.99
+
+
+def test_attention_is_let_go_block_after_block():
+    system = build("eomt")
+    assert system.mask_probability.tolist() == [1, 1]
+    told = []
+    for done in (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0):
+        system.progressed(done)
+        told.append([round(p, 3) for p in system.mask_probability.tolist()])
+    half = round(0.5**0.9, 3)
+    assert told == [[1, 1], [1, 1], [half, 1], [0, 1], [0, half], [0, 0], [0, 0]]
+
+
+def test_there_is_one_prediction_but_in_training():
+    system = build("eomt")
+    assert len(system.train()(pictures()).classes) == 3
+    assert len(system.eval()(pictures()).classes) == 1
+    assert len(build("eomt", masked=False).train()(pictures()).classes) == 1
+
+
+def test_training_tells_it_how_far_it_is(tmp_path):
+    from maskwright.data import Scenes
+
+    small = {"width": 32, "depth": 3, "heads": 2, "size": 64, "queries": 10, "last_blocks": 2, "points": 64}
+    mw.train(
+        "eomt",
+        Scenes(4, size=(64, 64), seed=0),
+        val=False,
+        out=tmp_path / "run",
+        steps=4,
+        batch=1,
+        workers=0,
+        ema=None,
+        tensorboard=False,
+        device="cpu",
+        options={"backbone": "vit_tiny_patch16_224", **small},
+    )
+    kept = mw.load(tmp_path / "run" / "last.safetensors")
+    # As the last step, which began when three quarters were done, had it.
+    system = create("eomt", backbone="vit_tiny_patch16_224", **small)
+    system.progressed(0.75)
+    assert torch.equal(kept.mask_probability, system.mask_probability)
+
+
+def test_rotated_positions_leave_queries_alone():
+    small = {"width": 48, "depth": 2, "heads": 2, "size": 64, "queries": 5, "last_blocks": 1}
+    system = create("eomt", backbone="vit_small_patch16_dinov3_qkvb", **small)
+    counts = [block.attn.num_prefix_tokens for block in system.backbone.body.blocks]
+    assert counts == [5, 10], "class token and four registers; then the queries too"
+    with torch.no_grad():
+        raw = system.eval()(torch.randn(1, 3, 64, 96))
+    assert raw.features.shape == (1, 1, 48, 16, 24)
+
+
+def test_the_table_of_positions_serves_other_sizes():
+    system = build("eomt").eval()
+    with torch.no_grad():
+        found = system.decode(system(torch.randn(1, 3, 160, 64)), [Placement.identity((160, 64))])[0]
+    assert found.image_size == (160, 64)
+
+
+def test_pictures_lie_in_the_upper_left_on_black():
+    system = build("eomt", size=128)
+    batch = system.preprocess.collate([torch.full((3, 50, 100), 255, dtype=torch.uint8)])
+    assert batch.images.shape == (1, 3, 128, 128)
+    black = (0 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(batch.images[0, :, -1, -1], black)
+    assert (batch.images[0, :, 0, 0] > 2).all()
+
+
+def test_things_and_stuff_divide_the_picture():
+    system = build("eomt", stuff=("b",)).eval()
+    with torch.no_grad():
+        raw = system(pictures())
+    divided = system.decode_panoptic(raw, [Placement.identity(SIZE)], score_threshold=0.0, overlap_threshold=0.0)[0]
+    assert divided.image_size == SIZE
+    assert system.decode_semantic(raw, [Placement.identity(SIZE)])[0].shape == SIZE
+    found = system.decode(raw, [Placement.identity(SIZE)], score_threshold=0.0)[0]
+    assert (found.labels == 0).all(), "objects are things"
+
+
+def test_wrong_options_are_told():
+    with pytest.raises(UsageError, match=r"last_blocks is 9; .* has 3 blocks"):
+        build("eomt", last_blocks=9)
+    with pytest.raises(UsageError, match=r"resnet18.*no plain ViT|timm cannot give 'resnet18'"):
+        create("eomt", backbone="resnet18")
+
+
+def test_files_of_transformers_are_the_same_network():
+    """Each of their tensors holds its own number: it must come to the place that its name says."""
+    tensors = {
+        "query.weight": (5, 8),
+        "class_predictor.weight": (3, 8),
+        "attn_mask_probs": (1,),
+        "embeddings.position_embeddings.weight": (16, 8),
+        "mask_head.fc3.bias": (8,),
+        "upscale_block.block.1.layernorm2d.weight": (8,),
+        "layers.0.layer_scale2.lambda1": (8,),
+        **{
+            f"layers.0.attention.{p}_proj.{k}": (8, 8) if k == "weight" else (8,)
+            for p in "qkv"
+            for k in ("weight", "bias")
+        },
+        "layers.0.attention.out_proj.weight": (8, 8),
+        "layernorm.bias": (8,),
+    }
+    state = {name: torch.full(shape, float(number)) for number, (name, shape) in enumerate(tensors.items())}
+    origin = next(o for o in ORIGINS if o.name == "transformers")
+    ours = origin.translate(state, {"backbone": "vit_small_patch14_reg4_dinov2"})
+    number = {name: float(i) for i, name in enumerate(tensors)}
+    assert ours["backbone.body.pos_embed"].shape == (1, 16, 8)
+    assert ours["backbone.body.blocks.0.attn.qkv.weight"][::8, 0].tolist() == [
+        number[f"layers.0.attention.{p}_proj.weight"] for p in "qkv"
+    ]
+    for mine, theirs in (
+        ("queries", "query.weight"),
+        ("mask_head.4.bias", "mask_head.fc3.bias"),
+        ("upscale.1.norm.weight", "upscale_block.block.1.layernorm2d.weight"),
+        ("mask_probability", "attn_mask_probs"),
+        ("backbone.body.blocks.0.ls2.gamma", "layers.0.layer_scale2.lambda1"),
+        ("backbone.body.norm.bias", "layernorm.bias"),
+        ("backbone.body.blocks.0.attn.proj.weight", "layers.0.attention.out_proj.weight"),
+    ):
+        assert float(ours[mine].flatten()[0]) == number[theirs]
+
+
+def test_a_file_of_differences_asks_what_it_is(tmp_path):
+    """Keys and shapes of sums and of differences to DINOv3 are the same."""
+    from maskwright.errors import CheckpointError
+    from tests.parity.weights import write_checkpoint
+
+    names = {
+        "network.q.weight": [5, 384],
+        "network.class_head.weight": [3, 384],
+        "network.class_head.bias": [3],
+        "network.attn_mask_probs": [1],
+        "network.encoder.backbone.patch_embed.patch_embeddings.weight": [384, 3, 16, 16],
+        "network.encoder.backbone.blocks.0.norm1.weight": [384],
+    }
+    layout = tmp_path / "layout.json"
+    layout.write_text(json.dumps({"tensors": {k: [v, "float32"] for k, v in names.items()}}))
+    with pytest.raises(CheckpointError, match="difference to DINOv3"):
+        mw.load(write_checkpoint(layout, tmp_path))
+
+
+def test_duplicates_can_be_left_out():
+    system = build("eomt").eval()
+    with torch.no_grad():
+        raw = system(pictures())
+    placements = [Placement.identity(SIZE)]
+    plain = system.decode(raw, placements)[0]
+    assert len(system.decode(raw, placements, nms_threshold=0.5)[0]) <= len(plain)
+    assert len(system.decode(raw, placements, best_class=True)[0]) <= 30
+
+
+def test_targets_without_masks_are_refused():
+    system, target = build("eomt").train(), objects(2)
+    target.masks = None
+    with pytest.raises(ValueError, match="no masks"):
+        system.losses(system(pictures()), [target])
