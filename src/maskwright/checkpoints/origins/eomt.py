@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from maskwright.checkpoints.names import class_names
+from maskwright.checkpoints.names import segment_names
 from maskwright.checkpoints.origins import Candidate, Origin, Shapes, State
 
 LICENCE = "MIT"
@@ -77,8 +77,10 @@ def _options(shapes: Shapes, names: Mapping[str, str], rotary: bool) -> dict[str
     if width not in SIZES:
         return None
     family = "patch16_dinov3_qkvb" if rotary else "patch14_reg4_dinov2"
+    classes, stuff = segment_names(count)
     found: dict[str, Any] = {
-        "classes": class_names(count),
+        "classes": classes,
+        "stuff": stuff,
         "backbone": f"vit_{SIZES[width]}_{family}",
         "queries": queries,
         "last_blocks": shapes[names["share"]][0],
@@ -87,8 +89,6 @@ def _options(shapes: Shapes, names: Mapping[str, str], rotary: bool) -> dict[str
     }
     if len(blocks) != {384: 12, 768: 12, 1024: 24, 1536: 40}[width]:
         found["depth"] = len(blocks)
-    if count == 133:  # COCO's things, then its stuff
-        found["stuff"] = tuple(found["classes"][80:])
     if not rotary:
         side = math.isqrt(shapes[names["table"]][-2])
         found |= {"size": side * patch, "table": side}
