@@ -29,7 +29,7 @@ class ViT(nn.Module):
         size: int = 640,
         in_channels: int = 3,
         pretrained: bool = False,
-        own: dict[str, int] | None = None,
+        own: dict[str, Any] | None = None,
     ):
         super().__init__()
         try:

@@ -156,14 +156,15 @@ class EoMT(PanopticSystem):
         for number in range(self.first, len(vit)):
             allowed = None
             if self.training and self.masked:
-                found.append(self.predict(tokens, grid))
-                allowed = self.allowed(*found[-1][1:], grid, self.mask_probability[number - self.first])
+                found.append(self.answer(tokens, grid))
+                _, embeddings, features = found[-1]
+                allowed = self.allowed(embeddings, features, grid, self.mask_probability[number - self.first])
             tokens = vit.block(number, tokens, rotation, allowed)
-        found.append(self.predict(tokens, grid))
+        found.append(self.answer(tokens, grid))
         classes, embeddings, features = (torch.stack(parts) for parts in zip(*found, strict=True))
         return Raw(classes, embeddings, features, (images.shape[2], images.shape[3]))
 
-    def predict(self, tokens: Float[Tensor, "b n d"], grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    def answer(self, tokens: Float[Tensor, "b n d"], grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Class logits and embeddings of the queries, and the features of pixels, as the tokens stand."""
         tokens = self.backbone.norm(tokens)
         count = len(self.queries)

@@ -28,7 +28,7 @@ def check(system: Any, layout: Path, ledger: Ledger) -> None:
     own.answers()
     raw = own.masked() if ledger.names(r"masked/.*") else None
     if "loss/total_weighted" in ledger:
-        own.learning(raw)
+        own.answer_learnt(raw)
     if "post/inst_scores" in ledger:
         own.post()
 
@@ -52,19 +52,20 @@ class Check(mask2former.Check):
         system, ledger = self.system.train(), self.ledger
         system.mask_probability.fill_(1)
         flips: list[Tensor] = []
-        for _ in range(len(system.mask_probability) + 1):
-            raw, doubtful = self.forward(flips)
-            number = len(flips)
-            if number == len(system.mask_probability):
-                break
-            cells = doubtful[number].nonzero()
-            choices = [c for n in range(min(3, len(cells)) + 1) for c in itertools.combinations(range(len(cells)), n)]
+        raw, doubtful = self.forward(flips)
+        for number in range(len(system.mask_probability)):
+            cells, plain = doubtful[number].nonzero(), torch.zeros_like(doubtful[number])
+            if not len(cells):
+                flips.append(plain)
+                continue
             trials = []
-            for chosen in choices[:16]:
-                flip = torch.zeros_like(doubtful[number])
+            choices = (c for n in range(min(3, len(cells)) + 1) for c in itertools.combinations(range(len(cells)), n))
+            for chosen in itertools.islice(choices, 16):
+                flip = plain.clone()
                 flip[tuple(cells[list(chosen)].T)] = True
-                trials.append((self.apart(self.forward([*flips, flip])[0], number + 1), flip))
-            flips.append(min(trials, key=lambda t: t[0])[1])
+                trials.append((*self.forward([*flips, flip]), flip))
+            raw, doubtful, flip = min(trials, key=lambda t: self.apart(t[0], number + 1))
+            flips.append(flip)
         told = ", ".join(str(int(f.sum())) for f in flips)
         note = f"patches turned by rounding before each block: {told}" if any(f.any() for f in flips) else ""
         masks = torch.stack([raw.masks(layer)[0] for layer in range(len(raw.classes))])
@@ -105,7 +106,7 @@ class Check(mask2former.Check):
 
     # ---- learning ------------------------------------------------------------------------------------------------
 
-    def learning(self, raw: Any) -> None:
+    def answer_learnt(self, raw: Any) -> None:
         ledger, system = self.ledger, self.system.train()
         target = self.target()
         if "rng_first8" in ledger:

@@ -141,11 +141,10 @@ def joined(state: State, options: Mapping[str, Any]) -> State:
         if match is None:
             continue
         stem, kind = match[1], match[2]
-        parts = [state.get(f"{stem}.{part}.{kind}") for part in "qkv"]
         if kind == "bias" and "dinov3" in options["backbone"]:  # keys have none
-            result |= {f"{stem}.q_bias": parts[0], f"{stem}.v_bias": parts[2]}
+            result |= {f"{stem}.{part}_bias": state[f"{stem}.{part}.bias"] for part in "qv"}
         else:
-            result[f"{stem}.qkv.{kind}"] = torch.cat(parts)
+            result[f"{stem}.qkv.{kind}"] = torch.cat([state[f"{stem}.{part}.{kind}"] for part in "qkv"])
     table = "backbone.body.pos_embed"
     if table in result and result[table].ndim == 2:
         result[table] = result[table][None]
