@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskwright.checkpoints.torch7 import MARKS, read_torch7
 from maskwright.checkpoints.unpickling import (
     StorageKind,
     StorageRecord,
@@ -51,12 +52,14 @@ Read = tuple[Any, dict[str, Any]]
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors in a file of weights by their names, on the CPU, and what the file says of itself.
 
-    Reads safetensors, torch's zip and older format, pickles of arrays (detectron2, Caffe2) and Hugging Face folders.
+    Reads safetensors, torch's zip and older format, Torch 7's, pickles of arrays (detectron2, Caffe2) and Hugging Face
+    folders.
     Of nested containers the averaged weights are taken where there are some, else the usual names (`WRAPPERS`);
     "module." before every key is dropped.
 
-    about["path"], about["format"]: "safetensors", "torch", "torch-legacy", "pickle"; about["layout"] is "caffe2" for
-    Detectron's blobs; about["wrapper"]: the keys that led to the weights; about["metadata"]: the safetensors header's;
+    about["path"], about["format"]: "safetensors", "torch", "torch-legacy", "torch7", "pickle"; about["layout"] is
+    "caffe2" for Detectron's blobs; about["wrapper"]: the keys that led to the weights; about["metadata"]: the
+    safetensors header's;
     about["config"]: a folder's config.json; about["container"]: the plain values that lay beside the weights.
     """
     path = Path(path)
@@ -95,6 +98,8 @@ def _file(path: Path) -> Read:
             return _safetensors(path, size, int.from_bytes(head[:8], "little"))
         if head[:1] == b"\x80" and head[1:2] <= b"\x05":
             return _settled(*_pickles(file, size, name), name)
+        if head.startswith(MARKS):
+            return _settled(read_torch7(file.read(), name), "torch7", name)
         _complain_about_text(head, name)
         if path.suffix.lower() in (".pkl", ".pickle", ".pth", ".pt", ".bin"):
             return _settled(*_pickles(file, size, name), name)  # protocols 0 and 1 have no mark to know them by

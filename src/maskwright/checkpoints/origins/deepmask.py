@@ -127,6 +127,7 @@ ORIGINS = [
         rename=TORCH7,
         recognise=_torch7,
         finish=_from_torch7,
+        ignore=(r"^(?!(trunk|maskBranch|scoreBranch)\.)",),
         code_licence="BSD-3-Clause with a patent grant",
     ),
     Origin(

@@ -1,0 +1,179 @@
+"""Torch 7's binary files (.t7): Lua's numbers, strings, tables and objects, read as data. Nothing in them is executed.
+
+A value is a tag (four bytes, little end first) and what belongs to it; tables and objects carry a number, so that one
+that comes again is only named. An object is the name of its class and, but for tensors and storages, the table of its
+fields. Lua functions are passed over. Networks are containers whose field "modules" is a list, and become flat here:
+"trunk.5.1.weight" is what is called `weight` in the first module of the fifth module of the model's field `trunk`.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from maskwright.checkpoints.unpickling import StorageRecord, TensorRecord
+from maskwright.errors import CheckpointError
+
+MARKS = (b"\x03\0\0\0", b"\x04\0\0\0")  # what a file begins with that holds a table or an object
+NIL, NUMBER, STRING, TABLE, OBJECT, BOOLEAN, FUNCTION, OLD_CLOSURE, CLOSURE = range(9)
+DEEPEST = 64  # levels of nesting
+MOST = 100_000  # modules of a network, those that stand in several places counted in each
+KINDS = {
+    "Byte": torch.uint8, "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64,
+    "Half": torch.float16, "Float": torch.float32, "Double": torch.float64, "": torch.float32,
+}  # fmt: skip
+KEPT = ("weight", "bias", "a", "b", "running_mean", "running_var")  # of a module; the rest is its working memory
+
+
+@dataclass
+class LuaObject:
+    """An object of a class we need not know."""
+
+    kind: str
+    fields: dict[Any, Any] = field(default_factory=dict)
+
+
+def read_torch7(data: bytes, path: str) -> dict[str, TensorRecord]:
+    """The parameters of the network in a file, by name."""
+    content = _Reader(data, path).value(0)
+    if isinstance(content, dict):
+        content = content.get("model", content)
+    if not isinstance(content, LuaObject | dict):
+        raise CheckpointError(f"{path}: it holds no network of Torch 7, only a {type(content).__name__}")
+    fields = content.fields if isinstance(content, LuaObject) else content
+    walk = _Walk(path)
+    found = dict(walk.parameters(content, "", frozenset())) if "modules" in fields else {}
+    for name, value in fields.items():
+        if isinstance(value, LuaObject) and isinstance(name, str):
+            found |= dict(walk.parameters(value, f"{name}.", frozenset()))
+    return found
+
+
+class _Walk:
+    """Through the containers of a network, from each module to those inside it."""
+
+    def __init__(self, path: str):
+        self.path, self.count = path, 0
+
+    def parameters(self, module: Any, prefix: str, above: frozenset[int]) -> Iterator[tuple[str, TensorRecord]]:
+        fields = module.fields if isinstance(module, LuaObject) else module
+        if not isinstance(fields, dict) or id(fields) in above:
+            return
+        self.count += 1
+        if self.count > MOST:
+            raise CheckpointError(f"{self.path}: it holds more than {MOST} modules; this is no checkpoint")
+        for name in KEPT:
+            if isinstance(fields.get(name), TensorRecord):
+                yield f"{prefix}{name}", fields[name]
+        inner = fields.get("modules")
+        for number, child in inner.items() if isinstance(inner, dict) else ():
+            yield from self.parameters(child, f"{prefix}{number}.", above | {id(fields)})
+
+
+class _Reader:
+    def __init__(self, data: bytes, path: str):
+        self.data, self.path, self.at = data, path, 0
+        self.seen: dict[int, Any] = {}
+
+    def value(self, depth: int) -> Any:
+        if depth > DEEPEST:
+            raise CheckpointError(f"{self.path}: its tables are nested more than {DEEPEST} deep; this is no checkpoint")
+        tag = self.integer()
+        if tag == NIL:
+            return None
+        if tag == NUMBER:
+            number = self.numbers("d", 1)[0]
+            return int(number) if number.is_integer() else number
+        if tag == STRING:
+            return self.text()
+        if tag == BOOLEAN:
+            return self.integer() == 1
+        if tag == FUNCTION:
+            self.passed_over(depth)
+            return None
+        if tag not in (TABLE, OBJECT, OLD_CLOSURE, CLOSURE):
+            raise self.damaged(f"a value of kind {tag}")
+        number = self.integer()
+        if number in self.seen:
+            return self.seen[number]
+        if tag == TABLE:
+            table = self.seen[number] = {}
+            return self.filled(table, depth)
+        if tag == OBJECT:
+            return self.object(number, depth)
+        self.seen[number] = None
+        self.passed_over(depth)
+        return None
+
+    def object(self, number: int, depth: int) -> Any:
+        kind = self.text()
+        if re.fullmatch(r"V \d+", kind):
+            kind = self.text()
+        found = re.fullmatch(r"torch\.(?:Cuda)?(\w*?)(Tensor|Storage)", kind)
+        if found is None:
+            result = self.seen[number] = LuaObject(kind)
+            fields = self.value(depth + 1)
+            if not isinstance(fields, dict):
+                raise self.damaged(f"an object of class {kind[:40]!r} without fields")
+            result.fields = fields
+            return result
+        if found[1] not in KINDS:
+            raise self.damaged(f"a {kind[:40]}")
+        if found[2] == "Storage":
+            dtype, count = KINDS[found[1]], self.numbers("q", 1)[0]
+            content = self.bytes(count * dtype.itemsize)
+            self.seen[number] = StorageRecord(str(number), dtype, count, lambda: bytearray(content))
+            return self.seen[number]
+        self.seen[number] = None
+        axes = self.integer()
+        if not 0 <= axes <= 16:
+            raise self.damaged(f"a tensor of {axes} axes")
+        size, stride = self.numbers("q", axes), self.numbers("q", axes)
+        first = self.numbers("q", 1)[0] - 1
+        storage = self.value(depth + 1)
+        if isinstance(storage, StorageRecord) and axes:
+            self.seen[number] = TensorRecord(storage, first, size, stride, storage.dtype)
+        return self.seen[number]
+
+    def filled(self, table: dict[Any, Any], depth: int) -> dict[Any, Any]:
+        for _ in range(self.integer()):
+            key = self.value(depth + 1)
+            value = self.value(depth + 1)
+            if isinstance(key, str | int | float):
+                table[key] = value
+        return table
+
+    def passed_over(self, depth: int) -> None:
+        """A function: its code and the values that it holds on to."""
+        self.bytes(self.integer())
+        self.value(depth + 1)
+
+    def text(self) -> str:
+        return bytes(self.bytes(self.integer())).decode("utf-8", "replace")
+
+    def integer(self) -> int:
+        return self.numbers("i", 1)[0]
+
+    def numbers(self, kind: str, count: int) -> tuple[Any, ...]:
+        form = f"<{count}{kind}"
+        return struct.unpack(form, self.bytes(struct.calcsize(form)))
+
+    def bytes(self, count: int) -> memoryview:
+        if not 0 <= count <= len(self.data) - self.at:
+            raise CheckpointError(
+                f"{self.path}: it claims {count} bytes where {len(self.data) - self.at} are left; it is cut short or "
+                "damaged, fetch it again"
+            )
+        part = memoryview(self.data)[self.at : self.at + count]
+        self.at += count
+        return part
+
+    def damaged(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: it holds {what} where Torch 7 has none; it is damaged or no file of Torch 7, fetch it again"
+        )
