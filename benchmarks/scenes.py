@@ -76,8 +76,8 @@ def learn(
     if draw is not None:
         draw.mkdir(parents=True, exist_ok=True)
         for index in range(3):
-            best = {"nms_threshold": 0.5, "detections": 8} if proposing else {}
-            found = system.predict(unseen[index].picture, score_threshold=0.3, **best)
+            few = {"nms_threshold": 0.5, "detections": 8} if proposing else {}
+            found = system.predict(unseen[index].picture, score_threshold=0.3, **few)
             found.save(draw / f"{preset}-{index}.png")
     return row
 
