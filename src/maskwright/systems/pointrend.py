@@ -33,7 +33,14 @@ from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.mask_targets import label_plane
 from maskwright.ops.planes import label_plane as on_picture
-from maskwright.ops.points import class_uncertainty, grid_points, point_sample, subdivide, uncertain_points
+from maskwright.ops.points import (
+    class_uncertainty,
+    grid_points,
+    point_sample,
+    subdivide,
+    uncertain_points,
+    uniform_points,
+)
 from maskwright.structures import Instances, Panoptic, Placement
 from maskwright.systems.base import Ablation, Card, ClassRows, PanopticSystem, Preset, Score
 from maskwright.systems.mask_rcnn import PREPROCESS, MaskRCNN
@@ -111,7 +118,7 @@ class ImplicitPoints(BoxPoints):
         raise AssertionError
 
     def choose(self, coarse: Tensor, labels: Tensor) -> Float[Tensor, "r p 2"]:
-        return torch.rand(len(labels), self.rules.count, 2, device=coarse.device)
+        return uniform_points(len(labels), self.rules.count, device=coarse.device)
 
 
 class PointRend(MaskRCNN):
