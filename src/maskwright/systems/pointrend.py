@@ -316,7 +316,21 @@ class PointRend(MaskRCNN):
             "short": tuple(range(800, 1025, 32)), "long": 2048,
         },
     }  # fmt: skip
-    ablations: ClassVar[Mapping[str, Ablation]] = {}
+    ablations: ClassVar[Mapping[str, Ablation]] = {
+        "sampling": Ablation(
+            "which points masks are learnt from (section 3.2)",
+            {
+                "uniform": {"candidates": 1.0, "important": 0.0}, "mildly biased": {},
+                "heavily biased": {"candidates": 10.0, "important": 1.0},
+            },
+            {}, "the paper's figures are not repeated here: they could not be looked up",
+            {
+                **{k: v for k, v in MaskRCNN._ABLATED.items() if k != "mask_convs"}, "mask_fc_width": 256,
+                "point_width": 64,
+            },
+            MaskRCNN._SCENES, MaskRCNN._TRAINED,
+        ),
+    }  # fmt: skip
 
 
 # ---- semantic segmentation -------------------------------------------------------------------------------------------
