@@ -124,6 +124,11 @@ class Ledger:
                 return self._line(name, f"shape {bits.shape}, expected {expected}", False)
             mine = packed[np.random.RandomState(0).randint(0, total, len(theirs))]
             different, count = int(np.unpackbits(mine ^ theirs).sum()), 8 * len(theirs)
+        elif f"{name}__sampled" in self.arrays:
+            theirs, shape, chosen = self._answer(name)
+            if bits.shape != tuple(shape):
+                return self._line(name, f"shape {bits.shape}, expected {tuple(shape)}", False)
+            different, count = int((bits.reshape(-1)[chosen] != theirs.astype(bool)).sum()), len(theirs)
         else:
             if f"{name}__packbits" in self.arrays:
                 whole = _unpacked(self.arrays[f"{name}__packbits"], self.arrays[f"{name}__shape"])
@@ -151,9 +156,12 @@ class Ledger:
 
     def equal(self, name: str, ours: Tensor) -> None:
         """Integers or flags: all equal."""
-        self.seen.add(name)
-        theirs = torch.from_numpy(self.arrays[name])
-        same = tuple(ours.shape) == tuple(theirs.shape) and bool((ours.long() == theirs.long()).all())
+        values, shape, chosen = self._answer(name)
+        theirs = torch.from_numpy(values)
+        same = tuple(ours.shape) == tuple(shape)
+        if same:
+            ours = ours if chosen is None else ours.flatten()[torch.from_numpy(chosen)]
+            same = bool((ours.long() == theirs.long()).all())
         self._line(
             name,
             "equal"

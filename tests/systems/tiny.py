@@ -71,6 +71,15 @@ TINY: dict[str, dict[str, Any]] = {
     "pointrend": {**TRUNK, **HEADS, "mask_width": 32, "mask_fc_width": 64, "point_width": 32},
     # As published, so that a crowd region is left out like what nothing covers.
     "pointrend-semantic": {**TRUNK, "neck_width": 32, "coarse_width": 32, "point_width": 32, "background": False},
+    "detr": {
+        **TRUNK,
+        "width": 128,
+        "hidden": 128,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "queries": 12,
+        "dropout": 0.0,
+    },
     "embedmask": {**TRUNK, "neck_width": 64, "convs": 1},
     "eomt": {
         "backbone": "vit_tiny_patch16_224",

@@ -87,6 +87,7 @@ def make_stage(
     groups: int = 1,
     group_width: int = 64,
     dilation: int = 1,
+    dilate_first: bool = True,
     stride_in: StrideIn = "3x3",
     deform: Literal["no", "plain", "modulated"] = "no",
     deform_every: int = 1,
@@ -94,7 +95,8 @@ def make_stage(
     norm: Norm = "frozen",
     eps: float = 1e-5,
 ) -> tuple[nn.Sequential, int]:
-    """Stage `number` (0 ... 3, strides 4, 8, 16, 32) of a ResNet, and its channels. A dilated stage does not stride.
+    """Stage `number` (0 ... 3, strides 4, 8, 16, 32) of a ResNet, and its channels. A dilated stage does not stride;
+    without `dilate_first` its first block is not dilated (torchvision), with it all are (detectron2).
     `deform`: the 3 x 3 of every `deform_every`-th block, from the first on, is a deformable convolution."""
     if depth not in BLOCKS:
         raise ValueError(f"there is no ResNet of depth {depth}; known are {', '.join(map(str, BLOCKS))}")
@@ -113,7 +115,7 @@ def make_stage(
                     width,
                     stride,
                     groups=groups,
-                    dilation=dilation,
+                    dilation=dilation if index or dilate_first else 1,
                     stride_in=stride_in,
                     deform=deform if index % deform_every == 0 else "no",
                     deform_bias=deform_bias,
@@ -139,6 +141,7 @@ class ResNet(nn.Module):
         group_width: int = 64,
         stride_in: StrideIn = "3x3",
         dilation: int = 1,
+        dilate_first: bool = True,
         deform_stages: Sequence[int] = (),
         deform_modulated: bool = False,
         deform_every: int = 1,
@@ -161,6 +164,7 @@ class ResNet(nn.Module):
             deform = ("modulated" if deform_modulated else "plain") if number in deform_stages else "no"
             stage, channels = make_stage(
                 depth, number, channels, base=base, groups=groups, group_width=group_width, dilation=widened,
+                dilate_first=dilate_first,
                 stride_in=stride_in, deform=deform, deform_every=deform_every, deform_bias=deform_bias,
                 norm=still if number + 1 < frozen else norm, eps=eps,
             )  # fmt: skip

@@ -25,6 +25,8 @@ def make_trunk(
     groups: int = 1,
     group_width: int = 64,
     stride_in: StrideIn = "3x3",
+    dilation: int = 1,
+    dilate_first: bool = True,
     deform_stages: Sequence[int] = (),
     deform_modulated: bool = False,
     deform_every: int = 1,
@@ -62,7 +64,8 @@ def make_trunk(
     try:
         trunk = ResNet(
             int(backbone[6:]), in_channels=in_channels, base=stem_width, groups=groups, group_width=group_width,
-            stride_in=stride_in, deform_stages=deform_stages, deform_modulated=deform_modulated,
+            stride_in=stride_in, dilation=dilation, dilate_first=dilate_first, deform_stages=deform_stages,
+            deform_modulated=deform_modulated,
             deform_every=deform_every, deform_bias=deform_bias, norm=norm, eps=norm_eps, frozen=frozen,
         )  # fmt: skip
     except ValueError as error:

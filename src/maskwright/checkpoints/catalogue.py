@@ -92,7 +92,7 @@ def allows_commercial(licence: str) -> bool:
     return re.search(r"\bNC\b|non-?\s?commercial|academic|research[ -]only|AGPL", licence, re.IGNORECASE) is None
 
 
-SCORES = {"box": "box AP", "mask": "mask AP", "keypoint": "keypoint AP", "miou": "mIoU"}
+SCORES = {"box": "box AP", "mask": "mask AP", "keypoint": "keypoint AP", "miou": "mIoU", "pq": "PQ"}
 
 
 @cache

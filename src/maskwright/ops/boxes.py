@@ -30,6 +30,23 @@ def pairwise_iou(a: Float[Tensor, "*k n 4"], b: Float[Tensor, "*k m 4"]) -> Floa
     return torch.where(both > 0, both / union, both.new_zeros(()))
 
 
+def generalised_iou(a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*n"]:
+    """GIoU of boxes with boxes, broadcast (arXiv 1902.09630): the overlap, less the share of the smallest box around
+    both that is in neither. -1 ... 1."""
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    both = (high - low).clamp(min=0).prod(-1)
+    union = area(a) + area(b) - both
+    around = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    tiny = torch.finfo(union.dtype).tiny
+    return both / union.clamp(min=tiny) - (around - union) / around.clamp(min=tiny)
+
+
+def corners(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
+    """Centre x, y, width, height -> x0, y0, x1, y1."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
 def clip(boxes: Float[Tensor, "*n 4"], size: tuple[float, float]) -> Float[Tensor, "*n 4"]:
     """Boxes cut at the borders of a picture of `size` (H, W)."""
     limit = boxes.new_tensor([size[1], size[0], size[1], size[0]])

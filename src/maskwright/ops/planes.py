@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from maskwright.ops.interpolation import weights
@@ -135,6 +135,33 @@ def _neighbours(
     first = place.floor().long()
     last = max(0, math.ceil(valid * ratio) - 1)
     return first, (first + 1).clamp(max=last), place - first, seen
+
+
+def place_bits(planes: Bool[Tensor, "n h w"], placement: Placement) -> Masks:
+    """Masks on the picture from masks on the valid part of the network's input, each pixel taken from the one that its
+    upper left corner falls into, as torch's "nearest" does (DETR)."""
+    height, width = placement.picture
+    rows = _corners(height, placement.size[0], placement.scale[1], placement.offset[1], False)
+    columns = _corners(width, placement.size[1], placement.scale[0], placement.offset[0], placement.mirrored)
+    crops, places = [], []
+    for plane in planes.cpu():
+        parts = []
+        for hit, source in ((plane.any(1), rows), (plane.any(0), columns)):
+            inside = ((source >= 0) & hit[source.clamp(min=0)]).nonzero().flatten()
+            first, last = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+            parts.append((first, source[first:last]))
+        (top, down), (left, across) = parts
+        crops.append(plane[down.clamp(min=0)][:, across.clamp(min=0)] & (down >= 0)[:, None] & (across >= 0))
+        places.append((left, top))
+    return Masks.from_crops(crops, torch.tensor(places, dtype=torch.int64).reshape(-1, 2), placement.picture)
+
+
+def _corners(picture: int, valid: int, scale: float, offset: float, mirrored: bool) -> Int[Tensor, " _p"]:
+    """The input's pixel under each of the picture's along one axis; -1 where there is none."""
+    pixels = torch.arange(picture, dtype=torch.float64)
+    place = (picture - 1 - pixels if mirrored else pixels) * scale + offset
+    source = (place + 1e-6 * scale).floor()
+    return torch.where((source >= 0) & (source < valid), source, -1).long()
 
 
 def _axis(

@@ -27,6 +27,7 @@ REGISTRY = {
     "decoupled-solo": "solo:DecoupledSOLO",
     "fouriernet": "fouriernet:FourierNet",
     "solov2": "solov2:SOLOv2",
+    "detr": "detr:DETR",
     "mask2former": "mask2former:Mask2Former",
     "eomt": "eomt:EoMT",
 }

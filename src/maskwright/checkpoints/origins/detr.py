@@ -1,0 +1,212 @@
+"""DETR as its authors lay it out, and as transformers does; with the mask head or without.
+
+Trunks of stride 32 and dilated ones (DC5) have the same keys and shapes: loading asks for the variant, unless a
+folder's config.json says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from maskwright.checkpoints.names import COCO, COCO_IDS, COCO_STUFF
+from maskwright.checkpoints.origins import Candidate, Origin, Shapes, State
+
+BLOCKS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
+STUFF_IDS = (
+    92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148, 149, 151, 154,
+    155, 156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181, 184, 185, 186, 187, 188, 189, 190, 191, 192,
+    193, 194, 195, 196, 197, 198, 199, 200,
+)  # fmt: skip
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+TRUNK = [
+    (r"^backbone\.conv1\.", "backbone.stem.conv."),
+    (r"^backbone\.bn1\.", "backbone.stem.norm."),
+    (r"^backbone\.layer(\d)\.", lambda m: f"backbone.stages.{int(m[1]) - 1}."),
+    (r"\.downsample\.0\.", ".shortcut.conv."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"^(backbone\.stages\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
+    (r"^(backbone\.stages\..*\.conv\d)\.weight$", r"\1.conv.weight"),
+]
+MASKS = [
+    (r"^bbox_attention\.q_linear\.", "mask_head.query."),
+    (r"^bbox_attention\.k_linear\.", "mask_head.key."),
+    (r"^mask_head\.lay(\d)\.", lambda m: f"mask_head.convs.{int(m[1]) - 1}."),
+    (r"^mask_head\.gn(\d)\.", lambda m: f"mask_head.norms.{int(m[1]) - 1}."),
+    (r"^mask_head\.adapter(\d)\.", lambda m: f"mask_head.adapters.{int(m[1]) - 1}."),
+    (r"^mask_head\.out_lay\.", "mask_head.output."),
+]
+LAYERS = [
+    (r"^(encoder|decoder)\.(\d+)\.self_attn\.", r"\1.\2.self_attention.attention."),
+    (r"\.out_proj\.", ".output."),
+    (r"\.in_proj_(weight|bias)$", r".in_proj.\1"),
+]
+OFFICIAL = [
+    (r"^detr\.", ""),
+    (r"^backbone\.0\.body\.", "backbone."),
+    *TRUNK,
+    (r"^input_proj\.", "project."),
+    (r"^query_embed\.", "queries."),
+    (r"^class_embed\.", "class_head."),
+    (r"^bbox_embed\.", "box_head."),
+    (r"^transformer\.decoder\.norm\.", "decoder_norm."),
+    (r"^transformer\.(encoder|decoder)\.layers\.", r"\1."),
+    (r"^decoder\.(\d+)\.multihead_attn\.", r"decoder.\1.cross_attention.attention."),
+    *LAYERS,
+    (r"^(encoder|decoder)\.(\d+)\.norm1\.", r"\1.\2.self_attention.norm."),
+    (r"^encoder\.(\d+)\.norm2\.", r"encoder.\1.feed_forward.norm."),
+    (r"^decoder\.(\d+)\.norm2\.", r"decoder.\1.cross_attention.norm."),
+    (r"^decoder\.(\d+)\.norm3\.", r"decoder.\1.feed_forward.norm."),
+    (r"\.linear1\.", ".feed_forward.expand."),
+    (r"\.linear2\.", ".feed_forward.reduce."),
+    *MASKS,
+]
+TRANSFORMERS = [
+    (r"^detr\.", ""),
+    (r"^model\.", ""),
+    (r"^backbone\.conv_encoder\.model\.(?:_backbone\.)?", "backbone."),
+    *TRUNK,
+    (r"^input_projection\.", "project."),
+    (r"^query_position_embeddings\.", "queries."),
+    (r"^class_labels_classifier\.", "class_head."),
+    (r"^bbox_predictor\.", "box_head."),
+    (r"^decoder\.layernorm\.", "decoder_norm."),
+    (r"^(encoder|decoder)\.layers\.", r"\1."),
+    (r"^decoder\.(\d+)\.encoder_attn\.", r"decoder.\1.cross_attention.attention."),
+    (r"^decoder\.(\d+)\.encoder_attn_layer_norm\.", r"decoder.\1.cross_attention.norm."),
+    *LAYERS,
+    (r"\.q_proj\.", ".query."),
+    (r"\.k_proj\.", ".key."),
+    (r"\.v_proj\.", ".value."),
+    (r"\.self_attn_layer_norm\.", ".self_attention.norm."),
+    (r"\.final_layer_norm\.", ".feed_forward.norm."),
+    (r"\.fc1\.", ".feed_forward.expand."),
+    (r"\.fc2\.", ".feed_forward.reduce."),
+    *MASKS,
+]
+
+
+def split(state: State, options: Mapping[str, Any]) -> State:
+    """torch's attention keeps the projections of queries, keys and values in one matrix."""
+    ours: State = {}
+    for key, value in state.items():
+        before, joined, kind = key.rpartition(".in_proj.")
+        if not joined:
+            ours[key] = value
+            continue
+        for name, part in zip(("query", "key", "value"), value.chunk(3), strict=True):
+            ours[f"{before}.{name}.{kind}"] = part
+    return ours
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def names(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the rows of a head, and which of them are stuff. The authors' rows are COCO's own ids, used or not: 91
+    (0 ... 90) for boxes, 250 for panoptic segmentation, where ids up to 90 are things."""
+    known = dict(zip(COCO_IDS, COCO, strict=True))
+    if count == 91:
+        return tuple(known.get(i, "N/A") for i in range(count)), ()
+    if count == 250:
+        known |= dict(zip(STUFF_IDS, COCO_STUFF, strict=True))
+        classes = tuple(known.get(i, "N/A" if i <= 90 else "N/A stuff") for i in range(count))
+        return classes, (*COCO_STUFF, "N/A stuff")
+    return tuple(f"class {k}" for k in range(count)), ()
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    return len({m[1] for k in shapes if (m := re.match(pattern, k))})
+
+
+def _options(
+    shapes: Shapes, trunk: str, layers: str, feed: str, project: str, queries: str, classes: str, masks: bool
+) -> dict[str, Any] | None:
+    stem = shapes.get(f"{trunk}conv1.weight")
+    depth = BLOCKS.get(tuple(_count(shapes, rf"^{re.escape(trunk)}layer{n}\.(\d+)\.") for n in range(1, 5)))
+    needed = [shapes.get(f"{name}.weight") for name in (project, queries, classes)]
+    first = shapes.get(f"{layers}encoder.layers.0.{feed}.weight") or shapes.get(
+        f"{layers}decoder.layers.0.{feed}.weight"
+    )
+    if stem is None or depth is None or first is None or any(s is None for s in needed):
+        return None
+    read, asked, said = (s for s in needed if s is not None)
+    width = read[0]
+    if len(read) != 4 or asked[1] != width:  # its successors have several projections, and queries twice as wide
+        return None
+    if f"{trunk}layer1.0.conv3.weight" not in shapes:
+        depth = {50: 34}.get(depth, depth)
+    rows, stuff = names(said[0] - 1)
+    heads = shapes["mask_head.lay1.weight"][0] - width if masks else 8
+    return {
+        "classes": rows, "stuff": stuff, "masks": "joint" if masks else "none", "backbone": f"resnet{depth}",
+        "in_channels": stem[1], "stem_width": stem[0], "norm": "frozen", "frozen": 2, "width": width, "heads": heads,
+        "hidden": first[0], "queries": asked[0],
+        "encoder_layers": _count(shapes, rf"^{re.escape(layers)}encoder\.layers\.(\d+)\."),
+        "decoder_layers": _count(shapes, rf"^{re.escape(layers)}decoder\.layers\.(\d+)\."),
+    }  # fmt: skip
+
+
+def _variants(options: dict[str, Any] | None, dilated: bool | None = None) -> Sequence[Candidate] | None:
+    if options is None:
+        return None
+    depth = options["backbone"].removeprefix("resnet")
+    kind = "-panoptic" if options["masks"] != "none" and options["stuff"] else ""
+    both = [
+        Candidate(f"detr-r{depth}{kind}", {**options, "dilated": False}),
+        Candidate(f"detr-r{depth}-dc5{kind}", {**options, "dilated": True}),
+    ]
+    return both if dilated is None else [both[dilated]]
+
+
+def _official(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candidate] | None:
+    masks = "mask_head.lay1.weight" in shapes
+    own = "detr." if "detr.query_embed.weight" in shapes else ""
+    if masks != bool(own):
+        return None
+    transformer = f"{own}transformer."
+    return _variants(
+        _options(
+            shapes, f"{own}backbone.0.body.", transformer, "linear1", f"{own}input_proj", f"{own}query_embed",
+            f"{own}class_embed", masks,
+        )
+    )  # fmt: skip
+
+
+def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candidate] | None:
+    masks = "mask_head.lay1.weight" in shapes
+    own = "detr." if masks else ""
+    model = f"{own}model."
+    trunk = f"{model}backbone.conv_encoder.model."
+    trunk = f"{trunk}_backbone." if f"{trunk}_backbone.conv1.weight" in shapes else trunk
+    options = _options(
+        shapes, trunk, model, "fc1", f"{model}input_projection", f"{model}query_position_embeddings",
+        f"{own}class_labels_classifier", masks,
+    )  # fmt: skip
+    dilated = about.get("config", {}).get("dilation")
+    return _variants(options, dilated if isinstance(dilated, bool) else None)
+
+
+ORIGINS = [
+    Origin(
+        name="facebookresearch",
+        system="detr",
+        rename=OFFICIAL,
+        recognise=_official,
+        finish=split,
+        code_licence="Apache-2.0",
+        weights_licence="Apache-2.0",
+    ),
+    Origin(
+        name="transformers",
+        system="detr",
+        rename=TRANSFORMERS,
+        recognise=_transformers,
+        finish=split,
+        code_licence="Apache-2.0",
+        weights_licence="Apache-2.0",
+    ),
+]

@@ -1,0 +1,257 @@
+"""DETR with its mask head and without, as its authors and as transformers lay it out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from maskwright.checkpoints.origins.detr import OFFICIAL
+from maskwright.ops.assignment import assign
+from maskwright.structures import Instances, Masks, Placement
+from maskwright.systems.detr import Raw
+from tests.parity.ledger import Ledger
+
+
+def stated(about: dict[str, Any]) -> dict[str, Any]:
+    """No file says whether its trunk is dilated; the outputs do."""
+    source, variant = str(about.get("source", "")), str(about.get("variant", ""))
+    if "/detr@" not in source and not re.match(r"DETR\b", variant):
+        return {}
+    words = f"{variant} {about.get('layout', '')}".lower()
+    depth = re.search(r"\br(?:esnet-?)?(\d+)", words)
+    kind = f"detr-r{depth[1] if depth else 50}{'-dc5' if 'dc5' in words else ''}"
+    return {"variant": f"{kind}-panoptic" if "panoptic" in words else kind}
+
+
+def check(system: Any, layout: Path, ledger: Ledger) -> None:
+    own = Check(system.eval(), ledger)
+    with torch.no_grad():
+        raw = own.network()
+        own.detections(raw)
+        own.post()
+    own.learning()
+
+
+class Check:
+    def __init__(self, system: Any, ledger: Ledger):
+        self.system, self.ledger = system, ledger
+        self.images, self.size = pictures(ledger)
+        self.valid = torch.tensor([list(self.size)] * len(self.images))
+
+    # ---- the network ---------------------------------------------------------------------------------------------
+
+    def network(self) -> Raw:
+        ledger, system, kept = self.ledger, self.system, {}
+        hook = system.backbone.register_forward_hook(lambda module, given, answer: kept.update(levels=answer))
+        raw = system(self.images, self.valid)
+        hook.remove()
+        for name in ledger.names(r"backbone_layer\d"):
+            ledger.compare(name, kept["levels"][int(name[-1]) - 1])
+        if "feature_mask" in ledger:
+            ledger.equal("feature_mask", raw.padding)
+        if "pos" in ledger:
+            from maskwright.blocks.positions import sine_positions
+
+            shape = (raw.projected.shape[2], raw.projected.shape[3])
+            ledger.compare("pos", sine_positions(shape, raw.projected.shape[1] // 2, padding=raw.padding))
+        ledger.compare("encoder_memory", raw.memory)
+        if "decoder_last" in ledger:
+            ledger.compare("decoder_last", raw.queries)
+        ledger.compare("pred_logits", raw.logits[-1])
+        ledger.compare("pred_boxes", raw.boxes[-1])
+        if "aux_boxes" in ledger:
+            shape = ledger.arrays.get("aux_boxes__shape", np.shape(ledger.arrays.get("aux_boxes")))
+            ledger.compare("aux_boxes", raw.boxes[:-1] if len(shape) == 4 else raw.boxes[:-1, 0])
+        if system.mask_head is not None:
+            every = torch.arange(raw.queries.shape[1])
+            maps = [
+                system.mask_head.attention(*planes) for planes in zip(raw.queries, raw.memory, raw.padding, strict=True)
+            ]
+            if "bbox_attention" in ledger:
+                ledger.compare("bbox_attention", torch.stack(maps))
+            masks = torch.stack([system.masks_of(raw, picture, every) for picture in range(len(self.images))])
+            ledger.compare("pred_masks", masks)
+        return raw
+
+    # ---- finished objects ----------------------------------------------------------------------------------------
+
+    def detections(self, raw: Raw) -> None:
+        ledger = self.ledger
+        if "det_scores" not in ledger:
+            return
+        height, width = ledger.about["original_size"]
+        placement = Placement.resize((height, width), self.size)
+        # The original takes the largest picture of a batch for the whole canvas. Where the canvas is larger still, as
+        # here, it shrinks the padding's part of the masks into the picture; of real batches this is never so.
+        self.finished("det_", replace(raw, size=self.size), placement)
+
+    def finished(self, prefix: str, raw: Raw, placement: Placement) -> None:
+        """Every query's answer, in the queries' order; and that `decode` gives the same, best first."""
+        ledger, system = self.ledger, self.system
+        scores, labels = raw.logits[-1, 0].softmax(-1)[:, :-1].max(-1)
+        ledger.compare(f"{prefix}scores", scores)
+        ledger.equal(f"{prefix}labels", labels)
+        boxes = system.boxes_on(raw, 0, placement)
+        ledger.compare(f"{prefix}boxes", boxes)
+        if system.mask_head is not None and f"{prefix}masks" in ledger:
+            planes = system.masks_on(raw, 0, placement, torch.arange(len(scores))).dense()
+            ledger.compare_bits(f"{prefix}masks", planes[:, None])
+            if f"{prefix}mask_area" in ledger:
+                theirs, mine = ledger.peek(f"{prefix}mask_area"), planes.sum((1, 2))
+                apart = int((theirs - mine).abs().max())
+                # A pixel at the threshold may fall to either side.
+                ledger.seen.add(f"{prefix}mask_area")
+                ledger._line(f"{prefix}mask_area", f"at most {apart} pixels apart", apart <= 2)
+        found: Instances = system.decode(raw, [placement])[0]
+        order = scores.argsort(descending=True, stable=True)
+        order = order[system.thing_classes()[labels[order]]]
+        same = len(found) == len(order) and found.scores is not None and torch.equal(found.scores, scores[order])
+        ledger._line(f"{prefix}decode", f"{len(found)} things, best first", bool(same))
+
+    def post(self) -> None:
+        """Hand-made answers through what follows the network."""
+        ledger = self.ledger
+        if "post/scores" not in ledger:
+            return
+        text = str(ledger.about["notes"])
+        stream = np.random.RandomState(int(ledger.about.get("seed", 0)) + 7)
+        shape = [int(v) for v in re.search(r"logits=\(standard_normal\(\((\d+),(\d+),(\d+)\)\)", text).groups()]  # pyright: ignore[reportOptionalMemberAccess]
+        grid = [int(v) for v in re.search(r"masks=\(standard_normal\(\((\d+),(\d+),(\d+),(\d+)\)\)", text).groups()]  # pyright: ignore[reportOptionalMemberAccess]
+        sizes = re.search(r"processed (\d+)x(\d+), original (\d+)x(\d+), panoptic threshold ([\d.]+)", text)
+        assert sizes is not None
+        logits = torch.from_numpy(stream.standard_normal(tuple(shape)).astype("float32") * 4)
+        masks = torch.from_numpy(stream.standard_normal(tuple(grid)).astype("float32") * 4)
+        boxes = torch.from_numpy(stream.uniform(0.2, 0.4, (*shape[:2], 4)).astype("float32"))
+        processed, original = (int(sizes[1]), int(sizes[2])), (int(sizes[3]), int(sizes[4]))
+        nothing = torch.zeros(1, 1, *grid[2:])
+        raw = Raw(
+            logits[None], boxes[None], torch.zeros(1, shape[1], 1), nothing, nothing, (), nothing[:, 0] > 0, processed
+        )
+        system = self.system
+        masks_of = system.masks_of
+        system.masks_of = lambda raw, picture, rows: masks[picture][rows]
+        try:
+            placement = Placement.resize(original, processed)
+            self.finished("post/", raw, placement)
+            panoptic = system.decode_panoptic(raw, [placement], score_threshold=float(sizes[5]))[0]
+        finally:
+            system.masks_of = masks_of
+        info = ledger.peek("post/pan_info")  # id, category, isthing, area
+        ledger.equal("post/pan_seg", panoptic.map() - 1)
+        areas = panoptic.segments.masks.areas()
+        own = [torch.arange(len(panoptic)), panoptic.segments.labels, panoptic.things.long(), areas]
+        if own[0].shape[0] != len(info):
+            ledger.fail("post/pan_info", f"{len(panoptic)} segments instead of {len(info)}")
+        else:
+            ledger.equal("post/pan_info", torch.stack(own, 1))
+
+    # ---- learning ------------------------------------------------------------------------------------------------
+
+    def learning(self) -> None:
+        ledger, system = self.ledger, self.system
+        if "target_boxes" not in ledger:
+            return
+        for parameter in system.parameters():
+            parameter.grad = None
+        raw = system(self.images, self.valid)
+        target = self.target()
+        objects = [system._objects(target, raw.logits.device)]
+        pairs = assign(system.costs(raw, objects))
+        queries, which = pairs[0]
+        ledger.equal("match", torch.stack([queries[-1], which[-1]]))
+        terms = system.losses(raw, [target])
+        total = sum(terms.values(), torch.zeros(()))
+        weights = dict(zip(("class", "box", "giou", "mask", "dice"), system.weights, strict=True))
+        theirs = {"class": "ce", "box": "bbox", "giou": "giou", "mask": "mask", "dice": "dice"}
+        for name, value in terms.items():
+            kind, number, layer = name.partition("_")
+            ledger.compare(f"loss/loss_{theirs[kind]}{number}{layer}", value / weights[kind])
+        ledger.compare("loss/total_weighted", total)
+        self.logged(raw, target, queries, which)
+        if "grad_keys" in ledger:
+            total.backward()
+            self.gradients()
+
+    def logged(self, raw: Raw, target: Instances, queries: Tensor, which: Tensor) -> None:
+        """What the original only logs: how many matched queries have another class, how many objects are seen."""
+        ledger = self.ledger
+        right = raw.logits[-1, 0, queries[-1]].argmax(-1) == target.labels[which[-1]]
+        ledger.compare("loss/class_error", 100 - 100 * right.float().mean())
+        seen = (raw.logits[:, 0].argmax(-1) != raw.logits.shape[-1] - 1).sum(1)
+        for name in ledger.names(r"loss/cardinality_error(_\d)?"):
+            layer = int(name[-1]) if name[-1].isdigit() else -1
+            ledger.compare(name, (seen[layer] - len(target)).abs().float())
+
+    def target(self) -> Instances:
+        ledger, (height, width) = self.ledger, self.size
+        centres = ledger.given("target_boxes")
+        scale = centres.new_tensor([width, height, width, height])
+        x, y, w, h = (centres * scale).unbind(1)
+        boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
+        planes = ledger.given("target_masks").bool()
+        return Whole((height, width), boxes, ledger.given("target_labels"), planes).instances()
+
+    def gradients(self) -> None:
+        ledger = self.ledger
+        theirs = {
+            str(k): float(v) for k, v in zip(ledger.arrays["grad_keys"], ledger.arrays["grad_norms"], strict=True)
+        }
+        ledger.seen.add("grad_keys")
+        own: dict[str, float] = {}
+        named = dict(self.system.named_parameters())
+        for key in theirs:
+            ours = key
+            for pattern, replacement in OFFICIAL:
+                ours = re.sub(pattern, replacement, ours)
+            before, joined, kind = ours.rpartition(".in_proj.")
+            parts = [f"{before}.{n}.{kind}" for n in ("query", "key", "value")] if joined else [ours]
+            grads = [named[p].grad for p in parts if p in named]
+            if all(g is not None for g in grads) and len(grads) == len(parts):
+                own[key] = float(torch.cat([g.flatten() for g in grads]).norm())  # pyright: ignore[reportOptionalMemberAccess]
+        missing = [k for k in theirs if k not in own]
+        if missing:
+            return ledger.fail("grad_norms", f"no gradient for {missing[:3]}")
+        values = torch.tensor([own[k] for k in theirs])
+        ledger.compare("grad_norms", values, 1e-4, "sums of many float32 terms, in another order")
+
+
+class Whole:
+    """Objects whose masks reach over the padding, as the original's recorded targets do: they are drawn on the whole
+    canvas, though the picture ends before."""
+
+    def __init__(self, size: tuple[int, int], boxes: Tensor, labels: Tensor, planes: Tensor):
+        self.size, self.boxes, self.labels, self.planes = size, boxes, labels, planes
+
+    def instances(self) -> Instances:
+        height, width = self.size
+        inside = self.planes[:, :height, :width]
+        target = Instances(self.size, self.boxes, self.labels, Masks.from_dense(inside))
+        if bool((self.planes.sum((1, 2)) != inside.sum((1, 2))).any()):
+            target = Instances(self.size, self.boxes, self.labels, None)
+            target.__dict__["masks"] = Masks.from_dense(self.planes)
+        return target
+
+
+def pictures(ledger: Ledger) -> tuple[Tensor, tuple[int, int]]:
+    """The input on its canvas, and how much of that it fills."""
+    text = str(ledger.about["input"])
+    found = re.search(r"RandomState\((\d+)\)\.standard_normal\(\((\d+),\s*(\d+),\s*(\d+),\s*(\d+)\)\)", text)
+    if found is None:
+        raise ValueError(f"cannot tell the input from {text!r}")
+    seed, *shape = (int(v) for v in found.groups())
+    images = torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype("float32"))
+    size = (shape[2], shape[3])
+    canvas = re.search(r"canvas (\d+)\s*x\s*(\d+)", text)
+    if canvas is not None:
+        images = functional.pad(images, (0, int(canvas[2]) - size[1], 0, int(canvas[1]) - size[0]))
+    return images, size
+
+
+SYSTEMS = {"detr": check}
