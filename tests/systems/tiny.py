@@ -92,6 +92,7 @@ TINY: dict[str, dict[str, Any]] = {
         "points": 256,
     },
     "ese-seg": {**TRUNK, "head_width": 64, "short": 128},
+    "maskformer": {**TRUNK, **QUERIES, "layers": 2, "dropout": 0.0},
     "mask2former": {**TRUNK, **QUERIES, "encoder_layers": 1, "encoder_hidden": 64, "layers": 3, "points": 256},
 }
 

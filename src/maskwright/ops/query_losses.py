@@ -7,7 +7,7 @@ of a query's embedding with the features of each pixel, and is only made of thos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,26 @@ from maskwright.ops.points import mask_sample, mask_uncertainty, point_sample, u
 from maskwright.structures import Instances, Masks
 
 BUDGET = 256 << 20  # bytes of scratch
+
+
+@dataclass(frozen=True)
+class MaskAnswers:
+    """What queries say in each prediction, the last one last, and what their masks are made with."""
+
+    classes: Float[Tensor, "l b n k1"]  # logits, "no object" last
+    embeddings: Float[Tensor, "l b n c"]
+    features: Float[Tensor, "b c h w"]  # of each pixel, stride 4 mostly
+    size: tuple[int, int]  # H, W of the input, padding included
+
+    def masks(self, layer: int = -1) -> Float[Tensor, "b n h w"]:
+        """Logits of all masks of one prediction."""
+        return torch.einsum("bnc,bchw->bnhw", self.embeddings[layer], self.features)
+
+    def masks_of(self, picture: int) -> Callable[[Tensor], Tensor]:
+        """What gives the logits (R, h, w) of the last masks of some queries of a picture."""
+        return lambda rows: torch.einsum(
+            "nc,chw->nhw", self.embeddings[-1, picture][rows].float(), self.features[picture].float()
+        )
 
 
 @dataclass(frozen=True)

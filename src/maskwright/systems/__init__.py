@@ -28,6 +28,7 @@ REGISTRY = {
     "fouriernet": "fouriernet:FourierNet",
     "solov2": "solov2:SOLOv2",
     "detr": "detr:DETR",
+    "maskformer": "maskformer:MaskFormer",
     "mask2former": "mask2former:Mask2Former",
     "eomt": "eomt:EoMT",
 }

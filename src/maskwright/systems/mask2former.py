@@ -13,8 +13,7 @@ how its answers are read (`decode`, `decode_panoptic`, `decode_semantic`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,24 +31,11 @@ from maskwright.errors import UsageError
 from maskwright.ops import queries as query_ops
 from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import assign
+from maskwright.ops.query_losses import MaskAnswers as Raw
 from maskwright.structures import Instances, Panoptic, Placement, Preprocess
 from maskwright.systems.base import Ablation, Card, ClassRows, PanopticSystem, Preset, Score
 
 LEVELS = 3  # strides 32, 16 and 8, in this order throughout
-
-
-@dataclass(frozen=True)
-class Raw:
-    """What the queries say after each round, before the first one too, and what their masks are made with."""
-
-    classes: Float[Tensor, "l b n k1"]  # logits, "no object" last
-    embeddings: Float[Tensor, "l b n c"]
-    features: Float[Tensor, "b c h w"]  # stride 4
-    size: tuple[int, int]  # H, W of the input, padding included
-
-    def masks(self, layer: int = -1) -> Float[Tensor, "b n h w"]:
-        """Logits of all masks of one prediction."""
-        return torch.einsum("bnc,bchw->bnhw", self.embeddings[layer], self.features)
 
 
 class PixelDecoder(nn.Module):
@@ -315,7 +301,7 @@ class Mask2Former(PanopticSystem):
         things = self.thing_classes(raw.classes.device) if self.stuff else None
         scores = self._probabilities(raw)[..., :-1]
         return [
-            query_ops.objects(own, self._masks_of(raw, b), placement, raw.size, choice, things)
+            query_ops.objects(own, raw.masks_of(b), placement, raw.size, choice, things)
             for b, (own, placement) in enumerate(zip(scores, placements, strict=True))
         ]
 
@@ -331,7 +317,7 @@ class Mask2Former(PanopticSystem):
         things = self.thing_classes(raw.classes.device)
         return [
             query_ops.segments(
-                own, self._masks_of(raw, b), placement, raw.size, things, score_threshold=score_threshold,
+                own, raw.masks_of(b), placement, raw.size, things, score_threshold=score_threshold,
                 overlap_threshold=overlap_threshold,
             )
             for b, (own, placement) in enumerate(zip(self._probabilities(raw), placements, strict=True))
@@ -340,19 +326,12 @@ class Mask2Former(PanopticSystem):
     @torch.no_grad()
     def decode_semantic(self, raw: Raw, placements: Sequence[Placement]) -> list[Int[Tensor, "_h _w"]]:
         return [
-            query_ops.semantic(
-                own[:, :-1], self._masks_of(raw, b), placement, raw.size, classes_first=self.classes_first
-            )
+            query_ops.semantic(own[:, :-1], raw.masks_of(b), placement, raw.size, classes_first=self.classes_first)
             for b, (own, placement) in enumerate(zip(self._probabilities(raw), placements, strict=True))
         ]
 
     def _probabilities(self, raw: Raw) -> Float[Tensor, "b n k1"]:
         return raw.classes[-1].float().softmax(-1)
-
-    def _masks_of(self, raw: Raw, picture: int) -> Callable[[Tensor], Tensor]:
-        return lambda rows: torch.einsum(
-            "nc,chw->nhw", raw.embeddings[-1, picture][rows].float(), raw.features[picture].float()
-        )
 
     # ---- for loading and training --------------------------------------------------------------------------------
 
