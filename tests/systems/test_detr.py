@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import maskwright as mw
 from maskwright.checkpoints.origins.detr import OFFICIAL, TRANSFORMERS, names
@@ -113,6 +115,22 @@ def test_a_model_of_boxes_alone_is_trained_measured_and_drawn(tmp_path):
         system.decode_panoptic(system(IMAGE), [Placement.identity(SIZE)])
     with pytest.raises(UsageError, match="no masks"):
         tiny().losses(tiny()(IMAGE), [replace(objects(3), masks=None)])
+
+
+def test_a_mask_head_may_be_put_on_a_box_model(tmp_path: Path):
+    boxes = tiny(masks="none")
+    mw.save(boxes, tmp_path / "boxes.safetensors")
+    both = mw.load(tmp_path / "boxes.safetensors", masks="frozen")
+    assert both.options["masks"] == "frozen"
+    assert torch.equal(both.class_head.weight, boxes.class_head.weight)
+    assert both.mask_head is not None
+    # A file that has a part of the head alone is a broken one.
+    mw.save(tiny(), tmp_path / "whole.safetensors")
+    with safe_open(tmp_path / "whole.safetensors", "pt") as file:
+        kept = {k: file.get_tensor(k) for k in file.keys() if not k.startswith("mask_head.output")}  # noqa: SIM118
+        save_file(kept, tmp_path / "partial.safetensors", file.metadata())
+    with pytest.raises(CheckpointError, match="mask_head"):
+        mw.load(tmp_path / "partial.safetensors", masks="joint")
 
 
 def test_a_frozen_box_model_does_not_learn():
@@ -305,8 +323,6 @@ def test_files_of_both_code_bases_are_read(tmp_path: Path, table, count: int, ma
 
 
 def test_a_folder_of_transformers_says_whether_it_is_dilated(tmp_path: Path):
-    from safetensors.torch import save_file
-
     system = tiny(heads=8, norm="frozen", frozen=2, classes=("a", "b"))
     save_file({k: v.contiguous() for k, v in published(system, TRANSFORMERS).items()}, tmp_path / "model.safetensors")
     for dilated in (False, True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -279,6 +280,8 @@ def _fill(
         channels = system.state_dict()[weight].shape[1]
         if channels != state[weight].shape[1] and "in_channels" in overrides:
             state[weight] = widen_input(state[weight], channels)
+    new = [part for part in kind.grows if overrides and not any(key.startswith(part) for key in state)]
+    absent = (*absent, *(f"^{re.escape(part)}" for part in new))
     system.load_state_dict(fit(state, system, path, layout, absent), strict=True)
     if kept is not None:
         system.source = {"classes_kept": list(kept)}

@@ -100,6 +100,9 @@ class System(nn.Module):
     # Whether `forward` takes a second tensor, (B, 2): height and width of what is not padding in each picture; left
     # out, nothing is padding. Few need it: those whose positions or attention depend on where a picture ends.
     sees_padding: ClassVar[bool] = False
+    # Beginnings of parameters' names: parts that loading may leave random where the options passed to it ask for them
+    # and the file has nothing of them, as a mask head on top of a box model.
+    grows: ClassVar[tuple[str, ...]] = ()
 
     options: dict[str, Any]
     classes: tuple[str, ...]

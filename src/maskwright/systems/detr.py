@@ -130,6 +130,7 @@ class DETR(PanopticSystem):
         code_licence="Apache-2.0",
     )
     sees_padding = True
+    grows = ("mask_head.",)
 
     def __init__(
         self,
