@@ -59,8 +59,8 @@ def windows_of(
         height, width = values.shape[-2:]
         rows, columns = (torch.arange(n, device=values.device) for n in (height, width))
         y, x = (v.flatten() for v in torch.meshgrid(rows, columns, indexing="ij"))
-        corner = torch.stack([x, y], 1).double() * stride + (first - side / 2)
-        boxes.append((torch.cat([corner, corner + side], 1) / scale).float())
+        corner = torch.stack([x, y], 1).float() * stride + (first - side / 2)
+        boxes.append(torch.cat([corner, corner + side], 1) / scale)
         places.append(torch.stack([torch.full_like(y, level), y, x], 1))
         factors.append(torch.full((len(y),), scale, device=values.device))
     return Windows(torch.cat(boxes), torch.cat(places), torch.cat(factors))

@@ -271,8 +271,8 @@ class InstanceFCN(ProposalSystem):
         },
         "instancefcn-small": Preset(
             {
-                "backbone": "resnet18", "parts": 3, "side": 7, "head_width": 64, "shift": 6.0, "margin": 12.0,
-                "scales": (0.5, 0.75, 1.125, 1.6875), "short": 192, "long": 320,
+                "backbone": "resnet18", "parts": 5, "side": 11, "head_width": 64, "shift": 8.0, "margin": 16.0,
+                "scales": (0.6, 0.9, 1.35, 2.0), "short": 192, "long": 320,
             },
             note="for a few hundred pictures and no GPU; trains from random weights",
         ),
