@@ -24,8 +24,8 @@ def point_sample(
 ) -> Float[Tensor, "b c p"]:
     """Values of each map at its points; a map is surrounded by zeros. Cells' centres are at (i + 0.5) / n.
 
-    Where many maps are read at the same points (all queries of a picture), let them be channels of one map. Maps of half
-    precision are read in float32: eight bits of a place are too few.
+    Where many maps are read at the same points (all queries of a picture), let them be channels of one map. Maps of
+    half precision are read in float32: eight bits of a place are too few.
     """
     values = maps if maps.dtype == torch.float64 else maps.float()
     grid = (2 * points - 1).to(values.dtype)[:, :, None]
