@@ -81,15 +81,16 @@ def plainly(values, shapes, places, weights):
     return total.view(batch, heads * width, -1).transpose(1, 2)
 
 
-def test_sums_of_rows_are_samples_of_maps_with_their_gradients():
+@pytest.mark.parametrize("way", [deformable._by_rows, deformable._by_maps], ids=["rows", "maps"])
+def test_deformable_samples_are_weighted_sums_of_bilinear_ones_with_their_gradients(way):
     torch.manual_seed(0)
     tokens = sum(h * w for h, w in SHAPES)
     values = torch.randn(2, tokens, 4, 8, dtype=torch.float64, requires_grad=True)
     places = (torch.rand(2, 11, 4, 3, 2, 2, dtype=torch.float64) * 1.6 - 0.3).requires_grad_()
     weights = torch.rand(2, 11, 4, 3, 2, dtype=torch.float64, requires_grad=True)
     gradients = []
-    for way in (deformable.deformable_sample, plainly):
-        found = way(values, SHAPES, places, weights)
+    for each in (way, plainly):
+        found = each(values, SHAPES, places, weights)
         gradients.append((found, *torch.autograd.grad(found.square().sum(), (values, places, weights))))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
