@@ -188,5 +188,5 @@ def test_duplicates_can_be_left_out():
 def test_targets_without_masks_are_refused():
     system, target = build("eomt").train(), objects(2)
     target.masks = None
-    with pytest.raises(ValueError, match="no masks"):
+    with pytest.raises(UsageError, match="no masks"):
         system.losses(system(pictures()), [target])

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from maskwright.errors import UsageError
 from maskwright.ops.assignment import Pairs
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.points import mask_sample, mask_uncertainty, point_sample, uncertain_points
@@ -58,7 +59,7 @@ class Objects:
             target = target[~target.crowd]
         masks = target.masks if target.masks is not None else Masks.empty(target.image_size)
         if len(masks) != len(target):
-            raise ValueError("a target has boxes but no masks, from which queries could learn")
+            raise UsageError("a target has boxes but no masks, from which queries could learn; give masks")
         return cls(target.labels.to(device), masks)
 
     def __len__(self) -> int:

@@ -6,7 +6,17 @@ from importlib import import_module
 from typing import Any
 
 from maskwright.errors import UnknownSystemError
-from maskwright.systems.base import Ablation, Card, ClassRows, PanopticSystem, Preset, ProposalSystem, Score, System
+from maskwright.systems.base import (
+    Ablation,
+    Card,
+    ClassRows,
+    PanopticSystem,
+    Preset,
+    ProposalSystem,
+    QuerySystem,
+    Score,
+    System,
+)
 
 # name: "module:class", in the order of publication
 REGISTRY = {
@@ -41,6 +51,7 @@ __all__ = [
     "PanopticSystem",
     "Preset",
     "ProposalSystem",
+    "QuerySystem",
     "Score",
     "System",
     "create",

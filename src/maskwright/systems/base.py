@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, runtime_checkable
+from typing import Protocol as Interface
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from maskwright.errors import UsageError
+from maskwright.ops import queries as query_ops
 from maskwright.structures import Instances, Panoptic, Placement, Preprocess
 
 
@@ -230,6 +232,93 @@ class ProposalSystem(System):
                 f"{self.name} finds objects of no class; classes is one name for all of them, here are {len(classes)}"
             )
         return tuple(classes)
+
+
+@runtime_checkable
+class MaskQueries(Interface):
+    """What a system's queries say, and where their masks come from: see `QuerySystem`."""
+
+    @property
+    def classes(self) -> Tensor: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    def masks_of(self, picture: int) -> Callable[[Tensor], Tensor]: ...
+
+
+class QuerySystem(PanopticSystem):
+    """A system whose queries each say a class, or "no object", and a mask (MaskFormer and what came after it).
+
+    Its raw answer has `classes` (predictions, B, N, K + 1), of which the last prediction counts and the last column is
+    "no object", `masks_of(picture)`, which gives the mask logits of some queries, and `size` of the input.
+
+    inside         segments are what a query wins of its own mask (Mask2Former), not all that it wins (MaskFormer)
+    classes_first  how `decode_semantic` resizes: see `ops.queries.semantic`
+    """
+
+    inside: bool = True
+    classes_first: bool = False
+
+    @torch.no_grad()
+    def decode(
+        self,
+        raw: MaskQueries,
+        placements: Sequence[Placement],
+        *,
+        score_threshold: float = 0.0,
+        nms_threshold: float | None = None,
+        detections: int = 100,
+        best_class: bool = False,
+        overlap: float | None = None,
+    ) -> list[Instances]:
+        """By Mask2Former's rule, whose scores are class score x mean probability inside the mask.
+
+        nms_threshold, best_class, overlap
+            as published nothing is suppressed, and one query may be several objects of different classes. See
+            `ops.queries.Choice` for three ways to leave duplicates out
+        """
+        choice = query_ops.Choice(detections, score_threshold, best_class, nms_threshold, overlap)
+        things = self.thing_classes(raw.classes.device) if self.stuff else None
+        return [
+            query_ops.objects(own[:, :-1], masks_of, placement, raw.size, choice, things)
+            for own, masks_of, placement in _each(raw, placements)
+        ]
+
+    @torch.no_grad()
+    def decode_panoptic(
+        self,
+        raw: MaskQueries,
+        placements: Sequence[Placement],
+        *,
+        score_threshold: float = 0.8,
+        overlap_threshold: float = 0.8,
+    ) -> list[Panoptic]:
+        """See `ops.queries.segments`."""
+        things = self.thing_classes(raw.classes.device)
+        return [
+            query_ops.segments(
+                own, masks_of, placement, raw.size, things, score_threshold=score_threshold,
+                overlap_threshold=overlap_threshold, inside=self.inside,
+            )
+            for own, masks_of, placement in _each(raw, placements)
+        ]  # fmt: skip
+
+    @torch.no_grad()
+    def decode_semantic(self, raw: MaskQueries, placements: Sequence[Placement]) -> list[Int[Tensor, "_h _w"]]:
+        """See `ops.queries.semantic`."""
+        return [
+            query_ops.semantic(own[:, :-1], masks_of, placement, raw.size, classes_first=self.classes_first)
+            for own, masks_of, placement in _each(raw, placements)
+        ]
+
+
+def _each(
+    raw: MaskQueries, placements: Sequence[Placement]
+) -> list[tuple[Tensor, Callable[[Tensor], Tensor], Placement]]:
+    """For each picture: class probabilities of its queries, and what gives their masks."""
+    probabilities = raw.classes[-1].float().softmax(-1)
+    return [(own, raw.masks_of(b), p) for b, (own, p) in enumerate(zip(probabilities, placements, strict=True))]
 
 
 def _plain(value: Any) -> Any:

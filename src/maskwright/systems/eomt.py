@@ -18,18 +18,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.trunk import coloured
 from maskwright.blocks.vit import ViT
 from maskwright.errors import UsageError
-from maskwright.ops import queries as query_ops
 from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import Pairs, assign
-from maskwright.structures import Instances, Panoptic, Placement, Preprocess
-from maskwright.systems.base import Card, ClassRows, PanopticSystem, Preset, Score
+from maskwright.structures import Instances, Preprocess
+from maskwright.systems.base import Card, ClassRows, Preset, QuerySystem, Score
 
 WEIGHTS = (2.0, 5.0, 5.0)  # class, binary cross entropy, dice: of the losses and of the costs of matching
 LAST_BLOCKS = {12: 3, 24: 4, 40: 5}  # depth -> blocks that the queries pass, as published
@@ -47,6 +46,11 @@ class Raw:
     def masks(self, layer: int = -1) -> Float[Tensor, "b n h w"]:
         """Logits of all masks of one prediction."""
         return torch.einsum("bnc,bchw->bnhw", self.embeddings[layer], self.features[layer])
+
+    def masks_of(self, picture: int) -> Callable[[Tensor], Tensor]:
+        """What gives the logits (R, h, w) of the last masks of some queries of a picture."""
+        embeddings, features = self.embeddings[-1, picture], self.features[-1, picture]
+        return lambda rows: torch.einsum("nc,chw->nhw", embeddings[rows].float(), features.float())
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -69,7 +73,7 @@ class ScaleBlock(nn.Module):
         return self.norm(self.depthwise(functional.gelu(self.up(x))))
 
 
-class EoMT(PanopticSystem):
+class EoMT(QuerySystem):
     """Queries inside a plain ViT; see the module."""
 
     name = "eomt"
@@ -231,67 +235,6 @@ class EoMT(PanopticSystem):
         kinds = learning.class_losses(classes, objects, pairs, self.no_object)
         terms = torch.cat([kinds, mask / count, dice / count])
         return terms * terms.new_tensor(WEIGHTS), pairs
-
-    # ---- objects -----------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def decode(
-        self,
-        raw: Raw,
-        placements: Sequence[Placement],
-        *,
-        score_threshold: float = 0.0,
-        nms_threshold: float | None = None,
-        detections: int = 100,
-        best_class: bool = False,
-        overlap: float | None = None,
-    ) -> list[Instances]:
-        """
-        nms_threshold, best_class, overlap
-            as published nothing is suppressed, and one query may be several objects of different classes. See
-            `ops.queries.Choice` for three ways to leave duplicates out
-        """
-        choice = query_ops.Choice(detections, score_threshold, best_class, nms_threshold, overlap)
-        things = self.thing_classes(raw.classes.device) if self.stuff else None
-        scores = self._probabilities(raw)[..., :-1]
-        return [
-            query_ops.objects(own, self._masks_of(raw, b), placement, raw.size, choice, things)
-            for b, (own, placement) in enumerate(zip(scores, placements, strict=True))
-        ]
-
-    @torch.no_grad()
-    def decode_panoptic(
-        self,
-        raw: Raw,
-        placements: Sequence[Placement],
-        *,
-        score_threshold: float = 0.8,
-        overlap_threshold: float = 0.8,
-    ) -> list[Panoptic]:
-        things = self.thing_classes(raw.classes.device)
-        return [
-            query_ops.segments(
-                own, self._masks_of(raw, b), placement, raw.size, things, score_threshold=score_threshold,
-                overlap_threshold=overlap_threshold,
-            )
-            for b, (own, placement) in enumerate(zip(self._probabilities(raw), placements, strict=True))
-        ]  # fmt: skip
-
-    @torch.no_grad()
-    def decode_semantic(self, raw: Raw, placements: Sequence[Placement]) -> list[Int[Tensor, "_h _w"]]:
-        """Of the whole picture at once; the authors' semantic models were measured on windows that slide over it."""
-        return [
-            query_ops.semantic(own[:, :-1], self._masks_of(raw, b), placement, raw.size)
-            for b, (own, placement) in enumerate(zip(self._probabilities(raw), placements, strict=True))
-        ]
-
-    def _probabilities(self, raw: Raw) -> Float[Tensor, "b n k1"]:
-        return raw.classes[-1].float().softmax(-1)
-
-    def _masks_of(self, raw: Raw, picture: int) -> Callable[[Tensor], Tensor]:
-        return lambda rows: torch.einsum(
-            "nc,chw->nhw", raw.embeddings[-1, picture][rows].float(), raw.features[-1, picture].float()
-        )
 
     # ---- for loading and training ------------------------------------------------------------------------------------
 

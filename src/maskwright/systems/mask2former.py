@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,12 +28,11 @@ from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.transformer import MLP, DecoderLayer
 from maskwright.blocks.trunk import coloured, first_weight, make_trunk
 from maskwright.errors import UsageError
-from maskwright.ops import queries as query_ops
 from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import assign
 from maskwright.ops.query_losses import MaskAnswers as Raw
-from maskwright.structures import Instances, Panoptic, Placement, Preprocess
-from maskwright.systems.base import Ablation, Card, ClassRows, PanopticSystem, Preset, Score
+from maskwright.structures import Instances, Preprocess
+from maskwright.systems.base import Ablation, Card, ClassRows, Preset, QuerySystem, Score
 
 LEVELS = 3  # strides 32, 16 and 8, in this order throughout
 
@@ -96,7 +95,7 @@ class Queries(nn.Module):
         self.levels = nn.Parameter(torch.randn(LEVELS, width))
 
 
-class Mask2Former(PanopticSystem):
+class Mask2Former(QuerySystem):
     """See the module's text. `decode` takes `score_threshold`, `nms_threshold`, `detections` and more."""
 
     name = "mask2former"
@@ -277,61 +276,6 @@ class Mask2Former(PanopticSystem):
         return learning.point_costs(
             raw.classes.float().softmax(-1), raw.embeddings, raw.features, objects, places, raw.size, self.weights
         )
-
-    # ---- objects -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def decode(
-        self,
-        raw: Raw,
-        placements: Sequence[Placement],
-        *,
-        score_threshold: float = 0.0,
-        nms_threshold: float | None = None,
-        detections: int = 100,
-        best_class: bool = False,
-        overlap: float | None = None,
-    ) -> list[Instances]:
-        """
-        nms_threshold, best_class, overlap
-            as published nothing is suppressed, and one query may be several objects of different classes. See
-            `ops.queries.Choice` for three ways to leave duplicates out
-        """
-        choice = query_ops.Choice(detections, score_threshold, best_class, nms_threshold, overlap)
-        things = self.thing_classes(raw.classes.device) if self.stuff else None
-        scores = self._probabilities(raw)[..., :-1]
-        return [
-            query_ops.objects(own, raw.masks_of(b), placement, raw.size, choice, things)
-            for b, (own, placement) in enumerate(zip(scores, placements, strict=True))
-        ]
-
-    @torch.no_grad()
-    def decode_panoptic(
-        self,
-        raw: Raw,
-        placements: Sequence[Placement],
-        *,
-        score_threshold: float = 0.8,
-        overlap_threshold: float = 0.8,
-    ) -> list[Panoptic]:
-        things = self.thing_classes(raw.classes.device)
-        return [
-            query_ops.segments(
-                own, raw.masks_of(b), placement, raw.size, things, score_threshold=score_threshold,
-                overlap_threshold=overlap_threshold,
-            )
-            for b, (own, placement) in enumerate(zip(self._probabilities(raw), placements, strict=True))
-        ]  # fmt: skip
-
-    @torch.no_grad()
-    def decode_semantic(self, raw: Raw, placements: Sequence[Placement]) -> list[Int[Tensor, "_h _w"]]:
-        return [
-            query_ops.semantic(own[:, :-1], raw.masks_of(b), placement, raw.size, classes_first=self.classes_first)
-            for b, (own, placement) in enumerate(zip(self._probabilities(raw), placements, strict=True))
-        ]
-
-    def _probabilities(self, raw: Raw) -> Float[Tensor, "b n k1"]:
-        return raw.classes[-1].float().softmax(-1)
 
     # ---- for loading and training --------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ Mask2Former made of this what is used today. The official code has no rule for i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -27,13 +27,12 @@ from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.transformer import MLP, DecoderLayer, EncoderLayer
 from maskwright.blocks.trunk import coloured, first_weight, make_trunk
 from maskwright.errors import UsageError
-from maskwright.ops import queries as query_ops
 from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import assign
 from maskwright.ops.points import mask_sample
 from maskwright.ops.query_losses import MaskAnswers as Raw
-from maskwright.structures import Instances, Panoptic, Placement, Preprocess
-from maskwright.systems.base import Card, ClassRows, PanopticSystem, Preset, Score
+from maskwright.structures import Instances, Preprocess
+from maskwright.systems.base import Card, ClassRows, Preset, QuerySystem, Score
 
 
 class PixelDecoder(nn.Module):
@@ -77,7 +76,7 @@ class PixelDecoder(nn.Module):
         return self.mask_features(y), encoded
 
 
-class MaskFormer(PanopticSystem):
+class MaskFormer(QuerySystem):
     """See the module's text. `decode` takes `score_threshold`, `nms_threshold`, `detections` and more."""
 
     name = "maskformer"
@@ -89,6 +88,7 @@ class MaskFormer(PanopticSystem):
         code="facebookresearch/MaskFormer",
         code_licence="CC-BY-NC-4.0",
     )
+    inside = False
 
     def __init__(
         self,
@@ -273,61 +273,6 @@ class MaskFormer(PanopticSystem):
         rows, back = owners.cpu().unique(return_inverse=True)
         planes = own.masks[rows].dense(owners.device)[back.to(owners.device)]
         return functional.pad(planes, (0, size[1] - planes.shape[2], 0, size[0] - planes.shape[1]))
-
-    # ---- objects -------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def decode(
-        self,
-        raw: Raw,
-        placements: Sequence[Placement],
-        *,
-        score_threshold: float = 0.0,
-        nms_threshold: float | None = None,
-        detections: int = 100,
-        best_class: bool = False,
-        overlap: float | None = None,
-    ) -> list[Instances]:
-        """By Mask2Former's rule: see `ops.queries.objects`, and `ops.queries.Choice` for leaving duplicates out."""
-        choice = query_ops.Choice(detections, score_threshold, best_class, nms_threshold, overlap)
-        things = self.thing_classes(raw.classes.device) if self.stuff else None
-        return [
-            query_ops.objects(own[:, :-1], masks_of, placement, raw.size, choice, things)
-            for own, masks_of, placement in self._answers(raw, placements)
-        ]
-
-    @torch.no_grad()
-    def decode_panoptic(
-        self,
-        raw: Raw,
-        placements: Sequence[Placement],
-        *,
-        score_threshold: float = 0.8,
-        overlap_threshold: float = 0.8,
-    ) -> list[Panoptic]:
-        things = self.thing_classes(raw.classes.device)
-        return [
-            query_ops.segments(
-                own, masks_of, placement, raw.size, things, score_threshold=score_threshold,
-                overlap_threshold=overlap_threshold, inside=False,
-            )
-            for own, masks_of, placement in self._answers(raw, placements)
-        ]  # fmt: skip
-
-    @torch.no_grad()
-    def decode_semantic(self, raw: Raw, placements: Sequence[Placement]) -> list[Int[Tensor, "_h _w"]]:
-        return [
-            query_ops.semantic(own[:, :-1], masks_of, placement, raw.size, classes_first=self.classes_first)
-            for own, masks_of, placement in self._answers(raw, placements)
-        ]
-
-    @staticmethod
-    def _answers(
-        raw: Raw, placements: Sequence[Placement]
-    ) -> list[tuple[Tensor, Callable[[Tensor], Tensor], Placement]]:
-        """For each picture: class probabilities of its queries, and what gives their masks."""
-        probabilities = raw.classes[-1].float().softmax(-1)
-        return [(own, raw.masks_of(b), p) for b, (own, p) in enumerate(zip(probabilities, placements, strict=True))]
 
     # ---- for loading and training --------------------------------------------------------------------------------
 
