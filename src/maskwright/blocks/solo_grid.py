@@ -172,9 +172,10 @@ def read_objects(
         assert target.masks is not None
         masks = target.masks[rows].dense(device)
         masks = functional.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
-        area = masks.sum((1, 2))
+        columns, lines = masks.sum(1), masks.sum(2)
+        area = lines.sum(1)
         total = area.clamp(min=1)
-        centre_x, centre_y = masks.sum(1).to(exact) @ x / total, masks.sum(2).to(exact) @ y / total
+        centre_x, centre_y = columns.to(exact) @ x / total, lines.to(exact) @ y / total
         areas[rows], centres[rows] = area.float(), torch.stack([centre_x, centre_y], 1).float()
         for stride, plane in planes.items():
             plane[rows] = _middles(masks, stride)
@@ -336,37 +337,43 @@ def find(
     soft: Callable[[Int[Tensor, " n"]], Float[Tensor, "n h w"]],
     rules: Suppression,
     pixels: int,
-    budget: int = 256 << 20,
+    budget: int | None = None,
 ) -> tuple[Float[Tensor, "d h w"], Float[Tensor, " d"], Int[Tensor, " d"]]:
     """Masks as probabilities, scores and labels of one picture, best first.
 
     scores    of each cell and class, after point NMS
     smallest  a mask must have more cells above 0.5 than this: the stride of its level
     soft      the masks that some cells (in order) name, all on one grid of `pixels` cells; asked for candidates only
-    budget    bytes of scratch for the masks of candidates, so many at a time
+    budget    bytes of scratch for the masks of candidates, so many at a time; None: 256 MB on an accelerator, and 32 MB
+              on the host, whose caches are quicker than its memory. A byte for each pixel of a candidate is kept
     """
     cells, labels = (scores > rules.candidate_threshold).nonzero(as_tuple=True)
-    areas, certainty = scores.new_zeros(len(scores)), scores.new_zeros(len(scores))
-    for part in cells.unique().split(max(1, budget // (12 * pixels))):  # a cell may be a candidate of several classes
-        masks = soft(part)
-        inside = masks > 0.5
-        areas[part] = inside.sum((1, 2)).float()
-        certainty[part] = (masks * inside).sum((1, 2)) / areas[part].clamp(min=1)
-    good = areas[cells] > smallest[cells]
-    cells, labels = cells[good], labels[good]
-    values, order = (scores[cells, labels] * certainty[cells]).sort(descending=True, stable=True)
-    values, cells, labels = values[: rules.before], cells[order][: rules.before], labels[order][: rules.before]
-
-    named, row = cells.unique(return_inverse=True)
-    masks = soft(named)
-    iou = mask_iou((masks > 0.5).flatten(1))[row][:, row]
+    named, row = cells.unique(return_inverse=True)  # a cell may be a candidate of several classes
+    if budget is None:
+        budget = (32 if scores.device.type == "cpu" else 256) << 20
+    solid = torch.zeros(len(named), pixels, dtype=torch.bool, device=scores.device)
+    areas, certainty = scores.new_zeros(len(named)), scores.new_zeros(len(named))
+    at_once = max(1, budget // (12 * pixels))
+    for first in range(0, len(named), at_once):
+        part = slice(first, first + at_once)
+        masks = soft(named[part]).flatten(1)
+        inside = (masks > 0.5).to(masks.dtype)
+        solid[part], areas[part] = inside, inside.sum(1)  # pyright: ignore[reportArgumentType]
+        certainty[part] = masks.mul_(inside).sum(1) / areas[part].clamp(min=1)
+    good = areas[row] > smallest[cells]
+    cells, labels, row = cells[good], labels[good], row[good]
+    values, order = (scores[cells, labels] * certainty[row]).sort(descending=True, stable=True)
+    order, values = order[: rules.before], values[: rules.before]
+    cells, labels, row = cells[order], labels[order], row[order]
+    iou = mask_iou(solid[row], labels)
     if rules.nms_threshold is None:
         values = matrix_nms(iou, values, labels, rules.kernel, rules.sigma)
     else:
         values = values * mask_nms(iou, labels, rules.nms_threshold)
     values, order = values.sort(descending=True, stable=True)
     keep = order[(values >= rules.score_threshold) & (values > 0)][: rules.detections]
-    return masks[row[keep]], values[: len(keep)], labels[keep]
+    named, row = cells[keep].unique(return_inverse=True)
+    return soft(named)[row], values[: len(keep)], labels[keep]
 
 
 @torch.no_grad()

@@ -23,9 +23,13 @@ def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
 
 def pairwise_iou(a: Float[Tensor, "*k n 4"], b: Float[Tensor, "*k m 4"]) -> Float[Tensor, "*k n m"]:
     """Overlap of every box in `a` with every box in `b`; 0 where the union is empty."""
-    low = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
-    high = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
-    both = (high - low).clamp(min=0).prod(-1)
+    # One axis after the other: rows of M numbers are several times faster than M rows of two.
+    across, down = (
+        torch.minimum(a[..., :, None, i + 2], b[..., None, :, i + 2])
+        - torch.maximum(a[..., :, None, i], b[..., None, :, i])
+        for i in (0, 1)
+    )
+    both = across.clamp(min=0) * down.clamp(min=0)
     union = area(a)[..., :, None] + area(b)[..., None, :] - both
     return torch.where(both > 0, both / union, both.new_zeros(()))
 

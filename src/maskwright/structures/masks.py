@@ -107,9 +107,8 @@ class Masks:
         """
         places = corners.tolist()
         arrays = (c.cpu().numpy() if isinstance(c, Tensor) else c for c in crops)
-        return cls(
-            "rle", [rle.from_crop(c, int(x), int(y), size) for c, (x, y) in zip(arrays, places, strict=True)], size
-        )
+        edges = [rle.edges(c, int(x), int(y), size) for c, (x, y) in zip(arrays, places, strict=True)]
+        return cls("rle", rle.from_edges(edges, size[0] * size[1]), size)
 
     @classmethod
     def join(cls, parts: Sequence[Masks]) -> Masks:
@@ -259,7 +258,8 @@ class Masks:
             return [outlines.fill(rings, self.size, self.fill) for rings in self._data]
         if self._data.device.type != "cpu":
             return _dense_strings(self._data)
-        return [rle.from_crop(crop, frame[0], frame[1], self.size) for frame, crop in self._crops()]
+        edges = [rle.edges(crop, frame[0], frame[1], self.size) for frame, crop in self._crops()]
+        return rle.from_edges(edges, self.size[0] * self.size[1])
 
     def _crops(self) -> Iterator[tuple[rle.Frame, np.ndarray]]:
         if self.kind == "dense":
@@ -289,12 +289,14 @@ def _dense_boxes(planes: Tensor) -> Tensor:
 def _dense_strings(planes: Tensor) -> list[bytes]:
     """Strings of planes on an accelerator: only where the mask changes crosses to the host."""
     count, height, width = planes.shape
+    if not count:
+        return []
     lines = planes.transpose(1, 2).reshape(count, -1)
     edge = lines.new_zeros(count, 1)
     changes = torch.cat([edge, lines], 1) != torch.cat([lines, edge], 1)
     owner, position = changes.nonzero().cpu().numpy().T
     cuts = np.searchsorted(owner, np.arange(1, count))
-    return [rle.from_runs(p[0::2], p[1::2], height * width) for p in np.split(position, cuts)]
+    return rle.from_edges(np.split(position, cuts), height * width)
 
 
 def _place_crop(frame: rle.Frame, crop: np.ndarray, placement: Placement) -> bytes:

@@ -11,6 +11,9 @@ are coded here without ever making the plane.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import numpy as np
 
 Frame = tuple[int, int, int, int]  # x0, y0, x1, y1: whole pixels, x1 and y1 exclusive
@@ -43,19 +46,7 @@ def decode_counts(text: bytes) -> np.ndarray:
 
 def encode_counts(counts: np.ndarray) -> bytes:
     """COCO's compressed string of these run lengths."""
-    rest = np.asarray(counts, np.int64).copy()
-    rest[3:] -= np.asarray(counts, np.int64)[1:-2]
-    columns, going = [], np.ones(len(rest), bool)
-    while going.any():
-        group = rest & 31
-        rest = rest >> 5
-        more = np.where(group & 16, rest != -1, rest != 0) & going
-        columns.append(np.where(going, (group | (more << 5)) + 48, 0))
-        going = more
-    if not columns:
-        return b""
-    text = np.stack(columns, 1).ravel()
-    return text[text > 0].astype(np.uint8).tobytes()
+    return _encoded(np.asarray(counts, np.int64), np.array([len(counts)]))[0]
 
 
 def runs(text: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -69,29 +60,74 @@ def runs(text: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def from_runs(starts: np.ndarray, ends: np.ndarray, total: int) -> bytes:
     """The compressed string of runs in ascending order; runs that touch are joined. `total` is H * W."""
-    if len(starts):
-        apart = starts[1:] != ends[:-1]
-        starts, ends = starts[np.concatenate([[True], apart])], ends[np.concatenate([apart, [True]])]
-    edges = np.empty(2 * len(starts) + 2, np.int64)
-    edges[0], edges[-1] = 0, total
-    edges[1:-1:2], edges[2:-1:2] = starts, ends
-    counts = np.diff(edges)
-    return encode_counts(counts[:-1] if counts[-1] == 0 and len(counts) > 1 else counts)
+    return from_edges([np.stack([starts, ends], 1).ravel()], total)[0]
+
+
+def from_edges(edges: Sequence[np.ndarray], total: int) -> list[bytes]:
+    """The strings of several masks, each given as where its runs begin and end: begin, end, begin, end ..., ascending.
+
+    All are written in one go: for a mask of a few hundred runs that is several times quicker than one by one.
+    """
+    lengths = np.array([len(own) for own in edges], np.int64)
+    owner = np.repeat(np.arange(len(edges)), lengths)
+    place = np.concatenate([np.zeros(0, np.int64), *edges]) + owner * (total + 1)  # one line, on which no masks meet
+    meets = place[1:] == place[:-1]  # a run begins where the last one ends: neither is there
+    stays = np.ones(len(place), bool)
+    stays[1:] &= ~meets
+    stays[:-1] &= ~meets
+    place, owner = place[stays], owner[stays]
+    # Run lengths are differences, from each mask's beginning to its end.
+    begins = np.arange(len(edges)) * (total + 1)
+    lengths = np.bincount(owner, minlength=len(edges))
+    first = np.cumsum(lengths + 2) - lengths - 2
+    line = np.empty(len(place) + 2 * len(edges), np.int64)
+    line[first], line[first + lengths + 1] = begins, begins + total
+    line[2 * owner + 1 + np.arange(len(place))] = place
+    counts = np.diff(line)
+    said = np.ones(len(counts), bool)
+    said[first[1:] - 1] = False  # from a mask's end to the next one's beginning
+    said[(first + lengths)[(counts[first + lengths] == 0) & (lengths > 0)]] = False  # a last run of no pixels
+    return _encoded(counts[said], np.add.reduceat(said, first).astype(np.int64) if len(first) else lengths)
+
+
+def _encoded(counts: np.ndarray, lengths: np.ndarray) -> list[bytes]:
+    """Compressed strings of several masks' run lengths, so many of each."""
+    ends = np.cumsum(lengths)
+    within = np.arange(len(counts)) - np.repeat(ends - lengths, lengths)
+    later = np.flatnonzero(within >= 3)
+    rest = counts.copy()
+    rest[later] -= counts[later - 2]
+    columns, going = [np.zeros(len(rest), np.uint8)], np.ones(len(rest), bool)
+    while going.any():
+        group = rest & 31
+        rest = rest >> 5
+        more = np.where(group & 16, rest != -1, rest != 0) & going
+        columns.append(np.where(going, (group | (more << 5)) + 48, 0).astype(np.uint8))
+        going = more
+    text = np.stack(columns, 1)
+    there = text > 0
+    letters = text[there].tobytes()
+    cuts = np.concatenate([[0], np.cumsum(there.sum(1))])[np.concatenate([[0], ends])].tolist()
+    return [letters[a:b] for a, b in pairwise(cuts)]
 
 
 def from_crop(crop: np.ndarray, x0: int, y0: int, size: tuple[int, int]) -> bytes:
     """The string of a plane of `size` (H, W) that is empty but for `crop` (h, w) bool with its corner at (x0, y0)."""
+    return from_edges([edges(crop, x0, y0, size)], size[0] * size[1])[0]
+
+
+def edges(crop: np.ndarray, x0: int, y0: int, size: tuple[int, int]) -> np.ndarray:
+    """Where the runs of such a plane begin and end, in column order; what reaches beyond it is cut off."""
     height, width = size
     left, top = max(0, -x0), max(0, -y0)
     crop = crop[top : max(top, height - y0), left : max(left, width - x0)]
     if not crop.size:
-        return from_runs(np.zeros(0, np.int64), np.zeros(0, np.int64), height * width)
+        return np.zeros(0, np.int64)
     columns = np.zeros((crop.shape[1], crop.shape[0] + 2), bool)
     columns[:, 1:-1] = crop.T
     # Every column begins and ends with background, so that changes are begin, end, begin, end ... all the way.
     x, y = np.divmod(np.flatnonzero(columns[:, 1:] != columns[:, :-1]), columns.shape[1] - 1)
-    edges = (x + x0 + left) * height + y + y0 + top
-    return from_runs(edges[0::2], edges[1::2], height * width)
+    return (x + x0 + left) * height + y + y0 + top
 
 
 def frame(text: bytes, height: int) -> Frame:

@@ -479,9 +479,11 @@ class DeepSnake(System):
 
     @torch.no_grad()
     def outlines(
-        self, raw: Raw, boxes: Float[Tensor, "n 4"], pictures: Int[Tensor, " n"], at_once: int = 256
+        self, raw: Raw, boxes: Float[Tensor, "n 4"], pictures: Int[Tensor, " n"], at_once: int | None = None
     ) -> Float[Tensor, "n p 2"]:
-        """The last outline of each box, in cells of the map; `at_once` bounds the memory at about 2 MB each."""
+        """The last outline of each box, in cells of the map; `at_once` bounds the memory at about 2 MB each. None: 256,
+        on the host 16, which its caches hold."""
+        at_once = at_once or (16 if boxes.device.type == "cpu" else 256)
         limit = boxes.new_tensor([raw.feature.shape[3] - 1, raw.feature.shape[2] - 1])
         lines = [boxes.new_zeros(0, self.contours.points, 2)]
         for some, owners in zip(boxes.split(at_once), pictures.split(at_once), strict=True):

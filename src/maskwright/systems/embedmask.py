@@ -550,8 +550,8 @@ def mask_windows(
     across = (x >= low[:, :1]) & (x < high[:, :1])
     inside = across[:, None] & ((y >= low[:, 1:]) & (y < high[:, 1:]))[..., None]  # (n, r, c)
     cell = (y.clamp(0, height - 1) * width)[..., None] + x.clamp(0, width - 1)[:, None]
-    apart = pixels.flatten(1).T[cell] - embeddings[:, None, None]  # (n, r, c, D)
-    near = -(apart.square() * margins[:, None, None]).sum(-1)
+    apart = pixels.flatten(1).T[cell].sub_(embeddings[:, None, None])  # (n, r, c, D), in one place: memory is slow
+    near = -apart.square_().mul_(margins[:, None, None]).sum(-1)
     return torch.where(inside, near if logarithm else near.exp(), -10.0 if logarithm else 0.0), corners
 
 

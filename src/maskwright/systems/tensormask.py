@@ -363,13 +363,13 @@ class TensorMask(System):
         """For each picture the windows of what was found, boxes in the input's pixels, scores and labels, best first.
         Without a box head the boxes are the windows: three times as many are kept, for the masks to decide."""
         windows, _ = self.layout(raw)
-        scores = self.rows(raw.logits, len(self.classes)).sigmoid()
+        scores = self.rows(raw.logits, len(self.classes)).sigmoid_()
         deltas = self.rows(raw.deltas, 4) if raw.deltas else None
         result = []
         for picture, own in enumerate(scores):
-            best, place = own.flatten().topk(min(candidates, own.numel()))
-            best, place = best[best > score_threshold], place[best > score_threshold]
-            window, label = place // own.shape[1], place % own.shape[1]
+            window, label = (own > score_threshold).nonzero().unbind(1)
+            best, rows = own[window, label].topk(min(candidates, len(window)))
+            window, label = window[rows], label[rows]
             boxes = windows[window]
             if deltas is not None:
                 boxes = box_ops.decode(boxes, deltas[picture, window], BOX_WEIGHTS)

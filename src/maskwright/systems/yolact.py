@@ -600,7 +600,9 @@ def _choose_fast(
     """Score, row of `scores` and anchor of what Fast NMS leaves; places that are not used have a score of -1.
 
     Each row (class) looks at the best `TOP` of all kept anchors, whatever they score in it."""
-    score, anchor = torch.where(kept, scores, -1.0).topk(min(TOP, scores.shape[1]), dim=1)  # (C, n)
+    chosen = kept.nonzero().flatten()
+    score, place = scores[:, chosen].topk(min(TOP, len(chosen)), dim=1)  # (C, n)
+    anchor = chosen[place]
     near = boxes[anchor]
     good = fast_nms(box_ops.pairwise_iou(near, near), threshold)
     row = torch.arange(len(score), device=score.device)[:, None].expand_as(score)
