@@ -41,7 +41,10 @@ def test_objects_apart_stay_as_they_are():
     system, picture = Painted().eval(), blocks(5)
     plain, decayed = (predict(system, picture, suppression=kind).found() for kind in (None, "matrix"))
     assert torch.equal(plain.scores, decayed.scores)
-    assert evaluate(system, Gallery(), suppression="matrix")["segm/AP"] == pytest.approx(1)
+    own, decayed = (evaluate(system, Gallery(), suppression=kind) for kind in (None, "matrix"))
+    assert decayed["segm/AP"] == pytest.approx(1)
+    assert dict(own.protocol.facts())["suppression"] == "the system's own"
+    assert "Matrix NMS" in dict(decayed.protocol.facts())["suppression"]
 
 
 def test_a_system_without_masks_or_an_unknown_kind_is_refused():

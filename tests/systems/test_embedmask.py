@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from maskwright.errors import UsageError
+from maskwright.ops.mask_targets import seen_at
 from maskwright.structures import Masks, Placement
 from maskwright.systems import embedmask
 from maskwright.systems.embedmask import Raw
@@ -159,7 +160,7 @@ def test_a_masks_cells_are_what_bilinear_shrinking_leaves():
     planes = torch.rand(3, 45, 61, generator=generator) > 0.9
     grid = (12, 16)
     places = torch.tensor([[4.0, 4.0], [60, 44], [64, 64]])
-    on_mask, cells = embedmask._look(Masks.from_dense(planes), places, grid, budget=1)
+    on_mask, cells = seen_at(Masks.from_dense(planes), places, grid, 4, budget=1)
     padded = functional.pad(planes, (0, 64 - 61, 0, 48 - 45))[None].float()
     assert torch.equal(cells, functional.interpolate(padded, size=grid, mode="bilinear", align_corners=False)[0] > 0)
     assert torch.equal(on_mask[0], planes[:, 4, 4])

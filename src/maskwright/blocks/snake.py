@@ -1,4 +1,5 @@
-"""A network over the points of a closed line (Deep Snake, arXiv 2001.01629, section 3.1)."""
+"""What Deep Snake (arXiv 2001.01629) is made of: a network over the points of a closed line (section 3.1), and a small
+detector of an object's components (section 3.3)."""
 
 from __future__ import annotations
 
@@ -6,12 +7,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskwright.ops.centres import PRIOR
+
 Convolution = Literal["circular", "graph"]
 LineNorm = Literal["batch", "group", "none"]
+CELLS = (14, 56)  # rows and columns of a component head's maps
 
 
 class LineConv(nn.Module):
@@ -79,3 +83,32 @@ def along(conv: nn.Conv1d, x: Float[Tensor, "n c 1 p"], dilation: int = 1) -> Fl
     """A convolution of lines as one of pictures of one row, channels last: what processors are quickest at."""
     weight = conv.weight[:, :, None].contiguous(memory_format=torch.channels_last)
     return functional.conv2d(x, weight, conv.bias, dilation=(1, dilation))
+
+
+class ComponentHead(nn.Module):
+    """A small detector of centres inside each box: 7 x 28 features -> maps of 14 x 56."""
+
+    def __init__(self, channels: int, width: int = 256):
+        super().__init__()
+        convs: list[nn.Module] = []
+        for number in range(4):
+            convs += [nn.Conv2d(channels if number == 0 else width, width, 3, padding=1), nn.ReLU(inplace=True)]
+        self.convs = nn.Sequential(*convs)
+        self.centres = nn.Sequential(nn.ConvTranspose2d(width, width, 2, 2), nn.Conv2d(width, 1, 1))
+        self.sizes = nn.Sequential(nn.ConvTranspose2d(width, width, 2, 2), nn.Conv2d(width, 2, 1))
+        nn.init.constant_(self.centres[-1].bias, PRIOR)  # pyright: ignore[reportArgumentType]
+
+    def forward(
+        self, feature: Float[Tensor, "b c h w"], boxes: Float[Tensor, "n 4"], owners: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, "n 1 r s"], Float[Tensor, "n 2 r s"]]:
+        """Centres' logits, and widths and heights in cells of the map."""
+        x = self.convs(self.read(feature, boxes, owners))
+        return self.centres(x), self.sizes(x)
+
+    @staticmethod
+    def read(feature: Tensor, boxes: Tensor, owners: Tensor) -> Float[Tensor, "n c 7 28"]:
+        from torchvision.ops import roi_align  # ours cuts squares only
+
+        values = feature if feature.is_cuda else feature.float()
+        rois = torch.cat([owners[:, None].to(boxes), boxes], 1).to(values.dtype)
+        return roi_align(values, rois, (CELLS[0] // 2, CELLS[1] // 2), 1.0, 0, False).to(feature.dtype)

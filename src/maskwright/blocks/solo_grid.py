@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -374,6 +375,35 @@ def find(
     keep = order[(values >= rules.score_threshold) & (values > 0)][: rules.detections]
     named, row = cells[keep].unique(return_inverse=True)
     return soft(named)[row], values[: len(keep)], labels[keep]
+
+
+@torch.no_grad()
+def decode_cells(
+    classes: Sequence[Float[Tensor, "b k _s _s"]],
+    grids: Sequence[int],
+    soft: Callable[[int, Int[Tensor, " n"]], Float[Tensor, "n h w"]],
+    plane: tuple[int, int],
+    placements: Sequence[Placement],
+    size: tuple[int, int],
+    rules: Suppression,
+    mask_threshold: float = 0.5,
+    finer: Callable[[int, Float[Tensor, "n h w"]], Float[Tensor, "n _p _q"]] | None = None,
+) -> list[Instances]:
+    """Finished objects of every picture.
+
+    classes  logits of each level
+    soft     the masks that some cells (counted over all levels, in order) of picture i name, on one grid of `plane`
+    size     H, W of the input, padding included
+    finer    makes finer probabilities of some masks of picture i: see `on_picture`
+    """
+    scores = flat([point_nms(level.float().sigmoid()) for level in classes])
+    smallest = per_cell(grids, STRIDES, scores.device)
+    result = []
+    for picture, (own, placement) in enumerate(zip(scores, placements, strict=True)):
+        found = find(own, smallest, partial(soft, picture), rules, plane[0] * plane[1])
+        own_finer = None if finer is None else partial(finer, picture)
+        result.append(on_picture(*found, placement, size, mask_threshold, own_finer))
+    return result
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ FORMAT = "maskwright-result"
 
 @dataclass
 class Protocol:
-    """The nine facts that make a number mean something; None where nobody has said. `note` is for any further one.
+    """The ten facts that make a number mean something; None where nobody has said. `note` is for any further one.
 
     The evaluator fills in the first three; whoever ran the system knows the others.
     """
@@ -37,6 +37,7 @@ class Protocol:
     device: str | None = None  # "NVIDIA ...", "CPU, 2 threads"
     batch: int | None = None
     decoding_timed: bool | None = None  # is making full-size masks inside the timer?
+    suppression: str | None = None  # "the system's own, then Matrix NMS on the finished masks"
     note: str = ""
 
     def facts(self) -> list[tuple[str, str]]:
@@ -66,6 +67,7 @@ _FACTS = {
     "device": "device",
     "batch": "batch",
     "decoding_timed": "full-size decoding",
+    "suppression": "suppression",
 }
 
 

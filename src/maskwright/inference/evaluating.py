@@ -20,7 +20,7 @@ from maskwright.errors import PictureError, UsageError
 from maskwright.evaluation import Evaluator, PanopticEvaluator, Result, SemanticEvaluator, Speed, match_classes
 from maskwright.inference.predicting import ahead
 from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
-from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
+from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed, suppression_words
 from maskwright.inference.tasks import Measured, checked_thresholds, default_of, on_host, verb_of
 from maskwright.structures import Batch, Instances, Panoptic, Placement
 from maskwright.systems import ProposalSystem, System
@@ -132,6 +132,7 @@ def evaluate(
         device=_device_name(place),
         batch=batch,
         decoding_timed=True,
+        suppression=None if divided else suppression_words(suppression),
     )
     result.speed = watch.speed(sum(p.numel() for p in system.parameters()))
     return result

@@ -19,6 +19,11 @@ def checked_suppression(kind: str | None) -> Suppression | None:
     return kind
 
 
+def suppression_words(kind: Suppression | None) -> str:
+    """For the protocol of a measurement."""
+    return "the system's own" + (", then Matrix NMS on the finished masks" if kind == "matrix" else "")
+
+
 def suppressed(objects: Instances, kind: Suppression | None, threshold: float | None = None) -> Instances:
     """Objects, best first, whose scores have decayed by how much better ones of their class overlap their masks; sorted
     again, without those that fell below `threshold`. None: as they are."""

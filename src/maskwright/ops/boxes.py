@@ -57,6 +57,14 @@ def clip(boxes: Float[Tensor, "*n 4"], size: tuple[float, float]) -> Float[Tenso
     return boxes.clamp(min=0).minimum(limit)
 
 
+def around(boxes: Float[Tensor, "n 4"], owners: Int[Tensor, " n"], count: int) -> Float[Tensor, "d 4"]:
+    """The box around all boxes of each of `count` owners; zeros for one that has none."""
+    index = owners[:, None].expand(-1, 2)
+    low = boxes.new_zeros(count, 2).scatter_reduce(0, index, boxes[:, :2], "amin", include_self=False)
+    high = boxes.new_zeros(count, 2).scatter_reduce(0, index, boxes[:, 2:], "amax", include_self=False)
+    return torch.cat([low, high], 1)
+
+
 def encode(
     boxes: Float[Tensor, "n 4"],
     targets: Float[Tensor, "n 4"],

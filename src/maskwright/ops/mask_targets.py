@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from maskwright.ops.interpolation import weights
 from maskwright.ops.pooling import roi_align
@@ -95,3 +96,27 @@ def label_plane(
     for (x0, y0, x1, y1), crop, label in zip(frames.tolist(), crops, labels.cpu()[order].tolist(), strict=True):
         plane[y0:y1, x0:x1][crop.numpy()] = label
     return torch.from_numpy(plane)
+
+
+def seen_at(
+    masks: Masks | None, places: Float[Tensor, "n 2"], grid: tuple[int, int], cell: int, budget: int = 64 << 20
+) -> tuple[Bool[Tensor, "n g"], Bool[Tensor, "g h w"]]:
+    """Whether each place (x, y in pixels) lies on each object's mask; and the masks on `grid` cells of `cell` pixels a
+    side, an even number: a cell counts if one of the four pixels in its middle does, for that is where halving it again
+    and again bilinearly reads. `budget` bytes of planes."""
+    if masks is None or not len(masks):
+        return places.new_zeros(len(places), 0, dtype=torch.bool), places.new_zeros(0, *grid, dtype=torch.bool)
+    height, width = masks.size
+    below, right = cell * grid[0] - height, cell * grid[1] - width
+    x, y = places.long().unbind(1)
+    middle = slice(cell // 2 - 1, cell // 2 + 1)
+    on_mask, cells, step = [], [], max(1, budget // (2 * cell * cell * grid[0] * grid[1]))
+    for start in range(0, len(masks), step):
+        planes = masks[start : start + step].dense(places.device)
+        planes = functional.pad(planes, (0, right, 0, below))  # as large as the finest level reaches
+        seen = (y < planes.shape[1]) & (x < planes.shape[2])  # a coarse level's last places lie beyond
+        chosen = planes[:, y.clamp(max=planes.shape[1] - 1), x.clamp(max=planes.shape[2] - 1)]
+        on_mask.append((chosen & seen).T)
+        inner = planes.unflatten(2, (-1, cell)).unflatten(1, (-1, cell))[:, :, middle, :, middle]
+        cells.append(inner.any(4).any(2))
+    return torch.cat(on_mask, 1), torch.cat(cells)

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from maskwright.blocks.dla import DLA, DLAUp, LightUp
 from maskwright.blocks.layers import Norm
-from maskwright.blocks.snake import Convolution, LineNorm, Snake
+from maskwright.blocks.snake import CELLS, ComponentHead, Convolution, LineNorm, Snake
 from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
@@ -37,7 +37,6 @@ from maskwright.systems.base import Card, ClassRows, Preset, Score, System
 
 STRIDE = 4
 DILATIONS = (1, 1, 1, 2, 2, 4, 4)
-CELLS = (14, 56)  # rows and columns of a component head's maps
 SIZE_WEIGHT = 0.1
 COLOURS = Preprocess(
     resample="opencv", mean=(0.40789654, 0.44719302, 0.47026115), std=(0.28863828, 0.27408164, 0.27809835),
@@ -132,35 +131,6 @@ class Contours(nn.Module):
     def _move(snake: nn.Module, features: Tensor, points: Float[Tensor, "n p 2"]) -> Float[Tensor, "n p 2"]:
         places = (points - points.amin(1, keepdim=True)).transpose(1, 2).to(features)
         return snake(torch.cat([features, places], 1)).float()
-
-
-class ComponentHead(nn.Module):
-    """A small detector of centres inside each box: 7 x 28 features -> maps of 14 x 56."""
-
-    def __init__(self, channels: int, width: int = 256):
-        super().__init__()
-        convs: list[nn.Module] = []
-        for number in range(4):
-            convs += [nn.Conv2d(channels if number == 0 else width, width, 3, padding=1), nn.ReLU(inplace=True)]
-        self.convs = nn.Sequential(*convs)
-        self.centres = nn.Sequential(nn.ConvTranspose2d(width, width, 2, 2), nn.Conv2d(width, 1, 1))
-        self.sizes = nn.Sequential(nn.ConvTranspose2d(width, width, 2, 2), nn.Conv2d(width, 2, 1))
-        nn.init.constant_(self.centres[-1].bias, PRIOR)  # pyright: ignore[reportArgumentType]
-
-    def forward(
-        self, feature: Float[Tensor, "b c h w"], boxes: Float[Tensor, "n 4"], owners: Int[Tensor, " n"]
-    ) -> tuple[Float[Tensor, "n 1 r s"], Float[Tensor, "n 2 r s"]]:
-        """Centres' logits, and widths and heights in cells of the map."""
-        x = self.convs(self.read(feature, boxes, owners))
-        return self.centres(x), self.sizes(x)
-
-    @staticmethod
-    def read(feature: Tensor, boxes: Tensor, owners: Tensor) -> Float[Tensor, "n c 7 28"]:
-        from torchvision.ops import roi_align  # ours cuts squares only
-
-        values = feature if feature.is_cuda else feature.float()
-        rois = torch.cat([owners[:, None].to(boxes), boxes], 1).to(values.dtype)
-        return roi_align(values, rois, (CELLS[0] // 2, CELLS[1] // 2), 1.0, 0, False).to(feature.dtype)
 
 
 class DeepSnake(System):
@@ -321,7 +291,7 @@ class DeepSnake(System):
             whole, owner, labels, pictures = boxes, torch.arange(len(boxes)), labels[objects], pictures[objects]
         else:
             there, owner = objects.unique(return_inverse=True)
-            whole = _around(boxes, owner, len(there))
+            whole = box_ops.around(boxes, owner, len(there))
             labels, pictures = labels[there], pictures[there]
         floats = (v.float().to(device) for v in (whole, boxes, extremes, outlines, starts))
         whole, boxes, extremes, outlines, starts = floats
@@ -598,14 +568,6 @@ def _kept(
 def _some(rows: Int[Tensor, " n"], most: int) -> Int[Tensor, " m"]:
     """All rows, or `most` of them by chance."""
     return rows if len(rows) <= most else rows[torch.randperm(len(rows), device=rows.device)[:most]]
-
-
-def _around(boxes: Float[Tensor, "n 4"], owners: Int[Tensor, " n"], count: int) -> Float[Tensor, "d 4"]:
-    """The box around all boxes of each owner."""
-    index = owners[:, None].expand(-1, 2)
-    low = boxes.new_zeros(count, 2).scatter_reduce(0, index, boxes[:, :2], "amin", include_self=False)
-    high = boxes.new_zeros(count, 2).scatter_reduce(0, index, boxes[:, 2:], "amax", include_self=False)
-    return torch.cat([low, high], 1)
 
 
 def _expect(name: str, value: str, known: Sequence[str]) -> None:

@@ -34,6 +34,7 @@ from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.losses import lovasz_hinge
+from maskwright.ops.mask_targets import seen_at
 from maskwright.ops.windows import paste_windows
 from maskwright.structures import Instances, Masks, Placement, Preprocess
 from maskwright.systems.base import Card, ClassRows, Preset, Score, System
@@ -285,7 +286,7 @@ class EmbedMask(System):
         places = torch.cat(levels)
         strides = fcos.per_location(levels, [float(s) for s in fcos.STRIDES])
         height, width = raw.pixels.shape[-2:]
-        on_mask, truth = _look(target.masks, places, (2 * height, 2 * width))
+        on_mask, truth = seen_at(target.masks, places, (2 * height, 2 * width), CELL)
         owner, inner = fcos.assign(
             places, strides, fcos.per_location(levels, self.ranges), target.boxes - _corner(target.boxes, self.last),
             radius=self.radius, allowed=on_mask if self.in_mask else None, plus_one=self.last > 0,
@@ -562,28 +563,6 @@ def _rows(levels: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "b n c"
 
 def _corner(like: Tensor, last: float) -> Float[Tensor, " 4"]:
     return like.new_tensor([0.0, 0.0, last, last])
-
-
-def _look(
-    masks: Masks | None, places: Float[Tensor, "n 2"], grid: tuple[int, int], budget: int = 64 << 20
-) -> tuple[Bool[Tensor, "n g"], Bool[Tensor, "g h w"]]:
-    """Whether each place lies on each object's mask; and the masks on `grid` cells of 4 x 4 pixels: a cell counts if
-    one of its four inner pixels does, for that is where halving twice bilinearly reads. `budget` bytes of planes."""
-    if masks is None or not len(masks):
-        return places.new_zeros(len(places), 0, dtype=torch.bool), places.new_zeros(0, *grid, dtype=torch.bool)
-    height, width = masks.size
-    below, right = CELL * grid[0] - height, CELL * grid[1] - width
-    x, y = places.long().unbind(1)
-    on_mask, cells, step = [], [], max(1, budget // (2 * CELL * CELL * grid[0] * grid[1]))
-    for start in range(0, len(masks), step):
-        planes = masks[start : start + step].dense(places.device)
-        planes = functional.pad(planes, (0, right, 0, below))  # as large as the finest level reaches
-        seen = (y < planes.shape[1]) & (x < planes.shape[2])  # a coarse level's last places lie beyond
-        chosen = planes[:, y.clamp(max=planes.shape[1] - 1), x.clamp(max=planes.shape[2] - 1)]
-        on_mask.append((chosen & seen).T)
-        inner = planes.unflatten(2, (-1, CELL)).unflatten(1, (-1, CELL))[:, :, 1:3, :, 1:3]
-        cells.append(inner.any(4).any(2))
-    return torch.cat(on_mask, 1), torch.cat(cells)
 
 
 def good_places(iou: Float[Tensor, " p"], group: Int[Tensor, " p"], count: int) -> tuple[Tensor, Tensor]:

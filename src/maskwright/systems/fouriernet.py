@@ -16,28 +16,16 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from maskwright.blocks import fcos
-from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
-from maskwright.blocks.polar import (
-    LONGEST,
-    PolarHead,
-    PolarRaw,
-    PolarRules,
-    Thresholds,
-    polar_decode,
-    polar_losses,
-    polar_preprocess,
-    polar_targets,
-)
-from maskwright.blocks.resnet import ResNet, StrideIn
-from maskwright.blocks.trunk import make_trunk
+from maskwright.blocks.polar import LONGEST, PolarRaw, Thresholds, polar_decode
+from maskwright.blocks.resnet import StrideIn
 from maskwright.errors import UsageError
 from maskwright.ops.contours import Border, fourier_coefficients, fourier_rays
 from maskwright.structures import Instances, Placement
-from maskwright.systems.base import Card, ClassRows, Preset, Score, System
+from maskwright.systems.base import Card, Preset, Score
+from maskwright.systems.polarmask import PolarMask
 
 
 @dataclass(frozen=True)
@@ -62,8 +50,9 @@ class FourierCode:
         return fourier_coefficients(rays, self.coefficients).flatten(-2)
 
 
-class FourierNet(System):
-    """See the module's text. `decode` takes `score_threshold`, `nms_threshold`, `detections`, `before`, `visible`."""
+class FourierNet(PolarMask):
+    """See the module's text; all that is not here is PolarMask's. `decode` takes `score_threshold`, `nms_threshold`,
+    `detections`, `before`, `visible`."""
 
     name = "fouriernet"
     card = Card(
@@ -124,41 +113,14 @@ class FourierNet(System):
         colours, short, long, canvas, multiple
                         preprocessing, as in PolarMask; published with the pictures' shape kept
         """
-        super().__init__()
-        if rays < 3 or 360 % rays:
-            raise UsageError(f"rays is {rays}; it must be a divisor of 360, at least 3")
         if not 1 <= coefficients <= rays:
             raise UsageError(f"coefficients is {coefficients}; {rays} rays have 1 to {rays}")
-        self.classes = tuple(classes)
-        self.code = FourierCode(coefficients, rays)
-        self.rules = PolarRules(
-            sampling=sampling, centerness=centerness, mask_loss=mask_loss, border=border, offset=offset
-        )
-        self.backbone, widths = make_trunk(
-            backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width, groups=groups,
-            group_width=group_width, stride_in=stride_in, deform_stages=deform_stages, norm=norm, norm_eps=norm_eps,
-            frozen=frozen,
-        )  # fmt: skip
-        self.neck = FPN(widths[1:], neck_width, extra="output", relu="between")
-        self.head = PolarHead(
-            neck_width, len(self.classes), self.code.channels, convs=head_convs, deformable=head_deform,
-            boxes=box_branch,
-        )  # fmt: skip
-        self.preprocess = polar_preprocess(colours, in_channels, short, long, canvas, multiple)
+        own = ("coefficients", "offset")
+        super().__init__(**{name: value for name, value in self.options.items() if name not in own})
+        self.rules = replace(self.rules, offset=offset)
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> PolarRaw:
-        features = self.backbone(images)[1:]  # strides 8, 16, 32
-        return self.head(self.neck(features))  # strides 8 ... 128
-
-    def losses(self, raw: PolarRaw, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        """`class` (focal), `box` (-log IoU), `mask` (Polar IoU), `centerness`. Crowd regions are not learnt from.
-
-        Only the places that have an object are decoded; the published code decodes all of them, for the same values.
-        """
-        places = fcos.locations(raw.classes)
-        targets = [t if t.crowd is None else t[~t.crowd] for t in targets]
-        found = [polar_targets(places, t, self.code.rays, self.rules) for t in targets]
-        return polar_losses(raw, found, self.code, self.rules)
+    def make_code(self, rays: int) -> FourierCode:
+        return FourierCode(int(self.options["coefficients"]), rays)
 
     def decode(
         self,
@@ -177,16 +139,8 @@ class FourierNet(System):
         if visible is not None and not 1 <= visible <= self.code.coefficients:
             raise UsageError(f"visible is {visible}; this network gives {self.code.coefficients} coefficients")
         limits = Thresholds.asked(score_threshold, nms_threshold, detections, before)
-        return polar_decode(raw, placements, replace(self.code, visible=visible), self.rules, limits)
-
-    def groups(self) -> dict[str, list[nn.Module]]:
-        return {"backbone": [self.backbone], "neck": [self.neck], "head": [self.head]}
-
-    def class_rows(self) -> dict[str, ClassRows]:
-        return {f"head.classes.{kind}": ClassRows() for kind in ("weight", "bias")}
-
-    def input_weight(self) -> str | None:
-        return "backbone.stem.conv.weight" if isinstance(self.backbone, ResNet) else None
+        code = FourierCode(self.code.coefficients, self.code.rays, visible)
+        return polar_decode(raw, placements, code, self.rules, limits)
 
     _SGD: ClassVar[dict[str, Any]] = {
         "lr": 0.01, "clip": 35.0, "rates": {"*.bias": 2.0}, "decay_norms": True, "warmup": 500, "warmup_from": 1 / 3,

@@ -122,7 +122,7 @@ class PolarMask(System):
         if rays < 3 or 360 % rays:
             raise UsageError(f"rays is {rays}; it must be a divisor of 360, at least 3")
         self.classes = tuple(classes)
-        self.code = RayCode(rays)
+        self.code = self.make_code(rays)
         self.rules = PolarRules(sampling=sampling, centerness=centerness, mask_loss=mask_loss, border=border)
         self.backbone, widths = make_trunk(
             backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width, groups=groups,
@@ -135,6 +135,10 @@ class PolarMask(System):
             boxes=box_branch,
         )  # fmt: skip
         self.preprocess = polar_preprocess(colours, in_channels, short, long, canvas, multiple)
+
+    def make_code(self, rays: int) -> Any:
+        """What a place says of its rays: a `blocks.polar.Code`."""
+        return RayCode(rays)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> PolarRaw:
         features = self.backbone(images)[1:]  # strides 8, 16, 32

@@ -230,19 +230,13 @@ class SOLO(System):
             score_threshold, min(candidate_threshold, 2 * score_threshold), nms_threshold, kernel, nms_sigma,
             detections=detections,
         )  # fmt: skip
-        scores = grid_ops.flat([grid_ops.point_nms(level.float().sigmoid()) for level in raw.classes])
-        smallest = grid_ops.per_cell(self.grids, STRIDES, scores.device)
         plane = (raw.size[0] // 4, raw.size[1] // 4)
-        found = []
-        for picture, (own, placement) in enumerate(zip(scores, placements, strict=True)):
 
-            def soft(cells: Tensor, picture: int = picture) -> Tensor:
-                parts = grid_ops.by_level(cells, self.grids)
-                return torch.cat([self.masks_of(raw, picture, n, part, plane) for n, part in enumerate(parts)])
+        def soft(picture: int, cells: Tensor) -> Tensor:
+            parts = grid_ops.by_level(cells, self.grids)
+            return torch.cat([self.masks_of(raw, picture, n, part, plane) for n, part in enumerate(parts)])
 
-            masks, values, labels = grid_ops.find(own, smallest, soft, rules, plane[0] * plane[1])
-            found.append(grid_ops.on_picture(masks, values, labels, placement, raw.size, mask_threshold))
-        return found
+        return grid_ops.decode_cells(raw.classes, self.grids, soft, plane, placements, raw.size, rules, mask_threshold)
 
     # ---- for loading and training --------------------------------------------------------------------------------
 
@@ -336,17 +330,10 @@ class DecoupledSOLO(SOLO):
         std: Sequence[float] | None = None,
     ):
         """As `SOLO`, and `shared_tower`."""
-        super().__init__(
-            classes, backbone=backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width,
-            groups=groups, group_width=group_width, stride_in=stride_in, deform_stages=deform_stages,
-            deform_modulated=deform_modulated, norm=norm, norm_eps=norm_eps, frozen=frozen, neck_width=neck_width,
-            grids=grids, ranges=ranges, sigma=sigma, head_width=head_width, head_convs=head_convs,
-            head_deform=head_deform, coordinates=coordinates, align=align, mask_loss=mask_loss,
-            mask_weight=mask_weight, short=short, long=long, mean=mean, std=std,
-        )  # fmt: skip
+        self.shared_tower = shared_tower  # `make_mask_branch`, which SOLO's constructor calls, asks for it
+        super().__init__(**{name: value for name, value in self.options.items() if name != "shared_tower"})
 
     def make_mask_branch(self, channels_in: int, width: int, convs: int, deform: Deform, modulated: bool) -> None:
-        self.shared_tower = bool(self.options["shared_tower"])  # this is called by SOLO's constructor
         if self.shared_tower:
             self.both = tower(channels_in + 2 * self.coordinates, width, convs, deform, modulated)
         else:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -307,24 +307,19 @@ class SOLOv2(System):
             score_threshold, min(candidate_threshold, 2 * score_threshold), nms_threshold, kernel, nms_sigma,
             detections=detections,
         )  # fmt: skip
-        scores = grid_ops.flat([grid_ops.point_nms(level.float().sigmoid()) for level in raw.classes])
-        kernels = grid_ops.flat(raw.kernels)
-        smallest = grid_ops.per_cell(self.grids, STRIDES, scores.device)
-        pixels = raw.feature.shape[2] * raw.feature.shape[3]
-        found = []
-        for picture, (own, placement) in enumerate(zip(scores, placements, strict=True)):
+        kernels, plane = grid_ops.flat(raw.kernels), (raw.feature.shape[2], raw.feature.shape[3])
 
-            def soft(cells: Int[Tensor, " n"], picture: int = picture) -> Tensor:
-                return self.masks_of(raw.feature[picture], kernels[picture][cells]).sigmoid()
+        def soft(picture: int, cells: Tensor) -> Tensor:
+            return self.masks_of(raw.feature[picture], kernels[picture][cells]).sigmoid()
 
-            def finer(masks: Tensor, picture: int = picture) -> Tensor:
-                assert self.points is not None
-                return self.points.refine(raw.feature[picture : picture + 1], masks.logit(1e-6)).sigmoid()
+        def finer(picture: int, masks: Tensor) -> Tensor:
+            assert self.points is not None
+            return self.points.refine(raw.feature[picture : picture + 1], masks.logit(1e-6)).sigmoid()
 
-            masks, values, labels = grid_ops.find(own, smallest, soft, rules, pixels)
-            own_finer = finer if refine and self.points is not None else None
-            found.append(grid_ops.on_picture(masks, values, labels, placement, raw.size, mask_threshold, own_finer))
-        return found
+        return grid_ops.decode_cells(
+            raw.classes, self.grids, soft, plane, placements, raw.size, rules, mask_threshold,
+            finer if refine and self.points is not None else None,
+        )  # fmt: skip
 
     # ---- for loading and training --------------------------------------------------------------------------------
 

@@ -23,8 +23,9 @@ from torch.nn import functional
 
 from maskwright.blocks.darknet import Darknet
 from maskwright.blocks.fpn import FPN
-from maskwright.blocks.layers import ConvNorm, Norm
+from maskwright.blocks.layers import Norm
 from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.yolact import Head, PrototypeNet, xavier
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
@@ -78,7 +79,7 @@ class Found:
 class Learnt:
     """Masks of one picture's positive anchors, on the prototypes' grid."""
 
-    soft: Float[Tensor, "n h w"]  # as predicted, cropped by the objects' boxes
+    soft: Float[Tensor, "n h w"]  # as predicted; cropped by the objects' boxes if so learnt
     truth: Float[Tensor, "n h w"]  # 0 or 1
     boxes: Float[Tensor, "n 4"]  # of the objects, as shares of the input's sides
     labels: Int[Tensor, " n"]
@@ -119,6 +120,7 @@ class YOLACT(System):
         square_anchors: bool = True,
         crowd_overlap: float = 0.7,
         masks_per_picture: int = 100,
+        crop_learnt: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
@@ -137,6 +139,8 @@ class YOLACT(System):
         square_anchors  sides s sqrt(r) for each ratio r, as the published code has it; without, s sqrt(r) x s / sqrt(r)
         crowd_overlap   anchors that lie in a crowd region by more than this share are not learnt from
         masks_per_picture   a random choice of so many anchors learns masks, which bounds the memory
+        crop_learnt     masks are learnt inside the annotated box alone, as published: elsewhere they are cropped.
+                        Without, they also learn to be empty there, and may be decoded without the crop
         mean, std       of the channels, RGB, 0 ... 255 (darknet53: 0 ... 1); None: as published
         """
         super().__init__()
@@ -145,7 +149,7 @@ class YOLACT(System):
         if len(anchor_sides) != 5:
             raise UsageError(f"anchor_sides has {len(anchor_sides)} entries; there are five levels, P3 ... P7")
         self.classes = tuple(classes)
-        self.crowd_overlap, self.masks_per_picture = crowd_overlap, masks_per_picture
+        self.crowd_overlap, self.masks_per_picture, self.crop_learnt = crowd_overlap, masks_per_picture, crop_learnt
         self.shapes = _anchor_shapes(anchor_sides, anchor_ratios, anchor_octaves, square_anchors, size)
         count, anchors = len(self.classes), len(self.shapes[0])
 
@@ -273,11 +277,16 @@ class YOLACT(System):
     def mask_losses(self, raw: Raw, learnt: Sequence[Learnt]) -> dict[str, Tensor]:
         """Terms of the assembled masks, as sums over the batch."""
         total = raw.coefficients.float().sum() * 0 + raw.prototypes.float().sum() * 0
-        for own in learnt:
-            entropy = functional.binary_cross_entropy(own.soft, own.truth, reduction="none").sum((1, 2))
-            # Small objects count as much as large ones: the sum is divided by the box's area.
-            total = total + own.share * (entropy / box_ops.area(own.boxes)).sum()
         height, width = raw.prototypes.shape[-2:]
+        for own in learnt:
+            entropy = functional.binary_cross_entropy(own.soft, own.truth, reduction="none")
+            if not self.crop_learnt:  # neither the inside nor the outside of a box outweighs the other
+                inside = near(own.boxes, (height, width))
+                outside = (entropy * ~inside).sum((1, 2)) / (~inside).sum((1, 2)).clamp(min=1)
+                total = total + own.share * outside.sum() * height * width
+                entropy = entropy * inside
+            # Small objects count as much as large ones: the sum is divided by the box's area.
+            total = total + own.share * (entropy.sum((1, 2)) / box_ops.area(own.boxes)).sum()
         return {"mask": 6.125 * total / (height * width)}
 
     def training_masks(self, raw: Raw, matched: Int[Tensor, "b p"], truths: Sequence[Instances]) -> list[Learnt]:
@@ -293,7 +302,11 @@ class YOLACT(System):
                 rows = rows[torch.randperm(len(rows), device=rows.device)[: self.masks_per_picture]]
             owners = matched[index, rows]
             boxes = target.boxes[owners]
-            soft = assemble(raw.prototypes[index].float(), raw.coefficients[index, rows].float(), boxes)
+            soft = assemble(
+                raw.prototypes[index].float(),
+                raw.coefficients[index, rows].float(),
+                boxes if self.crop_learnt else None,
+            )
             chosen, place = owners.unique(return_inverse=True)
             planes = torch.zeros(0, height, width)
             if target.masks is not None:
@@ -429,24 +442,17 @@ class YOLACT(System):
 
     # The authors' schedule. Of their augmentation, "expand" and the crop that keeps an overlap are left out; a random
     # window of at least 0.3 of each side stands for them.
-    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "yolact": {
-            "steps": 800_000, "batch": 8, "lr": 1e-3, "weight_decay": 5e-4, "decay_norms": True, "decay_biases": True,
-            "milestones": (280 / 800, 600 / 800, 700 / 800, 750 / 800), "warmup": 500, "warmup_from": 0.1,
-            "augment": {
-                "flip": 0.5, "brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05, "crop": 0.3,
-                "crop_chance": 0.5,
-            },
-        },
-        "yolact-pascal": {
-            "steps": 120_000, "batch": 8, "lr": 1e-3, "weight_decay": 5e-4, "decay_norms": True, "decay_biases": True,
-            "milestones": (60 / 120, 100 / 120), "warmup": 500, "warmup_from": 0.1,
-            "augment": {
-                "flip": 0.5, "brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05, "crop": 0.3,
-                "crop_chance": 0.5,
-            },
+    _SGD: ClassVar[dict[str, Any]] = {
+        "batch": 8, "lr": 1e-3, "weight_decay": 5e-4, "decay_norms": True, "decay_biases": True, "warmup": 500,
+        "warmup_from": 0.1, "augment": {
+            "flip": 0.5, "brightness": 0.125, "contrast": 0.5, "saturation": 0.5, "hue": 0.05, "crop": 0.3,
+            "crop_chance": 0.5,
         },
     }  # fmt: skip
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "yolact": {**_SGD, "steps": 800_000, "milestones": (280 / 800, 600 / 800, 700 / 800, 750 / 800)},
+        "yolact-pascal": {**_SGD, "steps": 120_000, "milestones": (60 / 120, 100 / 120)},
+    }
 
     _COCO = "COCO test-dev, stretched to {0} x {0}"
     _README = "README of dbolya/yolact"
@@ -491,53 +497,6 @@ class YOLACT(System):
     }  # fmt: skip
 
 
-class PrototypeNet(nn.Module):
-    """P3 -> prototypes at twice its resolution, none below zero (figure 3)."""
-
-    def __init__(self, channels: int, prototypes: int):
-        super().__init__()
-        self.before = nn.Sequential(*(ConvNorm(channels, channels, relu=True) for _ in range(3)))
-        self.after = ConvNorm(channels, channels, relu=True)
-        self.output = nn.Conv2d(channels, prototypes, 1)
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k _h _w"]:
-        x = functional.interpolate(self.before(x), scale_factor=2.0, mode="bilinear", align_corners=False)
-        return functional.relu(self.output(self.after(x)))
-
-
-class Head(nn.Module):
-    """One convolution, then box, class and coefficients of each anchor; the same weights on all levels (figure 4)."""
-
-    def __init__(self, channels: int, anchors: int, classes: int, prototypes: int):
-        super().__init__()
-        self.tower = ConvNorm(channels, channels, relu=True)
-        self.boxes = nn.Conv2d(channels, anchors * 4, 3, padding=1)
-        self.classes = nn.Conv2d(channels, anchors * classes, 3, padding=1)
-        self.coefficients = nn.Conv2d(channels, anchors * prototypes, 3, padding=1)
-        self.anchors = anchors
-
-    def forward(self, levels: Sequence[Float[Tensor, "b c _h _w"]]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, P, 4), (B, P, classes), (B, P, prototypes)."""
-        towers = [self.tower(level) for level in levels]
-        deltas, logits, coefficients = (
-            torch.cat([self._per_anchor(layer(x)) for x in towers], 1)
-            for layer in (self.boxes, self.classes, self.coefficients)
-        )
-        return deltas, logits, coefficients.tanh()
-
-    def _per_anchor(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b p _v"]:
-        values = x.shape[1] // self.anchors
-        return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, values)
-
-
-def xavier(module: nn.Module) -> None:
-    """What every layer outside of the trunk starts from."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 def _anchor_shapes(
     sides: Sequence[float], ratios: Sequence[float], octaves: int, square: bool, size: int
 ) -> list[list[tuple[float, float]]]:
@@ -580,10 +539,10 @@ def assemble(
 ) -> Float[Tensor, "n h w"]:
     """Masks between 0 and 1 on the prototypes' grid (equation 1), zero further than a cell outside of their boxes."""
     soft = torch.einsum("nk,khw->nhw", coefficients, prototypes).sigmoid()
-    return soft if boxes is None else soft * _inside(boxes, (soft.shape[1], soft.shape[2]))
+    return soft if boxes is None else soft * near(boxes, (soft.shape[1], soft.shape[2]))
 
 
-def _inside(boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "n h w"]:
+def near(boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "n h w"]:
     """The cells from a cell before each box to a cell after it: x0 - 1 <= column < x1 + 1, in fractions of cells."""
     height, width = size
     x0, y0, x1, y1 = (boxes * boxes.new_tensor([width, height, width, height])).unbind(1)

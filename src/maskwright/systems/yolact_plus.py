@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.layers import Norm
+from maskwright.blocks.yolact import xavier
 from maskwright.ops.losses import smooth_l1_sum
 from maskwright.structures import Instances, Placement
 from maskwright.systems.base import Card, ClassRows, Preset, Score
-from maskwright.systems.yolact import RATIOS, YOLACT, Found, Learnt, Raw, assemble, xavier
+from maskwright.systems.yolact import RATIOS, YOLACT, Found, Learnt, Raw, assemble, near
 
 SMALLEST = 25  # pixels on the prototypes' grid: masks of no more are not re-scored in training
 
@@ -59,17 +60,12 @@ class YOLACTPlus(YOLACT):
         square_anchors: bool = False,
         crowd_overlap: float = 0.7,
         masks_per_picture: int = 100,
+        crop_learnt: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
         """YOLACT's options with other defaults. Table 6 of the paper compares `deform_every`, table 7 the anchors."""
-        super().__init__(
-            classes, backbone=backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width,
-            deform_stages=deform_stages, deform_every=deform_every, norm=norm, norm_eps=norm_eps, frozen=frozen,
-            neck_width=neck_width, prototypes=prototypes, size=size, anchor_sides=anchor_sides,
-            anchor_ratios=anchor_ratios, anchor_octaves=anchor_octaves, square_anchors=square_anchors,
-            crowd_overlap=crowd_overlap, masks_per_picture=masks_per_picture, mean=mean, std=std,
-        )  # fmt: skip
+        super().__init__(**self.options)
         self.rescoring = Rescoring(len(self.classes))
         self.rescoring.apply(xavier)
 
@@ -80,7 +76,8 @@ class YOLACTPlus(YOLACT):
         25. The soft masks are not detached: prototypes and coefficients learn from this too."""
         terms = super().mask_losses(raw, learnt)
         large = [own.truth.sum((1, 2)) > SMALLEST for own in learnt]
-        soft = torch.cat([own.soft[rows] for own, rows in zip(learnt, large, strict=True)])
+        size = (raw.prototypes.shape[2], raw.prototypes.shape[3])  # what is said of a mask is said of it cropped
+        soft = torch.cat([(own.soft * near(own.boxes, size))[rows] for own, rows in zip(learnt, large, strict=True)])
         truth = torch.cat([own.truth[rows] for own, rows in zip(learnt, large, strict=True)]) > 0.5
         labels = torch.cat([own.labels[rows] for own, rows in zip(learnt, large, strict=True)])
         overlap = ((soft > 0.5) & truth).sum((1, 2)) / ((soft > 0.5) | truth).sum((1, 2))
