@@ -21,7 +21,7 @@ from maskwright.ops.planes import place_planes
 from maskwright.ops.suppression import fast_nms
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import create
-from maskwright.systems.yolact import Found, assemble
+from maskwright.systems.yolact import Found, assemble, near
 from tests.systems.tiny import SIZE, build, objects
 
 LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
@@ -30,6 +30,7 @@ OPTIONS = {
     "several sizes of real ratios": {"anchor_octaves": 2, "square_anchors": False},
     "other sides": {"anchor_sides": (32, 64, 128, 256, 512), "size": 400},
     "few masks": {"masks_per_picture": 2},
+    "masks learnt everywhere": {"crop_learnt": False},
 }
 
 
@@ -175,6 +176,19 @@ def test_three_ways_of_suppression():
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_what_masks_are_outside_of_boxes_is_learnt_if_asked_for(learnt):
+    system = build("yolact", crop_learnt=learnt)
+    raw = system(torch.randn(1, 3, *SIZE))
+    raw = replace(raw, prototypes=raw.prototypes.detach().requires_grad_())
+    target = objects(1, side=(16, 16))
+    system.losses(raw, [target])["mask"].backward()
+    assert raw.prototypes.grad is not None
+    height, width = raw.prototypes.shape[-2:]
+    outside = ~near(target.boxes / torch.tensor([SIZE[1], SIZE[0]] * 2), (height, width))[0]
+    assert raw.prototypes.grad[0].abs().sum(0)[outside].any() == (not learnt)
 
 
 def detections(*boxes: tuple[float, ...], maps: int = 8) -> Found:

@@ -13,7 +13,7 @@ tensor never exists.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -175,9 +175,9 @@ class TensorMask(System):
         masks = tuple(self.mask_tower(x) for x in levels)
         return Raw(logits, deltas, masks, (images.shape[-2], images.shape[-1]))
 
-    def mask_tensors(self, raw: Raw, level: int) -> list[MaskTensor]:
-        """What is predicted of the masks of one level, per window size: aligned or natural, before any change of
-        coordinates or size. A bipyramid predicts every level on the grid of the finest."""
+    def mask_tensors(self, raw: Raw, level: int, sizes: Iterable[int] | None = None) -> list[MaskTensor]:
+        """What is predicted of the masks of one level, per window size (of some, if given): aligned or natural, before
+        any change of coordinates or size. A bipyramid predicts every level on the grid of the finest."""
         x, cell = raw.masks[level], STRIDES[level]
         if self.mask_fuse is not None:
             finest = raw.masks[0]
@@ -187,9 +187,9 @@ class TensorMask(System):
             x = self.mask_fuse(x + finest)  # as coded, the finest level is added to itself
             cell = FINEST
         result = []
-        for side, output in zip(self.windows, self.mask_outputs, strict=True):
-            few = round(side / self.factor)
-            values = output(x)
+        for size in range(len(self.windows)) if sizes is None else sizes:
+            few = round(self.windows[size] / self.factor)
+            values = self.mask_outputs[size](x)
             values = values.unflatten(1, (few, few))
             step = FINEST * 2**level * self.factor  # a window spans as many pixels whatever it is predicted on
             result.append(MaskTensor(values, self.aligned, float(cell), float(step)))
@@ -214,13 +214,12 @@ class TensorMask(System):
         rows they are and their V x V logits."""
         result = []
         for level in range(len(STRIDES)):
-            here = windows[:, 1] == level
-            if not bool(here.any()):
-                continue
-            for number, tensor in enumerate(self.mask_tensors(raw, level)):
-                rows = (here & (windows[:, 4] == number)).nonzero().flatten()
-                if len(rows):
-                    result.append((rows, self._at(tensor, level, windows[rows][:, [0, 2, 3]])))
+            here = [
+                ((windows[:, 1] == level) & (windows[:, 4] == n)).nonzero().flatten() for n in range(len(self.windows))
+            ]
+            asked = [number for number, rows in enumerate(here) if len(rows)]
+            for number, tensor in zip(asked, self.mask_tensors(raw, level, asked) if asked else [], strict=True):
+                result.append((here[number], self._at(tensor, level, windows[here[number]][:, [0, 2, 3]])))
         return result
 
     def _at(self, tensor: MaskTensor, level: int, places: Int[Tensor, "k 3"]) -> Float[Tensor, "k v v"]:
