@@ -223,7 +223,7 @@ class Check:
         rows = []
         for values, _ in query_ops._bands(raw.masks_of(0)(sure), self.placement, raw.size):
             best = (scores[sure][:, None, None] * values.sigmoid()).topk(min(2, len(sure)), 0).values
-            rows.append(best[0] - best[-1] < 1e-5 * best[0])
+            rows.append(best[0] - best[-1] < 2e-5 * best[0])
         return torch.cat(rows)
 
     def segments(self, name: str, found: Any, open: Tensor | None = None) -> None:
