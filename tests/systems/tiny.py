@@ -10,6 +10,7 @@ from maskwright.structures import Instances, Masks
 from maskwright.systems import System, create
 
 SIZE = (96, 128)
+QUERIES = {"width": 64, "heads": 4, "hidden": 64, "encoder_layers": 1, "decoder_layers": 2}
 TRUNK = {"backbone": "resnet18", "stem_width": 16, "norm": "group", "frozen": 0}
 HEADS = {"neck_width": 32, "box_width": 64, "proposals_before": (200, 100), "proposals_after": (100, 50)}
 CELLS = {"neck_width": 32, "head_width": 32, "head_convs": 2, "grids": (16, 12, 8, 6, 4)}
@@ -79,6 +80,29 @@ TINY: dict[str, dict[str, Any]] = {
         "decoder_layers": 2,
         "queries": 12,
         "dropout": 0.0,
+    },
+    "h-detr": {
+        **TRUNK,
+        **QUERIES,
+        "width": 96,
+        "heads": 6,
+        "levels": 3,
+        "points": 2,
+        "queries": 12,
+        "many_queries": 24,
+        "repeats": 2,
+    },
+    "mask-frozen-detr": {
+        "detector_options": {**TRUNK, **QUERIES, "levels": 3, "points": 2, "queries": 12, "many_queries": 0},
+        "width": 32,
+        "image_layers": 1,
+        "box_layers": 1,
+        "hidden": 64,
+        "heads": 4,
+        "sampled": 2,
+        "side": 16,
+        "score_width": 32,
+        "points": 128,
     },
     "embedmask": {**TRUNK, "neck_width": 64, "convs": 1},
     "eomt": {

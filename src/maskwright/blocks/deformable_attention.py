@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.transformer import FeedForward
+from maskwright.blocks.transformer import FeedForward, SelfAttention
 
 Shapes = Sequence[tuple[int, int]]
 MARGIN = 2  # empty cells around each level: what is read beyond the border is nought
@@ -157,13 +158,13 @@ class DeformableEncoderLayer(nn.Module):
 
     def __init__(
         self, width: int = 256, hidden: int = 1024, heads: int = 8, levels: int = 3, points: int = 4,
-        dropout: float = 0.0,
+        dropout: float = 0.0, activation: Literal["relu", "gelu"] = "relu",
     ):  # fmt: skip
         super().__init__()
         self.attention = DeformableAttention(width, heads, levels, points)
         self.norm = nn.LayerNorm(width)
         self.drop = nn.Dropout(dropout)
-        self.feed_forward = FeedForward(width, hidden, dropout)
+        self.feed_forward = FeedForward(width, hidden, dropout, activation)
 
     def forward(
         self,
@@ -174,4 +175,34 @@ class DeformableEncoderLayer(nn.Module):
         padding: Bool[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b s c"]:
         found = self.attention(x + positions, references, x, shapes, padding)
+        return self.feed_forward(self.norm(x + self.drop(found)))
+
+
+class DeformableDecoderLayer(nn.Module):
+    """Queries look at each other, then at a few points of a memory of several levels, then feed-forward; post-norm."""
+
+    def __init__(
+        self, width: int = 256, hidden: int = 1024, heads: int = 8, levels: int = 4, points: int = 4,
+        dropout: float = 0.0,
+    ):  # fmt: skip
+        super().__init__()
+        self.self_attention = SelfAttention(width, heads, dropout)
+        self.cross_attention = DeformableAttention(width, heads, levels, points)
+        self.norm = nn.LayerNorm(width)
+        self.drop = nn.Dropout(dropout)
+        self.feed_forward = FeedForward(width, hidden, dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n c"],
+        positions: Float[Tensor, "_b n c"],
+        references: Float[Tensor, "_b n _l _d"],
+        memory: Float[Tensor, "b s c"],
+        shapes: Shapes,
+        padding: Bool[Tensor, "b s"] | None = None,
+        allowed: Bool[Tensor, "_b _h _n n"] | None = None,
+    ) -> Float[Tensor, "b n c"]:
+        """`allowed` says which query may look at which."""
+        x = self.self_attention(x, positions, allowed)
+        found = self.cross_attention(x + positions, references, memory, shapes, padding)
         return self.feed_forward(self.norm(x + self.drop(found)))

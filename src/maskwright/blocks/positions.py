@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 
 def sine_code(
@@ -48,3 +49,15 @@ def sine_positions(
         columns = (columns + shift) / (columns[:, :, -1:] + epsilon) * (2 * math.pi)
     codes = [sine_code(axis, features, temperature=temperature) for axis in (rows, columns)]
     return torch.cat(codes, -1).permute(0, 3, 1, 2)
+
+
+def padding_of(valid: Int[Tensor, "b 2"], size: tuple[int, int], shape: tuple[int, int]) -> Bool[Tensor, "b h w"]:
+    """Cells of a map of `shape` whose pixel of the input, which is of `size` and filled up to `valid` (height, width),
+    is padding: the nearest as torch counts, rounded down."""
+    axes = []
+    for axis in (0, 1):
+        inside = torch.arange(size[axis], device=valid.device) < valid[:, axis, None]  # (B, length)
+        axes.append(
+            functional.interpolate(inside[:, None].float(), size=shape[axis : axis + 1], mode="nearest")[:, 0] > 0
+        )
+    return ~(axes[0][:, :, None] & axes[1][:, None])

@@ -56,7 +56,8 @@ def _rows(
                     f"{key}: {tensor.shape[spec.axis]} rows where {classes} classes need {length}; "
                     "the classes named for this file are not the ones it was trained on"
                 )
-            wanted = [pair[chosen] for pair in pairs] + [classes] * spec.background_last
+            named = [pair[chosen] for pair in pairs if pair[0] >= spec.first]
+            wanted = [*range(spec.first), *named] + [classes] * spec.background_last
             block = torch.arange(spec.before, length).view(spec.repeats, entries, spec.per_class)
             places.append(torch.cat([torch.arange(spec.before), block[:, wanted].flatten()]))
         part = part.index_select(spec.axis, places[1])

@@ -82,6 +82,9 @@ class ClassRows(NamedTuple):
     background_last: bool = False  # one more entry after the classes
     repeats: int = 1  # how often the list of classes comes: anchors per place
     before: int = 0
+    # So many of the classes' rows, at the front, stay where they are whatever the classes are called: they mean
+    # something besides (an object of any class).
+    first: int = 0
 
 
 class System(nn.Module):
@@ -135,6 +138,12 @@ class System(nn.Module):
         system.options["pretrained"] = options["pretrained"]
         return system
 
+    @classmethod
+    def adopt(cls, loaded: System, **options: Any) -> Self:
+        """A system of this kind that stands on `loaded`, one of another kind, for training with weights that are not
+        its own. Few can: those that learn on top of a finished system. `options` are of this constructor."""
+        raise UsageError(f"the weights hold a {loaded.name}, not a {cls.name}")
+
     @abstractmethod
     def forward(self, images: Float[Tensor, "b c h w"]) -> Any:
         """Raw outputs, a frozen dataclass of tensors. No targets, no thresholds, no host sync: this is compiled."""
@@ -175,6 +184,45 @@ class System(nn.Module):
         from maskwright.inference import predict  # the one upward import: so that load(...).predict(...) reads well
 
         return predict(self, source, **options)
+
+
+class FrozenLayout(NamedTuple):
+    """What `QueryDetector.frozen_features` gives: channels, and strides of the levels of memory, finest first."""
+
+    queries: int
+    memory: int
+    strides: tuple[int, ...]
+    fine: int
+
+
+class FrozenFeatures(NamedTuple):
+    """What a detector of queries knows of a batch, for a network that learns on top of it.
+
+    boxes    x0, y0, x1, y1 in pixels of the input, not clipped
+    scores   of each class, nought where its own `decode` would not take it
+    queries  of the last decoder layer
+    memory   levels of the encoder's output, finest first
+    fine     the backbone's level of stride 4
+    """
+
+    boxes: Float[Tensor, "b n 4"]
+    scores: Float[Tensor, "b n k"]
+    queries: Float[Tensor, "b n c"]
+    memory: tuple[Float[Tensor, "b _d _h _w"], ...]
+    fine: Float[Tensor, "b _e _p _q"]
+
+
+class QueryDetector(System):
+    """A system of queries with a box each, on whose features another may learn while it stays as it is."""
+
+    @abstractmethod
+    def frozen_layout(self) -> FrozenLayout:
+        """How wide `frozen_features` are."""
+
+    @abstractmethod
+    def frozen_features(self, raw: Any, valid: Int[Tensor, "b 2"]) -> FrozenFeatures:
+        """The same answers as `decode` reads, and the features behind them; `valid` is height and width of what is not
+        padding in each picture. Maps cover the input, padding included, a cell for each `stride` pixels begun."""
 
 
 class PanopticSystem(System):
@@ -323,4 +371,6 @@ def _each(
 
 def _plain(value: Any) -> Any:
     """Tuples as lists, also inside others: what JSON gives back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(own) for key, own in value.items()}
     return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

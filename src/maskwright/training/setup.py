@@ -110,11 +110,35 @@ def make_system(
     from maskwright.checkpoints import load
 
     source = system if weights is None else weights
-    loaded = load(source, classes=tuple(classes), **options)
     wanted = presets().get(system, system)
+    if weights is not None and wanted in names() and _adopts(wanted):
+        return _adopted(system, wanted, weights, options)
+    loaded = load(source, classes=tuple(classes), **options)
     if weights is not None and loaded.name != wanted:
         raise UsageError(f"{weights} holds a {loaded.name}, not a {wanted}")
     return loaded
+
+
+def _adopts(name: str) -> bool:
+    """Whether a system can stand on one of another kind."""
+    return system_class(name).adopt.__func__ is not System.adopt.__func__  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _adopted(system: str, wanted: str, weights: str | Path, options: dict[str, Any]) -> System:
+    """A system that stands on what `weights` hold, or goes on from them where they are its own. It keeps their classes:
+    what is frozen learns no others."""
+    from maskwright.checkpoints import load
+
+    variant = {"variant": options.pop("variant")} if "variant" in options else {}
+    loaded = load(weights, **variant)
+    if loaded.name == wanted:
+        return load(weights, **variant, **options) if options else loaded
+    kind = system_class(wanted)
+    chosen = kind.presets[system].options if system in kind.presets else {}
+    try:
+        return kind.adopt(loaded, **{**chosen, **options})
+    except UsageError as error:
+        raise UsageError(f"{weights}: {error}") from None
 
 
 def fit_sizes(system: System, recipe: Recipe) -> None:

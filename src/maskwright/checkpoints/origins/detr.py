@@ -118,7 +118,7 @@ def names(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(f"class {k}" for k in range(count)), ()
 
 
-def _count(shapes: Shapes, pattern: str) -> int:
+def count(shapes: Shapes, pattern: str) -> int:
     return len({m[1] for k in shapes if (m := re.match(pattern, k))})
 
 
@@ -126,7 +126,7 @@ def _options(
     shapes: Shapes, trunk: str, layers: str, feed: str, project: str, queries: str, classes: str, masks: bool
 ) -> dict[str, Any] | None:
     stem = shapes.get(f"{trunk}conv1.weight")
-    depth = BLOCKS.get(tuple(_count(shapes, rf"^{re.escape(trunk)}layer{n}\.(\d+)\.") for n in range(1, 5)))
+    depth = BLOCKS.get(tuple(count(shapes, rf"^{re.escape(trunk)}layer{n}\.(\d+)\.") for n in range(1, 5)))
     needed = [shapes.get(f"{name}.weight") for name in (project, queries, classes)]
     first = shapes.get(f"{layers}encoder.layers.0.{feed}.weight") or shapes.get(
         f"{layers}decoder.layers.0.{feed}.weight"
@@ -145,8 +145,8 @@ def _options(
         "classes": rows, "stuff": stuff, "masks": "joint" if masks else "none", "backbone": f"resnet{depth}",
         "in_channels": stem[1], "stem_width": stem[0], "norm": "frozen", "frozen": 2, "width": width, "heads": heads,
         "hidden": first[0], "queries": asked[0],
-        "encoder_layers": _count(shapes, rf"^{re.escape(layers)}encoder\.layers\.(\d+)\."),
-        "decoder_layers": _count(shapes, rf"^{re.escape(layers)}decoder\.layers\.(\d+)\."),
+        "encoder_layers": count(shapes, rf"^{re.escape(layers)}encoder\.layers\.(\d+)\."),
+        "decoder_layers": count(shapes, rf"^{re.escape(layers)}decoder\.layers\.(\d+)\."),
     }  # fmt: skip
 
 

@@ -1,0 +1,182 @@
+"""What is H-DETR's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskwright.checkpoints import load, save
+from maskwright.checkpoints.origins import origins
+from maskwright.errors import UsageError
+from maskwright.ops import query_boxes
+from maskwright.ops.losses import focal_sum
+from maskwright.ops.query_boxes import Boxed, box_costs, focal_classes, focal_costs, inverse_sigmoid
+from maskwright.structures import Instances, Masks, Placement
+from maskwright.systems.h_detr import HDETR
+from tests.systems.tiny import build, objects
+
+LAYOUT = Path(__file__).parents[1] / "parity" / "layouts" / "mask-frozen-detr-hdetr_r50.json"
+SMALL = (64, 96)
+OPTIONS = {
+    "Deformable DETR": {"many_queries": 0, "mixed_selection": False, "look_twice": False},
+    "four levels, other weights": {"levels": 4, "many_weight": 0.5, "dropout": 0.1},
+}
+
+
+def pictures(count: int = 2) -> torch.Tensor:
+    return torch.randn(count, 3, *SMALL, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_each_option_trains_and_finds(options):
+    system = build("h-detr", **options)
+    terms = system.losses(system(pictures()), [objects(n, size=SMALL) for n in (3, 0)])
+    sum(terms.values(), torch.zeros(())).backward()
+    assert all(torch.isfinite(v) for v in terms.values()), terms
+    assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+    with torch.no_grad():
+        found = system.eval().decode(system(pictures()), [Placement.identity(SMALL)] * 2)
+    assert all(own.masks is None and len(own) == 24 for own in found)  # 12 queries, 2 classes
+
+
+def test_the_group_for_training_is_not_seen_by_the_other_one():
+    system = build("h-detr")
+    with torch.no_grad():
+        learning, finding = system.train()(pictures()), system.eval()(pictures())
+    assert learning.logits.shape[2] == 36
+    assert finding.logits.shape[2] == 12
+    torch.testing.assert_close(learning.logits[:, :, :12], finding.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(learning.boxes[:, :, :12], finding.boxes, rtol=1e-4, atol=1e-5)
+
+
+def test_objects_are_repeated_for_the_second_group_and_count_as_often():
+    system = build("h-detr", repeats=3)
+    raw, target = system(pictures(1)), objects(2, size=SMALL)
+    terms = system.losses(raw, [target])
+    seen: dict[str, int] = {}
+    inner = system._terms
+
+    def counted(logits, boxes, goals, count):
+        seen[f"{logits.shape[2]}"] = int(count)
+        return inner(logits, boxes, goals, count)
+
+    system._terms = counted
+    assert system.losses(raw, [target]).keys() == terms.keys()
+    assert seen == {"12": 2, "24": 6, str(raw.memory.shape[1]): 2}
+
+
+@pytest.mark.parametrize(("look_twice", "reached"), [(True, True), (False, False)])
+def test_a_layer_learns_through_the_box_of_the_one_before(look_twice, reached):
+    system = build("h-detr", look_twice=look_twice)
+    for head in system.box_heads:
+        torch.nn.init.normal_(head.layers[-1].weight, std=0.01)
+    x = torch.randn(1, 5, 96)
+    memory = torch.randn(1, 12, 96)
+    ratios, padding = torch.ones(1, 3, 2), torch.zeros(1, 12, dtype=torch.bool)
+    shapes = [(2, 3), (2, 2), (1, 2)]
+    start = torch.full((1, 5, 4), 0.4)
+    _, boxes, _ = system._decode(x, x, start, memory, shapes, ratios, padding)
+    bias = system.box_heads[0].layers[-1].bias
+    (gradient,) = torch.autograd.grad(boxes[1].sum(), bias, allow_unused=True)
+    # What the references of attention add is cut off in both.
+    assert (gradient is not None and bool(gradient.abs().sum() > 0)) == reached
+
+
+@pytest.mark.fast
+def test_tokens_begin_with_a_box_about_their_own_cell():
+    shapes = [(2, 4), (1, 2), (1, 1), (1, 1), (1, 1)]
+    padding = torch.zeros(1, 13, dtype=torch.bool)
+    padding[0, [2, 3, 6, 7]] = True  # half of the first level
+    counts = torch.tensor([[[2, 2], [1, 1], [1, 1], [1, 1], [1, 1]]])
+    boxes = HDETR.places(shapes, counts, padding)[0].sigmoid()
+    torch.testing.assert_close(boxes[0], torch.tensor([0.25, 0.25, 0.05, 0.05]))
+    torch.testing.assert_close(boxes[5], torch.tensor([0.75, 0.75, 0.05, 0.05]))
+    torch.testing.assert_close(boxes[8], torch.tensor([0.5, 0.5, 0.1, 0.1]))
+    assert (boxes[[2, 3, 6, 7, 9]] == 1).all()  # padding, and a centre beyond the picture
+    torch.testing.assert_close(boxes[12], torch.tensor([0.5, 0.5, 0.8, 0.8]))
+
+
+@pytest.mark.fast
+def test_focal_losses_and_costs_are_those_of_the_definition():
+    logits = torch.randn(2, 1, 6, 3)
+    own = Boxed(torch.tensor([2, 0]), Masks.empty((8, 8)), torch.rand(2, 4))
+    pairs = (torch.tensor([[1, 4], [0, 5]]), torch.tensor([[0, 1], [1, 0]]))
+    goal = torch.zeros_like(logits)
+    goal[0, 0, 1, 2] = goal[0, 0, 4, 0] = goal[1, 0, 0, 0] = goal[1, 0, 5, 2] = 1
+    expected = torch.stack([focal_sum(logits[k], goal[k]) for k in (0, 1)])
+    torch.testing.assert_close(focal_classes(logits, [own], [pairs]), expected)
+    costs = focal_costs(logits[:, 0], own.labels)
+    alone = logits[1, 0, 3, 2].reshape(1)
+    torch.testing.assert_close(costs[1, 3, 0], focal_sum(alone, torch.ones(1)) - focal_sum(alone, torch.zeros(1)))
+
+
+@pytest.mark.fast
+def test_costs_are_the_same_a_few_objects_at_a_time(monkeypatch):
+    said, true = torch.rand(2, 7, 4), torch.rand(5, 4)
+    whole = box_costs(said, true, 5.0, 2.0)
+    monkeypatch.setattr(query_boxes, "BUDGET", 100 * 14)
+    torch.testing.assert_close(box_costs(said, true, 5.0, 2.0), whole)
+    assert box_costs(said, true[:0], 5.0, 2.0).shape == (2, 7, 0)
+
+
+@pytest.mark.fast
+def test_inverse_sigmoid_stays_finite_at_the_borders():
+    values = torch.tensor([-0.1, 0.0, 0.3, 1.0])
+    torch.testing.assert_close(inverse_sigmoid(values).sigmoid(), torch.tensor([0.0, 0.0, 0.3, 1.0]), atol=2e-5, rtol=0)
+
+
+def test_other_classes_keep_what_says_that_there_is_an_object(tmp_path):
+    system = build("h-detr", classes=("a", "b"))
+    with torch.no_grad():
+        for number, head in enumerate(system.class_heads):
+            head.weight[:] = torch.tensor([[10.0], [20.0]]) + number
+    save(system, tmp_path / "own.safetensors")
+    other = load(tmp_path / "own.safetensors", classes=["x", "b", "a"])
+    last = len(system.class_heads) - 1
+    assert other.class_heads[0].weight[:, 0].tolist()[1:] == [20.0, 10.0]
+    assert other.class_heads[last].weight[:, 0].tolist() == [10.0 + last, 20.0 + last, 10.0 + last]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"levels": 2}, r"levels is 2; expected 3 \(strides 8, 16, 32\) to 6"),
+        ({"width": 66}, "width is 66; expected a multiple of 4 and of the 6 heads"),
+        ({"queries": 0}, "queries is 0, many_queries 24 and repeats 2; expected at least 1, 0 and 1"),
+    ],
+)
+def test_wrong_options_are_refused_in_words(options, words):
+    with pytest.raises(UsageError, match=words):
+        build("h-detr", **options)
+
+
+@pytest.mark.fast
+def test_unseen_variants_are_recognised_by_the_same_rule():
+    tensors = {k: tuple(shape) for k, (shape, _) in json.loads(LAYOUT.read_text())["tensors"].items()}
+    origin = next(o for o in origins() if o.system == "h-detr")
+    tensors["query_embed.weight"] = (2400, 256)
+    for key in list(tensors):
+        if "class_embed" in key:
+            tensors[key] = (7, *tensors[key][1:])
+        if "decoder.layers.5." in key or "encoder.layers.4." in key or "encoder.layers.5." in key:
+            del tensors[key]
+    tensors = {k.replace("class_embed.6", "class_embed.5"): s for k, s in tensors.items()}
+    (found,) = origin.candidates(tensors, {"container": {}})
+    wanted = {"queries": 900, "many_queries": 1500, "decoder_layers": 5, "encoder_layers": 4, "levels": 4, "points": 4}
+    assert {k: found.options[k] for k in wanted} == wanted
+    assert len(found.options["classes"]) == 7
+    tensors["query_embed.weight"] = (300, 512)  # Deformable DETR of one stage
+    assert not origin.candidates(tensors, {"container": {}})
+
+
+@pytest.mark.fast
+def test_crowd_and_missing_masks_are_no_obstacle():
+    target = Instances((8, 8), torch.tensor([[0.0, 0, 4, 8], [1, 1, 2, 2]]), torch.tensor([1, 0]))
+    target.crowd = torch.tensor([False, True])
+    own = Boxed.of(target, torch.device("cpu"))
+    assert own.boxes.tolist() == [[0.25, 0.5, 0.5, 1.0]]
+    assert own.repeated(3).labels.tolist() == [1, 1, 1]
