@@ -25,7 +25,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from maskwright.blocks.layers import Norm
-from maskwright.blocks.positions import sine_positions
+from maskwright.blocks.positions import padding_of, sine_positions
 from maskwright.blocks.transformer import MLP, DecoderLayer, EncoderLayer
 from maskwright.blocks.trunk import coloured, first_weight, make_trunk
 from maskwright.errors import UsageError
@@ -33,9 +33,19 @@ from maskwright.ops import boxes as box_ops
 from maskwright.ops.assignment import Pairs, assign
 from maskwright.ops.losses import focal_sum
 from maskwright.ops.planes import place_bits
-from maskwright.ops.query_losses import Objects, class_losses, named, object_count, overlap_loss
+from maskwright.ops.query_boxes import Boxed, box_costs, box_losses
+from maskwright.ops.query_losses import class_losses, named, object_count, overlap_loss
 from maskwright.structures import Instances, Masks, Panoptic, Placement, Preprocess
-from maskwright.systems.base import Card, ClassRows, PanopticSystem, Preset, Score
+from maskwright.systems.base import (
+    Card,
+    ClassRows,
+    FrozenFeatures,
+    FrozenLayout,
+    PanopticSystem,
+    Preset,
+    QueryDetector,
+    Score,
+)
 
 BUDGET = 256 << 20  # bytes of scratch
 PREPROCESS = Preprocess(sizes="benchmark", multiple=1)
@@ -53,13 +63,6 @@ class Raw:
     levels: tuple[Float[Tensor, "b _d _h _w"], ...]  # of the backbone, from stride 16 to 4
     padding: Bool[Tensor, "b h w"]  # cells of `memory` that hold padding
     size: tuple[int, int]  # H, W of the input, padding included
-
-
-@dataclass(frozen=True)
-class Boxed(Objects):
-    """What is to be learnt in one picture, with boxes as the network gives them."""
-
-    boxes: Float[Tensor, "m 4"]
 
 
 class MaskHead(nn.Module):
@@ -117,7 +120,7 @@ class MaskHead(nn.Module):
         return self.output(x)[:, 0]
 
 
-class DETR(PanopticSystem):
+class DETR(PanopticSystem, QueryDetector):
     """See the module's text. `decode` takes `score_threshold` and `detections`; without masks its objects are boxes."""
 
     name = "detr"
@@ -191,6 +194,7 @@ class DETR(PanopticSystem):
             backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width, norm=norm,
             norm_eps=norm_eps, frozen=frozen, dilation=2 if dilated else 1, dilate_first=False,
         )  # fmt: skip
+        self.layout = FrozenLayout(width, width, (16 if dilated else 32,), channels[0])
         self.project = nn.Conv2d(channels[-1], width, 1)
         self.encoder = nn.ModuleList(EncoderLayer(width, hidden, heads, dropout) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(width, hidden, heads, dropout) for _ in range(decoder_layers))
@@ -210,7 +214,7 @@ class DETR(PanopticSystem):
         levels = self.backbone(images)
         projected = self.project(levels[-1])  # (B, C, H/32, W/32)
         size, shape = (images.shape[-2], images.shape[-1]), (projected.shape[-2], projected.shape[-1])
-        padding = None if valid is None else _padding(valid, size, shape)
+        padding = None if valid is None else padding_of(valid, size, shape)
         allowed = None if padding is None else ~padding.flatten(1)[:, None, None]  # (B, 1, 1, tokens)
         positions = sine_positions(shape, projected.shape[1] // 2, padding=padding, device=images.device)
         places = positions.flatten(2).transpose(1, 2).to(projected.dtype)  # (B or 1, tokens, C)
@@ -251,7 +255,7 @@ class DETR(PanopticSystem):
         pairs = assign(self.costs(raw, objects))
         count = object_count(objects, raw.logits.device)
         terms = {"class": class_losses(raw.logits, objects, pairs, self.no_object)}
-        terms |= {name: values / count for name, values in self._box_losses(raw, objects, pairs).items()}
+        terms |= {name: values / count for name, values in box_losses(raw.boxes, objects, pairs).items()}
         idle = raw.boxes.float().sum() * 0
         if self.mask_head is not None:
             sums = self._mask_losses(raw, objects, pairs)
@@ -265,10 +269,7 @@ class DETR(PanopticSystem):
             target = target[~target.crowd]
         if self.mask_head is not None and target.masks is None and len(target):
             raise UsageError("detr: targets have boxes but no masks; give masks, or build it with masks='none'")
-        height, width = target.image_size
-        boxes = target.boxes.to(device).float() / target.boxes.new_tensor([width, height, width, height]).to(device)
-        around = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1)
-        return Boxed(target.labels.to(device), target.masks or Masks.empty(target.image_size), around)
+        return Boxed.of(target, device)
 
     @torch.no_grad()
     def costs(self, raw: Raw, objects: Sequence[Boxed]) -> list[Float[Tensor, "l n _m"]]:
@@ -276,22 +277,9 @@ class DETR(PanopticSystem):
         table = []
         for picture, own in enumerate(objects):
             probabilities = raw.logits[:, picture].float().softmax(-1)[..., own.labels]  # (L, N, M)
-            boxes = raw.boxes[:, picture].float()
-            apart = torch.cdist(boxes, own.boxes.expand(len(boxes), -1, -1), p=1)
-            overlap = box_ops.generalised_iou(
-                box_ops.corners(boxes)[:, :, None], box_ops.corners(own.boxes)[None, None]
-            )
-            table.append(-self.cost[0] * probabilities + self.cost[1] * apart - self.cost[2] * overlap)
+            apart = box_costs(raw.boxes[:, picture], own.boxes, self.cost[1], self.cost[2])
+            table.append(apart - self.cost[0] * probabilities)
         return table
-
-    def _box_losses(self, raw: Raw, objects: Sequence[Boxed], pairs: Sequence[Pairs]) -> dict[str, Tensor]:
-        said, true = [], []
-        for picture, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
-            said.append(raw.boxes[:, picture].float().gather(1, queries[..., None].expand(-1, -1, 4)))
-            true.append(own.boxes[which])  # (L, P, 4)
-        a, b = torch.cat(said, 1), torch.cat(true, 1)
-        overlap = box_ops.generalised_iou(box_ops.corners(a), box_ops.corners(b))
-        return {"box": (a - b).abs().sum((1, 2)), "giou": (1 - overlap).sum(1)}
 
     def _mask_losses(self, raw: Raw, objects: Sequence[Boxed], pairs: Sequence[Pairs]) -> Float[Tensor, " 2"]:
         """Sums over the last layer's pairs of focal loss (mean over the input's pixels, padding included) and dice."""
@@ -390,6 +378,23 @@ class DETR(PanopticSystem):
         if self.mask_head is None:
             raise UsageError("detr: built with masks='none', it finds boxes alone and divides no picture")
 
+    # ---- for those that learn on top of it --------------------------------------------------------------------------
+
+    def frozen_layout(self) -> FrozenLayout:
+        return self.layout
+
+    def frozen_features(self, raw: Raw, valid: Int[Tensor, "b 2"]) -> FrozenFeatures:
+        sides = valid.flip(1).repeat(1, 2)[:, None]  # (B, 1, 4)
+        chances = raw.logits[-1].float().softmax(-1)[..., :-1]
+        best = functional.one_hot(chances.argmax(-1), chances.shape[-1])  # a query is of one class alone
+        return FrozenFeatures(
+            box_ops.corners(raw.boxes[-1].float()) * sides,
+            chances * best * self.thing_classes(chances.device),
+            raw.queries,
+            (raw.memory,),
+            raw.levels[2],
+        )
+
     # ---- for loading and training --------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, list[nn.Module]]:
@@ -463,17 +468,6 @@ class DETR(PanopticSystem):
         "detr-500": {**_ADAMW, "epochs": 500, "milestones": (0.8,)},
         "detr-masks-25": {**_ADAMW, "epochs": 25, "milestones": (0.6,)},
     }
-
-
-def _padding(valid: Int[Tensor, "b 2"], size: tuple[int, int], shape: tuple[int, int]) -> Bool[Tensor, "b h w"]:
-    """Cells of a map of `shape` whose pixel of the input (the nearest as torch counts, rounded down) is padding."""
-    axes = []
-    for axis in (0, 1):
-        inside = torch.arange(size[axis], device=valid.device) < valid[:, axis, None]  # (B, length)
-        axes.append(
-            functional.interpolate(inside[:, None].float(), size=shape[axis : axis + 1], mode="nearest")[:, 0] > 0
-        )
-    return ~(axes[0][:, :, None] & axes[1][:, None])
 
 
 def _enlarged(logits: Float[Tensor, "n p q"], size: tuple[int, int]) -> Float[Tensor, "n h w"]:

@@ -348,11 +348,12 @@ class MaskFrozenDETR(System):
             torch.cat([_widened(p.memory[level], size, stride) for p in parts]) for level, stride in enumerate(strides)
         ]
         rows = max(p.boxes.shape[1] for p in parts)  # a small picture may have fewer tokens than there are queries
-        tables = (
+        boxes, scores, queries = (
             torch.cat([functional.pad(table, (0, 0, 0, rows - table.shape[1])) for table in column])
-            for column in zip(*(p[:3] for p in parts), strict=True)
+            for column in zip(*((p.boxes, p.scores, p.queries) for p in parts), strict=True)
         )
-        return FrozenFeatures(*tables, tuple(levels), torch.cat([_widened(p.fine, size, FINE) for p in parts]))
+        fine = torch.cat([_widened(p.fine, size, FINE) for p in parts])
+        return FrozenFeatures(boxes, scores, queries, tuple(levels), fine)
 
     def masks_of(
         self, raw: Raw, picture: int, boxes: Float[Tensor, "r 4"], rows: Int[Tensor, " r"]
