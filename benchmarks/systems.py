@@ -1,6 +1,6 @@
 """Every system's latency and memory at its paper's input size, beside Mask R-CNN's, in one run.
 
-    python benchmarks/systems.py --json systems.json                      # the whole table: about five minutes a row
+    python benchmarks/systems.py --json systems.json                      # the whole table: some five minutes a row
     python benchmarks/systems.py --device cuda --dtype bfloat16           # on a GPU
     python benchmarks/systems.py yolact-r101 mask-rcnn-r101-fpn --rounds 5
 
