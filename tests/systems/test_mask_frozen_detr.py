@@ -19,6 +19,7 @@ OPTIONS = {
     "a query looks at everything": {"query_parts": ("objects", "box", "feed_forward")},
     "no score, boxes as in old code": {"scoring": False, "aligned": False},
     "the detector learns too": {"joint": True},
+    "on DETR": {"detector": "detr", "detector_options": TINY["detr"]},
 }
 LIGHT = {k: v for k, v in TINY["mask-frozen-detr"].items() if k != "detector_options"}
 
@@ -37,7 +38,9 @@ def test_each_option_trains_and_finds(options):
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
     with torch.no_grad():
         found = system.eval().decode(system(pictures()), [Placement.identity(SMALL)] * 2)
-    assert all(len(own) == 24 and own.masks is not None for own in found)
+    # 12 queries; of H-DETR each may be of both classes.
+    count = 12 if options.get("detector") == "detr" else 24
+    assert all(len(own) == count and own.masks is not None for own in found)
 
 
 def test_what_is_frozen_stays_still_whatever_train_says():
@@ -60,8 +63,9 @@ def test_what_is_frozen_stays_still_whatever_train_says():
     assert build("mask-frozen-detr", joint=True).train().detector.training
 
 
-def test_what_the_cache_holds_is_what_the_detector_says():
-    plain, caching = build("mask-frozen-detr").train(), build("mask-frozen-detr", cache=100).train()
+@pytest.mark.parametrize("options", [{}, OPTIONS["on DETR"]], ids=["H-DETR", "DETR"])
+def test_what_the_cache_holds_is_what_the_detector_says(options):
+    plain, caching = (build("mask-frozen-detr", **options, cache=cache).train() for cache in (0, 100))
     images = pictures()
     expected, first, again = plain(images), caching(images), caching(images.flip(0))
     assert (caching.cache.hits, caching.cache.misses) == (2, 2)
