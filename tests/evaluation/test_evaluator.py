@@ -292,7 +292,7 @@ def test_the_protocol_is_printed_with_the_number():
     assert f"{100 * result['segm/AP']:.1f}" in text
     for fact in ("ellipses, 6 pictures", "maxDets: 50", "device: not stated", "full-size decoding: not stated"):
         assert fact in text
-    assert len(Protocol().facts()) == 9
+    assert len(Protocol().facts()) == 10
     assert "full-size decoding: inside the timer" in str(Protocol(decoding_timed=True))
     assert result.speed.rows() == []
 

@@ -133,7 +133,7 @@ def test_losses_are_the_same_however_little_memory_they_may_take(monkeypatch):
 
 def test_objects_without_masks_are_refused():
     system = build("mask2former")
-    with pytest.raises(ValueError, match="boxes but no masks"):
+    with pytest.raises(UsageError, match="boxes but no masks"):
         system.losses(system(torch.randn(1, 3, *SIZE)), [replace(objects(2), masks=None)])
 
 

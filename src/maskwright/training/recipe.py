@@ -258,7 +258,12 @@ def named_recipe(name: str) -> Recipe:
         return RECIPES[name]
     own = _of_systems()
     if name not in own:
-        raise UsageError(f"there is no recipe {name!r}; known are {', '.join([*RECIPES, *own])}")
+        near = get_close_matches(name, own, 3)
+        raise UsageError(
+            f"there is no recipe {name!r}; known are {', '.join(RECIPES)}"
+            + (f", near it {', '.join(near)}" if near else "")
+            + "; `maskwright systems NAME` lists those of a system"
+        )
     return _PUBLISHED.with_changes(own[name])
 
 
