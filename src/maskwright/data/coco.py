@@ -21,29 +21,22 @@ from maskwright.structures import Instances, Masks
 _LARGEST = 2**63 - 1
 
 
-class CocoDataset(Dataset):
-    """A checked COCO file and its pictures; made by `read_coco`. Pictures are decoded when they are asked for."""
+class TableDataset(Dataset):
+    """Pictures in a folder, and what a checked annotation file says of them; subclasses make the objects."""
 
-    def __init__(self, table: Table, strict: bool = False):
+    def __init__(self, table: Table, strict: bool):
         self.path, self.folder = table.path, table.folder
         self.name = name_of(table.path)
-        self.classes, self.category_ids, self.joints = table.classes, table.category_ids, table.joints
+        self.classes, self.category_ids = table.classes, table.category_ids
         self.strict = strict
         self.findings = table.findings
         self.files = table.files
-        self._image_ids, self._sizes, self._ids = table.image_ids, table.sizes, table.ids
+        self._image_ids, self._sizes = table.image_ids, table.sizes
         self._starts = np.searchsorted(table.owner, np.arange(len(table.files) + 1))
         self._labels, self._crowd = torch.from_numpy(table.labels), torch.from_numpy(table.crowd)
-        self._boxes, self._areas, self._shapes = torch.from_numpy(table.boxes), table.areas, table.shapes
-        self._keypoints = None if table.keypoints is None else torch.from_numpy(table.keypoints)
-        fits = all(isinstance(i, int) and -_LARGEST <= i <= _LARGEST for i in table.ids)
-        self._numbers = torch.tensor(table.ids if fits else range(len(table.ids)), dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.files)
-
-    def __repr__(self) -> str:
-        return f"{self.name}: {len(self)} pictures, {len(self._ids)} objects, {len(self.classes)} classes"
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
@@ -63,6 +56,21 @@ class CocoDataset(Dataset):
 
     def image_ids(self) -> list[int | str]:
         return list(self._image_ids)
+
+
+class CocoDataset(TableDataset):
+    """A checked COCO file and its pictures; made by `read_coco`. Pictures are decoded when they are asked for."""
+
+    def __init__(self, table: Table, strict: bool = False):
+        super().__init__(table, strict)
+        self.joints, self._ids = table.joints, table.ids
+        self._boxes, self._areas, self._shapes = torch.from_numpy(table.boxes), table.areas, table.shapes
+        self._keypoints = None if table.keypoints is None else torch.from_numpy(table.keypoints)
+        fits = all(isinstance(i, int) and -_LARGEST <= i <= _LARGEST for i in table.ids)
+        self._numbers = torch.tensor(table.ids if fits else range(len(table.ids)), dtype=torch.int64)
+
+    def __repr__(self) -> str:
+        return f"{self.name}: {len(self)} pictures, {len(self._ids)} objects, {len(self.classes)} classes"
 
     def targets(self, index: int) -> Instances:
         """The objects of one picture. `ids` are the file's where all of them are whole numbers of 64 bits, else

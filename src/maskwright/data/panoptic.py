@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from maskwright.data.annotations import Table, Verify, begin_table, flag_of, inside, lookup, whole
-from maskwright.data.coco import name_of, told, write_coco
-from maskwright.data.dataset import Dataset, Sample
+from maskwright.data.coco import TableDataset, told, write_coco
 from maskwright.data.findings import DataWarning, few
-from maskwright.data.pictures import read_picture, read_size
+from maskwright.data.pictures import read_size
 from maskwright.errors import AnnotationError, DataError, PictureError, UsageError
 from maskwright.structures import Instances, Panoptic
 from maskwright.structures.panoptic import LARGEST_ID, colours_to_ids, ids_to_colours
@@ -29,46 +28,17 @@ VERIFY_ALL_BELOW = 500
 VERIFY_SOME = 200
 
 
-class PanopticDataset(Dataset):
+class PanopticDataset(TableDataset):
     """A checked COCO panoptic file with its maps and pictures; made by `read_panoptic`. Targets hold all segments,
     things and stuff; both files of a picture are decoded when they are asked for."""
 
     def __init__(self, table: Table, strict: bool = False):
-        self.path, self.folder = table.path, table.folder
-        self.name = name_of(table.path)
-        self.classes, self.category_ids, self.stuff = table.classes, table.category_ids, table.stuff
-        self.strict = strict
-        self.findings = table.findings
-        self.files, self.maps = table.files, table.maps or []
-        self._image_ids, self._sizes = table.image_ids, table.sizes
-        self._starts = np.searchsorted(table.owner, np.arange(len(table.files) + 1))
-        self._labels, self._crowd = torch.from_numpy(table.labels), torch.from_numpy(table.crowd)
+        super().__init__(table, strict)
+        self.stuff, self.maps = table.stuff, table.maps or []
         self._numbers = torch.tensor(table.ids, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.files)
 
     def __repr__(self) -> str:
         return f"{self.name}: {len(self)} pictures, {len(self._numbers)} segments, {len(self.classes)} classes"
-
-    def __getitem__(self, index: int) -> Sample:
-        index = range(len(self))[index]
-        path = self.folder / self.files[index]
-        picture = read_picture(path)
-        size = (picture.shape[1], picture.shape[2])
-        if size != self._sizes[index]:
-            height, width = self._sizes[index]
-            raise PictureError(
-                f"{path}: is {size[1]} x {size[0]}, but {self.path} says {width} x {height}; "
-                "correct the size there, or put back the picture that was annotated"
-            )
-        return Sample(picture, self.targets(index), self._image_ids[index], path)
-
-    def sizes(self) -> list[tuple[int, int]]:
-        return list(self._sizes)
-
-    def image_ids(self) -> list[int | str]:
-        return list(self._image_ids)
 
     def targets(self, index: int) -> Instances:
         """The segments of one picture that have pixels; `ids` are the numbers in its map."""
