@@ -94,22 +94,28 @@ class Ledger:
         if bound > RAW and not reason:
             raise ValueError(f"{name}: a bound of {bound} needs a reason")
         bound = min(bound, LARGEST)
+        error = self.error(name, ours, scale)
+        if isinstance(error, str):
+            return self._line(name, error, False)
+        extra = " ".join(
+            t for t in (f"[{note}]" if note else "", f"(bound {bound:g}: {reason})" if reason else "") if t
+        )
+        self._line(name, f"{error:.2e} {extra}".rstrip(), bool(error <= bound))
+
+    def error(self, name: str, ours: Tensor | float, scale: Tensor | None = None) -> float | str:
+        """What `compare` measures, or why it cannot."""
         values = torch.as_tensor(ours).detach().double().cpu().numpy()
         theirs, shape, chosen = self._answer(name)
         if values.shape != tuple(shape):
-            return self._line(name, f"shape {values.shape}, expected {tuple(shape)}", False)
+            return f"shape {values.shape}, expected {tuple(shape)}"
         flat = values.reshape(-1)[chosen] if chosen is not None else values.reshape(-1)
         theirs = theirs.reshape(-1).astype("float64")
         kept = ~np.isnan(flat)
         flat, theirs = flat[kept], theirs[kept]
         if not len(flat) and values.size:
-            return self._line(name, "nothing of it could be compared", False)
+            return "nothing of it could be compared"
         size = np.linalg.norm(theirs) if scale is None else float(scale.double().norm())
-        error = np.linalg.norm(flat - theirs) / size if size > 0 else float(np.abs(flat).max(initial=0.0))
-        extra = " ".join(
-            t for t in (f"[{note}]" if note else "", f"(bound {bound:g}: {reason})" if reason else "") if t
-        )
-        self._line(name, f"{error:.2e} {extra}".rstrip(), bool(error <= bound))
+        return float(np.linalg.norm(flat - theirs) / size) if size > 0 else float(np.abs(flat).max(initial=0.0))
 
     def compare_bits(self, name: str, ours: Tensor, share: float = 1e-4) -> None:
         """Share of pixels that differ in a boolean array: those within rounding of the threshold may."""

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import maskwright
-from maskwright.systems import System
-from tests.parity import checkers
+from maskwright.systems import System, detr
+from tests.parity import checkers, ties
 from tests.parity import run as runner
 from tests.parity.ledger import Ledger
 from tests.parity.weights import write_checkpoint
@@ -165,6 +165,33 @@ def test_runner_answers_2_for_weights_of_no_system(
     (tmp_path / "other.json").write_text(json.dumps({"tensors": {"some.weight": [[2, 2], "float32"]}}))
     assert call(monkeypatch, tmp_path / "other.json", HERE / "thin" / "mask-rcnn-torchvision-r18-fpn.npz") == 2
     assert "match no system we know" in capsys.readouterr().err
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("second", "theirs", "good"),
+    [(1.0, [[0, 1], [0, 1]], True), (1.0 + 1e-7, [[2, 1], [0, 1]], True), (1.001, [[2, 1], [0, 1]], False),
+     (1.0 + 1e-7, [[0, 2], [0, 0]], False)],
+)  # fmt: skip
+def test_a_choice_between_queries_of_equal_cost_is_no_disagreement(
+    second: float, theirs: list[list[int]], good: bool, tmp_path: Path
+):
+    np.savez(tmp_path / "match.npz", match=np.array([theirs]))
+    ledger = Ledger(tmp_path / "match.npz")
+    cost = torch.tensor([[[1.0, 5.0], [5.0, 1.0], [second, 5.0]]])
+    ours = torch.tensor([[[0, 1], [0, 1]]])
+    choices = ties.compare_choice(ledger, "match", cost, ours, ledger.peek("match"))
+    assert (ledger.failed == 0) is good
+    if good:
+        with ties.choosing(detr, choices):
+            ((queries, objects),) = detr.assign([cost])
+        assert torch.equal(torch.stack([queries, objects], 1)[0, :, objects[0]], ledger.peek("match")[0])
+
+
+@pytest.mark.fast
+def test_queries_that_would_do_as_well_are_found():
+    cost = torch.tensor([[[1.0, 5.0], [5.0, 1.0], [1.0 + 1e-7, 1.5]]])
+    assert ties.alternatives(cost, torch.tensor([[[0, 1]], [[0, 1]]])) == [(0, 2, 0)]
 
 
 # ---- files as they were published -----------------------------------------------------------------------------------
