@@ -3,17 +3,21 @@
     python benchmarks/learning.py DATA [DATA ...]          # folders in COCO layout, with a train and a val part
     python benchmarks/learning.py DATA --seeds 0 --steps 50 --short 160
 
+    python benchmarks/learning.py DATA --seeds 0 --repeats 4   # each side again with other samples drawn
+
 For each data set and seed both sides get the same initial weights (torchvision's, through the checkpoint path), the
 same batches in the same order, mirrored alike, the same optimizer and schedule, and one evaluator. What differs is the
-code: sampling of proposals draws from the same stream but not the same numbers. The network is a ResNet-18 with
-feature pyramid and batch norm, trained by torchvision's rules on both sides, with fewer proposals (500 before
-suppression, 200 after it), 128 sampled of them, and a quarter of the width in pyramid and heads, so that a CPU can do
-it.
+code: sampling of proposals draws from the same stream but not the same numbers. What that alone scatters is seen when
+a side is trained again from the same start on the same batches with another stream (`--repeats`). The network is a
+ResNet-18 with feature pyramid and batch norm, trained by torchvision's rules on both sides, with fewer proposals (500
+before suppression, 200 after it), 128 sampled of them, and a quarter of the width in pyramid and heads, so that a CPU
+can do it.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -142,13 +146,16 @@ def score(side: Any, system: mw.System, ours: bool, dataset: Any, device: str) -
             found = Instances(placement.picture, boxes, answer["labels"] - 1, masks, answer["scores"]).to("cpu")
         evaluator.add_at(index, found.to("cpu"))
     summary = evaluator.result(examples=0).summary
-    return {k: round(100 * float(summary[k]), 1) for k in ("segm/AP", "segm/AP50", "bbox/AP")}
+    return {k: round(100 * float(summary[k]), 2) for k in ("segm/AP", "segm/AP50", "bbox/AP")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="runs of each side and seed, each with samples of its own"
+    )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--short", type=int, default=256)
@@ -172,19 +179,22 @@ def main() -> None:
                 augment=Augment(flip=0.5),
                 seed=seed,
             )
-            for name, side in (("torchvision", theirs), ("ours", system)):
-                own = name == "ours"
-                seconds = train(side, own, loader, arguments.steps, adam, lr, seed, arguments.device)
-                row = {"data": folder.name, "seed": seed, "side": name, "seconds": round(seconds, 1)}
-                row |= score(side, system, own, judge, arguments.device)
-                rows.append(row)
-                print(json.dumps(row), flush=True)
+            begin = {"torchvision": (theirs, theirs.state_dict()), "ours": (system, system.state_dict())}
+            begin = {name: (side, copy.deepcopy(state)) for name, (side, state) in begin.items()}
+            for repeat in range(arguments.repeats):
+                stream = seed + 1000 * repeat
+                for name, (side, state) in begin.items():
+                    own = name == "ours"
+                    side.load_state_dict(state)
+                    seconds = train(side, own, loader, arguments.steps, adam, lr, stream, arguments.device)
+                    row = {"data": folder.name, "seed": seed, "stream": stream, "side": name}
+                    row |= {"seconds": round(seconds, 1)} | score(side, system, own, judge, arguments.device)
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
         for name in ("torchvision", "ours"):
             values = [r["segm/AP"] for r in rows if r["data"] == folder.name and r["side"] == name]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            print(
-                f"{folder.name}, {name}: mask AP {statistics.mean(values):.1f} +/- {spread:.1f} ({len(values)} seeds)"
-            )
+            print(f"{folder.name}, {name}: mask AP {statistics.mean(values):.1f} +/- {spread:.1f} ({len(values)} runs)")
     if arguments.json:
         arguments.json.write_text(
             json.dumps({"options": {**vars(arguments), "data": [], "json": None}, "rows": rows}) + "\n"

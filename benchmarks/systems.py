@@ -1,6 +1,7 @@
 """Every system's latency and memory at its paper's input size, beside Mask R-CNN's, in one run.
 
     python benchmarks/systems.py --json systems.json                      # the whole table: some five minutes a row
+    python benchmarks/systems.py --filled DIR --fill-only --learn 900     # on busy cores; then without it
     python benchmarks/systems.py --device cuda --dtype bfloat16           # on a GPU
     python benchmarks/systems.py yolact-r101 mask-rcnn-r101-fpn --rounds 5
 
@@ -102,7 +103,9 @@ def fill(preset: str, device: str, seconds: float, path: Path, pipe: Any) -> Non
         with torch.no_grad(), statistics_taken(system):
             run_network(system, batch, torch.device(device), torch.float32)
         how = f"biases, {raised(system, batch, torch.device(device)):+.1f} (by heart: {how})"
-    torch.save({"weights": system.state_dict(), "raw": mapped(learnt, lambda v: v.cpu())}, path)
+    content = {"weights": system.state_dict(), "raw": mapped(learnt, lambda v: v.cpu()), "how": how}
+    torch.save(content, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
     pipe.send({"filled": how, "filling s": round(time.perf_counter() - begun)})
 
 
@@ -349,16 +352,22 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--learn", type=float, default=240, help="seconds at most; 0: biases alone")
+    parser.add_argument("--filled", type=Path, help="folder: networks filled by an earlier run are taken from there")
+    parser.add_argument("--fill-only", action="store_true", help="fill, do not measure: that can be done on busy cores")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--json", type=Path, help="write the figures there too, after every row")
     chosen = parser.parse_args()
     card = torch.cuda.get_device_name() if chosen.device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     table = []
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "filled.pt"
         for preset in chosen.presets or rows():
-            row = {"preset": preset} | in_process(fill, preset, chosen.device, chosen.learn, path)
-            if "failed" not in row:
+            path = Path(chosen.filled or folder) / f"{preset}.pt"
+            if chosen.filled and path.exists():
+                row = {"preset": preset, "filled": torch.load(path, weights_only=False, mmap=True)["how"]}
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                row = {"preset": preset} | in_process(fill, preset, chosen.device, chosen.learn, path)
+            if "failed" not in row and not chosen.fill_only:
                 row |= in_process(measure, preset, chosen.dtype, chosen.device, chosen.rounds, chosen.compile, path)
             row["its authors"] = PAPERS.get(preset, "")
             table.append(row)

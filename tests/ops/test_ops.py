@@ -50,6 +50,17 @@ def test_suppression_keeps_groups_apart_however_many_boxes_there_are():
     assert (marks[kept].diff() <= 0).all()
 
 
+@pytest.mark.parametrize("limit", [1, 5, 40, 300])
+@pytest.mark.parametrize("steps", [7, 100_000])
+def test_the_best_survivors_alone_are_the_first_of_all(limit: int, steps: int):
+    generator = torch.Generator().manual_seed(limit)
+    corner = torch.rand(3000, 2, generator=generator) * 60
+    box = torch.cat([corner, corner + 5 + torch.rand(3000, 2, generator=generator) * 20], 1)
+    scores = (torch.rand(3000, generator=generator) * steps).floor() / steps  # with few steps most have their equals
+    groups = torch.randint(0, 3, (3000,), generator=generator)
+    assert torch.equal(boxes.nms(box, scores, groups, 0.5, limit), boxes.nms(box, scores, groups, 0.5)[:limit])
+
+
 def test_matching_without_objects_makes_everything_negative():
     nearest, matched = matching.match(torch.zeros(0, 4), 0.3, 0.7, rescue=True)
     assert nearest.tolist() == [0] * 4

@@ -327,7 +327,7 @@ def polar_find(
     boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)  # a mirror swaps left and right
     row, label = (each > limits.score).nonzero().unbind(1)
     score = each[row, label] * (central[row] + rules.offset)
-    kept = box_ops.nms(_with_last(boxes[row]), score, label, limits.nms)[: limits.detections]
+    kept = box_ops.nms(_with_last(boxes[row]), score, label, limits.nms, limits.detections)
     row = row[kept]
     ends = ray_points(everywhere[row], code.decode(numbers[row])).clamp(min=0).minimum(limit)
     return Found(boxes[row], score[kept], label[kept], _on_picture(ends, placement))

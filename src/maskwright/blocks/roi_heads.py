@@ -203,7 +203,7 @@ def detect(
         if rules.smallest_side > 0:
             large = (chosen[:, 2:] - chosen[:, :2] >= rules.smallest_side).all(1)
             chosen, confidence, label = chosen[large], confidence[large], label[large]
-        kept = box_ops.nms(chosen, confidence, label, nms_threshold)[:detections]
+        kept = box_ops.nms(chosen, confidence, label, nms_threshold, detections)
         result.append((chosen[kept], confidence[kept], label[kept]))
     return result
 

@@ -151,7 +151,7 @@ def propose(
             good = large.all(1) & torch.isfinite(own).all(1) & torch.isfinite(score)
             own, score, group = own[good], score[good], level[good]
             ranked = score.sigmoid() if rules.by == "probability" else score
-            kept = box_ops.nms(own, ranked, group, rules.overlap)[:after]
+            kept = box_ops.nms(own, ranked, group, rules.overlap, after)
             result.append((own[kept], score[kept]))
     return result
 

@@ -127,13 +127,25 @@ def nms(
     scores: Float[Tensor, " n"],
     groups: Int[Tensor, " n"],
     threshold: float,
+    limit: int | None = None,
 ) -> Int[Tensor, " kept"]:
     """Indices of the boxes that survive greedy suppression within each group, best first.
 
     On the host each group is taken by itself, since the kernel's time grows with the square of what it is given. On an
     accelerator all go at once: each group is shifted into a place of its own, in float64, where that does not move a
     box by as much as a rounding step of float32 would. Neither looks at how many there are.
+
+    limit  the best of the survivors that are wanted. Only better boxes decide about a box: the best few times as many
+           are looked at first, and more only if too few of them survive
     """
+    if limit is not None and len(scores) > 8 * limit:
+        order, first = scores.argsort(descending=True, stable=True), 8 * limit
+        while first < len(order):
+            best = order[:first]
+            kept = best[nms(boxes[best], scores[best], groups[best], threshold)]
+            if len(kept) >= limit and scores[kept[limit - 1]] > scores[order[first]]:  # no equal one is left out
+                return kept[:limit]
+            first *= 4
     from torchvision.ops import nms as suppress
 
     if boxes.device.type == "cpu":
@@ -146,4 +158,4 @@ def nms(
         exact = boxes.double()
         span = exact.amax() - exact.amin().clamp(max=0) + 1 if len(boxes) else exact.new_zeros(())
         kept = suppress(exact + (groups.to(exact) * span)[:, None], scores.double(), threshold)
-    return kept[scores[kept].argsort(descending=True, stable=True)]
+    return kept[scores[kept].argsort(descending=True, stable=True)][:limit]

@@ -398,9 +398,8 @@ class EmbedMask(System):
             own = fcos.boxes_of(places[place], distances[number, place])
             own = box_ops.clip(own, (height - self.last, width - self.last))
             # A box that ends at its last pixel overlaps as one that ends a pixel later.
-            kept = box_ops.nms(
-                own + _corner(own, self.last), score[number, rows], label[number, rows], nms_threshold
-            )[:detections]  # fmt: skip
+            grown = own + _corner(own, self.last)
+            kept = box_ops.nms(grown, score[number, rows], label[number, rows], nms_threshold, detections)
             rows, place, own = rows[kept], place[kept], own[kept]
             result.append(
                 Found(own, score[number, rows], label[number, rows], embeddings[number, place], margins[number, place])

@@ -448,7 +448,7 @@ class ESESeg(System):
             good = scores > score_threshold
             scores, chosen = scores[good], chosen[good]
             row, labels = chosen % len(own), chosen // len(own)
-            kept = box_ops.nms(box[row], scores, labels, nms_threshold)[:detections]
+            kept = box_ops.nms(box[row], scores, labels, nms_threshold, detections)
             row = row[kept]
             found.append(Found(box[row], scores[kept], labels[kept], centre[row], code[row]))
         return found

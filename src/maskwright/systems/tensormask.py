@@ -393,7 +393,7 @@ class TensorMask(System):
             boxes[rows] = own[:, :2].repeat(1, 2) + tight * scale
         solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
         chosen, boxes, scores, labels = chosen[solid], boxes[solid], scores[solid], labels[solid]
-        kept = box_ops.nms(boxes, scores, labels, threshold)[:detections]
+        kept = box_ops.nms(boxes, scores, labels, threshold, detections)
         return chosen[kept], boxes[kept], scores[kept], labels[kept]
 
     def _places(self, raw: Raw, picture: int, chosen: Tensor) -> Int[Tensor, "k 5"]:
