@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from maskwright.data import Augment, Scenes, make_loader, open_dataset
-from maskwright.systems import Preprocess
+from maskwright.structures import Preprocess
 
 
 def main() -> None:

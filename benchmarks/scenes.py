@@ -2,6 +2,7 @@
 
     python benchmarks/scenes.py                                # the small preset of every system
     python benchmarks/scenes.py mask-rcnn-small solov2-small --steps 1000 --draw drawn/
+    python benchmarks/scenes.py mask2former-small --data FOLDER --size 160   # pictures: its train and val part
 
 Every network is a system's small preset with half of ResNet-18's channels and a narrow neck, from random weights, at
 the same input size, with the same pictures in the same order (Keypoint R-CNN: figures
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 
 import maskwright as mw
-from maskwright.data import Scenes
+from maskwright.data import Scenes, open_dataset
 from maskwright.systems import ProposalSystem, presets, system_class
 
 NARROW = {
@@ -46,19 +47,23 @@ def small_presets() -> list[str]:
 
 
 def learn(
-    preset: str, steps: int, batch: int, size: int, rate: float, seed: int, draw: Path | None, recall: bool
-) -> dict[str, Any]:
+    preset: str, data: Path | None, steps: int, batch: int, size: int, rate: float, seed: int, draw: Path | None,
+    recall: bool,
+) -> dict[str, Any]:  # fmt: skip
     joints = preset.startswith("keypoint")  # it learns figures and their joints; shapes are what they hide behind
-    train = Scenes(400, size=(size, size), classes=CLASSES, seed=seed, keypoints=joints)
-    unseen = Scenes(60, size=(size, size), classes=CLASSES, seed=seed + 1000, keypoints=joints)
+    if data is None:
+        train = Scenes(400, size=(size, size), classes=CLASSES, seed=seed, keypoints=joints)
+        unseen = Scenes(60, size=(size, size), classes=CLASSES, seed=seed + 1000, keypoints=joints)
+    else:
+        train, unseen = (open_dataset(data, part) for part in ("train", "val"))
     known = inspect.signature(system_class(presets()[preset]).__init__).parameters
     options = {name: value for name, value in NARROW.items() if name in known}
     start = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         best = mw.train(
             preset, train, val=False, out=Path(folder) / "run", recipe="small", steps=steps, batch=batch, lr=rate,
-            short=(size,), long=size, warmup=50, ema=0.99, seed=seed, workers=0, tensorboard=False,
-            options=options,
+            short=(size,), long=size if data is None else 2 * size, warmup=50, ema=0.99, seed=seed, workers=0,
+            tensorboard=False, options=options,
         )  # fmt: skip
         system = mw.load(best)
     seconds = time.process_time() - start
@@ -85,9 +90,12 @@ def learn(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", help="default: every system's small preset")
+    parser.add_argument("--data", type=Path, help="a data set to learn instead of scenes")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--size", type=int, default=128, help="side of the square scenes and of the input")
+    parser.add_argument(
+        "--size", type=int, default=128, help="side of the square scenes and of the input; of pictures, the short one"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rates", nargs="*", default=[], metavar="PRESET=LR", help="other rates for some")
     parser.add_argument("--seed", type=int, default=0)
@@ -102,13 +110,13 @@ def main() -> None:
     for preset in arguments.presets or small_presets():
         rate = rates.get(preset, arguments.lr)
         row = learn(
-            preset, arguments.steps, arguments.batch, arguments.size, rate, arguments.seed, arguments.draw,
-            arguments.recall,
+            preset, arguments.data, arguments.steps, arguments.batch, arguments.size, rate, arguments.seed,
+            arguments.draw, arguments.recall,
         )  # fmt: skip
         rows.append(row)
         print(json.dumps(row), flush=True)
     if arguments.json:
-        options = {k: v for k, v in vars(arguments).items() if k not in ("json", "draw")}
+        options = {k: v for k, v in vars(arguments).items() if k not in ("json", "draw", "data")}
         arguments.json.write_text(json.dumps({"torch": torch.__version__, "options": options, "rows": rows}) + "\n")
 
 
