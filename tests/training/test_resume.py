@@ -93,6 +93,15 @@ class Interrupting(Numbers):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C as at a terminal: what starts tests in the background may have told them to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(KeyboardInterrupt, match=r"stopped after step 8; .*run goes on with resume"):
         fit(tmp_path / "run", logger=Interrupting(), save_minutes=60)

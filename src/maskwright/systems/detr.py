@@ -453,7 +453,7 @@ class DETR(PanopticSystem, QueryDetector):
         "detr-small": Preset(
             {
                 "backbone": "resnet18", "width": 128, "hidden": 512, "encoder_layers": 3, "decoder_layers": 3,
-                "queries": 30, "dropout": 0.0, "dilated": False, "short": 192, "long": 320,
+                "queries": 30, "dropout": 0.0, "dilated": True, "short": 192, "long": 320,
             },
             note="for a few hundred small pictures, without a GPU",
         ),
