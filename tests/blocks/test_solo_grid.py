@@ -7,7 +7,7 @@ import torch
 
 from maskwright.blocks import solo_grid as grid_ops
 from maskwright.errors import UsageError
-from maskwright.ops.suppression import mask_nms
+from maskwright.ops.suppression import mask_nms, matrix_nms
 from maskwright.structures import Instances, Masks
 
 pytestmark = pytest.mark.fast
@@ -143,3 +143,11 @@ def test_plain_suppression_goes_from_the_best_to_the_worst():
     assert mask_nms(iou, torch.zeros(3).long()).tolist() == [True, False, True]  # what is gone drops nothing
     assert mask_nms(iou, torch.tensor([0, 1, 1])).tolist() == [True, True, False]
     assert mask_nms(iou[:0, :0], torch.zeros(0).long()).shape == (0,)
+
+
+@pytest.mark.parametrize("kernel", ["gaussian", "linear"])
+def test_equal_masks_leave_numbers(kernel):
+    values = matrix_nms(torch.ones(3, 3), torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3, dtype=torch.int64), kernel)
+    assert values[0] == torch.tensor(0.9)
+    assert (values[1:] < 0.2).all(), "a NaN is not below"
+    assert (values[1:] == 0).all() == (kernel == "linear")

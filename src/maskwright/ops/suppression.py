@@ -51,6 +51,8 @@ def matrix_nms(
         decay = torch.exp(-sigma * above.square()) / torch.exp(-sigma * covered.square())[:, None]
     else:
         decay = (1 - above) / (1 - covered)[:, None]
+        # The third of three equal masks: 0 / 0 by way of the second, which says nothing; the first takes all its score.
+        decay = torch.where(decay.isnan(), torch.inf, decay)
     return scores * (decay.amin(0) if len(above) else scores.new_ones(0))
 
 
