@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
 from maskwright.ops.assignment import assign
@@ -24,10 +25,11 @@ def test_pairs_are_the_cheapest_of_all():
     torch.testing.assert_close(own[queries[1], objects[1]].sum(), best)
 
 
-def test_costs_that_are_no_numbers_are_avoided():
+@pytest.mark.parametrize("other", [torch.nan, torch.inf, -torch.inf])
+def test_costs_that_are_no_numbers_are_avoided(other):
     cost = torch.zeros(1, 2, 2)
     cost[0, 0, 0] = torch.nan
-    cost[0, 1, 1] = torch.inf
+    cost[0, 1, 1] = other
     queries, objects = assign([cost])[0]
     assert list(zip(queries[0].tolist(), objects[0].tolist(), strict=True)) == [(0, 1), (1, 0)]
     assert assign([]) == []

@@ -27,7 +27,7 @@ def assign(costs: Sequence[Float[Tensor, "k n _m"]]) -> list[Pairs]:
 
     device, sizes = costs[0].device, [c.shape[2] for c in costs]
     table = torch.cat([c.float() for c in costs], 2)
-    table = table.nan_to_num(FORBIDDEN, FORBIDDEN, -FORBIDDEN).cpu().numpy()  # (K, N, M of all)
+    table = table.nan_to_num(FORBIDDEN, FORBIDDEN, FORBIDDEN).cpu().numpy()  # (K, N, M of all)
     found: list[np.ndarray] = []
     for part in np.split(table, np.cumsum(sizes)[:-1], axis=2):
         found.append(np.stack([np.stack(linear_sum_assignment(cost)) for cost in part], 1))  # (2, K, P)
