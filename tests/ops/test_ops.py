@@ -67,6 +67,12 @@ def test_matching_without_objects_makes_everything_negative():
     assert matched.tolist() == [matching.NEGATIVE] * 4
 
 
+def test_an_object_that_no_box_overlaps_rescues_none():
+    iou = torch.tensor([[0.0, 0, 0, 0], [0.1, 0.2, 0.2, 0]])
+    _, matched = matching.match(iou, 0.3, 0.7, rescue=True)
+    assert matched.tolist() == [matching.NEGATIVE, 1, 1, matching.NEGATIVE]
+
+
 def test_a_sample_holds_at_most_its_share_of_positives():
     positive = torch.arange(100) < 60
     chosen, others = matching.sample(positive, ~positive, 40, 0.25)

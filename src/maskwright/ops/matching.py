@@ -18,7 +18,8 @@ def match(
 
     The second is the object's index where the overlap is at least `high`, NEGATIVE below `low`, IGNORED between.
     With `rescue` every box that ties for an object's best overlap counts too (Faster R-CNN, arXiv 1506.01497, 3.1.2);
-    it keeps the object of its own largest overlap, as all published code has it.
+    it keeps the object of its own largest overlap, as all published code has it. An object that no box overlaps rescues
+    none, where published code takes all boxes there are.
     """
     count = iou.shape[1]
     if not iou.shape[0]:
@@ -27,7 +28,7 @@ def match(
     matched = torch.where(best >= high, nearest, IGNORED)
     matched = torch.where(best < low, NEGATIVE, matched)
     if rescue:
-        ties = (iou == iou.amax(1, keepdim=True)).any(0)
+        ties = ((iou == iou.amax(1, keepdim=True)) & (iou > 0)).any(0)
         matched = torch.where(ties, nearest, matched)
     return nearest, matched
 
