@@ -163,3 +163,11 @@ def test_of_too_many_vertices_those_with_the_longest_edges_stay():
 @pytest.mark.fast
 def test_an_outline_without_extent_still_gives_points():
     assert (contours.resample(torch.ones(1, 4, 2), 16) == 1).all()
+
+
+def test_a_basis_made_in_inference_mode_serves_training():
+    with torch.inference_mode():
+        contours.chebyshev_radii(torch.randn(2, 7), 24)
+    coefficients = torch.randn(2, 7, requires_grad=True)
+    contours.chebyshev_radii(coefficients, 24).sum().backward()
+    assert coefficients.grad is not None

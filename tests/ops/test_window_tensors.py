@@ -124,3 +124,12 @@ def test_what_does_not_fit_is_refused_in_words():
 
 def test_no_windows_give_no_masks():
     assert swap_windows(tensor(2, 2, 3, 3), 2, torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 4, 4)
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    shape = (3, 3, 9, 7)  # of no other test: the tables are kept
+    with torch.inference_mode():
+        swap_align2nat(tensor(*shape), 3)
+    values = tensor(*shape).values.requires_grad_()
+    swap_align2nat(MaskTensor(values, True), 3).values.sum().backward()
+    assert values.grad is not None

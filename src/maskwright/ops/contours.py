@@ -127,6 +127,7 @@ def close_gaps(radii: Float[Tensor, "n 360"]) -> Float[Tensor, "n 360"]:
 
 
 @cache
+@torch.inference_mode(False)  # what is kept serves training too, which takes no tensor of inference mode
 def _chebyshev_basis(count: int, degrees: int) -> tuple[Tensor, Tensor]:
     """(degrees, count) values of the polynomials, -1 and 1 included, and (count, degrees) their inverse."""
     basis = np.polynomial.chebyshev.chebvander(np.linspace(-1, 1, degrees), count - 1)

@@ -159,6 +159,7 @@ class _Taps:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # what is kept serves training too, which takes no tensor of inference mode
 def _taps(cells: int, windows: int, factor: float, stride: float, alpha: float, mode: Mode, device: str) -> _Taps:
     """`cells` (V) and `windows` (H) of the input; the result has factor * V and ceil(H / stride)."""
     fine, coarse = _whole(cells * factor, "V"), math.ceil(windows / stride - 1e-9)
