@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import maskwright as mw
+from maskwright.blocks.vit import ViT
 from maskwright.checkpoints.origins.eomt import ORIGINS
 from maskwright.errors import UsageError
 from maskwright.structures import Placement
@@ -89,6 +90,19 @@ def test_the_table_of_positions_serves_other_sizes():
     with torch.no_grad():
         found = system.decode(system(torch.randn(1, 3, 160, 64)), [Placement.identity((160, 64))])[0]
     assert found.image_size == (160, 64)
+
+
+def test_as_many_patches_in_another_shape_are_other_places():
+    vit = ViT("vit_tiny_patch16_224", patch=8, size=64, own={"embed_dim": 48, "depth": 1, "num_heads": 3}).eval()
+    pictures = torch.zeros(1, 3, 32, 128)  # 4 x 16 patches, as many as the table's 8 x 8
+    with torch.no_grad():
+        vit.body.pos_embed[:, 1:].copy_(torch.arange(8.0).repeat(8)[None, :, None])  # each place says its column
+        tokens, grid, _ = vit.begin(pictures)
+        found = tokens[0, 1:] - vit.body.patch_embed.proj(pictures).flatten(2).mT[0]
+    assert grid == (4, 16)
+    columns = found[:, 0].unflatten(0, grid)
+    assert (columns.diff(dim=1) > -0.1).all()
+    torch.testing.assert_close(columns[0], columns[3], atol=0.1, rtol=0)
 
 
 def test_pictures_lie_in_the_upper_left_on_black():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from jaxtyping import Bool, Float
@@ -70,7 +71,9 @@ class ViT(nn.Module):
             tokens = torch.cat([*prefix, tokens], 1)
         else:
             whole = table.shape[1] - (0 if getattr(body, "no_embed_class", False) else self.prefix)
-            if whole != grid[0] * grid[1]:
+            if (
+                grid != (math.isqrt(whole),) * 2
+            ):  # the table is square; as many patches in another shape are other places
                 table = resample_abs_pos_embed(table, list(grid), num_prefix_tokens=table.shape[1] - whole)
             if table.shape[1] == tokens.shape[1]:  # the prefix has no position
                 tokens = torch.cat([*prefix, tokens + table], 1)
