@@ -181,6 +181,14 @@ def test_rows_per_class_are_where_it_says(name):
     assert three.input_weight() in ours
 
 
+@pytest.mark.parametrize("name", ["deepsnake", "yolact", "ese-seg", "solo"])
+def test_the_weight_that_reads_the_picture_is_known_of_every_trunk(name):
+    system = build(name, backbone="swin-tiny", in_channels=5)
+    weight = system.input_weight()
+    assert weight is not None
+    assert system.state_dict()[weight].shape[:2] == (96, 5)
+
+
 @EVERY
 def test_parts_cover_every_parameter(name):
     system = build(name)

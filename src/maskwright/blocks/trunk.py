@@ -74,8 +74,8 @@ def make_trunk(
 
 
 def first_weight(trunk: nn.Module) -> str | None:
-    """The name, inside the trunk, of the weight that reads the picture; None for a trunk of timm's."""
-    return "stem.conv.weight" if isinstance(trunk, ResNet) else "stem.weight" if isinstance(trunk, Swin) else None
+    """The name, inside the trunk, of the weight that reads the picture: its first convolution's."""
+    return next((name for name, value in trunk.named_parameters() if value.ndim == 4), None)
 
 
 def make_stem(

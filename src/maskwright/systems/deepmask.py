@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.layers import Border, Norm, set_border
-from maskwright.blocks.resnet import ResNet
 from maskwright.blocks.sliding import Windows, assign, proposals, reachable, resized, scales_between, windows_of
 from maskwright.blocks.trunk import coloured, make_stem
 from maskwright.errors import UsageError
@@ -290,11 +289,6 @@ class DeepMask(ProposalSystem):
     def groups(self) -> dict[str, list[nn.Module]]:
         score: list[nn.Module] = [m for m in (self.score_feature, self.score_hidden, self.score) if m is not None]
         return {"backbone": [self.backbone], "neck": [self.squeeze, self.feature], "mask": [self.masks], "score": score}
-
-    def input_weight(self) -> str | None:
-        if isinstance(self.backbone, ResNet):
-            return "backbone.stem.conv.weight"
-        return next((n for n, p in self.named_parameters() if p.ndim == 4), None)
 
     _NOTE = "third-party note of the paper"
     _VAL = "COCO 2014, first 5000 pictures of val"

@@ -486,9 +486,6 @@ class DeepSnake(System):
     def class_rows(self) -> dict[str, ClassRows]:
         return {f"centre_head.2.{kind}": ClassRows() for kind in ("weight", "bias")}
 
-    def input_weight(self) -> str | None:
-        return "backbone.stem.conv.weight" if hasattr(self.backbone, "stem") else None
-
     _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "batch", "contour_norm": "batch", "start": "box"}
     _SBD, _LISTED = "SBD val, 512 x 512", "as listed for arXiv 2001.01629"
     presets: ClassVar[Mapping[str, Preset]] = {

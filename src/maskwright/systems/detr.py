@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.positions import padding_of, sine_positions
 from maskwright.blocks.transformer import MLP, DecoderLayer, EncoderLayer
-from maskwright.blocks.trunk import coloured, first_weight, make_trunk
+from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.assignment import Pairs, assign
@@ -407,10 +407,6 @@ class DETR(PanopticSystem, QueryDetector):
 
     def class_rows(self) -> dict[str, ClassRows]:
         return {f"class_head.{kind}": ClassRows(background_last=True) for kind in ("weight", "bias")}
-
-    def input_weight(self) -> str | None:
-        name = first_weight(self.backbone)
-        return None if name is None else f"backbone.{name}"
 
     _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2, "pretrained": False}
     _BOXES: ClassVar[dict[str, Any]] = {**_PUBLISHED, "masks": "none"}

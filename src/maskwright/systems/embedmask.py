@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from maskwright.blocks import fcos
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
-from maskwright.blocks.resnet import ResNet, StrideIn
+from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
@@ -466,9 +466,6 @@ class EmbedMask(System):
 
     def class_rows(self) -> dict[str, ClassRows]:
         return {f"class_logits.{kind}": ClassRows() for kind in ("weight", "bias")}
-
-    def input_weight(self) -> str | None:
-        return "backbone.stem.conv.weight" if isinstance(self.backbone, ResNet) else None
 
     # The code warms up by 500 steps at a third of the rate; here the rate rises from there.
     _RECIPE: ClassVar[dict[str, Any]] = {

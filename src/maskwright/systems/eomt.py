@@ -245,9 +245,6 @@ class EoMT(QuerySystem):
     def class_rows(self) -> dict[str, ClassRows]:
         return {f"class_head.{kind}": ClassRows(background_last=True) for kind in ("weight", "bias")}
 
-    def input_weight(self) -> str | None:
-        return "backbone.body.patch_embed.proj.weight"
-
     _ZOO = "model zoo of tue-mps/eomt"
     presets: ClassVar[Mapping[str, Preset]] = {
         **{

@@ -476,12 +476,6 @@ class ESESeg(System):
         rows = ClassRows(repeats=self.anchors_per_cell)
         return {f"outputs.{i}.classes.{kind}": rows for i in range(len(self.outputs)) for kind in ("weight", "bias")}
 
-    def input_weight(self) -> str | None:
-        if self.options["backbone"].startswith("timm:"):
-            return None
-        stem = "stages.0.0" if isinstance(self.backbone, DarknetTiny) else "stem"
-        return f"backbone.{stem}.conv.weight"
-
     # SBD's 8498 pictures; expanding the canvas by up to 4 (half of the time) has no counterpart here.
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f"ese-seg{kind}": {

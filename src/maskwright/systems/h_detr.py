@@ -27,7 +27,7 @@ from maskwright.blocks.deformable_attention import DeformableDecoderLayer, Defor
 from maskwright.blocks.layers import ConvNorm, Norm
 from maskwright.blocks.positions import padding_of, sine_code, sine_positions
 from maskwright.blocks.transformer import MLP
-from maskwright.blocks.trunk import coloured, first_weight, make_trunk
+from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.assignment import assign
@@ -372,10 +372,6 @@ class HDETR(QueryDetector):
             for number in range(last + 1)
             for kind in ("weight", "bias")
         }
-
-    def input_weight(self) -> str | None:
-        name = first_weight(self.backbone)
-        return None if name is None else f"backbone.{name}"
 
     _R50: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2}
     _COCO = "COCO val2017, short side 800, pycocotools"

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.layers import ConvNorm, Norm
-from maskwright.blocks.resnet import ResNet
 from maskwright.blocks.sliding import Windows, assign, proposals, reachable, resized, windows_of
 from maskwright.blocks.trunk import coloured, make_stem
 from maskwright.errors import UsageError
@@ -244,11 +243,6 @@ class InstanceFCN(ProposalSystem):
             "backbone": [self.backbone], "mask": [self.part_hidden, self.part_maps],
             "score": [self.score_hidden, self.score],
         }  # fmt: skip
-
-    def input_weight(self) -> str | None:
-        if isinstance(self.backbone, ResNet):
-            return "backbone.stem.conv.weight"
-        return next((n for n, p in self.named_parameters() if p.ndim == 4), None)
 
     presets: ClassVar[Mapping[str, Preset]] = {
         **{

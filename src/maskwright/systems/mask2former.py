@@ -26,7 +26,7 @@ from maskwright.blocks.layers import ConvNorm, Norm
 from maskwright.blocks.positions import sine_positions
 from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.transformer import MLP, DecoderLayer
-from maskwright.blocks.trunk import coloured, first_weight, make_trunk
+from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import assign
@@ -287,10 +287,6 @@ class Mask2Former(QuerySystem):
 
     def class_rows(self) -> dict[str, ClassRows]:
         return {f"class_head.{kind}": ClassRows(background_last=True) for kind in ("weight", "bias")}
-
-    def input_weight(self) -> str | None:
-        own = first_weight(self.backbone)
-        return own and f"backbone.{own}"
 
     _R50: ClassVar[dict[str, Any]] = {"norm": "frozen"}
     _R101: ClassVar[dict[str, Any]] = {"norm": "frozen", "backbone": "resnet101"}

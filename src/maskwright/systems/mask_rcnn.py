@@ -483,9 +483,6 @@ class MaskRCNN(System):
                 rows[f"points.head.{name}"] = tuple(ClassRows(axis, before=before) for axis, before in axes)
         return rows
 
-    def input_weight(self) -> str | None:
-        return "backbone.stem.conv.weight" if isinstance(self.backbone, ResNet) else None
-
     _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2}
     _D2 = "COCO val2017, short side 800, pycocotools"
     _ZOO = "detectron2 MODEL_ZOO.md"

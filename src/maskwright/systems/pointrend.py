@@ -24,7 +24,7 @@ from torch.nn import functional
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.points import BoxPoints, PointHead, PointRules, read_in_boxes
-from maskwright.blocks.resnet import ResNet, StrideIn
+from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.roi_heads import Sampled
 from maskwright.blocks.semantic import VOID, SemanticFPN, label_maps, semantic_loss
 from maskwright.blocks.trunk import coloured, make_trunk
@@ -520,9 +520,6 @@ class PointRendSemantic(PanopticSystem):
                 ClassRows(axis, before=before, background_last=self.background) for axis, before in axes
             )
         return rows
-
-    def input_weight(self) -> str | None:
-        return "backbone.stem.conv.weight" if isinstance(self.backbone, ResNet) else None
 
     presets: ClassVar[Mapping[str, Preset]] = {
         "pointrend-semantic-r101-cityscapes": Preset(

@@ -32,7 +32,7 @@ from maskwright.blocks.polar import (
     polar_preprocess,
     polar_targets,
 )
-from maskwright.blocks.resnet import ResNet, StrideIn
+from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.trunk import make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops.contours import Border
@@ -176,9 +176,6 @@ class PolarMask(System):
 
     def class_rows(self) -> dict[str, ClassRows]:
         return {f"head.classes.{kind}": ClassRows() for kind in ("weight", "bias")}
-
-    def input_weight(self) -> str | None:
-        return "backbone.stem.conv.weight" if isinstance(self.backbone, ResNet) else None
 
     # 16 pictures, a rate of 0.01 and twice that for biases. The 4-GPU configuration; the 32-GPU one has a rate of 0.04,
     # batches of 64, a warm-up of 2000 steps and two epochs more.

@@ -27,7 +27,7 @@ from torch.nn import functional
 from maskwright.blocks import solo_grid as grid_ops
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
-from maskwright.blocks.resnet import ResNet, StrideIn
+from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.solo_grid import GRIDS, PRIOR, RANGES, STRIDES, Deform, GridBranch, MaskLoss, tower
 from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
@@ -246,9 +246,6 @@ class SOLO(System):
 
     def class_rows(self) -> dict[str, ClassRows]:
         return {f"category.output.{kind}": ClassRows() for kind in ("weight", "bias")}
-
-    def input_weight(self) -> str | None:
-        return "backbone.stem.conv.weight" if isinstance(self.backbone, ResNet) else None
 
     _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "still", "frozen": 2}
     _COCO = "COCO val2017, short side 800, pycocotools"

@@ -25,7 +25,7 @@ from maskwright.blocks import solo_grid as grid_ops
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.points import PlanePoints
-from maskwright.blocks.resnet import ResNet, StrideIn
+from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.solo_grid import GRIDS, PRIOR, RANGES, STRIDES, Deform, GridBranch, MaskLoss
 from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
@@ -331,9 +331,6 @@ class SOLOv2(System):
 
     def class_rows(self) -> dict[str, ClassRows]:
         return {f"category.output.{kind}": ClassRows() for kind in ("weight", "bias")}
-
-    def input_weight(self) -> str | None:
-        return "backbone.stem.conv.weight" if isinstance(self.backbone, ResNet) else None
 
     _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "still", "frozen": 2}
     _DCN: ClassVar[dict[str, Any]] = {

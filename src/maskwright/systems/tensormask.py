@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import ConvNorm, Norm
-from maskwright.blocks.resnet import ResNet, StrideIn
+from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.rpn import Anchors
 from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
@@ -432,9 +432,6 @@ class TensorMask(System):
 
     def class_rows(self) -> dict[str, ClassRows]:
         return {f"logits.{kind}": ClassRows(repeats=len(self.windows)) for kind in ("weight", "bias")}
-
-    def input_weight(self) -> str | None:
-        return "backbone.stem.conv.weight" if isinstance(self.backbone, ResNet) else None
 
     _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2, "stride_in": "1x1"}
     _README = "detectron2, projects/TensorMask/README.md"

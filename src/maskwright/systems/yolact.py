@@ -165,8 +165,6 @@ class YOLACT(System):
             channels = self.backbone.channels[1:]
             colours = replace(colours, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), divide=255.0)
         else:
-            if deform_stages and backbone in ("resnet18", "resnet34"):
-                raise UsageError(f"{backbone} has no bottlenecks to deform; give deform_stages=() or a deeper trunk")
             self.backbone, channels = make_trunk(
                 backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width,
                 deform_stages=deform_stages, deform_every=deform_every, deform_modulated=True, deform_bias=True,
@@ -436,9 +434,6 @@ class YOLACT(System):
             rows[f"head.classes.{kind}"] = ClassRows(background_last=True, repeats=len(self.shapes[0]))
             rows[f"semantic.{kind}"] = ClassRows()
         return rows
-
-    def input_weight(self) -> str | None:
-        return None if str(self.options["backbone"]).startswith("timm:") else "backbone.stem.conv.weight"
 
     # The authors' schedule. Of their augmentation, "expand" and the crop that keeps an overlap are left out; a random
     # window of at least 0.3 of each side stands for them.
