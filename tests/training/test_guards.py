@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from maskwright.errors import CheckpointError, TrainingError
+from maskwright.structures import Batch, Instances, Placement
 from maskwright.training import load_batch, replay
-from maskwright.training.guards import memory_advice
-from maskwright.training.state import load_state
+from maskwright.training.guards import keep_batch, memory_advice
+from maskwright.training.state import load_state, seed_step
+from tests.systems.tiny import build
 from tests.training.tiny_system import Shapes, Tiny, fit
 
 
@@ -51,6 +53,20 @@ def test_an_infinite_loss_stops_the_run_and_can_be_reproduced(tmp_path: Path):
     terms = replay(kept, Breaking(("red", "green")))
     assert terms["loss_mask"].isinf()
     assert float(terms["loss_second"].detach()) == state["losses"]["loss_second"]
+
+
+def test_a_system_that_sees_padding_sees_it_again(tmp_path: Path):
+    torch.manual_seed(0)
+    system = build("detr", masks="none").train()
+    sizes = [(64, 96), (96, 64)]
+    targets = [Instances(size, torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([0])) for size in sizes]
+    images, place = torch.randn(2, 3, 96, 96), (0, 0, 0, 0)
+    seed_step(*place)
+    terms = system.losses(system(*system.inputs(images, sizes)), targets)
+    batch = Batch(images, [Placement.identity(size) for size in sizes], targets)
+    keep_batch(tmp_path / "batch.pt", system, batch, terms, place)
+    again = replay(tmp_path / "batch.pt")
+    assert {n: float(v.detach()) for n, v in again.items()} == {n: float(v.detach()) for n, v in terms.items()}
 
 
 def test_the_kept_batch_can_be_looked_at(tmp_path: Path):

@@ -54,7 +54,8 @@ def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
     targets = [_instances(t) for t in state["targets"]]
     seed_step(*state["place"])
     with torch.autocast("cpu", torch.bfloat16, enabled=state["amp"]):
-        return system.losses(system(state["images"]), targets)
+        raw = system(*system.inputs(state["images"], [target.image_size for target in targets]))
+        return system.losses(raw, targets)
 
 
 def load_batch(path: Path) -> Batch:
