@@ -300,9 +300,7 @@ def check(
 
     findings = run(source, fix=fix)
     say(str(findings))
-    if fix is not None:
-        say(f"repaired copy: {fix}")
-    return 0 if findings.ok or fix is not None else 1
+    return 0 if findings.ok or findings.fixed is not None else 1
 
 
 def convert(

@@ -51,6 +51,14 @@ def test_check_passes_a_good_set_and_fails_a_bad_one(house, tmp_path, capsys):
     assert cli.main(["check", str(tmp_path / "good")]) == 0
 
 
+def test_a_set_that_cannot_be_repaired_stays_wrong(tmp_path, capsys):
+    (tmp_path / "broken.json").write_text("[]")
+    assert cli.main(["check", str(tmp_path / "broken.json"), "--fix", str(tmp_path / "copy")]) == 1
+    said = capsys.readouterr().out
+    assert "nothing could be repaired" in said
+    assert "repaired copy" not in said
+
+
 def test_evaluate_and_report(house, capsys):
     weights = str(house / "run/best.safetensors")
     line = ["evaluate", weights, "--data", str(house / "data"), "--out", str(house / "run"), "--device", "cpu"]
