@@ -129,3 +129,17 @@ def test_labels_of_pixels_are_compared(tmp_path):
     assert result["semantic/accuracy"] == 0.5
     assert "mIoU" in str(result)
     assert "Overlap of labels" in report(result, tmp_path / "page.html").read_text()
+
+
+def test_pixels_of_a_picture_that_was_not_added_were_taken_for_nothing():
+    dataset = scenes()
+    evaluator = SemanticEvaluator(dataset)
+    evaluator.add_at(0, dataset.panoptic(0).semantic())
+    result = evaluator.result()
+    pixels = [int((dataset.panoptic(index).semantic() >= 0).sum()) for index in range(3)]
+    assert result["semantic/accuracy"] == pytest.approx(pixels[0] / sum(pixels))
+    assert result.missing == 2
+    with pytest.raises(UsageError, match="the data set has no picture 'no such'"):
+        evaluator.add("no such", dataset.panoptic(1).semantic())
+    with pytest.raises(UsageError, match="map labels with match_classes first"):
+        evaluator.add_at(1, dataset.panoptic(1).semantic() + 100)

@@ -171,7 +171,8 @@ class PanopticEvaluator:
 
 
 class SemanticEvaluator:
-    """Counts pixels by what they are and what they were taken for; pixels of nothing and of crowds do not count."""
+    """Counts pixels by what they are and what they were taken for; pixels of nothing and of crowds do not count, and
+    those of a picture that was not added were taken for nothing."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -180,16 +181,27 @@ class SemanticEvaluator:
 
     def add(self, image_id: Any, labels: Int[Tensor, "h w"]) -> None:
         """One picture's labels on its own grid; -1: none."""
+        if image_id not in self._position:
+            raise UsageError(f"the data set has no picture {image_id!r}")
         truth: Panoptic = self.dataset.panoptic(self._position[image_id])
         if truth.image_size != tuple(labels.shape):
             raise UsageError(f"the prediction is on a grid of {tuple(labels.shape)}, the picture is {truth.image_size}")
+        if labels.numel() and int(labels.max()) >= len(self.dataset.classes):
+            raise UsageError(
+                f"a pixel of picture {image_id!r} has label {int(labels.max())}, the data set has "
+                f"{len(self.dataset.classes)} classes; map labels with match_classes first"
+            )
+        self._seen[image_id] = self._pixels(truth, labels.cpu().numpy())
+
+    def _pixels(self, truth: Panoptic, labels: np.ndarray) -> Int[np.ndarray, "k k1"]:
+        """Pixels of one picture by what they are and what they were taken for, the last column being nothing."""
         if truth.segments.crowd is not None:
             truth = truth[~truth.segments.crowd]
         count = len(self.dataset.classes)
-        there, guessed = truth.semantic().numpy().ravel(), labels.cpu().numpy().ravel()
+        there, guessed = truth.semantic().numpy().ravel(), labels.ravel()
         known = there >= 0
         pairs = there[known].astype(np.int64) * (count + 1) + np.where(guessed < 0, count, guessed)[known]
-        self._seen[image_id] = np.bincount(pairs, minlength=count * (count + 1)).reshape(count, count + 1)
+        return np.bincount(pairs, minlength=count * (count + 1)).reshape(count, count + 1)
 
     def add_at(self, index: int, labels: Int[Tensor, "h w"]) -> None:
         """The same by the picture's position in the data set."""
@@ -199,6 +211,10 @@ class SemanticEvaluator:
         """`summary` has "semantic/mIoU", the mean over classes that are there or were seen, and "semantic/accuracy"."""
         classes, count = tuple(self.dataset.classes), len(self.dataset.classes)
         pixels = sum(self._seen.values(), np.zeros((count, count + 1), np.int64))
+        missing = [index for image_id, index in self._position.items() if image_id not in self._seen]
+        for index in missing:
+            truth: Panoptic = self.dataset.panoptic(index)
+            pixels = pixels + self._pixels(truth, np.full(truth.image_size, -1))
         right, there, guessed = pixels.diagonal(), pixels.sum(1), pixels[:, :count].sum(0)
         union = there + guessed - right
         iou = np.where(union > 0, right / np.maximum(union, 1), -1.0)
@@ -220,14 +236,13 @@ class SemanticEvaluator:
         ]
         note = "objects are pixels; a picture's pixels of nothing and of crowds do not count"
         protocol = _protocol(self.dataset, "IoU of labels over all pixels", note)
-        missing = len(self._position) - len(self._seen)
         return Result(
             summary=summary,
             classes=classes,
             protocol=protocol,
             per_class=rows,
             objects={"all": int(there.sum())},
-            missing=missing,
+            missing=len(missing),
             title=title,
         )
 
