@@ -131,11 +131,12 @@ def test_a_broken_picture_counts_as_one_without_predictions(system, batch, broke
     assert result["segm/AP"] <= 1
 
 
-def test_a_strict_set_stops_at_a_broken_picture(system):
-    gallery = Gallery(broken=(3,))
+@pytest.mark.parametrize("limit", [None, 6])
+def test_a_strict_set_stops_at_a_broken_picture(system, limit):
+    gallery = Gallery(broken=(0,))
     gallery.strict = True
-    with pytest.raises(PictureError, match=r"picture-3\.jpg"):
-        evaluate(system, gallery)
+    with pytest.raises(PictureError, match=r"picture-0\.jpg"):
+        evaluate(system, gallery, limit=limit)
 
 
 def test_what_cannot_be(system):

@@ -59,7 +59,7 @@ class Chosen:
         self.inner, self.positions = dataset, list(positions)
         self.classes, self.category_ids = dataset.classes, dataset.category_ids
         self.name, self.joints = dataset.name, getattr(dataset, "joints", None)
-        self.stuff = getattr(dataset, "stuff", ())
+        self.stuff, self.strict = getattr(dataset, "stuff", ()), getattr(dataset, "strict", False)
         if hasattr(dataset, "areas"):  # optional: the annotations' own areas
             self.areas = lambda index: dataset.areas(self.positions[index])
 
