@@ -90,3 +90,22 @@ def test_the_chart_draws_spread_and_what_was_published():
     assert rows[0].mean("AP") == 15
     assert rows[0].spread("AP") == pytest.approx(7.071, abs=1e-3)
     assert rows[1].spread("AP") == 0
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    two = replace(TINY, variants={"sigmoid": {"anchor_sizes": (8, 16, 32, 48, 64)}}, published={})
+    monkeypatch.setattr(MaskRCNN, "ablations", {"9z": two})
+    arguments = {
+        "out": tmp_path, "seeds": (0,), "steps": 2, "pictures": 4, "unseen": 2, "batch": 2, "device": "cpu",
+        "save_minutes": 0.0,
+    }  # fmt: skip
+
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maskwright.inference.evaluate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            ablate("mask-rcnn", "9z", **arguments)
+    assert list(tmp_path.glob("runs/*/last.ckpt"))
+    assert ablate("mask-rcnn", "9z", **arguments)[0].measured["AP"]

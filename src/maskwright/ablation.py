@@ -116,7 +116,9 @@ def _run(
     learn = Scenes(budget["pictures"], seed=seed, **plan.scenes)
     judge = Scenes(budget["unseen"], seed=seed + 10_000, **plan.scenes)
     recipe = {"tensorboard": False, "workers": 0, **plan.recipe, **changes}
-    best = train(system, learn, val=False, out=folder, options=options, seed=seed, device=device, **recipe)
+    best = train(
+        system, learn, val=False, out=folder, options=options, seed=seed, device=device, resume=True, **recipe
+    )  # fmt: skip
     result = evaluate(load(best), judge, examples=0, device=None if device == "auto" else device)
     # COCO's -1 says that there are no objects of this kind: not a number, and no column of the table.
     found = {name: float(result.summary[key]) for name, key in MEASURES.items()}

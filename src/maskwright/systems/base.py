@@ -124,7 +124,7 @@ class System(nn.Module):
             raise UsageError(f"{cls.name}: {error}; its options are {known}") from None
         bound.apply_defaults()
         options = dict(list(bound.arguments.items())[1:])
-        self.__dict__["options"] = {k: _plain(v) for k, v in options.items()}
+        self.__dict__["options"] = {k: plain(v) for k, v in options.items()}
         return self
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
@@ -372,8 +372,8 @@ def _each(
     return [(own, raw.masks_of(b), p) for b, (own, p) in enumerate(zip(probabilities, placements, strict=True))]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples as lists, also inside others: what JSON gives back."""
     if isinstance(value, Mapping):
-        return {key: _plain(own) for key, own in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+        return {key: plain(own) for key, own in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value

@@ -21,6 +21,7 @@ from maskwright.data import things_only
 from maskwright.errors import TrainingError, UsageError
 from maskwright.structures import Batch, Instances
 from maskwright.systems import System, names, presets, system_class
+from maskwright.systems.base import plain
 from maskwright.training import setup
 from maskwright.training.guards import Stop, keep_batch, memory_advice, not_finite
 from maskwright.training.logs import Display, Logger, Logs
@@ -444,7 +445,7 @@ def _same_system(system: str | System, state: dict[str, Any], options: Mapping[s
         asked = system if system in names() else presets().get(system)
         if asked not in (None, state["system"]):
             raise UsageError(f"the run is of a {state['system']}, not a {system}; resume it with the same system")
-        other = {k: v for k, v in (options or {}).items() if state["options"].get(k) != v}
+        other = [k for k, v in plain(dict(options or {})).items() if state["options"].get(k) != v]
         if other:
             raise UsageError(f"a run's network cannot change when it is resumed: {', '.join(other)}")
         system = system_class(state["system"]).rebuild(state["options"])
