@@ -192,6 +192,22 @@ def test_the_repaired_copy_reads_strictly(tmp_path: Path):
     assert set(np.unique(plane).tolist()) == {0, 300, 70_000}
 
 
+def test_maps_of_one_name_in_two_folders_stay_two(tmp_path: Path):
+    def change(data) -> None:
+        for number, record in enumerate(data["annotations"], 1):
+            record["file_name"] = f"{number}/map.png"
+        data["annotations"][1]["segments_info"].pop()
+
+    path = changed(small_set(tmp_path / "set"), change)
+    for number in (1, 2):
+        target = path.with_suffix("") / str(number) / "map.png"
+        target.parent.mkdir()
+        (path.with_suffix("") / f"{number}.png").rename(target)
+    check(tmp_path / "set", tmp_path / "copy")
+    copy = open_dataset(tmp_path / "copy", "val", strict=True)
+    assert [len(copy.targets(index)) for index in range(2)] == [3, 2]
+
+
 def test_scenes_with_stuff_divide_the_whole_picture_and_are_read_back_the_same(tmp_path: Path):
     scenes = Scenes(3, (48, 64), seed=4, stuff=True)
     assert scenes.stuff == scenes.classes[-4:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import warnings
@@ -158,11 +159,11 @@ def write_panoptic(
     """A COCO panoptic file and, in the folder called like it, the maps. `pictures` gives each one's entry ("id",
     "file_name", "height", "width") and its segments; everything is written beside and renamed."""
     path = Path(path)
-    images, records = [], []
+    images, records, taken = [], [], set()
     try:
         path.with_suffix("").mkdir(parents=True, exist_ok=True)
         for entry, panoptic in pictures:
-            name = f"{Path(entry['file_name']).stem}.png"
+            name = _free_name(Path(entry["file_name"]).stem, taken)
             target = path.with_suffix("") / name
             beside = target.with_name(f".{name}.part")
             beside.write_bytes(_png(panoptic))
@@ -184,6 +185,14 @@ def categories_of(classes: Sequence[str], category_ids: Sequence[int], stuff: Se
         {"id": int(number), "name": name, "isthing": int(name not in stuff)}
         for number, name in zip(category_ids, classes, strict=True)
     ]
+
+
+def _free_name(stem: str, taken: set[str]) -> str:
+    """A map's name in a folder where no two may be the same: "a/1.jpg" and "b/1.jpg" give 1.png and 1-2.png."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    name = next(n for n in (f"{stem}{number}.png" for number in numbers) if n not in taken)
+    taken.add(name)
+    return name
 
 
 def _png(panoptic: Panoptic) -> bytes:
@@ -367,7 +376,7 @@ def repaired(table: Table, lost: set[int], folder: Path) -> dict[str, Any]:
     raw, maps = table.raw, table.maps or []
     starts = np.searchsorted(table.owner, np.arange(len(maps) + 1))
     folder.mkdir(parents=True, exist_ok=True)
-    images, records = [], []
+    images, records, taken = [], [], set()
     for place, path in enumerate(maps):
         if place in lost:
             continue
@@ -378,7 +387,8 @@ def repaired(table: Table, lost: set[int], folder: Path) -> dict[str, Any]:
         plane = read_map(path, table.sizes[place])
         kept = [n for n in table.ids[part] if isinstance(n, int)]
         plane = np.where(np.isin(plane, kept), plane, 0)
-        (folder / f"{Path(path).stem}.png").write_bytes(map_bytes(plane))
+        name = _free_name(path.stem, taken)
+        (folder / name).write_bytes(map_bytes(plane))
         labels, crowd = torch.from_numpy(table.labels[part]), torch.from_numpy(table.crowd[part])
         whole_picture = Panoptic.from_map(
             torch.from_numpy(plane),
@@ -388,7 +398,7 @@ def repaired(table: Table, lost: set[int], folder: Path) -> dict[str, Any]:
             crowd=crowd,
             ids=torch.tensor(kept, dtype=torch.int64),
         )
-        records.append(whole_picture.to_coco(picture, table.category_ids, f"{Path(path).stem}.png"))
+        records.append(whole_picture.to_coco(picture, table.category_ids, name))
     rest = {k: v for k, v in raw.items() if k not in ("images", "annotations", "categories")}
     categories = categories_of(table.classes, table.category_ids, table.stuff)
     return json.loads(json.dumps({**rest, "images": images, "annotations": records, "categories": categories}))
