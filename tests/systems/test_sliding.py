@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -258,6 +259,22 @@ def test_windows_on_a_batchs_padding_find_nothing():
     windows = windows_of([torch.zeros(1, 1, 5, 9)], (1.0,), 16, 64)
     there = reachable(windows, (40, 60), 16).view(5, 9)
     assert there.sum(0).tolist() == [4, 4, 4, 4, 4, 0, 0, 0, 0]  # at 0 ... 48 and 0 ... 64, less than a place beyond
+
+
+@pytest.mark.parametrize("name", ["deepmask", "instancefcn"])
+def test_windows_on_a_batchs_padding_learn_nothing(name):
+    system = build(name, sampled=10_000) if name == "instancefcn" else build(name)
+    target = Instances.empty((48, 64))
+    with torch.no_grad():
+        raw = system(torch.zeros(1, 3, *SIZE))
+    windows, stride = system.windows(raw), getattr(system, "stride", 8)
+    there = reachable(windows, target.image_size, stride)
+    parts = (~there).split([s[0].numel() for s in raw.scores])
+    assert any(p.any() for p in parts)
+    sure = tuple(s + 9.0 * p.view_as(s) for s, p in zip(raw.scores, parts, strict=True))  # of objects in the padding
+    assert float(system.losses(replace(raw, scores=sure), [target])["score"]) == pytest.approx(
+        float(system.losses(raw, [target])["score"])
+    )
 
 
 # ---- what is found ---------------------------------------------------------------------------------------------------

@@ -226,7 +226,8 @@ class DeepMask(ProposalSystem):
             for t in targets
         ]
         positive = torch.stack([a.positive for a in found]).float()
-        negative = torch.stack([a.negative for a in found]).float()
+        there = [reachable(windows, t.image_size, self.stride) for t in targets]  # not on a batch's padding
+        negative = torch.stack([a.negative & own for a, own in zip(found, there, strict=True)]).float()
         chosen = [sample(a.positive, a.negative, self.sampled, 1.0)[0] for a in found]
         counts = positive.new_tensor([positive.sum(), negative.sum(), sum(len(c) for c in chosen)])
         of_positive, of_negative, of_masks = global_mean_count(counts, minimum=0.0).clamp(min=1e-6)

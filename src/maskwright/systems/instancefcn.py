@@ -188,7 +188,8 @@ class InstanceFCN(ProposalSystem):
             )
             for t in targets
         ]
-        chosen = [sample(a.positive, a.negative, self.sampled, 0.5) for a in found]
+        there = [reachable(windows, t.image_size, STRIDE) for t in targets]  # not on a batch's padding
+        chosen = [sample(a.positive, a.negative & own, self.sampled, 0.5) for a, own in zip(found, there, strict=True)]
         counts = scores.new_tensor([sum(len(p) + len(n) for p, n in chosen), sum(len(p) for p, _ in chosen)])
         of_windows, of_masks = global_mean_count(counts)
         score = scores.sum() * 0
