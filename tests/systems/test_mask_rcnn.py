@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maskwright.errors import UsageError
-from maskwright.structures import Placement
+from maskwright.structures import Instances, Placement
 from tests.systems.tiny import SIZE, build, objects
 
 OPTIONS = {
@@ -88,3 +88,11 @@ def test_a_target_without_masks_is_refused_in_words():
     target.keypoints = None
     with pytest.raises(UsageError, match="no keypoints"):
         system.losses(system(torch.randn(1, 3, *SIZE)), [target])
+
+
+def test_joints_of_another_number_are_refused_in_words():
+    system = build("keypoint-rcnn", keypoints=5)
+    points = torch.rand(1, 17, 3) * 30 + 5
+    target = Instances((64, 64), torch.tensor([[5.0, 5, 40, 40]]), torch.tensor([0]), keypoints=points)
+    with pytest.raises(UsageError, match="a target has 17 joints, this system learns 5; build it with keypoints=17"):
+        system.losses(system(torch.randn(1, 3, 64, 64)), [target])

@@ -281,6 +281,7 @@ def keypoint_loss(
         joints.append(
             own.boxes.new_zeros(0) if target.keypoints is None else target.keypoints.to(own.boxes)[own.owners]
         )
+    own_joints = [len(j[0]) for j in joints if len(j)]
     if inside:
         keep = [
             _holds_a_joint(j, b) if len(b) else b.new_zeros(0, dtype=torch.bool)
@@ -290,6 +291,11 @@ def keypoint_loss(
         joints = [j[k] if len(k) else j for j, k in zip(joints, keep, strict=True)]
     maps = maps_of(boxes).float()
     chosen, places = maps.flatten(2).flatten(0, 1)[:0], torch.zeros(0, dtype=torch.int64)
+    if own_joints and own_joints[0] != maps.shape[1]:
+        raise UsageError(
+            f"a target has {own_joints[0]} joints, this system learns {maps.shape[1]}; build it with "
+            f"keypoints={own_joints[0]}"
+        )
     if len(maps):
         place, counts = joint_ops.encode(
             torch.cat([j for j in joints if len(j)]), torch.cat(list(boxes)), maps.shape[-1]
