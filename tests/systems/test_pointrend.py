@@ -278,3 +278,10 @@ def test_solov2_refines_its_masks_where_it_is_asked_to():
             found = system.decode(raw, place, score_threshold=0.0, detections=7, refine=refine)[0]
             assert len(found) <= 7
             assert found.masks is None or found.masks.size == SIZE
+
+
+def test_the_implicit_variant_wants_masks():
+    system = make("pointrend", implicit=True)
+    target = Instances((64, 64), torch.tensor([[5.0, 5, 40, 40]]), torch.tensor([0]))
+    with pytest.raises(UsageError, match="a target has boxes but no masks"):
+        system.losses(system(torch.randn(1, 3, 64, 64)), [target])

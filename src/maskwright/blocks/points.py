@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.points import (
     box_points,
@@ -158,6 +159,8 @@ class BoxPoints(nn.Module):
         for target, own, inside, row in zip(targets, boxes, points.split([len(b) for b in boxes]), owners, strict=True):
             if target.masks is not None:
                 truth.append(mask_sample(target.masks, box_points(own, inside), row))
+            elif len(row):
+                raise UsageError("a target has boxes but no masks; points are learnt from masks, give them")
         truth = torch.cat(truth) if truth else logits.new_zeros(logits.shape)
         count = global_mean_count(logits.new_tensor(float(truth.numel())))
         return functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / count
