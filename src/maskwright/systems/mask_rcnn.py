@@ -38,6 +38,7 @@ from maskwright.blocks.roi_heads import (
     sample_proposals,
 )
 from maskwright.blocks.rpn import Anchors, ProposalRules, RPNHead, proposal_losses, propose
+from maskwright.blocks.trunk import coloured
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops import keypoints as joint_ops
@@ -261,19 +262,7 @@ class MaskRCNN(System):
                 if isinstance(module, FrozenBatchNorm):
                     module.fused = False  # it multiplies and adds, which rounds otherwise
 
-        self.preprocess = replace(PREPROCESS[rules], short=short, long=long)
-        if mean is not None:
-            self.preprocess = replace(self.preprocess, mean=tuple(mean))
-        if std is not None:
-            self.preprocess = replace(self.preprocess, std=tuple(std))
-        extra = in_channels - len(self.preprocess.mean)
-        if extra > 0:  # further channels are centred on the middle grey
-            middle = (sum(self.preprocess.mean) / 3,) * extra
-            self.preprocess = replace(
-                self.preprocess,
-                mean=self.preprocess.mean + middle,
-                std=self.preprocess.std + (self.preprocess.std[0],) * extra,
-            )
+        self.preprocess = coloured(PREPROCESS[rules].at(short, long), in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
 

@@ -232,7 +232,7 @@ class YOLACT(System):
     ) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
         """For each anchor the object nearest to it, and the same where it answers for it; else -1, or -2 if it lies
         between or in a crowd region and is not learnt from."""
-        boxes = corners(anchors)
+        boxes = box_ops.corners(anchors)
         nearest, matched = match_each(target.boxes, boxes, 0.4, 0.5)
         for region in crowd.split(16):
             low, high = (
@@ -381,7 +381,7 @@ class YOLACT(System):
             raise UsageError(f"suppression is {suppression!r}; expected fast or greedy")
         result = []
         for own, deltas, coefficients in zip(probabilities, raw.deltas.float(), raw.coefficients.float(), strict=True):
-            boxes = corners(decode_boxes(anchors, deltas)).clamp(-FARTHEST, FARTHEST)
+            boxes = box_ops.corners(decode_boxes(anchors, deltas)).clamp(-FARTHEST, FARTHEST)
             scores, labels = own.T, torch.arange(own.shape[1], device=own.device)[:, None].expand(-1, len(own))
             if cross_class:
                 scores, labels = (v[None] for v in own.max(1))
@@ -506,12 +506,6 @@ def _anchor_shapes(
         ]
         result.append(pairs)
     return result
-
-
-def corners(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """x, y, w, h -> x0, y0, x1, y1."""
-    half = boxes[..., 2:] / 2
-    return torch.cat([boxes[..., :2] - half, boxes[..., :2] + half], -1)
 
 
 def decode_boxes(anchors: Float[Tensor, "*n 4"], deltas: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
