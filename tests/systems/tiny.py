@@ -10,7 +10,6 @@ from maskwright.structures import Instances, Masks
 from maskwright.systems import System, create
 
 SIZE = (96, 128)
-QUERIES = {"width": 64, "heads": 4, "hidden": 64, "encoder_layers": 1, "decoder_layers": 2}
 TRUNK = {"backbone": "resnet18", "stem_width": 16, "norm": "group", "frozen": 0}
 HEADS = {"neck_width": 32, "box_width": 64, "proposals_before": (200, 100), "proposals_after": (100, 50)}
 CELLS = {"neck_width": 32, "head_width": 32, "head_convs": 2, "grids": (16, 12, 8, 6, 4)}

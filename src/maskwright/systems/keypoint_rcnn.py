@@ -14,12 +14,6 @@ from maskwright.blocks.resnet import StrideIn
 from maskwright.systems.base import Ablation, Card, Preset, Score
 from maskwright.systems.mask_rcnn import MaskRCNN
 
-JOINTS = (
-    "nose", "left_eye", "right_eye", "left_ear", "right_ear", "left_shoulder", "right_shoulder", "left_elbow",
-    "right_elbow", "left_wrist", "right_wrist", "left_hip", "right_hip", "left_knee", "right_knee", "left_ankle",
-    "right_ankle",
-)  # fmt: skip
-
 
 class KeypointRCNN(MaskRCNN):
     """Mask R-CNN's options, with `masks` off and 17 joints unless asked otherwise."""

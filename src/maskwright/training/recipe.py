@@ -247,11 +247,6 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 
-def recipe_names() -> list[str]:
-    """All published recipes: the general ones, then those that systems bring along."""
-    return [*RECIPES, *_of_systems()]
-
-
 def named_recipe(name: str) -> Recipe:
     """The published recipe called `name`."""
     if name in RECIPES:

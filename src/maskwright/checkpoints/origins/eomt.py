@@ -64,7 +64,6 @@ SCALES = {True: (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"), False: (r"\.laye
 # ---- options from shapes ---------------------------------------------------------------------------------------------
 
 SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
-HEADS_OF = {384: 6, 768: 12, 1024: 16, 1536: 24}
 
 
 def _options(shapes: Shapes, names: Mapping[str, str], rotary: bool) -> dict[str, Any] | None:
