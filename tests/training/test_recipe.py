@@ -6,6 +6,7 @@ import pytest
 
 from maskwright.errors import UsageError
 from maskwright.training import RECIPES, Recipe, named_recipe
+from maskwright.training.setup import make_augment
 
 pytestmark = pytest.mark.fast
 
@@ -99,3 +100,9 @@ def test_differences_are_told_by_name():
         "lr: 0.0002 -> 1.0",
         "freeze: [] -> ['backbone']",
     ]
+
+
+@pytest.mark.parametrize("augment", [{"flip": "often"}, {"jitter": 3.0}])
+def test_an_augmentation_of_the_wrong_kind_is_told(augment):
+    with pytest.raises(UsageError, match="an augmentation has a value of the wrong kind"):
+        make_augment(Recipe(augment=augment))

@@ -160,7 +160,10 @@ def make_augment(recipe: Recipe) -> Any:
     for name in options:
         if name not in known:
             raise UsageError(f"there is no augmentation {name!r}; known are {', '.join(known)}")
-    return Augment(**options)
+    try:
+        return Augment(**options)
+    except TypeError as error:  # a comparison with a value of another kind
+        raise UsageError(f"an augmentation has a value of the wrong kind: {error}") from None
 
 
 def fit_classes(dataset: Any, system: System) -> Any:
