@@ -262,6 +262,16 @@ def test_windows_on_a_batchs_padding_find_nothing():
 
 
 @pytest.mark.parametrize("name", ["deepmask", "instancefcn"])
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_a_threshold_that_is_no_probability_is_refused(name, threshold):
+    system = build(name).eval()
+    with torch.no_grad():
+        raw = system(torch.zeros(1, 3, *SIZE))
+    with pytest.raises(UsageError, match=f"mask_threshold is {threshold}; expected a probability"):
+        system.decode(raw, [Placement.identity(SIZE)], mask_threshold=threshold)
+
+
+@pytest.mark.parametrize("name", ["deepmask", "instancefcn"])
 def test_windows_on_a_batchs_padding_learn_nothing(name):
     system = build(name, sampled=10_000) if name == "instancefcn" else build(name)
     target = Instances.empty((48, 64))

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.paste import Rule, paste_masks
 from maskwright.structures import Instances, Masks, Placement
@@ -132,6 +133,13 @@ def proposals(
     there = (frames[:, 2:] > frames[:, :2]).all(1)
     masks, frames, best = masks[there], frames[there].to(best), best[there.to(best.device)]
     return Instances(size, frames, torch.zeros_like(best, dtype=torch.int64), masks, best)
+
+
+def logit_of(threshold: float) -> float:
+    """The logit at which a mask's probability is `threshold`; UsageError where there is none."""
+    if not 0 < threshold < 1:
+        raise UsageError(f"mask_threshold is {threshold}; expected a probability between 0 and 1")
+    return math.log(threshold / (1 - threshold))
 
 
 def scales_between(low: float, high: float, step: float) -> tuple[float, ...]:

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.layers import Border, Norm, set_border
-from maskwright.blocks.sliding import Windows, assign, proposals, reachable, resized, scales_between, windows_of
+from maskwright.blocks.sliding import (
+    Windows,
+    assign,
+    logit_of,
+    proposals,
+    reachable,
+    resized,
+    scales_between,
+    windows_of,
+)
 from maskwright.blocks.trunk import coloured, make_stem
 from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count
@@ -272,7 +281,7 @@ class DeepMask(ProposalSystem):
         """
         windows = self.windows(raw)
         scores = torch.cat([s.flatten(1).float() for s in raw.scores], 1).sigmoid()
-        level = math.log(mask_threshold / (1 - mask_threshold))
+        level = logit_of(mask_threshold)
         found = []
         for picture, placement in enumerate(placements):
             own = torch.where(reachable(windows, placement.size, self.stride), scores[picture], -1.0)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.layers import ConvNorm, Norm
-from maskwright.blocks.sliding import Windows, assign, proposals, reachable, resized, windows_of
+from maskwright.blocks.sliding import Windows, assign, logit_of, proposals, reachable, resized, windows_of
 from maskwright.blocks.trunk import coloured, make_stem
 from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count
@@ -224,7 +224,7 @@ class InstanceFCN(ProposalSystem):
         """Suppression by the tight boxes of the masks. `candidates`: best windows of a picture that are looked at."""
         windows = self.windows(raw)
         scores = torch.cat([s.flatten(1).float() for s in raw.scores], 1).sigmoid()
-        level = math.log(mask_threshold / (1 - mask_threshold))
+        level = logit_of(mask_threshold)
         found = []
         for picture, placement in enumerate(placements):
             own = torch.where(reachable(windows, placement.size, STRIDE), scores[picture], -1.0)
