@@ -10,7 +10,6 @@ from torch import nn
 
 from maskwright.blocks import deformable_attention as deformable
 from maskwright.blocks.positions import sine_code, sine_positions
-from maskwright.blocks.resnet import ResNet
 from maskwright.blocks.swin import Swin
 from maskwright.blocks.transformer import Attention, DecoderLayer, EncoderLayer
 from maskwright.blocks.trunk import first_weight, make_trunk
@@ -159,13 +158,3 @@ def test_trunks_by_their_names():
 def test_what_a_shallow_resnet_cannot_do_is_refused(options, words):
     with pytest.raises(UsageError, match=f"resnet18 has no bottlenecks {words}"):
         make_trunk("resnet18", **options)
-
-
-def test_a_shallow_resnets_last_stage_dilates_too():
-    trunk, _ = make_trunk("resnet18", stem_width=4, dilation=2)
-    assert isinstance(trunk, ResNet)
-    assert trunk.strides == [4, 8, 16, 16]
-    assert {m.dilation for m in trunk.stages[3].modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)} == {
-        (2, 2)
-    }
-    assert trunk(torch.zeros(1, 3, 64, 64))[-1].shape[2:] == (4, 4)

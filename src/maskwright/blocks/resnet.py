@@ -19,12 +19,10 @@ BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions around a shortcut (depths 18 and 34)."""
 
-    def __init__(self, channels_in: int, channels: int, stride: int, dilation: int, norm: Norm, eps: float):
+    def __init__(self, channels_in: int, channels: int, stride: int, norm: Norm, eps: float):
         super().__init__()
-        self.conv1 = ConvNorm(
-            channels_in, channels, 3, stride=stride, dilation=dilation, norm=norm, eps=eps, relu=True
-        )  # fmt: skip
-        self.conv2 = ConvNorm(channels, channels, 3, dilation=dilation, norm=norm, eps=eps)
+        self.conv1 = ConvNorm(channels_in, channels, 3, stride=stride, norm=norm, eps=eps, relu=True)
+        self.conv2 = ConvNorm(channels, channels, 3, norm=norm, eps=eps)
         self.shortcut = None
         if stride != 1 or channels_in != channels:
             self.shortcut = ConvNorm(channels_in, channels, 1, stride=stride, norm=norm, eps=eps)
@@ -97,6 +95,7 @@ def make_stage(
 ) -> tuple[nn.Sequential, int]:
     """Stage `number` (0 ... 3, strides 4, 8, 16, 32) of a ResNet, and its channels. A dilated stage does not stride;
     without `dilate_first` its first block is not dilated (torchvision), with it all are (detectron2).
+    Blocks of depths 18 and 34 never dilate: such a stage only does not stride.
     `deform`: the 3 x 3 of every `deform_every`-th block, from the first on, is a deformable convolution.
     ValueError for what blocks without a bottleneck (depths 18 and 34) do not have."""
     if depth not in BLOCKS:
@@ -108,10 +107,9 @@ def make_stage(
     scale, blocks = 2**number, []
     for index in range(BLOCKS[depth][number]):
         stride = 2 if index == 0 and number > 0 and dilation == 1 else 1
-        own = dilation if index or dilate_first else 1
         if depth < 50:
             channels = base * scale
-            blocks.append(BasicBlock(channels_in, channels, stride, own, norm, eps))
+            blocks.append(BasicBlock(channels_in, channels, stride, norm, eps))
         else:
             channels, width = 4 * base * scale, groups * group_width * base // 64 * scale
             blocks.append(
@@ -121,7 +119,7 @@ def make_stage(
                     width,
                     stride,
                     groups=groups,
-                    dilation=own,
+                    dilation=dilation if index or dilate_first else 1,
                     stride_in=stride_in,
                     deform=deform if index % deform_every == 0 else "no",
                     deform_bias=deform_bias,
