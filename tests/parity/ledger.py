@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class Ledger:
     def peek(self, name: str) -> Tensor:
         """An answer, whole, to match ours with; it still has to be compared."""
         return torch.from_numpy(self.arrays[name])
+
+    def length(self, name: str) -> int:
+        """How many rows an answer has, whether it was kept whole or not."""
+        return int(self.arrays[f"{name}__shape"][0]) if f"{name}__shape" in self.arrays else len(self.arrays[name])
 
     def untied(self, name: str, rows: Tensor, scores: Tensor, closeness: float = 1e-5) -> Tensor:
         """Our rows, best first, with neighbours swapped where their scores are equal but for rounding and swapping
@@ -223,6 +227,16 @@ def matching(theirs: Tensor, ours: Tensor, labels: tuple[Tensor, Tensor] | None 
         row = int(torch.where(taken, torch.inf, distance[index]).argmin())
         rows[index], taken[row] = row, True
     return rows
+
+
+def input_seed(ledger: Ledger, name: str, ask: Callable[[int], Tensor]) -> int:
+    """The seed that the input was drawn with. Outputs that name one seed alone do not say whether it is the weights' or
+    both's, or the input's is 0; then the recorded `name` settles it, which `ask` answers for a seed."""
+    if "input_seed" in ledger.about:
+        return int(ledger.about["input_seed"])
+    seeds = dict.fromkeys([int(ledger.about.get("seed") or 0), 0])
+    errors = {s: ledger.error(name, ask(s)) if len(seeds) > 1 and name in ledger else 0.0 for s in seeds}
+    return min(seeds, key=lambda s: e if isinstance(e := errors[s], float) else np.inf)
 
 
 def inputs(about: Mapping[str, Any]) -> tuple[Tensor, list[tuple[int, int]]]:

@@ -11,6 +11,7 @@ was not checked, with 2 if the pair cannot be run at all.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -40,14 +41,27 @@ def first_in_order():
 
 def stated(ledger: Ledger) -> dict[str, Any]:
     """Options that no file of weights holds and that the outputs state: the epsilon of torchvision's frozen norms, 0 or
-    1e-5 whichever way they were made; that nothing was frozen while gradients were taken."""
+    1e-5 whichever way they were made; how much of the trunk was frozen while gradients were taken."""
     options: dict[str, Any] = {}
     epsilon = ledger.about.get("frozen_bn_eps")
     if isinstance(epsilon, int | float):
         options["norm_eps"] = float(epsilon)
-    if "no_grad_names" in ledger.arrays and not any(map(str, ledger.arrays["no_grad_names"])):
-        options["frozen"] = 0
+    if "no_grad_names" in ledger.arrays:
+        frozen = frozen_parts([str(n) for n in ledger.arrays["no_grad_names"]])
+        if frozen is not None:
+            options["frozen"] = frozen
     return options | checkers.stated(ledger.about)
+
+
+def frozen_parts(names: list[str]) -> int | None:
+    """How many parts of a ResNet these parameters without a gradient are: the stem and the stages after it, as
+    detectron2 and torchvision name them. None if they are another network's."""
+    trunk = r"backbone\.(?:bottom_up\.|body\.)?(?:(stem|conv1|bn1)|res(\d)|layer(\d))\."
+    found = [re.match(trunk, n) for n in names if n]
+    if not all(found):
+        return None
+    parts = {0 if m[1] else int(m[2]) - 1 if m[2] else int(m[3]) for m in found if m}
+    return len(parts) if parts == set(range(len(parts))) else None
 
 
 def load(layout: Path, ledger: Ledger, folder: Path) -> System:

@@ -17,7 +17,7 @@ import maskwright
 from maskwright.systems import System, detr
 from tests.parity import checkers, ties
 from tests.parity import run as runner
-from tests.parity.ledger import Ledger
+from tests.parity.ledger import Ledger, input_seed
 from tests.parity.weights import write_checkpoint
 
 HERE = Path(__file__).parent
@@ -46,13 +46,15 @@ class Loaded:
 
     def __call__(self, layout: Path, outputs: Path, folder: Path) -> System:
         ledger = Ledger(outputs)
+        stated = runner.stated(ledger)
+        frozen = stated.pop("frozen", None)  # only where gradients were taken; it changes nothing else
         key = (
             layout,
             ledger.about.get("seed", ledger.about.get("weights_seed")),
             json.dumps(ledger.about.get("overrides")),
-            str(runner.stated(ledger)),
+            str(stated),
         )
-        if self.system is None or key != self.key:
+        if self.system is None or key != self.key or frozen not in (None, self.system.options.get("frozen")):
             self.system = None  # so that two are never held
             self.key, self.system = key, runner.load(layout, ledger, folder)
         return self.system
@@ -112,6 +114,30 @@ def changed(target: Path, **arrays: np.ndarray) -> Path:
     with np.load(HERE / "thin" / "roi-pooling.npz") as file:
         np.savez(target, **{**{k: file[k] for k in file.files}, **arrays})
     return target
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        ([], 0), ([""], 0), (["backbone.bottom_up.stem.conv1.weight", "backbone.bottom_up.res2.0.conv1.weight"], 2),
+        (["backbone.stem.conv1.weight"], 1), (["backbone.body.conv1.weight", "backbone.body.layer1.0.conv1.weight",
+        "backbone.body.layer2.0.conv1.weight"], 3), (["backbone.res3.0.conv1.weight"], None),
+        (["transformer.level_embed"], None),
+    ],
+)  # fmt: skip
+def test_what_had_no_gradient_tells_how_much_was_frozen(names: list[str], parts: int | None):
+    assert runner.frozen_parts(names) == parts
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("drawn", [0, 5])
+def test_the_recording_settles_which_seed_drew_the_input(drawn: int, tmp_path: Path):
+    def ask(seed: int) -> torch.Tensor:
+        return torch.from_numpy(np.random.RandomState(seed).standard_normal(4))
+
+    np.savez(tmp_path / "x.npz", meta=json.dumps({"seed": 5}), x=ask(drawn).numpy())
+    assert input_seed(Ledger(tmp_path / "x.npz"), "x", ask) == drawn
 
 
 @pytest.mark.fast

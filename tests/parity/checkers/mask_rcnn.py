@@ -39,6 +39,8 @@ class Check:
         if "grad_norm" in ledger:
             return self.gradients()
         images, sizes = inputs(about)
+        if "image_size" in about:  # what lies beyond it is padding
+            sizes = [tuple(about["image_size"])] * len(images)
         with torch.no_grad():
             stages: list[Tensor] = []
 
@@ -73,7 +75,7 @@ class Check:
         if "anchors" in ledger:
             ledger.compare("anchors", torch.cat(anchors))
         for position, name in enumerate(ledger.names(r"anchors_\w+")):
-            ledger.compare(name, anchors[_level(name, position)][: len(ledger.peek(name))])
+            ledger.compare(name, anchors[_level(name, position)][: ledger.length(name)])
 
     def proposals(
         self, raw: Raw, sizes: Any, name: str, logits: str | None = None, training: bool = False
@@ -190,7 +192,7 @@ class Check:
 
     def _count(self) -> int:
         found = self.ledger.names(r"det_boxes(_\d+)?")
-        return max(len(self.ledger.peek(n)) for n in found) if found else 100
+        return max(self.ledger.length(n) for n in found) if found else 100
 
     def detections(self, raw: Raw, size: tuple[int, int], index: int = 0, suffix: str = "", out: Any = None) -> None:
         ledger, system = self.ledger, self.system
@@ -249,11 +251,12 @@ class Check:
     def batch(self, raw: Raw, sizes: list[tuple[int, int]]) -> None:
         """Pictures of different sizes padded to one; detections at one output size."""
         found = self.proposals(raw, sizes, "")
-        out = tuple(self.ledger.about["out_size"])
+        about = self.ledger.about
+        out = tuple(about["out_size"] if "out_size" in about else self.ledger.given("out_size").tolist())
         for index, size in enumerate(sizes):
             name = f"proposals_{index}"
             if name in self.ledger:
-                self.boxes(name, found[index][: len(self.ledger.peek(name))], {})
+                self.boxes(name, found[index][: self.ledger.length(name)], {})
             self.detections(raw, size, index, f"_{index}", out)
 
     # ---- learning ------------------------------------------------------------------------------------------------
@@ -313,7 +316,8 @@ class Check:
         if not beside.exists():
             raise LookupError(f"needs the target in {beside.name}, which is not beside it")
         source = Ledger(beside)
-        images, sizes = inputs({**source.about, **ledger.about, "input": source.about["input"]})
+        about = {**source.about, **ledger.about}
+        images, sizes = inputs({**about, "input": source.about.get("input", about.get("input", ""))})
         system.zero_grad()
         terms = system.losses(system(images), [self.target(source, sizes[0])])
         total = sum(terms.values(), torch.zeros(()))

@@ -14,12 +14,12 @@ from torch.nn import functional
 from maskwright.blocks.points import read_in_boxes
 from maskwright.blocks.rpn import propose
 from maskwright.ops.mask_targets import mask_targets
-from maskwright.ops.points import class_uncertainty
+from maskwright.ops.points import box_points, class_uncertainty, mask_sample
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems.mask_rcnn import Raw
 from maskwright.systems.pointrend import PointRend, PointRendSemantic
 from tests.parity.checkers.mask_rcnn import Check as BoxCheck
-from tests.parity.ledger import LARGEST, RAW, Ledger, inputs
+from tests.parity.ledger import LARGEST, RAW, Ledger, input_seed, inputs
 
 SMALL = "cells are chosen for logits next to nought, of which rounding is a larger part"
 TIES = "which of two equally unsure cells comes first is nobody's decision"
@@ -29,10 +29,19 @@ def check(system: PointRend, layout: Path, ledger: Ledger) -> None:
     Check(system, ledger).run()
 
 
-def images_of(about: dict[str, Any]) -> Tensor:
-    given = about.get("input")
-    shape = tuple(given) if isinstance(given, list) else None
-    return inputs({**about, "input": f"standard_normal({shape})"} if shape else about)[0]
+def images_of(system: PointRend | PointRendSemantic, ledger: Ledger) -> Tensor:
+    shape = ledger.about.get("input")
+    if not isinstance(shape, list):
+        return inputs(ledger.about)[0]
+
+    def drawn(seed: int) -> Tensor:
+        return torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype("float32"))
+
+    def coarsest(seed: int) -> Tensor:
+        assert system.neck is not None
+        return system.neck(system.backbone(drawn(seed)))[3]
+
+    return drawn(input_seed(ledger, "fpn_p5", coarsest))
 
 
 def compare_cells(ledger: Ledger, name: str, ours: Tensor, tied: Tensor) -> None:
@@ -54,16 +63,16 @@ class Check(BoxCheck):
         ledger, about = self.ledger, self.ledger.about
         if "coarse_pooled" not in ledger:
             return super().run()
-        images = images_of(about)
-        size = tuple(about.get("image_size", images.shape[-2:]))
         with torch.no_grad():
+            images = images_of(self.system, ledger)
+            size = tuple(about.get("image_size", images.shape[-2:]))
             raw = self.system(images)
             self.network(raw, [])
             self.first_stage(raw, size)
             boxes, labels = ledger.given("given_boxes"), ledger.given("given_classes")
             self.refinement(raw, boxes, labels)
             self.objects(raw, size)
-            if "loss_mask" in ledger:
+            if "train_points" in ledger:
                 self.mask_terms(raw, boxes, labels, size)
 
     def first_stage(self, raw: Raw, size: tuple[int, int]) -> None:
@@ -91,8 +100,9 @@ class Check(BoxCheck):
         ledger, system = self.ledger, self.system
         pooled = system.mask_features(raw, [boxes])
         ledger.compare("coarse_pooled", pooled)
-        coarse = system.mask_head(pooled)
-        ledger.compare("coarse_logits", coarse)
+        coarse = system.mask_head(pooled)  # of the implicit variant: each box's own network
+        for name in ledger.names("coarse_logits|parameters"):
+            ledger.compare(name, coarse)
         refiner = system.points
         assert refiner is not None
         asked: list[tuple[Tensor, Tensor]] = []
@@ -169,7 +179,10 @@ class Check(BoxCheck):
             return
         masks, _ = system.read_boxes(raw, [boxes], [labels])
         assert masks[0] is not None
-        ledger.compare("det_mask_prob", masks[0][rows][:, None])
+        found = masks[0][rows][:, None]
+        if not len(rows):  # the original leaves before the first doubling where there is nothing to refine
+            found = found[:, :, :28, :28]
+        ledger.compare("det_mask_prob", found)
         out = tuple(ledger.about["output_size"])
         final = system.decode(raw, [Placement.resize(out, size)], **limits)[0]
         rows = self.boxes("final_boxes", final.boxes, {"final_scores": final.scores}, ("final_classes", final.labels))  # pyright: ignore[reportArgumentType]
@@ -178,42 +191,45 @@ class Check(BoxCheck):
             ledger.compare_bits("final_masks", final.masks[rows].dense())
 
     def mask_terms(self, raw: Raw, boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> None:
-        """The two losses of the mask head, for the first boxes, at the points that the original drew."""
+        """The losses of the mask head, for the first boxes, at the points that the original drew."""
         ledger, system = self.ledger, self.system
         points = ledger.given("train_points")
         boxes, labels = boxes[: len(points)], labels[: len(points)]
-        features = system.mask_features(raw, [boxes])
-        coarse = system.mask_head(features)
-        own = coarse[torch.arange(len(labels)), labels]
+        coarse = system.mask_head(system.mask_features(raw, [boxes]))
         refiner = system.points
         assert refiner is not None
+        implicit = system.options["implicit"]
+        own = coarse if implicit else coarse[torch.arange(len(labels)), labels]
+        if implicit:
+            ledger.compare("loss_l2", system.implicit_weight * coarse.square().mean())
         if "train_gt_masks__packbits__sampled" in ledger.arrays:  # an input of which only a part was kept
             ledger.seen |= {n for n in ledger.arrays if n.startswith("train_gt_masks")}
-            small, truth = ledger.given("train_gt_coarse7").float(), ledger.given("train_point_labels")
+            truth = ledger.given("train_point_labels")
             found = refiner.answer(raw.features[0], coarse, [boxes], labels, points)[:, 0]
-            ledger.compare("loss_mask", functional.binary_cross_entropy_with_logits(own, small))
-            return ledger.compare("loss_mask_point", functional.binary_cross_entropy_with_logits(found, truth))
+            ledger.compare("loss_mask_point", functional.binary_cross_entropy_with_logits(found, truth))
+            if not implicit:
+                small = ledger.given("train_gt_coarse7").float()
+                ledger.compare("loss_mask", functional.binary_cross_entropy_with_logits(own, small))
+            return
         masks = Masks.from_dense(ledger.given("train_gt_masks")).pack()
         owners = torch.arange(len(labels))
-        small = mask_targets(masks, owners, boxes, own.shape[-1])
-        ledger.compare_bits("train_gt_coarse7", small)
-        from maskwright.ops.points import box_points, mask_sample
-
         ledger.compare("train_point_labels", mask_sample(masks, box_points(boxes, points), owners))
-        ledger.compare("loss_mask", functional.binary_cross_entropy_with_logits(own, small))
         target = Instances(size, masks.boxes(), labels, masks)
-        ledger.compare(
-            "loss_mask_point",
-            refiner.loss(raw.features[0], coarse, [boxes], labels, [target], [owners], points=points),
-        )
+        term = refiner.loss(raw.features[0], coarse, [boxes], labels, [target], [owners], points=points)
+        ledger.compare("loss_mask_point", term)
+        if not implicit:
+            small = mask_targets(masks, owners, boxes, own.shape[-1])
+            ledger.compare_bits("train_gt_coarse7", small)
+            ledger.compare("loss_mask", functional.binary_cross_entropy_with_logits(own, small))
 
 
 @torch.no_grad()
 def semantic(system: PointRendSemantic, layout: Path, ledger: Ledger) -> None:
     system.eval()
+    images = images_of(system, ledger)
     levels: list[Tensor] = []
     hook = system.neck.register_forward_hook(lambda module, given, answer: levels.extend(list[Any](answer)))
-    raw = system(images_of(ledger.about))
+    raw = system(images)
     hook.remove()
     for name in ledger.names(r"fpn_p\d"):
         ledger.compare(name, levels[int(name[-1]) - 2])

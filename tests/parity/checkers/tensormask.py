@@ -15,7 +15,7 @@ from maskwright.ops.mask_targets import mask_targets
 from maskwright.ops.window_tensors import MaskTensor, align2nat, nat2align, swap_align2nat, up_align2nat, upsample
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems.tensormask import BOX_WEIGHTS, TensorMask
-from tests.parity.ledger import Ledger
+from tests.parity.ledger import Ledger, input_seed
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
@@ -27,11 +27,15 @@ def stated(about: dict[str, Any]) -> dict[str, Any]:
 def check(system: TensorMask, layout: Path, ledger: Ledger) -> None:
     system.eval()
     about = ledger.about
-    stream = np.random.RandomState(int(about.get("seed") or 0))
-    images = torch.from_numpy(stream.standard_normal(tuple(about["input"])).astype("float32"))
+
+    def drawn(seed: int) -> Tensor:
+        return torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(about["input"])).astype("float32"))
+
+    with torch.no_grad():
+        images = drawn(input_seed(ledger, "fpn_p5", lambda seed: system.neck(system.backbone(drawn(seed)))[3]))
     height, width = images.shape[-2:]
     kept: list[list[Tensor]] = []
-    hook = system.neck.register_forward_hook(lambda module, given, answer: kept.append(answer))
+    hook = system.neck.register_forward_hook(lambda module, given, answer: kept.append(list[Any](answer)))
     with torch.no_grad():
         raw = system(images)
     hook.remove()
