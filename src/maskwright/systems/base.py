@@ -17,6 +17,7 @@ from maskwright.blocks.trunk import first_weight
 from maskwright.errors import UsageError
 from maskwright.ops import queries as query_ops
 from maskwright.structures import Instances, Panoptic, Placement, Preprocess
+from maskwright.systems.options import check_options
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,9 @@ class System(nn.Module):
             known = ", ".join(list(inspect.signature(cls.__init__).parameters)[1:])
             raise UsageError(f"{cls.name}: {error}; its options are {known}") from None
         bound.apply_defaults()
-        options = dict(list(bound.arguments.items())[1:])
-        self.__dict__["options"] = {k: plain(v) for k, v in options.items()}
+        options = {k: plain(v) for k, v in list(bound.arguments.items())[1:]}
+        check_options(cls, options)
+        self.__dict__["options"] = options
         return self
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
