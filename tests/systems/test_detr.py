@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -326,8 +327,57 @@ def test_a_folder_of_transformers_says_whether_it_is_dilated(tmp_path: Path):
     system = tiny(heads=8, norm="frozen", frozen=2, classes=("a", "b"))
     save_file({k: v.contiguous() for k, v in published(system, TRANSFORMERS).items()}, tmp_path / "model.safetensors")
     for dilated in (False, True):
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr", "dilation": dilated}))
-        assert mw.load(tmp_path).options["dilated"] is dilated
+        trunk = {"model_type": "timm_backbone", "output_stride": 16 if dilated else None}
+        for said in ({"dilation": dilated}, {"backbone_config": trunk}):
+            (tmp_path / "config.json").write_text(json.dumps({"model_type": "detr", **said}))
+            assert mw.load(tmp_path).options["dilated"] is dilated
+
+
+def inside(key: str, trunk: bool) -> str:
+    """What the networks of transformers 5 call it; with `trunk` in their own ResNet, else in timm's."""
+    head = {
+        "lay1": "conv1.conv", "gn1": "conv1.norm", "lay2": "conv2.conv", "gn2": "conv2.norm", "out_lay": "output_conv",
+        **{f"lay{n}": f"fpn_stages.{n - 3}.refine.conv" for n in (3, 4, 5)},
+        **{f"gn{n}": f"fpn_stages.{n - 3}.refine.norm" for n in (3, 4, 5)},
+        **{f"adapter{n}": f"fpn_stages.{n - 1}.fpn_adapter" for n in (1, 2, 3)},
+    }  # fmt: skip
+    if key.startswith("mask_head."):
+        _, part, kind = key.split(".")
+        return f"mask_head.{head[part]}.{kind}"
+    key = key.replace("_linear.", "_proj.").replace("out_proj.", "o_proj.").replace(".fc", ".mlp.fc")
+    before, split, rest = key.partition("backbone.conv_encoder.model.")
+    if not split:
+        return key
+    if trunk:
+        rest = rest.removeprefix("conv1.") if rest.startswith("conv1.") else rest
+        rest = re.sub(r"^weight$", "embedder.embedder.convolution.weight", rest)
+        rest = re.sub(r"^bn1\.", "embedder.embedder.normalization.", rest)
+        rest = re.sub(r"^layer(\d)\.", lambda m: f"encoder.stages.{int(m[1]) - 1}.layers.", rest)
+        rest = re.sub(r"\.conv(\d)\.", lambda m: f".layer.{int(m[1]) - 1}.convolution.", rest)
+        rest = re.sub(r"\.bn(\d)\.", lambda m: f".layer.{int(m[1]) - 1}.normalization.", rest)
+        rest = rest.replace("downsample.0", "shortcut.convolution").replace("downsample.1", "shortcut.normalization")
+    return f"{before}backbone.model.{rest}"
+
+
+@pytest.mark.parametrize("trunk", [False, True], ids=["timm", "own"])
+@pytest.mark.parametrize("masks", ["none", "joint"])
+def test_names_inside_transformers_5_are_read(tmp_path: Path, masks: str, trunk: bool):
+    options = {"heads": 8, "masks": masks, "norm": "frozen", "frozen": 2, "encoder_layers": 2}
+    system = tiny(classes=("a", "b", "c"), **options)
+    for buffer in system.buffers():
+        buffer.data.uniform_(0.5, 1.5)
+    state = published(system, TRANSFORMERS)
+    renamed = {inside(key, trunk): value for key, value in state.items()}
+    assert len(renamed) == len(state)
+    assert not any(".conv_encoder." in key for key in renamed)
+    torch.save(renamed, tmp_path / "file.pth")
+    again = mw.load(tmp_path / "file.pth", variant="detr-r18")
+    with torch.no_grad():
+        raw, ours = again(IMAGE), system(IMAGE)
+        assert torch.equal(raw.boxes, ours.boxes)
+        if masks != "none":
+            rows = torch.arange(4)
+            assert torch.equal(again.masks_of(raw, 0, rows), system.masks_of(ours, 0, rows))
 
 
 def test_rows_of_published_heads_are_cocos_own_ids():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import maskwright as mw
 from maskwright.blocks.vit import ViT
@@ -168,6 +170,49 @@ def test_files_of_transformers_are_the_same_network():
         ("backbone.body.blocks.0.attn.proj.weight", "layers.0.attention.out_proj.weight"),
     ):
         assert float(ours[mine].flatten()[0]) == number[theirs]
+
+
+def test_folders_of_transformers_with_dinov3_are_the_same_network(tmp_path):
+    """Queries, keys and values apart, keys without bias; the size and the norms' epsilon in config.json."""
+    small = {"backbone": "vit_small_patch16_dinov3_qkvb", "depth": 2, "last_blocks": 1, "queries": 5}
+    classes = ("a", "b", "c")
+    system = create("eomt", classes=classes, size=64, norm_eps=1e-6, **small).eval()
+    own = system.state_dict()
+    state = {}
+    for key, value in own.items():
+        key = key.replace("backbone.body.", "").replace("blocks.", "layers.")
+        if key.endswith("attn.qkv.weight"):
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                state[key.replace("attn.qkv", f"attention.{part}_proj")] = rows.clone()
+            continue
+        for ours, theirs in (
+            ("attn.proj.", "attention.o_proj."), ("attn.q_bias", "attention.q_proj.bias"),
+            ("attn.v_bias", "attention.v_proj.bias"), ("mlp.fc1.", "mlp.up_proj."), ("mlp.fc2.", "mlp.down_proj."),
+            ("patch_embed.proj.", "embeddings.patch_embeddings."), ("cls_token", "embeddings.cls_token"),
+            ("reg_token", "embeddings.register_tokens"), ("mask_probability", "attn_mask_probs"),
+            ("class_head.", "class_predictor."), ("mask_head.0.", "mask_head.fc1."), ("mask_head.2.", "mask_head.fc2."),
+            ("mask_head.4.", "mask_head.fc3."),
+        ):  # fmt: skip
+            key = key.replace(ours, theirs)
+        key = re.sub(r"\.gamma_(\d)$", r".layer_scale\1.lambda1", key)
+        key = re.sub(r"^queries$", "query.weight", key)
+        key = re.sub(r"^norm\.", "layernorm.", key)
+        key = re.sub(r"^upscale\.(\d)\.up\.", r"upscale_block.block.\1.conv1.", key)
+        key = re.sub(r"^upscale\.(\d)\.depthwise\.", r"upscale_block.block.\1.conv2.", key)
+        key = re.sub(r"^upscale\.(\d)\.norm\.", r"upscale_block.block.\1.layernorm2d.", key)
+        state[key] = value
+    state["criterion.empty_weight"] = torch.ones(4)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"image_size": 64, "layer_norm_eps": 1e-6}))
+    again = mw.load(tmp_path)
+    assert again.source is not None
+    assert again.source["origin"] == "transformers-dinov3"
+    assert again.preprocess.canvas == (64, 64)
+    assert again.backbone.body.norm.eps == 1e-6
+    images = pictures()[..., :64, :64]
+    with torch.no_grad():
+        assert torch.equal(again(images).classes, system(images).classes)
+        assert torch.equal(again(images).masks(), system(images).masks())
 
 
 def test_a_file_of_differences_asks_what_it_is(tmp_path):

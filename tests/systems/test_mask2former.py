@@ -200,6 +200,39 @@ def test_variants_of_the_layout_that_were_never_published_are_recognised(layout)
     assert {k: tuple(v.shape) for k, v in state.items()} == ours
 
 
+def inside(key: str) -> str:
+    """What the networks of transformers 5 call a tensor of Mask2Former's or MaskFormer's published files."""
+    if ".transformer_module.decoder.layers." in key and ".cross_attn." not in key:
+        key = key.replace(".out_proj.", ".o_proj.")
+    if key.startswith("model.transformer_module.decoder.layers."):
+        return key
+    key = key.replace("encoder.embeddings.", "encoder.swin.embeddings.")
+    key = key.replace("level_module.encoder.encoder.", "level_module.encoder.swin.encoder.")
+    for theirs, newer in (
+        ("attention.self.relative_position_", "attention.relative_position_bias.relative_position_"),
+        ("attention.self.query.", "attention.q_proj."), ("attention.self.key.", "attention.k_proj."),
+        ("attention.self.value.", "attention.v_proj."), ("attention.output.dense.", "attention.o_proj."),
+        ("intermediate.dense.", "mlp.fc1."), (".output.dense.", ".mlp.fc2."),
+    ):  # fmt: skip
+        key = key.replace(theirs, newer)
+    return key
+
+
+def test_names_inside_transformers_5_are_recognised():
+    """And the norm behind Swin that its files hold and nothing reads, where save_pretrained of version 5 puts it."""
+    tensors = json.loads((LAYOUTS / "mask2former-swin_tiny-coco-instance-hf.json").read_text())["tensors"]
+    before = {k: tuple(shape) for k, (shape, _) in tensors.items() if "relative_position_index" not in k}
+    unread = "model.pixel_level_module.encoder.swin.layernorm.weight"
+    answers = []
+    for shapes in (before, {unread: (768,), **before}, {unread: (768,), **{inside(k): v for k, v in before.items()}}):
+        found = [(o, c.options) for o in origins() for c in o.candidates(shapes, {})]
+        assert [o.system for o, _ in found] == ["mask2former"]
+        origin, options = found[0]
+        state = origin.translate({k: torch.empty(v, device="meta") for k, v in shapes.items()}, options)
+        answers.append((options, {k: tuple(v.shape) for k, v in state.items()}))
+    assert answers[0] == answers[1] == answers[2]
+
+
 def test_masks_that_do_not_fit_are_padded_with_background():
     """Targets end where the picture does; the input goes on, and what lies there is no mask."""
     system = build("mask2former").eval()

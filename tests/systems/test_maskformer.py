@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -119,4 +120,39 @@ def test_variants_of_the_layout_that_were_never_published_are_recognised(layout)
         system = create("maskformer", **options)
     ours = {k: tuple(v.shape) for k, v in system.state_dict().items()}
     state = origin.translate({k: torch.empty(v, device="meta") for k, v in changed.items()}, options)
+    assert {k: tuple(v.shape) for k, v in state.items()} == ours
+
+
+def test_names_inside_transformers_5_and_its_resnets_are_recognised():
+    """transformers' MaskFormer on its own ResNet: its layout is Swin's but for the trunk and what reads the trunk."""
+    swin = json.loads((LAYOUTS / "maskformer-swin_tiny-coco-panoptic-hf.json").read_text())["tensors"]
+    trunk = json.loads((LAYOUTS / "maskformer-r50-coco-panoptic.json").read_text())["tensors"]
+    wider = {768: 2048, 384: 1024, 192: 512, 96: 256}
+    shapes = {}
+    for key, (shape, _) in swin.items():
+        if ".encoder." in key:
+            continue
+        if ".fpn." in key or "input_projection" in key:
+            shape = [shape[0], *(wider.get(n, n) for n in shape[1:])]
+        key = re.sub(r"(decoder\.layers\.\d+\.\w+_attn\.)out_proj\.", r"\1o_proj.", key)
+        key = re.sub(r"(decoder\.layers\.\d+\.)(fc\d)\.", r"\1mlp.\2.", key)
+        shapes[key] = tuple(shape)
+    for key, (shape, _) in trunk.items():
+        if not key.startswith("backbone."):
+            continue
+        key = re.sub(r"\.(weight)$", r".convolution.\1", key) if ".norm." not in key else key
+        key = key.replace(".norm.", ".normalization.")
+        key = re.sub(r"^backbone\.stem\.conv1\.", "embedder.embedder.", key)
+        key = re.sub(r"^backbone\.res(\d)\.(\d+)\.", lambda m: f"encoder.stages.{int(m[1]) - 2}.layers.{m[2]}.", key)
+        key = re.sub(r"\.conv(\d)\.", lambda m: f".layer.{int(m[1]) - 1}.", key)
+        shapes[f"model.pixel_level_module.encoder.{key}"] = tuple(shape)
+    shapes["model.pixel_level_module.encoder.embedder.embedder.normalization.num_batches_tracked"] = ()
+    found = [(o, c.options) for o in origins() for c in o.candidates(shapes, {})]
+    assert [(o.system, o.name) for o, _ in found] == [("maskformer", "transformers")]
+    origin, options = found[0]
+    assert (options["backbone"], options["norm"], options["encoder_layers"]) == ("resnet50", "frozen", 0)
+    with torch.device("meta"):
+        system = create("maskformer", **options)
+    ours = {k: tuple(v.shape) for k, v in system.state_dict().items()}
+    state = origin.translate({k: torch.empty(v, device="meta") for k, v in shapes.items()}, options)
     assert {k: tuple(v.shape) for k, v in state.items()} == ours

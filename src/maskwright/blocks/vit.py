@@ -18,6 +18,7 @@ class ViT(nn.Module):
     patch       side of a patch in pixels; other than the published one it needs weights resampled by timm
     size        of the input that the table of positions is made for, in pixels; at other sizes it is interpolated
     own         arguments that replace timm's: embed_dim, depth, num_heads
+    eps         of all norms; None: timm's own
 
     `begin` makes tokens (B, prefix + patches, C), `block` runs one block, `norm` ends; in between anything may be done.
     """
@@ -31,6 +32,7 @@ class ViT(nn.Module):
         in_channels: int = 3,
         pretrained: bool = False,
         own: dict[str, Any] | None = None,
+        eps: float | None = None,
     ):
         super().__init__()
         try:
@@ -47,6 +49,9 @@ class ViT(nn.Module):
         lacking = [part for part in ("patch_embed", "cls_token", "blocks", "norm") if getattr(body, part, None) is None]
         if lacking:
             raise UsageError(f"timm's {name!r} is no plain ViT: it has no {', '.join(lacking)}")
+        for module in body.modules() if eps is not None else ():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = eps
         self.body, self.patch, self.width, self.prefix = body, patch, body.embed_dim, body.num_prefix_tokens
         self.rotary = getattr(body, "rope", None)
         body.requires_grad_(True)

@@ -95,6 +95,7 @@ class EoMT(QuerySystem):
         width: int | None = None,
         depth: int | None = None,
         heads: int | None = None,
+        norm_eps: float | None = None,
         in_channels: int = 3,
         patch: int = 16,
         size: int = 640,
@@ -111,6 +112,7 @@ class EoMT(QuerySystem):
         backbone      a plain ViT of timm's: DINOv2 with registers, or DINOv3 ("vit_base_patch16_dinov3_qkvb")
         pretrained    timm's published weights in it (a download), resampled to `patch` and `size`; else random
         width, depth, heads  replace the backbone's own: a small transformer to train from random weights
+        norm_eps      of the transformer's norms, in files of transformers that say another than the backbone's own
         patch         side of a patch, in pixels
         size          side of the square input; pictures are fitted into it
         table         patches along a side in the table of positions; None: size / patch
@@ -129,7 +131,7 @@ class EoMT(QuerySystem):
         own = {"embed_dim": width, "depth": depth, "num_heads": heads}
         self.backbone = ViT(
             backbone, patch=patch, size=patch * (table or size // patch), in_channels=in_channels,
-            pretrained=pretrained, own={k: v for k, v in own.items() if v is not None},
+            pretrained=pretrained, own={k: v for k, v in own.items() if v is not None}, eps=norm_eps,
         )  # fmt: skip
         count = LAST_BLOCKS.get(len(self.backbone), 3) if last_blocks is None else last_blocks
         if not 1 <= count <= len(self.backbone):

@@ -33,6 +33,7 @@ from maskwright.errors import UnknownLayoutError
 Shapes = Mapping[str, tuple[int, ...]]
 State = dict[str, Tensor]
 Replacement = str | Callable[[re.Match[str]], str]
+Compiled = Sequence[tuple[re.Pattern[str], Replacement]]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ class Candidate:
 def keep(state: State, options: Mapping[str, Any]) -> State:
     """The state as it is: the `finish` of an origin whose tensors need no change."""
     return state
+
+
+def compiled(rules: Sequence[tuple[str, Replacement]]) -> Compiled:
+    return [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
+
+def renamed(key: str, rules: Compiled) -> str:
+    """All rules applied, each to what the earlier ones left."""
+    for pattern, replacement in rules:
+        key = pattern.sub(replacement, key)
+    return key
 
 
 @dataclass(frozen=True)
@@ -66,6 +78,8 @@ class Origin:
     code_licence, weights_licence
                 what the code base says of files in this layout in general, "" where it says nothing; a file from the
                 catalogue carries its own
+    aliases     (pattern, usual name) pairs for what other versions of the code base call the same: applied to each key
+                before anything else, so that all the rest knows one spelling
     """
 
     name: str
@@ -77,9 +91,13 @@ class Origin:
     absent: Sequence[str] = field(default=(r"\.num_batches_tracked$",))
     code_licence: str = ""
     weights_licence: str = ""
+    aliases: Sequence[tuple[str, Replacement]] = ()
 
     def candidates(self, shapes: Shapes, about: Mapping[str, Any]) -> list[Candidate]:
         """What the file may be in this layout; empty if it is not of this layout."""
+        if self.aliases:
+            rules = compiled(self.aliases)
+            shapes = {renamed(key, rules): shape for key, shape in shapes.items()}
         found = self.recognise(shapes, about)
         if found is None:
             return []
@@ -90,15 +108,14 @@ class Origin:
     def translate(self, state: State, options: Mapping[str, Any], path: str = "the file") -> State:
         """Their state -> ours: ignored keys dropped, the others renamed, then finished."""
         ignored = [re.compile(p) for p in self.ignore]
-        rules = [(re.compile(pattern), replacement) for pattern, replacement in self.rename]
+        aliases, rules = compiled(self.aliases), compiled(self.rename)
         ours: State = {}
         origin: dict[str, str] = {}
         for theirs, value in state.items():
-            if any(p.search(theirs) for p in ignored):
+            key = renamed(theirs, aliases)
+            if any(p.search(key) for p in ignored):
                 continue
-            key = theirs
-            for pattern, replacement in rules:
-                key = pattern.sub(replacement, key)
+            key = renamed(key, rules)
             if key in ours:
                 raise UnknownLayoutError(
                     f"{path}: its keys {origin[key]!r} and {theirs!r} both become {key!r} in the {self.name} layout of "

@@ -88,6 +88,28 @@ TRANSFORMERS = [
     *MASKS,
 ]
 
+# transformers 5 writes the names above, but its networks have others, which torch.save and save_original_format=False
+# put into files; and the trunk may be transformers' own ResNet instead of timm's.
+ALIASES = [
+    (r"^((?:detr\.)?model\.backbone\.)model\.", r"\1conv_encoder.model."),
+    (r"\.embedder\.embedder\.convolution\.", ".conv1."),
+    (r"\.embedder\.embedder\.normalization\.", ".bn1."),
+    (r"\.encoder\.stages\.(\d)\.layers\.", lambda m: f".layer{int(m[1]) + 1}."),
+    (r"\.layer\.(\d)\.convolution\.", lambda m: f".conv{int(m[1]) + 1}."),
+    (r"\.layer\.(\d)\.normalization\.", lambda m: f".bn{int(m[1]) + 1}."),
+    (r"\.shortcut\.convolution\.", ".downsample.0."),
+    (r"\.shortcut\.normalization\.", ".downsample.1."),
+    (r"\.o_proj\.", ".out_proj."),
+    (r"\.mlp\.fc(\d)\.", r".fc\1."),
+    (r"^bbox_attention\.([qk])_proj\.", r"bbox_attention.\1_linear."),
+    (r"^mask_head\.conv(\d)\.conv\.", r"mask_head.lay\1."),
+    (r"^mask_head\.conv(\d)\.norm\.", r"mask_head.gn\1."),
+    (r"^mask_head\.fpn_stages\.(\d)\.fpn_adapter\.", lambda m: f"mask_head.adapter{int(m[1]) + 1}."),
+    (r"^mask_head\.fpn_stages\.(\d)\.refine\.conv\.", lambda m: f"mask_head.lay{int(m[1]) + 3}."),
+    (r"^mask_head\.fpn_stages\.(\d)\.refine\.norm\.", lambda m: f"mask_head.gn{int(m[1]) + 3}."),
+    (r"^mask_head\.output_conv\.", "mask_head.out_lay."),
+]
+
 
 def split(state: State, options: Mapping[str, Any]) -> State:
     """torch's attention keeps the projections of queries, keys and values in one matrix."""
@@ -186,7 +208,10 @@ def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candidat
         shapes, trunk, model, "fc1", f"{model}input_projection", f"{model}query_position_embeddings",
         f"{own}class_labels_classifier", masks,
     )  # fmt: skip
-    dilated = about.get("config", {}).get("dilation")
+    config = about.get("config", {})
+    dilated, trunk_config = config.get("dilation"), config.get("backbone_config")
+    if not isinstance(dilated, bool) and isinstance(trunk_config, Mapping):
+        dilated = trunk_config.get("output_stride") == 16
     return _variants(options, dilated if isinstance(dilated, bool) else None)
 
 
@@ -206,6 +231,8 @@ ORIGINS = [
         rename=TRANSFORMERS,
         recognise=_transformers,
         finish=split,
+        aliases=ALIASES,
+        ignore=(r"\.num_batches_tracked$",),
         code_licence="Apache-2.0",
         weights_licence="Apache-2.0",
     ),

@@ -57,6 +57,8 @@ TRANSFORMERS = [
     (r"\.attention\.(out|o)_proj\.", ".attn.proj."),
     (r"\.mlp\.up_proj\.", ".mlp.fc1."),
     (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+    (r"\.mlp\.weights_in\.", ".mlp.fc1."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
 ]
 SCALES = {True: (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"), False: (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma")}
 
@@ -111,6 +113,7 @@ TRANSFORMERS_NAMES = {
     "table": "embeddings.position_embeddings.weight",
     "share": "attn_mask_probs",
 }
+TRANSFORMERS_DINOV3_NAMES = {**TRANSFORMERS_NAMES, "patch": "embeddings.patch_embeddings.weight"}
 
 
 def official(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -127,6 +130,17 @@ def official_dinov3(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candid
 
 def transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
     return _options(shapes, TRANSFORMERS_NAMES, rotary=False)
+
+
+def transformers_dinov3(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Whole weights: whoever converted the published differences added DINOv3's own."""
+    options = _options(shapes, TRANSFORMERS_DINOV3_NAMES, rotary=True)
+    config = about.get("config", {})
+    if options is not None and isinstance(config.get("image_size"), int):
+        options["size"] = config["image_size"]
+    if options is not None and isinstance(config.get("layer_norm_eps"), float):
+        options["norm_eps"] = config["layer_norm_eps"]
+    return options
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -175,5 +189,10 @@ ORIGINS = [
     Origin(
         name="transformers", system="eomt", rename=[*TRANSFORMERS, SCALES[False]], recognise=transformers,
         finish=joined, ignore=DERIVED, code_licence="Apache-2.0", weights_licence=LICENCE,
+    ),
+    Origin(
+        name="transformers-dinov3", system="eomt", rename=[*TRANSFORMERS, SCALES[True]],
+        recognise=transformers_dinov3, finish=joined, ignore=(*DERIVED, r"^embeddings\.mask_token$"),
+        code_licence="Apache-2.0", weights_licence="MIT; DINOv3's weights are under Meta's DINOv3 licence",
     ),
 ]  # fmt: skip

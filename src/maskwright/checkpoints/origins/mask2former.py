@@ -34,7 +34,8 @@ DETECTRON2_TRUNK: Rules = [
     (r"^(backbone\..*)\.mlp\.fc1\.", r"\1.expand."),
     (r"^(backbone\..*)\.mlp\.fc2\.", r"\1.reduce."),
 ]
-TRANSFORMERS_TRUNK: Rules = [  # Swin alone is published
+TRANSFORMERS_TRUNK: Rules = [
+    *DETECTRON2_TRUNK[:4],  # ResNets, by `TRANSFORMERS_ALIASES`
     (r"^model\.pixel_level_module\.encoder\.hidden_states_norms\.stage(\d)\.",
      lambda m: f"backbone.norms.{int(m[1]) - 1}."),
     (r"^model\.pixel_level_module\.encoder\.hidden_states_norms\.", "backbone.norms."),
@@ -52,10 +53,32 @@ TRANSFORMERS_TRUNK: Rules = [  # Swin alone is published
     (r"^(backbone\..*)\.intermediate\.dense\.", r"\1.expand."),
     (r"^(backbone\.stages\.\d+\.\d+)\.output\.dense\.", r"\1.reduce."),
 ]  # fmt: skip
+# transformers' ResNets by detectron2's names; and the names inside the networks of transformers 5, which torch.save and
+# save_original_format=False put into files, by those of the published files.
+_ENCODER = r"^model\.pixel_level_module\.encoder\."
+TRANSFORMERS_ALIASES: Rules = [
+    (_ENCODER + r"embedder\.embedder\.convolution\.", "backbone.stem.conv1."),
+    (_ENCODER + r"embedder\.embedder\.normalization\.", "backbone.stem.conv1.norm."),
+    (_ENCODER + r"encoder\.stages\.(\d)\.layers\.", lambda m: f"backbone.res{int(m[1]) + 2}."),
+    (r"^(backbone\..*)\.layer\.(\d)\.convolution\.", lambda m: f"{m[1]}.conv{int(m[2]) + 1}."),
+    (r"^(backbone\..*)\.layer\.(\d)\.normalization\.", lambda m: f"{m[1]}.conv{int(m[2]) + 1}.norm."),
+    (r"^(backbone\..*)\.shortcut\.convolution\.", r"\1.shortcut."),
+    (r"^(backbone\..*)\.shortcut\.normalization\.", r"\1.shortcut.norm."),
+    (_ENCODER + r"swin\.", "model.pixel_level_module.encoder."),
+    (r"\.attention\.relative_position_bias\.", ".attention.self."),
+    (r"\.attention\.q_proj\.", ".attention.self.query."),
+    (r"\.attention\.k_proj\.", ".attention.self.key."),
+    (r"\.attention\.v_proj\.", ".attention.self.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"(\.blocks\.\d+)\.mlp\.fc1\.", r"\1.intermediate.dense."),
+    (r"(\.blocks\.\d+)\.mlp\.fc2\.", r"\1.output.dense."),
+    (r"\.o_proj\.", ".out_proj."),
+    (r"\.mlp\.fc(\d)\.", r".fc\1."),
+]
 # Derived: relative positions' indices, the class weights of the loss, and a norm that nothing reads.
 IGNORED = (
     r"\.relative_position_index$", r"^criterion\.empty_weight$", r"^pixel_(mean|std)$", r"\.num_batches_tracked$",
-    r"^model\.pixel_level_module\.encoder\.model\.layernorm\.",
+    r"^model\.pixel_level_module\.encoder\.(model\.)?layernorm\.",
 )  # fmt: skip
 # A layer of transformers' decoders, and of their encoders.
 TRANSFORMERS_LAYERS: Rules = [
@@ -261,6 +284,7 @@ ORIGINS = [
         rename=TRANSFORMERS,
         recognise=_transformers,
         finish=whole,
+        aliases=TRANSFORMERS_ALIASES,
         ignore=IGNORED,
         code_licence="Apache-2.0",
         weights_licence="CC-BY-NC-4.0",

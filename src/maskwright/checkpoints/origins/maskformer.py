@@ -10,6 +10,7 @@ from maskwright.checkpoints.origins import Origin, Shapes
 from maskwright.checkpoints.origins.mask2former import (
     DETECTRON2_TRUNK,
     IGNORED,
+    TRANSFORMERS_ALIASES,
     TRANSFORMERS_LAYERS,
     TRANSFORMERS_TRUNK,
     Rules,
@@ -121,6 +122,7 @@ ORIGINS = [
         rename=TRANSFORMERS,
         recognise=_transformers,
         finish=whole,
+        aliases=TRANSFORMERS_ALIASES,
         ignore=IGNORED,
         code_licence="Apache-2.0",
         weights_licence="CC-BY-NC-4.0",
