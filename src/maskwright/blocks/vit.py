@@ -49,9 +49,10 @@ class ViT(nn.Module):
         lacking = [part for part in ("patch_embed", "cls_token", "blocks", "norm") if getattr(body, part, None) is None]
         if lacking:
             raise UsageError(f"timm's {name!r} is no plain ViT: it has no {', '.join(lacking)}")
-        for module in body.modules() if eps is not None else ():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = eps
+        if eps is not None:
+            for module in body.modules():
+                if isinstance(module, nn.LayerNorm):
+                    module.eps = eps
         self.body, self.patch, self.width, self.prefix = body, patch, body.embed_dim, body.num_prefix_tokens
         self.rotary = getattr(body, "rope", None)
         body.requires_grad_(True)
