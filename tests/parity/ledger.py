@@ -239,6 +239,24 @@ def input_seed(ledger: Ledger, name: str, ask: Callable[[int], Tensor]) -> int:
     return min(seeds, key=lambda s: e if isinstance(e := errors[s], float) else np.inf)
 
 
+def placed(about: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Pictures (B, C, H, W) on a canvas of zeros, as `about` tells, and the height and width that each fills (B, 2)."""
+    text = str(about["input"])
+    if "sizes" in about:
+        images, sizes = inputs(about)
+        return images, torch.tensor(sizes)
+    found = re.search(r"RandomState\((\d+)\)[^(]*\(+\s*(\d+),\s*(\d+),\s*(\d+),\s*(\d+)\s*,?\)", text)
+    if found is None:
+        raise ValueError(f"cannot tell the input from {text!r}")
+    seed, *shape = (int(v) for v in found.groups())
+    images = torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype("float32"))
+    canvas = re.search(r"(?:canvas|zeros)(?: of)? \(?(\d+)\s*[x,×]\s*(\d+)", text)
+    if canvas is not None:
+        room = (0, int(canvas[2]) - shape[3], 0, int(canvas[1]) - shape[2])
+        images = torch.nn.functional.pad(images, room)
+    return images, torch.tensor([shape[2:]] * shape[0])
+
+
 def inputs(about: Mapping[str, Any]) -> tuple[Tensor, list[tuple[int, int]]]:
     """The pictures that the original was fed, as `about` tells: (B, C, H, W), and each picture's valid size."""
     text = str(about.get("input", ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def check(system: Any, layout: Path, ledger: Ledger) -> None:
     raw = own.masked() if ledger.names(r"masked/.*") else None
     if "loss/total_weighted" in ledger:
         own.answer_learnt(raw)
-    if "post/inst_scores" in ledger:
+    if "post/inst_scores" in ledger or "post/pan_class_segment" in ledger:
         own.post()
 
 
@@ -43,8 +44,14 @@ class Check(mask2former.Check):
             tokens, _, _ = self.system.backbone.begin(self.images)
         if "tokens_after_pos" in ledger:
             ledger.compare("tokens_after_pos", tokens[:, : int(_shape(ledger, "tokens_after_pos")[1])])
-        ledger.compare("mask_logits", raw.masks())
-        ledger.compare("class_logits", raw.classes[-1])
+        for name, ours in (  # by the authors' names and by those of transformers' output
+            ("mask_logits", raw.masks()),
+            ("masks_queries_logits", raw.masks()),
+            ("class_logits", raw.classes[-1]),
+            ("class_queries_logits", raw.classes[-1]),
+        ):
+            if name in ledger:
+                ledger.compare(name, ours)
 
     def masked(self) -> Any:
         """With attention held to the masks. Where a patch's logit is nought but for rounding either answer is right:
@@ -135,16 +142,20 @@ class Check(mask2former.Check):
         ledger = self.ledger
         keys = [str(k) for k in ledger.arrays["grad_keys"]]
         ledger.seen.add("grad_keys")
-        origin = next(o for o in origins() if o.system == "eomt" and o.name == "eomt")
+        origin = next(o for o in origins() if o.system == "eomt" and o.name == self.system.source["origin"])
+        before = "network." if origin.name.startswith("eomt") else ""
         ours = dict(self.system.named_parameters())
         numbered = origin.translate(
-            {f"network.{k}": torch.full((3,), float(i)) for i, k in enumerate(keys)}, {"backbone": ""}
+            {f"{before}{k}": torch.full((3,), float(i)) for i, k in enumerate(keys)},
+            {"backbone": self.system.options["backbone"]},
         )
         norms = torch.zeros(len(keys), dtype=torch.float64)
         for name, value in numbered.items():
             gradient = ours.pop(name).grad
             assert gradient is not None, name
-            norms[int(value[0])] = gradient.double().norm()
+            parts = value.reshape(-1, 3)[:, 0].int().tolist()  # queries, keys and values may be three of theirs
+            for part, rows in zip(parts, gradient.double().chunk(len(parts)), strict=True):
+                norms[part] = rows.norm()
         assert not ours, f"the original trains no {', '.join(list(ours)[:3])}"
         ledger.compare("grad_norms", norms, LARGEST, DEEP)
 
@@ -154,36 +165,59 @@ class Check(mask2former.Check):
         """The rules on answers that are made up: recipe in the recording's notes."""
         ledger, seed = self.ledger, int(self.ledger.about["seed"]) + 7
         stream = np.random.RandomState(seed)
-        logits = torch.from_numpy(stream.standard_normal((1, 200, 134)).astype("float32") * np.float32(4))[0]
-        masks = torch.from_numpy(stream.standard_normal((1, 200, 16, 16)).astype("float32") * np.float32(4))[0]
-        size, picture = (128, 128), (75, 110)
+        text = str(ledger.about["notes"])
+        text = text[text.index("post/*") :]
+        shape, grid = (
+            [int(n) for n in re.search(rf"{w}=\(standard_normal\(\(([\d, ]+)\)", text)[1].split(",")]  # pyright: ignore[reportOptionalSubscript]
+            for w in ("logits", "masks")
+        )
+        size, picture = (
+            tuple(map(int, re.search(rf"{w} (\d+)x(\d+)", text).groups()))  # pyright: ignore[reportOptionalMemberAccess]
+            for w in ("network size", "original image")
+        )
+        logits = torch.from_numpy(stream.standard_normal(tuple(shape)).astype("float32") * np.float32(4))[0]
+        masks = torch.from_numpy(stream.standard_normal(tuple(grid)).astype("float32") * np.float32(4))[0]
+        part = re.search(r"first (\d+) logits", text)
+        count = (int(part[1]) if part else shape[2]) - 1
         ratio = min(s / p for s, p in zip(size, picture, strict=True))
         inner = (round(picture[0] * ratio), round(picture[1] * ratio))
         placement = Placement.resize(picture, inner).then_crop(0, 0, size)
-        scores = logits[:, :81].softmax(-1)[:, :-1]
-        place = scores.flatten().topk(100).indices
-        ledger.equal("post/inst_query", place // 80)
-        ledger.equal("post/inst_classes", place % 80)
+        if "post/pan_class_segment" in ledger:
+            self.divided(logits, masks, placement, size, text)
+        if "post/inst_scores" in ledger:
+            self.chosen(logits[:, : count + 1], masks, placement, size)
+
+    def chosen(self, logits: Tensor, masks: Tensor, placement: Placement, size: tuple[int, int]) -> None:
+        ledger, count = self.ledger, logits.shape[1] - 1
+        scores = logits.softmax(-1)[:, :-1]
+        place = scores.flatten().topk(min(100, scores.numel())).indices
+        ledger.equal("post/inst_query", place // count)
+        ledger.equal("post/inst_classes", place % count)
         found = query_ops.objects(scores, lambda rows: masks[rows], placement, size, query_ops.Choice())
         assert found.scores is not None
         assert found.masks is not None
         theirs, areas = ledger.peek("post/inst_scores"), ledger.peek("post/inst_area")
         rows = matching(
             torch.stack([theirs, areas * 1e-9], 1), torch.stack([found.scores, found.masks.areas() * 1e-9], 1),
-            (place % 80, found.labels),
+            (place % count, found.labels),
         )  # fmt: skip
         if rows is None:
             return ledger.fail("post/inst_scores", f"{len(found)} objects instead of {len(theirs)}")
         ledger.compare("post/inst_scores", found.scores[rows])
         self.nearly("post/inst_area", found.masks.areas()[rows], 1)
-        things = torch.arange(133) < 80
+
+    def divided(self, logits: Tensor, masks: Tensor, placement: Placement, size: tuple[int, int], text: str) -> None:
+        void, last = logits.shape[-1] - 1, re.search(r"things 0\.\.(\d+)", text)
+        things = torch.arange(void) <= (int(last[1]) if last else 79)
+        limits = re.search(r"thresholds ([\d.]+)/([\d.]+)", text)
         divided = query_ops.segments(
-            logits.softmax(-1), lambda rows: masks[rows], placement, size, things, score_threshold=0.5,
-            overlap_threshold=0.5,
+            logits.softmax(-1), lambda rows: masks[rows], placement, size, things,
+            score_threshold=float(limits[1]) if limits else 0.8,
+            overlap_threshold=float(limits[2].rstrip(".")) if limits else 0.8,
         )  # fmt: skip
         number = divided.map().long() - 1
         labels = divided.segments.labels
-        kinds = torch.cat([labels, torch.tensor([133])])[number]
+        kinds = torch.cat([labels, torch.tensor([void])])[number]
         self.agree("post/pan_class_segment", torch.stack([kinds, number], -1))
 
 
@@ -193,8 +227,10 @@ def _shape(ledger: Ledger, name: str) -> tuple[int, ...]:
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
-    """Files with DINOv3 are taken as sums, where the recording says so."""
-    return {"variant": "sum"} if "already summed" in str(about.get("variant", "")) else {}
+    """Files with DINOv3 are taken as sums: a layout's numbers are no differences to anything."""
+    words = " ".join(str(about.get(word, "")) for word in ("variant", "layout")).lower()
+    ours = "already summed" in words or ("eomt" in words and "dinov3" in words and "-hf" not in words)
+    return {"variant": "sum"} if ours else {}
 
 
 SYSTEMS = {"eomt": check}

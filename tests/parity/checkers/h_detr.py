@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.nn import functional
 
 from maskwright.ops.boxes import clip
 from maskwright.structures import Placement
-from tests.parity.ledger import Ledger
-
-
-def pictures(ledger: Ledger) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The input on its canvas, and how much of that it fills."""
-    text = str(ledger.about["input"])
-    found = re.search(r"RandomState\((\d+)\)[^(]*\((\d+),\s*(\d+),\s*(\d+),\s*(\d+)\)", text)
-    if found is None:
-        raise ValueError(f"cannot tell the input from {text!r}")
-    seed, *shape = (int(v) for v in found.groups())
-    images = torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype("float32"))
-    size = (shape[2], shape[3])
-    canvas = re.search(r"zeros \((\d+),\s*(\d+)\)", text)
-    if canvas is not None:
-        images = functional.pad(images, (0, int(canvas[2]) - size[1], 0, int(canvas[1]) - size[0]))
-    return images, size
+from tests.parity.ledger import Ledger, placed
 
 
 def check(system: Any, layout: Path, ledger: Ledger) -> None:
-    images, size = pictures(ledger)
-    valid = torch.tensor([list(size)] * len(images))
+    images, valid = placed(ledger.about)
+    size = (int(valid[0, 0]), int(valid[0, 1]))
     kept: dict[str, Any] = {}
     hook = system.backbone.register_forward_hook(lambda module, given, answer: kept.update(levels=answer))
     with torch.no_grad():
@@ -40,11 +22,15 @@ def check(system: Any, layout: Path, ledger: Ledger) -> None:
     hook.remove()
     for name in ledger.names(r"backbone_\d"):
         ledger.compare(name, kept["levels"][int(name[-1]) + 1])
-    ledger.compare("encoder_memory", raw.memory)
-    ledger.compare("enc_logits", raw.proposal_logits)
-    ledger.compare("decoder_last", raw.queries)
-    ledger.compare("pred_logits", raw.logits[-1])
-    ledger.compare("pred_boxes", raw.boxes[-1])
+    for name, ours in (
+        ("encoder_memory", raw.memory),
+        ("enc_logits", raw.proposal_logits),
+        ("decoder_last", raw.queries),
+        ("pred_logits", raw.logits[-1]),
+        ("pred_boxes", raw.boxes[-1]),
+    ):
+        if name in ledger:
+            ledger.compare(name, ours)
     if "det_scores" in ledger:
         height, width = ledger.about["original_size"]
         placement, count = Placement.resize((height, width), size), len(ledger.peek("det_scores"))

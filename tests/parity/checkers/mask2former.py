@@ -43,7 +43,8 @@ class Check:
             else text
         )
         images, sizes = inputs({**ledger.about, "input": text})
-        multiple = 1 if "no padding" in str(ledger.about["input"]) or "output_size" not in ledger.about else 32
+        said = re.search(r"multiple of (\d+)", text)
+        multiple = int(said[1]) if said else 1 if "no padding" in text or "output_size" not in ledger.about else 32
         height, width = (-(-s // multiple) * multiple for s in images.shape[2:])
         self.images = torch.nn.functional.pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
         output = ledger.about.get("output_size", sizes[0])
@@ -83,8 +84,8 @@ class Check:
         for names, value in (
             (("pred_logits", "class_queries_logits"), raw.classes[-1]),
             (("pred_masks", "masks_queries_logits"), masks[-1]),
-            (("aux_logits",), raw.classes[:-1, 0]),
-            (("aux_masks",), torch.cat(masks[:-1])),
+            (("aux_logits",), raw.classes[:-1] if self.planes("aux_logits") == 4 else raw.classes[:-1, 0]),
+            (("aux_masks",), torch.stack(masks[:-1]) if self.planes("aux_masks") == 5 else torch.cat(masks[:-1])),
         ):
             for name in names:
                 if name in ledger:
@@ -98,6 +99,11 @@ class Check:
             limits = self.limits(str(about.get("thresholds", "")) or str(about["notes"]).partition("post/*")[0])
             found = system.decode_panoptic(raw, [self.placement], **limits)[0]
             self.segments("", found, self.ties(raw, limits.get("score_threshold", 0.8)))
+
+    def planes(self, name: str) -> int:
+        """How many axes an array was recorded with."""
+        arrays = self.ledger.arrays
+        return len(arrays[f"{name}__shape"]) if f"{name}__shape" in arrays else np.ndim(arrays.get(name, 0))
 
     def settled(self) -> Any:
         """The answers with those keys on the original's side of nought whose mask logit is nought but for rounding: one
@@ -119,7 +125,8 @@ class Check:
         def run() -> tuple[float, Any]:
             close.clear()
             raw = system(self.images)
-            given = ((("pred_logits", "class_queries_logits"), raw.classes[-1]), (("aux_logits",), raw.classes[:-1, 0]))
+            aux = raw.classes[:-1] if self.planes("aux_logits") == 4 else raw.classes[:-1, 0]
+            given = ((("pred_logits", "class_queries_logits"), raw.classes[-1]), (("aux_logits",), aux))
             errors = [self.error(n, value) for names, value in given for n in names if n in self.ledger]
             return max(errors), raw
 
