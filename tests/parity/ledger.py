@@ -221,9 +221,25 @@ def matching(theirs: Tensor, ours: Tensor, labels: tuple[Tensor, Tensor] | None 
     if labels is not None:
         distance = distance + 1e6 * (labels[0].long()[:, None] != labels[1].long()[None])
     distance = distance + 1e-7 * (torch.arange(len(theirs))[:, None] - torch.arange(len(ours))[None]).abs()
-    rows = torch.full((len(theirs),), -1)
-    taken = torch.zeros(len(ours), dtype=torch.bool)
-    for index in range(len(theirs)):  # greedy: true partners are nearer than anything else by orders of magnitude
+    return _nearest_each(distance)
+
+
+def matching_areas(theirs: tuple[Tensor, Tensor, Tensor], ours: tuple[Tensor, Tensor, Tensor]) -> Tensor | None:
+    """As `matching`, for objects of which scores, areas and labels were recorded: where scores are equal but for
+    rounding the area tells which is which."""
+    (scores, areas, labels), (own_scores, own_areas, own_labels) = theirs, ours
+    if len(scores) != len(own_scores):
+        return None
+    apart = (scores.double()[:, None] - own_scores.double()[None]).abs()
+    distance = 1e9 * (apart - 1e-5 * scores.double().abs()[:, None]).clamp(min=0)
+    distance = distance + (areas.double()[:, None] - own_areas.double()[None]).abs()
+    return _nearest_each(distance + 1e12 * (labels.long()[:, None] != own_labels.long()[None]))
+
+
+def _nearest_each(distance: Tensor) -> Tensor:
+    rows = torch.full((len(distance),), -1)
+    taken = torch.zeros(distance.shape[1], dtype=torch.bool)
+    for index in range(len(distance)):  # greedy: true partners are nearer than anything else by orders of magnitude
         row = int(torch.where(taken, torch.inf, distance[index]).argmin())
         rows[index], taken[row] = row, True
     return rows

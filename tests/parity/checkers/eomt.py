@@ -18,7 +18,7 @@ from maskwright.ops import query_losses as learning
 from maskwright.structures import Placement
 from maskwright.systems.eomt import WEIGHTS
 from tests.parity.checkers import mask2former
-from tests.parity.ledger import LARGEST, Ledger, matching
+from tests.parity.ledger import LARGEST, Ledger, matching_areas
 
 DEEP = "gradients of four matched predictions at random points through all blocks"
 NEAR_NOUGHT = 2e-5  # of mask logits up to 25: whether such a patch may be looked at is decided by rounding
@@ -197,10 +197,7 @@ class Check(mask2former.Check):
         assert found.scores is not None
         assert found.masks is not None
         theirs, areas = ledger.peek("post/inst_scores"), ledger.peek("post/inst_area")
-        rows = matching(
-            torch.stack([theirs, areas * 1e-9], 1), torch.stack([found.scores, found.masks.areas() * 1e-9], 1),
-            (place % count, found.labels),
-        )  # fmt: skip
+        rows = matching_areas((theirs, areas, place % count), (found.scores, found.masks.areas(), found.labels))
         if rows is None:
             return ledger.fail("post/inst_scores", f"{len(found)} objects instead of {len(theirs)}")
         ledger.compare("post/inst_scores", found.scores[rows])

@@ -17,7 +17,7 @@ from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import assign
 from maskwright.structures import Instances, Masks, Placement
 from tests.parity import ties
-from tests.parity.ledger import Ledger, inputs, matching
+from tests.parity.ledger import Ledger, inputs, matching_areas
 
 BLOCKED = "a key whose mask logit is nought but for rounding may be on either side"
 LONG = "gradients pass through 30 losses at random points and some 40 layers; the sheet asks for 1e-2"
@@ -192,8 +192,8 @@ class Check:
         assert found.masks is not None
         theirs = ledger.peek(f"{name}scores"), ledger.peek(f"{name}classes")
         areas = ledger.peek(f"{name}mask_area")
-        ours = torch.stack([found.scores, found.masks.areas() * 1e-9], 1)
-        rows = matching(torch.stack([theirs[0], areas * 1e-9], 1), ours, (theirs[1], found.labels))
+        ours = (found.scores, found.masks.areas(), found.labels)
+        rows = matching_areas((theirs[0], areas, theirs[1]), ours)
         if rows is None:
             return ledger.fail(f"{name}scores", f"{len(found)} objects instead of {len(theirs[0])}")
         found = found[rows]
