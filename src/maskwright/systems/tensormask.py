@@ -477,9 +477,9 @@ class TensorMask(System):
     # Small enough for a CPU, and large smooth shapes beside small ones, so that upsampled masks matter.
     _ABLATED: ClassVar[dict[str, Any]] = {
         "backbone": "resnet18", "stem_width": 32, "neck_width": 64, "class_width": 64, "box_width": 64,
-        "mask_width": 64, "convs": 2, "windows": (15,), "bipyramid": False, "short": 192, "long": 192,
+        "mask_width": 64, "convs": 2, "windows": (15,), "bipyramid": False, "short": 128, "long": 128,
     }  # fmt: skip
-    _SCENES: ClassVar[dict[str, Any]] = {"size": (192, 192), "classes": ("disc", "star", "heart"), "difficulty": 0.3}
+    _SCENES: ClassVar[dict[str, Any]] = {"size": (128, 128), "classes": ("disc", "star", "heart"), "difficulty": 0.3}
     _TRAINED: ClassVar[dict[str, Any]] = {"lr": 1e-3, "warmup": 50, "ema": 0.99, "weight_decay": 1e-4}
     _VAL = "COCO val2017, R50-FPN, 72 epochs, mask AP"
     ablations: ClassVar[Mapping[str, Ablation]] = {
