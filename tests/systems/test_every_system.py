@@ -106,7 +106,8 @@ def test_a_batch_gives_what_its_pictures_give_alone(name):
         alone = [system.decode(system(image[None]), places[:1], score_threshold=0.0)[0] for image in images]
     for a, b in zip(together, alone, strict=True):
         assert len(a) == len(b)
-        torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=1e-5)
+        # A score is a mean over a mask, which one pixel at the threshold moves.
+        torch.testing.assert_close(a.scores, b.scores, rtol=1e-4, atol=5e-5)
 
 
 @EVERY

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from maskwright.blocks.trunk import first_weight
 from maskwright.errors import UsageError
 from maskwright.ops import queries as query_ops
 from maskwright.structures import Instances, Panoptic, Placement, Preprocess
@@ -181,6 +180,8 @@ class System(nn.Module):
     def input_weight(self) -> str | None:
         """The weight that reads the picture, its axis 1 the picture's channels; None if there is no single one."""
         trunk = getattr(self, "backbone", None)
+        from maskwright.blocks.trunk import first_weight  # torchvision comes with it
+
         name = first_weight(trunk) if isinstance(trunk, nn.Module) else None
         return None if name is None else f"backbone.{name}"
 
