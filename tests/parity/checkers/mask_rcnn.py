@@ -84,15 +84,17 @@ class Check:
         found = propose(raw.objectness, raw.deltas, anchors, sizes, self.system.proposal_rules, training)
         if name in self.ledger:
             boxes, scores = found[0]
-            self.boxes(name, boxes, {logits: scores} if logits and logits in self.ledger else {})
+            self.boxes(name, boxes, {logits: scores} if logits and logits in self.ledger else {}, scores=scores)
         return [b for b, _ in found]
 
     def boxes(
-        self, name: str, boxes: Tensor, beside: dict[str, Tensor], labels: tuple[str, Tensor] | None = None
-    ) -> Tensor | None:
-        """Compares boxes as a set and what lies beside them in the same order; gives our rows in their order."""
+        self, name: str, boxes: Tensor, beside: dict[str, Tensor], labels: tuple[str, Tensor] | None = None,
+        scores: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """Compares boxes as a set and what lies beside them in the same order; gives our rows in their order. `scores`
+        are what put them in order, where they are not among `beside`."""
         if name not in self.ledger.arrays:  # only some places of it were kept: the order must be theirs too
-            scores = next(iter(beside.values()), None)
+            scores = next(iter(beside.values()), scores)
             self.ledger.compare(name, boxes if scores is None else self.ledger.untied(name, boxes, scores))
             for other, values in beside.items():
                 self.ledger.compare(other, values)
