@@ -77,9 +77,8 @@ class ViT(nn.Module):
             tokens = torch.cat([*prefix, tokens], 1)
         else:
             whole = table.shape[1] - (0 if getattr(body, "no_embed_class", False) else self.prefix)
-            if (
-                grid != (math.isqrt(whole),) * 2
-            ):  # the table is square; as many patches in another shape are other places
+            side = math.isqrt(whole)  # the table is square: as many patches in another shape are other places
+            if grid != (side, side):
                 table = resample_abs_pos_embed(table, list(grid), num_prefix_tokens=table.shape[1] - whole)
             if table.shape[1] == tokens.shape[1]:  # the prefix has no position
                 tokens = torch.cat([*prefix, tokens + table], 1)

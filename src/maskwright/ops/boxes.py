@@ -133,10 +133,10 @@ def nms(
 
     On the host each group is taken by itself, since the kernel's time grows with the square of what it is given. On an
     accelerator all go at once: each group is shifted into a place of its own, in float64, where that does not move a
-    box by as much as a rounding step of float32 would. Neither looks at how many there are.
+    box by as much as a rounding step of float32 would. Neither looks at how many there are, unless there is a limit.
 
-    limit  the best of the survivors that are wanted. Only better boxes decide about a box: the best few times as many
-           are looked at first, and more only if too few of them survive
+    limit  so many of the survivors are wanted, the best. Only better boxes decide about a box: the best few times as
+           many are looked at first, and more only if too few of them survive
     """
     if limit is not None and len(scores) > 8 * limit:
         order, first = scores.argsort(descending=True, stable=True), 8 * limit

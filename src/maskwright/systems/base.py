@@ -179,9 +179,9 @@ class System(nn.Module):
 
     def input_weight(self) -> str | None:
         """The weight that reads the picture, its axis 1 the picture's channels; None if there is no single one."""
-        trunk = getattr(self, "backbone", None)
-        from maskwright.blocks.trunk import first_weight  # torchvision comes with it
+        from maskwright.blocks.trunk import first_weight  # brings torchvision along, which importing maskwright must not
 
+        trunk = getattr(self, "backbone", None)
         name = first_weight(trunk) if isinstance(trunk, nn.Module) else None
         return None if name is None else f"backbone.{name}"
 
