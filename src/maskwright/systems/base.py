@@ -179,7 +179,7 @@ class System(nn.Module):
 
     def input_weight(self) -> str | None:
         """The weight that reads the picture, its axis 1 the picture's channels; None if there is no single one."""
-        from maskwright.blocks.trunk import first_weight  # brings torchvision along, which importing maskwright must not
+        from maskwright.blocks.trunk import first_weight  # brings torchvision, which is heavy to import
 
         trunk = getattr(self, "backbone", None)
         name = first_weight(trunk) if isinstance(trunk, nn.Module) else None
