@@ -145,45 +145,48 @@ def share_in_convolutions(short: int, device: str) -> dict[str, float]:
     }
 
 
-def training_step(side: str, short: int, count: int, rounds: int, pipe: Any) -> None:
+def training_step(side: str, short: int, count: int, rounds: int, device: str, half: bool, pipe: Any) -> None:
     """Sends the fastest step's seconds and the peak of memory above the start, in MiB; in a process of its own."""
-    network = theirs(short)
+    network = theirs(short).to(device)
     system = ours(network, short).train()
     scenes = Scenes(count, size=(600, 800), seed=7)
     samples = [scenes[i] for i in range(count)]
     if side == "torchvision":
         network.train()
-        floats = [s.picture.float() / 255 for s in samples]
+        floats = [(s.picture.float() / 255).to(device) for s in samples]
         goals = [
-            {"boxes": s.target.boxes, "labels": s.target.labels + 1, "masks": s.target.masks.dense().byte()}
-            for s in samples
-            if s.target.masks is not None
+            {"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks.dense(torch.device(device)).byte()}
+            for t in (s.target.to(device) for s in samples)
+            if t.masks is not None
         ]
         parameters = [p for p in network.parameters() if p.requires_grad]
 
         def losses() -> torch.Tensor:
-            return sum(network(floats, goals).values(), torch.zeros(()))
+            return sum(network(floats, goals).values(), torch.zeros((), device=device))
     else:
         system = system.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         laid = [system.preprocess.lay(s.picture) for s in samples]
         targets = [s.target.place(p) for s, (_, p) in zip(samples, laid, strict=True)]
-        batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], targets)
+        batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], targets).to(device)
         parameters = [p for p in system.parameters() if p.requires_grad]
 
         def losses() -> torch.Tensor:
             images = batch.images.to(memory_format=torch.channels_last)
-            return sum(system.losses(system(images), targets).values(), torch.zeros(()))
+            return sum(system.losses(system(images), batch.targets).values(), torch.zeros((), device=device))
 
     optimizer = torch.optim.SGD(parameters, lr=1e-6, momentum=0.9)
-    start = held()
+    start = torch.cuda.memory_allocated() / 2**20 if device == "cuda" else held()
 
     def step() -> None:
         optimizer.zero_grad()
-        losses().backward()
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            total = losses()
+        total.backward()
         optimizer.step()
 
     seconds = fastest({"step": step}, rounds)["step"]
-    pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - start))
+    highest = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
+    pipe.send((seconds, (highest or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024) - start))
 
 
 def held() -> float:
@@ -192,12 +195,12 @@ def held() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def training(short: int, count: int, rounds: int) -> dict[str, Any]:
-    result: dict[str, Any] = {"short": short, "batch": count}
+def training(short: int, count: int, rounds: int, device: str, half: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {"short": short, "batch": count, "precision": "bf16 autocast" if half else "float32"}
     context = multiprocessing.get_context("spawn")
     for side in ("torchvision", "ours"):
         here, there = context.Pipe()
-        process = context.Process(target=training_step, args=(side, short, count, rounds, there))
+        process = context.Process(target=training_step, args=(side, short, count, rounds, device, half, there))
         process.start()
         seconds, memory = here.recv()
         process.join()
@@ -231,9 +234,12 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         figures[f"shares at {short}"] = share_in_convolutions(short, arguments.device)
         print(f"shares at {short}:", json.dumps(figures[f"shares at {short}"]), flush=True)
-    if not arguments.skip_training and arguments.device == "cpu":
-        figures["training"] = training(min(arguments.short), 2, arguments.rounds)
-        print("training step:", json.dumps(figures["training"]), flush=True)
+    if not arguments.skip_training:
+        cases = [(max(arguments.short), half) for half in (False, True)]
+        cases = cases if arguments.device == "cuda" else [(min(arguments.short), False)]
+        figures["training"] = [training(s, 2, arguments.rounds, arguments.device, half) for s, half in cases]
+        for row in figures["training"]:
+            print("training step:", json.dumps(row), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
 

@@ -48,25 +48,25 @@ def small_presets() -> list[str]:
 
 def learn(
     preset: str, data: Path | None, steps: int, batch: int, size: int, rate: float, seed: int, draw: Path | None,
-    recall: bool,
+    recall: bool, scenes: int, workers: int,
 ) -> dict[str, Any]:  # fmt: skip
     joints = preset.startswith("keypoint")  # it learns figures and their joints; shapes are what they hide behind
     if data is None:
-        train = Scenes(400, size=(size, size), classes=CLASSES, seed=seed, keypoints=joints)
+        train = Scenes(scenes, size=(size, size), classes=CLASSES, seed=seed, keypoints=joints)
         unseen = Scenes(60, size=(size, size), classes=CLASSES, seed=seed + 1000, keypoints=joints)
     else:
         train, unseen = (open_dataset(data, part) for part in ("train", "val"))
     known = inspect.signature(system_class(presets()[preset]).__init__).parameters
     options = {name: value for name, value in NARROW.items() if name in known}
-    start = time.process_time()
+    start, begun = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         best = mw.train(
             preset, train, val=False, out=Path(folder) / "run", recipe="small", steps=steps, batch=batch, lr=rate,
-            short=(size,), long=size if data is None else 2 * size, warmup=50, ema=0.99, seed=seed, workers=0,
-            tensorboard=False, options=options,
+            short=(size,), long=size if data is None else 2 * size, warmup=50, ema=0.99, seed=seed,
+            workers=workers, tensorboard=False, options=options,
         )  # fmt: skip
         system = mw.load(best)
-    seconds = time.process_time() - start
+    seconds, clock = time.process_time() - start, time.perf_counter() - begun
     proposing = isinstance(system, ProposalSystem)  # it knows no classes: recall is its measure
     summary: dict[str, float] = {}
     if not proposing:
@@ -75,7 +75,7 @@ def learn(
         # For AR@10 what is the same object has to be suppressed, also where a system publishes its windows as they are.
         once: dict[str, Any] = {"nms_threshold": 0.7} if proposing else {}
         summary |= mw.evaluate(system, unseen, task="proposals", detections=100, examples=0, **once).summary
-    row: dict[str, Any] = {"system": preset, "lr": rate, "CPU seconds": round(seconds)}
+    row: dict[str, Any] = {"system": preset, "lr": rate, "CPU seconds": round(seconds), "seconds": round(clock)}
     row |= {k: round(100 * float(summary[k]), 1) for k in (*MEASURES, *RECALLS * (recall or proposing)) if k in summary}
     row["parameters / 1e6"] = round(sum(p.numel() for p in system.parameters()) / 1e6, 1)
     if draw is not None:
@@ -102,6 +102,8 @@ def main() -> None:
     parser.add_argument(
         "--recall", action="store_true", help="average recall too, whatever the class; proposals alone have it"
     )
+    parser.add_argument("--scenes", type=int, default=400, help="how many there are to learn from")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw them")
     parser.add_argument("--draw", type=Path, help="write drawn pictures there")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
@@ -111,7 +113,7 @@ def main() -> None:
         rate = rates.get(preset, arguments.lr)
         row = learn(
             preset, arguments.data, arguments.steps, arguments.batch, arguments.size, rate, arguments.seed,
-            arguments.draw, arguments.recall,
+            arguments.draw, arguments.recall, arguments.scenes, arguments.workers,
         )  # fmt: skip
         rows.append(row)
         print(json.dumps(row), flush=True)

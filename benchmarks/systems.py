@@ -18,9 +18,10 @@ first process fills a network:
 Columns `objects`, `pixels` (mean area of a mask; those to be found have about 2900) and `filled` say how far it came:
 compare times with decoding only between rows where these are alike.
 
-A second process measures: the network, then decoding up to compact masks on the picture's own grid of 600 x 800; the
-fastest of several rounds. `peak MiB` is what forward and decode need beyond weights and input: on the host the growth
-of the resident size at its highest (the kernel's own mark, set back before), on a GPU what is allocated at most.
+A second process (on a GPU, whose start takes longer than a row, one for all rows) measures: the network, then decoding
+up to compact masks on the picture's own grid of 600 x 800; the fastest of several rounds. `peak MiB` is what forward
+and decode need beyond weights and input: on the host the growth of the resident size at its highest (the kernel's own
+mark, set back before), on a GPU what is allocated at most.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def by_heart(system: Any, raw: Any, batch: Any, seconds: float) -> tuple[Any, st
     assert target.masks is not None
     frames, crops = target.masks.place(placement).crops()
     masks = Masks.from_crops(crops, frames[:, :2], size)  # padding included
-    truth = Instances(size, placement.boxes_to_input(target.boxes), target.labels, masks)
+    truth = Instances(size, placement.boxes_to_input(target.boxes), target.labels, masks).to(leaves(raw)[0].device)
     raw = mapped(raw, lambda v: v.detach().float().clone().requires_grad_())
     heads = [p for p in system.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam([{"params": leaves(raw), "lr": 0.1}, {"params": heads, "lr": 1e-3}])
@@ -257,7 +258,13 @@ def mean_area(found: Instances) -> float:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(preset: str, dtype: str, device: str, rounds: int, compile: bool, path: Path, pipe: Any) -> None:
+def measure_apart(*arguments: Any) -> None:
+    """`measure` for `in_process`."""
+    *arguments, pipe = arguments
+    pipe.send(measure(*arguments))
+
+
+def measure(preset: str, dtype: str, device: str, rounds: int, compile: bool, path: Path) -> dict[str, Any]:
     filled = torch.load(path, weights_only=False)  # written by the process before this one
     system = made(preset)
     system.load_state_dict(filled["weights"])
@@ -288,18 +295,16 @@ def measure(preset: str, dtype: str, device: str, rounds: int, compile: bool, pa
                 times.append((between - begun, ended - between))
     assert found is not None
     network, decoding = min(t[0] for t in times), min(t[1] for t in times)
-    pipe.send(
-        {
-            "input": "x".join(map(str, batch.images.shape[-2:])),
-            "network ms": round(1e3 * network, 1),
-            "decode ms": round(1e3 * decoding, 1),
-            "frames per second": round(1 / (network + decoding), 2),
-            "peak MiB": round(peak),  # pyright: ignore[reportPossiblyUnboundVariable]
-            "objects": len(found),
-            "pixels": round(mean_area(found)),
-            "parameters / 1e6": round(sum(p.numel() for p in system.parameters()) / 1e6, 1),
-        }
-    )
+    return {
+        "input": "x".join(map(str, batch.images.shape[-2:])),
+        "network ms": round(1e3 * network, 1),
+        "decode ms": round(1e3 * decoding, 1),
+        "frames per second": round(1 / (network + decoding), 2),
+        "peak MiB": round(peak),  # pyright: ignore[reportPossiblyUnboundVariable]
+        "objects": len(found),
+        "pixels": round(mean_area(found)),
+        "parameters / 1e6": round(sum(p.numel() for p in system.parameters()) / 1e6, 1),
+    }
 
 
 def reset_peak(device: torch.device) -> float:
@@ -368,7 +373,8 @@ def main() -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 row = {"preset": preset} | in_process(fill, preset, chosen.device, chosen.learn, path)
             if "failed" not in row and not chosen.fill_only:
-                row |= in_process(measure, preset, chosen.dtype, chosen.device, chosen.rounds, chosen.compile, path)
+                how = (preset, chosen.dtype, chosen.device, chosen.rounds, chosen.compile, path)
+                row |= measure(*how) if chosen.device.startswith("cuda") else in_process(measure_apart, *how)
             row["its authors"] = PAPERS.get(preset, "")
             table.append(row)
             print(json.dumps(row), flush=True)

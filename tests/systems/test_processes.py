@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,26 +11,9 @@ from torch import Tensor
 
 from maskwright.systems import names
 from maskwright.training import Objective
-from tests.systems.tiny import SIZE, build, objects
+from tests.systems.tiny import SIZE, build, first_in_order, objects
 
 SHARES = ((3, 1), (0, 0))  # objects on the pictures of each process
-
-
-@contextmanager
-def first_in_order() -> Iterator[None]:
-    """Samples are the first in order, and random points those of one row for all: drawn ones would differ between one
-    process and two."""
-    permuted, drawn = torch.randperm, torch.rand
-
-    def one_row(rows: int, *shape: int, device: torch.device | None = None) -> Tensor:
-        return drawn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device or "cpu").expand(rows, *shape)
-
-    torch.randperm = lambda n, **keywords: torch.arange(n, device=keywords.get("device"))
-    torch.rand = one_row
-    try:
-        yield
-    finally:
-        torch.randperm, torch.rand = permuted, drawn
 
 
 def objective(name: str) -> Objective:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from maskwright.structures import Instances, Masks
 from maskwright.systems import System, create
@@ -136,3 +139,20 @@ def objects(count: int, size: tuple[int, int] = SIZE, side: tuple[int, int] = (4
     keypoints = torch.cat([points, torch.full((count, joints, 1), 2.0)], 2)
     masks = Masks.from_crops(crops, corners.long(), size)
     return Instances(size, boxes, torch.arange(count) % 2, masks, keypoints=keypoints)
+
+
+@contextmanager
+def first_in_order() -> Iterator[None]:
+    """Samples are the first in order, and random points those of one row for all: drawn ones would differ between one
+    process and two, and between devices."""
+    permuted, drawn = torch.randperm, torch.rand
+
+    def one_row(rows: int, *shape: int, device: torch.device | None = None) -> Tensor:
+        return drawn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device or "cpu").expand(rows, *shape)
+
+    torch.randperm = lambda n, **keywords: torch.arange(n, device=keywords.get("device"))
+    torch.rand = one_row
+    try:
+        yield
+    finally:
+        torch.randperm, torch.rand = permuted, drawn

@@ -37,7 +37,7 @@ def mask_targets(
         plane, corner = _with_margin(crop, frame, masks.size)
         shift = boxes.new_tensor([0.0, corner[0], corner[1], corner[0], corner[1]])
         rois = torch.cat([boxes.new_zeros(len(rows), 1), boxes[rows]], 1) - shift
-        values = roi_align(plane.to(boxes.device)[None, None], rois, side, aligned=rule == "binary")
+        values = roi_align(plane.to(boxes)[None, None], rois, side, aligned=rule == "binary")
         result[rows] = values[:, 0]
     return (result >= 0.5).to(result) if rule == "binary" else result
 
