@@ -148,7 +148,7 @@ def share_in_convolutions(short: int, device: str) -> dict[str, float]:
 def training_step(side: str, short: int, count: int, rounds: int, device: str, half: bool, pipe: Any) -> None:
     """Sends the fastest step's seconds and the peak of memory above the start, in MiB; in a process of its own."""
     network = theirs(short).to(device)
-    system = ours(network, short).train()
+    system = ours(network, short).to(device).train()
     scenes = Scenes(count, size=(600, 800), seed=7)
     samples = [scenes[i] for i in range(count)]
     if side == "torchvision":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,13 +46,13 @@ def tensors(value: Any) -> list[Tensor]:
 
 @EVERY
 def test_the_network_answers_as_on_the_host(name):
-    # In float64: what differs then is the code, not how a device rounds.
+    # In float64 what differs is the code, not how a device rounds; but tables of positions are float32 by design.
     system = build(name).double().eval()
     with torch.no_grad():
         host = system(pictures())
         device = copy.deepcopy(system).to(GPU)(pictures().to(GPU))
     for a, b in zip(tensors(host), tensors(device), strict=True):
-        torch.testing.assert_close(b.cpu(), a, rtol=1e-7, atol=1e-8)
+        torch.testing.assert_close(b.cpu(), a, rtol=1e-5, atol=1e-5)
 
 
 @EVERY
@@ -60,8 +61,9 @@ def test_the_network_never_waits_for_the_device(name, training):
     system, images = build(name).to(GPU).train(training), pictures().float().to(GPU)
     with torch.set_grad_enabled(training):
         system(images)  # tables of positions and anchors are copied once per size
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            with warnings.catch_warnings(action="ignore"):  # it says that it is a prototype
+                torch.cuda.set_sync_debug_mode("error")
             system(images)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -91,6 +93,9 @@ def test_objects_are_decoded_as_on_the_host(name):
 @pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0)], ids=["objects", "one picture empty", "all empty"])
 def test_losses_and_gradients_are_the_hosts(name, counts):
     system, targets = build(name).double().eval(), [objects(n) for n in counts]
+    with torch.no_grad():
+        for parameter in system.parameters():  # offsets begin as whole cells, where interpolation has no gradient
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
     moved = copy.deepcopy(system).to(GPU)
     terms = []
     for own, device in ((system, "cpu"), (moved, GPU)):
