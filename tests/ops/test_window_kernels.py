@@ -22,7 +22,9 @@ torch.manual_seed(0)
 cases = [  # shape, factor, step, mode, pad, kind
     ((2, 2, 3, 5, 6), 2, 1.0, "bilinear", -6.0, torch.float32),
     ((1, 2, 2, 5, 3), 1.5, 1.0, "nearest", 0.0, torch.float32),
-    ((1, 2, 3, 2, 140), 1, 1.5, "bilinear", -6.0, torch.bfloat16),  # more windows than one programme makes
+    ((1, 2, 3, 2, 140), 1, 1.5, "bilinear", -6.0, torch.bfloat16),
+    ((1, 3, 3, 9, 17), 4, 1.0, "bilinear", 0.0, torch.float32),
+    ((1, 2, 2, 3, 8200), 1, 1.0, "bilinear", -6.0, torch.float32),  # too wide for the chip
 ]
 for shape, factor, step, mode, pad, kind in cases:
     values = [torch.randn(shape).to(kind).requires_grad_() for _ in range(2)]
@@ -70,14 +72,14 @@ from triton.compiler import ASTSource
 import triton
 from maskwright.ops import window_kernels as kernels
 
-fixed = {"ROWS": 4, "COLUMNS": 4, "BLOCK": 128}
-kinds = {"values": "*bf16", "gradient": "*bf16", "pad": "fp32"}
-for kernel, result in ((kernels._forward, "*bf16"), (kernels._backward, "*fp32")):
-    signature = {"result": result}
+kernel = kernels._lines
+for taps, width in ((4, 8192), (7, 256)):
+    fixed = {"ROWS": taps, "COLUMNS": taps, "READ": width, "WRITTEN": width}
+    kinds = {"values": "*bf16", "result": "*bf16", "pad": "fp32"}
+    signature = {}
     for name in kernel.arg_names:
-        known = "constexpr" if name in fixed else kinds.get(name, signature.get(name))
+        known = "constexpr" if name in fixed else kinds.get(name)
         signature[name] = known or ("*i32" if "index" in name else "*fp32" if "weight" in name else "i32")
-    signature = {name: signature[name] for name in kernel.arg_names}
     assert triton.compile(ASTSource(kernel, signature, fixed), target=GPUTarget("cuda", 80, 32)).asm["cubin"]
 print("compiled")
 """

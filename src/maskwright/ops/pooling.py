@@ -31,7 +31,11 @@ def roi_align(
         return _roi_align_by_rows(features, rois, side, scale, samples, aligned)
     from torchvision.ops import roi_align as align
 
-    values = features if features.dtype in (torch.float32, torch.float64) or (features.is_cuda and features.dtype == torch.float16) else features.float()
+    values = (
+        features
+        if features.dtype in (torch.float32, torch.float64) or (features.is_cuda and features.dtype == torch.float16)
+        else features.float()
+    )
     return align(values, rois.to(values.dtype), side, scale, samples, aligned)
 
 
@@ -103,7 +107,11 @@ def roi_pool(
     (Fast R-CNN, arXiv 1504.08083)."""
     from torchvision.ops import roi_pool as pool
 
-    values = features if features.dtype in (torch.float32, torch.float64) or (features.is_cuda and features.dtype == torch.float16) else features.float()
+    values = (
+        features
+        if features.dtype in (torch.float32, torch.float64) or (features.is_cuda and features.dtype == torch.float16)
+        else features.float()
+    )
     return pool(values, rois.to(values.dtype), side, scale)
 
 

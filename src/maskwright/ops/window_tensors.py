@@ -81,7 +81,8 @@ def swap_align2nat(
 
     fused  True: by one Triton kernel (`ops.window_kernels`), which agrees with the PyTorch form in Triton's interpreter
            and has not been measured on a GPU yet; UsageError where Triton is missing. None: where the environment says
-           MASKWRIGHT_FUSED_WINDOWS=1 and the tensor is on a CUDA device; otherwise, and by default, the PyTorch form
+           MASKWRIGHT_FUSED_WINDOWS=1 and the tensor is on a CUDA device; otherwise, and by default, the PyTorch form,
+           which also makes what is too wide for the kernel
     """
     _expect(tensor, True)
     if fused or (fused is None and FUSED and tensor.values.is_cuda):
@@ -211,16 +212,17 @@ def _resampled(values: Tensor, factor: float, stride: float, alpha: float, pad: 
 
 def _fused(values: Tensor, factor: float, stride: float, alpha: float, pad: float, mode: Mode) -> Tensor:
     try:
-        from maskwright.ops.window_kernels import swap_windows_fused
+        from maskwright.ops.window_kernels import fits, swap_windows_fused
     except ImportError as error:
         raise UsageError(
             f"fused windows need Triton, which comes with torch's CUDA builds ({error}); use fused=False"
         ) from None
     _, v, u, h, w = values.shape
-    tables = []
-    for cells, windows in ((v, h), (u, w)):
-        taps = _taps(cells, windows, factor, stride, alpha, mode, str(values.device))
-        tables += [taps.index.int(), taps.weight.float()]
+    rows = _taps(v, h, factor, stride, alpha, mode, str(values.device))
+    columns = _taps(u, w, factor, stride, alpha, mode, str(values.device))
+    if not fits(u, w, *columns.index.shape[:2]):
+        return _resampled(values, factor, stride, alpha, pad, mode)
+    tables = [t for taps in (rows, columns) for t in (taps.index.int(), taps.weight.float())]
     return swap_windows_fused(values, *tables, float(pad))
 
 
