@@ -38,7 +38,7 @@ NARROW = {
     "keypoint_width": 64,
 }
 RECALLS = ("segm/AR10", "segm/AR100")
-MEASURES = ("segm/AP", "segm/AP50", "keypoints/AP", "keypoints/AP50")
+MEASURES = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50", "keypoints/AP", "keypoints/AP50")
 CLASSES = ("disc", "ring", "star", "box")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +281,7 @@ class Check:
         target = self.target(ledger, size)
         for name in ("train_proposals_rpn", "train_proposals"):
             found = self.proposals(raw, [size], name, training=True)
-        with torch.no_grad():
+        with torch.no_grad(), second_stage_once(system):
             self.terms("train_loss_", self.losses(raw, target), EDGES)
             proposals = [found[0]]
             if "train_sampled_boxes" in ledger:
@@ -359,6 +361,31 @@ class Check:
                 key = key.replace(".conv2.conv.weight", ".conv2.weight")
             result.append(key)
         return result
+
+
+@contextmanager
+def second_stage_once(system: MaskRCNN) -> Iterator[None]:
+    """Inside, what was read of the same boxes of the one picture is not computed twice: one recording asks for the
+    same losses of several targets, and hundreds of boxes through a stage or head are most of its time."""
+    pooled, head, read, answers = system.pooled, system.box_head, {}, {}
+    plain = head.forward
+
+    def pooled_once(raw: Raw, boxes: Sequence[Tensor], side: int) -> Tensor:
+        key = (side, *(b.numpy().tobytes() for b in boxes))
+        if key not in read:
+            read[key] = pooled(raw, boxes, side)
+        return read[key]
+
+    def head_once(features: Tensor) -> Any:
+        if id(features) not in answers:
+            answers[id(features)] = plain(features)
+        return answers[id(features)]
+
+    system.__dict__["pooled"], head.__dict__["forward"] = pooled_once, head_once
+    try:
+        yield
+    finally:
+        del system.__dict__["pooled"], head.__dict__["forward"]
 
 
 def _level(name: str, position: int) -> int:
