@@ -21,7 +21,8 @@ compare times with decoding only between rows where these are alike.
 A second process (on a GPU, whose start takes longer than a row, one for all rows) measures: the network, then decoding
 up to compact masks on the picture's own grid of 600 x 800; the fastest of several rounds. `peak MiB` is what forward
 and decode need beyond weights and input: on the host the growth of the resident size at its highest (the kernel's own
-mark, set back before), on a GPU what is allocated at most.
+mark, set back before), on a GPU what is allocated at most. `products` are multiplications (each with an addition) of
+convolutions and matrix products, network and decoding together.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from maskwright.blocks.layers import FrozenBatchNorm
 from maskwright.data import Scenes
@@ -293,6 +295,10 @@ def measure(preset: str, dtype: str, device: str, rounds: int, compile: bool, pa
                 peak = peak_since(place, before)  # pyright: ignore[reportPossiblyUnboundVariable]
             if number > 1 or rounds == 0:
                 times.append((between - begun, ended - between))
+        with FlopCounterMode(display=False) as counter:
+            system.decode(run_network(system, batch, place, kind) if learnt is None else learnt, batch.placements)
+            if learnt is not None:
+                run_network(system, batch, place, kind)
     assert found is not None
     network, decoding = min(t[0] for t in times), min(t[1] for t in times)
     return {
@@ -304,6 +310,7 @@ def measure(preset: str, dtype: str, device: str, rounds: int, compile: bool, pa
         "objects": len(found),
         "pixels": round(mean_area(found)),
         "parameters / 1e6": round(sum(p.numel() for p in system.parameters()) / 1e6, 1),
+        "products / 1e9": round(counter.get_total_flops() / 2e9, 1),
     }
 
 
