@@ -39,6 +39,7 @@ def train(
     data: Annotated[str, arg(metavar="DIR")],
     out: Output = _LATEST,
     weights: Weights = None,
+    trunk: Annotated[str | None, arg(metavar="FILE|NAME")] = None,
     recipe: Annotated[str | None, arg(metavar="NAME|FILE")] = None,
     resume: bool = False,
     option: KeyValues = (),
@@ -61,6 +62,7 @@ def train(
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
         out: The run folder.
         weights: Start from these weights; rows of the head whose class names match are kept.
+        trunk: Start with the trunk of these weights, of whatever system, and random weights for the rest.
         recipe: A published recipe (its values become the defaults below: add --help to see them) or a recipe.json.
         resume: Go on from OUT/last.ckpt, as if there had been no interruption.
         option: Options of the network, as JSON values: backbone=resnet18 (see `maskwright systems NAME`).
@@ -80,6 +82,7 @@ def train(
         out=out,
         resume=resume,
         weights=weights,
+        trunk=trunk,
         options=_values(option),
         **changes,
     )

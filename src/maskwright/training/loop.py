@@ -47,6 +47,7 @@ def train(
     resume: bool = False,
     classes: Sequence[str] | None = None,
     weights: str | Path | None = None,
+    trunk: str | Path | None = None,
     val: Any = None,
     logger: Logger | None = None,
     options: Mapping[str, Any] | None = None,
@@ -63,6 +64,7 @@ def train(
     resume    go on from out/last.ckpt, as if there had been no interruption; options that differ are applied and said
     classes   the names to learn; default the data set's
     weights   start from this file (or catalogue name) instead of random weights
+    trunk     start with the trunk of this file, of whatever system, and random weights for the rest
     val       see `setup.open_sets`: default the split "val" where there is one; False for none
     logger    gets every number too
     options   the constructor's arguments, where `system` is a name
@@ -87,7 +89,11 @@ def train(
     seed_step(recipe.seed)
     if state is None:
         stuff = getattr(train_set, "stuff", ())
+        if trunk is not None and weights is not None:
+            raise UsageError("weights bring their own trunk; give weights or trunk, not both")
         system = setup.make_system(system, classes or train_set.classes, weights, options, stuff)
+        if trunk is not None:
+            setup.take_trunk(system, trunk)
     else:
         system = _same_system(system, state, options)
     train_set = setup.fit_classes(train_set, system)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,32 @@ def make_system(
     if weights is not None and loaded.name != wanted:
         raise UsageError(f"{weights} holds a {loaded.name}, not a {wanted}")
     return loaded
+
+
+def take_trunk(system: System, source: str | Path) -> None:
+    """Put the trunk of another system into `system`, in place, with the normalisation of pictures that it knows.
+
+    A system that needs long to learn from random weights (one with queries, above all) begins with the trunk of one
+    that does not, trained on the same pictures. `source` is a file of any system, or a name of the catalogue.
+    UsageError names what differs where the two trunks are not the same network.
+    """
+    from maskwright.checkpoints import load
+
+    giver = load(source)
+    own, theirs = (torch.nn.ModuleList(each.groups()["backbone"]) for each in (system, giver))
+    wanted, given = ({k: tuple(v.shape) for k, v in trunk.state_dict().items()} for trunk in (own, theirs))
+    for name in wanted | given:
+        if wanted.get(name) != given.get(name) and not name.endswith("num_batches_tracked"):
+            raise UsageError(
+                f"{source}: the trunk of this {giver.name} is another than that of the {system.name} to be trained: "
+                f"{name} is {given.get(name, 'missing')} there and {wanted.get(name, 'missing')} here; give the "
+                "options that its trunk was made with (backbone, norm, stem_width, in_channels)"
+            )
+    own.load_state_dict(theirs.state_dict(), strict=False)
+    there = giver.preprocess
+    system.preprocess = replace(
+        system.preprocess, mean=there.mean, std=there.std, divide=there.divide, channels=there.channels
+    )
 
 
 def _adopts(name: str) -> bool:
