@@ -18,7 +18,9 @@ from maskwright.structures import Placement
 from maskwright.systems import ProposalSystem, create, names, system_class
 from tests.systems.tiny import SIZE, build, first_in_order, objects
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+if not torch.cuda.is_available():
+    pytest.skip("there is no CUDA device here", allow_module_level=True)
+
 EVERY = pytest.mark.parametrize("name", names())
 GPU = "cuda"
 
