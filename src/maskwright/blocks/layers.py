@@ -189,7 +189,7 @@ class DeformConvNorm(nn.Module):
         offset, mask = self.offset(x), None
         if offset.shape[1] == 3 * self.taps:
             offset, mask = offset[:, : 2 * self.taps], offset[:, 2 * self.taps :].sigmoid()
-        # The kernel has no bfloat16 on the host.
+        # The kernel has no bfloat16, and float16 on GPUs alone.
         kind = x.dtype if x.dtype == torch.float64 or (x.is_cuda and x.dtype == torch.float16) else torch.float32
         mask = None if mask is None else mask.to(kind)
         bias = None if self.bias is None else self.bias.to(kind)
