@@ -4,11 +4,14 @@
     python benchmarks/learning.py DATA --seeds 0 --steps 50 --short 160
 
     python benchmarks/learning.py DATA --seeds 0 --repeats 4   # each side again with other samples drawn
+    python benchmarks/learning.py DATA --seeds 0 --control 10  # how fast rounding alone parts two runs
 
 For each data set and seed both sides get the same initial weights (torchvision's, through the checkpoint path), the
-same batches in the same order, mirrored alike, the same optimizer and schedule, and one evaluator. What differs is the
-code: sampling of proposals draws from the same stream but not the same numbers. What that alone scatters is seen when
-a side is trained again from the same start on the same batches with another stream (`--repeats`). The network is a
+same batches in the same order, mirrored alike, the same optimizer, schedule and stream of random numbers, and one
+evaluator. What differs is the code: both draw the same proposals until rounding has made two of them change places, and
+then go their own ways. `--control` shows that torchvision leaves itself as fast when its initial weights are moved by
+one part in ten million. What samples alone scatter is seen when a side is trained again from the same start on the same
+batches with another stream (`--repeats`). What torchvision trained is measured in both. The network is a
 ResNet-18 with feature pyramid and batch norm, trained by torchvision's rules on both sides, with fewer proposals (500
 before suppression, 200 after it), 128 sampled of them, and a quarter of the width in pyramid and heads, so that a CPU
 can do it.
@@ -35,6 +38,7 @@ from maskwright.structures import Batch, Instances, Masks
 from maskwright.systems.mask_rcnn import MaskRCNN
 
 PROPOSALS, SAMPLE, WIDTH = (500, 200), 128, 64
+SIZES = (16, 32, 64, 128, 256)  # of anchors, per level
 
 
 def networks(classes: tuple[str, ...], seed: int, short: int, device: str) -> tuple[Any, mw.System]:
@@ -46,28 +50,33 @@ def networks(classes: tuple[str, ...], seed: int, short: int, device: str) -> tu
     from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 
     torch.manual_seed(seed)
-    sizes, outputs = (16, 32, 64, 128, 256), len(classes) + 1
+    outputs = len(classes) + 1
     stages = {f"layer{n + 1}": str(n) for n in range(4)}
     trunk = BackboneWithFPN(resnet18(weights=None), stages, [64, 128, 256, 512], WIDTH)
     # Batches arrive resized and normalised: torchvision's own transform only pads and must change nothing.
     theirs = Theirs(
-        trunk, rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in sizes), ((0.5, 1.0, 2.0),) * 5),
+        trunk, rpn_anchor_generator=AnchorGenerator(tuple((s,) for s in SIZES), ((0.5, 1.0, 2.0),) * 5),
         box_head=TwoMLPHead(WIDTH * 49, 4 * WIDTH), box_predictor=FastRCNNPredictor(4 * WIDTH, outputs),
         mask_head=MaskRCNNHeads(WIDTH, (WIDTH, WIDTH), 1), mask_predictor=MaskRCNNPredictor(WIDTH, WIDTH, outputs),
         min_size=1, max_size=1, image_mean=[0.0] * 3, image_std=[1.0] * 3, rpn_pre_nms_top_n_train=PROPOSALS[0],
         rpn_post_nms_top_n_train=PROPOSALS[1], box_batch_size_per_image=SAMPLE,
     )  # fmt: skip
     theirs.transform.resize = lambda image, target=None: (image, target)
+    return theirs.to(device), weights_of(theirs, classes, short).to(device)
+
+
+def weights_of(theirs: Any, classes: tuple[str, ...], short: int) -> MaskRCNN:
+    """Our network with torchvision's weights, through a file."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(theirs.state_dict(), Path(folder) / "theirs.pth")
         system = mw.load(
-            Path(folder) / "theirs.pth", anchor_sizes=sizes, frozen=0, short=short, long=short * 2,
+            Path(folder) / "theirs.pth", anchor_sizes=SIZES, frozen=0, short=short, long=short * 2,
             proposals_before=(PROPOSALS[0], 1000), proposals_after=(PROPOSALS[1], 1000),
         )  # fmt: skip
     assert isinstance(system, MaskRCNN)
     system.roi_rules = replace(system.roi_rules, sample=SAMPLE)
     system.classes = classes
-    return theirs.to(device), system.to(device)
+    return system
 
 
 class Kept(Dataset):
@@ -117,6 +126,45 @@ def train(side: Any, ours: bool, loader: Any, steps: int, adam: bool, lr: float,
     return time.perf_counter() - start
 
 
+def control(theirs: Any, system: mw.System, loader: Any, steps: int, seed: int, device: str) -> None:
+    """Prints by how much each step's loss differs: between the two sides, and of each from itself, moved a little."""
+
+    def moved(side: Any, stream: int) -> Any:
+        draw, copied = torch.Generator().manual_seed(stream), copy.deepcopy(side)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(1 + 1e-7 * torch.randn(parameter.shape, generator=draw).to(device))
+        return copied
+
+    def losses(side: Any, ours: bool) -> torch.Tensor:
+        side, rows, epoch = copy.deepcopy(side).train(), [], 0
+        optimizer = torch.optim.SGD(side.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+        torch.manual_seed(seed)
+        while len(rows) < steps:
+            loader.set_epoch(epoch)
+            for batch in loader:
+                batch = batch.to(device)
+                terms = side.losses(side(batch.images), batch.targets) if ours else side(*for_torchvision(batch))
+                total = sum(terms.values(), torch.zeros((), device=device))
+                optimizer.zero_grad()
+                total.backward()
+                torch.nn.utils.clip_grad_norm_(side.parameters(), 10.0)
+                optimizer.step()
+                rows.append(total.detach())
+                if len(rows) == steps:
+                    break
+            epoch += 1
+        return torch.stack(rows)
+
+    first, second = losses(theirs, False), losses(system, True)
+    pairs = {"torchvision, ours": (first, second)}
+    for stream in (1, 2):
+        pairs[f"torchvision, itself moved ({stream})"] = (first, losses(moved(theirs, stream), False))
+        pairs[f"ours, itself moved ({stream})"] = (second, losses(moved(system, stream), True))
+    for name, (one, other) in pairs.items():
+        print(f"{name:32}", " ".join(f"{float(x):.0e}" for x in (one - other).abs() / one))
+
+
 def for_torchvision(batch: Batch) -> tuple[list[torch.Tensor], list[dict[str, torch.Tensor]]]:
     images = [i[:, : p.size[0], : p.size[1]] for i, p in zip(batch.images, batch.placements, strict=True)]
     goals = []
@@ -156,6 +204,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=int, default=1, help="runs of each side and seed, each with samples of its own"
     )
+    parser.add_argument("--control", type=int, default=0, metavar="STEPS", help="compare that many steps' losses alone")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--short", type=int, default=256)
@@ -179,6 +228,9 @@ def main() -> None:
                 augment=Augment(flip=0.5),
                 seed=seed,
             )
+            if arguments.control:
+                control(theirs, system, loader, arguments.control, seed, arguments.device)
+                continue
             begin = {"torchvision": (theirs, theirs.state_dict()), "ours": (system, system.state_dict())}
             begin = {name: (side, copy.deepcopy(state)) for name, (side, state) in begin.items()}
             for repeat in range(arguments.repeats):
@@ -189,9 +241,12 @@ def main() -> None:
                     seconds = train(side, own, loader, arguments.steps, adam, lr, stream, arguments.device)
                     row = {"data": folder.name, "seed": seed, "stream": stream, "side": name}
                     row |= {"seconds": round(seconds, 1)} | score(side, system, own, judge, arguments.device)
+                    if not own:
+                        reader = weights_of(side, learn.classes, arguments.short).to(arguments.device)
+                        row["read by ours"] = score(reader, reader, True, judge, arguments.device)
                     rows.append(row)
                     print(json.dumps(row), flush=True)
-        for name in ("torchvision", "ours"):
+        for name in ("torchvision", "ours") if not arguments.control else ():
             values = [r["segm/AP"] for r in rows if r["data"] == folder.name and r["side"] == name]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             print(f"{folder.name}, {name}: mask AP {statistics.mean(values):.1f} +/- {spread:.1f} ({len(values)} runs)")

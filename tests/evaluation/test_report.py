@@ -94,6 +94,15 @@ def read(path):
     return page
 
 
+@pytest.mark.fast
+def test_numbers_at_an_axis_are_short_enough_for_their_place():
+    told = re.findall(r'text-anchor="end">([^<]*)</text>', chart({"rate": ([0, 1], [0.0, 6e-4])}))
+    assert told[:4] == ["0", "2e-4", "4e-4", "6e-4"]
+    for high in (1e-9, 3e-5, 7e-4, 0.012, 3.0, 950.0, 123_456.0, 9e7):
+        told = re.findall(r'text-anchor="end">([^<]*)</text>', chart({"": ([0, 1], [-high, high])}))
+        assert max(map(len, told)) <= 6
+
+
 def test_a_run_folder_gives_a_page_with_all_its_parts(tmp_path):
     result = result_of()
     result.speed = Speed(milliseconds=41.5, peak_memory=300 << 20)

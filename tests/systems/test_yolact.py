@@ -21,7 +21,7 @@ from maskwright.ops.planes import place_planes
 from maskwright.ops.suppression import fast_nms
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import create
-from maskwright.systems.yolact import Found, assemble, near
+from maskwright.systems.yolact import Found, _choose_fast, assemble, near
 from tests.systems.tiny import SIZE, build, objects
 
 LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
@@ -155,6 +155,31 @@ def test_fast_nms_keeps_a_part_of_what_the_classical_rule_keeps():
     fast = set(fast_nms(box_ops.pairwise_iou(boxes, boxes), 0.3).nonzero().flatten().tolist())
     greedy = set(box_ops.nms(boxes, torch.linspace(1, 0, 200), groups, 0.3).tolist())
     assert fast < greedy
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("equals", [False, True], ids=["distinct", "with equals"])
+def test_the_best_are_found_without_comparing_all(equals):
+    torch.manual_seed(3)
+    corner = torch.rand(300, 2) * 0.6
+    boxes = torch.cat([corner, corner + 0.1 + torch.rand(300, 2) * 0.3], 1)
+    scores = torch.rand(12, 300) ** 4
+    if equals:
+        scores = (scores * 50).round() / 50
+    kept = torch.rand(300) < 0.9
+
+    def best(wanted):
+        score, row, anchor = _choose_fast(boxes, scores, kept, 0.05, 0.5, (64, 64), wanted)
+        return sorted(zip((-score).tolist(), row.tolist(), anchor.tolist(), strict=True))
+
+    every = best(100_000)  # too many for anything but the whole comparison
+    assert len(every) == 12 * 200  # its places that are not used have a score of -1
+    for wanted in (1, 20, 100):
+        few = best(wanted)
+        assert wanted <= len(few) < 12 * 200
+        bound = few[wanted - 1][0]
+        assert [x for x in few if x[0] < bound] == [x for x in every if x[0] < bound]
+        assert set(few) <= set(every)
 
 
 def test_three_ways_of_suppression():

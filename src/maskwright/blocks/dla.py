@@ -174,5 +174,6 @@ class LightUp(nn.Module):
         x = self.lateral[-1](levels[-1])
         for lateral, level in zip(reversed(self.lateral[:-1]), reversed(levels[:-1]), strict=True):
             side = lateral(level)
-            x = side + functional.interpolate(x, size=side.shape[-2:], mode="bilinear", align_corners=False)
+            side += functional.interpolate(x, size=side.shape[-2:], mode="bilinear", align_corners=False)
+            x = side
         return self.output(functional.relu(x, inplace=True))

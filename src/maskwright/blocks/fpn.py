@@ -57,12 +57,12 @@ class FPN(nn.Module):
         ):
             side = lateral(feature)
             if self.upsample == "double":
-                top = side + functional.interpolate(top, scale_factor=2.0, mode="nearest")
+                side += functional.interpolate(top, scale_factor=2.0, mode="nearest")
             elif self.upsample == "fit":
-                top = side + functional.interpolate(top, size=side.shape[-2:], mode="nearest")
+                side += functional.interpolate(top, size=side.shape[-2:], mode="nearest")
             else:
-                top = side + functional.interpolate(top, size=side.shape[-2:], mode="bilinear", align_corners=False)
-            top = top / 2 if self.merge == "mean" else top
+                side += functional.interpolate(top, size=side.shape[-2:], mode="bilinear", align_corners=False)
+            top = side / 2 if self.merge == "mean" else side
             levels.insert(0, output(top))
         if self.relu == "outputs":
             levels = [functional.relu(level, inplace=True) for level in levels]

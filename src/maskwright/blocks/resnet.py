@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
         y = self.conv2(self.conv1(x))
-        y = y + (x if self.shortcut is None else self.shortcut(x))
+        y += x if self.shortcut is None else self.shortcut(x)  # in place: a new map costs the host more than the sum
         return functional.relu(y, inplace=True)
 
 
@@ -72,7 +72,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
         y = self.conv3(self.conv2(self.conv1(x)))
-        y = y + (x if self.shortcut is None else self.shortcut(x))
+        y += x if self.shortcut is None else self.shortcut(x)  # in place: a new map costs the host more than the sum
         return functional.relu(y, inplace=True)
 
 

@@ -106,4 +106,7 @@ def _told(value: float, percent: bool) -> str:
         return f"{value / 1e3:.3g} k"
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.3g}" if abs(value) >= 1e-3 or not value else f"{value:.1e}"
+    if abs(value) >= 1e-3 or not value:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")  # 6e-4: a longer one would not fit beside the axis
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"

@@ -69,9 +69,9 @@ def place_measured(
     rows, columns = _reached(solid.any(2), down), _reached(solid.any(1), across)
     corners, parts, crops, held = torch.stack([columns[:, 0], rows[:, 0]], 1), [], [], 0
     numbers = []
-    for plane, (top, bottom), (left, right) in zip(planes, rows.tolist(), columns.tolist(), strict=True):
-        window = (_used(down[top:bottom]), _used(across[left:right]))
-        small = down[top:bottom, window[0]] @ plane[window] @ across[left:right, window[1]].T
+    windows = torch.cat([rows, _used(down, rows), columns, _used(across, columns)], 1).tolist()
+    for plane, (top, bottom, upper, lower, left, right, near, far) in zip(planes, windows, strict=True):
+        small = down[top:bottom, upper:lower] @ plane[upper:lower, near:far] @ across[left:right, near:far].T
         crops.append(small > threshold)
         if measure is not None:
             numbers.append(measure(small[None], crops[-1][None]))
@@ -199,7 +199,12 @@ def _reached(solid: Tensor, axis: Tensor) -> Tensor:
     return torch.stack([torch.minimum(first, last), last], 1)
 
 
-def _used(axis: Tensor) -> slice:
-    """The cells that these pixels read."""
-    cells = (axis > 0).any(0).nonzero().flatten()
-    return slice(int(cells[0]), int(cells[-1]) + 1) if len(cells) else slice(0, 0)
+def _used(axis: Tensor, pixels: Int[Tensor, "n 2"]) -> Int[Tensor, "n 2"]:
+    """The cells first ... last + 1 that pixels first ... last + 1 of each object read, where both ends read some. Later
+    pixels read later cells, or earlier ones throughout (mirrored), so that the ends tell."""
+    reads = axis > 0
+    first, last = reads.int().argmax(1), axis.shape[1] - reads.flip(1).int().argmax(1)
+    start, stop = pixels.unbind(1)
+    ends = torch.stack([start.clamp(max=len(axis) - 1), (stop - 1).clamp(min=0)], 1)
+    cells = torch.stack([first[ends].amin(1), last[ends].amax(1)], 1)
+    return torch.where((stop > start)[:, None], cells, 0)

@@ -386,7 +386,7 @@ class YOLACT(System):
             if cross_class:
                 scores, labels = (v[None] for v in own.max(1))
             kept = own.amax(1) > candidate_threshold
-            score, row, anchor = choose(boxes, scores, kept, candidate_threshold, nms_threshold, raw.size)
+            score, row, anchor = choose(boxes, scores, kept, candidate_threshold, nms_threshold, raw.size, detections)
             score, order = score.topk(min(detections, len(score)))
             row, anchor = row[order], anchor[order]
             every = Found(boxes[anchor], score, labels[row, anchor], coefficients[anchor])
@@ -543,23 +543,36 @@ def near(boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "n 
 
 
 def _choose_fast(
-    boxes: Tensor, scores: Float[Tensor, "c p"], kept: Tensor, candidate: float, threshold: float, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, row of `scores` and anchor of what Fast NMS leaves; places that are not used have a score of -1.
+    boxes: Tensor, scores: Float[Tensor, "c p"], kept: Tensor, candidate: float, threshold: float,
+    size: tuple[int, int], wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Score, row of `scores` and anchor of what Fast NMS leaves, the best `wanted` at least; places that are not used
+    have a score of -1.
 
-    Each row (class) looks at the best `TOP` of all kept anchors, whatever they score in it."""
+    Each row (class) looks at the best `TOP` of all kept anchors, whatever they score in it. Only better ones decide
+    about an anchor, so that the best of all rows are compared among themselves, as many as it takes to find `wanted`,
+    before all are."""
     chosen = kept.nonzero().flatten()
     score, place = scores[:, chosen].topk(min(TOP, len(chosen)), dim=1)  # (C, n)
     anchor = chosen[place]
+    row = torch.arange(len(score), device=score.device)[:, None].expand_as(score)
+    ranked, looked_at = score.flatten().sort(descending=True, stable=True), 2 * wanted
+    while looked_at**2 < score.numel() * score.shape[1] // 4:
+        best, order = (v[:looked_at] for v in ranked)
+        near, owner = boxes[anchor.flatten()[order]], row.flatten()[order]
+        good = fast_nms(box_ops.pairwise_iou(near, near) * (owner[:, None] == owner), threshold)
+        if int(good.sum()) >= wanted:
+            return best[good], owner[good], anchor.flatten()[order][good]
+        looked_at *= 2
     near = boxes[anchor]
     good = fast_nms(box_ops.pairwise_iou(near, near), threshold)
-    row = torch.arange(len(score), device=score.device)[:, None].expand_as(score)
     return torch.where(good, score, -1.0).flatten(), row.flatten(), anchor.flatten()
 
 
 def _choose_greedy(
-    boxes: Tensor, scores: Float[Tensor, "c p"], kept: Tensor, candidate: float, threshold: float, size: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor]:
+    boxes: Tensor, scores: Float[Tensor, "c p"], kept: Tensor, candidate: float, threshold: float,
+    size: tuple[int, int], wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same by the classical rule, as the original's: each class looks at the anchors that score above `candidate`
     in it; sides count pixels, x1 - x0 + 1; an overlap of exactly `threshold` suppresses."""
     row, anchor = (scores > candidate).nonzero().unbind(1)
