@@ -61,6 +61,13 @@ def test_freezing_a_part_also_stills_its_batch_normalisation():
     assert set(decays(system, Recipe())) == {"head.weight", "second.weight", "second.bias"}
 
 
+def test_what_was_built_frozen_is_still_too():
+    system = Tiny(("a", "b"))
+    assert freeze(system, ()) == []
+    system.backbone.requires_grad_(False)
+    assert freeze(system, ()) == [system.backbone[1]]
+
+
 def test_what_names_nothing_is_an_error():
     with pytest.raises(UsageError, match=r"freeze: 'neck' is neither a part of tiny \(backbone, head, second\)"):
         freeze(Tiny(("a",)), ("neck",))

@@ -20,8 +20,8 @@ _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instanc
 def freeze(system: System, names: tuple[str, ...]) -> list[nn.Module]:
     """Take parts out of learning; `names` are parts or globs of parameter names.
 
-    Gives the modules that must stay in eval mode: a batch normalisation that does not learn must not keep counting
-    either, or its statistics drift away from its frozen weights.
+    Gives the modules that must stay in eval mode: a batch normalisation that does not learn, whether it was named here
+    or built so (`frozen`), must not keep counting either, or its statistics drift away from its frozen weights.
     """
     for name in names:
         for parameter in _named(system, name, "freeze").values():
@@ -29,7 +29,7 @@ def freeze(system: System, names: tuple[str, ...]) -> list[nn.Module]:
     still = []
     for module in system.modules():
         own = list(module.parameters(recurse=False))
-        if names and isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
+        if isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
             still.append(module)
     if not any(p.requires_grad for p in system.parameters()):
         raise UsageError(f"freeze={', '.join(names)} leaves nothing to learn")
