@@ -203,8 +203,11 @@ def test_folders_of_transformers_with_dinov3_are_the_same_network(tmp_path):
         state[key] = value
     state["criterion.empty_weight"] = torch.ones(4)
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps({"image_size": 64, "layer_norm_eps": 1e-6}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"image_size": 64, "layer_norm_eps": 1e-6, "id2label": {"0": "cell", "1": "dust", "2": "hair"}})
+    )
     again = mw.load(tmp_path)
+    assert again.classes == ("cell", "dust", "hair")
     assert again.source is not None
     assert again.source["origin"] == "transformers-dinov3"
     assert again.preprocess.canvas == (64, 64)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 # fmt: off
 COCO = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -65,3 +68,32 @@ def segment_names(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if count == len(CITYSCAPES_PANOPTIC):
         return CITYSCAPES_PANOPTIC, CITYSCAPES_STUFF
     return class_names(count), ()
+
+
+def named_by(about: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`options` with the class names that lay beside the weights, where there are as many as the head has classes:
+    `id2label` in a folder's config.json (transformers), `meta` in a file (mmdet). Which of them are stuff is not said
+    there: none, unless they are the names that `options` has already."""
+    assumed, told = tuple(options.get("classes", ())), _told(about)
+    if len(told) != len(assumed) or [c.casefold() for c in told] == [c.casefold() for c in assumed]:
+        return options
+    return {**options, "classes": told, **({"stuff": ()} if "stuff" in options else {})}
+
+
+def _told(about: Mapping[str, Any]) -> tuple[str, ...]:
+    table, meta = about.get("config", {}).get("id2label"), about.get("container", {}).get("meta")
+    names: Any = None
+    if isinstance(table, Mapping) and table.keys() == {str(k) for k in range(len(table))}:
+        names = [table[str(k)] for k in range(len(table))]
+        if names == [f"LABEL_{k}" for k in range(len(names))]:  # what transformers writes where nobody said any
+            return ()
+    elif isinstance(meta, Mapping):
+        newer = meta.get("dataset_meta")
+        names = meta.get("CLASSES") or (
+            newer.get("classes") or newer.get("CLASSES") if isinstance(newer, Mapping) else None
+        )
+        names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
+        return ()
+    names = [n.strip() for n in names]
+    return tuple(names) if len({n.casefold() for n in names}) == len(names) else ()

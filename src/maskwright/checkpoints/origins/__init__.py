@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
@@ -28,6 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
+from maskwright.checkpoints.names import named_by
 from maskwright.errors import UnknownLayoutError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -101,9 +102,8 @@ class Origin:
         found = self.recognise(shapes, about)
         if found is None:
             return []
-        if isinstance(found, Mapping):
-            return [Candidate("", found)]
-        return list(found)
+        every = [Candidate("", found)] if isinstance(found, Mapping) else found
+        return [replace(candidate, options=named_by(about, candidate.options)) for candidate in every]
 
     def translate(self, state: State, options: Mapping[str, Any], path: str = "the file") -> State:
         """Their state -> ours: ignored keys dropped, the others renamed, then finished."""
