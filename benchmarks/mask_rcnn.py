@@ -1,7 +1,8 @@
-"""Mask R-CNN R50-FPN of this library beside torchvision's own, in one run, on the same weights and pictures.
+"""Mask R-CNN with a pyramid, of this library beside torchvision's own, in one run, on the same weights and pictures.
 
-    python benchmarks/mask_rcnn.py                      # latency and a training step
+    python benchmarks/mask_rcnn.py                      # R50: latency and a training step
     python benchmarks/mask_rcnn.py --short 400 --rounds 2 --skip-training
+    python benchmarks/mask_rcnn.py --trunk resnet101 --short 800 --batch 1 --skip-training
 
 Weights are random, so every picture is decoded to the full 100 objects (score threshold 0): the heaviest case. What is
 timed runs from an 8-bit picture to finished masks on the picture's own grid, preprocessing included; torchvision's is
@@ -31,17 +32,15 @@ from maskwright.inference import prepare
 from maskwright.structures import Batch, Instances
 
 
-def theirs(short: int) -> Any:
+def theirs(short: int, trunk: str) -> Any:
     """torchvision's network as its COCO weights have it: frozen norms, all classes."""
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.ops.misc import FrozenBatchNorm2d
 
     torch.manual_seed(0)
-    trunk = resnet_fpn_backbone(
-        backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
-    )
-    return MaskRCNN(trunk, 91, min_size=short, max_size=short * 5 // 3, box_score_thresh=0.0).eval()
+    body = resnet_fpn_backbone(backbone_name=trunk, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3)
+    return MaskRCNN(body, 91, min_size=short, max_size=short * 5 // 3, box_score_thresh=0.0).eval()
 
 
 def ours(network: Any, short: int) -> mw.System:
@@ -76,8 +75,8 @@ def find(system: mw.System, shots: list[torch.Tensor], dtype: torch.dtype, devic
         return system.decode(system(images), batch.placements, score_threshold=0.0)
 
 
-def latency(short: int, count: int, rounds: int, device: str) -> dict[str, Any]:
-    network = theirs(short).to(device)
+def latency(short: int, count: int, rounds: int, device: str, trunk: str) -> dict[str, Any]:
+    network = theirs(short, trunk).to(device)
     single = ours(network, short)
     halved = prepare(single, device, "bfloat16")
     folded = prepare(single, device, "float32")
@@ -126,9 +125,9 @@ def agreement(them: list[dict[str, torch.Tensor]], us: list[Instances]) -> str:
     return f"{missing} without a partner, boxes within {far:.3f} px, {wrong / max(1, total):.1e} of mask pixels differ"
 
 
-def share_in_convolutions(short: int, device: str) -> dict[str, float]:
+def share_in_convolutions(short: int, device: str, trunk: str) -> dict[str, float]:
     """Where our float32 time goes, by operator, as shares."""
-    system = prepare(ours(theirs(short), short), device, "float32")
+    system = prepare(ours(theirs(short, trunk), short), device, "float32")
     shots = pictures(1)
     find(system, shots, torch.float32, device)
     with torch.profiler.profile() as profile:
@@ -145,9 +144,11 @@ def share_in_convolutions(short: int, device: str) -> dict[str, float]:
     }
 
 
-def training_step(side: str, short: int, count: int, rounds: int, device: str, half: bool, pipe: Any) -> None:
+def training_step(
+    side: str, short: int, count: int, rounds: int, device: str, half: bool, trunk: str, pipe: Any
+) -> None:
     """Sends the fastest step's seconds and the peak of memory above the start, in MiB; in a process of its own."""
-    network = theirs(short).to(device)
+    network = theirs(short, trunk).to(device)
     system = ours(network, short).to(device).train()
     scenes = Scenes(count, size=(600, 800), seed=7)
     samples = [scenes[i] for i in range(count)]
@@ -195,12 +196,12 @@ def held() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def training(short: int, count: int, rounds: int, device: str, half: bool) -> dict[str, Any]:
+def training(short: int, count: int, rounds: int, device: str, half: bool, trunk: str) -> dict[str, Any]:
     result: dict[str, Any] = {"short": short, "batch": count, "precision": "bf16 autocast" if half else "float32"}
     context = multiprocessing.get_context("spawn")
     for side in ("torchvision", "ours"):
         here, there = context.Pipe()
-        process = context.Process(target=training_step, args=(side, short, count, rounds, device, half, there))
+        process = context.Process(target=training_step, args=(side, short, count, rounds, device, half, trunk, there))
         process.start()
         seconds, memory = here.recv()
         process.join()
@@ -213,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", type=int, nargs="*", default=[400, 800], help="short sides")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 4], help="pictures at once")
+    parser.add_argument("--trunk", default="resnet50", help="torchvision's name of it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip-training", action="store_true")
@@ -229,15 +231,17 @@ def main() -> None:
     print(json.dumps({k: v for k, v in figures.items() if k != "latency"}))
     for short in arguments.short:
         for count in arguments.batch:
-            row = latency(short, count, arguments.rounds, arguments.device)
+            row = latency(short, count, arguments.rounds, arguments.device, arguments.trunk)
             figures["latency"].append(row)
             print(json.dumps(row), flush=True)
-        figures[f"shares at {short}"] = share_in_convolutions(short, arguments.device)
+        figures[f"shares at {short}"] = share_in_convolutions(short, arguments.device, arguments.trunk)
         print(f"shares at {short}:", json.dumps(figures[f"shares at {short}"]), flush=True)
     if not arguments.skip_training:
         cases = [(max(arguments.short), half) for half in (False, True)]
         cases = cases if arguments.device == "cuda" else [(min(arguments.short), False)]
-        figures["training"] = [training(s, 2, arguments.rounds, arguments.device, half) for s, half in cases]
+        figures["training"] = [
+            training(s, 2, arguments.rounds, arguments.device, half, arguments.trunk) for s, half in cases
+        ]
         for row in figures["training"]:
             print("training step:", json.dumps(row), flush=True)
     if arguments.json:
