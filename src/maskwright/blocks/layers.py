@@ -9,6 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskwright.ops.deformable import deform_conv
+
 Norm = Literal["none", "frozen", "still", "batch", "group"]
 Border = Literal["zeros", "symmetric", "reflect"]
 
@@ -184,17 +186,11 @@ class DeformConvNorm(nn.Module):
         nn.init.zeros_(self.offset.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
-        from torchvision.ops import deform_conv2d
-
         offset, mask = self.offset(x), None
         if offset.shape[1] == 3 * self.taps:
             offset, mask = offset[:, : 2 * self.taps], offset[:, 2 * self.taps :].sigmoid()
-        # The kernel has no bfloat16, and float16 on GPUs alone.
-        kind = x.dtype if x.dtype == torch.float64 or (x.is_cuda and x.dtype == torch.float16) else torch.float32
-        mask = None if mask is None else mask.to(kind)
-        bias = None if self.bias is None else self.bias.to(kind)
-        y = deform_conv2d(
-            x.to(kind), offset.to(kind), self.weight.to(kind), bias, self.stride, self.padding, self.dilation, mask
-        ).to(x.dtype)
+        y = deform_conv(
+            x, offset, self.weight, self.bias, mask, stride=self.stride, padding=self.padding, dilation=self.dilation
+        )
         y = self.norm(y)
         return functional.relu(y, inplace=True) if self.relu else y

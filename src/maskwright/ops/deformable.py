@@ -1,0 +1,84 @@
+"""Deformable convolution (arXiv 1703.06211; modulated: 1811.11168)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Pair = tuple[int, int]
+FEW_CHANNELS = 16  # below, reading whole cells does not pay
+
+
+def deform_conv(
+    x: Float[Tensor, "b c h w"],
+    offset: Float[Tensor, "b t2 p q"],
+    weight: Float[Tensor, "d g kh kw"],
+    bias: Float[Tensor, " d"] | None = None,
+    mask: Float[Tensor, "b t p q"] | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+) -> Float[Tensor, "b d p q"]:
+    """A convolution each of whose kh x kw taps reads `offset` (dy, dx, in cells; taps row by row) beside its place.
+
+    What is read lies between four cells, those outside being zeros; `mask` weights it. With C / G channels in `weight`
+    the convolution has G groups; all of them share the offsets. The result has the type of `x`; half precision is read
+    in float32.
+    """
+    if x.device.type == "cpu" and x.shape[1] >= FEW_CHANNELS and not torch.compiler.is_compiling():
+        return _by_rows(x, offset, weight, bias, mask, stride, padding, dilation)
+    from torchvision.ops import deform_conv2d
+
+    # The kernel has no bfloat16, and float16 on GPUs alone.
+    kind = x.dtype if x.dtype == torch.float64 or (x.is_cuda and x.dtype == torch.float16) else torch.float32
+    mask, bias = (None if v is None else v.to(kind) for v in (mask, bias))
+    return deform_conv2d(
+        x.to(kind), offset.to(kind), weight.to(kind), bias, stride, padding, dilation, mask
+    ).to(x.dtype)  # fmt: skip
+
+
+def _by_rows(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None,
+    stride: Pair, padding: Pair, dilation: Pair,
+) -> Float[Tensor, "b d p q"]:  # fmt: skip
+    """The same as sums of four rows of a table of cells, whose C channels lie side by side, and one matrix product:
+    what the host does fastest. The result is channels-last."""
+    batch, channels, height, width = x.shape
+    out, each, *kernel = weight.shape
+    taps, (rows, columns) = kernel[0] * kernel[1], offset.shape[-2:]
+    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # (B, P, Q, T): where each tap of each place reads
+    shift = offset.to(kind).view(batch, taps, 2, rows, columns).permute(2, 0, 3, 4, 1)
+    number = torch.arange(taps)
+    starts = (number // kernel[1] * dilation[0] - padding[0], number % kernel[1] * dilation[1] - padding[1])
+    y = shift[0] + (torch.arange(rows)[:, None, None] * stride[0] + starts[0])
+    x_ = shift[1] + (torch.arange(columns)[:, None] * stride[1] + starts[1])
+    top, left = y.detach().floor(), x_.detach().floor()
+    down, across = y - top, x_ - left
+    cells, shares = [], []
+    first = (torch.arange(batch) * (height * width))[:, None, None, None]
+    for row, row_share in ((top, 1 - down), (top + 1, down)):
+        for column, column_share in ((left, 1 - across), (left + 1, across)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            cell = first + row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            cells.append(cell)
+            shares.append(row_share * column_share * inside)
+    share = torch.stack(shares, -1)
+    if mask is not None:
+        share = share * mask.to(kind).permute(0, 2, 3, 1)[..., None]
+    table = x.permute(0, 2, 3, 1).reshape(-1, channels).to(kind)
+    read = torch.nn.functional.embedding_bag(
+        torch.stack(cells, -1).view(-1, 4), table, mode="sum", per_sample_weights=share.reshape(-1, 4)
+    )
+    read = read.view(-1, taps, channels).to(x.dtype)
+    matrix = weight.to(x.dtype).permute(2, 3, 1, 0).reshape(taps, each, out)
+    if each == channels:
+        y = read.flatten(1) @ matrix.flatten(0, 1)
+    else:
+        groups = channels // each
+        parts = zip(read.unflatten(2, (groups, each)).unbind(2), matrix.chunk(groups, 2), strict=True)
+        y = torch.cat([part.flatten(1) @ own.flatten(0, 1) for part, own in parts], 1)
+    y = y if bias is None else y + bias.to(x.dtype)
+    return y.view(batch, rows, columns, out).permute(0, 3, 1, 2)

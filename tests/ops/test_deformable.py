@@ -1,0 +1,90 @@
+"""Deformable convolution on the host is torchvision's operator, values and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torchvision.ops import deform_conv2d
+
+from maskwright.ops.deformable import deform_conv
+
+pytestmark = pytest.mark.fast
+CASES = {
+    "3 x 3": {},
+    "modulated": {"modulated": True},
+    "stride": {"stride": (2, 2)},
+    "dilated": {"dilation": (2, 2), "padding": (2, 2), "modulated": True},
+    "unequal": {"kernel": (1, 3), "stride": (1, 2), "padding": (0, 2), "dilation": (1, 2)},
+    "groups": {"groups": 4, "modulated": True},
+    "no bias": {"biased": False},
+}
+
+
+def arguments(
+    kernel=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, modulated=False, biased=True
+) -> tuple[list[Any], dict[str, Any]]:
+    torch.manual_seed(1)
+    x = torch.randn(2, 16, 9, 12, dtype=torch.float64)
+    rows, columns = (
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip((9, 12), kernel, stride, padding, dilation, strict=True)
+    )
+    taps = kernel[0] * kernel[1]
+    values = [
+        x,
+        3 * torch.randn(2, 2 * taps, rows, columns, dtype=torch.float64),  # some of them far outside
+        torch.randn(8, 16 // groups, *kernel, dtype=torch.float64),
+        torch.randn(8, dtype=torch.float64) if biased else None,
+        torch.rand(2, taps, rows, columns, dtype=torch.float64) if modulated else None,
+    ]
+    return values, {"stride": stride, "padding": padding, "dilation": dilation}
+
+
+def gradients(run, values):
+    leaves = [None if v is None else v.clone().requires_grad_() for v in values]
+    result = run(*leaves)
+    (result * torch.linspace(-1, 1, result.numel(), dtype=result.dtype).view_as(result)).sum().backward()
+    return result, [v.grad for v in leaves if v is not None]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_it_is_torchvisions_operator(case):
+    values, how = arguments(**case)
+    theirs, their_gradients = gradients(
+        lambda x, offset, weight, bias, mask: deform_conv2d(x, offset, weight, bias, mask=mask, **how), values
+    )
+    ours, our_gradients = gradients(lambda *v: deform_conv(*v, **how), values)
+    assert ours.shape == theirs.shape
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+    assert len(our_gradients) == len(their_gradients) == 3 + (values[3] is not None) + (values[4] is not None)
+    for one, other in zip(our_gradients, their_gradients, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-11)
+
+
+def test_places_on_whole_cells_and_borders():
+    values, how = arguments()
+    values[1] = values[1].round()
+    assert torch.allclose(deform_conv(*values, **how), deform_conv2d(*values[:4], **how), rtol=0, atol=1e-12)
+
+
+def test_without_offsets_it_is_a_convolution():
+    (x, offset, weight, bias, _), how = arguments()
+    plain = torch.nn.functional.conv2d(x, weight, bias, padding=1)
+    assert torch.allclose(deform_conv(x, offset * 0, weight, bias, **how), plain, rtol=0, atol=1e-12)
+
+
+def test_half_precision_is_read_in_float32():
+    (x, offset, weight, bias, _), how = arguments()
+    x, offset, weight, bias = (v.bfloat16() for v in (x, offset, weight, bias))
+    result = deform_conv(x, offset, weight, bias, **how)
+    exact = deform_conv(x.double(), offset.double(), weight.double(), bias.double(), **how)
+    assert result.dtype == torch.bfloat16
+    assert (result.double() - exact).norm() / exact.norm() < 5e-3
+
+
+def test_few_channels_take_the_common_kernel():
+    (x, offset, weight, bias, _), how = arguments()
+    x, weight = x[:, :4], weight[:, :4]
+    assert torch.equal(deform_conv(x, offset, weight, bias, **how), deform_conv2d(x, offset, weight, bias, **how))
