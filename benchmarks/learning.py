@@ -176,6 +176,16 @@ def for_torchvision(batch: Batch) -> tuple[list[torch.Tensor], list[dict[str, to
     return images, goals
 
 
+def on_picture(theirs: Any, image: torch.Tensor, picture: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """What torchvision finds in an image that came resized, on the picture's grid as its own transform pastes it."""
+    paste = theirs.transform.postprocess
+    theirs.transform.postprocess = lambda found, sizes, _: paste(found, sizes, [picture])
+    try:
+        return theirs([image])[0]
+    finally:
+        del theirs.transform.postprocess
+
+
 @torch.no_grad()
 def score(side: Any, system: mw.System, ours: bool, dataset: Any, device: str) -> dict[str, float]:
     side.eval()
@@ -186,12 +196,9 @@ def score(side: Any, system: mw.System, ours: bool, dataset: Any, device: str) -
             found = system.decode(system(batch.images), batch.placements)[0]
         else:
             placement = batch.placements[0]
-            answer = side([batch.images[0, :, : placement.size[0], : placement.size[1]]])[0]
-            # Its masks come on the input's grid; on the picture's they are resized as floats, as its own code does.
-            planes = torch.nn.functional.interpolate(answer["masks"], size=placement.picture, mode="bilinear")
-            masks = Masks.from_dense(planes[:, 0] >= 0.5)
-            boxes = placement.boxes_to_picture(answer["boxes"])
-            found = Instances(placement.picture, boxes, answer["labels"] - 1, masks, answer["scores"]).to("cpu")
+            answer = on_picture(side, batch.images[0, :, : placement.size[0], : placement.size[1]], placement.picture)
+            masks = Masks.from_dense(answer["masks"][:, 0] >= 0.5)
+            found = Instances(placement.picture, answer["boxes"], answer["labels"] - 1, masks, answer["scores"])
         evaluator.add_at(index, found.to("cpu"))
     summary = evaluator.result(examples=0).summary
     return {k: round(100 * float(summary[k]), 2) for k in ("segm/AP", "segm/AP50", "bbox/AP")}

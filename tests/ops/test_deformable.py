@@ -69,6 +69,14 @@ def test_places_on_whole_cells_and_borders():
     assert torch.allclose(deform_conv(*values, **how), deform_conv2d(*values[:4], **how), rtol=0, atol=1e-12)
 
 
+def test_an_offset_that_is_no_number_shows():
+    (x, offset, weight, bias, _), how = arguments()
+    offset[0, 3, 2, 5], offset[1, 0, 0, 0], offset[1, 4, 8, 8] = float("nan"), 1e30, -1e30
+    result = deform_conv(x, offset, weight, bias, **how)
+    assert result[0, :, 2, 5].isnan().all()
+    assert result.isnan().sum() == len(weight)
+
+
 def test_without_offsets_it_is_a_convolution():
     (x, offset, weight, bias, _), how = arguments()
     plain = torch.nn.functional.conv2d(x, weight, bias, padding=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 Pair = tuple[int, int]
 FEW_CHANNELS = 16  # below, reading whole cells does not pay
@@ -28,7 +29,9 @@ def deform_conv(
     in float32.
     """
     if x.device.type == "cpu" and x.shape[1] >= FEW_CHANNELS and not torch.compiler.is_compiling():
-        return _by_rows(x, offset, weight, bias, mask, stride, padding, dilation)
+        how = (x, offset, weight, bias, mask, stride, padding, dilation)
+        # What is read is kh x kw times as large as `x`: for the gradient it is read again, not kept.
+        return checkpoint(_by_rows, *how, use_reentrant=False) if torch.is_grad_enabled() else _by_rows(*how)
     from torchvision.ops import deform_conv2d
 
     # The kernel has no bfloat16, and float16 on GPUs alone.
@@ -62,9 +65,8 @@ def _by_rows(
     for row, row_share in ((top, 1 - down), (top + 1, down)):
         for column, column_share in ((left, 1 - across), (left + 1, across)):
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            cell = first + row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
-            cells.append(cell)
-            shares.append(row_share * column_share * inside)
+            cells.append(first + torch.where(inside, row, 0).long() * width + torch.where(inside, column, 0).long())
+            shares.append(row_share * column_share * inside)  # an offset that is no number gives none
     share = torch.stack(shares, -1)
     if mask is not None:
         share = share * mask.to(kind).permute(0, 2, 3, 1)[..., None]
