@@ -25,6 +25,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,17 @@ def train(side: Any, ours: bool, loader: Any, steps: int, adam: bool, lr: float,
         optimizer, lambda s: min(1.0, (s + 1) / warm) * (0.1 if s > 0.8 * steps else 1.0)
     )
     torch.manual_seed(seed)
+    start = time.perf_counter()
+    for _ in learn(side, ours, loader, steps, optimizer, device):
+        schedule.step()
+    return time.perf_counter() - start
+
+
+def learn(side: Any, ours: bool, loader: Any, steps: int, optimizer: Any, device: str) -> Iterator[torch.Tensor]:
+    """So many steps; yields the loss of each once the weights have moved."""
+    parameters = [p for p in side.parameters() if p.requires_grad]
     side.train()
-    done, epoch, start = 0, 0, time.perf_counter()
+    done, epoch = 0, 0
     while done < steps:
         loader.set_epoch(epoch)
         for batch in loader:
@@ -118,12 +128,11 @@ def train(side: Any, ours: bool, loader: Any, steps: int, adam: bool, lr: float,
             total.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 10.0)
             optimizer.step()
-            schedule.step()
+            yield total.detach()
             done += 1
             if done == steps:
                 break
         epoch += 1
-    return time.perf_counter() - start
 
 
 def control(theirs: Any, system: mw.System, loader: Any, steps: int, seed: int, device: str) -> None:
@@ -137,24 +146,10 @@ def control(theirs: Any, system: mw.System, loader: Any, steps: int, seed: int, 
         return copied
 
     def losses(side: Any, ours: bool) -> torch.Tensor:
-        side, rows, epoch = copy.deepcopy(side).train(), [], 0
+        side = copy.deepcopy(side)
         optimizer = torch.optim.SGD(side.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
         torch.manual_seed(seed)
-        while len(rows) < steps:
-            loader.set_epoch(epoch)
-            for batch in loader:
-                batch = batch.to(device)
-                terms = side.losses(side(batch.images), batch.targets) if ours else side(*for_torchvision(batch))
-                total = sum(terms.values(), torch.zeros((), device=device))
-                optimizer.zero_grad()
-                total.backward()
-                torch.nn.utils.clip_grad_norm_(side.parameters(), 10.0)
-                optimizer.step()
-                rows.append(total.detach())
-                if len(rows) == steps:
-                    break
-            epoch += 1
-        return torch.stack(rows)
+        return torch.stack(list(learn(side, ours, loader, steps, optimizer, device)))
 
     first, second = losses(theirs, False), losses(system, True)
     pairs = {"torchvision, ours": (first, second)}

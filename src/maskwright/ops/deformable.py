@@ -7,8 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from maskwright.ops.pooling import FEW_CHANNELS, kernel_type
+
 Pair = tuple[int, int]
-FEW_CHANNELS = 16  # below, reading whole cells does not pay
 
 
 def deform_conv(
@@ -34,8 +35,7 @@ def deform_conv(
         return checkpoint(_by_rows, *how, use_reentrant=False) if torch.is_grad_enabled() else _by_rows(*how)
     from torchvision.ops import deform_conv2d
 
-    # The kernel has no bfloat16, and float16 on GPUs alone.
-    kind = x.dtype if x.dtype == torch.float64 or (x.is_cuda and x.dtype == torch.float16) else torch.float32
+    kind = kernel_type(x)
     mask, bias = (None if v is None else v.to(kind) for v in (mask, bias))
     return deform_conv2d(
         x.to(kind), offset.to(kind), weight.to(kind), bias, stride, padding, dilation, mask
@@ -56,10 +56,10 @@ def _by_rows(
     shift = offset.to(kind).view(batch, taps, 2, rows, columns).permute(2, 0, 3, 4, 1)
     number = torch.arange(taps)
     starts = (number // kernel[1] * dilation[0] - padding[0], number % kernel[1] * dilation[1] - padding[1])
-    y = shift[0] + (torch.arange(rows)[:, None, None] * stride[0] + starts[0])
-    x_ = shift[1] + (torch.arange(columns)[:, None] * stride[1] + starts[1])
-    top, left = y.detach().floor(), x_.detach().floor()
-    down, across = y - top, x_ - left
+    down_at = shift[0] + (torch.arange(rows)[:, None, None] * stride[0] + starts[0])
+    across_at = shift[1] + (torch.arange(columns)[:, None] * stride[1] + starts[1])
+    top, left = down_at.detach().floor(), across_at.detach().floor()
+    down, across = down_at - top, across_at - left
     cells, shares = [], []
     first = (torch.arange(batch) * (height * width))[:, None, None, None]
     for row, row_share in ((top, 1 - down), (top + 1, down)):

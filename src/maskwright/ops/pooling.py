@@ -14,6 +14,12 @@ from maskwright.ops.interpolation import weights
 FEW_CHANNELS = 16  # below, reading whole cells does not pay
 
 
+def kernel_type(values: Tensor) -> torch.dtype:
+    """In which type torchvision's kernels read `values`: they have no bfloat16, and float16 on GPUs alone."""
+    known = values.dtype in (torch.float32, torch.float64) or (values.is_cuda and values.dtype == torch.float16)
+    return values.dtype if known else torch.float32
+
+
 def roi_align(
     features: Float[Tensor, "b c h w"],
     rois: Float[Tensor, "r 5"],
@@ -31,11 +37,7 @@ def roi_align(
         return _roi_align_by_rows(features, rois, side, scale, samples, aligned)
     from torchvision.ops import roi_align as align
 
-    values = (
-        features
-        if features.dtype in (torch.float32, torch.float64) or (features.is_cuda and features.dtype == torch.float16)
-        else features.float()
-    )
+    values = features.to(kernel_type(features))
     return align(values, rois.to(values.dtype), side, scale, samples, aligned)
 
 
@@ -107,11 +109,7 @@ def roi_pool(
     (Fast R-CNN, arXiv 1504.08083)."""
     from torchvision.ops import roi_pool as pool
 
-    values = (
-        features
-        if features.dtype in (torch.float32, torch.float64) or (features.is_cuda and features.dtype == torch.float16)
-        else features.float()
-    )
+    values = features.to(kernel_type(features))
     return pool(values, rois.to(values.dtype), side, scale)
 
 
