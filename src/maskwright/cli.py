@@ -103,6 +103,8 @@ def evaluate(
     boundary: bool = False,
     limit: int | None = None,
     batch: int = 1,
+    tile: int | None = None,
+    overlap: float = 0.2,
     device: Device = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     compile: bool = False,
@@ -131,6 +133,8 @@ def evaluate(
         boundary: Boundary AP too.
         limit: At most so many pictures, evenly spread over the set.
         batch: Pictures per forward pass.
+        tile: Measure what predict --tile finds: side of the tiles that large pictures are cut into.
+        overlap: Share of a tile that it has in common with its neighbour.
         device: Where to compute; auto takes a GPU where there is one.
         dtype: Precision of the network.
         compile: Compile the network first: slower to start, faster per picture.
@@ -151,6 +155,8 @@ def evaluate(
         boundary=boundary,
         limit=limit,
         batch=batch,
+        tile=tile,
+        overlap=overlap,
         device=_device(device),
         dtype=dtype,
         compile=compile,

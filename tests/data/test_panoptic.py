@@ -108,6 +108,12 @@ def test_a_map_that_was_cut_off_is_named(tmp_path: Path):
         read_panoptic(path, strict=True)
 
 
+def test_maps_may_be_as_large_as_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = small_set(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit, of 179 million; ours is wider
+    assert len(read_panoptic(path, strict=True)) == 2
+
+
 SKIPS = {
     "a segment without a pixel": (
         lambda d: d["annotations"][0]["segments_info"].append({"id": 9, "category_id": 3}),

@@ -88,6 +88,27 @@ def test_who_sees_everything_scores_one(system, batch):
     assert speed.parameters == 1
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+def test_who_sees_everything_scores_one_in_tiles_too(system, batch):
+    result = evaluate(system, Gallery(), tile=32, overlap=0.5, batch=batch, device="cpu", examples=2)
+    assert result["segm/AP"] == pytest.approx(1), "objects that a seam cuts are joined"
+    facts = dict(result.protocol.facts())
+    assert facts["input size"].startswith("tiles of 32 pixels, 50 % in common, each: ")
+    assert facts["batch"] == str(batch)
+    assert set(result.speed.stages) == {"network", "decoding"}
+    assert 0 < result.speed.milliseconds <= result.speed.milliseconds_p90
+
+
+def test_a_broken_picture_among_tiled_ones(system):
+    with pytest.warns(DataWarning, match=r"picture-2\.jpg: is cut off \(it counts as a picture without predictions"):
+        result = evaluate(system, Gallery(broken=(2,)), tile=32, examples=0)
+    assert result.missing == 1
+    gallery = Gallery(broken=(2,))
+    gallery.strict = True
+    with pytest.raises(PictureError, match=r"picture-2\.jpg"):
+        evaluate(system, gallery, tile=32)
+
+
 def test_thresholds_and_limits_lower_what_is_found(system):
     assert evaluate(system, Gallery(), detections=1)["segm/AP"] < 0.9
     assert evaluate(system, Gallery(), score_threshold=0.999)["segm/AP"] < 0.9
@@ -143,6 +164,8 @@ def test_what_cannot_be(system):
     for options, says in [
         ({"batch": 0}, "batch is 0"),
         ({"limit": 0}, "limit is 0"),
+        ({"tile": 8}, "tile is 8"),
+        ({"tile": 32, "overlap": 0.95}, "overlap is 0.95"),
         ({"iou": 0.5}, "no option 'iou'"),
     ]:
         with pytest.raises(UsageError, match=says):

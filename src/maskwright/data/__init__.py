@@ -3,19 +3,20 @@
 from maskwright.data.augment import Augment
 from maskwright.data.check import CheckReport, check
 from maskwright.data.coco import CocoDataset, open_dataset, read_coco
-from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample, mirrored_joints, things_only
+from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample, mirrored_joints
 from maskwright.data.findings import DataWarning, Finding
 from maskwright.data.loader import Loader, make_loader
-from maskwright.data.one_class import OneClass
 from maskwright.data.panoptic import PanopticDataset, read_panoptic, write_panoptic
 from maskwright.data.pictures import read_picture, read_size
 from maskwright.data.scenes import Scenes
 from maskwright.data.show import show_batch
+from maskwright.data.views import Chosen, OneClass, Renamed, spread, things_only
 
 __all__ = [
     "PERSON_JOINTS",
     "Augment",
     "CheckReport",
+    "Chosen",
     "CocoDataset",
     "DataWarning",
     "Dataset",
@@ -23,6 +24,7 @@ __all__ = [
     "Loader",
     "OneClass",
     "PanopticDataset",
+    "Renamed",
     "Sample",
     "Scenes",
     "check",
@@ -34,6 +36,7 @@ __all__ = [
     "read_picture",
     "read_size",
     "show_batch",
+    "spread",
     "things_only",
     "write_panoptic",
 ]

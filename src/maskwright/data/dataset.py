@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,44 +88,6 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         """The objects' own ids, exact, also where they do not fit into the 64 bits of `Instances.ids`."""
         ids = self.targets(index).ids
         return [] if ids is None else ids.tolist()
-
-
-class ThingsOnly(Dataset):
-    """A set without its stuff: for systems, and for measures, of objects alone."""
-
-    def __init__(self, dataset: Dataset):
-        self.inner = dataset
-        kept = [label for label, name in enumerate(dataset.classes) if name not in dataset.stuff]
-        self.classes = tuple(dataset.classes[k] for k in kept)
-        self.category_ids = tuple(dataset.category_ids[k] for k in kept)
-        self.name, self.joints, self.strict = dataset.name, dataset.joints, dataset.strict
-        self._map = torch.full((len(dataset.classes),), -1, dtype=torch.int64)
-        self._map[kept] = torch.arange(len(kept))
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> Sample:
-        sample = self.inner[index]
-        return replace(sample, target=self._things(sample.target))
-
-    def sizes(self) -> list[tuple[int, int]]:
-        return self.inner.sizes()
-
-    def image_ids(self) -> list[int | str]:
-        return self.inner.image_ids()
-
-    def targets(self, index: int) -> Instances:
-        return self._things(self.inner.targets(index))
-
-    def _things(self, target: Instances) -> Instances:
-        labels = self._map[target.labels]
-        return replace(target, labels=labels)[labels >= 0]
-
-
-def things_only(dataset: Any) -> Any:
-    """The same set without its stuff; itself where it has none."""
-    return ThingsOnly(dataset) if getattr(dataset, "stuff", ()) else dataset
 
 
 def mirrored_joints(joints: Sequence[str] | None) -> tuple[int, ...] | None:

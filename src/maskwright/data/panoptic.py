@@ -19,7 +19,7 @@ import torch
 from maskwright.data.annotations import Table, Verify, begin_table, flag_of, inside, lookup, whole
 from maskwright.data.coco import TableDataset, told, write_coco
 from maskwright.data.findings import DataWarning, few
-from maskwright.data.pictures import read_size
+from maskwright.data.pictures import MAX_PIXELS, opened, read_size
 from maskwright.errors import AnnotationError, DataError, PictureError, UsageError
 from maskwright.structures import Instances, Panoptic
 from maskwright.structures.panoptic import LARGEST_ID, colours_to_ids, ids_to_colours
@@ -119,13 +119,11 @@ def read_panoptic_table(
 
 def read_map(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """The numbers (H, W) int32 in a map of segments. AnnotationError names a file that is none, or of another size."""
-    from PIL import Image
-
     try:
         own = read_size(path)
         if size is not None and own != tuple(size):
             raise AnnotationError(_other_size(path, own, size))
-        with Image.open(path) as image:
+        with path.open("rb") as file, opened(file, path, MAX_PIXELS) as image:
             if image.mode not in ("RGB", "RGBA"):
                 raise AnnotationError(
                     f"{path}: is a picture of mode {image.mode}; a map of segments is an RGB PNG, a segment's number "
@@ -136,7 +134,9 @@ def read_map(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
         raise AnnotationError(f"{path}: there is no such map of segments") from None
     except PictureError as error:
         raise AnnotationError(str(error)) from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except AnnotationError:
+        raise
+    except Exception as error:  # a decoder fed with foreign bytes may raise anything
         raise AnnotationError(f"{path}: the map is damaged ({error}); put it back") from None
 
 

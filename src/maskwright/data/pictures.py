@@ -49,7 +49,7 @@ def read_picture(path: str | Path, max_pixels: int = MAX_PIXELS, *, warn: bool =
     """
     path = Path(path)
     try:
-        with path.open("rb") as file, _open(file, path, max_pixels) as image:
+        with path.open("rb") as file, opened(file, path, max_pixels) as image:
             animated = bool(getattr(image, "is_animated", False)) and image.format in _ANIMATED
             pixels = _rgb(image, path)
             turned = _turn(pixels, _orientation(image))
@@ -67,7 +67,7 @@ def read_picture(path: str | Path, max_pixels: int = MAX_PIXELS, *, warn: bool =
 def is_animated(path: str | Path) -> bool:
     """Whether it is a picture of several frames, by the header."""
     path = Path(path)
-    with path.open("rb") as file, _open(file, path, MAX_PIXELS) as image:
+    with path.open("rb") as file, opened(file, path, MAX_PIXELS) as image:
         return bool(getattr(image, "is_animated", False)) and image.format in _ANIMATED
 
 
@@ -96,7 +96,7 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, in
 
 def _header(path: Path, max_pixels: int) -> tuple[tuple[int, int], tuple[int, int], str]:
     try:
-        with path.open("rb") as file, _open(file, path, max_pixels) as image:
+        with path.open("rb") as file, opened(file, path, max_pixels) as image:
             width, height = image.size
             turned = _orientation(image) >= 5
             return ((width, height) if turned else (height, width)), (height, width), image.format or ""
@@ -108,7 +108,7 @@ def _header(path: Path, max_pixels: int) -> tuple[tuple[int, int], tuple[int, in
         raise PictureError(f"{path}: the header is damaged ({_reason(error)}); replace it or leave it out") from None
 
 
-def _open(file: BinaryIO, path: Path, max_pixels: int) -> ImageFile:
+def opened(file: BinaryIO, path: Path, max_pixels: int) -> ImageFile:
     """The picture with its header read. Pillow's own `open` checks sizes by a global setting of the user's."""
     from PIL import Image
 

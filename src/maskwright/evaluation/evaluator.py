@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from maskwright.data.one_class import OneClass, nameless
+from maskwright.data.views import OneClass, nameless
 from maskwright.errors import UsageError
 from maskwright.evaluation import coco
 from maskwright.evaluation.coco import Backend, Curves, Found, Kind, Truth
@@ -241,7 +241,7 @@ class Evaluator:
                 notes.append(f"OKS with sigma {coco.OTHER_SIGMA} for each of {joints} joints")
         if self.task == "proposals":
             notes.append("average recall of objects whatever their class (useCats 0)")
-        if not hasattr(self.dataset, "areas"):
+        if getattr(self.dataset, "areas", None) is None:
             notes.append("sizes of objects are those of their masks")
         return Protocol(
             pictures=f"{name}, {len(self._ids)} pictures",

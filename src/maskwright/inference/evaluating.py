@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.data import DataWarning, OneClass, open_dataset, things_only
+from maskwright.data import DataWarning, OneClass, open_dataset, spread, things_only
 from maskwright.errors import PictureError, UsageError
 from maskwright.evaluation import Evaluator, PanopticEvaluator, Result, SemanticEvaluator, Speed, match_classes
 from maskwright.inference.predicting import ahead
 from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed, suppression_words
 from maskwright.inference.tasks import Measured, checked_thresholds, default_of, on_host, verb_of
+from maskwright.inference.tiles import check_tiles, predict_tiled, tile_words
 from maskwright.structures import Batch, Instances, Panoptic, Placement
 from maskwright.systems import ProposalSystem, System
 
@@ -33,6 +35,8 @@ def evaluate(
     *,
     task: Measured = "instances",
     batch: int = 1,
+    tile: int | None = None,
+    overlap: float = 0.2,
     device: torch.device | str | None = None,
     dtype: str = "float32",
     compile: bool = False,
@@ -53,7 +57,9 @@ def evaluate(
     task             "instances": AP; "panoptic": PQ, of pictures divided among things and stuff; "semantic": IoU of
                      labels over all pixels, both of systems and sets that have stuff (without it, AP is of things
                      alone); "proposals": average recall of objects whatever their class, of any system
-    batch            pictures per forward pass
+    batch            pictures (or tiles) per forward pass
+    tile, overlap    measure what `predict` finds with tiles of this side, each object once; `detections` are then per
+                     tile too
     device, dtype, compile  see `prepare`
     score_threshold  None: the system's own, 0.05 for most (of proposals: 0); higher ones lower AP
     detections       per picture, and as many per class are counted; None: 100, of proposals 1000
@@ -74,6 +80,7 @@ def evaluate(
         score_threshold = 0.0
     if batch < 1 or workers < 1 or detections < 1:
         raise UsageError(f"batch is {batch}, workers is {workers}, detections is {detections}; all are at least 1")
+    check_tiles(tile, overlap, task)
     divided = task in ("panoptic", "semantic")
     verb = verb_of(system, task)
     given = {**thresholds, **({} if score_threshold is None else {"score_threshold": score_threshold})}
@@ -105,8 +112,16 @@ def evaluate(
     watch = _Watch(place)
     pairs: list[tuple[int, Any]] = []
     mine = range(rank, len(dataset), world)
-    for index, found in _run(ready, task, dataset, mine, batch, place, kind, options, workers, watch, after):
-        pairs.append((index, _renamed(found, rename)))
+    find = functools.partial(_found, ready, task, place, kind, options, watch)
+    if tile:
+        find_tiled = functools.partial(predict_tiled, tile=tile, overlap=overlap, batch=batch)
+        stream = _run_tiled(ready, dataset, mine, find, find_tiled, workers, watch)
+    else:
+        stream = _run(ready, dataset, mine, batch, find, workers)
+    for index, found in stream:
+        objects = after(found) if isinstance(found, Instances) else found
+        watch.saw(objects)
+        pairs.append((index, _renamed(objects, rename)))
     parts = _gathered((pairs, watch.outputs), world)
     everything = [pair for own, _ in parts for pair in own]
     if divided:
@@ -127,7 +142,7 @@ def evaluate(
     result.protocol = replace(
         result.protocol,
         threshold=lowest,
-        input_size=preprocess.words,
+        input_size=(tile_words(tile, overlap) if tile else "") + preprocess.words,
         precision=dtype,
         device=_device_name(place),
         batch=batch,
@@ -159,50 +174,79 @@ def _divided_result(task: Measured, dataset: Any, pairs: Sequence[tuple[int, Pan
     return labels.result(title)
 
 
-def _run(
+def _found(
     system: System,
     task: Measured,
-    dataset: Any,
-    indices: Sequence[int],
-    batch: int,
     place: torch.device,
     kind: torch.dtype,
     options: dict[str, Any],
-    workers: int,
     watch: _Watch,
-    after: Callable[[Instances], Instances],
-) -> Any:
-    def lay(index: int) -> tuple[int, tuple[Tensor, Placement] | PictureError]:
+    laid: Sequence[tuple[Tensor, Placement]],
+) -> list[Any]:
+    """What is in each picture of a batch, on the host, with the time it took."""
+    pictures = Batch.collate([v for v, _ in laid], [p for _, p in laid], multiple=system.preprocess.multiple)
+    with torch.no_grad():
+        watch.start()
+        raw = run_network(system, pictures, place, kind)
+        watch.network()
+        found = [on_host(each) for each in verb_of(system, task)(raw, pictures.placements, **options)]
+        watch.decoded(len(laid))
+    return found
+
+
+def _read(dataset: Any, indices: Sequence[int], prepared: Callable[[Tensor], Any], workers: int, depth: int) -> Any:
+    """Index and prepared picture, one after the other; None for one that cannot be read where the set is not strict."""
+
+    def load(index: int) -> tuple[int, Any]:
         try:
-            return index, system.preprocess.lay(dataset[index].picture)
+            return index, prepared(dataset[index].picture)
         except PictureError as error:
             return index, error
 
+    for index, ready in ahead(load, indices, workers, depth):
+        if not isinstance(ready, PictureError):
+            yield index, ready
+        elif getattr(dataset, "strict", False):
+            raise ready
+        else:
+            warnings.warn(f"{ready} (it counts as a picture without predictions)", DataWarning, stacklevel=4)
+            yield index, None
+
+
+def _run(
+    system: System,
+    dataset: Any,
+    indices: Sequence[int],
+    batch: int,
+    find: Callable[[Sequence[tuple[Tensor, Placement]]], list[Any]],
+    workers: int,
+) -> Any:
     group: list[tuple[int, tuple[Tensor, Placement]]] = []
     left = len(indices)
-    for index, laid in ahead(lay, indices, workers, batch + workers):
+    for index, laid in _read(dataset, indices, system.preprocess.lay, workers, batch + workers):
         left -= 1
-        if not isinstance(laid, PictureError):
+        if laid is not None:
             group.append((index, laid))
-        elif getattr(dataset, "strict", False):
-            raise laid
-        else:
-            warnings.warn(f"{laid} (it counts as a picture without predictions)", DataWarning, stacklevel=3)
         if group and (len(group) == batch or not left):
-            pictures = Batch.collate(
-                [v for _, (v, _) in group], [p for _, (_, p) in group], multiple=system.preprocess.multiple
-            )
-            with torch.no_grad():
-                watch.start()
-                raw = run_network(system, pictures, place, kind)
-                watch.network()
-                found = [on_host(each) for each in verb_of(system, task)(raw, pictures.placements, **options)]
-                found = [after(each) if isinstance(each, Instances) else each for each in found]
-                watch.decoded(len(group))
-            for (number, _), objects in zip(group, found, strict=True):
-                watch.saw(objects)
-                yield number, objects
+            found = find([laid for _, laid in group])
+            yield from zip([number for number, _ in group], found, strict=True)
             group = []
+
+
+def _run_tiled(
+    system: System,
+    dataset: Any,
+    indices: Sequence[int],
+    find: Callable[[Sequence[tuple[Tensor, Placement]]], list[Instances]],
+    find_tiled: Callable[..., Instances],
+    workers: int,
+    watch: _Watch,
+) -> Any:
+    for index, picture in _read(dataset, indices, lambda picture: picture, workers, workers):
+        if picture is not None:
+            with watch.one_picture():
+                objects = find_tiled(lambda crops: find([system.preprocess.lay(c) for c in crops]), picture)
+            yield index, objects
 
 
 @dataclass
@@ -237,6 +281,16 @@ class _Watch:
         self.networks.append((middle - begin) / pictures)
         self.decodings.append((self._now() - middle) / pictures)
         self.pictures.append(pictures)
+
+    @contextlib.contextmanager
+    def one_picture(self) -> Iterator[None]:
+        """The batches within are tiles of one picture, and count as one; joining them is a part of decoding."""
+        before, begin = len(self.pictures), self._now()
+        yield
+        sums = [float(np.dot(v[before:], self.pictures[before:])) for v in (self.networks, self.decodings)]
+        laying = self._now() - begin - sum(sums)
+        for own, value in ((self.networks, sums[0]), (self.decodings, sums[1] + laying), (self.pictures, 1)):
+            own[before:] = [value]
 
     def saw(self, objects: Instances | Panoptic) -> None:
         if isinstance(objects, Panoptic):
@@ -297,8 +351,6 @@ def _kinds(asked: Sequence[str] | None, outputs: set[str], dataset: Any) -> tupl
 def _spread(dataset: Any, limit: int) -> Any:
     if limit < 1:
         raise UsageError(f"limit is {limit}; at least one picture is needed")
-    from maskwright.training.validation import spread
-
     return spread(dataset, limit)
 
 

@@ -18,7 +18,7 @@ from maskwright.inference.preparing import chosen_device, precision, prepare, ru
 from maskwright.inference.sources import Item, is_single, items, read
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
 from maskwright.inference.tasks import Task, checked_thresholds, default_of, on_host, verb_of
-from maskwright.inference.tiles import predict_tiled
+from maskwright.inference.tiles import check_tiles, predict_tiled
 from maskwright.structures import Batch, Instances, Panoptic, Placement
 from maskwright.systems import System
 
@@ -146,11 +146,10 @@ def predict(
     """
     if batch < 1 or workers < 1:
         raise UsageError(f"batch is {batch}, workers is {workers}; both are at least 1")
-    if tile is not None and (tile < 16 or not 0 <= overlap <= 0.9):
-        raise UsageError(f"tile is {tile}, overlap is {overlap}; a tile is at least 16 pixels, its overlap 0 ... 0.9")
+    check_tiles(tile, overlap, task)
     verb = verb_of(system, task)
-    if task != "instances" and (tile is not None or suppression is not None):
-        raise UsageError(f"tile and suppression are for objects; with task {task!r} leave them out")
+    if task != "instances" and suppression is not None:
+        raise UsageError(f"suppression is for objects; with task {task!r} leave it out")
     options = checked_thresholds(verb, system.name, thresholds)
     place, kind = chosen_device(device), precision(dtype)
     wanted = items(source, recursive)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from maskwright.errors import UsageError
 from maskwright.structures import Instances, Masks, Placement
 
 AGREE = 0.5  # overlap (IoU) inside the strip from which on two masks are one object
@@ -54,6 +55,21 @@ def cover(size: tuple[int, int], tile: int, overlap: float) -> list[Tile]:
 
     height, width = size
     return [Tile(x, y, min(tile, width), min(tile, height)) for y in along(height) for x in along(width)]
+
+
+def check_tiles(tile: int | None, overlap: float, task: str) -> None:
+    """UsageError for tiles that cannot be, or that nothing joins: pictures divided among things and stuff."""
+    if tile is None:
+        return
+    if tile < 16 or not 0 <= overlap <= 0.9:
+        raise UsageError(f"tile is {tile}, overlap is {overlap}; a tile is at least 16 pixels, its overlap 0 ... 0.9")
+    if task in ("panoptic", "semantic"):
+        raise UsageError(f"tiles are joined by their objects; with task {task!r} leave tile out")
+
+
+def tile_words(tile: int, overlap: float) -> str:
+    """For the protocol of a measurement."""
+    return f"tiles of {tile} pixels, {100 * overlap:g} % in common, each: "
 
 
 def predict_tiled(

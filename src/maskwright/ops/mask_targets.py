@@ -81,7 +81,7 @@ def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int) -> Tenso
     return Masks.from_polygons(cut, (side, side), masks.fill).dense().float()
 
 
-def label_plane(
+def label_target(
     masks: Masks, labels: Int[Tensor, " n"], *, nothing: int, crowd: Bool[Tensor, " n"] | None = None, void: int = -1
 ) -> Int[Tensor, "h w"]:
     """The label of each pixel, on the host: `nothing` where no mask is. Where masks overlap the smaller one lies on

@@ -31,8 +31,8 @@ from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
-from maskwright.ops.mask_targets import label_plane
-from maskwright.ops.planes import label_plane as on_picture
+from maskwright.ops.mask_targets import label_target
+from maskwright.ops.planes import label_plane
 from maskwright.ops.points import (
     class_uncertainty,
     grid_points,
@@ -429,7 +429,7 @@ class PointRendSemantic(PanopticSystem):
             planes.append(
                 torch.full(target.image_size, nothing)
                 if target.masks is None
-                else label_plane(target.masks, target.labels, nothing=nothing, crowd=target.crowd, void=VOID)
+                else label_target(target.masks, target.labels, nothing=nothing, crowd=target.crowd, void=VOID)
             )
         truth = label_maps(planes, raw.size, raw.coarse.device)
         rules = self.point_rules
@@ -470,7 +470,7 @@ class PointRendSemantic(PanopticSystem):
         result = []
         for row, placement in enumerate(placements):
             one = Raw(raw.feature[row : row + 1], raw.coarse[row : row + 1], raw.size)
-            labels, surety = on_picture(self.refined(one, refine)[0], placement, raw.size)
+            labels, surety = label_plane(self.refined(one, refine)[0], placement, raw.size)
             result.append((labels.masked_fill(labels == len(self.classes), -1), surety))
         return result
 

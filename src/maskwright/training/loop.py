@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskwright.data import things_only
+from maskwright.data import spread, things_only
 from maskwright.errors import TrainingError, UsageError
 from maskwright.structures import Batch, Instances
 from maskwright.systems import System, names, presets, system_class
@@ -35,7 +35,7 @@ from maskwright.training.optimizer import (
 )
 from maskwright.training.recipe import Recipe, named_recipe
 from maskwright.training.state import LAST, Progress, load_state, save_state, seed_step, write_text, writing
-from maskwright.training.validation import score, spread, term_name, validate
+from maskwright.training.validation import score, term_name, validate
 
 
 def train(

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from maskwright.data import OneClass, things_only
+from maskwright.data import OneClass, Renamed, things_only
 from maskwright.errors import MissingExtraError, TrainingError, UsageError
 from maskwright.systems import PanopticSystem, ProposalSystem, System, create, names, presets, system_class
 from maskwright.training.recipe import Recipe
-from maskwright.training.validation import Renamed
 
 
 def launch(recipe: Recipe) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,75 +21,6 @@ from maskwright.training.state import seed_step
 
 # The first of these that was measured decides which weights are best.
 MEASURES = ("panoptic/PQ", "keypoints/AP", "segm/AP", "bbox/AP", "segm/AR100", "bbox/AR100")
-
-
-class Renamed:
-    """A data set whose labels are counted in another list of class names; objects of other classes are left out."""
-
-    def __init__(self, dataset: Any, classes: Sequence[str]):
-        self.inner, self.classes = dataset, tuple(classes)
-        self._map = torch.tensor(
-            [self.classes.index(name) if name in self.classes else -1 for name in dataset.classes], dtype=torch.int64
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":  # while being unpickled in a worker
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    def __len__(self) -> int:
-        return len(self.inner)
-
-    def __getitem__(self, index: int) -> Any:
-        sample = self.inner[index]
-        return replace(sample, target=self._rename(sample.target))
-
-    def targets(self, index: int) -> Instances:
-        return self._rename(self.inner.targets(index))
-
-    def _rename(self, target: Instances) -> Instances:
-        labels = self._map[target.labels]
-        return replace(target, labels=labels)[labels >= 0]
-
-
-class Chosen:
-    """Some pictures of a data set, by their positions."""
-
-    def __init__(self, dataset: Any, positions: Sequence[int]):
-        self.inner, self.positions = dataset, list(positions)
-        self.classes, self.category_ids = dataset.classes, dataset.category_ids
-        self.name, self.joints = dataset.name, getattr(dataset, "joints", None)
-        self.stuff, self.strict = getattr(dataset, "stuff", ()), getattr(dataset, "strict", False)
-        if hasattr(dataset, "areas"):  # optional: the annotations' own areas
-            self.areas = lambda index: dataset.areas(self.positions[index])
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.inner[self.positions[index]]
-
-    def targets(self, index: int) -> Instances:
-        return self.inner.targets(self.positions[index])
-
-    def panoptic(self, index: int) -> Panoptic:
-        return self.inner.panoptic(self.positions[index])
-
-    def image_ids(self) -> list:
-        ids = self.inner.image_ids()
-        return [ids[p] for p in self.positions]
-
-    def sizes(self) -> list[tuple[int, int]]:
-        sizes = self.inner.sizes()
-        return [sizes[p] for p in self.positions]
-
-
-def spread(dataset: Any, count: int | None) -> Any:
-    """At most `count` pictures, evenly spread over the set, always the same ones."""
-    total = len(dataset)
-    if count is None or count >= total:
-        return dataset
-    return Chosen(dataset, [i * total // count for i in range(count)])
 
 
 def validate(
