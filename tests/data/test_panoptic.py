@@ -108,6 +108,16 @@ def test_a_map_that_was_cut_off_is_named(tmp_path: Path):
         read_panoptic(path, strict=True)
 
 
+def test_an_empty_map_and_a_file_without_records_are_errors(tmp_path: Path):
+    path = small_set(tmp_path)
+    (path.with_suffix("") / "2.png").write_bytes(b"")
+    with pytest.raises(AnnotationError, match=r"2\.png.* is empty \(0 bytes\)"):
+        read_panoptic(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+    with pytest.raises(AnnotationError, match="none of its pictures has segments listed"):
+        read_panoptic(path)
+
+
 def test_maps_may_be_as_large_as_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = small_set(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit, of 179 million; ours is wider
@@ -133,7 +143,7 @@ SKIPS = {
     ),
     "a number twice": (
         lambda d: d["annotations"][0]["segments_info"][0].update(id=1),
-        r"two segments of image 1 share id 1",
+        r"two segments of image 1 share id 1; the first one has all their pixels",
     ),
     "no record": (lambda d: d["annotations"].pop(1), r"1 of 2 pictures have no segments listed: 2"),
     "no segments": (

@@ -120,7 +120,9 @@ def test_labels_of_pixels_are_compared(tmp_path):
     for index in range(3):
         evaluator.add_at(index, dataset.panoptic(index).semantic())
     assert evaluator.result()["semantic/mIoU"] == evaluator.result()["semantic/accuracy"] == 1.0
-    evaluator = SemanticEvaluator(dataset)
+    with pytest.raises(UsageError, match="was added twice"):
+        evaluator.add_at(0, dataset.panoptic(0).semantic())
+    evaluator.reset()
     for index in range(3):
         labels = dataset.panoptic(index).semantic()
         labels[:, :32] = -1

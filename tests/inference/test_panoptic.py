@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import maskwright as mw
-from maskwright.data import Scenes, open_dataset
+from maskwright.data import Scenes, open_dataset, read_panoptic
 from maskwright.errors import UsageError
 from maskwright.inference import evaluate, predict
 from maskwright.structures import Instances, Panoptic
@@ -108,9 +108,14 @@ def test_a_prediction_holds_both_and_can_be_saved(tmp_path):
     assert torch.equal(prediction.panoptic.semantic(), dataset.panoptic(0).semantic())
     assert len(prediction.found()) == int(dataset.panoptic(0).things.sum())
     prediction.save(tmp_path / "drawn.jpg")
-    saved = json.loads(prediction.save(tmp_path / "a.json").read_text())
+    with pytest.raises(UsageError, match=r"its map would be .*a\.png, which is the picture"):
+        prediction.save(tmp_path / "a.json")
+    saved = json.loads(prediction.save(tmp_path / "found" / "a.json").read_text())
+    assert saved["images"][0]["file_name"] == "a.png"
     assert {c["name"] for c in saved["categories"] if not c["isthing"]} == set(dataset.stuff)
-    ids = colours_to_ids(np.asarray(Image.open(tmp_path / "a.png")))
+    ids = colours_to_ids(np.asarray(Image.open(tmp_path / "found" / "a.png")))
+    again = read_panoptic(tmp_path / "found" / "a.json", tmp_path, tmp_path / "found")
+    assert torch.equal(again.panoptic(0).semantic(), dataset.panoptic(0).semantic())
     assert {s["id"] for s in saved["annotations"][0]["segments_info"]} == set(np.unique(ids).tolist())
     regions = predict(system, dataset[0].picture, task="semantic")
     assert torch.equal(regions.panoptic.semantic(), dataset.panoptic(0).semantic())
@@ -121,7 +126,7 @@ def test_tasks_that_a_system_lacks_are_refused():
     picture = scenes()[0].picture
     with pytest.raises(UsageError, match="finds objects alone"):
         predict(Painted(), picture, task="panoptic")
-    with pytest.raises(UsageError, match="leave them out"):
+    with pytest.raises(UsageError, match="leave tile out"):
         predict(divider(), picture, task="panoptic", tile=64)
     with pytest.raises(UsageError, match=r"has no option 'nms_threshold'.*score_threshold, overlap_threshold"):
         predict(divider(), picture, task="panoptic", nms_threshold=0.5)

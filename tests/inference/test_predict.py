@@ -191,6 +191,11 @@ def test_grey_and_alpha_become_three_channels(system):
         ({"device": "cuda:77"}, "use cpu"),
         ({"tile": 3}, "tile is 3"),
         ({"tile": 64, "overlap": 1.5}, "overlap is 1.5"),
+        ({"detections": -1}, "detections is -1; expected a whole number from 0 on"),
+        ({"detections": 2.5}, "detections is 2.5; expected a whole number"),
+        ({"score_threshold": "high"}, "score_threshold is 'high'; expected a number"),
+        ({"score_threshold": float("nan")}, "score_threshold is nan; expected a number"),
+        ({"score_threshold": True}, "score_threshold is True; expected a number"),
     ],
 )
 def test_options_that_cannot_be(system, options, says):

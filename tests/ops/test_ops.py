@@ -50,7 +50,7 @@ def test_suppression_keeps_groups_apart_however_many_boxes_there_are():
     assert (marks[kept].diff() <= 0).all()
 
 
-@pytest.mark.parametrize("limit", [1, 5, 40, 300])
+@pytest.mark.parametrize("limit", [0, 1, 5, 40, 300])
 @pytest.mark.parametrize("steps", [7, 100_000])
 def test_the_best_survivors_alone_are_the_first_of_all(limit: int, steps: int):
     generator = torch.Generator().manual_seed(limit)

@@ -166,6 +166,23 @@ def test_counts_survive_their_text(counts):
     assert rle.decode_counts(rle.encode_counts(np.array(counts))).tolist() == counts
 
 
+@given(planes(0, 6))
+def test_many_are_read_as_each_by_itself(dense):
+    height = dense.shape[1]
+    texts = [code["counts"] for code in codes_of(dense)]
+    counts, lengths = rle.decode_all(texts)
+    assert lengths.tolist() == [len(rle.decode_counts(text)) for text in texts]
+    assert counts.tolist() == [n for text in texts for n in rle.decode_counts(text).tolist()]
+    assert rle.frames(texts, height) == [rle.frame(text, height) for text in texts]
+    starts, ends, owner = rle.runs_all(texts)
+    for number, (text, (frame, crop)) in enumerate(zip(texts, rle.to_crops(texts, height), strict=True)):
+        own = owner == number
+        assert [starts[own].tolist(), ends[own].tolist()] == [part.tolist() for part in rle.runs(text)]
+        x0, y0, x1, y1 = frame
+        assert np.array_equal(crop, dense[number, y0:y1, x0:x1].numpy())
+        assert int(dense[number].sum()) == int((ends - starts)[own].sum()) == crop.sum()
+
+
 # ---- crops -----------------------------------------------------------------------------------------------------------
 
 

@@ -137,3 +137,4 @@ def test_the_first_benchmarks_cut_the_long_side():
     assert rule.size(480, 641) == (800, 1068)
     assert rule.size(641, 480) == (1068, 800)
     assert rule.size(200, 640) == (417, 1334), "by a rounded short side, as maskrcnn-benchmark"
+    assert rule.size(1, 2700) == (1, 2700), "no side is less than a pixel"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -119,9 +120,22 @@ def make_stem(
 def coloured(
     preprocess: Preprocess, in_channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> Preprocess:
-    """`preprocess` with another mean or std where given, for pictures of `in_channels`: further channels are centred
-    on the middle grey."""
-    preprocess = replace(preprocess, mean=tuple(mean or preprocess.mean), std=tuple(std or preprocess.std))
-    extra = max(0, in_channels - len(preprocess.mean))
-    middle = (sum(preprocess.mean) / len(preprocess.mean),) * extra
-    return replace(preprocess, mean=preprocess.mean + middle, std=preprocess.std + preprocess.std[:1] * extra)
+    """`preprocess` with another mean or std where given, for pictures of `in_channels`.
+
+    Channels beyond RGB are centred on the middle grey, and so are one or two alone. UsageError for a mean or std of
+    another length, and for a std that is not above nought.
+    """
+    if in_channels < 1:
+        raise UsageError(f"in_channels is {in_channels}; a picture has at least one")
+    rows = []
+    for name, given, own in (("mean", mean, preprocess.mean), ("std", std, preprocess.std)):
+        row = own if given is None else tuple(float(v) for v in given)
+        if given is not None and len(row) != in_channels and not len(row) == 3 < in_channels:
+            raise UsageError(f"{name} has {len(row)} entries; give one for each of {in_channels} channels")
+        if not all(math.isfinite(v) and (name == "mean" or v > 0) for v in row):
+            raise UsageError(f"{name} is {row}; expected numbers{' above 0' * (name == 'std')}")
+        if len(row) > in_channels:
+            row = (sum(row) / len(row),) * in_channels
+        rows.append(row + (sum(row) / len(row) if name == "mean" else row[0],) * (in_channels - len(row)))
+    channels = preprocess.channels if in_channels >= 3 else "RGB"
+    return replace(preprocess, mean=rows[0], std=rows[1], channels=channels)

@@ -27,7 +27,7 @@ PERSON_JOINTS = (
 class Sample:
     """One picture as it is on disk, with what is annotated on it (in the picture's own frame)."""
 
-    picture: UInt8[Tensor, "3 H W"]
+    picture: UInt8[Tensor, "c H W"]
     target: Instances
     id: int | str
     path: Path | None = None

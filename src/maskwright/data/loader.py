@@ -165,7 +165,7 @@ class _Plan:
         self.rank, self.world, self.drop_crowd = rank, world, drop_crowd
         self.strict = bool(getattr(dataset, "strict", False))
         self.mirrored = mirrored_joints(getattr(dataset, "joints", None))
-        self.total = len(dataset)
+        self.total, self.kinds = len(dataset), len(dataset.classes)
         if training:
             self.count = -(-self.total // (batch_size * world))
         else:
@@ -256,7 +256,13 @@ class _Plan:
                 if not self.training:
                     return None
                 continue
+            sample = replace(sample, picture=self.preprocess.fitted(sample.picture))
             target = sample.target
+            if not ((target.labels >= 0) & (target.labels < self.kinds)).all():
+                raise DataError(
+                    f"{sample.name}: has objects of labels {sorted(set(target.labels.tolist()))}; the set has "
+                    f"{self.kinds} classes, 0 ... {self.kinds - 1}"
+                )
             if self.drop_crowd and target.crowd is not None and bool(target.crowd.any()):
                 sample = replace(sample, target=target[~target.crowd])
             return sample

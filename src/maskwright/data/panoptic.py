@@ -95,7 +95,7 @@ def read_panoptic_table(
         return table
     table.stuff = _stuff(table, table.raw["categories"])
     folder = maps or next((p for p in _map_folders(path) if p.is_dir()), path.with_suffix(""))
-    found = _records(table, table.raw["annotations"], position)
+    listed, found = len(table.files), _records(table, table.raw["annotations"], position)
     there = _with_map(table, found, folder)
     _keep_pictures(table, sorted(there))
     owner: list[int] = []
@@ -111,8 +111,9 @@ def read_panoptic_table(
     table.crowd = np.array([crowd for _, _, crowd in columns], bool)
     table.rows = np.array([there[index][0] for index in sorted(there)], np.int64)
     table.maps = [there[index][1] for index in sorted(there)]
-    if found and not table.files and not table.of("error"):
-        table.say("error", "map", f"none of its {len(found)} maps can be used", "see the other findings")
+    if listed and not table.files and not table.of("error"):
+        what = f"none of its {len(found)} maps can be used" if found else "none of its pictures has segments listed"
+        table.say("error", "map", what, "see the other findings")
     _look_into(table, verify)
     return table
 
@@ -271,7 +272,7 @@ def _with_map(table: Table, found: dict[int, tuple[int, str]], folder: Path) -> 
         except PictureError as error:
             about = str(error).removeprefix(f"{path}: ")
             what = f"the map of image {table.image_ids[place]!r}, {path}: {about}"
-            table.say("skip", "map", what, image=table.image_ids[place])
+            table.say("error", "map", what, image=table.image_ids[place])
             continue
         if size != table.sizes[place]:
             what = _other_size(path, size, table.sizes[place]).removesuffix("; put back the map of this very picture")
@@ -306,6 +307,8 @@ def _segments(
             complaint = f"segment {row} of image {picture!r} has {shown!r} as its id; expected 1 ... {LARGEST_ID}"
         elif number in seen:
             complaint = f"two segments of image {picture!r} share id {number}"
+            table.say("skip", "segment", complaint, "the first one has all their pixels", image=picture)
+            continue
         elif whole(segment.get("category_id")) not in labels:
             category = segment.get("category_id")
             complaint = f"segment {number} of image {picture!r} has category {category!r}, which is not in the list"

@@ -183,6 +183,8 @@ class SemanticEvaluator:
         """One picture's labels on its own grid; -1: none."""
         if image_id not in self._position:
             raise UsageError(f"the data set has no picture {image_id!r}")
+        if image_id in self._seen:
+            raise UsageError(f"picture {image_id!r} was added twice; call reset() before the next round")
         truth: Panoptic = self.dataset.panoptic(self._position[image_id])
         if truth.image_size != tuple(labels.shape):
             raise UsageError(f"the prediction is on a grid of {tuple(labels.shape)}, the picture is {truth.image_size}")
@@ -192,6 +194,10 @@ class SemanticEvaluator:
                 f"{len(self.dataset.classes)} classes; map labels with match_classes first"
             )
         self._seen[image_id] = self._pixels(truth, labels.cpu().numpy())
+
+    def reset(self) -> None:
+        """As if nothing had been added."""
+        self._seen.clear()
 
     def _pixels(self, truth: Panoptic, labels: np.ndarray) -> Int[np.ndarray, "k k1"]:
         """Pixels of one picture by what they are and what they were taken for, the last column being nothing."""

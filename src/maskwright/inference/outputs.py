@@ -109,7 +109,7 @@ def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), pi
     if path.suffix.lower() == ".json":
         height, width = objects.image_size
         document = {
-            "images": [{"id": 1, "file_name": str(picture or ""), "height": height, "width": width}],
+            "images": [{"id": 1, "file_name": _name_of(picture), "height": height, "width": width}],
             "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)],
             "annotations": [{"id": n + 1, **r} for n, r in enumerate(objects.to_coco(1))],
         }
@@ -129,15 +129,26 @@ def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), pi
 def save_panoptic(
     panoptic: Panoptic, path: Path, classes: Sequence[str], stuff: Sequence[str], picture: Path | None = None
 ) -> Path:
-    """One divided picture as COCO panoptic JSON, and its map as a PNG of the same name beside it."""
+    """One divided picture as COCO panoptic JSON, and its map as a PNG of the same name beside it. UsageError where that
+    is the picture itself."""
     height, width = panoptic.image_size
+    map_path = path.with_suffix(".png")
+    if picture is not None and map_path.absolute() == picture.absolute():
+        raise UsageError(
+            f"{path}: its map would be {map_path}, which is the picture; save under another name or folder"
+        )
     document = {
-        "images": [{"id": 1, "file_name": str(picture or ""), "height": height, "width": width}],
+        "images": [{"id": 1, "file_name": _name_of(picture), "height": height, "width": width}],
         "categories": [{"id": k + 1, "name": n, "isthing": int(n not in stuff)} for k, n in enumerate(classes)],
         "annotations": [panoptic.to_coco(1, file_name=f"{path.stem}.png")],
     }
-    write_picture(path.with_suffix(".png"), panoptic.to_png())
+    write_picture(map_path, panoptic.to_png())
     return write_bytes(path, json.dumps(document, ensure_ascii=False).encode())
+
+
+def _name_of(picture: Path | None) -> str:
+    """As COCO has it: within the pictures' folder."""
+    return "" if picture is None else picture.name
 
 
 def load_objects(path: str | Path) -> tuple[Instances, tuple[str, ...]]:

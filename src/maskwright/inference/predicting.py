@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskwright.errors import PictureError, UsageError
 from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
-from maskwright.inference.sources import Item, is_single, items, read
+from maskwright.inference.sources import Item, for_eyes, is_single, items, read
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
 from maskwright.inference.tasks import Task, checked_thresholds, default_of, on_host, verb_of
 from maskwright.inference.tiles import check_tiles, predict_tiled
@@ -60,7 +60,7 @@ class Prediction:
     def draw(self, **options: Any) -> Image:
         """The picture with what was found drawn over it (a picture from a file is read again); see `Instances.draw`."""
         found = self.panoptic if self.panoptic is not None else self.found()
-        return found.draw(read(Item(self.path, self.given), 3), self.classes, **options)
+        return found.draw(for_eyes(Item(self.path, self.given)), self.classes, **options)
 
     def save(self, path: str | Path, **options: Any) -> Path:
         """Writes one file, by its suffix: .json COCO records, .npz run-length masks with boxes, labels and scores,
@@ -191,10 +191,6 @@ class _Runner:
     task: Task = "instances"
 
     @property
-    def channels(self) -> int:
-        return len(self.system.preprocess.mean)
-
-    @property
     def score_threshold(self) -> float | None:
         return self.thresholds.get("score_threshold", default_of(self.system.decode, "score_threshold"))
 
@@ -219,7 +215,7 @@ class _Runner:
 def _batches(run: _Runner, wanted: Iterable[Item], batch: int, workers: int) -> Iterator[Prediction]:
     def lay(item: Item) -> tuple[Item, tuple[Tensor, Placement] | PictureError]:
         try:
-            return item, run.system.preprocess.lay(read(item, run.channels))
+            return item, run.system.preprocess.lay(read(item, run.system.preprocess))
         except PictureError as error:
             return item, error
 
@@ -247,7 +243,7 @@ def _flush(run: _Runner, group: list[tuple[Item, Any]]) -> Iterator[Prediction]:
 def _tiles(run: _Runner, wanted: Iterable[Item], batch: int, tile: int, overlap: float) -> Iterator[Prediction]:
     def load(item: Item) -> tuple[Item, Tensor | PictureError]:
         try:
-            return item, read(item, run.channels)
+            return item, read(item, run.system.preprocess)
         except PictureError as error:
             return item, error
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from maskwright.errors import PictureError, UsageError
+from maskwright.structures import Preprocess
 
 # What a folder is searched for. A file named by itself or by a glob may be called anything.
 SUFFIXES = frozenset(
@@ -63,20 +64,27 @@ def items(source: Any, recursive: bool) -> list[Item] | Iterator[Item]:
     )
 
 
-def read(item: Item, channels: int) -> Tensor:
-    """The picture as (C, H, W) uint8, RGB. PictureError says what is wrong with it."""
+def read(item: Item, preprocess: Preprocess) -> Tensor:
+    """The picture as (C, H, W) uint8 with the channels that the network takes. PictureError says what is wrong."""
+    try:
+        return preprocess.fitted(_loaded(item))
+    except UsageError as error:
+        raise PictureError(f"{item.name}: {error}") from None
+
+
+def for_eyes(item: Item) -> Tensor:
+    """The picture as (3, H, W) uint8, to be drawn on: of many channels the first three, of two the first."""
+    picture = _loaded(item)
+    return picture[:3] if len(picture) >= 3 else picture[:1].expand(3, -1, -1)
+
+
+def _loaded(item: Item) -> Tensor:
     if item.path is not None:
         from maskwright.data import read_picture
 
         picture = read_picture(item.path)
     else:
         picture = _pixels(item.given)
-    if len(picture) == 1 and channels >= 3:
-        picture = picture.expand(3, -1, -1)
-    if len(picture) == 4 and channels == 3:
-        picture = picture[:3]  # alpha, dropped as from files
-    if len(picture) != channels:
-        raise PictureError(f"{item.name} has {len(picture)} channels, the system was made for {channels}")
     if not picture.numel():
         raise PictureError(f"{item.name} has no pixels: {picture.shape[1]} x {picture.shape[2]}")
     return picture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from maskwright.errors import UsageError
@@ -26,7 +28,8 @@ def verb_of(system: System, task: str) -> Callable[..., Any]:
 
 
 def checked_thresholds(verb: Callable[..., Any], name: str, thresholds: dict[str, Any]) -> dict[str, Any]:
-    """`thresholds` without those that are None; UsageError names one that the verb of the system `name` lacks."""
+    """`thresholds` without those that are None; UsageError names one that the verb of the system `name` lacks, or whose
+    value is of another kind than its default: numbers are finite, and whole ones count something."""
     parameters = inspect.signature(verb).parameters
     known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] or list(parameters)[2:]
     for asked in thresholds:
@@ -34,7 +37,18 @@ def checked_thresholds(verb: Callable[..., Any], name: str, thresholds: dict[str
             raise UsageError(
                 f"{name} has no option {asked!r} for predicting; its thresholds are {', '.join(known) or 'none'}"
             )
-    return {name: value for name, value in thresholds.items() if value is not None}
+    given = {name: value for name, value in thresholds.items() if value is not None}
+    for asked, value in given.items():
+        kind = str(parameters[asked].annotation).removesuffix(" | None")
+        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        good, words = {
+            "int": (number and value >= 0 and value % 1 == 0, "a whole number from 0 on"),
+            "float": (number, "a number"),
+            "bool": (isinstance(value, bool), "True or False"),
+        }.get(kind, (True, ""))
+        if not good:
+            raise UsageError(f"{asked} is {value!r}; expected {words}")
+    return given
 
 
 def default_of(verb: Callable[..., Any], name: str) -> Any:

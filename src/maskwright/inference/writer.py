@@ -88,7 +88,10 @@ class PredictionWriter:
         """Write results.json and pictures.json, or panoptic.json."""
         if self.divided:
             kinds = [{"id": k + 1, "name": n, "isthing": int(n not in self.stuff)} for k, n in enumerate(self.classes)]
-            whole = {"images": self.images, "annotations": self.divided, "categories": kinds}
+            images = [
+                {**entry, "file_name": self._inside(Path(entry["file_name"])).as_posix()} for entry in self.images
+            ]
+            whole = {"images": images, "annotations": self.divided, "categories": kinds}
             write_bytes(self.folder / "panoptic.json", json.dumps(whole, ensure_ascii=False).encode())
             self.results.abandon()
         elif "coco" in self.kinds:
@@ -105,11 +108,15 @@ class PredictionWriter:
         drawn.convert("RGB").save(data, "JPEG", quality=92)
         write_bytes(target, data.getvalue())
 
-    def _name(self, path: Path) -> str:
-        """The picture's name among the outputs: no two the same, none outside of the folder."""
+    def _inside(self, path: Path) -> Path:
+        """The picture's path below the folder, or glob, that it was named by."""
         whole = path.absolute()
         root = max((r for r in self.roots if whole.is_relative_to(r)), key=lambda r: len(r.parts), default=whole.parent)
-        inside = whole.relative_to(root)
+        return whole.relative_to(root)
+
+    def _name(self, path: Path) -> str:
+        """The picture's name among the outputs: no two the same, none outside of the folder."""
+        inside = self._inside(path)
         # x.jpg and x.png become x and x.png; the same name from two folders gets a number.
         candidates = [str(inside.with_suffix("")), str(inside)]
         name = next((c for c in candidates if c not in self.names), None)

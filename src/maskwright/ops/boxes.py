@@ -138,6 +138,8 @@ def nms(
     limit  so many of the survivors are wanted, the best. Only better boxes decide about a box: the best few times as
            many are looked at first, and more only if too few of them survive
     """
+    if limit == 0:
+        return groups.new_zeros(0, dtype=torch.int64)
     if limit is not None and len(scores) > 8 * limit:
         order, first = scores.argsort(descending=True, stable=True), 8 * limit
         while first < len(order):

@@ -203,7 +203,10 @@ class Masks:
         """Foreground pixels of each mask."""
         if self.kind == "dense":
             return self._data.sum((1, 2))
-        return torch.tensor([rle.area(text) for text in self._strings()], dtype=torch.int64)
+        starts, ends, owner = rle.runs_all(self._strings())
+        areas = np.zeros(len(self), np.int64)
+        np.add.at(areas, owner, ends - starts)
+        return torch.from_numpy(areas)
 
     def boxes(self) -> Float[Tensor, "n 4"]:
         """The tightest boxes x0, y0, x1, y1; zeros for empty masks. Polygons: of their points inside the picture."""
@@ -211,8 +214,7 @@ class Masks:
             return torch.from_numpy(outlines.boxes(self._data, self.size)).float()
         if self.kind == "dense":
             return _dense_boxes(self._data)
-        frames = [rle.frame(text, self.size[0]) for text in self._data]
-        return torch.tensor(frames, dtype=torch.float32).reshape(-1, 4)
+        return torch.tensor(rle.frames(self._data, self.size[0]), dtype=torch.float32).reshape(-1, 4)
 
     def iou(self, others: Masks, crowd: Bool[Tensor, " m"] | None = None) -> Float[Tensor, "n m"]:
         """Overlap of each mask with each of `others`; where `crowd`, over this mask's own area (COCO's rule)."""
@@ -235,8 +237,8 @@ class Masks:
         if self.kind == "polygon":
             objects = [tuple(outlines.placed(ring, placement) for ring in rings) for rings in self._data]
             return Masks("polygon", objects, placement.size, self.fill)
-        texts = [_place_crop(frame, crop, placement) for frame, crop in self._crops()]
-        return Masks("rle", texts, placement.size)
+        edges = [_placed_edges(frame, crop, placement) for frame, crop in self._crops()]
+        return Masks("rle", rle.from_edges(edges, placement.size[0] * placement.size[1]), placement.size)
 
     def resize(self, size: tuple[int, int]) -> Masks:
         """The same masks on a grid of `size` (H, W)."""
@@ -268,8 +270,7 @@ class Masks:
             for plane, (x0, y0, x1, y1) in zip(planes, frames, strict=True):
                 yield (x0, y0, x1, y1), plane[y0:y1, x0:x1].numpy()
         else:
-            for text in self._strings():
-                yield rle.to_crop(text, self.size[0])
+            yield from rle.to_crops(self._strings(), self.size[0])
 
 
 def _dense_boxes(planes: Tensor) -> Tensor:
@@ -299,7 +300,8 @@ def _dense_strings(planes: Tensor) -> list[bytes]:
     return rle.from_edges(np.split(position, cuts), height * width)
 
 
-def _place_crop(frame: rle.Frame, crop: np.ndarray, placement: Placement) -> bytes:
+def _placed_edges(frame: rle.Frame, crop: np.ndarray, placement: Placement) -> np.ndarray:
+    """Where the runs of a mask begin and end, in column order, on the network's input."""
     (height, width), (scale_x, scale_y), (offset_x, offset_y) = placement.size, placement.scale, placement.offset
     x0, y0, x1, y1 = frame
     if placement.mirrored:
@@ -315,4 +317,4 @@ def _place_crop(frame: rle.Frame, crop: np.ndarray, placement: Placement) -> byt
 
     left, columns = source(x0, x1, scale_x, offset_x, width)
     top, rows = source(y0, y1, scale_y, offset_y, height)
-    return rle.from_crop(crop[rows][:, columns], left, top, (height, width))
+    return rle.edges(crop[rows][:, columns], left, top, (height, width))

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from maskwright.errors import UsageError
 from maskwright.structures.batch import Batch
 from maskwright.structures.placement import Placement
 
@@ -98,7 +99,7 @@ class Preprocess:
             return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
         if rule == "benchmark":
             low, high = min(height, width), max(height, width)
-            short = self.short if high / low * self.short <= self.long else round(self.long * low / high)
+            short = self.short if high / low * self.short <= self.long else max(1, round(self.long * low / high))
             other = max(1, int(short * high / low))
             return (short, other) if height <= width else (other, short)
         scale = self.short / min(height, width)
@@ -108,8 +109,9 @@ class Preprocess:
             new = (new[0] * shrink, new[1] * shrink)
         return max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))
 
-    def lay(self, picture: UInt8[Tensor, "c h w"]) -> tuple[Float[Tensor, "c _h _w"], Placement]:
+    def lay(self, picture: UInt8[Tensor, "_c h w"]) -> tuple[Float[Tensor, "c _h _w"], Placement]:
         """One picture, RGB, 0 ... 255 -> its place in the network's input and how it got there."""
+        picture = self.fitted(picture)
         size = (picture.shape[1], picture.shape[2])
         target = self.size(*size)
         if self.resample == "tensor":
@@ -129,6 +131,24 @@ class Preprocess:
         plane[:, top : top + target[0], left : left + target[1]] = values
         return plane, placement.then_crop(-left, -top, canvas)
 
+    def fitted(self, picture: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "d h w"]:
+        """The picture with as many channels as the network takes: RGB becomes grey (its luminance, ITU-R BT.601, as
+        Pillow has it) or grey RGB, and alpha is dropped. UsageError where nobody can know what is meant."""
+        have, want = len(picture), len(self.mean)
+        if have == want:
+            return picture
+        if want == 1 and have in (3, 4):
+            shares = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)  # of 65536
+            return ((picture[:3] * shares).sum(0, keepdim=True) + 32768 >> 16).to(torch.uint8)
+        if want == 3 and have == 1:
+            return picture.expand(3, -1, -1)
+        if want == 3 and have == 4:
+            return picture[:3]
+        raise UsageError(
+            f"the picture has {have} channels, the system was made for {want} (in_channels); pictures from files have "
+            f"three, RGB: give tensors or arrays of {want}, or a system made for {have}"
+        )
+
     def normalise(self, picture: Tensor) -> Float[Tensor, "c h w"]:
         """RGB 0 ... 255 of any dtype -> the network's channels and scale, float32. Further channels follow."""
         values = picture.float()
@@ -139,7 +159,7 @@ class Preprocess:
         mean, std = (values.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (values - mean) / std
 
-    def collate(self, pictures: Sequence[UInt8[Tensor, "c _h _w"]], names: Sequence[str] | None = None) -> Batch:
+    def collate(self, pictures: Sequence[UInt8[Tensor, "_c _h _w"]], names: Sequence[str] | None = None) -> Batch:
         """Pictures as they are -> a batch without targets."""
         laid = [self.lay(p) for p in pictures]
         return Batch.collate([v for v, _ in laid], [p for _, p in laid], names=names, multiple=self.multiple)

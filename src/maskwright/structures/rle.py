@@ -11,7 +11,7 @@ are coded here without ever making the plane.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -21,13 +21,22 @@ Frame = tuple[int, int, int, int]  # x0, y0, x1, y1: whole pixels, x1 and y1 exc
 
 def decode_counts(text: bytes) -> np.ndarray:
     """Run lengths (int64) from COCO's compressed string. ValueError where the text is no such string."""
-    groups = np.frombuffer(text, np.uint8).astype(np.int64) - 48
+    return decode_all([text])[0]
+
+
+def decode_all(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+    """Run lengths (int64) of several strings, one mask after the other, and how many each has.
+
+    All are read in one go: for a hundred small masks that is many times quicker than one by one.
+    """
+    groups = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64) - 48
+    stops = np.cumsum([len(text) for text in texts], dtype=np.int64)
     if not len(groups):
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.int64), np.zeros(len(texts), np.int64)
     if groups.min() < 0 or groups.max() > 63:
         raise ValueError("it holds characters that no run-length string has")
     last = (groups & 32) == 0
-    if not last[-1]:
+    if not last[stops[stops > 0] - 1].all():
         raise ValueError("it ends in the middle of a number")
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
@@ -37,11 +46,29 @@ def decode_counts(text: bytes) -> np.ndarray:
     values = np.add.reduceat((groups & 31) << (5 * place), starts)
     negative = (groups[ends] & 16) != 0
     values = values - np.where(negative, np.int64(1) << (5 * (place[ends] + 1)), 0)
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
+    lengths = np.diff(np.searchsorted(ends, stops), prepend=0)
+    if len(texts) == 1:  # a short string costs numpy's calls alone
+        values[1::2] = np.cumsum(values[1::2])
+        values[2::2] = np.cumsum(values[2::2])
+    else:
+        within = _within(lengths)
+        for chain in (within % 2 == 1, (within % 2 == 0) & (within > 0)):
+            rows = np.flatnonzero(chain)
+            values[rows] = _sums(values[rows], within[rows] <= 2)
     if values.min() < 0:
         raise ValueError("it holds a negative run")
-    return values
+    return values, lengths
+
+
+def _within(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, 2 ... inside each of several stretches."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _sums(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Cumulative sums that begin anew wherever `first` is set."""
+    sums, begins = np.cumsum(values), np.flatnonzero(first)
+    return sums - np.repeat(sums[begins] - values[begins], np.diff(begins, append=len(values)))
 
 
 def encode_counts(counts: np.ndarray) -> bytes:
@@ -56,6 +83,16 @@ def runs(text: bytes) -> tuple[np.ndarray, np.ndarray]:
     starts = starts[: len(ends)]
     solid = ends > starts
     return starts[solid], ends[solid]
+
+
+def runs_all(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same for several masks, one after the other, and the number of the mask that each run belongs to."""
+    counts, lengths = decode_all(texts)
+    within = _within(lengths)
+    edges = _sums(counts, within == 0) if len(counts) else counts
+    ends = np.flatnonzero(within % 2 == 1)
+    solid = ends[counts[ends] > 0]
+    return edges[solid - 1], edges[solid], np.repeat(np.arange(len(texts)), lengths)[solid]
 
 
 def from_runs(starts: np.ndarray, ends: np.ndarray, total: int) -> bytes:
@@ -93,8 +130,7 @@ def from_edges(edges: Sequence[np.ndarray], total: int) -> list[bytes]:
 def _encoded(counts: np.ndarray, lengths: np.ndarray) -> list[bytes]:
     """Compressed strings of several masks' run lengths, so many of each."""
     ends = np.cumsum(lengths)
-    within = np.arange(len(counts)) - np.repeat(ends - lengths, lengths)
-    later = np.flatnonzero(within >= 3)
+    later = np.flatnonzero(_within(lengths) >= 3)
     rest = counts.copy()
     rest[later] -= counts[later - 2]
     columns, going = [np.zeros(len(rest), np.uint8)], np.ones(len(rest), bool)
@@ -133,24 +169,45 @@ def edges(crop: np.ndarray, x0: int, y0: int, size: tuple[int, int]) -> np.ndarr
 def frame(text: bytes, height: int) -> Frame:
     """The tightest frame around the foreground; all zeros where there is none."""
     starts, ends = runs(text)
-    if not len(starts):
-        return 0, 0, 0, 0
-    first, last = starts // height, (ends - 1) // height
-    x0, x1 = int(first[0]), int(last[-1]) + 1
-    if (first != last).any():  # a run that goes on in the next column touches both the lower and the upper border
-        return x0, 0, x1, height
-    return x0, int((starts % height).min()), x1, int(((ends - 1) % height).max()) + 1
+    return _frames(starts, ends, np.zeros(len(starts), np.int64), 1, height)[0]
+
+
+def frames(texts: Sequence[bytes], height: int) -> list[Frame]:
+    """The same for several masks."""
+    return _frames(*runs_all(texts), len(texts), height)
+
+
+def _frames(starts: np.ndarray, ends: np.ndarray, owner: np.ndarray, count: int, height: int) -> list[Frame]:
+    result = np.zeros((count, 4), np.int64)
+    if len(starts):
+        begins = np.flatnonzero(np.diff(owner, prepend=-1))
+        first, last = starts // height, (ends - 1) // height
+        y0 = np.minimum.reduceat(starts % height, begins)
+        y1 = np.maximum.reduceat((ends - 1) % height, begins) + 1
+        # A run that goes on in the next column touches both the lower and the upper border.
+        wraps = np.logical_or.reduceat(first != last, begins)
+        y0, y1 = np.where(wraps, 0, y0), np.where(wraps, height, y1)
+        x1 = last[np.append(begins[1:], len(owner)) - 1] + 1
+        result[owner[begins]] = np.stack([first[begins], y0, x1, y1], 1)
+    return [(x0, y0, x1, y1) for x0, y0, x1, y1 in result.tolist()]
 
 
 def to_crop(text: bytes, height: int) -> tuple[Frame, np.ndarray]:
     """The tightest frame and the bool mask inside it (a view, columns first in memory), without making the plane."""
-    x0, y0, x1, y1 = box = frame(text, height)
-    starts, ends = runs(text)
-    line = np.zeros((x1 - x0) * height + 1, np.int8)
-    line[starts - x0 * height] += 1
-    line[ends - x0 * height] -= 1
-    plane = np.cumsum(line[:-1], dtype=np.int8).reshape(x1 - x0, height)
-    return box, plane.view(bool)[:, y0:y1].T
+    return next(to_crops([text], height))
+
+
+def to_crops(texts: Sequence[bytes], height: int) -> Iterator[tuple[Frame, np.ndarray]]:
+    """The same for several masks, one after the other."""
+    starts, ends, owner = runs_all(texts)
+    cuts = np.searchsorted(owner, np.arange(len(texts) + 1)).tolist()
+    for box, (a, b) in zip(_frames(starts, ends, owner, len(texts), height), pairwise(cuts), strict=True):
+        x0, y0, x1, y1 = box
+        line = np.zeros((x1 - x0) * height + 1, np.int8)
+        line[starts[a:b] - x0 * height] += 1
+        line[ends[a:b] - x0 * height] -= 1
+        plane = np.cumsum(line[:-1], dtype=np.int8).reshape(x1 - x0, height)
+        yield box, plane.view(bool)[:, y0:y1].T
 
 
 def area(text: bytes) -> int:

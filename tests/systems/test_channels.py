@@ -1,0 +1,85 @@
+"""Pictures with as many channels as a system was made for, however many there are in the file."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import maskwright as mw
+from maskwright.blocks.trunk import coloured
+from maskwright.data import Scenes
+from maskwright.errors import PictureError, UsageError
+from maskwright.structures import Preprocess
+from maskwright.systems import names
+from tests.systems.tiny import build
+
+
+def picture(channels: int, seed: int = 0) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (channels, 40, 60), generator=draw, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("channels", [1, 2])
+def test_every_system_takes_pictures_of_fewer_channels(name, channels):
+    system = build(name, in_channels=channels)
+    assert len(system.preprocess.mean) == len(system.preprocess.std) == channels
+    found = system.predict(picture(channels))
+    assert found.instances.image_size == (40, 60)
+
+
+@pytest.mark.fast
+def test_colour_becomes_grey_as_pillow_has_it():
+    rules, rgb = coloured(Preprocess(), 1), picture(3)
+    expected = np.asarray(Image.fromarray(rgb.permute(1, 2, 0).numpy()).convert("L"))
+    assert np.array_equal(rules.fitted(rgb)[0].numpy(), expected)
+    grey = picture(1)
+    assert torch.equal(rules.fitted(grey.expand(3, -1, -1)), grey), "a grey picture in RGB stays what it is"
+    assert torch.equal(Preprocess().fitted(grey), grey.expand(3, -1, -1))
+    assert torch.equal(Preprocess().fitted(picture(4)), picture(4)[:3]), "alpha is dropped"
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(("have", "want"), [(2, 3), (3, 2), (3, 4), (1, 5)])
+def test_what_nobody_can_know_is_refused(have, want):
+    with pytest.raises(UsageError, match=rf"has {have} channels, the system was made for {want} \(in_channels\)"):
+        coloured(Preprocess(), want).fitted(picture(have))
+
+
+@pytest.mark.fast
+def test_colours_of_few_and_of_many_channels():
+    rules = Preprocess(mean=(1.0, 2.0, 6.0), std=(2.0, 3.0, 4.0), channels="BGR")
+    grey = coloured(rules, 1)
+    assert (grey.mean, grey.std, grey.channels) == ((3.0,), (3.0,), "RGB")
+    five = coloured(rules, 5)
+    assert (five.mean, five.std, five.channels) == ((1.0, 2.0, 6.0, 3.0, 3.0), (2.0, 3.0, 4.0, 2.0, 2.0), "BGR")
+    assert coloured(rules, 1, (7,), (8,)).mean == (7.0,)
+    assert coloured(rules, 4, (1, 2, 3)).mean == (1.0, 2.0, 3.0, 2.0)
+    for options, words in [
+        ({"mean": (1, 2)}, "mean has 2 entries; give one for each of 3 channels"),
+        ({"std": (1, 2, 3, 4)}, "std has 4 entries"),
+        ({"std": (1, 0, 1)}, r"std is .*; expected numbers above 0"),
+        ({"mean": (1, float("nan"), 1)}, r"mean is .*; expected numbers"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            coloured(rules, 3, **options)
+    with pytest.raises(UsageError, match="in_channels is 0"):
+        coloured(rules, 0)
+
+
+def test_a_system_for_grey_learns_from_and_measures_coloured_pictures(tmp_path):
+    scenes = Scenes(4, size=(64, 64), seed=0)
+    best = mw.train(
+        "solo-small", scenes, val=scenes, out=tmp_path / "run", steps=2, batch=2, short=(64,), workers=0,
+        tensorboard=False, options={"in_channels": 1, "backbone": "resnet18", "stem_width": 16, "neck_width": 64},
+    )  # fmt: skip
+    system = mw.load(best)
+    assert len(system.preprocess.mean) == 1
+    mw.evaluate(system, scenes, examples=0)
+    path = tmp_path / "grey.png"
+    Image.fromarray(picture(1)[0].numpy()).save(path)
+    assert mw.predict(system, path).instances.image_size == (40, 60)
+    with pytest.raises(PictureError, match=r"the picture.* has 2 channels, the system was made for 1"):
+        mw.predict(system, picture(2))
