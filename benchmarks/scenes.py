@@ -3,6 +3,7 @@
     python benchmarks/scenes.py                                # the small preset of every system
     python benchmarks/scenes.py mask-rcnn-small solov2-small --steps 1000 --draw drawn/
     python benchmarks/scenes.py mask2former-small --data FOLDER --size 160   # pictures: its train and val part
+    python benchmarks/scenes.py eomt-small --data FOLDER --size 64 --jitter 3 6 --tile 64   # windows of them
 
 Every network is a system's small preset with half of ResNet-18's channels and a narrow neck, from random weights, at
 the same input size, with the same pictures in the same order (Keypoint R-CNN: figures
@@ -48,7 +49,7 @@ def small_presets() -> list[str]:
 
 def learn(
     preset: str, data: Path | None, steps: int, batch: int, size: int, rate: float, seed: int, draw: Path | None,
-    recall: bool, scenes: int, workers: int,
+    recall: bool, scenes: int, workers: int, changes: dict[str, Any], given: dict[str, Any], tiles: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     joints = preset.startswith("keypoint")  # it learns figures and their joints; shapes are what they hide behind
     if data is None:
@@ -57,20 +58,20 @@ def learn(
     else:
         train, unseen = (open_dataset(data, part) for part in ("train", "val"))
     known = inspect.signature(system_class(presets()[preset]).__init__).parameters
-    options = {name: value for name, value in NARROW.items() if name in known}
+    options = {name: value for name, value in NARROW.items() if name in known} | given
     start, begun = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         best = mw.train(
             preset, train, val=False, out=Path(folder) / "run", recipe="small", steps=steps, batch=batch, lr=rate,
-            short=(size,), long=size if data is None else 2 * size, warmup=50, ema=0.99, seed=seed,
-            workers=workers, tensorboard=False, options=options,
+            short=(size,), long=size if data is None else 2 * size, seed=seed,
+            workers=workers, tensorboard=False, options=options, **changes,
         )  # fmt: skip
         system = mw.load(best)
     seconds, clock = time.process_time() - start, time.perf_counter() - begun
     proposing = isinstance(system, ProposalSystem)  # it knows no classes: recall is its measure
     summary: dict[str, float] = {}
     if not proposing:
-        summary |= mw.evaluate(system, unseen, examples=0).summary
+        summary |= mw.evaluate(system, unseen, examples=0, **tiles).summary
     if recall or proposing:
         # For AR@10 what is the same object has to be suppressed, also where a system publishes its windows as they are.
         once: dict[str, Any] = {"nms_threshold": 0.7} if proposing else {}
@@ -82,7 +83,7 @@ def learn(
         draw.mkdir(parents=True, exist_ok=True)
         for index in range(3):
             few = {"nms_threshold": 0.5, "detections": 8} if proposing else {}
-            found = system.predict(unseen[index].picture, score_threshold=0.3, **few)
+            found = system.predict(unseen[index].picture, score_threshold=0.3, **few, **tiles)
             found.save(draw / f"{preset}-{index}.png")
     return row
 
@@ -104,16 +105,31 @@ def main() -> None:
     )
     parser.add_argument("--scenes", type=int, default=400, help="how many there are to learn from")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw them")
+    parser.add_argument("--warmup", type=int, default=50)
+    parser.add_argument("--ema", type=float, default=0.99)
+    parser.add_argument(
+        "--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="learn from windows of --size in pictures that were fitted into it and scaled by a factor between these",
+    )  # fmt: skip
+    parser.add_argument("--tile", type=int, help="measure and draw in tiles of so many pixels, 40 %% in common")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the system; VALUE in JSON"
+    )
     parser.add_argument("--draw", type=Path, help="write drawn pictures there")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
     rates = {name: float(value) for name, value in (pair.split("=") for pair in arguments.rates)}
+    given = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in arguments.option)}
+    changes: dict[str, Any] = {"warmup": arguments.warmup, "ema": arguments.ema}
+    if arguments.jitter:
+        changes["augment"] = {"flip": 0.5, "jitter": arguments.jitter, "size": arguments.size}
+    tiles = {"tile": arguments.tile, "overlap": 0.4} if arguments.tile else {}
     rows = []
     for preset in arguments.presets or small_presets():
         rate = rates.get(preset, arguments.lr)
         row = learn(
             preset, arguments.data, arguments.steps, arguments.batch, arguments.size, rate, arguments.seed,
-            arguments.draw, arguments.recall, arguments.scenes, arguments.workers,
+            arguments.draw, arguments.recall, arguments.scenes, arguments.workers, changes, given, tiles,
         )  # fmt: skip
         rows.append(row)
         print(json.dumps(row), flush=True)
