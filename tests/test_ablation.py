@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
 
-from maskwright.ablation import Row, ablate, chart
+from maskwright.ablation import Row, _kept, _write, ablate, chart
 from maskwright.cli import main
 from maskwright.errors import UsageError
 from maskwright.systems import Ablation, names, system_class
@@ -30,7 +32,7 @@ TINY = Ablation(
 def test_every_variant_is_trained_once_and_told_beside_the_published_one(tmp_path, monkeypatch):
     monkeypatch.setattr(MaskRCNN, "ablations", {"9z": TINY})
     budget = ["--steps", "2", "--pictures", "4", "--unseen", "2", "--batch", "2", "--device", "cpu"]
-    code = main(["ablate", "mask-rcnn", "9z", "--seeds", "0", "1", *budget, "--out", str(tmp_path)])
+    code = main(["ablate", "mask-rcnn", "9z", "--seeds", "3", "1", "3", *budget, "--out", str(tmp_path)])
     assert code == 0
     table = (tmp_path / "table-9z.md").read_text()
     assert "two ways to make a mask" in table
@@ -39,7 +41,8 @@ def test_every_variant_is_trained_once_and_told_beside_the_published_one(tmp_pat
     assert "| published AP |" in table
     assert table.rstrip().endswith("| 30.3 |")
     assert (tmp_path / "table-9z.svg").read_text().startswith("<svg")
-    assert len((tmp_path / "table-9z.csv").read_text().splitlines()) == 5
+    cells = [line.split(",")[:2] for line in (tmp_path / "table-9z.csv").read_text().splitlines()]
+    assert cells == [["variant", "seed"], *([v, s] for v in ("softmax", "sigmoid") for s in ("3", "1"))]
     kept = {
         (d["variant"], d["promise"]["seed"]): f
         for f in tmp_path.glob("runs/*/measured.json")
@@ -48,12 +51,14 @@ def test_every_variant_is_trained_once_and_told_beside_the_published_one(tmp_pat
     assert len(kept) == 4
     assert not list(tmp_path.glob("runs/*/*.safetensors")), "weights are not what it is for"
 
-    # Another time nothing is trained again, unless the budget changed.
+    # Another time nothing is trained again, unless the budget changed or the file is damaged.
+    kept["softmax", 1].write_text("{")
     told = json.loads(kept["sigmoid", 1].read_text())
     told["measured"]["AP"] = 77.0
     kept["sigmoid", 1].write_text(json.dumps(told))
     again = ablate("mask-rcnn", "9z", out=tmp_path, seeds=(1,), steps=2, pictures=4, unseen=2, batch=2, device="cpu")
     assert again[1].mean("AP") == 77
+    assert len(json.loads(kept["softmax", 1].read_text())["measured"]) == 6
 
     # Nor for a row that another table has too, however it is written there.
     same = replace(TINY, variants={"plain": {"mask_loss": "sigmoid"}}, published={})
@@ -90,6 +95,58 @@ def test_the_chart_draws_spread_and_what_was_published():
     assert rows[0].mean("AP") == 15
     assert rows[0].spread("AP") == pytest.approx(7.071, abs=1e-3)
     assert rows[1].spread("AP") == 0
+
+
+def test_the_chart_has_room_for_long_names_and_wide_spreads_and_leaves_out_what_is_no_number():
+    name = "a variant whose name says in many words what it is"
+    rows = [
+        Row(name, {"AP": [0.0, 100.0]}, {}), Row("none", {"AP": [math.nan]}, {"AP": 30.0}),
+        Row("one of two", {"AP": [math.nan, 40.0]}, {}),
+    ]  # fmt: skip
+    drawn = chart(rows)
+    assert "nan" not in drawn
+    assert ">–</text>" in drawn
+    assert rows[2].mean("AP") == 40
+    width = float(re.search(r'viewBox="0 0 (\d+)', drawn)[1])
+    ends = [float(x) for x in re.findall(r'x2="([\d.]+)"', drawn)]
+    assert len(ends) == 2
+    assert max(ends) < width - 50
+    assert float(re.search(r'x="(\d+)" y="43" text-anchor="end"', drawn)[1]) > 6.5 * len(name)
+    assert "nan" not in chart([rows[1]])
+
+
+def test_what_is_not_there_is_told_as_a_dash(tmp_path):
+    measured = {m: [math.nan] for m in ("AP50", "AP75", "S", "M", "L")}
+    rows = [Row("a", {"AP": [math.nan], **measured}, {}, [7]), Row("b", {"AP": [2.0], **measured}, {}, [7])]
+    _write(tmp_path, "mask-rcnn", "9z", TINY, rows, {})
+    told = (tmp_path / "table-9z.md").read_text()
+    assert "| a | – |" in told
+    assert "| b | 2.0 ± 0.0 |" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps is 0; expected at least 1"),
+        (["--pictures", "0"], "pictures is 0; expected at least 1"),
+        (["--unseen=-1"], "unseen is -1; expected at least 1"),
+        (["--batch", "0"], "batch is 0; expected at least 1"),
+        (["--seeds"], "give at least one"),
+        (["--seeds=-1"], "expected whole numbers from 0 on"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused_at_the_start(tmp_path, capsys, arguments, message):
+    assert main(["ablate", "tensormask", "2a", *arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"measured": {"AP": 1}}', '{"measured": null}'])
+def test_a_damaged_run_is_made_again(tmp_path, capsys, text):
+    path = tmp_path / "measured.json"
+    path.write_text(text)
+    assert _kept(path) is None
+    assert f"{path} is damaged; the run is made again" in capsys.readouterr().err
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 
 from maskwright.errors import UsageError
 from maskwright.systems import Ablation, create, system_class
-from maskwright.terminal import choose, progress, say
+from maskwright.terminal import choose, complain, progress, say
 
 MEASURES = {
     "AP": "segm/AP",
@@ -32,19 +33,29 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: each measure in percent for every seed, and what was published."""
+    """One variant: each measure in percent for every seed, and what was published.
+
+    A measure is no number (nan) where the scenes of a seed hold no object that it is about; mean and spread are of the
+    other seeds.
+    """
 
     variant: str
     measured: Mapping[str, Sequence[float]]
     published: Mapping[str, float]
+    seeds: Sequence[int] = ()
 
     def mean(self, measure: str) -> float:
-        return statistics.mean(self.measured[measure])
+        """No number (nan) if there is none of any seed."""
+        values = self._there(measure)
+        return statistics.mean(values) if values else math.nan
 
     def spread(self, measure: str) -> float:
         """Standard deviation over the seeds; 0 for one."""
-        values = self.measured[measure]
+        values = self._there(measure)
         return statistics.stdev(values) if len(values) > 1 else 0.0
+
+    def _there(self, measure: str) -> list[float]:
+        return [value for value in self.measured[measure] if not math.isnan(value)]
 
 
 def ablate(
@@ -76,6 +87,14 @@ def ablate(
     plan = kind.ablations[choose(table, kind.ablations, f"table of {system}")]
     out = Path(out)
     budget = {"steps": steps, "pictures": pictures, "unseen": unseen, **changes}
+    for name in ("steps", "pictures", "unseen", "batch"):
+        if name in budget and budget[name] < 1:
+            raise UsageError(f"{name} is {budget[name]}; expected at least 1")
+    seeds = tuple(dict.fromkeys(seeds))
+    if not seeds:
+        raise UsageError("seeds is empty; give at least one, such as --seeds 0")
+    if min(seeds) < 0:
+        raise UsageError(f"seeds has {min(seeds)}; expected whole numbers from 0 on")
     wanted = [(seed, variant) for seed in seeds for variant in plan.variants]
     found: dict[tuple[int, str], dict[str, float]] = {}
     rows: list[Row] = []
@@ -88,6 +107,7 @@ def ablate(
                 name,
                 {m: [found[s, name][m] for s in seeds if (s, name) in found] for m in MEASURES},
                 plan.published.get(name, {}),
+                [s for s in seeds if (s, name) in found],
             )
             for name in plan.variants
             if any((s, name) in found for s in seeds)
@@ -110,8 +130,8 @@ def _run(
     text = json.dumps({**promise, "seed": seed}, sort_keys=True)
     folder = runs / hashlib.sha256(text.encode()).hexdigest()[:12]
     kept = folder / "measured.json"
-    if kept.exists():
-        return json.loads(kept.read_text("utf-8"))["measured"]
+    if kept.exists() and (known := _kept(kept)) is not None:
+        return known
     changes = {k: v for k, v in budget.items() if k not in ("pictures", "unseen")}
     learn = Scenes(budget["pictures"], seed=seed, **plan.scenes)
     judge = Scenes(budget["unseen"], seed=seed + 10_000, **plan.scenes)
@@ -129,8 +149,18 @@ def _run(
     return measured
 
 
+def _kept(path: Path) -> dict[str, float] | None:
+    """The measures of a run that was made before; None, said aloud, where the file is damaged."""
+    try:
+        found = json.loads(path.read_text("utf-8"))["measured"]
+        return {name: float(found[name]) for name in MEASURES}
+    except (ValueError, KeyError, TypeError):
+        complain(f"{path} is damaged; the run is made again")
+        return None
+
+
 def _write(out: Path, system: str, table: str, plan: Ablation, rows: Sequence[Row], budget: Mapping[str, Any]) -> None:
-    told = [m for m in MEASURES if any(row.mean(m) == row.mean(m) for row in rows)]
+    told = [m for m in MEASURES if not all(math.isnan(row.mean(m)) for row in rows)]
     also = [m for m in MEASURES if any(m in row.published for row in rows)]
     seeds = max(len(row.measured["AP"]) for row in rows)
     words = ", ".join(f"{name} {value}" for name, value in budget.items())
@@ -145,26 +175,27 @@ def _write(out: Path, system: str, table: str, plan: Ablation, rows: Sequence[Ro
         "|---|" + "--:|" * (len(told) + len(also)),
     ]
     for row in rows:
-        cells = [f"{row.mean(m):.1f} ± {row.spread(m):.1f}" for m in told]
+        cells = ["–" if math.isnan(row.mean(m)) else f"{row.mean(m):.1f} ± {row.spread(m):.1f}" for m in told]
         cells += [f"{row.published[m]:.1f}" if m in row.published else "" for m in also]
         lines.append(f"| {row.variant} | " + " | ".join(cells) + " |")
     _put(out / f"table-{table}.md", "\n".join(lines) + "\n")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["variant", "seed number", *MEASURES])
+    writer.writerow(["variant", "seed", *MEASURES])
     for row in rows:
-        for number in range(len(row.measured["AP"])):
-            writer.writerow([row.variant, number, *(f"{row.measured[m][number]:.4f}" for m in MEASURES)])
+        for number, seed in enumerate(row.seeds):
+            writer.writerow([row.variant, seed, *(f"{row.measured[m][number]:.4f}" for m in MEASURES)])
     _put(out / f"table-{table}.csv", text.getvalue())
     _put(out / f"table-{table}.svg", chart(rows))
 
 
 def chart(rows: Sequence[Row]) -> str:
     """Bars of AP, measured and published side by side, as one SVG that stands alone."""
-    left, width, line, top = 150, 620, 34, 26
-    most = max([row.mean("AP") for row in rows] + [row.published.get("AP", 0.0) for row in rows] + [1.0])
-    scale = (width - left - 70) / most
-    height = top + line * len(rows) + 10
+    left = 24 + 7 * max([len(row.variant) for row in rows] + [14])  # 7: a letter of 12 pixels, wide ones too
+    long, line, top = 400, 34, 26
+    width, height = left + long + 70, top + line * len(rows) + 10
+    ends = [row.mean("AP") + row.spread("AP") for row in rows] + [row.published.get("AP", 0.0) for row in rows]
+    scale = long / max([end for end in ends if not math.isnan(end)] + [1.0])
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="12">',
@@ -178,10 +209,13 @@ def chart(rows: Sequence[Row]) -> str:
             f'<text x="{left - 8}" y="{y + 17}" text-anchor="end" fill="#111827">{_escaped(row.variant)}</text>'
         )
         value, spread = row.mean("AP"), row.spread("AP")
-        parts.append(f'<rect x="{left}" y="{y + 3}" width="{value * scale:.1f}" height="12" fill="#2563eb"/>')
-        low, high = left + max(0.0, value - spread) * scale, left + (value + spread) * scale
-        parts.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 9}" y2="{y + 9}" stroke="#111827"/>')
-        parts.append(f'<text x="{high + 5:.1f}" y="{y + 13}" fill="#111827">{value:.1f}</text>')
+        if math.isnan(value):
+            parts.append(f'<text x="{left + 5}" y="{y + 13}" fill="#111827">–</text>')
+        else:
+            parts.append(f'<rect x="{left}" y="{y + 3}" width="{value * scale:.1f}" height="12" fill="#2563eb"/>')
+            low, high = left + max(0.0, value - spread) * scale, left + (value + spread) * scale
+            parts.append(f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y + 9}" y2="{y + 9}" stroke="#111827"/>')
+            parts.append(f'<text x="{high + 5:.1f}" y="{y + 13}" fill="#111827">{value:.1f}</text>')
         if "AP" in row.published:
             far = row.published["AP"] * scale
             parts.append(f'<rect x="{left}" y="{y + 17}" width="{far:.1f}" height="9" fill="#d1d5db"/>')

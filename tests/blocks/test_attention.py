@@ -158,3 +158,8 @@ def test_trunks_by_their_names():
 def test_what_a_shallow_resnet_cannot_do_is_refused(options, words):
     with pytest.raises(UsageError, match=f"resnet18 has no bottlenecks {words}"):
         make_trunk("resnet18", **options)
+
+
+def test_blocks_between_deformable_ones_are_counted_from_one_on():
+    with pytest.raises(UsageError, match="deform_every is 0; expected 1"):
+        make_trunk("resnet50", deform_stages=(3,), deform_every=0)

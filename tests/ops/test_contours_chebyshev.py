@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 
+from maskwright.errors import UsageError
 from maskwright.ops import contours
 from maskwright.structures import Masks
 
@@ -103,6 +105,42 @@ def test_the_fit_is_numpys_and_the_polynomial_its_inverse():
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("count", [100, 150, 240, 360])
+def test_many_coefficients_stay_small_and_say_the_outline(count):
+    masks = Masks.from_dense(torch.stack([SHAPES["disc"], plane((10, 20, 50, 40)), SHAPES["cross"]]))
+    code, centres, _ = contours.encode_chebyshev(masks, count)
+    assert code.abs().max() < 5  # in diagonals
+    outlines = contours.decode_chebyshev(code, centres, masks.boxes().float())
+    again = Masks.from_polygons([[ring.numpy()] for ring in outlines], masks.size)
+    assert again.iou(masks).diagonal().min() > 0.97
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("count", [18, 36, 100])
+def test_up_to_a_hundred_coefficients_are_those_of_plain_least_squares(count):
+    radii = torch.rand(3, 360, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    basis = np.polynomial.chebyshev.chebvander(np.linspace(-1, 1, 360), count - 1)
+    plain = radii @ torch.from_numpy(np.linalg.pinv(basis)).T
+    assert torch.equal(contours.chebyshev_fit(radii, count), plain)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("count", [0, -1, 500])
+def test_codes_of_no_coefficients_or_more_than_radii_are_refused(count):
+    with pytest.raises(UsageError, match=rf"count is {count}; expected 1 \.\.\. 360"):
+        contours.encode_chebyshev(Masks.empty((10, 10)), count)
+
+
+@pytest.mark.fast
+def test_misspelt_words_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # else the tests' own check says it first
+    with pytest.raises(UsageError, match="reach is 'corners'; expected exact or corner"):
+        contours.encode_chebyshev(Masks.empty((10, 10)), reach="corners")
+    with pytest.raises(UsageError, match="longest is 'edge'; expected count or length"):
+        contours.resample(torch.ones(1, 4, 2), 8, longest="edge")
+
+
+@pytest.mark.fast
 def test_a_gap_takes_the_next_radius_going_round():
     radii = torch.full((2, 360), torch.nan)
     radii[0, 10], radii[0, 200] = 3.0, 5.0
@@ -163,6 +201,16 @@ def test_of_too_many_vertices_those_with_the_longest_edges_stay():
 @pytest.mark.fast
 def test_an_outline_without_extent_still_gives_points():
     assert (contours.resample(torch.ones(1, 4, 2), 16) == 1).all()
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("count", [0, -1])
+def test_outlines_without_points_are_refused(count):
+    points, lengths = torch.ones(1, 4, 2), torch.tensor([4])
+    with pytest.raises(UsageError, match=f"count is {count}; an outline has at least 1 point"):
+        contours.resample(points, count)
+    with pytest.raises(UsageError, match=f"count is {count}; an outline has at least 1 point"):
+        contours.resample_from(points, count, lengths, points[:, 0])
 
 
 def test_a_basis_made_in_inference_mode_serves_training():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskwright.errors import UsageError
 from maskwright.ops.contours import MISSING, encode_rays, fourier_coefficients, fourier_rays, ray_points, rays_from
 from maskwright.ops.outlines import fill_contours, outer_contours
 from maskwright.structures import Masks
@@ -137,8 +139,22 @@ def test_origins_are_looked_at_in_parts_that_fit_the_budget():
     whole = rays_from(contours, owners, origins, 90)
     assert torch.equal(rays_from(contours, owners, origins, 90, budget=1), whole)
     assert torch.equal(rays_from(contours, owners, origins, 90, budget=60 * 400), whole)
-    with pytest.raises(ValueError, match="7 rays"):
-        rays_from(contours, owners, origins, 7)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("count", [7, 0, -1, 720])
+def test_rays_that_do_not_share_the_circle_are_refused(count):
+    own = Masks.from_dense(torch.ones(1, 9, 9, dtype=torch.bool))
+    with pytest.raises(UsageError, match=f"count is {count}; .* a divisor of 360"):
+        encode_rays(own, count)
+
+
+@pytest.mark.fast
+def test_a_misspelt_border_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # else the tests' own check says it first
+    own = Masks.from_dense(torch.ones(1, 9, 9, dtype=torch.bool))
+    with pytest.raises(UsageError, match="border is 'line'; expected pixels or outline"):
+        encode_rays(own, 36, border="line")
 
 
 @pytest.mark.fast

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -120,6 +122,67 @@ def test_what_does_not_fit_is_refused_in_words():
         swap_align2nat(tensor(2, 2, 2, 2, aligned=False), 2)
     with pytest.raises(UsageError, match=r"V would become 4\.5 cells"):
         up_align2nat(tensor(3, 3, 2, 2), 1.5)
+
+
+def test_factors_and_units_are_above_nought():
+    aligned, natural = tensor(3, 3, 4, 4), tensor(3, 3, 4, 4, aligned=False)
+    places = torch.zeros(1, 3, dtype=torch.int64)
+    for factor in (0, -1, math.nan, math.inf):
+        for call in (
+            lambda f: up_align2nat(aligned, f), lambda f: swap_align2nat(aligned, f),
+            lambda f: swap_windows(aligned, f, places), lambda f: upsample(natural, f),
+        ):  # fmt: skip
+            with pytest.raises(UsageError, match=f"factor is {factor}; expected a number above 0"):
+                call(factor)
+    with pytest.raises(UsageError, match="V would become 3e-08 cells"):
+        up_align2nat(aligned, 1e-8)
+    for every in (0, -1):
+        with pytest.raises(UsageError, match=f"every is {every}; expected a whole number of at least 1"):
+            subsample(aligned, every)
+    for unit in (0.0, -1.0, math.nan):
+        with pytest.raises(UsageError, match=f"cell is {unit}; expected pixels, a number above 0"):
+            MaskTensor(aligned.values, True, cell=unit)
+        with pytest.raises(UsageError, match=f"step is {unit}; expected pixels"):
+            MaskTensor(aligned.values, True, step=unit)
+
+
+WRONG = """
+import torch
+from maskwright.errors import UsageError
+from maskwright.ops.window_tensors import MaskTensor, subsample, swap_align2nat, swap_windows, up_align2nat, upsample
+
+values = torch.zeros(1, 3, 3, 4, 4)
+aligned, natural = MaskTensor(values, True), MaskTensor(values, False)
+for call in (
+    lambda: up_align2nat(aligned, 3, mode="cubic"), lambda: swap_align2nat(aligned, 3, mode="cubic"),
+    lambda: swap_windows(aligned, 3, torch.zeros(1, 3, dtype=torch.int64), mode="cubic"),
+    lambda: upsample(natural, 3, "cubic"), lambda: subsample(aligned, 1.5),
+    lambda: MaskTensor(values[0], True), lambda: MaskTensor(values.long(), True),
+):
+    try:
+        call()
+    except UsageError as error:
+        print(error)
+"""
+
+
+def test_what_is_of_another_kind_is_refused_in_words():
+    """In a process of its own: the checker that tests run under would speak first."""
+    done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, check=False)
+    words = ["mode is 'cubic'; expected bilinear, nearest, floor"] * 4
+    words.append("every is 1.5; expected a whole number of at least 1")
+    for kind, shape in (("float32", "(3, 3, 4, 4)"), ("int64", "(1, 3, 3, 4, 4)")):
+        words.append(f"values are torch.{kind} of shape {shape}; expected (N, V, U, H, W) of floating point")
+    assert done.stdout.splitlines() == words, done.stderr
+
+
+@pytest.mark.parametrize("window", [(2, 0, 0), (0, 2, 0), (0, 0, 2), (0, -1, 0)])
+def test_windows_outside_of_the_grid_are_refused(window):
+    source = tensor(3, 3, 4, 4)  # two pictures, 2 x 2 windows once it is swapped
+    with pytest.raises(UsageError, match=r"windows has \(.*\); expected .* from 0 on and below \(2, 2, 2\)"):
+        swap_windows(source, 2, torch.tensor([(0, 0, 0), window]))
+    if min(window) >= 0 and window[0] < 2:
+        assert swap_windows(source, 2, torch.tensor([window]), subsampled=False).shape == (1, 6, 6)
 
 
 def test_no_windows_give_no_masks():

@@ -192,6 +192,9 @@ def test_not_more_contours_are_learnt_than_allowed():
 def test_wrong_options_are_refused_in_words():
     for options, words in (
         ({"points": 8}, "points 8; a multiple of 4 and at least 16"),
+        ({"canvas": (64,)}, r"canvas is \[64\]; expected a height and a width"),
+        ({"canvas": (0, 64)}, "canvas is .*both at least 1"),
+        ({"iterations": 0}, "iterations is 0; the outline must be moved at least once"),
         ({"backbone": "dla60"}, "no DLA of depth 60"),
         ({"backbone": "vgg"}, "backbone is 'vgg'"),
     ):

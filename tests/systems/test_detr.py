@@ -134,6 +134,42 @@ def test_a_mask_head_may_be_put_on_a_box_model(tmp_path: Path):
         mw.load(tmp_path / "partial.safetensors", masks="joint")
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"heads": 0}, "detr: heads is 0; expected at least 1"),
+        ({"heads": 5}, "width is 32; expected a multiple of 16 and of the 5 heads"),
+        ({"queries": -1}, "queries is -1; expected at least 1"),
+        ({"decoder_layers": 0}, "decoder_layers is 0; expected at least 1"),
+        (
+            {"weights": (1.0, 5.0, 2.0)},
+            "weights is .*; expected 5 numbers, none below 0: of class, box, giou, mask",
+        ),
+        ({"cost": (1.0, 5.0)}, "cost is .*; expected 3 numbers, none below 0: of class, box, giou"),
+    ],
+)
+def test_wrong_options_are_refused_in_words(options, words):
+    with pytest.raises(UsageError, match=words):
+        tiny(**options)
+
+
+@pytest.mark.parametrize("masks", ["none", "joint"])
+def test_norms_of_levels_that_nothing_reads_have_a_gradient_of_nought(masks: str):
+    system = tiny(backbone="swin-tiny", masks=masks).train()
+    sum(system.losses(system(IMAGE), [objects(0)]).values()).backward()
+    assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_masks_that_would_learn_on_a_random_detector_are_told(tmp_path: Path):
+    with pytest.warns(UserWarning, match=r"detr: the detector is frozen and its weights are random.*masks='joint'"):
+        tiny(masks="frozen").progressed(0.0)
+    mw.save(tiny(masks="none"), tmp_path / "boxes.safetensors")
+    for system in (tiny(masks="joint"), mw.load(tmp_path / "boxes.safetensors", masks="frozen")):
+        system.progressed(0.0)  # a warning is an error here
+    tiny(masks="frozen").progressed(0.5)
+
+
 def test_a_frozen_box_model_does_not_learn():
     system = build("detr", masks="frozen").train()
     learning = [n for n, p in system.named_parameters() if p.requires_grad]

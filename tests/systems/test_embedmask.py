@@ -47,6 +47,7 @@ def test_each_option_trains_and_finds(options):
     ("options", "words"),
     [
         ({"splits": (64, 128)}, "splits has 2 entries"),
+        ({"prior_margin": 0.0}, "prior_margin is 0.0; expected a distance above 0"),
         ({"dimensions": 2}, "dimensions is 2; generation 3 needs 3"),
         ({"backbone": "resnet51"}, "no ResNet of depth 51"),
     ],
@@ -105,6 +106,32 @@ def test_pixels_near_a_detection_in_the_embedding_are_its_mask(generation):
     for mask, own in zip(found.masks.dense(), near, strict=True):
         truth = functional.interpolate(own[None, None].float(), size=(256, 384), mode="bilinear")[0, 0] > 0.5
         assert (mask & truth).sum() / (mask | truth).sum() > 0.85
+
+
+@pytest.mark.parametrize("generation", [1, 2, 3])
+def test_the_lowest_and_the_highest_mask_threshold_leave_the_region_and_nothing(generation):
+    system = build("embedmask", generation=generation)
+    boxes = torch.tensor([[16.0, 16, 112, 80], [120, 8, 184, 120]])  # of unlike size: their windows are larger
+    raw, _ = planted(system, (128, 192), boxes)
+    place = Placement.resize((250, 380), (128, 192))
+    usual, lowest, low, highest = (
+        system.decode(raw, [place], mask_threshold=t)[0].masks for t in (0.5, 0.0, 1e-6, 1.0)
+    )
+    assert (highest.areas() == 0).all()
+    assert ((lowest.dense() | low.dense()) == lowest.dense()).all()
+    assert ((lowest.dense() | usual.dense()) == lowest.dense()).all()
+    reach = 4 * embedmask.CELL * 2  # the region is at most three cells wider than the box, on a picture twice as large
+    apart = lowest.boxes() - boxes * 2
+    assert (apart.abs() <= reach).all()
+    assert (lowest.areas() > usual.areas()).all()
+
+
+def test_a_mask_threshold_that_is_no_probability_is_refused():
+    system = build("embedmask")
+    raw, _ = planted(system, (128, 192), torch.tensor([[16.0, 16, 112, 80]]))
+    for threshold in (-0.1, 1.5, math.nan):
+        with pytest.raises(UsageError, match=f"mask_threshold is {threshold}; expected a probability"):
+            system.decode(raw, [Placement.identity((128, 192))], mask_threshold=threshold)
 
 
 def test_the_score_asked_for_is_that_of_the_object_above_the_published_bound_of_its_class():

@@ -130,6 +130,11 @@ def test_things_and_stuff_divide_the_picture():
 def test_wrong_options_are_told():
     with pytest.raises(UsageError, match=r"last_blocks is 9; .* has 3 blocks"):
         build("eomt", last_blocks=9)
+    for option in ("patch", "points", "queries", "heads", "table"):
+        with pytest.raises(UsageError, match=f"eomt: {option} is 0; expected at least 1"):
+            build("eomt", **{option: 0})
+    with pytest.raises(UsageError, match="size is 8 and patch 16; the input holds at least one patch"):
+        build("eomt", size=8)
     with pytest.raises(UsageError, match=r"resnet18.*no plain ViT|timm cannot give 'resnet18'"):
         create("eomt", backbone="resnet18")
 

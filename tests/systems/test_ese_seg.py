@@ -16,6 +16,7 @@ OPTIONS = {
     "tiny": {"backbone": "darknet-tiny", "stem_width": 4},
     "few coefficients": {"coefficients": 8, "shift": 0.0},
     "other anchors": {"anchors": ((8, 8), (16, 16), (32, 32), (64, 64), (96, 96), (128, 128))},
+    "widths that are no multiple of four": {"head_width": 3},
     "PolarMask's head": {"detector": "fcos", "neck_width": 64, "head_convs": 1},
 }
 
@@ -44,6 +45,10 @@ def test_each_option_trains_and_finds(options):
         ({"backbone": "darknet19"}, "expected darknet53, darknet-tiny"),
         ({"backbone": "vgg"}, "expected resnet18"),
         ({"coefficients": 0}, "coefficients is 0; expected 1 ... 360"),
+        ({"coefficients": 361}, "coefficients is 361; expected 1 ... 360"),
+        ({"head_width": 0}, "head_width is 0; at least 1"),
+        ({"anchors": ()}, "anchors has 0 entries"),
+        ({"anchors": ((10, 10), (10, 0), (10, 10))}, "anchors is .*widths and heights must be above 0"),
         ({"detector": "fcos", "rays": 50}, "divisor of 360"),
         ({"detector": "fcos", "backbone": "darknet-tiny"}, "needs levels of strides 8, 16 and 32"),
         ({"anchors": ANCHORS[:4]}, "anchors has 4 entries; expected .* equally many for each of 3 levels"),

@@ -16,7 +16,7 @@ from maskwright.ops.losses import focal_sum
 from maskwright.ops.query_boxes import Boxed, box_costs, focal_classes, focal_costs, inverse_sigmoid
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems.h_detr import HDETR
-from tests.systems.tiny import build, objects
+from tests.systems.tiny import SIZE, build, objects
 
 LAYOUT = Path(__file__).parents[1] / "parity" / "layouts" / "mask-frozen-detr-hdetr_r50.json"
 SMALL = (64, 96)
@@ -140,6 +140,13 @@ def test_other_classes_keep_what_says_that_there_is_an_object(tmp_path):
     assert other.class_heads[last].weight[:, 0].tolist() == [10.0 + last, 20.0 + last, 10.0 + last]
 
 
+@pytest.mark.parametrize("options", [{"backbone": "swin-tiny"}, {"encoder_layers": 0}], ids=["Swin", "no encoder"])
+def test_what_nothing_reads_has_a_gradient_of_nought(options):
+    system = build("h-detr", **options).train()
+    sum(system.losses(system(torch.randn(1, 3, *SIZE)), [objects(2)]).values()).backward()
+    assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("options", "words"),
@@ -147,6 +154,10 @@ def test_other_classes_keep_what_says_that_there_is_an_object(tmp_path):
         ({"levels": 2}, r"levels is 2; expected 3 \(strides 8, 16, 32\) to 6"),
         ({"width": 66}, "width is 66; expected a multiple of 4 and of the 6 heads"),
         ({"queries": 0}, "queries is 0, many_queries 24 and repeats 2; expected at least 1, 0 and 1"),
+        ({"heads": 0}, "h-detr: heads is 0; expected at least 1"),
+        ({"decoder_layers": 0}, "decoder_layers is 0; expected at least 1"),
+        ({"weights": (1.0, 2.0)}, r"weights is \[1.0, 2.0\]; expected 3 numbers, none below 0: of class, box, giou"),
+        ({"cost": (1.0, 2.0, -1.0)}, r"cost is \[1.0, 2.0, -1.0\]; expected 3 numbers, none below 0"),
     ],
 )
 def test_wrong_options_are_refused_in_words(options, words):

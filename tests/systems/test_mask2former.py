@@ -25,6 +25,7 @@ OPTIONS = {
     "DETR's order, empty queries": {"cross_first": False, "learnt_content": False, "dropout": 0.1},
     "a Swin trunk": {**SWIN, "drop_path": 0.2},
     "uniform points": {"important": 0.0, "candidates": 1.0},
+    "levels that nothing mixes": {**SWIN, "encoder_layers": 0, "fine_levels": False},
 }
 
 
@@ -81,7 +82,17 @@ def test_duplicates_can_be_left_out_in_three_ways():
     assert system.decode(raw, place, score_threshold=0.1)[0].labels.tolist() == [1, 1, 0, 1]
     assert system.decode(raw, place, score_threshold=0.1, best_class=True)[0].labels.tolist() == [1, 1, 0]
     assert system.decode(raw, place, score_threshold=0.1, nms_threshold=0.5)[0].labels.tolist() == [1, 0]
-    assert system.decode(raw, place, score_threshold=0.1, overlap=0.5)[0].labels.tolist() == [1]
+    assert system.decode(raw, place, score_threshold=0.1, max_overlap=0.5)[0].labels.tolist() == [1]
+    assert system.decode(raw, place, score_threshold=0.1, nms_threshold=0.5, max_overlap=0.5)[0].labels.tolist() == [1]
+    assert len(system.decode(raw, place, score_threshold=0.1, nms_threshold=0.5, max_overlap=1.0)[0]) == 2
+
+
+def test_every_way_to_leave_duplicates_out_is_an_option_of_predict():
+    system = build("mask2former", short=64, long=96).eval()
+    picture = torch.randint(0, 255, (3, *SMALL), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole = system.predict(picture).instances
+    few = system.predict(picture, max_overlap=0.5, nms_threshold=0.5, best_class=True).instances
+    assert 0 < len(few) < len(whole)
 
 
 def test_pixels_go_to_the_surest_segment_and_regions_are_joined():
@@ -159,6 +170,9 @@ def test_wrong_options_are_refused_in_words():
         create("mask2former", width=100)
     with pytest.raises(UsageError, match="queries is 0; expected at least 1"):
         create("mask2former", queries=0)
+    for option, value in (("layers", 0), ("short", 0), ("heads", 0), ("points", 0), ("no_object", -1.0)):
+        with pytest.raises(UsageError, match=f"{option} is {value}; expected at least"):
+            create("mask2former", **{option: value})
     with pytest.raises(UsageError, match="important is 2"):
         create("mask2former", important=2.0)
     with pytest.raises(UsageError, match=r"stuff names 'sky', which is not among the 1 classes"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -108,6 +109,55 @@ def test_a_full_cache_keeps_what_it_has_and_a_copy_begins_empty():
     assert system.cache.used <= system.cache.budget
 
 
+@pytest.mark.parametrize("way", ["the detector", "its trunk", "in place", "moved"])
+def test_what_another_detector_said_is_forgotten(way: str):
+    system, other = build("mask-frozen-detr", cache=100).train(), build("mask-frozen-detr").train()
+    with torch.no_grad():
+        for parameter in other.detector.parameters():
+            parameter.mul_(1.1)
+    system(pictures(1))
+    if way == "the detector":
+        system.detector.load_state_dict(other.detector.state_dict())
+    elif way == "its trunk":
+        system.detector.backbone.load_state_dict(other.detector.backbone.state_dict())
+    elif way == "in place":
+        with torch.no_grad():
+            system.detector.project[0].conv.weight.mul_(2)
+    else:
+        system.double()
+    kind = next(system.parameters()).dtype
+    system(pictures(1).to(kind))
+    assert (system.cache.hits, system.cache.misses) == (0, 1)
+    with torch.no_grad():
+        kept = system(pictures(1).to(kind))
+        system.cache = None
+        torch.testing.assert_close(kept.features, system(pictures(1).to(kind)).features)
+    assert kept.features.dtype == kind
+
+
+def test_a_system_with_a_cache_is_copied_and_pickled():
+    system = build("mask-frozen-detr", cache=100).train()
+    system(pictures(1))
+    for other in (copy.deepcopy(system), pickle.loads(pickle.dumps(system))):
+        assert not other.cache.entries
+        assert torch.equal(other(pictures(1)).boxes, system(pictures(1)).boxes)
+        assert (other.cache.hits, other.cache.misses) == (0, 1)
+
+
+def test_a_random_detector_is_told_when_it_stays_as_it_is():
+    with pytest.warns(UserWarning, match=r"mask-frozen-detr: the detector is frozen .* random.*joint=True"):
+        build("mask-frozen-detr").progressed(0.0)
+    system = build("mask-frozen-detr")
+    system.load_state_dict(system.state_dict())
+    for own in (
+        system,
+        copy.deepcopy(system),
+        type(system).adopt(build("h-detr")),
+        build("mask-frozen-detr", joint=True),
+    ):
+        own.progressed(0.0)  # a warning is an error here
+
+
 @pytest.mark.fast
 def test_pictures_of_other_bytes_or_shapes_are_others():
     key = build("mask-frozen-detr", cache=1).cache.key
@@ -170,6 +220,9 @@ def test_other_systems_adopt_nothing():
         ({"detector_options": {"depth": 50}}, "h-detr: .*'depth'"),
         ({"query_parts": ("boxes",)}, "query_parts holds 'boxes'; expected some of objects, box, feed_forward"),
         ({"heads": 5}, "width is 32; expected a multiple of 4 and of the 5 heads"),
+        ({"heads": 0}, "mask-frozen-detr: heads is 0; expected at least 1"),
+        ({"weights": (1.0, 1.0)}, "weights is .*; expected 3 numbers, none below 0: of mask, dice, score"),
+        ({"cost": ()}, r"mask-frozen-detr: cost is \[\]; expected 3 numbers"),
     ],
 )
 def test_wrong_options_are_refused_in_words(options, words):

@@ -84,8 +84,9 @@ def test_losses_are_the_same_however_little_memory_they_may_take(monkeypatch):
 def test_wrong_options_are_refused_in_words():
     with pytest.raises(UsageError, match="width is 100; expected a multiple of 4 x heads, which is 32"):
         create("maskformer", width=100)
-    with pytest.raises(UsageError, match="queries is 0 and layers 6; expected at least 1 of each"):
-        create("maskformer", queries=0)
+    for option in ("queries", "layers", "heads", "multiple", "short"):
+        with pytest.raises(UsageError, match=f"maskformer: {option} is 0; expected at least 1"):
+            create("maskformer", **{option: 0})
 
 
 @pytest.mark.parametrize("layout", ["r50-coco-panoptic", "swin_tiny-coco-panoptic-hf"])

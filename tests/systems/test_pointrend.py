@@ -102,6 +102,29 @@ def test_the_implicit_variant_learns_and_finds():
     assert masks[0].shape == (1, 224, 224)
 
 
+@pytest.mark.parametrize("name", ["pointrend", "pointrend-semantic"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"candidates": 0.5}, "candidates is 0.5, important 0.75; at least 1 and a share are needed"),
+        ({"important": -0.5}, "important -0.5; at least 1 and a share"),
+        ({"point_count": 0}, "point_count is 0; expected at least 1"),
+        ({"refine_steps": -1}, "refine_steps is -1; expected 0, which refines nothing, or more"),
+        ({"refine_points": 0}, "refine_points is 0; expected at least 1; refine_steps=0 refines nothing"),
+    ],
+)
+def test_points_that_cannot_be_chosen_are_refused(name: str, options: dict[str, Any], message: str):
+    with pytest.raises(UsageError, match=message):
+        make(name, **options)
+
+
+@pytest.mark.parametrize("given", [(), (10,), (10, 10, 10), (10, -1)])
+@pytest.mark.parametrize("option", ["proposals_before", "proposals_after"])
+def test_proposals_are_counted_in_training_and_at_test(option: str, given: tuple[int, ...]):
+    with pytest.raises(UsageError, match=f"{option} is .*; expected two numbers, in training and at test"):
+        make("pointrend", **{option: given})
+
+
 def test_wrong_options_are_refused():
     with pytest.raises(UsageError, match="important 1\\.5; at least 1"):
         make("pointrend", important=1.5)

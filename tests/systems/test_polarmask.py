@@ -59,6 +59,9 @@ def test_each_option_trains_and_finds(name, options):
         ("polarmask", {"rays": 50}, "rays is 50; it must be a divisor of 360"),
         ("polarmask", {"sampling": "median"}, "sampling is 'median'; expected mass, box"),
         ("polarmask", {"multiple": 16}, "multiple is 16"),
+        ("polarmask", {"multiple": 0}, "multiple is 0; the pyramid needs a multiple of 32, at least 32"),
+        ("fouriernet", {"multiple": -32}, "multiple is -32"),
+        ("polarmask", {"canvas": (0, 64)}, "canvas is .*both at least 1"),
         ("polarmask", {"canvas": (3,)}, "expected a height and a width"),
         ("polarmask", {"colours": "lab"}, "colours is 'lab'; expected caffe or imagenet"),
         ("fouriernet", {"coefficients": 61, "rays": 60}, "coefficients is 61; 60 rays have 1 to 60"),
@@ -70,6 +73,16 @@ def test_options_that_cannot_be_are_refused_in_words(name, options, words):
     else:
         with pytest.raises(UsageError, match=words):
             build(name, **options)
+
+
+@pytest.mark.parametrize("name", ["polarmask", "fouriernet", "embedmask", "ese-seg"])
+def test_towers_of_32_channels_see_a_small_picture_alone(name):
+    system = build(name, neck_width=32, **({"detector": "fcos", "head_convs": 1} if name == "ese-seg" else {})).eval()
+    images = torch.randn(2, 3, 64, 96)  # one cell at stride 128
+    with torch.no_grad():
+        alone, together = system(images[:1]), system(images)
+    torch.testing.assert_close(alone.centerness[-1], together.centerness[-1][:1])
+    assert alone.centerness[-1].shape[2:] == (1, 1)
 
 
 @pytest.mark.fast

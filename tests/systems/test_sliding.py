@@ -14,13 +14,13 @@ from torch.nn import functional
 
 import maskwright as mw
 from maskwright.blocks.layers import pad_mirrored
-from maskwright.blocks.sliding import assign, reachable, windows_of
+from maskwright.blocks.sliding import assign, own_places, reachable, windows_of
 from maskwright.blocks.vgg import VGG
 from maskwright.data import Scenes
 from maskwright.errors import UsageError
 from maskwright.ops.paste import paste_masks
 from maskwright.ops.window_tensors import MaskTensor, up_align2nat
-from maskwright.structures import Instances, Placement
+from maskwright.structures import Batch, Instances, Placement
 from maskwright.systems import create
 from maskwright.systems.deepmask import Raw as Patches
 from maskwright.systems.instancefcn import Raw as Maps
@@ -287,6 +287,68 @@ def test_windows_on_a_batchs_padding_learn_nothing(name):
     )
 
 
+ALONE = {
+    "a frozen norm": ("deepmask", {"norm": "frozen"}),
+    "a norm of the whole plane, borders mirrored": ("deepmask", {"border": "symmetric", "scales": (0.6, 1.4)}),
+    "scales that round": ("instancefcn", {"side": 11, "scales": (0.6, 1.0, 1.4), "norm": "frozen"}),
+}
+
+
+def in_planes(system, pictures):
+    """A batch through the network, its pictures in planes as large as the largest."""
+    sizes = [(p.shape[-2], p.shape[-1]) for p in pictures]
+    batch = Batch.collate(pictures, [Placement.identity(s) for s in sizes], multiple=system.preprocess.multiple)
+    return system(*system.inputs(batch.images, sizes)), batch.placements
+
+
+@pytest.mark.parametrize(("name", "options"), ALONE.values(), ids=ALONE)
+def test_a_picture_beside_a_larger_one_gives_what_it_gives_alone(name, options):
+    system = build(name, **options).double().eval()
+    pictures = [torch.randn(3, 45, 70).double(), torch.randn(3, 90, 61).double()]
+    with torch.no_grad():
+        raw, places = in_planes(system, pictures)
+        together = system.decode(raw, places, detections=1000, nms_threshold=0.9)
+        for picture, own in zip(pictures, together, strict=True):
+            raw, places = in_planes(system, [picture])
+            assert raw.there == ()
+            alone = system.decode(raw, places, detections=1000, nms_threshold=0.9)[0]
+            assert len(alone) == len(own) > 10
+            torch.testing.assert_close(alone.scores, own.scores)
+            torch.testing.assert_close(alone.boxes, own.boxes)
+
+
+@pytest.mark.parametrize(("name", "options"), ALONE.values(), ids=ALONE)
+def test_a_picture_beside_a_larger_one_learns_what_it_learns_alone(name, options):
+    system = build(name, **options, sampled=10_000).double()  # all windows, so that none is drawn
+    pictures = [torch.randn(3, 45, 70).double(), torch.randn(3, 90, 61).double()]
+    targets = [Instances.empty((45, 70)), Instances.empty((90, 61))]
+    stride, sums, counts = getattr(system, "stride", 8), [], []
+    for chosen in ([0], [1], [0, 1]):
+        raw, _ = in_planes(system, [pictures[n] for n in chosen])
+        windows = system.windows(raw)
+        learning = [
+            own_places(raw.there, row, windows) & reachable(windows, targets[n].image_size, stride)
+            for row, n in enumerate(chosen)
+        ]
+        counts.append(sum(int(own.sum()) for own in learning))
+        sums.append(counts[-1] * system.losses(raw, [targets[n] for n in chosen])["score"])  # that is a mean
+    assert counts[0] + counts[1] == counts[2]
+    torch.testing.assert_close(sums[0] + sums[1], sums[2])
+
+
+def test_where_batch_norms_learn_a_batch_is_seen_at_once():
+    system = build("deepmask", norm="batch").train()
+    seen = []
+    system.backbone.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
+    pictures = [torch.randn(3, 48, 64), torch.randn(3, 90, 60)]
+    in_planes(system, pictures)
+    assert seen == [(2, 3, 45 + 64, 32 + 64), (2, 3, 90 + 64, 64 + 64)]
+    seen.clear()
+    with torch.no_grad():
+        in_planes(system.eval(), pictures)
+    assert len(seen) == 4
+
+
 # ---- what is found ---------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +444,14 @@ def test_a_set_of_any_classes_is_learnt_and_measured(tmp_path):
 def test_what_cannot_be_is_refused_in_words():
     with pytest.raises(UsageError, match="window is 72 pixels; it must be a multiple of two places, 32 pixels"):
         build("deepmask", window=72)
+    with pytest.raises(UsageError, match="window is 0 pixels; it must be a multiple"):
+        build("deepmask", window=0)
+    with pytest.raises(UsageError, match=r"dropout is 1.5; expected a share between 0 and 1"):
+        build("deepmask", dropout=1.5)
+    for name in ("deepmask", "instancefcn"):
+        for scales in ((), (1.0, 0.0), (-0.5,), (float("nan"),)):
+            with pytest.raises(UsageError, match=r"scales is \(.*\); expected at least one number, all above 0"):
+                build(name, scales=scales)
     with pytest.raises(UsageError, match="side is 8, parts 3; expected an odd side"):
         build("instancefcn", side=8)
     with pytest.raises(UsageError, match="backbone is 'alexnet' at stride 16; expected resnet18"):

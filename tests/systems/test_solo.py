@@ -48,6 +48,16 @@ def test_each_option_trains_and_finds(name, options):
             assert all(0 < len(own) <= 5 and len(own.masks) == len(own) for own in found)
 
 
+@pytest.mark.parametrize("name", ["decoupled-solo", "solov2"])
+def test_a_grid_of_one_cell_is_looked_at_alone_as_in_a_batch(name):
+    system = build(name, grids=(4, 3, 2, 2, 1)).eval()
+    images = torch.randn(2, 3, *SMALL)
+    with torch.no_grad():
+        together, alone = system(images), system(images[:1])
+    for a, b in zip(together.classes, alone.classes, strict=True):
+        torch.testing.assert_close(a[:1], b)
+
+
 def test_masks_of_single_cells_are_channels_of_the_last_convolution():
     system = build("solo").eval()
     raw = system(torch.randn(1, 3, *SIZE))
@@ -129,6 +139,13 @@ def test_boxes_end_at_their_last_pixel_for_the_fork_alone():
 def test_wrong_options_are_refused_in_words():
     with pytest.raises(UsageError, match="grids has 4 entries, ranges 5; there are 5 levels"):
         create("solo", grids=(9, 8, 7, 6))
+    for name in ("solo", "decoupled-solo", "solov2"):
+        with pytest.raises(UsageError, match="head_convs is 0; both branches need at least 1"):
+            create(name, head_convs=0)
+        with pytest.raises(UsageError, match=r"grids is \[9, 8, 7, 6, 0\]; .* at least 1"):
+            create(name, grids=(9, 8, 7, 6, 0))
+    with pytest.raises(UsageError, match=r"ranges is .*; expected \(lowest, highest\)"):
+        create("solo", ranges=((1, 96), (48, 192), (96, 384), (192, 768), (384,)))
     with pytest.raises(UsageError, match="backbone is 'vgg'; expected resnet18"):
         create("solov2", backbone="vgg")
     with pytest.raises(UsageError, match="rules is 'detectron'; expected mmdet or adelaidet"):

@@ -55,6 +55,20 @@ def test_masks_of_single_windows_are_those_of_the_dense_tensor(name):
             torch.testing.assert_close(logits, dense[picture, :, :, y, x], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["nearest", "floor"])
+def test_a_bipyramid_upsamples_as_it_is_told(mode):
+    system = build("tensormask", windows=(7,), mode=mode).eval()
+    smooth = build("tensormask", windows=(7,)).eval()
+    with torch.no_grad():
+        raw = system(torch.randn(1, 3, *SIZE))
+        rows = torch.tensor([[0, 0, 3, 4, 0], [0, 1, 2, 3, 0], [0, 2, 1, 1, 0]])
+        for own, logits in system.masks_of(raw, rows):
+            level, y, x = rows[own[0], 1:4].tolist()
+            dense, other = (s.whole_masks(raw, level)[0] for s in (system, smooth))
+            torch.testing.assert_close(logits[0], dense[0, :, :, y, x], rtol=1e-4, atol=1e-4)
+            assert torch.allclose(dense, other) == (level == 0), "only the finest level is as fine as predicted"
+
+
 def test_a_bipyramid_has_finer_masks_on_coarser_levels():
     system = build("tensormask", windows=(7,)).eval()
     with torch.no_grad():
@@ -88,3 +102,13 @@ def test_heads_that_cannot_be_are_refused_in_words():
         build("tensormask", bipyramid=False, factor=3.0)
     with pytest.raises(UsageError, match="expected code or paper"):
         build("tensormask", rule="neither")
+    for windows in ((), (0, 15), (-3,)):
+        with pytest.raises(UsageError, match=r"windows is \(.*\); expected at least one size, each of 1 cell"):
+            build("tensormask", windows=windows)
+    for factor in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match=r"factor is .*; expected a number above 0"):
+            build("tensormask", bipyramid=False, factor=factor)
+    with pytest.raises(UsageError, match=r"a window of 11 cells cannot be predicted 1e\+09 times coarser"):
+        build("tensormask", bipyramid=False, factor=1e9)
+    with pytest.raises(UsageError, match="convs is 0; each tower has at least 1"):
+        build("tensormask", convs=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskwright.errors import UsageError
 from maskwright.ops.deformable import deform_conv
 
 Norm = Literal["none", "frozen", "still", "batch", "group"]
@@ -64,9 +66,23 @@ class StillBatchNorm(FrozenBatchNorm):
             self.register_parameter(name, nn.Parameter(value))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Torch's, also where each group has a single value (as many groups as channels, on a map of one cell): the result
+    is then the bias. Torch refuses that for a picture alone, in evaluation too, and gives it but for rounding in a
+    batch."""
+
+    def forward(self, input: Float[Tensor, "b c *n"]) -> Float[Tensor, "b c *n"]:
+        if math.prod(input.shape[1:]) != self.num_groups:
+            return super().forward(input)
+        # A value less its mean, itself: nought, and so are its gradient and the scale's. Past torch's check of sizes.
+        return torch.group_norm(input - input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def make_norm(kind: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
     """A norm layer. "frozen" and "still" keep their statistics, "still" trains scale and shift; "group" has 32 groups
     (Group Normalization, arXiv 1803.08494), fewer where channels are fewer."""
+    if not eps >= 0:
+        raise UsageError(f"norm_eps is {eps}; expected a number that is not below 0")
     if kind == "none":
         return nn.Identity()
     if kind == "frozen":
@@ -74,10 +90,15 @@ def make_norm(kind: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
     if kind == "still":
         return StillBatchNorm(channels, eps)
     if kind == "batch":
+        if eps == 0:
+            raise UsageError(
+                "norm_eps is 0 with norm='batch', which torch does not train; give one above 0 (as usual 1e-5), or "
+                "norm='frozen' or 'still', which may have 0"
+            )
         return nn.BatchNorm2d(channels, eps)
     if kind == "group":
-        return nn.GroupNorm(32 if channels % 32 == 0 else 8 if channels % 8 == 0 else 1, channels, eps)
-    raise ValueError(f"norm is {kind!r}; expected none, frozen, still, batch or group")
+        return GroupNorm(32 if channels % 32 == 0 else 8 if channels % 8 == 0 else 1, channels, eps)
+    raise UsageError(f"norm is {kind!r}; expected none, frozen, still, batch or group")
 
 
 class ConvNorm(nn.Module):

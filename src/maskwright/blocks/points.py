@@ -7,6 +7,7 @@ unsure are asked for. It works for masks of boxes (`BoxPoints`) and for masks of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,7 +38,7 @@ ClassAxes = tuple[
 
 @dataclass(frozen=True)
 class PointRules:
-    """How points are chosen.
+    """How points are chosen; UsageError where that cannot be, in the words of systems' options.
 
     count, candidates, important  in training, of each mask: see `ops.points.uncertain_points`
     steps, points                 at test: doublings, and cells asked for after each
@@ -48,6 +49,18 @@ class PointRules:
     important: float = 0.75
     steps: int = 5
     points: int = 784
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.important <= 1 or not 1 <= self.candidates < math.inf:
+            raise UsageError(
+                f"candidates is {self.candidates}, important {self.important}; at least 1 and a share are needed"
+            )
+        if self.count < 1:
+            raise UsageError(f"point_count is {self.count}; expected at least 1")
+        if self.steps < 0:
+            raise UsageError(f"refine_steps is {self.steps}; expected 0, which refines nothing, or more")
+        if self.points < 1:
+            raise UsageError(f"refine_points is {self.points}; expected at least 1; refine_steps=0 refines nothing")
 
 
 class PointHead(nn.Module):

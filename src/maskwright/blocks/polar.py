@@ -373,10 +373,10 @@ def polar_preprocess(
     """What the published systems do to a picture; with a canvas every picture is stretched to it."""
     if colours not in _PREPROCESS:
         raise UsageError(f"colours is {colours!r}; expected {' or '.join(_PREPROCESS)}")
-    if multiple % 32:
-        raise UsageError(f"multiple is {multiple}; the pyramid needs a multiple of 32")
-    if canvas is not None and len(canvas) != 2:
-        raise UsageError(f"canvas is {canvas!r}; expected a height and a width")
+    if multiple < 32 or multiple % 32:
+        raise UsageError(f"multiple is {multiple}; the pyramid needs a multiple of 32, at least 32")
+    if canvas is not None and (len(canvas) != 2 or min(canvas) < 1):
+        raise UsageError(f"canvas is {canvas!r}; expected a height and a width in pixels, both at least 1")
     base = replace(_PREPROCESS[colours], short=short, long=long, multiple=multiple)
     if canvas is not None:
         base = replace(base, fit="stretch", canvas=(int(canvas[0]), int(canvas[1])))

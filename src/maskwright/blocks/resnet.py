@@ -97,13 +97,15 @@ def make_stage(
     without `dilate_first` its first block is not dilated (torchvision), with it all are (detectron2).
     Blocks of depths 18 and 34 never dilate: such a stage only does not stride.
     `deform`: the 3 x 3 of every `deform_every`-th block, from the first on, is a deformable convolution.
-    ValueError for what blocks without a bottleneck (depths 18 and 34) do not have."""
+    ValueError for what cannot be, as what blocks without a bottleneck (depths 18 and 34) do not have."""
     if depth not in BLOCKS:
         raise ValueError(f"there is no ResNet of depth {depth}; known are {', '.join(map(str, BLOCKS))}")
     if depth < 50 and deform != "no":
         raise ValueError(f"resnet{depth} has no bottlenecks to deform; give deform_stages=() or a deeper trunk")
     if depth < 50 and groups != 1:
         raise ValueError(f"resnet{depth} has no bottlenecks to group; give groups=1 or a deeper trunk")
+    if deform_every < 1:
+        raise ValueError(f"deform_every is {deform_every}; expected 1 (every block), 2 (every other) or more")
     scale, blocks = 2**number, []
     for index in range(BLOCKS[depth][number]):
         stride = 2 if index == 0 and number > 0 and dilation == 1 else 1

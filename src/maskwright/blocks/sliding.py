@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
@@ -49,6 +50,75 @@ def resized(images: Float[Tensor, "b c h w"], scale: float, corners: bool) -> Fl
     if size == list(images.shape[-2:]):
         return images
     return functional.interpolate(images, size=size, mode="bilinear", align_corners=corners)
+
+
+def planes_of(shape: Sequence[int], sizes: Sequence[Sequence[int]], multiple: int) -> list[tuple[int, int]]:
+    """What each picture of `sizes` (H, W) would fill alone, rounded up to `multiple`, of a batch of `shape`."""
+    height, width = shape[-2:]
+    return [(min(-(-h // multiple) * multiple, height), min(-(-w // multiple) * multiple, width)) for h, w in sizes]
+
+
+def inputs_of(
+    images: Float[Tensor, "b c h w"], sizes: Sequence[tuple[int, int]], multiple: int
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """What `forward` is called with: `sizes` only where some picture is smaller than the batch, and on the host, where
+    they decide which pictures go through the network together."""
+    if all(plane == tuple(images.shape[-2:]) for plane in planes_of(images.shape, sizes, multiple)):
+        return (images,)
+    return images, torch.tensor([list(size) for size in sizes], dtype=torch.int64)
+
+
+def pyramid(
+    images: Float[Tensor, "b c h w"],
+    planes: Sequence[tuple[int, int]] | None,
+    scales: Sequence[float],
+    level: Callable[[Tensor, float], Tensor],
+    network: Callable[[Tensor], tuple[Tensor, ...]],
+    fills: Sequence[float],
+    shared: bool = False,
+) -> tuple[list[tuple[Tensor, ...]], tuple[Bool[Tensor, "b 1 _h _w"], ...]]:
+    """What a network says of each level of a pyramid of pictures, and which places of it are each picture's own (none
+    said: all are).
+
+    Pictures of different `planes` go through it one after the other, those of one plane together: many layers see where
+    a plane ends, and a group norm sees all of it, so that nothing laid around a smaller picture would give what it
+    gives alone.
+
+    planes   see `planes_of`; None: every picture fills the batch
+    level    pictures, scale -> a level; what is beyond one is nought
+    network  a level -> outputs on one grid; those of smaller pictures are filled up with `fills`
+    shared   the batch goes through it at once all the same, noughts beyond smaller pictures: see `shares_norms`
+    """
+    if planes is None:
+        return [network(level(images, scale)) for scale in scales], ()
+    lots = {plane: [n for n, own in enumerate(planes) if own == plane] for plane in dict.fromkeys(planes)}
+    order = torch.tensor([row for rows in lots.values() for row in rows], device=images.device).argsort()
+    result, there = [], []
+    for scale in scales:
+        levels = [level(images[rows, :, :height, :width], scale) for (height, width), rows in lots.items()]
+        if shared:
+            result.append(network(_joined(levels, 0.0)[order]))
+            continue
+        outputs = [network(own) for own in levels]
+        own = [torch.ones_like(first[:, :1], dtype=torch.bool) for first, *_ in outputs]
+        parts = zip(zip(*outputs, strict=True), fills, strict=True)
+        result.append(tuple(_joined(each, fill)[order] for each, fill in parts))
+        there.append(_joined(own, 0.0)[order])
+    return result, tuple(there)
+
+
+def _joined(parts: Sequence[Tensor], fill: float) -> Tensor:
+    """One batch of planes of different sizes, `fill` right of and below the smaller ones."""
+    height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
+    return torch.cat(
+        [functional.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2]), value=fill) for p in parts]
+    )  # fmt: skip
+
+
+def shares_norms(module: nn.Module) -> bool:
+    """Whether batch norms learn here: their statistics are those of a whole batch, and processes that share them must
+    come to each as often as the others."""
+    return any(isinstance(child, _BatchNorm) and child.training for child in module.modules())
 
 
 def windows_of(
@@ -88,10 +158,18 @@ def assign(
 
 
 def reachable(windows: Windows, size: tuple[int, int], stride: int) -> Bool[Tensor, " n"]:
-    """Windows whose centres lie on a picture of `size` (H, W), or less than a place beyond it: not on the padding that
-    a batch adds."""
+    """Windows whose centres lie on a picture of `size` (H, W), or less than a place beyond it: not on padding."""
     limit = windows.boxes.new_tensor([size[1], size[0]])
     return ((windows.centres - limit) * windows.scales[:, None] < stride).all(1)
+
+
+def own_places(
+    there: Sequence[Bool[Tensor, "b 1 _h _w"]], picture: int, windows: Windows
+) -> Bool[Tensor, " n"]:  # fmt: skip
+    """Windows that a picture has alone too, see `pyramid`."""
+    if not there:
+        return torch.ones(len(windows.boxes), dtype=torch.bool, device=windows.boxes.device)
+    return torch.cat([level[picture].flatten() for level in there])
 
 
 def proposals(
@@ -145,3 +223,13 @@ def logit_of(threshold: float) -> float:
 def scales_between(low: float, high: float, step: float) -> tuple[float, ...]:
     """2 to the powers low, low + step, ... high."""
     return tuple(2.0 ** (low + n * step) for n in range(math.floor((high - low) / step + 1.5)))
+
+
+def checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
+    """Scales of a pyramid as numbers; UsageError where there is none, or one that is not above nought."""
+    if not scales or not all(math.isfinite(scale) and scale > 0 for scale in scales):
+        raise UsageError(
+            f"scales is {tuple(scales)}; expected at least one number, all above 0: pixels of a level per "
+            "pixel of the input"
+        )
+    return tuple(float(scale) for scale in scales)

@@ -42,6 +42,18 @@ MaskLoss = Literal["dice", "focal", "bce"]
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 
+def check_cells(grids: Sequence[int], ranges: Sequence[Sequence[float]], head_convs: int) -> None:
+    """UsageError for options of a system's constructor that no network can be built from."""
+    if not len(grids) == len(ranges) == len(STRIDES):
+        raise UsageError(f"grids has {len(grids)} entries, ranges {len(ranges)}; there are {len(STRIDES)} levels")
+    if min(grids) < 1:
+        raise UsageError(f"grids is {list(grids)}; a grid of S x S cells has an S of at least 1")
+    if any(len(pair) != 2 for pair in ranges):
+        raise UsageError(f"ranges is {[list(pair) for pair in ranges]}; expected (lowest, highest) for each level")
+    if head_convs < 1:
+        raise UsageError(f"head_convs is {head_convs}; both branches need at least 1 convolution before their outputs")
+
+
 def prepare_levels(levels: Sequence[Float[Tensor, "b c _h _w"]]) -> list[Float[Tensor, "b c _h _w"]]:
     """P2 ... P6 of strides 4 ... 64 -> strides 8, 8, 16, 32, 32: the finest is halved, the coarsest as large as the
     one before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from maskwright.checkpoints.catalogue import Entry, list_checkpoints
 from maskwright.checkpoints.fitting import adapt_classes, widen_input
+from maskwright.checkpoints.folders import CheckpointWarning
 from maskwright.checkpoints.loading import convert, load
 from maskwright.checkpoints.origins import Candidate, Origin, origins
 from maskwright.checkpoints.ours import read_metadata, save
@@ -11,6 +12,7 @@ from maskwright.checkpoints.reading import read_state
 
 __all__ = [
     "Candidate",
+    "CheckpointWarning",
     "Entry",
     "Origin",
     "adapt_classes",

@@ -60,11 +60,13 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     about["path"], about["format"]: "safetensors", "torch", "torch-legacy", "torch7", "pickle"; about["layout"] is
     "caffe2" for Detectron's blobs; about["wrapper"]: the keys that led to the weights; about["metadata"]: the
     safetensors header's;
-    about["config"]: a folder's config.json; about["container"]: the plain values that lay beside the weights.
+    about["config"], about["preprocessor"]: a folder's config.json and preprocessor_config.json; about["container"]:
+    the plain values that lay beside the weights.
     """
     path = Path(path)
     name = str(path)
-    about: dict[str, Any] = {"path": name, "wrapper": [], "metadata": {}, "config": {}, "container": {}}
+    about: dict[str, Any] = {"path": name, "wrapper": []}
+    about |= {part: {} for part in ("metadata", "config", "preprocessor", "container")}
     try:
         if path.is_dir():
             return _folder(path, about)

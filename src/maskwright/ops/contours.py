@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from maskwright.errors import UsageError
 from maskwright.ops.outlines import Contours, fill_contours, fill_holes, largest_parts, outer_contours
 from maskwright.structures import Masks
 from maskwright.structures.polygons import trace
@@ -82,6 +83,7 @@ def degree_radii(
     reach  how far away a pixel is: where the ray leaves it ("exact"), or its upper left "corner" whatever the direction
            (ESE-Seg; too near by a pixel to the right and below, which painting the outline's pixels makes good)
     """
+    _check_word("reach", reach, Reach)
     owners, points = _border_pixels(crops, corners)
     result = np.full((len(crops), DEGREES), np.nan)
     if not len(points):
@@ -126,16 +128,24 @@ def close_gaps(radii: Float[Tensor, "n 360"]) -> Float[Tensor, "n 360"]:
     return radii.nan_to_num(0).gather(1, following % DEGREES)
 
 
+# Beyond a hundred polynomials over 360 directions, equally far apart, some of their sums all but vanish in every one of
+# these: least squares then asks for huge coefficients that cancel each other, and float32 keeps nothing of the shape.
+# Sums that are so much fainter than the strongest one are left out; up to 105 polynomials there are none.
+FAINTEST = 1e-5
+
+
 @cache
 @torch.inference_mode(False)  # what is kept serves training too, which takes no tensor of inference mode
 def _chebyshev_basis(count: int, degrees: int) -> tuple[Tensor, Tensor]:
-    """(degrees, count) values of the polynomials, -1 and 1 included, and (count, degrees) their inverse."""
+    """(degrees, count) values of the polynomials, -1 and 1 included, and (count, degrees) their inverse, the shortest
+    coefficients where several fit as well (see FAINTEST)."""
     basis = np.polynomial.chebyshev.chebvander(np.linspace(-1, 1, degrees), count - 1)
-    return torch.from_numpy(basis), torch.from_numpy(np.linalg.pinv(basis))
+    return torch.from_numpy(basis), torch.from_numpy(np.linalg.pinv(basis, rcond=FAINTEST))
 
 
 def chebyshev_fit(radii: Float[Tensor, "*n d"], count: int = 18) -> Float[Tensor, "*n {count}"]:
     """The `count` coefficients of the polynomial nearest to each row, by least squares over its directions."""
+    _check_least("count", count, "a code has at least 1 coefficient")
     return radii @ _chebyshev_basis(count, radii.shape[-1])[1].T.to(radii)
 
 
@@ -161,7 +171,13 @@ def encode_chebyshev(
     masks: Masks, count: int = 18, *, boxes: Float[Tensor, "n 4"] | None = None, reach: Reach = "exact"
 ) -> tuple[Float[Tensor, "n {count}"], Float[Tensor, "n 2"], Bool[Tensor, " n"]]:
     """Coefficients of radii over the diagonal of the boxes (the masks' own, if none are given), the inner centres, and
-    which masks have any pixel at all. Holes vanish and parts are bridged: see `solid`. On the host."""
+    which masks have any pixel at all. Holes vanish and parts are bridged: see `solid`. On the host.
+
+    count  1 ... 360, 18 as published
+    """
+    if not 1 <= count <= DEGREES:
+        raise UsageError(f"count is {count}; expected 1 ... {DEGREES} coefficients for {DEGREES} radii")
+    _check_word("reach", reach, Reach)
     frames, crops = solid(masks).crops()
     centres, _ = inner_centres(crops, frames[:, :2])
     radii = close_gaps(degree_radii(crops, frames[:, :2], centres, reach=reach))
@@ -288,13 +304,15 @@ def _border_pixels(crops: Sequence[Tensor], corners: Tensor) -> tuple[np.ndarray
 
 # ---- vertices (DeepSnake) ----------------------------------------------------------------------------------------
 
+Longest = Literal["count", "length"]
+
 
 def resample(
     points: Float[Tensor, "n v 2"],
     count: int,
     lengths: Int[Tensor, " n"] | None = None,
     *,
-    longest: Literal["count", "length"] = "count",
+    longest: Longest = "count",
 ) -> Float[Tensor, "n {count} 2"]:
     """Closed outlines with `count` points each, spread evenly along them, from V points or the first `lengths` of V.
 
@@ -305,6 +323,8 @@ def resample(
     longest  which edge that is: the first of those with the largest rounded "count" (DeepSnake's network), or the
              largest "length", the last of equal ones (DeepSnake's targets)
     """
+    _check_word("longest", longest, Longest)
+    _check_least("count", count, "an outline has at least 1 point")
     size = points.shape[1]
     steps = torch.arange(size, device=points.device)
     if lengths is None:
@@ -330,6 +350,7 @@ def resample_from(
     The outline is first cut into `count` times as many points as it has; of those the nearest is the first, and every
     so many-th is kept. None but those are ever made. Corners of the outline are thus not kept. Give float64.
     """
+    _check_least("count", count, "an outline has at least 1 point")
     size = points.shape[1]
     there = torch.arange(size, device=points.device) < lengths[:, None]
     following = points.gather(1, _next(size, lengths)[..., None].expand(-1, -1, 2))
@@ -419,8 +440,9 @@ def rays_from(
             closed line, and a ray takes the nearest degree, as far away as neighbouring pixels can be at that distance
     budget  bytes of scratch: about 60 for each pair of an origin and a pixel of its border
     """
-    if 360 % count:
-        raise ValueError(f"{count} rays do not share 360 degrees evenly")
+    _check_word("border", border, Border)
+    if count < 1 or 360 % count:
+        raise UsageError(f"count is {count}; rays must share 360 degrees evenly, so give a divisor of 360, at least 1")
     device = origins.device
     contours = contours.to(device)
     lengths, starts = contours.counts[owners], contours.starts[owners]
@@ -522,3 +544,17 @@ def fourier_coefficients(rays: Float[Tensor, "*n r"], keep: int) -> Float[Tensor
     if not rays.numel():
         return rays.float().new_zeros(*rays.shape[:-1], keep, 2)
     return torch.view_as_real(torch.fft.fft(rays.float().log(), norm="ortho")[..., :keep].contiguous())
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------------
+
+
+def _check_word(name: str, value: str, words: Any) -> None:
+    """UsageError for a word that is none of a Literal's."""
+    if value not in get_args(words):
+        raise UsageError(f"{name} is {value!r}; expected {' or '.join(get_args(words))}")
+
+
+def _check_least(name: str, value: int, why: str) -> None:
+    if value < 1:
+        raise UsageError(f"{name} is {value}; {why}")

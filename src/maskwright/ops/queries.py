@@ -29,15 +29,15 @@ class Choice:
     best_class       a query is an object of its best class alone; as published it may be one of several classes
     nms_threshold    None: as published, duplicates stay; else of masks of one class that overlap by more than this the
                      better one alone
-    overlap          None: as published; else the objects compete for pixels as segments of a panoptic result do, and
-                     those that are left less than this share of their mask are dropped, whatever their class
+    max_overlap      None: as published; else the objects compete for pixels as segments of a panoptic result do, and
+                     those that lose more than this share of their mask to others are dropped, whatever their class
     """
 
     detections: int = 100
     score_threshold: float = 0.0
     best_class: bool = False
     nms_threshold: float | None = None
-    overlap: float | None = None
+    max_overlap: float | None = None
 
 
 def mean_inside(values: Float[Tensor, "n h w"], solid: Bool[Tensor, "n h w"]) -> Float[Tensor, " n"]:
@@ -77,14 +77,15 @@ def objects(
     found = Instances(placement.picture, boxes, place[keep] % kinds, masks[which], final[keep])
     if choice.nms_threshold is not None:
         assert found.masks is not None
-        found = found[mask_nms(found.masks.iou(found.masks).to(best.device), found.labels, choice.nms_threshold)]
-    if choice.overlap is not None and len(found):
-        found = _left(found, masks_of(queries[which]), placement, size, choice.overlap)
+        rows = mask_nms(found.masks.iou(found.masks).to(best.device), found.labels, choice.nms_threshold)
+        found, which = found[rows], which[rows]
+    if choice.max_overlap is not None and len(found):
+        found = _left(found, masks_of(queries[which]), placement, size, choice.max_overlap)
     return found
 
 
-def _left(found: Instances, logits: Tensor, placement: Placement, size: tuple[int, int], share: float) -> Instances:
-    """Objects that keep at least this share of their mask where every pixel goes to the best of them."""
+def _left(found: Instances, logits: Tensor, placement: Placement, size: tuple[int, int], lost: float) -> Instances:
+    """Objects that lose at most this share of their mask where every pixel goes to the best of them."""
     assert found.scores is not None
     assert found.masks is not None
     won = torch.zeros(len(found), dtype=torch.int64, device=logits.device)
@@ -92,7 +93,8 @@ def _left(found: Instances, logits: Tensor, placement: Placement, size: tuple[in
         best = _best(found.scores, values)
         own = values.gather(0, best[None])[0] > 0
         won += best[own].bincount(minlength=len(found))
-    return found[won >= share * found.masks.areas().to(won.device)]
+    areas = found.masks.areas().to(won.device)
+    return found[areas - won <= lost * areas]
 
 
 @torch.no_grad()

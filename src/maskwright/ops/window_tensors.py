@@ -19,7 +19,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -40,6 +40,16 @@ class MaskTensor:
     aligned: bool
     cell: float = 1.0
     step: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.values.dim() != 5 or not self.values.is_floating_point():
+            raise UsageError(
+                f"values are {self.values.dtype} of shape {tuple(self.values.shape)}; expected (N, V, U, H, W) of "
+                "floating point"
+            )
+        for name, unit in (("cell", self.cell), ("step", self.step)):
+            if not (math.isfinite(unit) and unit > 0):
+                raise UsageError(f"{name} is {unit}; expected pixels, a number above 0")
 
     @property
     def alpha(self) -> float:
@@ -68,7 +78,7 @@ def up_align2nat(tensor: MaskTensor, factor: float, pad: float = PAD, mode: Mode
     that a pixel's lower edge lies in (the same for whole factors). `factor` times V and U must be whole numbers: 1.5
     takes 10 to 15.
     """
-    _expect(tensor, True)
+    _expect(tensor, True, factor, mode)
     values = _resampled(tensor.values, factor, 1.0, tensor.alpha / factor, pad, mode)
     return replace(tensor, values=values, aligned=False, step=tensor.step / factor)
 
@@ -84,7 +94,7 @@ def swap_align2nat(
            MASKWRIGHT_FUSED_WINDOWS=1 and the tensor is on a CUDA device; otherwise, and by default, the PyTorch form,
            which also makes what is too wide for the kernel
     """
-    _expect(tensor, True)
+    _expect(tensor, True, factor, mode)
     if fused or (fused is None and FUSED and tensor.values.is_cuda):
         values = _fused(tensor.values, factor, factor, tensor.alpha / factor, pad, mode)
     else:
@@ -94,12 +104,14 @@ def swap_align2nat(
 
 def subsample(tensor: MaskTensor, every: int) -> MaskTensor:
     """Every so many-th window in both directions, from the first on."""
+    if not isinstance(every, int) or every < 1:
+        raise UsageError(f"every is {every!r}; expected a whole number of at least 1")
     return replace(tensor, values=tensor.values[..., ::every, ::every], cell=tensor.cell * every)
 
 
 def upsample(tensor: MaskTensor, factor: float, mode: Mode = "bilinear") -> MaskTensor:
     """Each mask `factor` times as fine, by itself, clamped at its border: the natural head of figure 6c."""
-    _expect(tensor, False)
+    _expect(tensor, False, factor, mode)
     n, v, u, h, w = tensor.values.shape
     size = (_whole(v * factor, "V"), _whole(u * factor, "U"))
     planes = tensor.values.permute(0, 3, 4, 1, 2).reshape(n * h * w, 1, v, u)
@@ -120,10 +132,11 @@ def swap_windows(
 ) -> Float[Tensor, "k v u"]:
     """`swap_align2nat` at some windows alone, (index in the batch, y, x) on the coarser grid: what remains to be done
     where few windows survive scoring. Not `subsampled` it is `up_align2nat`. `budget` bounds the bytes of scratch."""
-    _expect(tensor, True)
+    _expect(tensor, True, factor, mode)
     stride = factor if subsampled else 1.0
     values = tensor.values
-    _, v, u, h, w = values.shape
+    count, v, u, h, w = values.shape
+    _check_windows(windows, (count, math.ceil(h / stride - 1e-9), math.ceil(w / stride - 1e-9)))
     rows = _taps(v, h, factor, stride, tensor.alpha / factor, mode, str(values.device))
     columns = _taps(u, w, factor, stride, tensor.alpha / factor, mode, str(values.device))
     v_out, u_out = rows.index.shape[0], columns.index.shape[0]
@@ -239,14 +252,29 @@ def _sums(table: Tensor, taps: _Taps) -> Tensor:
 
 def _whole(value: float, axis: str) -> int:
     number = round(value)
-    if abs(value - number) > 1e-6:
+    if abs(value - number) > 1e-6 or (number < 1 and value > 0):
         raise UsageError(f"{axis} would become {value:g} cells; the factor must make it a whole number")
     return number
 
 
-def _expect(tensor: MaskTensor, aligned: bool) -> None:
+def _expect(tensor: MaskTensor, aligned: bool, factor: float = 1.0, mode: str = "bilinear") -> None:
     if tensor.aligned != aligned:
         words = ("a natural", "an aligned")
         raise UsageError(
             f"the mask tensor is in {words[tensor.aligned]} representation; {words[aligned]} one is needed"
+        )
+    if not (math.isfinite(factor) and factor > 0):
+        raise UsageError(f"factor is {factor}; expected a number above 0")
+    if mode not in get_args(Mode):
+        raise UsageError(f"mode is {mode!r}; expected {', '.join(get_args(Mode))}")
+
+
+def _check_windows(windows: Tensor, limits: tuple[int, int, int]) -> None:
+    """UsageError where one lies outside; on the host alone, since a GPU would have to be waited for."""
+    if windows.device.type != "cpu" or torch.compiler.is_compiling() or not len(windows):
+        return
+    wrong = ((windows < 0) | (windows >= windows.new_tensor(limits))).any(1).nonzero().flatten()
+    if len(wrong):
+        raise UsageError(
+            f"windows has {tuple(windows[wrong[0]].tolist())}; expected (index, y, x) from 0 on and below {limits}"
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -221,6 +223,21 @@ class FrozenFeatures(NamedTuple):
 class QueryDetector(System):
     """A system of queries with a box each, on whose features another may learn while it stays as it is."""
 
+    loaded: bool = False  # whether it was given weights since it was made
+
+    def __init__(self, **options: Any) -> None:  # options are those of the constructors below
+        super().__init__()
+        self.register_load_state_dict_post_hook(_mark_loaded)
+
+    def warn_if_random(self, name: str, instead: str) -> None:
+        """For the start of a training that leaves it as it is: a warning where nobody has given it weights."""
+        if not self.loaded:
+            warnings.warn(
+                f"{name}: the detector is frozen and its weights are random, so that masks learn from noise; start "
+                f"from the weights of a trained detector (weights=..., --weights), or let it learn too ({instead})",
+                stacklevel=3,
+            )
+
     @abstractmethod
     def frozen_layout(self) -> FrozenLayout:
         """How wide `frozen_features` are."""
@@ -324,15 +341,15 @@ class QuerySystem(PanopticSystem):
         nms_threshold: float | None = None,
         detections: int = 100,
         best_class: bool = False,
-        overlap: float | None = None,
+        max_overlap: float | None = None,
     ) -> list[Instances]:
         """By Mask2Former's rule, whose scores are class score x mean probability inside the mask.
 
-        nms_threshold, best_class, overlap
+        nms_threshold, best_class, max_overlap
             as published nothing is suppressed, and one query may be several objects of different classes. See
             `ops.queries.Choice` for three ways to leave duplicates out
         """
-        choice = query_ops.Choice(detections, score_threshold, best_class, nms_threshold, overlap)
+        choice = query_ops.Choice(detections, score_threshold, best_class, nms_threshold, max_overlap)
         things = self.thing_classes(raw.classes.device) if self.stuff else None
         return [
             query_ops.objects(own[:, :-1], masks_of, placement, raw.size, choice, things)
@@ -373,6 +390,26 @@ def _each(
     """For each picture: class probabilities of its queries, and what gives their masks."""
     probabilities = raw.classes[-1].float().softmax(-1)
     return [(own, raw.masks_of(b), p) for b, (own, p) in enumerate(zip(probabilities, placements, strict=True))]
+
+
+def _mark_loaded(detector: QueryDetector, keys: Any) -> None:
+    detector.loaded = True
+
+
+def at_least(system: str, least: int, **options: float) -> None:
+    """UsageError for the first option that is less than this."""
+    for name, value in options.items():
+        if not value >= least:
+            raise UsageError(f"{system}: {name} is {value}; expected at least {least}")
+
+
+def weighed(system: str, option: str, values: Sequence[float], terms: Sequence[str]) -> tuple[float, ...]:
+    """`values`, of which there is one, finite and not below nought, for each of `terms`; else UsageError."""
+    if len(values) != len(terms) or not all(math.isfinite(v) and v >= 0 for v in values):
+        raise UsageError(
+            f"{system}: {option} is {list(values)}; expected {len(terms)} numbers, none below 0: of {', '.join(terms)}"
+        )
+    return tuple(values)
 
 
 def plain(value: Any) -> Any:

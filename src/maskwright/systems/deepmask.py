@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,11 +26,17 @@ from maskwright.blocks.layers import Border, Norm, set_border
 from maskwright.blocks.sliding import (
     Windows,
     assign,
+    checked_scales,
+    inputs_of,
     logit_of,
+    own_places,
+    planes_of,
     proposals,
+    pyramid,
     reachable,
     resized,
     scales_between,
+    shares_norms,
     windows_of,
 )
 from maskwright.blocks.trunk import coloured, make_stem
@@ -54,6 +60,7 @@ class Raw:
     scores: tuple[Float[Tensor, "b 1 _h _w"], ...]  # logits
     features: tuple[Float[Tensor, "b c _h _w"], ...]
     size: tuple[int, int]  # H, W of the input
+    there: tuple[Bool[Tensor, "b 1 _h _w"], ...] = ()  # which windows a smaller picture of a batch has; none said: all
 
 
 class DeepMask(ProposalSystem):
@@ -62,6 +69,7 @@ class DeepMask(ProposalSystem):
 
     grey: Tensor
     name = "deepmask"
+    sees_padding = True
     card = Card(
         title="DeepMask",
         paper="Pinheiro, Collobert, Dollár: Learning to Segment Object Candidates. NIPS 2015",
@@ -124,13 +132,15 @@ class DeepMask(ProposalSystem):
         short, long   size of the input; None: the picture's own
         """
         super().__init__()
-        if window % (2 * stride) or len(scales) < 1:
+        if window < 1 or window % (2 * stride):
             raise UsageError(f"window is {window} pixels; it must be a multiple of two places, {2 * stride} pixels")
+        if not 0 <= dropout <= 1:
+            raise UsageError(f"dropout is {dropout}; expected a share between 0 and 1")
         self.classes = self.checked_classes(classes)
         self.window, self.stride, self.context = window, stride, context
         self.canonical = float(canonical or math.ceil(window * 128 / 224))
         self.mask_side, self.label_side = mask_side, label_side
-        self.scales = tuple(float(s) for s in scales)
+        self.scales = checked_scales(scales)
         self.shift = window / 10 if shift is None else shift
         self.margin = window * 0.3 if margin is None else margin
         self.octaves, self.sampled, self.score_weight = octaves, sampled, score_weight
@@ -160,15 +170,18 @@ class DeepMask(ProposalSystem):
 
     # ---- network -------------------------------------------------------------------------------------------------
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
-        scores, features = [], []
+    def inputs(self, images: Float[Tensor, "b c h w"], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        return inputs_of(images, sizes, self.preprocess.multiple)
+
+    def forward(self, images: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Raw:
         grey, around = self.grey.to(images.dtype), [self.window // 2] * 4
-        for scale in self.scales:
-            level = resized(images, scale, corners=True) - grey
-            feature, score = self.dense(functional.pad(level, around) + grey)
-            scores.append(score)
-            features.append(feature)
-        return Raw(tuple(scores), tuple(features), (images.shape[-2], images.shape[-1]))
+        found, there = pyramid(
+            images, None if sizes is None else planes_of(images.shape, sizes.tolist(), self.preprocess.multiple),
+            self.scales, lambda pictures, scale: resized(pictures, scale, corners=True) - grey,
+            lambda level: self.dense(functional.pad(level, around) + grey), (0.0, 0.0), shares_norms(self),
+        )  # fmt: skip
+        features, scores = zip(*found, strict=True)
+        return Raw(scores, features, (images.shape[-2], images.shape[-1]), there)
 
     def dense(self, canvas: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b f _h _w"], Float[Tensor, "b 1 _h _w"]]:
         """Feature and score of every window of a picture with half a window around it."""
@@ -234,10 +247,12 @@ class DeepMask(ProposalSystem):
             )
             for t in targets
         ]
-        positive = torch.stack([a.positive for a in found]).float()
-        there = [reachable(windows, t.image_size, self.stride) for t in targets]  # not on a batch's padding
-        negative = torch.stack([a.negative & own for a, own in zip(found, there, strict=True)]).float()
-        chosen = [sample(a.positive, a.negative, self.sampled, 1.0)[0] for a in found]
+        there = [own_places(raw.there, n, windows) for n in range(len(targets))]
+        on = [own & reachable(windows, t.image_size, self.stride) for own, t in zip(there, targets, strict=True)]
+        positive = torch.stack([a.positive & own for a, own in zip(found, there, strict=True)])
+        negative = torch.stack([a.negative & own for a, own in zip(found, on, strict=True)])
+        chosen = [sample(ones, a.negative, self.sampled, 1.0)[0] for ones, a in zip(positive, found, strict=True)]
+        positive, negative = positive.float(), negative.float()
         counts = positive.new_tensor([positive.sum(), negative.sum(), sum(len(c) for c in chosen)])
         of_positive, of_negative, of_masks = global_mean_count(counts, minimum=0.0).clamp(min=1e-6)
         right = (soft_margin(scores, positive) * positive).sum() / of_positive
@@ -284,7 +299,8 @@ class DeepMask(ProposalSystem):
         level = logit_of(mask_threshold)
         found = []
         for picture, placement in enumerate(placements):
-            own = torch.where(reachable(windows, placement.size, self.stride), scores[picture], -1.0)
+            there = own_places(raw.there, picture, windows) & reachable(windows, placement.size, self.stride)
+            own = torch.where(there, scores[picture], -1.0)
             found.append(
                 proposals(
                     own, windows, lambda rows, n=picture: self.grids_of(raw, n, windows.places[rows]) - level,

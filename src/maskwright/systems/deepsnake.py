@@ -209,6 +209,10 @@ class DeepSnake(System):
         _expect("start", start, ("box", "centre"))
         _expect("supervise", supervise, ("last", "all"))
         _expect("fit", fit, ("letterbox", "pad"))
+        if iterations < 1:
+            raise UsageError(f"iterations is {iterations}; the outline must be moved at least once (published: 3)")
+        if len(canvas) != 2 or min(canvas) < 1:
+            raise UsageError(f"canvas is {list(canvas)}; expected a height and a width in pixels, both at least 1")
         reach = 4 * max(DILATIONS) if convolution == "circular" else 1
         if start_points % 4 or start_points < max(4, reach) or points < max(12, reach):
             raise UsageError(

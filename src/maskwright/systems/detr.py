@@ -45,6 +45,8 @@ from maskwright.systems.base import (
     Preset,
     QueryDetector,
     Score,
+    at_least,
+    weighed,
 )
 
 BUDGET = 256 << 20  # bytes of scratch
@@ -183,13 +185,17 @@ class DETR(PanopticSystem, QueryDetector):
         super().__init__()
         if masks not in ("none", "frozen", "joint"):
             raise UsageError(f"masks is {masks!r}; expected none, frozen or joint")
+        at_least("detr", 1, heads=heads, width=width, hidden=hidden, decoder_layers=decoder_layers, queries=queries)
+        at_least("detr", 1, short=short, long=long)
+        at_least("detr", 0, encoder_layers=encoder_layers, no_object=no_object)
         if width % 16 or width % heads:
             raise UsageError(f"width is {width}; expected a multiple of 16 and of the {heads} heads")
         self.classes = tuple(classes)
         self.stuff = self.checked_stuff(stuff)
         self.can_divide = masks != "none"
         self.auxiliary, self.no_object = auxiliary, no_object
-        self.cost, self.weights = tuple(cost), tuple(weights)
+        self.cost = weighed("detr", "cost", cost, ("class", "box", "giou"))
+        self.weights = weighed("detr", "weights", weights, ("class", "box", "giou", "mask", "dice"))
         self.backbone, channels = make_trunk(
             backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width, norm=norm,
             norm_eps=norm_eps, frozen=frozen, dilation=2 if dilated else 1, dilate_first=False,
@@ -256,7 +262,8 @@ class DETR(PanopticSystem, QueryDetector):
         count = object_count(objects, raw.logits.device)
         terms = {"class": class_losses(raw.logits, objects, pairs, self.no_object)}
         terms |= {name: values / count for name, values in box_losses(raw.boxes, objects, pairs).items()}
-        idle = raw.boxes.float().sum() * 0
+        # A trunk whose levels each have a norm of their own leaves some that nothing reads.
+        idle = (raw.boxes.float().sum() + sum(level.float().sum() for level in raw.levels)) * 0
         if self.mask_head is not None:
             sums = self._mask_losses(raw, objects, pairs)
             terms |= {"mask": sums[None, 0] / count, "dice": sums[None, 1] / count}
@@ -396,6 +403,10 @@ class DETR(PanopticSystem, QueryDetector):
         )
 
     # ---- for loading and training --------------------------------------------------------------------------------
+
+    def progressed(self, done: float) -> None:
+        if done == 0 and self.options["masks"] == "frozen":
+            self.warn_if_random("detr", "masks='joint'")
 
     def groups(self) -> dict[str, list[nn.Module]]:
         parts: dict[str, list[nn.Module]] = {

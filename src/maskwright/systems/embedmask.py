@@ -40,6 +40,7 @@ from maskwright.structures import Instances, Masks, Placement, Preprocess
 from maskwright.systems.base import Card, ClassRows, Preset, Score, System
 
 CELL = 4  # input pixels of a mask's cell: the finest level (stride 8), doubled
+OUTSIDE = -10.0  # the log-probability of what lies outside a detection's region, where masks are resized as such
 CANDIDATE = 0.05  # probability of a class at which a place is looked at
 SMALLEST = 1e-9  # probabilities are kept this far from 0 and 1 where their logits are taken
 # A region of cells in which a mask is computed: the box's whole cells and two more ("padded"), or one more ("near").
@@ -91,7 +92,8 @@ class Raw:
 
 class EmbedMask(System):
     """See the module's text. `decode` takes `score_threshold`, `nms_threshold`, `detections`, `mask_threshold` (a
-    probability; None: the generation's) and `candidates`, the places that each level may suggest."""
+    probability; None: the generation's; 0: all of a detection's region that is likelier than what lies outside it) and
+    `candidates`, the places that each level may suggest."""
 
     name = "embedmask"
     card = Card(
@@ -161,6 +163,8 @@ class EmbedMask(System):
             raise UsageError(f"generation is {generation!r}; expected 1, 2 or 3")
         if len(splits) != 4:
             raise UsageError(f"splits has {len(splits)} entries; five levels need 4")
+        if not prior_margin > 0:
+            raise UsageError(f"prior_margin is {prior_margin}; expected a distance above 0 (published: 2)")
         self.classes = tuple(classes)
         self.rules = rules = RULES[generation]
         self.radius, self.in_mask, self.last = radius, in_mask, 1.0 if inclusive else 0.0
@@ -362,6 +366,8 @@ class EmbedMask(System):
         found = self.find(raw, sizes, score_threshold, nms_threshold, detections, candidates)
         pixels = functional.interpolate(raw.pixels, scale_factor=2.0, mode="bilinear", align_corners=False)
         threshold = self.rules.threshold if mask_threshold is None else mask_threshold
+        if not 0 <= threshold <= 1:
+            raise UsageError(f"mask_threshold is {threshold}; expected a probability, 0 ... 1")
         return [self._on_picture(*each, threshold) for each in zip(found, pixels, placements, strict=True)]
 
     @torch.no_grad()
@@ -436,6 +442,9 @@ class EmbedMask(System):
         across, down = placement.scale
         # Rounded up, so that the picture is covered; a rounding step above a whole number is none.
         stretched = tuple(math.ceil(round(CELL * n / s, 6)) for n, s in zip(grid, (down, across), strict=True))
+        if self.rules.logarithm:
+            # What lies outside must stay so: no lower than that, rounding of the resizing included.
+            threshold = max(math.log(threshold), OUTSIDE + 1e-3) if threshold > 0 else OUTSIDE + 1e-3
         order = box_ops.area(boxes).argsort(descending=True)
         sides = ((boxes[:, 2:] - boxes[:, :2]) / CELL + 8)[order].cpu()
         parts, first = [], 0
@@ -449,9 +458,8 @@ class EmbedMask(System):
             parts.append(
                 paste_windows(
                     values, corners, grid, stretched, placement.picture,  # pyright: ignore[reportArgumentType]
-                    threshold=math.log(threshold) if self.rules.logarithm else threshold,
-                    shift=(placement.offset[0] / across, placement.offset[1] / down), mirrored=placement.mirrored,
-                    budget=budget,
+                    threshold=threshold, shift=(placement.offset[0] / across, placement.offset[1] / down),
+                    mirrored=placement.mirrored, budget=budget,
                 )
             )  # fmt: skip
             first += len(chosen)
@@ -531,8 +539,8 @@ def mask_windows(
     region: Region,
     logarithm: bool,
 ) -> tuple[Float[Tensor, "n r c"], Int[Tensor, "n 2"]]:
-    """Each detection's (log-)probabilities in the cells around its box alone, with a border of -10 (or 0) of at least a
-    cell, and the cell x, y of the map that each window begins at."""
+    """Each detection's (log-)probabilities in the cells around its box alone, with a border (OUTSIDE, or 0) of at least
+    a cell, and the cell x, y of the map that each window begins at."""
     height, width = pixels.shape[1:]
     limit, cells = boxes.new_tensor([width, height]), boxes / CELL
     if region == "padded":
@@ -549,7 +557,7 @@ def mask_windows(
     cell = (y.clamp(0, height - 1) * width)[..., None] + x.clamp(0, width - 1)[:, None]
     apart = pixels.flatten(1).T[cell].sub_(embeddings[:, None, None])  # (n, r, c, D), in one place: memory is slow
     near = -apart.square_().mul_(margins[:, None, None]).sum(-1)
-    return torch.where(inside, near if logarithm else near.exp(), -10.0 if logarithm else 0.0), corners
+    return torch.where(inside, near if logarithm else near.exp(), OUTSIDE if logarithm else 0.0), corners
 
 
 def _rows(levels: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "b n c"]:

@@ -28,7 +28,7 @@ from maskwright.errors import UsageError
 from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import Pairs, assign
 from maskwright.structures import Instances, Preprocess
-from maskwright.systems.base import Card, ClassRows, Preset, QuerySystem, Score
+from maskwright.systems.base import Card, ClassRows, Preset, QuerySystem, Score, at_least
 
 WEIGHTS = (2.0, 5.0, 5.0)  # class, binary cross entropy, dice: of the losses and of the costs of matching
 LAST_BLOCKS = {12: 3, 24: 4, 40: 5}  # depth -> blocks that the queries pass, as published
@@ -122,13 +122,19 @@ class EoMT(QuerySystem):
         no_object     weight of the class "no object"
         """
         super().__init__()
+        own = {"embed_dim": width, "depth": depth, "num_heads": heads}
+        given = {"width": width, "depth": depth, "heads": heads, "table": table}
+        at_least("eomt", 1, **{name: value for name, value in given.items() if value is not None})
+        at_least("eomt", 1, patch=patch, queries=queries, points=points)
+        at_least("eomt", 0, no_object=no_object)
+        if size < patch:
+            raise UsageError(f"eomt: size is {size} and patch {patch}; the input holds at least one patch, give more")
         self.classes = tuple(classes)
         self.stuff = self.checked_stuff(stuff)
         self.preprocess = coloured(
             Preprocess(resample="pillow", fit="letterbox", corner=True, canvas=(size, size), multiple=patch),
             in_channels,
         )
-        own = {"embed_dim": width, "depth": depth, "num_heads": heads}
         self.backbone = ViT(
             backbone, patch=patch, size=patch * (table or size // patch), in_channels=in_channels,
             pretrained=pretrained, own={k: v for k, v in own.items() if v is not None}, eps=norm_eps,

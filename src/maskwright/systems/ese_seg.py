@@ -192,7 +192,8 @@ class ESESeg(System):
         stem_width    channels after the stem; all stages scale with it; None: as published (32; tiny 16; ResNet 64)
         norm          "batch" as published; "group" trains with small batches
         frozen        so many parts of the trunk do not train, from the stem on
-        head_width    channels of the coarsest level's block, halved with each finer level
+        head_width    channels of the coarsest level's block, halved (and rounded down, to no less than 1) with each
+                      finer level
         anchors       (width, height) of each, finest level first; None: YOLOv3's nine, the tiny variant's six
         coefficients  per shape (18 as published, called "deg 8" there)
         shift         what is added to the first coefficient: its usual value in the data the weights were trained on
@@ -249,12 +250,17 @@ class ESESeg(System):
         self, channels: Sequence[int], width: int, anchors: Sequence[Sequence[float]] | None, norm: Norm, eps: float
     ) -> None:
         levels = len(channels)
-        anchors = anchors or (TINY_ANCHORS if levels == 2 else ANCHORS)
-        if len(anchors) % levels or any(len(a) != 2 for a in anchors):
+        if width < 1:
+            raise UsageError(f"head_width is {width}; at least 1 is needed")
+        if anchors is None:
+            anchors = TINY_ANCHORS if levels == 2 else ANCHORS
+        if not anchors or len(anchors) % levels or any(len(a) != 2 for a in anchors):
             raise UsageError(
                 f"anchors has {len(anchors)} entries; expected (width, height) pairs, equally many for each of "
                 f"{levels} levels"
             )
+        if not all(side > 0 for anchor in anchors for side in anchor):
+            raise UsageError(f"anchors is {[list(a) for a in anchors]}; widths and heights must be above 0")
         self.anchors_per_cell = len(anchors) // levels
         table = torch.tensor([list(map(float, a)) for a in anchors]).reshape(levels, -1, 2).flip(0)
         self.register_buffer("anchors", table, persistent=False)  # (L, A, 2)
@@ -262,11 +268,11 @@ class ESESeg(System):
         read = channels[-1]
         for level, lateral in enumerate(reversed(channels)):
             if level:
-                self.transitions.append(ConvNorm(2 * width, width, 1, norm=norm, eps=eps, leaky=0.1))
+                above, width = width, max(1, width // 2)
+                self.transitions.append(ConvNorm(above, width, 1, norm=norm, eps=eps, leaky=0.1))
                 read = width + lateral
             self.blocks.append(YoloBlock(read, width, norm, eps))
             self.outputs.append(YoloOutput(2 * width, self.anchors_per_cell, 7 + self.count, len(self.classes)))
-            width //= 2
 
     # ---- network -------------------------------------------------------------------------------------------------
 

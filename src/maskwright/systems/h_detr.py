@@ -34,7 +34,17 @@ from maskwright.ops.assignment import assign
 from maskwright.ops.query_boxes import Boxed, box_costs, box_losses, focal_classes, focal_costs, inverse_sigmoid
 from maskwright.ops.query_losses import named, object_count
 from maskwright.structures import Instances, Placement, Preprocess
-from maskwright.systems.base import Card, ClassRows, FrozenFeatures, FrozenLayout, Preset, QueryDetector, Score
+from maskwright.systems.base import (
+    Card,
+    ClassRows,
+    FrozenFeatures,
+    FrozenLayout,
+    Preset,
+    QueryDetector,
+    Score,
+    at_least,
+    weighed,
+)
 
 PREPROCESS = Preprocess(sizes="benchmark", multiple=1)
 STRIDES = (8, 16, 32, 64, 128, 256)
@@ -122,6 +132,9 @@ class HDETR(QueryDetector):
         short, long, mean, std  preprocessing
         """
         super().__init__()
+        at_least("h-detr", 1, heads=heads, width=width, hidden=hidden, points=points, decoder_layers=decoder_layers)
+        at_least("h-detr", 1, short=short, long=long)
+        at_least("h-detr", 0, encoder_layers=encoder_layers, many_weight=many_weight)
         if width % 4 or width % heads:
             raise UsageError(f"width is {width}; expected a multiple of 4 and of the {heads} heads")
         if not 3 <= levels <= len(STRIDES):
@@ -133,7 +146,8 @@ class HDETR(QueryDetector):
         self.classes = tuple(classes)
         self.count, self.many_count, self.look_twice = queries, many_queries, look_twice
         self.repeats, self.many_weight = repeats, many_weight
-        self.cost, self.weights = tuple(cost), tuple(weights)
+        terms = ("class", "box", "giou")
+        self.cost, self.weights = weighed("h-detr", "cost", cost, terms), weighed("h-detr", "weights", weights, terms)
         self.backbone, channels = make_trunk(
             backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width, norm=norm,
             norm_eps=norm_eps, frozen=frozen, drop_path=drop_path,
@@ -279,7 +293,9 @@ class HDETR(QueryDetector):
                 else (raw.logits, None)
             )
             terms = self._terms(first, raw.boxes[:, :, : self.count], objects, count)
-            idle = raw.boxes.float().sum() * 0 + raw.logits.float().sum() * 0
+            # The trunk's finest level may have a norm of its own, and without encoder nothing reads the levels' codes.
+            read = (raw.boxes, raw.logits, raw.fine, self.levels)
+            idle = sum(values.float().sum() for values in read) * 0
             result = named(terms, idle)
             if second is not None:
                 often = [own.repeated(self.repeats) for own in objects]

@@ -17,18 +17,32 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.layers import ConvNorm, Norm
-from maskwright.blocks.sliding import Windows, assign, logit_of, proposals, reachable, resized, windows_of
+from maskwright.blocks.sliding import (
+    Windows,
+    assign,
+    checked_scales,
+    inputs_of,
+    logit_of,
+    own_places,
+    planes_of,
+    proposals,
+    pyramid,
+    reachable,
+    resized,
+    shares_norms,
+    windows_of,
+)
 from maskwright.blocks.trunk import coloured, make_stem
 from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.mask_targets import mask_targets
 from maskwright.ops.matching import sample
-from maskwright.ops.window_tensors import MaskTensor, swap_windows, up_align2nat
+from maskwright.ops.window_tensors import PAD, MaskTensor, swap_windows, up_align2nat
 from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.systems.base import Card, Preset, ProposalSystem, Score
 
@@ -43,10 +57,11 @@ class Raw:
     scores: tuple[Float[Tensor, "b 1 _h _w"], ...]  # logits: is there an object in the window around this place
     maps: tuple[Float[Tensor, "b p _h _w"], ...]  # logits: is this place such a part of an object; k x k, row by row
     size: tuple[int, int]  # H, W of the input
+    there: tuple[Bool[Tensor, "b 1 _h _w"], ...] = ()  # which places a smaller picture of a batch has; none said: all
 
 
 def assemble(
-    maps: Float[Tensor, "b p h w"], parts: int, side: int, bins: Bins = "nearest", pad: float = -6.0
+    maps: Float[Tensor, "b p h w"], parts: int, side: int, bins: Bins = "nearest", pad: float = PAD
 ) -> Float[Tensor, "b v v h w"]:
     """The masks of all windows of `side` x `side` cells: cell (i, j) of the window around (y, x) is copied from the map
     of its part, at (y + i - side // 2, x + j - side // 2); `pad` where that lies outside.
@@ -70,6 +85,7 @@ class InstanceFCN(ProposalSystem):
     `candidates`."""
 
     name = "instancefcn"
+    sees_padding = True
     card = Card(
         title="InstanceFCN",
         paper="Dai, He, Li, Ren, Sun: Instance-sensitive Fully Convolutional Networks. ECCV 2016",
@@ -126,7 +142,7 @@ class InstanceFCN(ProposalSystem):
         self.parts, self.side = parts, side
         self.bins: Bins = bins
         self.canonical = float(canonical or math.ceil(side * STRIDE * 128 / 224))
-        self.scales = tuple(float(s) for s in scales)
+        self.scales = checked_scales(scales)
         self.shift, self.margin, self.octaves, self.sampled = shift, margin, octaves, sampled
 
         self.backbone, channels = make_stem(
@@ -145,13 +161,22 @@ class InstanceFCN(ProposalSystem):
 
     # ---- network -------------------------------------------------------------------------------------------------
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
-        scores, maps = [], []
-        for scale in self.scales:
-            x = self.backbone(resized(images, scale, corners=False))[-1]
-            maps.append(self.part_maps(self.part_hidden(x)))
-            scores.append(self.score(self.score_hidden(x)))
-        return Raw(tuple(scores), tuple(maps), (images.shape[-2], images.shape[-1]))
+    def inputs(self, images: Float[Tensor, "b c h w"], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
+        return inputs_of(images, sizes, self.preprocess.multiple)
+
+    def forward(self, images: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Raw:
+        found, there = pyramid(
+            images, None if sizes is None else planes_of(images.shape, sizes.tolist(), self.preprocess.multiple),
+            self.scales, lambda pictures, scale: resized(pictures, scale, corners=False), self._level, (0.0, PAD),
+            shares_norms(self),
+        )  # fmt: skip
+        scores, maps = zip(*found, strict=True)
+        return Raw(scores, maps, (images.shape[-2], images.shape[-1]), there)
+
+    def _level(self, level: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b 1 _h _w"], Float[Tensor, "b p _h _w"]]:
+        x = self.backbone(level)[-1]
+        maps = self.part_maps(self.part_hidden(x))
+        return self.score(self.score_hidden(x)), maps
 
     def mask_tensor(self, raw: Raw, level: int) -> MaskTensor:
         """The score maps of a level as the aligned tensor that they are; units are pixels of the input."""
@@ -188,8 +213,12 @@ class InstanceFCN(ProposalSystem):
             )
             for t in targets
         ]
-        there = [reachable(windows, t.image_size, STRIDE) for t in targets]  # not on a batch's padding
-        chosen = [sample(a.positive, a.negative & own, self.sampled, 0.5) for a, own in zip(found, there, strict=True)]
+        there = [own_places(raw.there, n, windows) for n in range(len(targets))]
+        on = [own & reachable(windows, t.image_size, STRIDE) for own, t in zip(there, targets, strict=True)]
+        chosen = [
+            sample(a.positive & own, a.negative & near, self.sampled, 0.5)
+            for a, own, near in zip(found, there, on, strict=True)
+        ]
         counts = scores.new_tensor([sum(len(p) + len(n) for p, n in chosen), sum(len(p) for p, _ in chosen)])
         of_windows, of_masks = global_mean_count(counts)
         score = scores.sum() * 0
@@ -227,7 +256,8 @@ class InstanceFCN(ProposalSystem):
         level = logit_of(mask_threshold)
         found = []
         for picture, placement in enumerate(placements):
-            own = torch.where(reachable(windows, placement.size, STRIDE), scores[picture], -1.0)
+            there = own_places(raw.there, picture, windows) & reachable(windows, placement.size, STRIDE)
+            own = torch.where(there, scores[picture], -1.0)
             found.append(
                 proposals(
                     own, windows, lambda rows, n=picture: self.grids_of(raw, n, windows.places[rows]) - level,

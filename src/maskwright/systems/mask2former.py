@@ -32,7 +32,7 @@ from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import assign
 from maskwright.ops.query_losses import MaskAnswers as Raw
 from maskwright.structures import Instances, Preprocess
-from maskwright.systems.base import Ablation, Card, ClassRows, Preset, QuerySystem, Score
+from maskwright.systems.base import Ablation, Card, ClassRows, Preset, QuerySystem, Score, at_least
 
 LEVELS = 3  # strides 32, 16 and 8, in this order throughout
 
@@ -176,11 +176,14 @@ class Mask2Former(QuerySystem):
         short, long, mean, std  preprocessing; mean and std in the network's channel order, None: as published
         """
         super().__init__()
-        if width % (4 * heads) or width % 4:
+        at_least("mask2former", 1, heads=heads, width=width, queries=queries, points=points, layers=layers)
+        at_least(
+            "mask2former", 1, sampled=sampled, hidden=hidden, encoder_hidden=encoder_hidden, short=short, long=long
+        )
+        at_least("mask2former", 0, encoder_layers=encoder_layers, no_object=no_object)
+        at_least("mask2former", 0, class_weight=class_weight, mask_weight=mask_weight, dice_weight=dice_weight)
+        if width % (4 * heads):
             raise UsageError(f"width is {width}; expected a multiple of 4 x heads, which is {4 * heads}")
-        for option, value in (("queries", queries), ("points", points)):
-            if value < 1:
-                raise UsageError(f"{option} is {value}; expected at least 1")
         if not 0 <= important <= 1 or candidates < 1:
             raise UsageError(
                 f"important is {important} and candidates {candidates}; expected a share from 0 to 1, and at least 1"
@@ -263,7 +266,9 @@ class Mask2Former(QuerySystem):
             mask, dice = learning.point_losses(raw.embeddings, raw.features, objects, pairs, raw.size, self.rules)
             count = learning.object_count(objects, device)
             classes = learning.class_losses(raw.classes, objects, pairs, self.no_object)
-            idle = (raw.features.float().sum() + raw.embeddings.float().sum()) * 0
+            # Without layers that mix the levels there may be some that no round of the queries looks at.
+            unread = () if len(self.pixel_decoder.encoder) else tuple(self.parameters())
+            idle = sum(v.float().sum() for v in (raw.features, raw.embeddings, *unread) if v.requires_grad) * 0
             sums = (classes, mask / count, dice / count)
             terms = {n: w * t for n, w, t in zip(("class", "mask", "dice"), self.weights, sums, strict=True)}
             return learning.named(terms, idle)

@@ -49,6 +49,8 @@ from maskwright.systems.base import (
     QueryDetector,
     Score,
     System,
+    at_least,
+    weighed,
 )
 
 BUDGET = 1 << 30  # bytes that boxes take at once when masks are learnt; when they are found, a fraction of it
@@ -170,6 +172,7 @@ class FeatureCache:
         self.budget, self.used = budget, 0
         self.entries: dict[bytes, FrozenFeatures] = {}
         self.hits = self.misses = 0
+        self.state: object = None  # of the network that they come from
 
     def __deepcopy__(self, memo: Any) -> FeatureCache:
         return FeatureCache(self.budget)
@@ -179,6 +182,12 @@ class FeatureCache:
 
     def clear(self) -> None:
         self.__init__(self.budget)
+
+    def serve(self, state: object) -> None:
+        """Forget all features that come from another state of the network than this."""
+        if state != self.state:
+            self.clear()
+            self.state = state
 
     @staticmethod
     def key(picture: Float[Tensor, "c h w"]) -> bytes:
@@ -270,6 +279,9 @@ class MaskFrozenDETR(System):
         unknown = [part for part in query_parts if part not in QUERY_PARTS]
         if unknown:
             raise UsageError(f"query_parts holds {unknown[0]!r}; expected some of {', '.join(QUERY_PARTS)}")
+        at_least("mask-frozen-detr", 1, width=width, heads=heads, hidden=hidden, sampled=sampled)
+        at_least("mask-frozen-detr", 1, score_width=score_width)
+        at_least("mask-frozen-detr", 0, image_layers=image_layers, box_layers=box_layers, cache=cache)
         if side < 4 or points < 1:
             raise UsageError(f"side is {side} and points {points}; expected at least 4 and 1")
         if not 0 <= important <= 1 or candidates < 1:
@@ -284,7 +296,8 @@ class MaskFrozenDETR(System):
                 raise UsageError(f"{name} is {value}; expected a multiple of 4 and of the {heads} heads")
         self.joint, self.side, self.aligned = joint, side, aligned
         self.points, self.candidates, self.important = points, candidates, important
-        self.cost, self.weights = tuple(cost), tuple(weights)
+        self.cost = weighed("mask-frozen-detr", "cost", cost, ("class", "box", "giou"))
+        self.weights = weighed("mask-frozen-detr", "weights", weights, ("mask", "dice", "score"))
         self.image_encoder = ImageEncoder(layout, width, image_layers, hidden, heads, sampled)
         self.query_mapper = nn.Linear(layout.queries, width)
         self.query_attention = SelfAttention(width, heads) if "objects" in query_parts else None
@@ -334,6 +347,7 @@ class MaskFrozenDETR(System):
     def _remembered(self, images: Tensor, valid: Tensor) -> FrozenFeatures:
         """The same of each picture without its padding, computed by itself where the cache does not hold it."""
         assert self.cache is not None
+        self.cache.serve(self._detector_state(images.device))
         parts: list[FrozenFeatures] = []
         for image, (height, width) in zip(images, valid.tolist(), strict=True):
             picture = image[:, :height, :width]
@@ -354,6 +368,17 @@ class MaskFrozenDETR(System):
         )
         fine = torch.cat([_widened(p.fine, size, FINE) for p in parts])
         return FrozenFeatures(boxes, scores, queries, tuple(levels), fine)
+
+    def _detector_state(self, device: torch.device) -> tuple[Any, ...]:
+        """What is another one as soon as the detector may say something else of the same picture: its weights being
+        loaded, moved or written to, wherever that is done from, or another precision."""
+        # Several processes may copy buffers to each other before every step, which counts as writing but is none.
+        weights = tuple(
+            (p.data_ptr(), p.dtype, None if p.is_inference() else p._version) for p in self.detector.parameters()
+        )
+        buffers = tuple((b.data_ptr(), b.dtype) for b in self.detector.buffers())
+        kind = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        return weights, buffers, kind
 
     def masks_of(
         self, raw: Raw, picture: int, boxes: Float[Tensor, "r 4"], rows: Int[Tensor, " r"]
@@ -511,6 +536,10 @@ class MaskFrozenDETR(System):
         if self.cache is not None:
             self.cache.clear()
         return super().load_state_dict(*arguments, **keywords)
+
+    def progressed(self, done: float) -> None:
+        if done == 0 and not self.joint:
+            self.detector.warn_if_random("mask-frozen-detr", "joint=True")
 
     def groups(self) -> dict[str, list[nn.Module]]:
         parts = self.detector.groups()

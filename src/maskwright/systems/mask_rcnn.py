@@ -230,6 +230,9 @@ class MaskRCNN(System):
             freeze([self.roi_stage] if frozen > 4 else [])
             box_fcs, mask_convs = 0, 0
 
+        for name, given in (("proposals_before", proposals_before), ("proposals_after", proposals_after)):
+            if given is not None and (len(given) != 2 or min(given) < 0):
+                raise UsageError(f"{name} is {tuple(given)}; expected two numbers, in training and at test, from 0 on")
         before = proposals_before or (own.proposals.before if neck == "fpn" else (12000, 6000))
         after = proposals_after or (own.proposals.after if neck == "fpn" else (2000, 1000))
         self.proposal_rules = replace(own.proposals, before=tuple(before), after=tuple(after))

@@ -32,7 +32,7 @@ from maskwright.ops.assignment import assign
 from maskwright.ops.points import mask_sample
 from maskwright.ops.query_losses import MaskAnswers as Raw
 from maskwright.structures import Instances, Preprocess
-from maskwright.systems.base import Card, ClassRows, Preset, QuerySystem, Score
+from maskwright.systems.base import Card, ClassRows, Preset, QuerySystem, Score, at_least
 
 
 class PixelDecoder(nn.Module):
@@ -145,10 +145,12 @@ class MaskFormer(QuerySystem):
         short, long, mean, std  preprocessing; mean and std in the network's channel order, None: as published
         """
         super().__init__()
+        at_least("maskformer", 1, heads=heads, width=width, queries=queries, layers=layers, hidden=hidden)
+        at_least("maskformer", 1, multiple=multiple, short=short, long=long)
+        at_least("maskformer", 0, encoder_layers=encoder_layers, no_object=no_object)
+        at_least("maskformer", 0, class_weight=class_weight, mask_weight=mask_weight, dice_weight=dice_weight)
         if width % (4 * heads):
             raise UsageError(f"width is {width}; expected a multiple of 4 x heads, which is {4 * heads}")
-        if queries < 1 or layers < 1:
-            raise UsageError(f"queries is {queries} and layers {layers}; expected at least 1 of each")
         self.classes = tuple(classes)
         self.stuff = self.checked_stuff(stuff)
         self.weights, self.no_object = (class_weight, mask_weight, dice_weight), no_object

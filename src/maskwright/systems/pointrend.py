@@ -179,7 +179,8 @@ class PointRend(MaskRCNN):
         point_count      points per box to learn from; of `candidates` times as many the least sure are taken, a share
                          `important`, the rest is uniform (section 3.2: 3, 0.75 is mildly biased; 1, 0 uniform)
         refine_steps, refine_points
-                         at test the coarse side is doubled so often, and so many points are asked for after each
+                         at test the coarse side is doubled so often, and so many points are asked for after each;
+                         0 steps refine nothing
         predicted_boxes  masks are learnt in the boxes that the box head predicts, not in proposals; None: as published,
                          not with `implicit`
         implicit         no coarse mask, but a point network of its own for each box (arXiv 2104.06404); needs memory
@@ -192,8 +193,6 @@ class PointRend(MaskRCNN):
             proposals_after=proposals_after, box_width=box_width, masks=False, short=short, long=long, mean=mean,
             std=std,
         )  # fmt: skip
-        if not 0 <= important <= 1 or candidates < 1:
-            raise UsageError(f"candidates is {candidates}, important {important}; at least 1 and a share are needed")
         kinds, rules = len(self.classes), PointRules(point_count, candidates, important, refine_steps, refine_points)
         self.predicted_boxes = not implicit if predicted_boxes is None else predicted_boxes
         self.mask_side, self.implicit_weight = 2 * coarse_side, implicit_weight

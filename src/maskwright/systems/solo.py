@@ -28,9 +28,8 @@ from maskwright.blocks import solo_grid as grid_ops
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.resnet import StrideIn
-from maskwright.blocks.solo_grid import GRIDS, PRIOR, RANGES, STRIDES, Deform, GridBranch, MaskLoss, tower
+from maskwright.blocks.solo_grid import GRIDS, PRIOR, RANGES, Deform, GridBranch, MaskLoss, tower
 from maskwright.blocks.trunk import coloured, make_trunk
-from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count
 from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.systems.base import Card, ClassRows, Preset, Score, System
@@ -124,8 +123,7 @@ class SOLO(System):
         short, long, mean, std  preprocessing; mean and std in the network's channel order, None: as published
         """
         super().__init__()
-        if not len(grids) == len(ranges) == len(STRIDES):
-            raise UsageError(f"grids has {len(grids)} entries, ranges {len(ranges)}; there are {len(STRIDES)} levels")
+        grid_ops.check_cells(grids, ranges, head_convs)
         self.classes = tuple(classes)
         self.grids = tuple(grids)
         self.ranges = [(float(low), float(high)) for low, high in ranges]

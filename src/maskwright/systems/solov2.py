@@ -26,7 +26,7 @@ from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.points import PlanePoints
 from maskwright.blocks.resnet import StrideIn
-from maskwright.blocks.solo_grid import GRIDS, PRIOR, RANGES, STRIDES, Deform, GridBranch, MaskLoss
+from maskwright.blocks.solo_grid import GRIDS, PRIOR, RANGES, Deform, GridBranch, MaskLoss
 from maskwright.blocks.trunk import coloured, make_trunk
 from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count
@@ -176,8 +176,7 @@ class SOLOv2(System):
         super().__init__()
         if rules not in RULES:
             raise UsageError(f"rules is {rules!r}; expected {' or '.join(RULES)}")
-        if not len(grids) == len(ranges) == len(STRIDES):
-            raise UsageError(f"grids has {len(grids)} entries, ranges {len(ranges)}; there are {len(STRIDES)} levels")
+        grid_ops.check_cells(grids, ranges, head_convs)
         if kernel_size not in (1, 3):
             raise UsageError(f"kernel_size is {kernel_size!r}; expected 1 or 3")
         self.classes = tuple(classes)

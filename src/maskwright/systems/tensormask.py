@@ -13,6 +13,7 @@ tensor never exists.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -118,7 +119,7 @@ class TensorMask(System):
         bipyramid    masks on a tensor bipyramid (section 4.2); otherwise V x U at every level
         aligned      what the last layer predicts is in aligned representation (figure 6b, 6d), else natural (6a, 6c)
         factor       without a bipyramid: masks are predicted so many times coarser, then upsampled (figure 6c, 6d)
-        mode         how they are upsampled (table 2b)
+        mode         how they are upsampled (table 2b), those of a bipyramid too
         rule         which windows learn from an object: as the published code has it or as the paper says, see
                      `assign`
         short, long, mean, std   preprocessing
@@ -128,12 +129,18 @@ class TensorMask(System):
             raise UsageError("a bipyramid is predicted in aligned representation and has a factor of its own per level")
         if rule not in ("code", "paper"):
             raise UsageError(f"rule is {rule!r}; expected code or paper")
+        if not windows or min(windows) < 1:
+            raise UsageError(f"windows is {tuple(windows)}; expected at least one size, each of 1 cell or more")
+        if not (math.isfinite(factor) and factor > 0):
+            raise UsageError(f"factor is {factor}; expected a number above 0: 1 predicts masks as fine as they are")
+        if convs < 1:
+            raise UsageError(f"convs is {convs}; each tower has at least 1")
         self.classes = tuple(classes)
         self.windows = tuple(windows)
         self.bipyramid, self.aligned, self.factor, self.rule = bipyramid, aligned, factor, rule
         self.mode: Mode = mode
         for side in self.windows:
-            if abs(side / factor - round(side / factor)) > 1e-6:
+            if abs(side / factor - round(side / factor)) > 1e-6 or round(side / factor) < 1:
                 raise UsageError(f"a window of {side} cells cannot be predicted {factor:g} times coarser")
 
         self.backbone, channels = make_trunk(
@@ -201,7 +208,7 @@ class TensorMask(System):
         result = []
         for tensor in self.mask_tensors(raw, level):
             if self.bipyramid:
-                result.append(swap_align2nat(tensor, 2**level).values)
+                result.append(swap_align2nat(tensor, 2**level, mode=self.mode).values)
             elif self.factor != 1:
                 grown = up_align2nat(tensor, self.factor, mode=self.mode) if self.aligned else None
                 result.append((grown or upsample(tensor, self.factor, self.mode)).values)
@@ -225,7 +232,7 @@ class TensorMask(System):
     def _at(self, tensor: MaskTensor, level: int, places: Int[Tensor, "k 3"]) -> Float[Tensor, "k v v"]:
         if self.aligned:
             if self.bipyramid:
-                return swap_windows(tensor, 2**level, places)
+                return swap_windows(tensor, 2**level, places, mode=self.mode)
             return swap_windows(tensor, self.factor, places, mode=self.mode, subsampled=False)
         picture, y, x = places.unbind(1)
         values = tensor.values[picture, :, :, y, x]  # (k, V / factor, U / factor)

@@ -144,10 +144,21 @@ class YOLACT(System):
         mean, std       of the channels, RGB, 0 ... 255 (darknet53: 0 ... 1); None: as published
         """
         super().__init__()
+        least = {
+            "size": size, "prototypes": prototypes, "anchor_octaves": anchor_octaves,
+            "masks_per_picture": masks_per_picture,
+        }  # fmt: skip
+        for name, value in least.items():
+            if value < 1:
+                raise UsageError(f"{name} is {value}; at least 1 is needed")
         if anchor_sides is None:
-            anchor_sides = [s * size // 550 for s in SIDES]
+            anchor_sides = [max(1, s * size // 550) for s in SIDES]
         if len(anchor_sides) != 5:
             raise UsageError(f"anchor_sides has {len(anchor_sides)} entries; there are five levels, P3 ... P7")
+        if not min(anchor_sides) > 0:
+            raise UsageError(f"anchor_sides is {list(anchor_sides)}; expected pixels, all above 0")
+        if not anchor_ratios or not min(anchor_ratios) > 0:
+            raise UsageError(f"anchor_ratios is {list(anchor_ratios)}; expected at least one number, all above 0")
         self.classes = tuple(classes)
         self.crowd_overlap, self.masks_per_picture, self.crop_learnt = crowd_overlap, masks_per_picture, crop_learnt
         self.shapes = _anchor_shapes(anchor_sides, anchor_ratios, anchor_octaves, square_anchors, size)

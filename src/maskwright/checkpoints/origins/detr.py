@@ -10,8 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maskwright.checkpoints import folders
 from maskwright.checkpoints.names import COCO, COCO_IDS, COCO_STUFF
 from maskwright.checkpoints.origins import Candidate, Origin, Shapes, State
+from maskwright.errors import CheckpointError
 
 BLOCKS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 STUFF_IDS = (
@@ -208,6 +210,17 @@ def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candidat
         shapes, trunk, model, "fc1", f"{model}input_projection", f"{model}query_position_embeddings",
         f"{own}class_labels_classifier", masks,
     )  # fmt: skip
+    if options is None:
+        return None
+    said = folders.heads(
+        about, options["width"], "encoder_attention_heads", "decoder_attention_heads", "num_attention_heads"
+    )
+    if masks and said not in (None, options["heads"]):
+        raise CheckpointError(
+            f"{about.get('path')}/config.json: it says {said} attention heads, and the mask head beside it is of "
+            f"{options['heads']}; put the config.json there that belongs to the weights"
+        )
+    options |= {"heads": said or options["heads"], **folders.pictures(about, "detr", options["in_channels"])}
     config = about.get("config", {})
     dilated, trunk_config = config.get("dilation"), config.get("backbone_config")
     if not isinstance(dilated, bool) and isinstance(trunk_config, Mapping):

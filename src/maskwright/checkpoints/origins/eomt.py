@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from maskwright.checkpoints import folders
 from maskwright.checkpoints.names import segment_names
 from maskwright.checkpoints.origins import Candidate, Origin, Shapes, State
+from maskwright.errors import CheckpointError
 
 LICENCE = "MIT"
 DERIVED = (r"^criterion\.empty_weight$", r"pixel_(mean|std)$")
@@ -66,6 +68,7 @@ SCALES = {True: (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"), False: (r"\.laye
 # ---- options from shapes ---------------------------------------------------------------------------------------------
 
 SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
+HEADS_OF = {384: 6, 768: 12, 1024: 16, 1536: 24}
 
 
 def _options(shapes: Shapes, names: Mapping[str, str], rotary: bool) -> dict[str, Any] | None:
@@ -129,18 +132,47 @@ def official_dinov3(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candid
 
 
 def transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    return _options(shapes, TRANSFORMERS_NAMES, rotary=False)
+    return _of_folder(_options(shapes, TRANSFORMERS_NAMES, rotary=False), about)
 
 
 def transformers_dinov3(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
     """Whole weights: whoever converted the published differences added DINOv3's own."""
-    options = _options(shapes, TRANSFORMERS_DINOV3_NAMES, rotary=True)
-    config = about.get("config", {})
-    if options is not None and isinstance(config.get("image_size"), int):
-        options["size"] = config["image_size"]
-    if options is not None and isinstance(config.get("layer_norm_eps"), float):
-        options["norm_eps"] = config["layer_norm_eps"]
+    return _of_folder(_options(shapes, TRANSFORMERS_DINOV3_NAMES, rotary=True), about)
+
+
+def _of_folder(options: dict[str, Any] | None, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """With what the JSON files of a folder say: the size of the input, heads, the norms' epsilon."""
+    if options is None:
+        return None
+    width, own_heads = next((w, HEADS_OF[w]) for w, name in SIZES.items() if f"vit_{name}_" in options["backbone"])
+    heads, eps = folders.heads(about, width, "num_attention_heads"), folders.number(about, "layer_norm_eps")
+    if heads not in (None, own_heads):
+        options["heads"] = heads
+    if eps not in (None, 1e-5 if "dinov3" in options["backbone"] else 1e-6):
+        options["norm_eps"] = eps
+    pictures = folders.prepared(about, options["in_channels"], do_pad=True)
+    asked = dict(pictures.asked)
+    if pictures.short is not None and pictures.long != pictures.short:
+        asked["size"] = about["preprocessor"]["size"]  # of no square
+    elif pictures.short is not None:
+        options["size"] = _agreed(options, pictures.short, "preprocessor_config.json: size", about)
+    asked |= {k: list(v) for k, v in (("mean", pictures.mean), ("std", pictures.std)) if v is not None}
+    folders.warn(about, "eomt", asked)
+    image = folders.side(about)
+    # Rotated positions are of any size; there pictures are as large as their own file says.
+    if image is not None and ("table" in options or "size" not in options):
+        options["size"] = _agreed(options, image, "config.json: image_size", about)
     return options
+
+
+def _agreed(options: Mapping[str, Any], said: int, name: str, about: Mapping[str, Any]) -> int:
+    """The size of the input that a file says, where the table of positions is of no other."""
+    if "table" in options and said != options["size"]:
+        raise CheckpointError(
+            f"{about.get('path')}/{name} is {said}, and the weights beside it have positions for {options['size']}; "
+            "put the file there that belongs to the weights"
+        )
+    return said
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

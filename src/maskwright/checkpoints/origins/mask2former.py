@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from maskwright.checkpoints import folders
 from maskwright.checkpoints.names import segment_names
 from maskwright.checkpoints.origins import Origin, Replacement, Shapes, State
+from maskwright.errors import CheckpointError
 
 DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 Rules = list[tuple[str, Replacement]]
@@ -239,12 +241,25 @@ def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | 
     head, layer = "model.transformer_module.", "model.transformer_module.decoder.layers."
     if f"{layer}0.cross_attn.in_proj_weight" not in shapes or "class_predictor.weight" not in shapes:
         return None
-    return _options(
+    options = _options(
         shapes, trunk(shapes, "model.pixel_level_module.encoder.encoder.", "attention.self."),
         f"{head}queries_embedder.weight", "class_predictor.weight", f"{layer}0.fc1.weight",
         r"^model\.pixel_level_module\.decoder\.encoder\.layers\.(\d+)\.", r"fc1\.weight$",
         f"{head}queries_features.weight" in shapes, count(shapes, rf"^{re.escape(layer)}(\d+)\."),
     )  # fmt: skip
+    if options is None:
+        return None
+    heads = folders.heads(about, options["width"], "num_attention_heads")
+    if heads is not None:
+        each = options["heads"] * options["sampled"]
+        if each % heads:
+            raise CheckpointError(
+                f"{about.get('path')}/config.json: num_attention_heads is {heads}, and the pixel decoder beside it "
+                f"samples {each} points of a level, which they cannot share; put the config.json there that belongs "
+                "to the weights"
+            )
+        options |= {"heads": heads, "sampled": each // heads}
+    return options | folders.pictures(about, "mask2former", options["in_channels"], divide=1.0)
 
 
 def _options(

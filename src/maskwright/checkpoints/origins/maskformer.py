@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from maskwright.checkpoints import folders
 from maskwright.checkpoints.origins import Origin, Shapes
 from maskwright.checkpoints.origins.mask2former import (
     DETECTRON2_TRUNK,
@@ -84,10 +85,17 @@ def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | 
     layer = "model.transformer_module.decoder.layers."
     if f"{layer}0.encoder_attn.q_proj.weight" not in shapes or "mask_embedder.0.0.weight" not in shapes:
         return None
-    return _options(
+    options = _options(
         shapes, trunk(shapes, "model.pixel_level_module.encoder.model.encoder.", "attention.self."),
         "model.transformer_module.queries_embedder.weight", "class_predictor.weight", layer, "fc1", 0,
     )  # fmt: skip
+    if options is None:
+        return None
+    heads = folders.heads(
+        about, options["width"], "decoder_attention_heads", "num_attention_heads", inside="decoder_config"
+    )
+    options["heads"] = heads or options["heads"]
+    return options | folders.pictures(about, "maskformer", options["in_channels"], divide=1.0)
 
 
 def _options(
