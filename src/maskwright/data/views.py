@@ -28,7 +28,7 @@ class View(Dataset):
         self.positions: Sequence[int] = range(len(inner))  # of the pictures
         self.labels = torch.arange(len(self.classes))  # old label -> new one; -1: such objects are left out
         if not hasattr(inner, "areas"):
-            self.areas = None  # an evaluation then takes those of the masks, and says so
+            self.areas = None  # pyright: ignore[reportAttributeAccessIssue]  # an evaluation then takes those of the masks, and says so
 
     def order(self, labels: Tensor) -> Tensor:
         """Which objects of a picture are seen, by their old labels, and in which order."""

@@ -289,8 +289,8 @@ class _Watch:
         yield
         sums = [float(np.dot(v[before:], self.pictures[before:])) for v in (self.networks, self.decodings)]
         laying = self._now() - begin - sum(sums)
-        for own, value in ((self.networks, sums[0]), (self.decodings, sums[1] + laying), (self.pictures, 1)):
-            own[before:] = [value]
+        self.networks[before:], self.decodings[before:] = [sums[0]], [sums[1] + laying]
+        self.pictures[before:] = [1]
 
     def saw(self, objects: Instances | Panoptic) -> None:
         if isinstance(objects, Panoptic):

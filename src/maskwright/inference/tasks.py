@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from maskwright.errors import UsageError
@@ -40,11 +40,11 @@ def checked_thresholds(verb: Callable[..., Any], name: str, thresholds: dict[str
     given = {name: value for name, value in thresholds.items() if value is not None}
     for asked, value in given.items():
         kind = str(parameters[asked].annotation).removesuffix(" | None")
-        number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        truth = isinstance(value, bool)
         good, words = {
-            "int": (number and value >= 0 and value % 1 == 0, "a whole number from 0 on"),
-            "float": (number, "a number"),
-            "bool": (isinstance(value, bool), "True or False"),
+            "int": (isinstance(value, Integral) and not truth and int(value) >= 0, "a whole number from 0 on"),
+            "float": (isinstance(value, Real) and not truth and math.isfinite(value), "a number"),
+            "bool": (truth, "True or False"),
         }.get(kind, (True, ""))
         if not good:
             raise UsageError(f"{asked} is {value!r}; expected {words}")

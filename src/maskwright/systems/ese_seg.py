@@ -195,7 +195,7 @@ class ESESeg(System):
         head_width    channels of the coarsest level's block, halved (and rounded down, to no less than 1) with each
                       finer level
         anchors       (width, height) of each, finest level first; None: YOLOv3's nine, the tiny variant's six
-        coefficients  per shape (18 as published, called "deg 8" there)
+        coefficients  per shape, 1 ... 360 (18 as published, called "deg 8" there)
         shift         what is added to the first coefficient: its usual value in the data the weights were trained on
         detector      "yolo" as published; "fcos": PolarMask's head, whose `rays` (a divisor of 360) are decoded from
                       the coefficients of their logarithm, above a pyramid of `neck_width` channels with towers of
