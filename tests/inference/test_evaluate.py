@@ -90,7 +90,7 @@ def test_who_sees_everything_scores_one(system, batch):
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_who_sees_everything_scores_one_in_tiles_too(system, batch):
-    result = evaluate(system, Gallery(), tile=32, overlap=0.5, batch=batch, device="cpu", examples=2)
+    result = evaluate(system, Gallery(4), tile=32, overlap=0.5, batch=batch, device="cpu", examples=2)
     assert result["segm/AP"] == pytest.approx(1), "objects that a seam cuts are joined"
     facts = dict(result.protocol.facts())
     assert facts["input size"].startswith("tiles of 32 pixels, 50 % in common, each: ")
@@ -101,9 +101,9 @@ def test_who_sees_everything_scores_one_in_tiles_too(system, batch):
 
 def test_a_broken_picture_among_tiled_ones(system):
     with pytest.warns(DataWarning, match=r"picture-2\.jpg: is cut off \(it counts as a picture without predictions"):
-        result = evaluate(system, Gallery(broken=(2,)), tile=32, examples=0)
+        result = evaluate(system, Gallery(4, broken=(2,)), tile=32, examples=0)
     assert result.missing == 1
-    gallery = Gallery(broken=(2,))
+    gallery = Gallery(4, broken=(2,))
     gallery.strict = True
     with pytest.raises(PictureError, match=r"picture-2\.jpg"):
         evaluate(system, gallery, tile=32)
