@@ -58,9 +58,7 @@ def planes_of(shape: Sequence[int], sizes: Sequence[Sequence[int]], multiple: in
     return [(min(-(-h // multiple) * multiple, height), min(-(-w // multiple) * multiple, width)) for h, w in sizes]
 
 
-def inputs_of(
-    images: Float[Tensor, "b c h w"], sizes: Sequence[tuple[int, int]], multiple: int
-) -> tuple[Tensor, ...]:  # fmt: skip
+def inputs_of(images: Float[Tensor, "b c h w"], sizes: Sequence[tuple[int, int]], multiple: int) -> tuple[Tensor, ...]:
     """What `forward` is called with: `sizes` only where some picture is smaller than the batch, and on the host, where
     they decide which pictures go through the network together."""
     if all(plane == tuple(images.shape[-2:]) for plane in planes_of(images.shape, sizes, multiple)):
@@ -70,7 +68,8 @@ def inputs_of(
 
 def pyramid(
     images: Float[Tensor, "b c h w"],
-    planes: Sequence[tuple[int, int]] | None,
+    sizes: Int[Tensor, "b 2"] | None,
+    multiple: int,
     scales: Sequence[float],
     level: Callable[[Tensor, float], Tensor],
     network: Callable[[Tensor], tuple[Tensor, ...]],
@@ -80,17 +79,18 @@ def pyramid(
     """What a network says of each level of a pyramid of pictures, and which places of it are each picture's own (none
     said: all are).
 
-    Pictures of different `planes` go through it one after the other, those of one plane together: many layers see where
-    a plane ends, and a group norm sees all of it, so that nothing laid around a smaller picture would give what it
+    Pictures of different planes go through it one after the other, those of one plane together: many layers see where a
+    plane ends, and a group norm sees all of it, so that nothing laid around a smaller picture would give what it
     gives alone.
 
-    planes   see `planes_of`; None: every picture fills the batch
+    sizes, multiple  of the pictures, on the host, see `planes_of`; None: every picture fills the batch
     level    pictures, scale -> a level; what is beyond one is nought
     network  a level -> outputs on one grid; those of smaller pictures are filled up with `fills`
     shared   the batch goes through it at once all the same, noughts beyond smaller pictures: see `shares_norms`
     """
-    if planes is None:
+    if sizes is None:
         return [network(level(images, scale)) for scale in scales], ()
+    planes = planes_of(images.shape, sizes.tolist(), multiple)
     lots = {plane: [n for n, own in enumerate(planes) if own == plane] for plane in dict.fromkeys(planes)}
     order = torch.tensor([row for rows in lots.values() for row in rows], device=images.device).argsort()
     result, there = [], []
@@ -110,9 +110,7 @@ def pyramid(
 def _joined(parts: Sequence[Tensor], fill: float) -> Tensor:
     """One batch of planes of different sizes, `fill` right of and below the smaller ones."""
     height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
-    return torch.cat(
-        [functional.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2]), value=fill) for p in parts]
-    )  # fmt: skip
+    return torch.cat([functional.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2]), value=fill) for p in parts])
 
 
 def shares_norms(module: nn.Module) -> bool:
@@ -163,9 +161,7 @@ def reachable(windows: Windows, size: tuple[int, int], stride: int) -> Bool[Tens
     return ((windows.centres - limit) * windows.scales[:, None] < stride).all(1)
 
 
-def own_places(
-    there: Sequence[Bool[Tensor, "b 1 _h _w"]], picture: int, windows: Windows
-) -> Bool[Tensor, " n"]:  # fmt: skip
+def own_places(there: Sequence[Bool[Tensor, "b 1 _h _w"]], picture: int, windows: Windows) -> Bool[Tensor, " n"]:
     """Windows that a picture has alone too, see `pyramid`."""
     if not there:
         return torch.ones(len(windows.boxes), dtype=torch.bool, device=windows.boxes.device)

@@ -30,7 +30,6 @@ from maskwright.blocks.sliding import (
     inputs_of,
     logit_of,
     own_places,
-    planes_of,
     proposals,
     pyramid,
     reachable,
@@ -176,8 +175,8 @@ class DeepMask(ProposalSystem):
     def forward(self, images: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Raw:
         grey, around = self.grey.to(images.dtype), [self.window // 2] * 4
         found, there = pyramid(
-            images, None if sizes is None else planes_of(images.shape, sizes.tolist(), self.preprocess.multiple),
-            self.scales, lambda pictures, scale: resized(pictures, scale, corners=True) - grey,
+            images, sizes, self.preprocess.multiple, self.scales,
+            lambda pictures, scale: resized(pictures, scale, corners=True) - grey,
             lambda level: self.dense(functional.pad(level, around) + grey), (0.0, 0.0), shares_norms(self),
         )  # fmt: skip
         features, scores = zip(*found, strict=True)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from maskwright.blocks.layers import Norm
+from maskwright.blocks.layers import GroupNorm, Norm
 from maskwright.blocks.positions import padding_of, sine_positions
 from maskwright.blocks.transformer import MLP, DecoderLayer, EncoderLayer
 from maskwright.blocks.trunk import coloured, make_trunk
@@ -78,7 +78,7 @@ class MaskHead(nn.Module):
         widths = [width + heads, width // 2, width // 4, width // 8, width // 16]
         reads = [width + heads, *widths[:-1]]
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(reads, widths, strict=True))
-        self.norms = nn.ModuleList(nn.GroupNorm(math.gcd(8, c), c) for c in widths)
+        self.norms = nn.ModuleList(GroupNorm(math.gcd(8, c), c) for c in widths)
         self.adapters = nn.ModuleList(nn.Conv2d(c, w, 1) for c, w in zip(channels, widths[1:4], strict=True))
         self.output = nn.Conv2d(widths[-1], 1, 3, padding=1)
         for layer in (*self.convs, *self.adapters, self.output):

@@ -29,7 +29,6 @@ from maskwright.blocks.sliding import (
     inputs_of,
     logit_of,
     own_places,
-    planes_of,
     proposals,
     pyramid,
     reachable,
@@ -166,8 +165,8 @@ class InstanceFCN(ProposalSystem):
 
     def forward(self, images: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Raw:
         found, there = pyramid(
-            images, None if sizes is None else planes_of(images.shape, sizes.tolist(), self.preprocess.multiple),
-            self.scales, lambda pictures, scale: resized(pictures, scale, corners=False), self._level, (0.0, PAD),
+            images, sizes, self.preprocess.multiple, self.scales,
+            lambda pictures, scale: resized(pictures, scale, corners=False), self._level, (0.0, PAD),
             shares_norms(self),
         )  # fmt: skip
         scores, maps = zip(*found, strict=True)

@@ -28,6 +28,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from maskwright.blocks.deformable_attention import DeformableEncoderLayer, cell_centres
+from maskwright.blocks.layers import GroupNorm
 from maskwright.blocks.positions import padding_of, sine_positions
 from maskwright.blocks.transformer import CrossAttention, FeedForward, SelfAttention
 from maskwright.errors import UsageError
@@ -82,7 +83,7 @@ class ImageEncoder(nn.Module):
         )
         self.neck = nn.Sequential(
             nn.Conv2d(layout.fine, layout.memory, 1, bias=False),
-            nn.GroupNorm(math.gcd(8, layout.memory), layout.memory),
+            GroupNorm(math.gcd(8, layout.memory), layout.memory),
         )
         self.mapper = nn.Conv2d(layout.memory, width, 1)
 
