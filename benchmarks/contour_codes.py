@@ -48,7 +48,7 @@ class Row:
 
 
 def measured(masks: Masks) -> Iterator[tuple[Row, Masks]]:
-    """Every code's reconstruction of the masks of one picture."""
+    """Every code's reconstruction of the masks of one image."""
     size = masks.size
     bridged = contours.solid(masks)
     largest = largest_parts(masks)
@@ -143,11 +143,11 @@ def measure(
     found: dict[tuple[str, str], list[float]] = {}
     numbers: dict[tuple[str, str], list[tuple[float, int]]] = {}
     areas: list[int] = []
-    pictures = 0
+    images = 0
     for split in ("train", "val"):
         dataset = open_dataset(source, split)
         for index in range(len(dataset)):
-            if limit is not None and pictures >= limit:
+            if limit is not None and images >= limit:
                 break
             target = dataset.targets(index)
             masks = target.masks if target.crowd is None else target[~target.crowd].masks
@@ -157,7 +157,7 @@ def measure(
             masks = masks[masks.areas() > 0]
             if not len(masks):
                 continue
-            pictures += 1
+            images += 1
             areas += masks.areas().tolist()
             if scale != 1:
                 masks = masks.resize((round(masks.size[0] * scale), round(masks.size[1] * scale)))
@@ -166,7 +166,7 @@ def measure(
                 found.setdefault(key, []).extend(overlaps(again, masks))
                 numbers.setdefault(key, []).append((row.numbers, len(masks)))
     mean = {k: sum(n * c for n, c in v) / sum(c for _, c in v) for k, v in numbers.items()}
-    return found, np.array(areas), {"pictures": pictures, "numbers": mean}
+    return found, np.array(areas), {"images": images, "numbers": mean}
 
 
 def table(found: dict[tuple[str, str], list[float]], areas: np.ndarray, numbers: dict) -> list[dict]:
@@ -263,8 +263,8 @@ def plot(sets: dict[str, list[dict]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="*")
-    parser.add_argument("--limit", type=int, help="pictures of each set")
-    parser.add_argument("--scale", type=float, default=1.0, help="resize masks first; sizes stay those of the picture")
+    parser.add_argument("--limit", type=int, help="images of each set")
+    parser.add_argument("--scale", type=float, default=1.0, help="resize masks first; sizes stay those of the image")
     parser.add_argument("--svg", type=Path, help="write the plot there")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--again", type=Path, help="draw figures that --json wrote, measure nothing")
@@ -272,7 +272,7 @@ def main() -> None:
     sets = json.loads(arguments.again.read_text()) if arguments.again else {}
     for source in arguments.data:
         found, areas, about = measure(source, arguments.limit, arguments.scale)
-        name = f"{Path(source).name}: {len(areas)} objects, {about['pictures']} pictures"
+        name = f"{Path(source).name}: {len(areas)} objects, {about['images']} images"
         sets[name] = table(found, areas, about["numbers"])
         counts = ((areas < 32**2).sum(), ((areas >= 32**2) & (areas < 96**2)).sum(), (areas >= 96**2).sum())
         print(

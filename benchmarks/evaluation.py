@@ -1,9 +1,9 @@
 """Times our evaluator and run-length code against pycocotools, side by side in one run, on the same data.
 
-    python benchmarks/evaluation.py                       # 5,000 pictures x 100 detections: minutes, nearly all theirs
-    python benchmarks/evaluation.py --pictures 200        # a quick look
+    python benchmarks/evaluation.py                       # 5,000 images x 100 detections: minutes, nearly all theirs
+    python benchmarks/evaluation.py --images 200        # a quick look
 
-The data are made here: ellipses on pictures of 480 x 640, 7 annotated and 100 predicted per picture (COCO's val2017 has
+The data are made here: ellipses on images of 480 x 640, 7 annotated and 100 predicted per image (COCO's val2017 has
 7.3 and most systems give 100), sizes spread as COCO's are, 80 classes as rare and common as there; the same for the
 same seed. Predictions are the annotations disturbed and rescaled, and ellipses out of nothing. One thread each; every
 side runs in a process of its own, so that its peak of memory is its own.
@@ -52,7 +52,7 @@ class Made:
         return len(self.objects)
 
     def __getitem__(self, index: int) -> Any:
-        raise NotImplementedError("there are no pictures")
+        raise NotImplementedError("there are no images")
 
     def image_ids(self) -> list[int]:
         return list(range(1, len(self.objects) + 1))
@@ -89,7 +89,7 @@ def ellipse_codes(shapes: np.ndarray) -> list[bytes]:
     return codes
 
 
-def make(pictures: int, detections: int, seed: int = 0) -> tuple[Made, list[Instances]]:
+def make(images: int, detections: int, seed: int = 0) -> tuple[Made, list[Instances]]:
     """Annotations and predictions; no object is empty."""
     rng = np.random.default_rng(seed)
     frequency = 1 / np.arange(1, CLASSES + 1)
@@ -109,11 +109,11 @@ def make(pictures: int, detections: int, seed: int = 0) -> tuple[Made, list[Inst
         return Instances(SIZE, boxes[there], torch.from_numpy(labels)[there], masks[there], told)
 
     truths, found = [], []
-    for _ in range(pictures):
+    for _ in range(images):
         count = 1 + rng.poisson(6.3)
         forms, labels = shapes(count), rng.choice(CLASSES, count, p=frequency)
         truths.append(objects(forms, labels, None))
-        # each object is found a few times, ever less well; the rest is out of nothing, of the picture's own classes
+        # each object is found a few times, ever less well; the rest is out of nothing, of the image's own classes
         again = rng.integers(0, count, detections // 2)
         worse = rng.exponential(0.3, len(again))[:, None]
         near = forms[again]
@@ -283,27 +283,23 @@ def compare(counts: tuple[int, int], both: bool) -> dict[str, dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=5000)
+    parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--detections", type=int, default=100)
     parser.add_argument("--both", action="store_true", help="also our evaluator without vernier, which takes minutes")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"  # for the processes that are started from here
-    counts = (arguments.pictures, arguments.detections)
+    counts = (arguments.images, arguments.detections)
     versions = {name: _version(name) for name in ("vernier", "pycocotools", "numpy", "torch")}
-    print(
-        f"{counts[0]:,} pictures of {SIZE[0]} x {SIZE[1]}, {counts[1]} predictions each, {CLASSES} classes; masks and"
-    )
-    print(
-        f"boxes; one thread; {', '.join(f'{n} {v}' for n, v in versions.items())}; maxDets 100; no pictures are read\n"
-    )
+    print(f"{counts[0]:,} images of {SIZE[0]} x {SIZE[1]}, {counts[1]} predictions each, {CLASSES} classes; masks and")
+    print(f"boxes; one thread; {', '.join(f'{n} {v}' for n, v in versions.items())}; maxDets 100; no images are read\n")
 
     outcomes = compare(counts, arguments.both)
     judge = outcomes["pycocotools alone"]["summary"]
     worst = max(abs(o["summary"][name] - value) for o in outcomes.values() for name, value in judge.items())
     print(f"\nlargest difference of any of the {len(judge)} figures to pycocotools': {worst:.1e}")
-    print("everything: ours also counts confusions, per-class figures and the quality of each picture;")
+    print("everything: ours also counts confusions, per-class figures and the quality of each image;")
     print("memory: peak on top of the data\n")
 
     rows = run_lengths()

@@ -1,4 +1,4 @@
-"""Does it learn: Mask R-CNN from random weights on real pictures, ours beside torchvision's, paired.
+"""Does it learn: Mask R-CNN from random weights on real images, ours beside torchvision's, paired.
 
     python benchmarks/learning.py DATA [DATA ...]          # folders in COCO layout, with a train and a val part
     python benchmarks/learning.py DATA --seeds 0 --steps 50 --short 160
@@ -81,7 +81,7 @@ def weights_of(theirs: Any, classes: tuple[str, ...], short: int) -> MaskRCNN:
 
 
 class Kept(Dataset):
-    """A small data set whose pictures are decoded once."""
+    """A small data set whose images are decoded once."""
 
     def __init__(self, inner: Dataset):
         self.inner, self.name, self.classes, self.category_ids = inner, inner.name, inner.classes, inner.category_ids
@@ -171,10 +171,10 @@ def for_torchvision(batch: Batch) -> tuple[list[torch.Tensor], list[dict[str, to
     return images, goals
 
 
-def on_picture(theirs: Any, image: torch.Tensor, picture: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """What torchvision finds in an image that came resized, on the picture's grid as its own transform pastes it."""
+def on_image(theirs: Any, image: torch.Tensor, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """What torchvision finds in an image that came resized, on the size's grid as its own transform pastes it."""
     paste = theirs.transform.postprocess
-    theirs.transform.postprocess = lambda found, sizes, _: paste(found, sizes, [picture])
+    theirs.transform.postprocess = lambda found, sizes, _: paste(found, sizes, [size])
     try:
         return theirs([image])[0]
     finally:
@@ -186,14 +186,14 @@ def score(side: Any, system: mw.System, ours: bool, dataset: Any, device: str) -
     side.eval()
     evaluator = Evaluator(dataset)
     for index in range(len(dataset)):
-        batch = system.preprocess.collate([dataset[index].picture]).to(device)
+        batch = system.preprocess.collate([dataset[index].image]).to(device)
         if ours:
             found = system.decode(system(batch.images), batch.placements)[0]
         else:
             placement = batch.placements[0]
-            answer = on_picture(side, batch.images[0, :, : placement.size[0], : placement.size[1]], placement.picture)
+            answer = on_image(side, batch.images[0, :, : placement.size[0], : placement.size[1]], placement.image_size)
             masks = Masks.from_dense(answer["masks"][:, 0] >= 0.5)
-            found = Instances(placement.picture, answer["boxes"], answer["labels"] - 1, masks, answer["scores"])
+            found = Instances(placement.image_size, answer["boxes"], answer["labels"] - 1, masks, answer["scores"])
         evaluator.add_at(index, found.to("cpu"))
     summary = evaluator.result(examples=0).summary
     return {k: round(100 * float(summary[k]), 2) for k in ("segm/AP", "segm/AP50", "bbox/AP")}

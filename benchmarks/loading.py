@@ -1,10 +1,10 @@
-"""How fast pictures become batches: read, augmented, resized, normalised and padded, with their targets.
+"""How fast images become batches: read, augmented, resized, normalised and padded, with their targets.
 
     python benchmarks/loading.py DATA --short 400 800      # a folder in COCO layout
     python benchmarks/loading.py                           # generated scenes
     python benchmarks/loading.py DATA --workers 2
 
-Pictures per second of wall time, and per second of this process where it has no workers; batches of 4, mirrored at
+Images per second of wall time, and per second of this process where it has no workers; batches of 4, mirrored at
 random. A first pass over a few batches is not counted.
 """
 
@@ -49,7 +49,7 @@ def main() -> None:
                 batches = iter(loader)
                 continue
             count += len(batch.images)
-        row = {"data": dataset.name, "short": short, "workers": chosen.workers, "pictures": count}
+        row = {"data": dataset.name, "short": short, "workers": chosen.workers, "images": count}
         row["per second"] = round(count / (time.perf_counter() - wall), 1)
         if not chosen.workers:
             row["per CPU second"] = round(count / (time.process_time() - own), 1)

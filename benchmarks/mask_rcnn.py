@@ -1,12 +1,12 @@
-"""Mask R-CNN with a pyramid, of this library beside torchvision's own, in one run, on the same weights and pictures.
+"""Mask R-CNN with a pyramid, of this library beside torchvision's own, in one run, on the same weights and images.
 
     python benchmarks/mask_rcnn.py                      # R50: latency and a training step
     python benchmarks/mask_rcnn.py --short 400 --rounds 2 --skip-training
     python benchmarks/mask_rcnn.py --trunk resnet101 --short 800 --batch 1 --skip-training
 
-Weights are random, so every picture is decoded to the full 100 objects (score threshold 0): the heaviest case. What is
-timed runs from an 8-bit picture to finished masks on the picture's own grid, preprocessing included; torchvision's is
-its whole `model(pictures)`, which ends with float planes, ours ends with run-length codes. Rounds alternate between the
+Weights are random, so every image is decoded to the full 100 objects (score threshold 0): the heaviest case. What is
+timed runs from an 8-bit image to finished masks on the image's own grid, preprocessing included; torchvision's is
+its whole `model(images)`, which ends with float planes, ours ends with run-length codes. Rounds alternate between the
 two; the fastest round of each is shown, and with it how far the found boxes and masks agree. On two quiet cores the
 whole takes about ten minutes.
 """
@@ -53,8 +53,8 @@ def ours(network: Any, short: int) -> mw.System:
         return mw.load(Path(folder) / "theirs.pth", norm_eps=1e-5, short=short, long=short * 5 // 3)
 
 
-def pictures(count: int, size: tuple[int, int] = (600, 800)) -> list[torch.Tensor]:
-    return [Scenes(count, size=size, seed=5)[i].picture for i in range(count)]
+def images(count: int, size: tuple[int, int] = (600, 800)) -> list[torch.Tensor]:
+    return [Scenes(count, size=size, seed=5)[i].image for i in range(count)]
 
 
 def fastest(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -83,7 +83,7 @@ def latency(short: int, count: int, rounds: int, device: str, trunk: str) -> dic
     single = ours(network, short)
     halved = prepare(single, device, "bfloat16")
     folded = prepare(single, device, "float32")
-    shots = pictures(count)
+    shots = images(count)
     floats = [(s.float() / 255).to(device) for s in shots]
 
     def run_theirs(half: bool) -> Any:
@@ -131,7 +131,7 @@ def agreement(them: list[dict[str, torch.Tensor]], us: list[Instances]) -> str:
 def share_in_convolutions(short: int, device: str, trunk: str) -> dict[str, float]:
     """Where our float32 time goes, by operator, as shares."""
     system = prepare(ours(theirs(short, trunk), short), device, "float32")
-    shots = pictures(1)
+    shots = images(1)
     find(system, shots, torch.float32, device)
     with torch.profiler.profile() as profile:
         find(system, shots, torch.float32, device)
@@ -157,7 +157,7 @@ def training_step(
     samples = [scenes[i] for i in range(count)]
     if side == "torchvision":
         network.train()
-        floats = [(s.picture.float() / 255).to(device) for s in samples]
+        floats = [(s.image.float() / 255).to(device) for s in samples]
         goals = [
             {"boxes": t.boxes, "labels": t.labels + 1, "masks": t.masks.dense(torch.device(device)).byte()}
             for t in (s.target.to(device) for s in samples)
@@ -169,7 +169,7 @@ def training_step(
             return sum(network(floats, goals).values(), torch.zeros((), device=device))
     else:
         system = system.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        laid = [system.preprocess.lay(s.picture) for s in samples]
+        laid = [system.preprocess.lay(s.image) for s in samples]
         targets = [s.target.place(p) for s, (_, p) in zip(samples, laid, strict=True)]
         batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], targets).to(device)
         parameters = [p for p in system.parameters() if p.requires_grad]
@@ -216,7 +216,7 @@ def training(short: int, count: int, rounds: int, device: str, half: bool, trunk
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", type=int, nargs="*", default=[400, 800], help="short sides")
-    parser.add_argument("--batch", type=int, nargs="*", default=[1, 4], help="pictures at once")
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 4], help="images at once")
     parser.add_argument("--trunk", default="resnet50", help="torchvision's name of it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What a hundred predicted objects on a picture of 4000 x 3000 pixels cost in memory.
+"""What a hundred predicted objects on an image of 4000 x 3000 pixels cost in memory.
 
 Two ways are measured, each in a process of its own so that nothing else is counted: `paste_masks` on the 28 x 28 masks
 of a Mask R-CNN, and `Masks.from_crops` for systems that make masks of their own size. The peak is the growth of the
@@ -25,7 +25,7 @@ PEAK, HELD = 300.0, 10.0  # MB
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Memory of many objects on a large picture.")
+    parser = argparse.ArgumentParser(description="Memory of many objects on a large image.")
     parser.add_argument("--objects", type=int, default=100)
     parser.add_argument("--height", type=int, default=3000)
     parser.add_argument("--width", type=int, default=4000)
@@ -62,8 +62,8 @@ def measure(way: str, count: int, size: tuple[int, int]) -> dict[str, float]:
     torch.manual_seed(0)
     make = WAYS[way]
     make(2, (64, 64)).draw(torch.zeros(3, 64, 64, dtype=torch.uint8), ["thing"])  # imports and buffers of the libraries
-    picture = torch.zeros(3, *size, dtype=torch.uint8)
-    picture += 1  # pages that are really there
+    image = torch.zeros(3, *size, dtype=torch.uint8)
+    image += 1  # pages that are really there
     reset_peak()
     before = resident("VmHWM")
     begun = time.perf_counter()
@@ -73,7 +73,7 @@ def measure(way: str, count: int, size: tuple[int, int]) -> dict[str, float]:
     held = len(pickle.dumps(objects)) / 1e6
     reset_peak()
     before = resident("VmRSS")
-    drawn = objects.draw(picture, ["thing"])
+    drawn = objects.draw(image, ["thing"])
     more = resident("VmHWM") - before
     assert drawn.size == (size[1], size[0])
     assert objects.masks is not None
@@ -81,7 +81,7 @@ def measure(way: str, count: int, size: tuple[int, int]) -> dict[str, float]:
 
 
 def pasted(count: int, size: tuple[int, int]):
-    """What the mask head of a Mask R-CNN gives, on the picture."""
+    """What the mask head of a Mask R-CNN gives, on the image."""
     import torch
 
     from maskwright.ops.paste import paste_masks
@@ -118,7 +118,7 @@ def cropped(count: int, size: tuple[int, int]):
 
 
 def boxes_on(count: int, size: tuple[int, int]):
-    """Boxes from a twentieth of the picture up to the whole of it; the first one is the whole picture."""
+    """Boxes from a twentieth of the image up to the whole of it; the first one is the whole image."""
     import torch
 
     height, width = size

@@ -2,7 +2,7 @@
 
     python benchmarks/points.py                                    # PointRend on generated scenes
     python benchmarks/points.py mask-rcnn-small solov2-small       # systems that have it as an option
-    python benchmarks/points.py --data FOLDER --steps 1500         # own pictures: its train and val split
+    python benchmarks/points.py --data FOLDER --steps 1500         # own images: its train and val split
 
 Each system is trained once, then evaluated twice. Mask AP forgives an outline that is off by a pixel or two; boundary
 AP (arXiv 2103.16562) does not, so both are shown.
@@ -59,7 +59,7 @@ def compare(preset: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         if arguments.draw:
             arguments.draw.mkdir(parents=True, exist_ok=True)
             for index in range(2):
-                found = system.predict(unseen[index].picture, score_threshold=0.3, refine=refine)
+                found = system.predict(unseen[index].image, score_threshold=0.3, refine=refine)
                 found.save(arguments.draw / f"{preset}-{index}-{row['masks']}.png")
     return rows
 
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, help="bound of the input's long side; default: as the short one")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--draw", type=Path, help="write drawn pictures there")
+    parser.add_argument("--draw", type=Path, help="write drawn images there")
     parser.add_argument("--keep", type=Path, help="write the trained weights there")
     arguments = parser.parse_args()
     for preset in arguments.presets:

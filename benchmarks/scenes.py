@@ -2,12 +2,12 @@
 
     python benchmarks/scenes.py                                # the small preset of every system
     python benchmarks/scenes.py mask-rcnn-small solov2-small --steps 1000 --draw drawn/
-    python benchmarks/scenes.py mask2former-small --data FOLDER --size 160   # pictures: its train and val part
+    python benchmarks/scenes.py mask2former-small --data FOLDER --size 160   # images: its train and val part
     python benchmarks/scenes.py eomt-small --data FOLDER --size 64 --jitter 3 6 --tile 64   # windows of them
 
 Every network is a system's small preset with half of ResNet-18's channels and a narrow neck, from random weights, at
-the same input size, with the same pictures in the same order (Keypoint R-CNN: figures
-with joints), the same number of steps, AdamW with the same schedule.
+the same input size, with the same images in the same order (Keypoint R-CNN: figures
+with keypoints), the same number of steps, AdamW with the same schedule.
 What differs is the system, and its learning rate where `--rates` says so. AP is measured on scenes that none has
 seen, and average recall of what finds objects without classes.
 A system that needs longer than the budget shows less than it can: this is a test of losses, targets and decoding, not a
@@ -51,10 +51,10 @@ def learn(
     preset: str, data: Path | None, steps: int, batch: int, size: int, rate: float, seed: int, draw: Path | None,
     recall: bool, scenes: int, workers: int, changes: dict[str, Any], given: dict[str, Any], tiles: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
-    joints = preset.startswith("keypoint")  # it learns figures and their joints; shapes are what they hide behind
+    keypoints = preset.startswith("keypoint")  # it learns figures and their keypoints; shapes are what they hide behind
     if data is None:
-        train = Scenes(scenes, size=(size, size), classes=CLASSES, seed=seed, keypoints=joints)
-        unseen = Scenes(60, size=(size, size), classes=CLASSES, seed=seed + 1000, keypoints=joints)
+        train = Scenes(scenes, size=(size, size), classes=CLASSES, seed=seed, keypoints=keypoints)
+        unseen = Scenes(60, size=(size, size), classes=CLASSES, seed=seed + 1000, keypoints=keypoints)
     else:
         train, unseen = (open_dataset(data, part) for part in ("train", "val"))
     known = inspect.signature(system_class(presets()[preset]).__init__).parameters
@@ -83,7 +83,7 @@ def learn(
         draw.mkdir(parents=True, exist_ok=True)
         for index in range(3):
             few = {"nms_threshold": 0.5, "detections": 8} if proposing else {}
-            found = system.predict(unseen[index].picture, score_threshold=0.3, **few, **tiles)
+            found = system.predict(unseen[index].image, score_threshold=0.3, **few, **tiles)
             found.save(draw / f"{preset}-{index}.png")
     return row
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument(
-        "--size", type=int, default=128, help="side of the square scenes and of the input; of pictures, the short one"
+        "--size", type=int, default=128, help="side of the square scenes and of the input; of images, the short one"
     )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--rates", nargs="*", default=[], metavar="PRESET=LR", help="other rates for some")
@@ -109,13 +109,13 @@ def main() -> None:
     parser.add_argument("--ema", type=float, default=0.99)
     parser.add_argument(
         "--jitter", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="learn from windows of --size in pictures that were fitted into it and scaled by a factor between these",
+        help="learn from windows of --size in images that were fitted into it and scaled by a factor between these",
     )  # fmt: skip
     parser.add_argument("--tile", type=int, help="measure and draw in tiles of so many pixels, 40 %% in common")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the system; VALUE in JSON"
     )
-    parser.add_argument("--draw", type=Path, help="write drawn pictures there")
+    parser.add_argument("--draw", type=Path, help="write drawn images there")
     parser.add_argument("--json", type=Path, help="write the figures there too")
     arguments = parser.parse_args()
     rates = {name: float(value) for name, value in (pair.split("=") for pair in arguments.rates)}

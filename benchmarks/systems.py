@@ -9,9 +9,9 @@ A row for each preset of PAPERS, and for each system of the registry that has no
 weights are needed. Random ones, though, would give numbers that explode or vanish, and a decoder nothing to do, so a
 first process fills a network:
 
-1. Every batch norm takes its statistics from a picture, layer by layer, as trained ones have them.
+1. Every batch norm takes its statistics from an image, layer by layer, as trained ones have them.
 2. The raw output itself is learnt by heart (`--learn` seconds, by the system's own losses): a hundred objects of the
-   sizes that pictures have, so that each decoder has the same ones to find, by its default thresholds.
+   sizes that images have, so that each decoder has the same ones to find, by its default thresholds.
 3. Where that is not possible in that time (systems that learn in a second stage), the classes' biases are raised until
    the default thresholds let a hundred objects pass; their masks are then what random weights make of them.
 
@@ -19,7 +19,7 @@ Columns `objects`, `pixels` (mean area of a mask; those to be found have about 2
 compare times with decoding only between rows where these are alike.
 
 A second process (on a GPU, whose start takes longer than a row, one for all rows) measures: the network, then decoding
-up to compact masks on the picture's own grid of 600 x 800; the fastest of several rounds. `peak MiB` is what forward
+up to compact masks on the image's own grid of 600 x 800; the fastest of several rounds. `peak MiB` is what forward
 and decode need beyond weights and input: on the host the growth of the resident size at its highest (the kernel's own
 mark, set back before), on a GPU what is allocated at most. `products` are multiplications (each with an addition) of
 convolutions and matrix products, network and decoding together.
@@ -91,7 +91,7 @@ def fill(preset: str, device: str, seconds: float, path: Path, pipe: Any) -> Non
     """Writes weights, and a raw output if one could be learnt, to `path`; sends how it came about."""
     torch.manual_seed(0)
     system = made(preset).to(device).eval()
-    batch = system.preprocess.collate([Scenes(1, size=SIZE, seed=5)[0].picture])
+    batch = system.preprocess.collate([Scenes(1, size=SIZE, seed=5)[0].image])
     begun = time.perf_counter()
     with torch.no_grad(), statistics_taken(system):
         raw = run_network(system, batch, torch.device(device), torch.float32)
@@ -99,7 +99,7 @@ def fill(preset: str, device: str, seconds: float, path: Path, pipe: Any) -> Non
     if seconds > 0:
         try:
             learnt, how = by_heart(system, raw, batch, seconds)
-        except Exception as error:  # what it learns from is not in this picture
+        except Exception as error:  # what it learns from is not in this image
             how = f"{type(error).__name__}: {error}"
     if learnt is None:
         system.load_state_dict(made(preset).state_dict(), strict=False)  # what half a lesson has left is undone
@@ -118,7 +118,7 @@ def made(preset: str) -> Any:
 
 
 class statistics_taken:
-    """Inside, each batch norm (frozen ones too) that a picture passes keeps the picture's statistics."""
+    """Inside, each batch norm (frozen ones too) that an image passes keeps the image's statistics."""
 
     def __init__(self, system: nn.Module):
         self.norms = [m for m in system.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm))]
@@ -272,7 +272,7 @@ def measure(preset: str, dtype: str, device: str, rounds: int, compile: bool, pa
     system.load_state_dict(filled["weights"])
     system = prepare(system, device, dtype, compile)
     place, kind = torch.device(device), PRECISIONS[dtype]
-    batch = system.preprocess.collate([Scenes(1, size=SIZE, seed=5)[0].picture])
+    batch = system.preprocess.collate([Scenes(1, size=SIZE, seed=5)[0].image])
     learnt = filled.pop("raw")
     if learnt is not None:
         learnt = mapped(learnt, lambda v: v.to(place, kind))

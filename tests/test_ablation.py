@@ -31,7 +31,7 @@ TINY = Ablation(
 
 def test_every_variant_is_trained_once_and_told_beside_the_published_one(tmp_path, monkeypatch):
     monkeypatch.setattr(MaskRCNN, "ablations", {"9z": TINY})
-    budget = ["--steps", "2", "--pictures", "4", "--unseen", "2", "--batch", "2", "--device", "cpu"]
+    budget = ["--steps", "2", "--images", "4", "--unseen", "2", "--batch", "2", "--device", "cpu"]
     code = main(["ablate", "mask-rcnn", "9z", "--seeds", "3", "1", "3", *budget, "--out", str(tmp_path)])
     assert code == 0
     table = (tmp_path / "table-9z.md").read_text()
@@ -56,14 +56,14 @@ def test_every_variant_is_trained_once_and_told_beside_the_published_one(tmp_pat
     told = json.loads(kept["sigmoid", 1].read_text())
     told["measured"]["AP"] = 77.0
     kept["sigmoid", 1].write_text(json.dumps(told))
-    again = ablate("mask-rcnn", "9z", out=tmp_path, seeds=(1,), steps=2, pictures=4, unseen=2, batch=2, device="cpu")
+    again = ablate("mask-rcnn", "9z", out=tmp_path, seeds=(1,), steps=2, images=4, unseen=2, batch=2, device="cpu")
     assert again[1].mean("AP") == 77
     assert len(json.loads(kept["softmax", 1].read_text())["measured"]) == 6
 
     # Nor for a row that another table has too, however it is written there.
     same = replace(TINY, variants={"plain": {"mask_loss": "sigmoid"}}, published={})
     monkeypatch.setattr(MaskRCNN, "ablations", {"9y": same})
-    shared = ablate("mask-rcnn", "9y", out=tmp_path, seeds=(1,), steps=2, pictures=4, unseen=2, batch=2, device="cpu")
+    shared = ablate("mask-rcnn", "9y", out=tmp_path, seeds=(1,), steps=2, images=4, unseen=2, batch=2, device="cpu")
     assert shared[0].mean("AP") == 77
 
 
@@ -128,7 +128,7 @@ def test_what_is_not_there_is_told_as_a_dash(tmp_path):
     ("arguments", "message"),
     [
         (["--steps", "0"], "steps is 0; expected at least 1"),
-        (["--pictures", "0"], "pictures is 0; expected at least 1"),
+        (["--images", "0"], "images is 0; expected at least 1"),
         (["--unseen=-1"], "unseen is -1; expected at least 1"),
         (["--batch", "0"], "batch is 0; expected at least 1"),
         (["--seeds"], "give at least one"),
@@ -153,7 +153,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
     two = replace(TINY, variants={"sigmoid": {"anchor_sizes": (8, 16, 32, 48, 64)}}, published={})
     monkeypatch.setattr(MaskRCNN, "ablations", {"9z": two})
     arguments = {
-        "out": tmp_path, "seeds": (0,), "steps": 2, "pictures": 4, "unseen": 2, "batch": 2, "device": "cpu",
+        "out": tmp_path, "seeds": (0,), "steps": 2, "images": 4, "unseen": 2, "batch": 2, "device": "cpu",
         "save_minutes": 0.0,
     }  # fmt: skip
 

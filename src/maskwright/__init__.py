@@ -3,7 +3,7 @@
     import maskwright as mw
 
     system = mw.load("mask-rcnn-r50-fpn-3x.pkl")
-    for prediction in mw.predict(system, "pictures/*.jpg"):
+    for prediction in mw.predict(system, "images/*.jpg"):
         print(prediction.path, prediction.instances.labels)
 
 Names are loaded when first used, so that importing the package costs next to nothing.

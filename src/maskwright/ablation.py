@@ -65,7 +65,7 @@ def ablate(
     out: str | Path,
     seeds: Sequence[int] = (0, 1, 2),
     steps: int = 400,
-    pictures: int = 400,
+    images: int = 400,
     unseen: int = 100,
     device: str = "auto",
     **changes: Any,
@@ -73,9 +73,9 @@ def ablate(
     """Train and measure every variant of a table with every seed; write OUT/table-NAME.md, .csv and .svg.
 
     system, table  names: "tensormask", "2a"; see `System.ablations`
-    seeds          of weights, order and scenes; the variants of one seed see the same pictures in the same order
+    seeds          of weights, order and scenes; the variants of one seed see the same images in the same order
     steps          of training, the same for all
-    pictures, unseen  generated scenes to learn from and to measure on
+    images, unseen  generated scenes to learn from and to measure on
     changes        further fields of `training.Recipe`
 
     A run that stands in OUT/runs already, of the same options and budget, is not made again: neither after an
@@ -86,8 +86,8 @@ def ablate(
         raise UsageError(f"{system} has no tables to rerun")
     plan = kind.ablations[choose(table, kind.ablations, f"table of {system}")]
     out = Path(out)
-    budget = {"steps": steps, "pictures": pictures, "unseen": unseen, **changes}
-    for name in ("steps", "pictures", "unseen", "batch"):
+    budget = {"steps": steps, "images": images, "unseen": unseen, **changes}
+    for name in ("steps", "images", "unseen", "batch"):
         if name in budget and budget[name] < 1:
             raise UsageError(f"{name} is {budget[name]}; expected at least 1")
     seeds = tuple(dict.fromkeys(seeds))
@@ -132,8 +132,8 @@ def _run(
     kept = folder / "measured.json"
     if kept.exists() and (known := _kept(kept)) is not None:
         return known
-    changes = {k: v for k, v in budget.items() if k not in ("pictures", "unseen")}
-    learn = Scenes(budget["pictures"], seed=seed, **plan.scenes)
+    changes = {k: v for k, v in budget.items() if k not in ("images", "unseen")}
+    learn = Scenes(budget["images"], seed=seed, **plan.scenes)
     judge = Scenes(budget["unseen"], seed=seed + 10_000, **plan.scenes)
     recipe = {"tensorboard": False, "workers": 0, **plan.recipe, **changes}
     best = train(

@@ -1,7 +1,7 @@
 """The command line: one thin function per verb, whose typed signature is its options.
 
 Nothing heavy is imported before the options are understood, so that `--help` and a misspelt option answer at once.
-Exit codes: 0 done; 1 done, but something was found wrong (pictures skipped, a data set with errors); 2 not done, with
+Exit codes: 0 done; 1 done, but something was found wrong (images skipped, a data set with errors); 2 not done, with
 one sentence on stderr; 130 interrupted.
 """
 
@@ -46,16 +46,16 @@ def train(
     augment: KeyValues = (),
     choices: Any = None,
 ) -> int:
-    """Train a system on your own pictures.
+    """Train a system on your own images.
 
-    DIR holds annotations/instances_train.json with its pictures in train/ (COCO format), and the same with val to
+    DIR holds annotations/instances_train.json with its images in train/ (COCO format), and the same with val to
     measure on. OUT then holds best.safetensors, last.safetensors, recipe.json, log.csv and tensorboard/.
 
     Examples:
-      maskwright train mask-rcnn --data my-pictures --out runs/first
-      maskwright train mask-rcnn --data my-pictures --weights torchvision.pth --epochs 20 --freeze backbone
+      maskwright train mask-rcnn --data my-images --out runs/first
+      maskwright train mask-rcnn --data my-images --weights torchvision.pth --epochs 20 --freeze backbone
       maskwright train mask-rcnn --data scenes --option backbone=resnet18 frozen=0 --short 192 --epochs 5
-      maskwright train mask-rcnn --data my-pictures --out runs/first --resume
+      maskwright train mask-rcnn --data my-images --out runs/first --resume
 
     Args:
         system: A system or preset (see `maskwright systems`), or weights to go on from.
@@ -116,9 +116,9 @@ def evaluate(
     folder the page then shows the curves of the training as well.
 
     Examples:
-      maskwright evaluate runs/first/best.safetensors --data my-pictures --out runs/first
+      maskwright evaluate runs/first/best.safetensors --data my-images --out runs/first
       maskwright evaluate mask_rcnn_R_50_FPN_3x.pkl --data coco --split val2017 --out runs/published
-      maskwright evaluate runs/first/best.safetensors --data my-pictures --task proposals
+      maskwright evaluate runs/first/best.safetensors --data my-images --task proposals
       maskwright evaluate detr-r50-panoptic --data coco --split val2017 --task panoptic
 
     Args:
@@ -126,18 +126,18 @@ def evaluate(
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
         split: The part of it: annotations/instances_SPLIT.json (panoptic_SPLIT.json).
         out: Folder for result.json and report.html.
-        task: instances: AP; panoptic: PQ of pictures divided among things and stuff; semantic: IoU of labels over all
-            pixels; proposals: average recall of objects whatever their class, at 10, 100 and 1000 per picture.
-        detections: At most so many per picture; as many per class are counted. 100, of proposals 1000.
+        task: instances: AP; panoptic: PQ of images divided among things and stuff; semantic: IoU of labels over all
+            pixels; proposals: average recall of objects whatever their class, at 10, 100 and 1000 per image.
+        detections: At most so many per image; as many per class are counted. 100, of proposals 1000.
         suppression: Matrix NMS on the finished masks too, with any system: scores decay by overlap with better objects.
         boundary: Boundary AP too.
-        limit: At most so many pictures, evenly spread over the set.
-        batch: Pictures per forward pass.
-        tile: Measure what predict --tile finds: side of the tiles that large pictures are cut into.
+        limit: At most so many images, evenly spread over the set.
+        batch: Images per forward pass.
+        tile: Measure what predict --tile finds: side of the tiles that large images are cut into.
         overlap: Share of a tile that it has in common with its neighbour.
         device: Where to compute; auto takes a GPU where there is one.
         dtype: Precision of the network.
-        compile: Compile the network first: slower to start, faster per picture.
+        compile: Compile the network first: slower to start, faster per image.
         commercial_ok: Of the catalogue, take only weights whose licence allows commercial use.
     """
     from maskwright.checkpoints import load
@@ -169,7 +169,7 @@ def evaluate(
 
 
 def predict(
-    pictures: Annotated[list[str], arg(metavar="PICTURES")],
+    images: Annotated[list[str], arg(metavar="PICTURES")],
     /,
     *,
     out: Output = Path("found"),
@@ -190,15 +190,15 @@ def predict(
     compile: bool = False,
     commercial_ok: bool = False,
 ) -> int:
-    """Find the objects in pictures, or divide them among things and stuff: files, folders, globs.
+    """Find the objects in images, or divide them among things and stuff: files, folders, globs.
 
-    OUT/drawn/NAME.jpg       the picture with its objects drawn over it
-    OUT/results.json         COCO results; OUT/pictures.json says which picture and class their ids mean
+    OUT/drawn/NAME.jpg       the image with its objects drawn over it
+    OUT/results.json         COCO results; OUT/pictures.json says which image and class their ids mean
     OUT/masks/NAME.png       16 bits: 0 background, k the k-th best object (the better one where two overlap)
 
     With --task panoptic or semantic, OUT/panoptic.json and OUT/panoptic/NAME.png (COCO panoptic) for results.json.
 
-    A picture that cannot be read is skipped and the rest goes on; skipped ones are listed at the end, and the exit code
+    An image that cannot be read is skipped and the rest goes on; skipped ones are listed at the end, and the exit code
     is then 1.
 
     Examples:
@@ -207,23 +207,23 @@ def predict(
       maskwright predict aerial.tif -w best.safetensors --tile 1024 --score-threshold 0.7
 
     Args:
-        pictures: Picture files, folders, globs.
+        images: Image files, folders, globs.
         out: Folder for what is found.
         weights: A checkpoint of ours, an official file, or a name of the catalogue (`maskwright checkpoints`).
         variant: The published variant, where an official file's keys fit more than one.
-        task: Objects; pictures divided among things and stuff; a label for every pixel (systems that have stuff).
+        task: Objects; images divided among things and stuff; a label for every pixel (systems that have stuff).
         format: What to write, one or more.
         score_threshold: What scores below it is left out; default: 0.5 for objects, else the system's.
         nms_threshold: Overlap above which the weaker of two boxes of a class is dropped; default: the system's.
         suppression: Matrix NMS on the finished masks too, with any system: scores decay by overlap with better objects.
-        detections: At most so many objects per picture; default: the system's.
-        batch: Pictures per forward pass.
-        tile: For large pictures: side of the tiles they are cut into; objects are joined across seams.
+        detections: At most so many objects per image; default: the system's.
+        batch: Images per forward pass.
+        tile: For large images: side of the tiles they are cut into; objects are joined across seams.
         overlap: Share of a tile that it has in common with its neighbour.
         recursive: Search the folders' own folders too.
         device: Where to compute; auto takes a GPU where there is one.
         dtype: Precision of the network.
-        compile: Compile the network first: slower to start, faster per picture.
+        compile: Compile the network first: slower to start, faster per image.
         commercial_ok: Of the catalogue, take only weights whose licence allows commercial use.
     """
     from maskwright.checkpoints import load
@@ -237,7 +237,7 @@ def predict(
     network = load(weights, commercial_ok=commercial_ok, variant=variant)
     found = run(
         network,
-        pictures,
+        images,
         batch=batch,
         tile=tile,
         overlap=overlap,
@@ -254,15 +254,15 @@ def predict(
         ),
     )
     stuff = network.classes if task == "semantic" else getattr(network, "stuff", ())
-    writer = PredictionWriter(out, format, network.classes, pictures, stuff, task == "semantic")
+    writer = PredictionWriter(out, format, network.classes, images, stuff, task == "semantic")
     try:
-        for prediction in progress(found, "pictures"):
+        for prediction in progress(found, "images"):
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
             writer.add(prediction.path, found_there, prediction.error)
     finally:
         writer.close()
     what = "objects" if task == "instances" else "segments"
-    say(f"{writer.objects} {what} in {len(writer.images)} pictures: {out}")
+    say(f"{writer.objects} {what} in {len(writer.images)} images: {out}")
     for path, reason in writer.skipped:
         complain(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
     return 1 if writer.skipped else 0
@@ -271,7 +271,7 @@ def predict(
 def report(run: Annotated[Path, arg(metavar="RUN")], /, *, out: Output = Path("report.html")) -> int:
     """Write the report page of a run folder or of a result.json: one HTML file that opens without a network.
 
-    Curves of the training, AP tables, the confusion of classes, the best and worst pictures with what is there beside
+    Curves of the training, AP tables, the confusion of classes, the best and worst images with what is there beside
     what was found.
 
     Examples:
@@ -298,11 +298,11 @@ def check(
     The exit code is 0 when nothing is wrong, 1 when something is. The data set itself is never changed.
 
     Examples:
-      maskwright check my-pictures
-      maskwright check my-pictures --fix my-pictures-repaired
+      maskwright check my-images
+      maskwright check my-images --fix my-images-repaired
 
     Args:
-        source: A folder with annotations/ and pictures, or one COCO file.
+        source: A folder with annotations/ and images, or one COCO file.
         fix: Write a repaired copy into this folder.
     """
     from maskwright.data import check as run
@@ -446,7 +446,7 @@ def ablate(
     out: Output = Path("ablation"),
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: int = 400,
-    pictures: int = 400,
+    images: int = 400,
     unseen: int = 100,
     batch: int = 8,
     device: Device = "auto",
@@ -468,15 +468,15 @@ def ablate(
         out: The folder for everything it makes.
         seeds: One run of each variant for each.
         steps: Of training, in each run.
-        pictures: Generated scenes to learn from.
+        images: Generated scenes to learn from.
         unseen: Further scenes to measure on.
-        batch: Pictures per step.
+        batch: Images per step.
         device: Where to compute.
     """
     from maskwright.ablation import ablate as run
 
     run(
-        system, table, out=out, seeds=seeds, steps=steps, pictures=pictures, unseen=unseen, batch=batch, device=device
+        system, table, out=out, seeds=seeds, steps=steps, images=images, unseen=unseen, batch=batch, device=device
     )  # fmt: skip
     say((out / f"table-{table}.md").read_text("utf-8"))
     return 0
@@ -515,7 +515,7 @@ def _overview() -> str:
     lines = [f"  {name:12} {(inspect.getdoc(verb) or '').splitlines()[0]}" for name, verb in VERBS.items()]
     return "\n".join(
         [
-            f"maskwright {__version__}: instance segmentation from pictures and annotations to a measured system.",
+            f"maskwright {__version__}: instance segmentation from images and annotations to a measured system.",
             "",
             "usage: maskwright COMMAND [OPTIONS]",
             "",

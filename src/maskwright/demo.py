@@ -15,7 +15,7 @@ CLASSES = ("disc", "ring", "star", "box")
 SIDE = 192  # pixels of a scene
 
 # A Mask R-CNN cut down to what two CPU cores learn in minutes: half the channels of ResNet-18, trained from scratch and
-# therefore with group normalisation, anchors for small pictures, and as many proposals as such scenes need.
+# therefore with group normalisation, anchors for small images, and as many proposals as such scenes need.
 OPTIONS: dict[str, Any] = {
     "backbone": "resnet18",
     "stem_width": 32,
@@ -47,13 +47,13 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def run(out: Path, *, seed: int = 0, epochs: int = 5, pictures: int = 560, unseen: int = 60) -> Path:
+def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen: int = 60) -> Path:
     """Everything under `out`, and the path of the report page.
 
     out/scenes/          train, val and test: the data set, in the format that one's own takes
     out/run/             the training run: best.safetensors, log.csv, result.json
     out/found/           unseen scenes with what was found in them
-    out/report.html      numbers, curves, best and worst pictures
+    out/report.html      numbers, curves, best and worst images
     """
     # Threads that wait sleep instead of spinning. On idle cores that costs a fifth of a step's time; on cores that are
     # busy with something else as well, spinning makes a step ten times as long.
@@ -69,8 +69,8 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, pictures: int = 560, unsee
 
     _make_room(out)
     began = time.monotonic()
-    say(f"1/5  drawing {pictures + 2 * unseen} scenes: {out / 'scenes'}")
-    parts = (("train", pictures, 0), ("val", unseen, 1), ("test", unseen, 2))
+    say(f"1/5  drawing {images + 2 * unseen} scenes: {out / 'scenes'}")
+    parts = (("train", images, 0), ("val", unseen, 1), ("test", unseen, 2))
     for split, count, part in progress(parts, "scenes"):
         scenes = Scenes(count, (SIDE, SIDE), seed=3 * seed + part, classes=CLASSES, difficulty=0.2, empty=0.02)
         scenes.write(out / "scenes", split)
@@ -89,7 +89,7 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, pictures: int = 560, unsee
     say(f"4/5  segmenting {unseen} more scenes: {out / 'found' / 'drawn'}")
     source = out / "scenes" / "test"
     writer = PredictionWriter(out / "found", ("drawn", "coco"), system.classes, [source])
-    for prediction in progress(predict(system, source, batch=8, device="cpu", score_threshold=0.5), "pictures", unseen):
+    for prediction in progress(predict(system, source, batch=8, device="cpu", score_threshold=0.5), "images", unseen):
         writer.add(prediction.path, prediction.instances, prediction.error)
     writer.close()
 
@@ -97,7 +97,7 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, pictures: int = 560, unsee
     say(f"5/5  done in {(time.monotonic() - began) / 60:.1f} minutes: mask AP50 {100 * result['segm/AP50']:.0f} %\n")
     say(f"report:   {page.absolute().as_uri()}")
     say(f"drawings: {out / 'found' / 'drawn'}")
-    say("now try it on pictures of your own:")
+    say("now try it on images of your own:")
     say(f"  {_command()} predict PICTURES --weights {best} -o found")
     say("or train on them (their classes, COCO format):")
     say(f"  {_command()} train mask-rcnn --data MY-DATA --out runs/first")

@@ -4,8 +4,8 @@
     ├── UsageError                  an option or argument that cannot be
     │   ├── MissingExtraError       an optional part is not installed
     │   └── UnknownSystemError      no system or preset of this name
-    ├── DataError                   a picture, an annotation file, a data set
-    │   ├── PictureError            a picture that cannot be read
+    ├── DataError                   an image, an annotation file, a data set
+    │   ├── ImageError            an image that cannot be read
     │   └── AnnotationError         an annotation file or one of its entries
     ├── CheckpointError             a file of weights
     │   ├── UnsafeCheckpointError   it wants to run code, or is no such file at all
@@ -43,8 +43,8 @@ class DataError(MaskwrightError):
     """A data set that cannot be used."""
 
 
-class PictureError(DataError):
-    """A picture that cannot be read."""
+class ImageError(DataError):
+    """An image that cannot be read."""
 
 
 class AnnotationError(DataError):

@@ -153,7 +153,7 @@ def explain(error: BaseException) -> str | None:
     if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
         return f"no space left on device; {_ADVICE[errno.ENOSPC]}"
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return "out of memory; use smaller pictures (--short, --tile), a smaller --batch, or another --device"
+        return "out of memory; use smaller images (--short, --tile), a smaller --batch, or another --device"
     return None
 
 

@@ -52,7 +52,7 @@ def test_without_objects_nobody_answers():
     assert inner.shape == (len(spots), 4)
 
 
-def test_centerness_is_one_in_the_middle_and_nought_at_the_border():
+def test_centerness_is_one_in_the_middle_and_zero_at_the_border():
     inner = torch.tensor([[5.0, 5, 5, 5], [0, 5, 10, 5], [2, 4, 8, 4]])
     torch.testing.assert_close(fcos.centerness(inner), torch.tensor([1.0, 0.0, 0.5]))
     spots = torch.tensor([[10.0, 20.0]])

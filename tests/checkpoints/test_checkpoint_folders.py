@@ -1,4 +1,4 @@
-"""What the JSON files of a Hugging Face folder say beside the weights: heads, and how pictures are prepared."""
+"""What the JSON files of a Hugging Face folder say beside the weights: heads, and how images are prepared."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_what_published_folders_of_eomt_say_is_the_system_as_it_is():
 
 
 @pytest.mark.parametrize("system", ["detr", "maskformer", "mask2former"])
-def test_pictures_are_prepared_as_the_folder_says(system: str):
+def test_images_are_prepared_as_the_folder_says(system: str):
     size = {"shortest_edge": 480, "longest_edge": 640}
     found = options(system, preprocessor={"size": size, "image_mean": [0.5] * 3, "image_std": 0.25})
     built = build(system, **{k: found[k] for k in ("short", "long", "mean", "std")}).preprocess
@@ -156,7 +156,7 @@ def test_what_cannot_be_is_told(system: str, file: str, said: dict[str, Any], wo
     ("system", "said", "words"),
     [
         ("mask2former", {"size": {"height": 384, "width": 384}}, 'no option for size {"height": 384, "width": 384}; '),
-        ("maskformer", {"do_resize": False, "size": 480}, "maskformer has no option for do_resize false; pictures are"),
+        ("maskformer", {"do_resize": False, "size": 480}, "maskformer has no option for do_resize false; images are"),
         ("detr", {"resample": 3, "do_center_crop": True}, "detr has no option for resample 3, do_center_crop true"),
         ("eomt", {"image_mean": [0.5] * 3}, r"eomt has no option for mean \[0.5, 0.5, 0.5\]; "),
         ("eomt", {"do_split_image": True, "do_pad": False}, "no option for do_split_image true, do_pad false"),
@@ -174,6 +174,6 @@ def test_further_channels_may_have_colours_of_their_own():
     four = {"image_mean": [0.1, 0.2, 0.3, 0.4], "image_std": [0.5] * 4}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert folders.pictures({"preprocessor": four}, "detr", 4)["mean"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
-        assert folders.pictures({"preprocessor": COLOURS}, "detr", 4) == {}
-        assert folders.pictures({"preprocessor": {"do_normalize": True}}, "detr", 1) == {}
+        assert folders.images({"preprocessor": four}, "detr", 4)["mean"] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+        assert folders.images({"preprocessor": COLOURS}, "detr", 4) == {}
+        assert folders.images({"preprocessor": {"do_normalize": True}}, "detr", 1) == {}

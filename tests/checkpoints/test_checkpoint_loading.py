@@ -226,9 +226,9 @@ def test_more_and_fewer_channels(stand_in: Any, theirs: Any, tmp_path: Path) -> 
     assert torch.equal(five[:, :3], system.stem.weight)
     torch.testing.assert_close(five[:, 4], system.stem.weight.mean(1))
     grey = load(tmp_path / "x.pth", in_channels=1).stem.weight
-    picture = torch.randn(2, 1, 8, 8)
+    image = torch.randn(2, 1, 8, 8)
     conv = torch.nn.functional.conv2d
-    torch.testing.assert_close(conv(picture, grey), conv(picture.expand(-1, 3, -1, -1), system.stem.weight))
+    torch.testing.assert_close(conv(image, grey), conv(image.expand(-1, 3, -1, -1), system.stem.weight))
     assert widen_input(torch.ones(2, 3, 1, 1), 2).shape == (2, 2, 1, 1)
 
 

@@ -73,12 +73,12 @@ def test_evaluate_and_report(house, capsys):
     assert "http://" not in page.replace("http://www.w3.org", ""), "the page needs no network"
 
 
-def test_predict_skips_a_bad_picture_and_says_so(house, tmp_path, capsys):
-    source = tmp_path / "pictures"
+def test_predict_skips_a_bad_image_and_says_so(house, tmp_path, capsys):
+    source = tmp_path / "images"
     shutil.copytree(house / "data/val", source)
     whole = (source / "000002.png").read_bytes()
     (source / "000002.png").write_bytes(whole[: len(whole) // 3])
-    (source / "000005.png").write_bytes(b"no picture at all")
+    (source / "000005.png").write_bytes(b"no image at all")
     line = ["predict", str(source), "--weights", str(house / "run/best.safetensors"), "-o", str(tmp_path / "found")]
     line += ["--format", "drawn", "coco", "masks", "--score-threshold", "0.05", "--device", "cpu"]
     assert cli.main(line) == 1
@@ -95,7 +95,7 @@ def test_predict_skips_a_bad_picture_and_says_so(house, tmp_path, capsys):
     assert {record["image_id"] for record in json.loads((tmp_path / "found/results.json").read_text())} <= ids
 
 
-def test_nothing_but_bad_pictures_is_still_no_traceback(house, tmp_path, capsys):
+def test_nothing_but_bad_images_is_still_no_traceback(house, tmp_path, capsys):
     (tmp_path / "x.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
     line = ["predict", str(tmp_path / "x.jpg"), "-w", str(house / "run/best.safetensors"), "-o", str(tmp_path / "o")]
     assert cli.main([*line, "--device", "cpu"]) in (1, 2)
@@ -125,7 +125,7 @@ def test_systems_tells_the_options(capsys):
 
 def test_the_demo_makes_what_it_promises(tmp_path, capsys):
     out = tmp_path / "demo"
-    page = demo.run(out, epochs=1, pictures=8, unseen=3)
+    page = demo.run(out, epochs=1, images=8, unseen=3)
     shown = capsys.readouterr().out
     assert page == out / "report.html"
     assert "maskwright demo" in page.read_text("utf-8")

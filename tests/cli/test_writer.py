@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from maskwright.errors import PictureError
+from maskwright.errors import ImageError
 from maskwright.inference.writer import PredictionWriter
 from maskwright.structures import Instances, Masks
 
@@ -31,7 +31,7 @@ def found(size=(20, 30)) -> Instances:
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     def make(name: str, size=(20, 30)):
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,15 +41,15 @@ def picture(tmp_path):
     return make
 
 
-def test_the_three_kinds(picture, tmp_path):
-    path = picture("a.png")
+def test_the_three_kinds(image, tmp_path):
+    path = image("a.png")
     writer = PredictionWriter(tmp_path / "out", ("drawn", "coco", "masks"), CLASSES, [path])
     writer.add(path, found())
     writer.close()
 
     drawn = Image.open(tmp_path / "out/drawn/a.jpg")
     assert drawn.size == (30, 20)
-    assert np.asarray(drawn).std() > 5, "something is drawn on the plain picture"
+    assert np.asarray(drawn).std() > 5, "something is drawn on the plain image"
 
     numbers = np.asarray(Image.open(tmp_path / "out/masks/a.png"))
     assert numbers.dtype == np.uint16
@@ -70,8 +70,8 @@ def test_the_three_kinds(picture, tmp_path):
     assert about["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dög"}]
 
 
-def test_only_what_was_asked_for_is_written(picture, tmp_path):
-    path = picture("a.png")
+def test_only_what_was_asked_for_is_written(image, tmp_path):
+    path = image("a.png")
     writer = PredictionWriter(tmp_path / "out", ("masks",), CLASSES, [path])
     writer.add(path, found())
     writer.close()
@@ -79,8 +79,8 @@ def test_only_what_was_asked_for_is_written(picture, tmp_path):
     assert files == ["masks/a.png"]
 
 
-def test_a_picture_without_objects_is_written_too(picture, tmp_path):
-    path = picture("empty.png")
+def test_a_image_without_objects_is_written_too(image, tmp_path):
+    path = image("empty.png")
     writer = PredictionWriter(tmp_path / "out", ("drawn", "coco", "masks"), CLASSES, [path])
     writer.add(path, Instances.empty((20, 30)))
     writer.close()
@@ -89,29 +89,29 @@ def test_a_picture_without_objects_is_written_too(picture, tmp_path):
     assert len(json.loads((tmp_path / "out/pictures.json").read_text())["images"]) == 1
 
 
-def test_names_do_not_collide_and_do_not_leave_the_folder(picture, tmp_path):
-    paths = [picture(name) for name in ("x/a.png", "y/a.png", "x/a.jpg", "x/deep/a.png")]
+def test_names_do_not_collide_and_do_not_leave_the_folder(image, tmp_path):
+    paths = [image(name) for name in ("x/a.png", "y/a.png", "x/a.jpg", "x/deep/a.png")]
     writer = PredictionWriter(tmp_path / "out", ("masks",), CLASSES, [tmp_path / "in/x", tmp_path / "in/y/*.png"])
     for path in paths:
         writer.add(path, found())
     names = sorted(p.relative_to(tmp_path / "out/masks").as_posix() for p in (tmp_path / "out").rglob("*.png"))
     assert names == ["a.jpg.png", "a.png", "a.png.png", "deep/a.png"]
     writer.add(paths[0], found())
-    assert (tmp_path / "out/masks/a-2.png").exists(), "a picture named twice is written twice"
+    assert (tmp_path / "out/masks/a-2.png").exists(), "an image named twice is written twice"
 
 
-def test_a_skipped_picture_is_remembered(tmp_path):
+def test_a_skipped_image_is_remembered(tmp_path):
     writer = PredictionWriter(tmp_path / "out", ("drawn", "coco"), CLASSES)
-    writer.add("bad.jpg", None, PictureError("bad.jpg: cannot be decoded"))
+    writer.add("bad.jpg", None, ImageError("bad.jpg: cannot be decoded"))
     writer.close()
     assert writer.skipped == [("bad.jpg", "bad.jpg: cannot be decoded")]
     assert writer.images == []
 
 
-def test_a_full_disk_leaves_nothing_half_written(picture, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing_half_written(image, tmp_path, monkeypatch):
     from pathlib import Path
 
-    path = picture("a.png")
+    path = image("a.png")
     writer = PredictionWriter(tmp_path / "out", ("masks",), CLASSES, [path])
 
     def full(self, data):

@@ -19,10 +19,10 @@ def main(files: list[str]) -> None:
     torch.set_num_threads(1)
     limit(4 << 30)
     for name in files:
-        path, _, pictures = name.partition("|")
+        path, _, images = name.partition("|")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            outcome = attempt(Path(path), Path(pictures) if pictures else None)
+            outcome = attempt(Path(path), Path(images) if images else None)
         outcome["warnings"] = [str(w.message) for w in told]
         print(json.dumps(outcome), flush=True)  # noqa: T201 - this is what the tests read
 
@@ -36,13 +36,13 @@ def limit(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
-def attempt(path: Path, pictures: Path | None) -> dict[str, Any]:
-    from maskwright.data import read_coco, read_picture
+def attempt(path: Path, images: Path | None) -> dict[str, Any]:
+    from maskwright.data import read_coco, read_image
     from maskwright.errors import MaskwrightError
 
     try:
         if path.suffix == ".json":
-            dataset = read_coco(path, pictures)
+            dataset = read_coco(path, images)
             samples = [dataset[i] for i in range(len(dataset))]
             return {
                 "ids": [dataset.annotation_ids(i) for i in range(len(dataset))],
@@ -55,12 +55,12 @@ def attempt(path: Path, pictures: Path | None) -> dict[str, Any]:
                 "boxes": [s.target.boxes.tolist() for s in samples],
                 "finite": all(bool(torch.isfinite(s.target.boxes).all()) for s in samples),
             }
-        picture = read_picture(path)
-        values = picture.float()
+        image = read_image(path)
+        values = image.float()
         return {
-            "shape": list(picture.shape),
+            "shape": list(image.shape),
             "mean": values.mean((1, 2)).tolist(),
-            "values": len(np.unique(picture.numpy())),
+            "values": len(np.unique(image.numpy())),
             "corner": values[:, :8, :8].mean().item(),
         }
     except MaskwrightError as error:

@@ -33,11 +33,11 @@ def pixels(height: int = SIZE[0], width: int = SIZE[1], seed: int = 0) -> np.nda
     return ramp.clip(0, 255).astype(np.uint8)
 
 
-def content(pictures: int = 1, size: tuple[int, int] = SIZE) -> dict[str, Any]:
-    """Two objects of two classes on each picture; categories 3 and 90."""
-    images, annotations = [], []
-    for number in range(1, pictures + 1):
-        images.append({"id": number, "file_name": f"{number}.png", "height": size[0], "width": size[1]})
+def content(images: int = 1, size: tuple[int, int] = SIZE) -> dict[str, Any]:
+    """Two objects of two classes on each image; categories 3 and 90."""
+    entries, annotations = [], []
+    for number in range(1, images + 1):
+        entries.append({"id": number, "file_name": f"{number}.png", "height": size[0], "width": size[1]})
         for ring, category in ((SQUARE, 3), (OTHER, 90)):
             annotations.append(
                 {
@@ -51,14 +51,14 @@ def content(pictures: int = 1, size: tuple[int, int] = SIZE) -> dict[str, Any]:
                 }
             )
     return {
-        "images": images,
+        "images": entries,
         "annotations": annotations,
         "categories": [{"id": 3, "name": "cup"}, {"id": 90, "name": "spoon"}],
     }
 
 
 def write(folder: Path, data: Any, split: str = "train", sizes: dict[str, tuple[int, int]] | None = None) -> Path:
-    """The pictures that `data` names (whole ones) and the JSON; its path."""
+    """The images that `data` names (whole ones) and the JSON; its path."""
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / split).mkdir(exist_ok=True)
     for entry in data.get("images", ()) if isinstance(data, dict) else ():

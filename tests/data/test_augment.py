@@ -1,4 +1,4 @@
-"""Augmentation: picture, masks, boxes and joints stay together whatever is drawn."""
+"""Augmentation: image, masks, boxes and keypoints stay together whatever is drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskwright.data import Augment, Sample, Scenes
-from maskwright.data.augment import Laid, place_picture, place_target
+from maskwright.data.augment import Laid, place_image, place_target
 from maskwright.errors import UsageError
 from maskwright.structures import Instances, Masks, Placement, Preprocess
 
@@ -21,11 +21,11 @@ RULE = Preprocess(short=96, long=160)
 
 
 def painted(boxes: list[tuple[int, int, int, int]], size: tuple[int, int] = (60, 90), kind: str = "rle") -> Sample:
-    """A black picture; object n is a rectangle of brightness 60 (n + 1), with a joint in its upper left corner."""
-    picture = torch.zeros(3, *size, dtype=torch.uint8)
+    """A black image; object n is a rectangle of brightness 60 (n + 1), with a keypoint in its upper left corner."""
+    image = torch.zeros(3, *size, dtype=torch.uint8)
     planes = torch.zeros(len(boxes), *size, dtype=torch.bool)
     for number, (x0, y0, x1, y1) in enumerate(boxes):
-        picture[:, y0:y1, x0:x1] = 60 * (number + 1)
+        image[:, y0:y1, x0:x1] = 60 * (number + 1)
         planes[number, y0:y1, x0:x1] = True
     masks = Masks.from_dense(planes).pack()
     if kind == "polygon":
@@ -41,24 +41,24 @@ def painted(boxes: list[tuple[int, int, int, int]], size: tuple[int, int] = (60,
         crowd=torch.zeros(len(boxes), dtype=torch.bool),
         ids=torch.arange(len(boxes)) + 1,
     )
-    return Sample(picture, target, 1)
+    return Sample(image, target, 1)
 
 
 def check_together(laid: Laid) -> None:
     """Every object's mask is where its brightness is, up to the softness of the resampled edge."""
     target = laid.target
-    assert tuple(laid.picture.shape[1:]) == target.image_size == laid.placement.size
+    assert tuple(laid.image.shape[1:]) == target.image_size == laid.placement.size
     assert target.masks is not None
     assert target.masks.kind in ("rle", "polygon")
     planes = target.masks.dense()
-    grey = laid.picture.float()[0]
+    grey = laid.image.float()[0]
     soft = 2 + int(np.ceil(max(laid.placement.scale)))
     assert (grey[_shrunk(~planes.any(0), soft)] < 2).all(), "outside all masks there is nothing"
     for label, plane, box in zip(target.labels.tolist(), planes, target.boxes, strict=True):
         bright = (grey - 60 * (label + 1)).abs() < 2
         assert plane.any()
         core = _shrunk(plane, soft)
-        assert bright[core].all(), "inside the mask the picture is the object's"
+        assert bright[core].all(), "inside the mask the image is the object's"
         y, x = plane.nonzero().T
         tight = torch.tensor([x.min(), y.min(), x.max() + 1, y.max() + 1]).float()
         assert (tight - box).abs().max() <= 1.01
@@ -85,7 +85,7 @@ OPTIONS = {
 @pytest.mark.parametrize("resample", ["pillow", "tensor"])
 @pytest.mark.parametrize("kind", ["rle", "polygon"])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_picture_masks_and_boxes_stay_together(name: str, kind: str, resample):
+def test_image_masks_and_boxes_stay_together(name: str, kind: str, resample):
     augment = OPTIONS[name]
     sample = painted([(5, 8, 35, 40), (50, 20, 85, 55)], kind=kind)
     for seed in range(8):
@@ -95,13 +95,13 @@ def test_picture_masks_and_boxes_stay_together(name: str, kind: str, resample):
 
 @settings(max_examples=30)
 @given(st.integers(0, 10_000), st.tuples(st.integers(20, 80), st.integers(20, 80)))
-def test_placements_stay_inside_the_picture_and_the_canvas(seed: int, size: tuple[int, int]):
+def test_placements_stay_inside_the_image_and_the_canvas(seed: int, size: tuple[int, int]):
     augment = Augment(crop=0.3, jitter=(0.1, 2.0), size=(64, 48))
     placement = augment.draw(np.random.default_rng(seed), size, RULE).placement
     assert 1 <= placement.size[0] <= 64
     assert 1 <= placement.size[1] <= 48
     height, width = placement.size
-    corners = placement.points_to_picture(torch.tensor([[0.0, 0.0], [width, height]]))
+    corners = placement.points_to_image(torch.tensor([[0.0, 0.0], [width, height]]))
     assert (corners > -0.01).all()
     assert (corners < torch.tensor([size[1], size[0]]) + 0.01).all()
     assert torch.allclose(placement.points_to_input(corners), torch.tensor([[0.0, 0.0], [width, height]]), atol=1e-3)
@@ -112,44 +112,44 @@ def test_the_same_draw_gives_the_same_result_and_another_seed_another():
     draws = [augment.draw(np.random.default_rng(s), (60, 90), RULE) for s in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     sample = painted([(5, 8, 35, 40)])
-    assert torch.equal(augment.apply(sample, draws[0]).picture, augment.apply(sample, draws[1]).picture)
-    assert (sample.picture == painted([(5, 8, 35, 40)]).picture).all(), "the sample itself is not touched"
+    assert torch.equal(augment.apply(sample, draws[0]).image, augment.apply(sample, draws[1]).image)
+    assert (sample.image == painted([(5, 8, 35, 40)]).image).all(), "the sample itself is not touched"
 
 
 def test_mirroring_twice_is_nothing():
     sample = Scenes(3)[1]
     mirror = Placement.identity((192, 192)).then_mirror()
-    once = place_picture(sample.picture, mirror)
-    assert torch.equal(once, sample.picture.flip(-1))
-    assert torch.equal(place_picture(once, mirror), sample.picture)
+    once = place_image(sample.image, mirror)
+    assert torch.equal(once, sample.image.flip(-1))
+    assert torch.equal(place_image(once, mirror), sample.image)
     target = sample.target.place(mirror).place(mirror)
     assert torch.equal(target.boxes, sample.target.boxes)
 
 
 def test_resizing_alone_equals_what_preprocessing_does():
-    picture = Scenes(3)[1].picture
+    image = Scenes(3)[1].image
     for resample in ("pillow", "tensor"):
         rule = Preprocess(short=131, long=400, resample=resample)
-        laid, placement = rule.lay(picture)
+        laid, placement = rule.lay(image)
         augment = Augment(flip=0)
         drawn = augment.draw(np.random.default_rng(0), (192, 192), rule)
         assert drawn.placement == placement
-        ours = rule.normalise(place_picture(picture, drawn.placement, resample))
+        ours = rule.normalise(place_image(image, drawn.placement, resample))
         torch.testing.assert_close(ours, laid, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("resample", ["pillow", "tensor"])
 def test_a_window_resized_is_the_window_of_the_resized(resample: str):
-    picture = Scenes(3)[1].picture
-    whole = place_picture(picture, Placement.resize((192, 192), (384, 384)), resample).float()
+    image = Scenes(3)[1].image
+    whole = place_image(image, Placement.resize((192, 192), (384, 384)), resample).float()
     window = Placement.resize((192, 192), (384, 384)).then_crop(31, 57, (100, 140))
-    part = place_picture(picture, window, resample).float()
+    part = place_image(image, window, resample).float()
     assert (part - whole[:, 57:157, 31:171]).abs().max() <= 1.01
-    mirrored = place_picture(picture, window.then_mirror(), resample).float()
+    mirrored = place_image(image, window.then_mirror(), resample).float()
     assert (mirrored - part.flip(-1)).abs().max() <= 1.01
 
 
-def test_joints_change_sides_in_the_mirror_and_end_at_the_border():
+def test_keypoints_change_sides_in_the_mirror_and_end_at_the_border():
     sample = painted([(10, 10, 30, 30)])
     points = torch.tensor([[[12.0, 15, 2], [28.0, 15, 2], [80.0, 15, 1]]])
     sample.target = replace(sample.target, keypoints=points)
@@ -193,17 +193,17 @@ def test_objects_below_the_smallest_area_go_only_if_they_were_cut():
     assert target.ids.tolist() == [2], "40 pixels are left of the first; the second has 16, but whole"
 
 
-def test_colours_change_the_picture_and_nothing_else():
+def test_colours_change_the_image_and_nothing_else():
     sample = Scenes(3)[1]
     augment = Augment(flip=0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     drawn = augment.draw(np.random.default_rng(0), (192, 192), Preprocess(short=192, long=400))
     assert [name for name, _ in drawn.colours] == ["brightness", "contrast", "saturation", "hue"]
     laid = augment.apply(sample, drawn)
-    assert laid.picture.dtype == torch.uint8
-    assert not torch.equal(laid.picture, sample.picture)
+    assert laid.image.dtype == torch.uint8
+    assert not torch.equal(laid.image, sample.image)
     assert torch.equal(laid.target.boxes, sample.target.boxes)
-    other = augment.apply(sample, drawn, resample="tensor").picture
-    assert (other - laid.picture.float()).abs().mean() < 2
+    other = augment.apply(sample, drawn, resample="tensor").image
+    assert (other - laid.image.float()).abs().mean() < 2
 
 
 # ---- copy-paste --------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_colours_change_the_picture_and_nothing_else():
 
 def overlaid(augment: Augment, below: Sample, above: Sample, seed: int = 0) -> Laid:
     def laid(sample: Sample) -> Laid:
-        size = (sample.picture.shape[1], sample.picture.shape[2])
+        size = (sample.image.shape[1], sample.image.shape[2])
         return augment.apply(
             sample, drawn=replace(augment.draw(np.random.default_rng(0), size), placement=Placement.identity(size))
         )
@@ -225,16 +225,16 @@ def overlaid(augment: Augment, below: Sample, above: Sample, seed: int = 0) -> L
 
 def test_pasted_objects_cover_what_is_below():
     below, above = painted([(10, 10, 50, 50), (60, 5, 80, 25)]), painted([(30, 20, 70, 40)])
-    above.picture[above.picture > 0] = 240
+    above.image[above.image > 0] = 240
     result = overlaid(Augment(), below, above)
     assert result.target.masks is not None
     planes = result.target.masks.dense()
     assert result.target.labels.tolist() == [0, 1, 0]
-    assert (result.picture[0][planes[2]] == 240).all()
+    assert (result.image[0][planes[2]] == 240).all()
     assert not (planes[0] & planes[2]).any()
     assert result.target.masks.areas().tolist() == [40 * 40 - 20 * 20, 400 - 10 * 5, 800]
     assert result.target.boxes.tolist() == [[10, 10, 50, 50], [60, 5, 80, 25], [30, 20, 70, 40]]
-    assert (result.picture[0][planes[0]] == 60).all()
+    assert (result.image[0][planes[0]] == 60).all()
 
 
 def test_objects_that_are_wholly_covered_are_dropped_and_cut_ones_get_new_boxes():
@@ -245,19 +245,19 @@ def test_objects_that_are_wholly_covered_are_dropped_and_cut_ones_get_new_boxes(
     assert result.target.boxes.tolist() == [[20, 10, 25, 30], [25, 5, 65, 45]]
 
 
-def test_covered_joints_become_hidden():
+def test_covered_keypoints_become_hidden():
     result = overlaid(Augment(), painted([(10, 10, 50, 50)]), painted([(5, 5, 20, 20)]))
     assert result.target.keypoints is not None
     assert result.target.keypoints[:, 0, 2].tolist() == [1, 2]
 
 
-def test_a_canvas_grows_to_hold_both_and_a_bare_picture_does_not():
+def test_a_canvas_grows_to_hold_both_and_a_bare_image_does_not():
     below, above = painted([(5, 5, 20, 20)], (30, 40)), painted([(50, 30, 70, 50)], (60, 90))
     grown = overlaid(Augment(size=(100, 100)), below, above)
     assert grown.placement.size == grown.target.image_size == (60, 90)
-    assert tuple(grown.picture.shape[1:]) == (60, 90)
+    assert tuple(grown.image.shape[1:]) == (60, 90)
     assert grown.target.boxes.tolist() == [[5, 5, 20, 20], [50, 30, 70, 50]]
-    assert grown.placement.picture == (30, 40)
+    assert grown.placement.image_size == (30, 40)
     same = overlaid(Augment(), below, above)
     assert same.target.image_size == (30, 40)
     assert len(same.target) == 1

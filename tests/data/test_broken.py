@@ -68,7 +68,7 @@ def test_every_damaged_input_is_met_as_a_good_tool_does(case: dict[str, str]):
 DETAILS: dict[str, Any] = {
     "images/good.jpg": lambda o: o["shape"] == [3, 163, 160],
     "images/truncated.jpg": lambda o: "cut off" in o["error"],
-    "images/html_inside.jpg": lambda o: "is not a picture" in o["error"],
+    "images/html_inside.jpg": lambda o: "is not an image" in o["error"],
     "images/gray16.png": lambda o: o["values"] > 100 and 40 < o["mean"][0] < 180,
     "images/cmyk.jpg": lambda o: all(abs(a - b) < 12 for a, b in zip(o["mean"], good()["mean"], strict=True)),
     "images/bilevel.png": lambda o: o["values"] == 2 and o["mean"][0] > 20,
@@ -104,7 +104,7 @@ DETAILS: dict[str, Any] = {
     "annotations/category_zero.json": lambda o: o["categories"] == [0, 1],
     "annotations/category_duplicate_names.json": lambda o: len(set(o["classes"])) == 2,
     "annotations/category_duplicate_ids.json": lambda o: "category id 1" in o["error"],
-    "annotations/image_file_missing.json": lambda o: "1 of 2 pictures" in o["error"] and "not_there.jpg" in o["error"],
+    "annotations/image_file_missing.json": lambda o: "1 of 2 images" in o["error"] and "not_there.jpg" in o["error"],
     "annotations/image_size_wrong.json": lambda o: "good.jpg is 160 x 163" in o["error"],
     "annotations/crowd_polygon.json": lambda o: o["crowd"] == [[False, True]],
     "annotations/exif_displayed.json": lambda o: o["areas"] == reference()["areas"],
@@ -136,7 +136,7 @@ def test_strict_reading_refuses_what_is_otherwise_left_out(case: dict[str, str])
 
 @pytest.mark.parametrize("case", [c for c in CASES if c["file"].endswith(".json")], ids=lambda c: c["file"])
 def test_a_repaired_copy_has_no_errors_and_holds_what_could_be_read(case: dict[str, str], tmp_path: Path):
-    report = check(BROKEN / case["file"], tmp_path / "copy", pictures=BROKEN / "images")
+    report = check(BROKEN / case["file"], tmp_path / "copy", images=BROKEN / "images")
     if report.fixed is None:
         assert report.errors
         assert not (tmp_path / "copy").exists()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fast
 
 
 def damaged_set(folder: Path) -> Path:
-    """Two splits: broken outlines, a cut picture, a missing one, a shared annotation id, a wrong box."""
+    """Two splits: broken outlines, a cut image, a missing one, a shared annotation id, a wrong box."""
     data = content(5)
     notes = data["annotations"]
     notes[1]["segmentation"] = [[1, 2, 3, 4]]
@@ -35,7 +35,7 @@ def test_a_whole_set_is_fine(tmp_path: Path):
     report = check(tmp_path)
     assert report.ok
     assert not report.findings
-    assert "2 pictures, 4 objects, 2 classes" in str(report)
+    assert "2 images, 4 objects, 2 classes" in str(report)
     assert str(report).splitlines()[-1] == f"{tmp_path}: 0 errors, 0 skips, 0 notes"
 
 
@@ -79,7 +79,7 @@ def test_the_repaired_copy_reads_strictly_and_keeps_the_rest(tmp_path: Path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_copy_takes_no_room_for_pictures(tmp_path: Path):
+def test_the_copy_takes_no_room_for_images(tmp_path: Path):
     write(tmp_path / "set", content(1))
     check(tmp_path / "set", tmp_path / "copy")
     assert (tmp_path / "set/train/1.png").samefile(tmp_path / "copy/train/1.png")
@@ -110,16 +110,16 @@ def test_nothing_to_learn_is_said_clearly(tmp_path: Path):
     data["annotations"] = []
     report = check(write(tmp_path, data))
     assert report.ok
-    assert "there is not one object on its 3 pictures: there is nothing to learn" in str(report)
+    assert "there is not one object on its 3 images: there is nothing to learn" in str(report)
 
 
-def test_classes_without_objects_and_narrow_pictures_are_told(tmp_path: Path):
+def test_classes_without_objects_and_narrow_images_are_told(tmp_path: Path):
     data = content(1)
     data["categories"].append({"id": 4, "name": "fork"})
     data["images"].append({"id": 2, "file_name": "2.png", "height": 1, "width": 4000})
     text = str(check(write(tmp_path, data, sizes={"2.png": (1, 4000)})))
     assert "1 of 3 classes have no object: 'fork'" in text
-    assert "1 pictures have a side of less than 8 pixels: '2.png'" in text
+    assert "1 images have a side of less than 8 pixels: '2.png'" in text
 
 
 def test_very_many_findings_stay_readable(tmp_path: Path):
@@ -132,24 +132,24 @@ def test_very_many_findings_stay_readable(tmp_path: Path):
     assert len(str(report).splitlines()) < 20
 
 
-def test_a_folder_of_pictures_and_one_picture(tmp_path: Path):
+def test_a_folder_of_images_and_one_image(tmp_path: Path):
     write(tmp_path / "set", content(3))
     folder = tmp_path / "set" / "train"
     (folder / "2.png").write_bytes(b"<html>")
     report = check(folder, tmp_path / "good")
-    assert "2 of 3 pictures can be read" in str(report)
+    assert "2 of 3 images can be read" in str(report)
     assert [f.file for f in report.skips] == [str(folder / "2.png")]
     assert sorted(p.name for p in (tmp_path / "good").iterdir()) == ["1.png", "3.png"]
     assert check(folder / "1.png").ok
     report = check(folder / "2.png")
     assert not report.ok
-    assert "is not a picture" in str(report)
+    assert "is not an image" in str(report)
 
 
 def test_what_cannot_be_checked(tmp_path: Path):
     with pytest.raises(UsageError, match="none: there is no such file or folder"):
         check(tmp_path / "none")
-    with pytest.raises(UsageError, match=r"holds neither annotations .* nor pictures"):
+    with pytest.raises(UsageError, match=r"holds neither annotations .* nor images"):
         check(tmp_path)
     (tmp_path / "a.json").write_text("{")
     report = check(tmp_path / "a.json", tmp_path / "copy")
@@ -157,7 +157,7 @@ def test_what_cannot_be_checked(tmp_path: Path):
     assert "nothing could be repaired" in str(report)
 
 
-def test_joints_survive_the_copy(tmp_path: Path):
+def test_keypoints_survive_the_copy(tmp_path: Path):
     data = content(1)
     for entry in data["categories"]:
         entry.update(keypoints=["tip"], skeleton=[[1, 1]])

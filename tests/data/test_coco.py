@@ -16,7 +16,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from maskwright.data import DataWarning, open_dataset, read_coco
-from maskwright.errors import AnnotationError, DataError, PictureError, UsageError
+from maskwright.errors import AnnotationError, DataError, ImageError, UsageError
 from tests.data.making import OTHER, SQUARE, content, pixels, write
 
 pytestmark = pytest.mark.fast
@@ -51,7 +51,7 @@ def test_a_whole_set_is_read_exactly(tmp_path: Path):
     assert dataset.image_ids() == [1, 2]
     assert dataset.sizes() == [(40, 60), (40, 60)]
     sample = dataset[1]
-    assert (sample.picture.permute(1, 2, 0).numpy() == pixels()).all()
+    assert (sample.image.permute(1, 2, 0).numpy() == pixels()).all()
     assert sample.path == tmp_path / "train" / "2.png"
     target = sample.target
     assert target.labels.tolist() == [0, 1]
@@ -66,12 +66,12 @@ def test_a_whole_set_is_read_exactly(tmp_path: Path):
     assert dataset.areas(1).tolist() == [400, 300]
 
 
-def test_annotations_are_read_without_decoding_pictures(tmp_path: Path):
+def test_annotations_are_read_without_decoding_images(tmp_path: Path):
     path = write(tmp_path, content())
     dataset = read_coco(path)
     (tmp_path / "train" / "1.png").unlink()
     assert len(dataset.targets(0)) == 2
-    with pytest.raises(PictureError, match=r"1\.png: there is no such file"):
+    with pytest.raises(ImageError, match=r"1\.png: there is no such file"):
         dataset[0]
 
 
@@ -98,7 +98,7 @@ def test_objects_of_several_parts(tmp_path: Path):
     assert target.boxes[1].tolist() == [10, 5, 55, 35]
 
 
-def test_pictures_without_objects_are_members_like_others(tmp_path: Path):
+def test_images_without_objects_are_members_like_others(tmp_path: Path):
     data = content(3)
     data["annotations"] = [a for a in data["annotations"] if a["image_id"] != 2]
     dataset = read_coco(write(tmp_path, data), strict=True)
@@ -106,7 +106,7 @@ def test_pictures_without_objects_are_members_like_others(tmp_path: Path):
     assert dataset[1].target.masks is not None
 
 
-def test_no_annotations_at_all_is_a_set_of_empty_pictures(tmp_path: Path):
+def test_no_annotations_at_all_is_a_set_of_empty_images(tmp_path: Path):
     data = content(2)
     data["annotations"] = []
     dataset = read_coco(write(tmp_path, data), strict=True)
@@ -171,13 +171,13 @@ def test_category_ids_are_mapped_once_in_ascending_order(tmp_path: Path, ids: tu
     assert back == list(ids)
 
 
-def test_joints_move_by_half_a_pixel_into_our_frame(tmp_path: Path):
+def test_keypoints_move_by_half_a_pixel_into_our_frame(tmp_path: Path):
     data = content()
     for entry in data["categories"]:
         entry["keypoints"] = ["left_tip", "right_tip"]
     data["annotations"][0]["keypoints"] = [12, 7, 2, 0, 0, 0]
     dataset = read_coco(write(tmp_path, data))
-    assert dataset.joints == ("left_tip", "right_tip")
+    assert dataset.keypoint_names == ("left_tip", "right_tip")
     points = dataset.targets(0).keypoints
     assert points is not None
     assert points.tolist() == [[[12.5, 7.5, 2], [0, 0, 0]], [[0, 0, 0], [0, 0, 0]]]
@@ -193,27 +193,27 @@ LEFT_OUT = {
     "odd count": ({"segmentation": [[*OTHER, 3.0]]}, "a polygon of 9 numbers, an odd count"),
     "NaN": ({"segmentation": [[*OTHER[:4], math.nan, *OTHER[5:]]]}, "a coordinate that is not a finite number"),
     "infinity": ({"segmentation": [[*OTHER[:4], -math.inf, *OTHER[5:]]]}, "a coordinate that is not a finite number"),
-    "far away": ({"segmentation": [[*OTHER[:4], 1e300, *OTHER[5:]]]}, "a coordinate beyond 1e.07; no picture is so"),
+    "far away": ({"segmentation": [[*OTHER[:4], 1e300, *OTHER[5:]]]}, "a coordinate beyond 1e.07; no image is so"),
     "null inside": ({"segmentation": [[*OTHER[:4], None, *OTHER[5:]]]}, "a coordinate that is not a finite number"),
     "words": ({"segmentation": [[*OTHER[:4], "far", *OTHER[5:]]]}, "a coordinate that is not a finite number"),
     "pairs": ({"segmentation": [[[1, 2], [3, 4], [5, 9]]]}, "not a flat list of x, y"),
-    "outside": ({"segmentation": [[100, 100, 120, 100, 120, 130]]}, "wholly outside its picture of 60 x 40"),
-    "beside": ({"segmentation": [[-40, 5, -5, 5, -5, 30]]}, "wholly outside its picture"),
+    "outside": ({"segmentation": [[100, 100, 120, 100, 120, 130]]}, "wholly outside its image of 60 x 40"),
+    "beside": ({"segmentation": [[-40, 5, -5, 5, -5, 30]]}, "wholly outside its image"),
     "on a line": ({"segmentation": [[10, 10, 20, 20, 30, 30]]}, "encloses no area"),
     "one point": ({"segmentation": [[9, 9] * 4]}, "encloses no area"),
     "too thin": ({"segmentation": [[10.1, 10.1, 10.2, 10.1, 10.2, 10.2]]}, "covers not one pixel"),
     "no shape": ({"segmentation": []}, "an empty segmentation; masks cannot be learnt from it"),
     "no key": ({"segmentation": None}, "no segmentation, only a box at most"),
     "a number": ({"segmentation": 7}, "a segmentation that is a int"),
-    "short code": ({"segmentation": {"size": [40, 60], "counts": [100, 50]}}, "of 150 pixels; its picture has 2400"),
+    "short code": ({"segmentation": {"size": [40, 60], "counts": [100, 50]}}, "of 150 pixels; its image has 2400"),
     "long code": ({"segmentation": {"size": [40, 60], "counts": [2400, 50]}}, "of 2450 pixels"),
     "wrapping code": (
         {"segmentation": {"size": [40, 60], "counts": [2**62, 2**62, 2**62, 2**62, 2400]}},
-        "pixels; its picture has 2400",
+        "pixels; its image has 2400",
     ),
     "negative code": ({"segmentation": {"size": [40, 60], "counts": [2500, -100]}}, "run-length code"),
     "broken runs": ({"segmentation": {"size": [40, 60], "counts": [2300.5, 99.5]}}, "2300.5 is no run length"),
-    "other size": ({"segmentation": {"size": [80, 120], "counts": [9600 - 5, 5]}}, "of size .80, 120., its picture is"),
+    "other size": ({"segmentation": {"size": [80, 120], "counts": [9600 - 5, 5]}}, "of size .80, 120., its image is"),
     "swapped": ({"segmentation": {"size": [60, 40], "counts": [2395, 5]}}, "that is .width, height.; expected"),
     "garbage": ({"segmentation": {"size": [40, 60], "counts": "\x01\x02 ~~"}}, "code that cannot be read"),
     "cut": ({"segmentation": {"size": [40, 60], "counts": rle(plane())["counts"][:9]}}, "run-length code"),
@@ -221,7 +221,7 @@ LEFT_OUT = {
     "empty code": ({"segmentation": {"size": [40, 60], "counts": [2400]}}, "marks no pixel"),
     "no runs": ({"segmentation": {"size": [40, 60], "counts": []}}, "run-length code of 0 pixels"),
     "no size": ({"segmentation": {"counts": [2400]}}, "without a size"),
-    "no picture": ({"image_id": 777}, "is on image 777, which is not in the list of images"),
+    "no image": ({"image_id": 777}, "is on image 777, which is not in the list of images"),
     "no class": ({"category_id": 55}, "has category 55, which is not in the list"),
     "crowd": ({"iscrowd": "no"}, "has 'no' for 'iscrowd'; expected 0 or 1"),
 }
@@ -285,7 +285,7 @@ def test_areas_that_cannot_be_are_those_of_the_masks(tmp_path: Path, area: Any):
     assert dataset.areas(0).tolist() == [400, 300]
 
 
-def test_polygons_that_leave_the_picture_are_cut_at_its_border(tmp_path: Path):
+def test_polygons_that_leave_the_image_are_cut_at_its_border(tmp_path: Path):
     ring = [-20.0, -20.0, 20.0, -20.0, 20.0, 20.0, -20.0, 20.0]
     target = read_coco(write(tmp_path, second(segmentation=[ring], bbox=None))).targets(0)
     assert target.masks is not None
@@ -352,10 +352,10 @@ UNUSABLE = {
     "no images": (lambda d: d.pop("images"), "there is no key 'images'"),
     "empty categories": (lambda d: d.update(categories=[]), "'categories' is empty"),
     "annotations of another kind": (lambda d: d.update(annotations={}), "'annotations' is a dict; expected a list"),
-    "upwards": (lambda d: d["images"][0].update(file_name="../../etc/passwd"), "leads out of the picture folder"),
-    "absolute": (lambda d: d["images"][0].update(file_name="/etc/hostname"), "leads out of the picture folder"),
-    "backslash": (lambda d: d["images"][0].update(file_name="..\\secret.png"), "leads out of the picture folder"),
-    "drive": (lambda d: d["images"][0].update(file_name="C:\\secret.png"), "leads out of the picture folder"),
+    "upwards": (lambda d: d["images"][0].update(file_name="../../etc/passwd"), "leads out of the image folder"),
+    "absolute": (lambda d: d["images"][0].update(file_name="/etc/hostname"), "leads out of the image folder"),
+    "backslash": (lambda d: d["images"][0].update(file_name="..\\secret.png"), "leads out of the image folder"),
+    "drive": (lambda d: d["images"][0].update(file_name="C:\\secret.png"), "leads out of the image folder"),
     "size": (
         lambda d: d["images"][1].update(width=120, height=80),
         r"image 2 is said to be 120 x 80, but .*2\.png is 60 x 40",
@@ -388,11 +388,11 @@ def test_a_file_that_is_no_data_set_says_what_it_is(tmp_path: Path, text: str, w
         read_coco(tmp_path / "a.json")
 
 
-def test_missing_pictures_are_counted_and_the_first_named(tmp_path: Path):
+def test_missing_images_are_counted_and_the_first_named(tmp_path: Path):
     path = write(tmp_path, content(6))
     for number in range(2, 7):
         (tmp_path / "train" / f"{number}.png").unlink()
-    words = r"5 of 6 pictures are not in .*train: '2\.png', '3\.png', '4\.png' and 2 more; put them there"
+    words = r"5 of 6 images are not in .*train: '2\.png', '3\.png', '4\.png' and 2 more; put them there"
     with pytest.raises(AnnotationError, match=words):
         read_coco(path)
 
@@ -406,7 +406,7 @@ def test_names_inside_the_folder_are_made_plain(tmp_path: Path):
         assert read_coco(path, strict=True)[0].path == tmp_path / "train" / "1.png"
 
 
-def test_sizes_that_are_missing_come_from_the_pictures(tmp_path: Path):
+def test_sizes_that_are_missing_come_from_the_images(tmp_path: Path):
     data = content()
     data["images"][0].update(width=None, height=None)
     assert read_coco(write(tmp_path, data), strict=True).sizes() == [(40, 60)]
@@ -418,15 +418,13 @@ def test_sizes_are_those_after_turning_by_exif(tmp_path: Path):
     exif[0x0112] = 6
     Image.fromarray(np.rot90(pixels())).save(tmp_path / "train" / "1.png", exif=exif)
     dataset = read_coco(path, strict=True)
-    assert (dataset[0].picture.permute(1, 2, 0).numpy() == pixels()).all()
+    assert (dataset[0].image.permute(1, 2, 0).numpy() == pixels()).all()
     Image.fromarray(pixels()).save(tmp_path / "train" / "1.png", exif=exif)
-    with pytest.raises(
-        AnnotationError, match=r"once its EXIF orientation is applied; .* drawn on the picture as stored"
-    ):
+    with pytest.raises(AnnotationError, match=r"once its EXIF orientation is applied; .* drawn on the image as stored"):
         read_coco(path)
 
 
-def test_broken_pictures_are_left_out_before_anything_starts(tmp_path: Path):
+def test_broken_images_are_left_out_before_anything_starts(tmp_path: Path):
     path = write(tmp_path, content(4))
     (tmp_path / "train" / "2.png").write_bytes((tmp_path / "train" / "2.png").read_bytes()[:-30])
     (tmp_path / "train" / "3.png").write_bytes(b"")
@@ -438,10 +436,10 @@ def test_broken_pictures_are_left_out_before_anything_starts(tmp_path: Path):
         read_coco(path, strict=True)
 
 
-def test_a_picture_that_changes_size_later_is_noticed(tmp_path: Path):
+def test_a_image_that_changes_size_later_is_noticed(tmp_path: Path):
     dataset = read_coco(write(tmp_path, content()))
     Image.fromarray(pixels(20, 30)).save(tmp_path / "train" / "1.png")
-    with pytest.raises(PictureError, match=r"1\.png: is 30 x 20, but .*instances_train.json says 60 x 40"):
+    with pytest.raises(ImageError, match=r"1\.png: is 30 x 20, but .*instances_train.json says 60 x 40"):
         dataset[0]
 
 
@@ -472,12 +470,10 @@ def test_what_cannot_be_opened_says_what_there_is(tmp_path: Path):
         open_dataset(tmp_path, keypoints=True)
 
 
-def test_pictures_may_lie_elsewhere(tmp_path: Path):
+def test_images_may_lie_elsewhere(tmp_path: Path):
     path = write(tmp_path, content())
     (tmp_path / "train").rename(tmp_path / "photos")
-    with pytest.raises(
-        AnnotationError, match=r"1 of 1 pictures are not in .*; name the folder that the pictures are in"
-    ):
+    with pytest.raises(AnnotationError, match=r"1 of 1 images are not in .*; name the folder that the images are in"):
         read_coco(path)
     assert len(read_coco(path, tmp_path / "photos")) == 1
     with pytest.raises(UsageError, match=re.escape(f"{tmp_path / 'none'}: there is no such folder")):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from maskwright.data import Augment, DataWarning, Loader, Scenes, make_loader, open_dataset, read_coco, show_batch
 from maskwright.data.loader import grouped
-from maskwright.errors import DataError, PictureError, UsageError
+from maskwright.errors import DataError, ImageError, UsageError
 from maskwright.structures import Batch, Preprocess
 from tests.data.making import content, pixels, write
 
@@ -42,7 +42,7 @@ def loader(count: int = 10, batch_size: int = 2, training: bool = True, **option
 
 
 def mixed(folder: Path, count: int = 11) -> Path:
-    """A set of tall and wide pictures."""
+    """A set of tall and wide images."""
     data = content(count)
     sizes = {}
     for entry in data["images"]:
@@ -68,7 +68,7 @@ def test_a_batch_is_what_the_network_wants():
 
 
 @pytest.mark.fast
-def test_an_epoch_has_every_picture_and_full_batches():
+def test_an_epoch_has_every_image_and_full_batches():
     found = loader(11, 4, augment=None)
     assert len(found) == 3
     for epoch in range(3):
@@ -81,7 +81,7 @@ def test_an_epoch_has_every_picture_and_full_batches():
 
 
 @pytest.mark.fast
-def test_fewer_pictures_than_a_batch_are_repeated():
+def test_fewer_images_than_a_batch_are_repeated():
     found = loader(3, 8)
     batches = list(found)
     assert [len(b) for b in batches] == [8]
@@ -133,7 +133,7 @@ def test_ranks_share_the_batches_of_one_process(world: int):
 
 
 @pytest.mark.fast
-def test_tall_and_wide_pictures_are_kept_apart(tmp_path: Path):
+def test_tall_and_wide_images_are_kept_apart(tmp_path: Path):
     dataset = read_coco(mixed(tmp_path))
     found = make_loader(dataset, RULE, batch_size=2, training=True, augment=Augment())
     tall = [h > w for h, w in dataset.sizes()]
@@ -144,7 +144,7 @@ def test_tall_and_wide_pictures_are_kept_apart(tmp_path: Path):
 
 @pytest.mark.fast
 @given(st.lists(st.booleans(), max_size=40), st.integers(1, 9))
-def test_grouping_keeps_every_picture(tall: list[bool], size: int):
+def test_grouping_keeps_every_image(tall: list[bool], size: int):
     order = np.random.default_rng(0).permutation(len(tall))
     flags = np.array(tall, bool)
     result = grouped(order, flags[order] if len(tall) else flags, size)
@@ -163,8 +163,8 @@ def test_without_training_it_is_the_sets_own_order_once():
     shards = [loader(7, 3, training=False, rank=r, world=2) for r in range(2)]
     assert sorted(i for s in shards for b in s.indices() for i in b) == list(range(7))
     batch = next(iter(found))
-    picture, placement = RULE.lay(Scenes(7, (48, 48))[0].picture)
-    assert torch.equal(batch.images[0, :, :64, :64], picture), "not augmented"
+    image, placement = RULE.lay(Scenes(7, (48, 48))[0].image)
+    assert torch.equal(batch.images[0, :, :64, :64], image), "not augmented"
     assert batch.placements[0] == placement
 
 
@@ -184,7 +184,7 @@ def test_crowd_regions_are_no_targets_in_training(tmp_path: Path):
 
 
 @pytest.mark.fast
-def test_pictures_without_objects_come_like_others():
+def test_images_without_objects_come_like_others():
     found = make_loader(Scenes(4, (48, 48), empty=1.0), RULE, batch_size=2, training=True, augment=WILD)
     for batch in found:
         assert [len(t) for t in batch.targets or ()] == [0, 0]
@@ -202,14 +202,14 @@ def test_a_fixed_canvas_is_filled_up():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_breaks_in_the_middle_of_a_run(tmp_path: Path, workers: int):
+def test_a_image_that_breaks_in_the_middle_of_a_run(tmp_path: Path, workers: int):
     path = write(tmp_path, content(6))
     lenient, strict = read_coco(path), read_coco(path, strict=True)
     (tmp_path / "train" / "3.png").write_bytes(b"<html>")
     options = {"batch_size": 2, "training": True, "workers": workers}
-    with pytest.raises(PictureError, match=r"^[^\n]*3\.png: is not a picture[^\n]*$"):
+    with pytest.raises(ImageError, match=r"^[^\n]*3\.png: is not an image[^\n]*$"):
         list(make_loader(strict, RULE, **options))
-    with pytest.warns(DataWarning, match=r"3\.png: is not a picture .*left out for now"):
+    with pytest.warns(DataWarning, match=r"3\.png: is not an image .*left out for now"):
         batches = list(make_loader(lenient, RULE, **options))
     assert [len(b) for b in batches] == [2, 2, 2]
     names = [n for b in batches for n in b.names or ()]
@@ -225,12 +225,12 @@ def test_a_set_of_which_nothing_can_be_read_ends_with_an_error(tmp_path: Path):
     dataset = read_coco(write(tmp_path, content(3)))
     for path in (tmp_path / "train").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(PictureError, match=r"not one of the 3 pictures can be read; the last said: .*empty"):
+    with pytest.raises(ImageError, match=r"not one of the 3 images can be read; the last said: .*empty"):
         list(make_loader(dataset, RULE, batch_size=2, training=True))
 
 
 @pytest.mark.fast
-def test_joints_are_mirrored_by_their_names():
+def test_keypoints_are_mirrored_by_their_names():
     scenes = Scenes(6, (96, 96), keypoints=True, empty=0)
     rule = Preprocess(short=96, long=96)
     found = make_loader(scenes, rule, batch_size=6, training=True, augment=Augment(flip=1.0))
@@ -261,8 +261,8 @@ def test_a_batch_can_be_looked_at(tmp_path: Path, channels):
     path = show_batch(batch, rule, tmp_path / "deep" / "batch.png", scenes.classes)
     sheet = np.asarray(Image.open(path))
     assert sheet.shape == (64 * 2 + 4, 64 * 2 + 4, 3)
-    shown = sheet[:48, :48].astype(int) - scenes[0].picture.permute(1, 2, 0).numpy()
-    assert np.abs(shown).max() <= 1, "what is shown is what the picture was"
+    shown = sheet[:48, :48].astype(int) - scenes[0].image.permute(1, 2, 0).numpy()
+    assert np.abs(shown).max() <= 1, "what is shown is what the image was"
     assert [p.name for p in path.parent.iterdir()] == ["batch.png"]
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):

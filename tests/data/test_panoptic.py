@@ -19,7 +19,7 @@ pytestmark = pytest.mark.fast
 
 
 def small_set(folder: Path, split: str = "val") -> Path:
-    """Two pictures of 40 x 60: sky (number 70,000) over two cups (1 and 300), a corner of nothing."""
+    """Two images of 40 x 60: sky (number 70,000) over two cups (1 and 300), a corner of nothing."""
     plane = np.full((40, 60), 70_000, np.int32)
     plane[10:30, 5:25], plane[10:30, 30:50], plane[:4, :4] = 1, 300, 0
     images, records = [], []
@@ -62,7 +62,7 @@ def test_a_set_is_read_with_its_things_and_stuff(tmp_path: Path):
     panoptic = dataset.panoptic(1)
     assert panoptic.things.tolist() == [False, True, True]
     assert int((panoptic.map() == 0).sum()) == 16
-    assert dataset[0].picture.shape == (3, 40, 60)
+    assert dataset[0].image.shape == (3, 40, 60)
     things = things_only(dataset)
     assert (things.classes, things.category_ids) == (("cup",), (3,))
     assert things.targets(0).labels.tolist() == [0, 0]
@@ -89,8 +89,8 @@ def cut(path: Path) -> None:
     ("damage", "words"),
     [
         (remove, r"1 of 2 maps of segments are not in .*panoptic_val: '2.png'; put the PNGs there"),
-        (other_size, r"2.png is 60 x 20, its picture is 60 x 40; put back the map"),
-        (grey, r"2.png: is a picture of mode L; a map of segments is an RGB PNG"),
+        (other_size, r"2.png is 60 x 20, its image is 60 x 40; put back the map"),
+        (grey, r"2.png: is an image of mode L; a map of segments is an RGB PNG"),
     ],
 )
 def test_a_map_that_is_wrong_is_named(tmp_path: Path, damage, words: str):
@@ -114,11 +114,11 @@ def test_an_empty_map_and_a_file_without_records_are_errors(tmp_path: Path):
     with pytest.raises(AnnotationError, match=r"2\.png.* is empty \(0 bytes\)"):
         read_panoptic(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
-    with pytest.raises(AnnotationError, match="none of its pictures has segments listed"):
+    with pytest.raises(AnnotationError, match="none of its images has segments listed"):
         read_panoptic(path)
 
 
-def test_maps_may_be_as_large_as_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_maps_may_be_as_large_as_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = small_set(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit, of 179 million; ours is wider
     assert len(read_panoptic(path, strict=True)) == 2
@@ -145,7 +145,7 @@ SKIPS = {
         lambda d: d["annotations"][0]["segments_info"][0].update(id=1),
         r"two segments of image 1 share id 1; the first one has all their pixels",
     ),
-    "no record": (lambda d: d["annotations"].pop(1), r"1 of 2 pictures have no segments listed: 2"),
+    "no record": (lambda d: d["annotations"].pop(1), r"1 of 2 images have no segments listed: 2"),
     "no segments": (
         lambda d: d["annotations"][0].pop("segments_info"),
         r"annotations\[0\] has no list 'segments_info'",
@@ -224,7 +224,7 @@ def test_maps_of_one_name_in_two_folders_stay_two(tmp_path: Path):
     assert [len(copy.targets(index)) for index in range(2)] == [3, 2]
 
 
-def test_scenes_with_stuff_divide_the_whole_picture_and_are_read_back_the_same(tmp_path: Path):
+def test_scenes_with_stuff_divide_the_whole_image_and_are_read_back_the_same(tmp_path: Path):
     scenes = Scenes(3, (48, 64), seed=4, stuff=True)
     assert scenes.stuff == scenes.classes[-4:]
     for index in range(3):
@@ -235,7 +235,7 @@ def test_scenes_with_stuff_divide_the_whole_picture_and_are_read_back_the_same(t
     dataset = open_dataset(tmp_path, "val", strict=True)
     assert (dataset.classes, dataset.stuff) == (scenes.classes, scenes.stuff)
     for index in range(3):
-        assert torch.equal(dataset[index].picture, scenes[index].picture)
+        assert torch.equal(dataset[index].image, scenes[index].image)
         assert torch.equal(dataset.panoptic(index).semantic(), scenes.panoptic(index).semantic())
     named = open_dataset("scenes:count=2,size=48,stuff=1", "val")
     assert len(named.stuff) == 4

@@ -1,4 +1,4 @@
-"""Generated scenes: the same everywhere, masks that fit the pictures, and a way to disk and back."""
+"""Generated scenes: the same everywhere, masks that fit the images, and a way to disk and back."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from maskwright.data import PERSON_JOINTS, Scenes, check, mirrored_joints, open_dataset, read_coco
+from maskwright.data import PERSON_KEYPOINTS, Scenes, check, mirrored_keypoints, open_dataset, read_coco
 from maskwright.data.scenes import parse_scenes
 from maskwright.errors import UsageError
-from maskwright.structures.instances import PERSON_JOINTS_MIRRORED
+from maskwright.structures.instances import PERSON_KEYPOINTS_MIRRORED
 
 pytestmark = pytest.mark.fast
 
@@ -20,22 +20,22 @@ def test_a_scene_depends_on_seed_and_index_alone():
     one, two = Scenes(9, (64, 80), seed=3), Scenes(4, (64, 80), seed=3)
     _ = one[7], one[0]
     a, b = one[2], two[2]
-    assert torch.equal(a.picture, b.picture)
+    assert torch.equal(a.image, b.image)
     assert torch.equal(a.target.boxes, b.target.boxes)
     assert a.target.masks is not None
     assert b.target.masks is not None
     assert a.target.masks.rle() == b.target.masks.rle()
-    assert not torch.equal(a.picture, one[3].picture)
-    assert not torch.equal(a.picture, Scenes(9, (64, 80), seed=4)[2].picture)
+    assert not torch.equal(a.image, one[3].image)
+    assert not torch.equal(a.image, Scenes(9, (64, 80), seed=4)[2].image)
 
 
-def test_targets_are_those_of_the_picture():
+def test_targets_are_those_of_the_image():
     scenes = Scenes(6)
     for index in range(6):
         sample, alone = scenes[index], scenes.targets(index)
         assert torch.equal(sample.target.boxes, alone.boxes)
-        assert sample.picture.shape == (3, 192, 192)
-        assert sample.picture.dtype == torch.uint8
+        assert sample.image.shape == (3, 192, 192)
+        assert sample.image.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
@@ -92,15 +92,15 @@ def test_classes_are_told_by_shape_and_all_occur():
     assert set(Scenes(9, classes=("heart", "triangle")).targets(1).labels.tolist()) <= {0, 1}
 
 
-def test_some_pictures_are_empty_and_none_if_so_asked():
+def test_some_images_are_empty_and_none_if_so_asked():
     assert any(len(Scenes(60, empty=0.2).targets(i)) == 0 for i in range(60))
     assert all(len(Scenes(1, empty=1.0)[0].target) == 0 for _ in range(1))
 
 
-def test_figures_have_joints_left_and_right():
+def test_figures_have_keypoints_left_and_right():
     scenes = Scenes(12, keypoints=True, empty=0)
     assert scenes.classes == ("figure",)
-    assert scenes.joints == PERSON_JOINTS
+    assert scenes.keypoint_names == PERSON_KEYPOINTS
     seen = torch.zeros(3, dtype=torch.int64)
     for index in range(12):
         target = scenes.targets(index)
@@ -111,20 +111,20 @@ def test_figures_have_joints_left_and_right():
         assert (points[points[..., 2] == 0] == 0).all()
         assert target.masks is not None
         planes = target.masks.dense()
-        for joints, plane in zip(points, planes, strict=True):
-            x, y = joints[joints[:, 2] == 2][:, :2].long().unbind(1)
-            assert plane[y, x].all(), "a joint that is seen lies on its figure"
+        for keypoints, plane in zip(points, planes, strict=True):
+            x, y = keypoints[keypoints[:, 2] == 2][:, :2].long().unbind(1)
+            assert plane[y, x].all(), "a keypoint that is seen lies on its figure"
         # They face us: their left is on our right.
         both = (points[:, 5, 2] > 0) & (points[:, 6, 2] > 0)
         assert (points[both, 5, 0] > points[both, 6, 0]).all()
-    assert (seen > 10).all(), f"unlabelled, hidden and seen joints should all occur: {seen}"
+    assert (seen > 10).all(), f"unlabelled, hidden and seen keypoints should all occur: {seen}"
 
 
 def test_the_mirror_changes_left_and_right():
-    assert mirrored_joints(PERSON_JOINTS) == PERSON_JOINTS_MIRRORED
-    assert mirrored_joints(("tip", "left_fin", "right_fin", "L_eye", "R_eye")) == (0, 2, 1, 4, 3)
-    assert mirrored_joints(("leftover", "nose")) == (0, 1)
-    assert mirrored_joints(None) is None
+    assert mirrored_keypoints(PERSON_KEYPOINTS) == PERSON_KEYPOINTS_MIRRORED
+    assert mirrored_keypoints(("tip", "left_fin", "right_fin", "L_eye", "R_eye")) == (0, 2, 1, 4, 3)
+    assert mirrored_keypoints(("leftover", "nose")) == (0, 1)
+    assert mirrored_keypoints(None) is None
 
 
 @pytest.mark.parametrize("keypoints", [False, True])
@@ -133,11 +133,11 @@ def test_to_disk_and_back(tmp_path: Path, keypoints: bool):
     scenes.write(tmp_path)
     read = open_dataset(tmp_path, strict=True, keypoints=keypoints)
     assert read.classes == scenes.classes
-    assert read.joints == scenes.joints
+    assert read.keypoint_names == scenes.keypoint_names
     assert check(tmp_path).ok
     for index in range(5):
         a, b = scenes[index], read[index]
-        assert torch.equal(a.picture, b.picture)
+        assert torch.equal(a.image, b.image)
         assert torch.equal(a.target.boxes, b.target.boxes)
         assert a.target.masks is not None
         assert b.target.masks is not None

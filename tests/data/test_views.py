@@ -32,7 +32,7 @@ class Numbered(Dataset):
         return self.inner.sizes()
 
     def image_ids(self):
-        return [f"picture {k}" for k in range(len(self))]
+        return [f"image {k}" for k in range(len(self))]
 
     def targets(self, index: int) -> Instances:
         return self.inner.targets(index)
@@ -45,7 +45,7 @@ class Numbered(Dataset):
 
 
 def told(view, index: int) -> list[tuple]:
-    """Each object of a picture: its class, where it is, and what the set says of it."""
+    """Each object of an image: its class, where it is, and what the set says of it."""
     target, sample = view.targets(index), view[index]
     assert torch.equal(target.labels, sample.target.labels)
     assert torch.equal(target.boxes, sample.target.boxes)
@@ -83,19 +83,19 @@ def test_one_class_has_all_objects_in_the_order_of_their_labels():
         assert told(view, index) == [("thing", *row[1:]) for row in rows]
 
 
-def test_chosen_pictures():
+def test_chosen_images():
     data = Numbered()
     view = Chosen(data, [4, 1])
-    assert view.image_ids() == ["picture 4", "picture 1"]
+    assert view.image_ids() == ["image 4", "image 1"]
     assert view.sizes() == [data.sizes()[4], data.sizes()[1]]
     assert told(view, 0) == told(data, 4)
-    assert spread(data, 2).image_ids() == ["picture 0", "picture 2"]
+    assert spread(data, 2).image_ids() == ["image 0", "image 2"]
     assert spread(data, None) is spread(data, 5) is data
 
 
 def test_views_of_views_travel_to_workers():
     view = pickle.loads(pickle.dumps(OneClass(Chosen(things_only(Numbered()), [3, 0]))))
-    assert view.image_ids() == ["picture 3", "picture 0"]
+    assert view.image_ids() == ["image 3", "image 0"]
     assert len(told(view, 0)) == len(things_only(Numbered()).targets(3))
 
 

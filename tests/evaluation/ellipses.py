@@ -12,8 +12,8 @@ from maskwright.structures import Instances, Masks
 
 
 @dataclass
-class Picture:
-    picture: torch.Tensor
+class Image:
+    image: torch.Tensor
     target: Instances
     id: Any
     path: None = None
@@ -23,7 +23,7 @@ class Picture:
 class Ellipses:
     """Stands for any data set: exactly what the evaluator asks of one."""
 
-    pictures: list[Instances]
+    images: list[Instances]
     ids: list[Any]
     classes: tuple[str, ...] = ("disc", "egg", "pebble")
     category_ids: tuple[int, ...] = (3, 90, 1000)
@@ -35,25 +35,25 @@ class Ellipses:
             self.areas = lambda i: self.given_areas[i]
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, i):
-        height, width = self.pictures[i].image_size
+        height, width = self.images[i].image_size
         noise = np.random.default_rng(i).integers(0, 255, (3, height, width), dtype=np.uint8)
-        return Picture(torch.from_numpy(noise), self.pictures[i], self.ids[i])
+        return Image(torch.from_numpy(noise), self.images[i], self.ids[i])
 
     def image_ids(self):
         return list(self.ids)
 
     def targets(self, i):
-        return self.pictures[i]
+        return self.images[i]
 
     def sizes(self):
-        return [p.image_size for p in self.pictures]
+        return [p.image_size for p in self.images]
 
 
 def ellipses(rng, count, size, scale=0.12):
-    """`count` masks of ellipses; small ones are common, as in real pictures."""
+    """`count` masks of ellipses; small ones are common, as in real images."""
     height, width = size
     y, x = np.mgrid[:height, :width] + 0.5
     planes = np.zeros((count, height, width), bool)
@@ -74,15 +74,15 @@ def planes_of(masks):
     return planes
 
 
-def truth(rng, count, size=(96, 128), classes=3, joints=None, crowd=0.08):
+def truth(rng, count, size=(96, 128), classes=3, keypoints=None, crowd=0.08):
     masks = Masks.from_dense(torch.from_numpy(ellipses(rng, count, size))).pack()
     number = len(masks)
     points = None
-    if joints:
+    if keypoints:
         boxes = masks.boxes().numpy()
-        spread = rng.uniform(0, 1, (number, joints, 2))
+        spread = rng.uniform(0, 1, (number, keypoints, 2))
         xy = boxes[:, None, :2] + spread * (boxes[:, None, 2:] - boxes[:, None, :2])
-        seen = rng.integers(0, 3, (number, joints, 1)) * (rng.random((number, 1, 1)) > 0.1)
+        seen = rng.integers(0, 3, (number, keypoints, 1)) * (rng.random((number, 1, 1)) > 0.1)
         points = torch.from_numpy(np.concatenate([xy.round(), seen], -1)).float()
     return Instances(
         size,
@@ -115,26 +115,26 @@ def disturbed(target, rng, classes=3, extra=3, ties=False):
     masks = Masks.from_dense(torch.from_numpy(planes)).pack()
     points = None
     if target.keypoints is not None:
-        joints = target.keypoints.shape[1]
+        keypoints = target.keypoints.shape[1]
         near = target.keypoints.numpy()[kept]
         near = near + np.concatenate([rng.normal(0, 2, (*near.shape[:2], 2)), np.zeros((*near.shape[:2], 1))], -1)
-        far = rng.uniform(0, min(size), (len(false), joints, 3))
+        far = rng.uniform(0, min(size), (len(false), keypoints, 3))
         points = torch.from_numpy(np.concatenate([near, far])).float()
     boxes = masks.boxes() + torch.from_numpy(rng.normal(0, 0.7, (len(masks), 4))).float()
     boxes = torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)], 1)
     return Instances(size, boxes, torch.from_numpy(labels), masks, torch.from_numpy(scores), points)
 
 
-def data_set(pictures=12, seed=0, *, joints=None, ids=None, most=14, **options):
+def data_set(images=12, seed=0, *, keypoints=None, ids=None, most=14, **options):
     rng = np.random.default_rng(seed)
-    counts = [0 if i % 5 == 4 else int(rng.integers(1, most)) for i in range(pictures)]
-    sizes = [(96, 128) if i % 2 else (120, 90) for i in range(pictures)]
-    targets = [truth(rng, c, s, joints=joints, **options) for c, s in zip(counts, sizes, strict=True)]
-    return Ellipses(targets, ids or list(range(100, 100 + pictures)))
+    counts = [0 if i % 5 == 4 else int(rng.integers(1, most)) for i in range(images)]
+    sizes = [(96, 128) if i % 2 else (120, 90) for i in range(images)]
+    targets = [truth(rng, c, s, keypoints=keypoints, **options) for c, s in zip(counts, sizes, strict=True)]
+    return Ellipses(targets, ids or list(range(100, 100 + images)))
 
 
 def predictions(data, seed=1, ties=False):
-    """One per picture; every seventh picture has none."""
+    """One per image; every seventh image has none."""
     rng = np.random.default_rng(seed)
-    made = [disturbed(t, rng, ties=ties) for t in data.pictures]
+    made = [disturbed(t, rng, ties=ties) for t in data.images]
     return [m[:0] if i % 7 == 3 else m for i, m in enumerate(made)]

@@ -35,7 +35,7 @@ def annotation_file(data, path):
 
 
 def verdict(data, predictions, kind, folder):
-    """{"segm/AP": ...} for one set of Instances per picture."""
+    """{"segm/AP": ...} for one set of Instances per image."""
     records = [
         record
         for image_id, instances in zip(data.image_ids(), predictions, strict=True)

@@ -45,7 +45,7 @@ def assert_equal(result, judged):
 @pytest.mark.parametrize("kind", ["segm", "bbox", "keypoints"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 def test_generated_results_score_as_pycocotools_says(engine, kind, ties, tmp_path):
-    data = data_set(15, joints=17)
+    data = data_set(15, keypoints=17)
     made = predictions(data, ties=ties)
     judged = verdict(data, made, kind, tmp_path)
     assert 0.01 < judged[f"{kind}/AP"] < 0.9  # neither trivial nor hopeless
@@ -66,8 +66,8 @@ def test_the_order_of_ids_decides_ties_and_not_the_order_of_the_file(engine, tmp
 def test_ids_may_be_huge_or_names(engine):
     plain = data_set(10)
     made = predictions(plain)
-    huge = Ellipses(plain.pictures, [2**63 + i for i in range(10)])
-    named = Ellipses(plain.pictures, [f"picture {i:02}.png" for i in range(10)])
+    huge = Ellipses(plain.images, [2**63 + i for i in range(10)])
+    named = Ellipses(plain.images, [f"image {i:02}.png" for i in range(10)])
     expected = measured(plain, made, backend=engine).summary
     assert measured(huge, made, backend=engine).summary == expected
     assert measured(named, made, backend=engine).summary == expected
@@ -92,22 +92,22 @@ def test_the_limit_on_detections_is_an_argument(engine):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kinds", [("segm", "bbox"), ("keypoints",)])
 def test_nothing_predicted_is_zero_and_nothing_to_find_is_minus_one(engine, kinds):
-    data = data_set(4, joints=17)
+    data = data_set(4, keypoints=17)
     none = [Instances.empty(s) for s in data.sizes()]
     assert measured(data, none, kinds, backend=engine).summary[f"{kinds[0]}/AP"] == 0
-    empty = Ellipses([t[:0] for t in data.pictures], data.ids)
+    empty = Ellipses([t[:0] for t in data.images], data.ids)
     made = predictions(data)
     assert measured(empty, made, kinds, backend=engine).summary[f"{kinds[0]}/AP"] == -1
     assert measured(empty, none, kinds, backend=engine).summary[f"{kinds[0]}/AP"] == -1
-    no_pictures = Ellipses([], [])
-    assert measured(no_pictures, [], kinds, backend=engine).summary[f"{kinds[0]}/AP"] == -1
+    no_images = Ellipses([], [])
+    assert measured(no_images, [], kinds, backend=engine).summary[f"{kinds[0]}/AP"] == -1
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_perfect_prediction_scores_one_everywhere(engine):
-    data = data_set(8, joints=17, crowd=0)
-    made = [Instances(t.image_size, t.boxes, t.labels, t.masks, torch.ones(len(t)), t.keypoints) for t in data.pictures]
+    data = data_set(8, keypoints=17, crowd=0)
+    made = [Instances(t.image_size, t.boxes, t.labels, t.masks, torch.ones(len(t)), t.keypoints) for t in data.images]
     result = measured(data, made, boundary=True, backend=engine)
     assert [result.summary[f"{k}/AP"] for k in ("segm", "bbox", "boundary")] == pytest.approx([1, 1, 1])
     assert result.kinds == ("segm", "bbox", "boundary")
@@ -161,24 +161,24 @@ def test_without_vernier_pycocotools_counts(monkeypatch):
 
 
 @pytest.mark.fast
-def test_other_numbers_of_joints_are_measured_and_the_protocol_says_how():
-    data = data_set(10, joints=4)
+def test_other_numbers_of_keypoints_are_measured_and_the_protocol_says_how():
+    data = data_set(10, keypoints=4)
     result = measured(data, predictions(data), ("keypoints",))
     assert result["keypoints/AP"] > 0
-    assert "OKS with sigma 0.05 for each of 4 joints" in result.protocol.note
+    assert "OKS with sigma 0.05 for each of 4 keypoints" in result.protocol.note
 
 
 @pytest.mark.fast
-def test_joints_must_agree():
-    data, other = data_set(4, joints=4), data_set(4, joints=5)
-    with pytest.raises(UsageError, match="the predictions have 5 joints each, the annotations 4"):
+def test_keypoints_must_agree():
+    data, other = data_set(4, keypoints=4), data_set(4, keypoints=5)
+    with pytest.raises(UsageError, match="the predictions have 5 keypoints each, the annotations 4"):
         measured(data, predictions(other), ("keypoints",))
 
 
 @pytest.mark.fast
 def test_annotations_without_masks_are_no_truth_for_masks():
     data = data_set(4)
-    boxes_only = Ellipses([Instances(t.image_size, t.boxes, t.labels) for t in data.pictures], data.ids)
+    boxes_only = Ellipses([Instances(t.image_size, t.boxes, t.labels) for t in data.images], data.ids)
     with pytest.raises(UsageError, match="the annotations have no masks; leave 'segm' out"):
         measured(boxes_only, predictions(data))
     assert measured(boxes_only, predictions(data), ("bbox",))["bbox/AP"] > 0
@@ -194,7 +194,7 @@ def test_a_kind_that_is_not_there():
 
 
 def real(name, split, keypoints=False, most=40):
-    """A COCO file's fullest pictures as they are: boxes and areas of the file, masks rasterised by pycocotools."""
+    """A COCO file's fullest images as they are: boxes and areas of the file, masks rasterised by pycocotools."""
     kind = "person_keypoints" if keypoints else "instances"
     path = SHARED / name / "annotations" / f"{kind}_{split}.json"
     if not path.exists():
@@ -203,15 +203,15 @@ def real(name, split, keypoints=False, most=40):
     order = sorted(raw["categories"], key=lambda c: c["id"])
     label_of = {c["id"]: label for label, c in enumerate(order)}
     fullness = Counter(a["image_id"] for a in raw["annotations"])
-    pictures = sorted(raw["images"], key=lambda image: -fullness[image["id"]])
-    pictures = pictures[: most - 2] + pictures[-2:]  # the last two may be empty
-    by_picture = {image["id"]: [] for image in pictures}
+    images = sorted(raw["images"], key=lambda image: -fullness[image["id"]])
+    images = images[: most - 2] + images[-2:]  # the last two may be empty
+    by_image = {image["id"]: [] for image in images}
     for annotation in raw["annotations"]:
-        if annotation["image_id"] in by_picture:
-            by_picture[annotation["image_id"]].append(annotation)
+        if annotation["image_id"] in by_image:
+            by_image[annotation["image_id"]].append(annotation)
     targets, areas = [], []
-    for image in pictures:
-        size, mine = (image["height"], image["width"]), by_picture[image["id"]]
+    for image in images:
+        size, mine = (image["height"], image["width"]), by_image[image["id"]]
         codes = [_code(a["segmentation"], size) for a in mine]
         corners = torch.tensor([a["bbox"] for a in mine], dtype=torch.float64).reshape(-1, 4)
         points = torch.tensor([a["keypoints"] for a in mine]).reshape(-1, 17, 3).float() if keypoints else None
@@ -227,7 +227,7 @@ def real(name, split, keypoints=False, most=40):
         )
         areas.append(np.array([a["area"] for a in mine], float))
     names = tuple(c["name"] for c in order)
-    ids = [image["id"] for image in pictures]
+    ids = [image["id"] for image in images]
     return Ellipses(targets, ids, names, tuple(c["id"] for c in order), name, areas)
 
 
@@ -251,7 +251,7 @@ def _code(segmentation, size):
 def test_disturbed_real_annotations_score_as_pycocotools_says(engine, name, split, kinds, tmp_path):
     data = real(name, split, keypoints="keypoints" in kinds, most=10 if name == "nuclei" else 40)
     rng = np.random.default_rng(0)
-    made = [disturbed(t, rng, len(data.classes), extra=2, ties=i % 2 == 0) for i, t in enumerate(data.pictures)]
+    made = [disturbed(t, rng, len(data.classes), extra=2, ties=i % 2 == 0) for i, t in enumerate(data.images)]
     made = [m[:0] if i % 9 == 8 else m for i, m in enumerate(made)]
     if name == "nuclei":
         assert max(map(len, made)) > 250  # far more than are counted

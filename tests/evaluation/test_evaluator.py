@@ -50,11 +50,11 @@ def test_what_cannot_be_added():
     data = Ellipses([squares((0, 0)), squares()], [5, "b"])
     good = squares((0, 0), scores=[0.5])
     evaluator = Evaluator(data)
-    with pytest.raises(UsageError, match=r"the data set has no picture 0; its ids are 5, b \(by position: add_at\)"):
+    with pytest.raises(UsageError, match=r"the data set has no image 0; its ids are 5, b \(by position: add_at\)"):
         evaluator.add(0, good)
-    with pytest.raises(UsageError, match=r"picture 5 are on a grid of \(20, 20\), the picture is \(40, 60\)"):
+    with pytest.raises(UsageError, match=r"image 5 are on a grid of \(20, 20\), the image is \(40, 60\)"):
         evaluator.add(5, Instances.empty((20, 20)))
-    with pytest.raises(UsageError, match="picture 5 have no scores; AP ranks by them"):
+    with pytest.raises(UsageError, match="image 5 have no scores; AP ranks by them"):
         evaluator.add(5, squares((0, 0)))
     with pytest.raises(UsageError, match="has label 3, the data set has 3 classes; map labels with match_classes"):
         evaluator.add(5, squares((0, 0), labels=[3], scores=[0.5]))
@@ -67,12 +67,12 @@ def test_what_cannot_be_added():
         Evaluator(data, ("keypoints",)).add(5, good)
     assert len(evaluator) == 0
     evaluator.add_at(0, good)
-    with pytest.raises(UsageError, match=r"picture 5 was added twice; call reset\(\)"):
+    with pytest.raises(UsageError, match=r"image 5 was added twice; call reset\(\)"):
         evaluator.add(5, good)
     evaluator.reset()
     evaluator.add(5, good)
     assert len(evaluator) == 1
-    with pytest.raises(UsageError, match="1 pictures of the data set share their id"):
+    with pytest.raises(UsageError, match="1 images of the data set share their id"):
         Evaluator(Ellipses([squares(), squares()], [1, 1]))
 
 
@@ -84,14 +84,14 @@ def test_objects_of_classes_the_data_set_lacks_are_left_out():
     assert result.confusion.counts.sum() == 2
 
 
-def test_pictures_that_were_not_added_count_as_empty_and_are_told():
+def test_images_that_were_not_added_count_as_empty_and_are_told():
     data = data_set(6)
     made = predictions(data)
     evaluator = Evaluator(data)
     evaluator.add(data.ids[0], made[0])
     result = evaluator.result(0)
     assert result.missing == 5
-    assert "5 pictures had no predictions handed in; they count as empty." in str(result)
+    assert "5 images had no predictions handed in; they count as empty." in str(result)
     only = filled(data, [made[0], *(Instances.empty(s) for s in data.sizes()[1:])]).result(0)
     assert only.missing == 0
     assert only.summary == result.summary
@@ -116,7 +116,7 @@ def test_partials_merge_to_the_same_result():
     made = predictions(data)
     whole = filled(data, made).result(0)
     ranks = [Evaluator(data), Evaluator(data)]
-    for position in [*range(9), 0]:  # a sampler repeats the first picture to give both ranks equally many
+    for position in [*range(9), 0]:  # a sampler repeats the first image to give both ranks equally many
         rank = ranks[1 if len(ranks[0]) > len(ranks[1]) else 0]
         if data.ids[position] not in rank.partial():
             rank.add_at(position, made[position])
@@ -126,12 +126,12 @@ def test_partials_merge_to_the_same_result():
     head.merge(partials)
     assert head.result(0).summary == whole.summary
     assert head.result(0).missing == 0
-    with pytest.raises(UsageError, match="a partial holds picture 999, which the data set does not have"):
+    with pytest.raises(UsageError, match="a partial holds image 999, which the data set does not have"):
         head.merge([{999: partials[0][data.ids[0]]}])
 
 
 def test_results_are_written_and_read_back(tmp_path):
-    data = data_set(9, joints=17)
+    data = data_set(9, keypoints=17)
     made = predictions(data)
     kinds = ("segm", "bbox", "keypoints")
     first = filled(data, made, kinds=kinds)
@@ -166,18 +166,18 @@ def test_results_of_others_may_lack_boxes_or_hold_polygons(tmp_path):
         ("3", "a COCO results file is a list of records"),
         ("[5]", "record 0 is int; expected an object"),
         ('[{"image_id": 1, "category_id": 3}]', "record 0 has no 'score'"),
-        ('[{"image_id": 9, "category_id": 3, "score": 1, "bbox": [0,0,1,1]}]', "record 0 is of picture 9, which"),
+        ('[{"image_id": 9, "category_id": 3, "score": 1, "bbox": [0,0,1,1]}]', "record 0 is of image 9, which"),
         ('[{"image_id": 1, "category_id": 9, "score": 1, "bbox": [0,0,1,1]}]', "record 0 has category 9, which"),
         ('[{"image_id": 1, "category_id": 3, "score": 1}]', 'neither "segmentation" nor "bbox"'),
         ('[{"image_id": 1, "category_id": 3, "score": 1, "bbox": [0,0,1]}]', "bbox is .*expected 4 finite numbers"),
         ('[{"image_id": 1, "category_id": 3, "score": NaN, "bbox": [0,0,1,1]}]', "score is .*expected 1 finite"),
         (
             '[{"image_id": 1, "category_id": 3, "score": 1, "segmentation": {"size": [9, 9], "counts": "0i0"}}]',
-            r"picture 1, from number 0 on, cannot be read: mask 0 is 9 x 9, expected 40 x 60",
+            r"image 1, from number 0 on, cannot be read: mask 0 is 9 x 9, expected 40 x 60",
         ),
         (
             '[{"image_id": 1, "category_id": 3, "score": 1, "segmentation": {"size": [40, 60], "counts": "0i0"}}]',
-            "the runs of mask 0 cover 25 pixels, its picture has 2400",
+            "the runs of mask 0 cover 25 pixels, its image has 2400",
         ),
         (
             '[{"image_id": 1, "category_id": 3, "score": 1, "bbox": [0,0,1,1], "keypoints": [1, 2]}]',
@@ -226,14 +226,14 @@ def test_every_kind_of_mistake_lands_in_its_cell():
         [0, 0, 0, 0],  # the crowd asks for nothing
         [1, 1, 0, 0],  # out of nothing; the second, wrong guess at an object that was also found
     ]
-    assert confusion.pictures[0, 1] == [8]
-    assert (2, 2) not in confusion.pictures
-    score = result.pictures[0]
+    assert confusion.images[0, 1] == [8]
+    assert (2, 2) not in confusion.images
+    score = result.images[0]
     assert (score.objects, score.found, score.right, score.confused, score.missed, score.spurious) == (4, 5, 2, 1, 1, 2)
     assert score.quality == pytest.approx(2 / (2 + 1 + 1 / 2 + 2 / 2))
 
 
-def test_pictures_are_ranked_by_quality_and_empty_ones_left_out():
+def test_images_are_ranked_by_quality_and_empty_ones_left_out():
     data = Ellipses([squares((0, 0)), squares((0, 0)), squares(), squares()], ["a", "b", "c", "d"])
     made = [
         squares((0, 0), scores=[0.9]),
@@ -273,7 +273,7 @@ def test_rounds_of_mutual_bests_pair_as_going_one_by_one_does(rows, columns, see
 
 
 def test_a_result_survives_its_file(tmp_path):
-    data = data_set(9, joints=17)
+    data = data_set(9, keypoints=17)
     result = filled(data, predictions(data), kinds=("segm", "keypoints"), boundary=True).result(title="Ovals")
     result.protocol.device, result.protocol.decoding_timed = "CPU", False
     result.speed = Speed(12.5, stages={"forward": 10.0}, peak_memory=1 << 30, parameters=44_000_000)
@@ -281,7 +281,7 @@ def test_a_result_survives_its_file(tmp_path):
     assert again.to_dict() == result.to_dict()
     assert again.summary == result.summary
     assert again.examples[0].found.masks.rle() == result.examples[0].found.masks.rle()
-    assert again.confusion.pictures == result.confusion.pictures
+    assert again.confusion.images == result.confusion.images
     assert str(again) == str(result)
 
 
@@ -290,7 +290,7 @@ def test_the_protocol_is_printed_with_the_number():
     result = filled(data, predictions(data), max_detections=50).result(0)
     text = str(result)
     assert f"{100 * result['segm/AP']:.1f}" in text
-    for fact in ("ellipses, 6 pictures", "maxDets: 50", "device: not stated", "full-size decoding: not stated"):
+    for fact in ("ellipses, 6 images", "maxDets: 50", "device: not stated", "full-size decoding: not stated"):
         assert fact in text
     assert len(Protocol().facts()) == 10
     assert "full-size decoding: inside the timer" in str(Protocol(decoding_timed=True))
@@ -301,7 +301,7 @@ def test_each_class_has_its_row_and_its_best_threshold():
     truth = squares((0, 0), (15, 0), (30, 0), labels=[0, 0, 1])
     found = squares((0, 0), (15, 0), (45, 20), (30, 20), labels=[0, 0, 0, 1], scores=[0.9, 0.6, 0.4, 0.9])
     rows = filled(Ellipses([truth], [1]), [found]).result(0).per_class
-    assert [(r["class"], r["category_id"], r["objects"], r["pictures"], r["found"]) for r in rows] == [
+    assert [(r["class"], r["category_id"], r["objects"], r["images"], r["found"]) for r in rows] == [
         ("disc", 3, 2, 1, 3),
         ("egg", 90, 1, 1, 1),
         ("pebble", 1000, 0, 0, 0),

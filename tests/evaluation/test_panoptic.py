@@ -91,7 +91,7 @@ def scenes() -> Dataset:
     return Scenes(3, (48, 64), stuff=True, difficulty=0.2)
 
 
-def test_an_evaluator_adds_pictures_up(tmp_path):
+def test_an_evaluator_adds_images_up(tmp_path):
     dataset = scenes()
     evaluator = PanopticEvaluator(dataset)
     evaluator.add(1, dataset.panoptic(0))
@@ -100,7 +100,7 @@ def test_an_evaluator_adds_pictures_up(tmp_path):
     evaluator.merge([other.partial()])
     with pytest.raises(UsageError, match="added twice"):
         evaluator.add(1, dataset.panoptic(0))
-    with pytest.raises(UsageError, match="no picture 17"):
+    with pytest.raises(UsageError, match="no image 17"):
         evaluator.add(17, dataset.panoptic(0))
     result = evaluator.result()
     assert result.missing == 1
@@ -133,7 +133,7 @@ def test_labels_of_pixels_are_compared(tmp_path):
     assert "Overlap of labels" in report(result, tmp_path / "page.html").read_text()
 
 
-def test_pixels_of_a_picture_that_was_not_added_were_taken_for_nothing():
+def test_pixels_of_a_image_that_was_not_added_were_taken_for_nothing():
     dataset = scenes()
     evaluator = SemanticEvaluator(dataset)
     evaluator.add_at(0, dataset.panoptic(0).semantic())
@@ -141,7 +141,7 @@ def test_pixels_of_a_picture_that_was_not_added_were_taken_for_nothing():
     pixels = [int((dataset.panoptic(index).semantic() >= 0).sum()) for index in range(3)]
     assert result["semantic/accuracy"] == pytest.approx(pixels[0] / sum(pixels))
     assert result.missing == 2
-    with pytest.raises(UsageError, match="the data set has no picture 'no such'"):
+    with pytest.raises(UsageError, match="the data set has no image 'no such'"):
         evaluator.add("no such", dataset.panoptic(1).semantic())
     with pytest.raises(UsageError, match="map labels with match_classes first"):
         evaluator.add_at(1, dataset.panoptic(1).semantic() + 100)

@@ -64,9 +64,9 @@ def test_recall_of_generated_proposals_is_what_pycocotools_says(engine, kind, ti
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["segm", "bbox"])
-def test_recall_of_many_proposals_on_real_pictures_is_what_pycocotools_says(engine, kind, tmp_path):
+def test_recall_of_many_proposals_on_real_images_is_what_pycocotools_says(engine, kind, tmp_path):
     if not (SHARED / "coco-mini").is_dir():
-        pytest.skip("the pictures are not here; MASKWRIGHT_SHARED names the folder that holds data/")
+        pytest.skip("the images are not here; MASKWRIGHT_SHARED names the folder that holds data/")
     data = open_dataset(SHARED / "coco-mini", "val")
     rng, made = np.random.default_rng(0), []
     for index in range(len(data)):

@@ -110,7 +110,7 @@ def test_a_run_folder_gives_a_page_with_all_its_parts(tmp_path):
     path = report(run_folder(tmp_path / "first run", result))
     assert path == tmp_path / "first run" / "report.html"
     page = read(path)
-    assert {"training", "numbers", "sizes", "classes", "confusion", "pictures", "speed", "recipe"} <= page.ids
+    assert {"training", "numbers", "sizes", "classes", "confusion", "images", "speed", "recipe"} <= page.ids
     for said in (
         "first run",
         f"{100 * result['segm/AP']:.1f}",
@@ -146,10 +146,10 @@ def test_a_run_without_a_result_shows_its_curves(tmp_path):
     assert page.tags.count("svg") == 4
 
 
-def test_nothing_predicted_nothing_to_find_and_no_pictures_at_all(tmp_path):
+def test_nothing_predicted_nothing_to_find_and_no_images_at_all(tmp_path):
     data = data_set(5)
     nothing = [Instances.empty(size) for size in data.sizes()]
-    bare = Ellipses([t[:0] for t in data.pictures], data.ids)
+    bare = Ellipses([t[:0] for t in data.images], data.ids)
     for number, (truth, made) in enumerate([(data, nothing), (bare, predictions(data)), (bare, nothing)]):
         page = read(report(result_of(truth, made), tmp_path / f"{number}.html"))
         assert "0.0" in page.text if truth is data else "–" in page.text
@@ -160,7 +160,7 @@ def test_nothing_predicted_nothing_to_find_and_no_pictures_at_all(tmp_path):
 
 def test_names_from_files_cannot_become_part_of_the_page(tmp_path):
     data = data_set(12)
-    evil = Ellipses(data.pictures, [f"{EVIL} {i:02}" for i in range(12)], (EVIL, "egg", "'\"><img src=x>"), name=EVIL)
+    evil = Ellipses(data.images, [f"{EVIL} {i:02}" for i in range(12)], (EVIL, "egg", "'\"><img src=x>"), name=EVIL)
     path = report(result_of(evil, predictions(data), title=EVIL), tmp_path / "page.html")
     page = read(path)
     assert EVIL in page.text
@@ -170,7 +170,7 @@ def test_names_from_files_cannot_become_part_of_the_page(tmp_path):
 
 def test_many_classes_are_cut_to_those_with_most_errors(tmp_path):
     data = data_set(30, classes=60)
-    many = Ellipses(data.pictures, data.ids, tuple(f"class {i}" for i in range(60)), tuple(range(60)))
+    many = Ellipses(data.images, data.ids, tuple(f"class {i}" for i in range(60)), tuple(range(60)))
     page = read(report(result_of(many, predictions(many)), tmp_path / "page.html"))
     assert re.search(r"Shown are the classes with most errors; \d+ more are left out", page.text)
 
@@ -220,7 +220,7 @@ def test_a_chart_leaves_out_what_is_not_finite_and_draws_the_rest():
 @pytest.mark.skipif(browser.executable() is None, reason="no Chromium on the PATH to look at the page with")
 def test_a_browser_shows_the_page_without_a_complaint(tmp_path):
     data = data_set(12)
-    evil = Ellipses(data.pictures, data.ids, (EVIL, "egg", "pebble"))
+    evil = Ellipses(data.images, data.ids, (EVIL, "egg", "pebble"))
     result = result_of(evil, predictions(data))
     path = report(run_folder(tmp_path / "run", result))
     with browser.page() as page:

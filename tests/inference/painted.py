@@ -1,4 +1,4 @@
-"""A system without anything learnt, for pictures whose objects are painted: it sees exactly what is there.
+"""A system without anything learnt, for images whose objects are painted: it sees exactly what is there.
 
 Red is the object's number, green its label, blue 255 on objects; everything else is black.
 """
@@ -63,24 +63,24 @@ class Painted(System):
         return found
 
 
-def seen(picture: Tensor, masks: bool = True, score_threshold: float = 0.0) -> Instances:
-    """The painted objects of a picture (3, H, W), best first; object k scores 1 - k / 300."""
-    numbers = picture[0].unique()
-    numbers = [n for n in numbers.tolist() if (picture[2][picture[0] == n] == 255).any()]
+def seen(image: Tensor, masks: bool = True, score_threshold: float = 0.0) -> Instances:
+    """The painted objects of an image (3, H, W), best first; object k scores 1 - k / 300."""
+    numbers = image[0].unique()
+    numbers = [n for n in numbers.tolist() if (image[2][image[0] == n] == 255).any()]
     planes = torch.stack(
-        [(picture[0] == n) & (picture[2] == 255) for n in numbers] or [torch.zeros(picture.shape[1:]).bool()]
+        [(image[0] == n) & (image[2] == 255) for n in numbers] or [torch.zeros(image.shape[1:]).bool()]
     )
     planes = planes[: len(numbers)]
     packed = Masks.from_dense(planes).pack()
-    labels = torch.tensor([int(picture[1][p][0]) for p in planes], dtype=torch.int64)
+    labels = torch.tensor([int(image[1][p][0]) for p in planes], dtype=torch.int64)
     scores = torch.tensor([1 - n / 300 for n in numbers], dtype=torch.float32)
-    size = (picture.shape[1], picture.shape[2])
+    size = (image.shape[1], image.shape[2])
     found = Instances(size, packed.boxes(), labels, packed if masks else None, scores)
     return found[scores >= score_threshold]
 
 
 def paint(numbers: Tensor, labels: dict[int, int] | None = None) -> Tensor:
-    """A picture (3, H, W) from a plane of object numbers, -1 where there is none."""
+    """An image (3, H, W) from a plane of object numbers, -1 where there is none."""
     inside = numbers >= 0
     green = torch.zeros_like(numbers)
     for number, label in (labels or {}).items():
@@ -89,7 +89,7 @@ def paint(numbers: Tensor, labels: dict[int, int] | None = None) -> Tensor:
 
 
 def blocks(count: int, size: tuple[int, int] = (40, 60)) -> Tensor:
-    """A picture with `count` blocks; block k is of class k % 2."""
+    """An image with `count` blocks; block k is of class k % 2."""
     numbers = torch.full(size, -1)
     across = math.ceil(math.sqrt(max(count, 1)))
     for k in range(count):
@@ -98,7 +98,7 @@ def blocks(count: int, size: tuple[int, int] = (40, 60)) -> Tensor:
     return paint(numbers, {k: k % 2 for k in range(count)})
 
 
-def save(picture: Tensor, path: Path) -> Path:
+def save(image: Tensor, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     return path

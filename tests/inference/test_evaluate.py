@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maskwright.data import DataWarning, Sample
-from maskwright.errors import PictureError, UsageError
+from maskwright.errors import ImageError, UsageError
 from maskwright.evaluation import Result
 from maskwright.inference import evaluate
 from maskwright.structures import Instances
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.fast
 
 
 class Gallery:
-    """Painted pictures with their objects; picture k has k % 4 of them."""
+    """Painted images with their objects; image k has k % 4 of them."""
 
     name = "gallery val"
-    joints = None
+    keypoints = None
     strict = False
 
     def __init__(self, count: int = 7, classes=("cat", "dog"), broken=()):
@@ -30,16 +30,16 @@ class Gallery:
     def __len__(self):
         return self.count
 
-    def picture(self, index: int) -> torch.Tensor:
+    def image(self, index: int) -> torch.Tensor:
         return blocks(index % 4, (40 + index, 60))
 
     def __getitem__(self, index: int) -> Sample:
         if index in self.broken:
-            raise PictureError(f"picture-{index}.jpg: is cut off")
-        return Sample(self.picture(index), self.targets(index), self.image_ids()[index])
+            raise ImageError(f"image-{index}.jpg: is cut off")
+        return Sample(self.image(index), self.targets(index), self.image_ids()[index])
 
     def targets(self, index: int) -> Instances:
-        found = seen(self.picture(index))
+        found = seen(self.image(index))
         labels = torch.tensor(self.turn)[found.labels]
         count = len(found)
         return Instances(
@@ -83,7 +83,7 @@ def test_who_sees_everything_scores_one(system, batch):
     speed = result.speed
     assert set(speed.stages) == {"network", "decoding"}
     assert 0 < speed.milliseconds <= speed.milliseconds_p90
-    assert speed.pictures_per_second > 0
+    assert speed.images_per_second > 0
     assert speed.peak_memory > 1 << 20
     assert speed.parameters == 1
 
@@ -99,13 +99,13 @@ def test_who_sees_everything_scores_one_in_tiles_too(system, batch):
     assert 0 < result.speed.milliseconds <= result.speed.milliseconds_p90
 
 
-def test_a_broken_picture_among_tiled_ones(system):
-    with pytest.warns(DataWarning, match=r"picture-2\.jpg: is cut off \(it counts as a picture without predictions"):
+def test_a_broken_image_among_tiled_ones(system):
+    with pytest.warns(DataWarning, match=r"image-2\.jpg: is cut off \(it counts as an image without predictions"):
         result = evaluate(system, Gallery(4, broken=(2,)), tile=32, examples=0)
     assert result.missing == 1
     gallery = Gallery(4, broken=(2,))
     gallery.strict = True
-    with pytest.raises(PictureError, match=r"picture-2\.jpg"):
+    with pytest.raises(ImageError, match=r"image-2\.jpg"):
         evaluate(system, gallery, tile=32)
 
 
@@ -113,7 +113,7 @@ def test_thresholds_and_limits_lower_what_is_found(system):
     assert evaluate(system, Gallery(), detections=1)["segm/AP"] < 0.9
     assert evaluate(system, Gallery(), score_threshold=0.999)["segm/AP"] < 0.9
     small = evaluate(system, Gallery(), limit=3)
-    assert small.protocol.pictures == "gallery val, 3 pictures"
+    assert small.protocol.images == "gallery val, 3 images"
     assert small["segm/AP"] == pytest.approx(1)
     assert dict(evaluate(system, Gallery(), score_threshold=0.3).protocol.facts())["score threshold"] == "0.3"
 
@@ -144,8 +144,8 @@ def test_the_kinds_that_were_asked_for(system):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("broken", [(2,), (6,), (0, 5, 6)])
-def test_a_broken_picture_counts_as_one_without_predictions(system, batch, broken):
-    says = r"picture-\d\.jpg: is cut off \(it counts as a picture without predictions"
+def test_a_broken_image_counts_as_one_without_predictions(system, batch, broken):
+    says = r"image-\d\.jpg: is cut off \(it counts as an image without predictions"
     with pytest.warns(DataWarning, match=says):
         result = evaluate(system, Gallery(broken=broken), batch=batch, examples=0)
     assert result.missing == len(broken)
@@ -153,10 +153,10 @@ def test_a_broken_picture_counts_as_one_without_predictions(system, batch, broke
 
 
 @pytest.mark.parametrize("limit", [None, 6])
-def test_a_strict_set_stops_at_a_broken_picture(system, limit):
+def test_a_strict_set_stops_at_a_broken_image(system, limit):
     gallery = Gallery(broken=(0,))
     gallery.strict = True
-    with pytest.raises(PictureError, match=r"picture-0\.jpg"):
+    with pytest.raises(ImageError, match=r"image-0\.jpg"):
         evaluate(system, gallery, limit=limit)
 
 
@@ -170,7 +170,7 @@ def test_what_cannot_be(system):
     ]:
         with pytest.raises(UsageError, match=says):
             evaluate(system, Gallery(), **options)
-    with pytest.raises(UsageError, match="no pictures in this data set"):
+    with pytest.raises(UsageError, match="no images in this data set"):
         evaluate(system, Gallery(0))
 
 

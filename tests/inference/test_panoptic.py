@@ -1,4 +1,4 @@
-"""Pictures divided among things and stuff, by a system that knows them: predict, evaluate, files, commands."""
+"""Images divided among things and stuff, by a system that knows them: predict, evaluate, files, commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.inference.painted import AsItIs, Painted, Raw
 
 
 class Divider(PanopticSystem):
-    """Knows the scenes by heart: finds a picture again and gives what is annotated there."""
+    """Knows the scenes by heart: finds an image again and gives what is annotated there."""
 
     name, card = "divider", Painted.card
     sees_padding = True
@@ -44,9 +44,9 @@ class Divider(PanopticSystem):
 
     def _known(self, raw, placements) -> list[Panoptic]:
         out = []
-        for image, place in zip(raw.images, placements, strict=True):
-            picture = image[:, : place.size[0], : place.size[1]].round().to(torch.uint8)
-            index = next(i for i, s in enumerate(self.scenes) if torch.equal(s.picture, picture))
+        for padded, place in zip(raw.images, placements, strict=True):
+            image = padded[:, : place.size[0], : place.size[1]].round().to(torch.uint8)
+            index = next(i for i, s in enumerate(self.scenes) if torch.equal(s.image, image))
             target = self.scenes[index].target
             things = self.thing_classes()[target.labels]
             out.append(Panoptic(replace(target, crowd=None, scores=torch.linspace(1, 0.5, len(target))), things))
@@ -90,11 +90,11 @@ def test_a_system_that_knows_all_has_full_quality():
 def test_what_is_not_padding_is_told_to_those_who_ask():
     dataset, system = scenes(), divider()
     system.sizes = seen = []
-    predict(system, dataset[0].picture, task="panoptic")
-    batch = torch.stack([dataset[0].picture, dataset[1].picture])
+    predict(system, dataset[0].image, task="panoptic")
+    batch = torch.stack([dataset[0].image, dataset[1].image])
     list(predict(system, batch, batch=2))
     ready = mw.inference.prepare(system)
-    predict(ready, dataset[0].picture)
+    predict(ready, dataset[0].image)
     assert ready.sizes[-1] == [[48, 64]]
     assert seen == [] or seen[0] == [[48, 64]], "the copy that predicts was asked, not the original"
 
@@ -102,13 +102,13 @@ def test_what_is_not_padding_is_told_to_those_who_ask():
 def test_a_prediction_holds_both_and_can_be_saved(tmp_path):
     dataset, system = scenes(), divider()
     path = tmp_path / "a.png"
-    Image.fromarray(dataset[0].picture.permute(1, 2, 0).numpy()).save(path)
+    Image.fromarray(dataset[0].image.permute(1, 2, 0).numpy()).save(path)
     prediction = predict(system, path, task="panoptic")
     assert prediction.panoptic is not None
     assert torch.equal(prediction.panoptic.semantic(), dataset.panoptic(0).semantic())
     assert len(prediction.found()) == int(dataset.panoptic(0).things.sum())
     prediction.save(tmp_path / "drawn.jpg")
-    with pytest.raises(UsageError, match=r"its map would be .*a\.png, which is the picture"):
+    with pytest.raises(UsageError, match=r"its map would be .*a\.png, which is the image"):
         prediction.save(tmp_path / "a.json")
     saved = json.loads(prediction.save(tmp_path / "found" / "a.json").read_text())
     assert saved["images"][0]["file_name"] == "a.png"
@@ -117,19 +117,19 @@ def test_a_prediction_holds_both_and_can_be_saved(tmp_path):
     again = read_panoptic(tmp_path / "found" / "a.json", tmp_path, tmp_path / "found")
     assert torch.equal(again.panoptic(0).semantic(), dataset.panoptic(0).semantic())
     assert {s["id"] for s in saved["annotations"][0]["segments_info"]} == set(np.unique(ids).tolist())
-    regions = predict(system, dataset[0].picture, task="semantic")
+    regions = predict(system, dataset[0].image, task="semantic")
     assert torch.equal(regions.panoptic.semantic(), dataset.panoptic(0).semantic())
     assert not regions.panoptic.things.any()
 
 
 def test_tasks_that_a_system_lacks_are_refused():
-    picture = scenes()[0].picture
+    image = scenes()[0].image
     with pytest.raises(UsageError, match="finds objects alone"):
-        predict(Painted(), picture, task="panoptic")
+        predict(Painted(), image, task="panoptic")
     with pytest.raises(UsageError, match="leave tile out"):
-        predict(divider(), picture, task="panoptic", tile=64)
+        predict(divider(), image, task="panoptic", tile=64)
     with pytest.raises(UsageError, match=r"has no option 'nms_threshold'.*score_threshold, overlap_threshold"):
-        predict(divider(), picture, task="panoptic", nms_threshold=0.5)
+        predict(divider(), image, task="panoptic", nms_threshold=0.5)
     with pytest.raises(UsageError, match="divided among things and stuff"):
         evaluate(divider(), Scenes(1, (48, 48)), task="panoptic")
     with pytest.raises(UsageError, match="stuff names 'lava'"):

@@ -1,4 +1,4 @@
-"""Whatever a person points at, each picture in it gets its own prediction, in order, and a bad one stops nothing."""
+"""Whatever a person points at, each image in it gets its own prediction, in order, and a bad one stops nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import maskwright
-from maskwright.errors import PictureError, UsageError
+from maskwright.errors import ImageError, UsageError
 from maskwright.inference import Prediction, predict, prepare
 from maskwright.inference.outputs import RecordStream, load_objects
 from maskwright.structures import Instances
@@ -28,11 +28,11 @@ def system() -> Painted:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five pictures with 1 ... 5 objects, of different sizes, one of them in a sub-folder; and what is no picture."""
+    """Five images with 1 ... 5 objects, of different sizes, one of them in a sub-folder; and what is no image."""
     for k in range(1, 5):
         save(blocks(k, (30 + 7 * k, 50 + k)), tmp_path / f"p{k}.png")
     save(blocks(5), tmp_path / "deeper" / "p5.PNG")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden.png").write_bytes(b"")
     return tmp_path
 
@@ -44,10 +44,10 @@ def counts(predictions) -> list[int]:
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 
-def test_one_picture_of_every_kind_gives_one_prediction(system, folder):
-    path, picture = folder / "p3.png", blocks(3, (51, 53))
-    array = picture.permute(1, 2, 0).numpy()
-    for source in (path, str(path), picture, array, Image.fromarray(array), np.asfortranarray(array)):
+def test_one_image_of_every_kind_gives_one_prediction(system, folder):
+    path, image = folder / "p3.png", blocks(3, (51, 53))
+    array = image.permute(1, 2, 0).numpy()
+    for source in (path, str(path), image, array, Image.fromarray(array), np.asfortranarray(array)):
         prediction = predict(system, source)
         assert isinstance(prediction, Prediction)
         assert prediction.size == (51, 53)
@@ -107,7 +107,7 @@ def test_results_stream(system, folder):
 
     stream = predict(system, endless(), batch=2)
     assert counts([next(stream) for _ in range(4)]) == [1, 2, 3, 4]
-    assert len(asked) < 20, "a few pictures ahead, not all"
+    assert len(asked) < 20, "a few images ahead, not all"
 
 
 def test_an_abandoned_stream_leaves_no_threads(system):
@@ -134,7 +134,7 @@ def test_an_error_in_the_users_own_generator_is_his(system):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_bad_pictures_among_many_are_skipped_and_listed(system, folder, batch):
+def test_bad_images_among_many_are_skipped_and_listed(system, folder, batch):
     (folder / "p2.png").write_bytes(b"<html>404</html>")
     save(blocks(1), folder / "p6.png")
     whole = (folder / "p6.png").read_bytes()
@@ -146,14 +146,14 @@ def test_bad_pictures_among_many_are_skipped_and_listed(system, folder, batch):
     assert [p.path.name for p in stream.skipped] == ["p2.png", "p6.png", "gone.png"]
     for prediction in stream.skipped:
         assert str(prediction.path) in prediction.error
-        with pytest.raises(PictureError, match=prediction.path.name):
+        with pytest.raises(ImageError, match=prediction.path.name):
             prediction.draw()
 
 
-def test_a_single_bad_picture_is_an_error(system, folder):
-    with pytest.raises(PictureError, match=r"gone\.png: there is no such file"):
+def test_a_single_bad_image_is_an_error(system, folder):
+    with pytest.raises(ImageError, match=r"gone\.png: there is no such file"):
         predict(system, folder / "gone.png")
-    with pytest.raises(PictureError, match=r"notes\.txt: is not a picture"):
+    with pytest.raises(ImageError, match=r"notes\.txt: is not an image"):
         predict(system, folder / "notes.txt")
 
 
@@ -168,8 +168,8 @@ def test_a_single_bad_picture_is_an_error(system, folder):
         (np.zeros(8, np.uint8), r"\(H, W, C\)"),
     ],
 )
-def test_what_is_wrong_with_a_picture_in_memory(system, source, says):
-    with pytest.raises(PictureError, match=says):
+def test_what_is_wrong_with_a_image_in_memory(system, source, says):
+    with pytest.raises(ImageError, match=says):
         predict(system, source)
 
 
@@ -206,11 +206,11 @@ def test_options_that_cannot_be(system, options, says):
 def test_nothing_to_predict_on_is_said_at_once(system, tmp_path):
     (tmp_path / "sub").mkdir()
     for source, says in [
-        (tmp_path, "no pictures in this folder; its sub-folders were not searched"),
-        (tmp_path / "sub", "no pictures in this folder$"),
+        (tmp_path, "no images in this folder; its sub-folders were not searched"),
+        (tmp_path / "sub", "no images in this folder$"),
         (str(tmp_path / "*.jpg"), "no file matches this pattern"),
         ([], "the list is empty"),
-        (17, "int is no picture"),
+        (17, "int is no image"),
     ]:
         with pytest.raises(UsageError, match=says):
             predict(system, source)
@@ -245,8 +245,8 @@ def test_drawing_and_saving(system, folder, tmp_path):
 
 
 def test_objects_by_themselves_come_back(system, tmp_path):
-    for picture in (blocks(3), blocks(0)):
-        prediction = predict(system, picture)
+    for image in (blocks(3), blocks(0)):
+        prediction = predict(system, image)
         objects, classes = load_objects(prediction.save(tmp_path / "a.npz"))
         assert classes == ("cat", "dog")
         assert objects.masks is not None

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.fast
 
 def test_scores_of_mask_rcnn_decay_and_are_sorted_again():
     system = build("mask-rcnn", short=96, long=128).eval()
-    picture = torch.randint(0, 255, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    image = torch.randint(0, 255, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     options = {"score_threshold": 0.0, "nms_threshold": 1.0, "detections": 30, "device": "cpu"}
-    plain = predict(system, picture, **options).found()
-    decayed = predict(system, picture, suppression="matrix", **options).found()
+    plain = predict(system, image, **options).found()
+    decayed = predict(system, image, suppression="matrix", **options).found()
     expected = matrix_nms(plain.masks.iou(plain.masks), plain.scores, plain.labels)
     assert len(decayed) == len(plain) > 2
     torch.testing.assert_close(decayed.scores, expected.sort(descending=True).values)
@@ -32,14 +32,14 @@ def test_scores_of_mask_rcnn_decay_and_are_sorted_again():
     assert torch.equal(decayed.boxes[:5], plain.boxes[first])
     # What has fallen below the threshold is gone.
     threshold = float(decayed.scores[len(decayed) // 2])
-    fewer = predict(system, picture, suppression="matrix", **{**options, "score_threshold": threshold}).found()
+    fewer = predict(system, image, suppression="matrix", **{**options, "score_threshold": threshold}).found()
     assert (fewer.scores >= threshold).all()
     assert len(fewer) < len(plain)
 
 
 def test_objects_apart_stay_as_they_are():
-    system, picture = Painted().eval(), blocks(5)
-    plain, decayed = (predict(system, picture, suppression=kind).found() for kind in (None, "matrix"))
+    system, image = Painted().eval(), blocks(5)
+    plain, decayed = (predict(system, image, suppression=kind).found() for kind in (None, "matrix"))
     assert torch.equal(plain.scores, decayed.scores)
     own, decayed = (evaluate(system, Gallery(), suppression=kind) for kind in (None, "matrix"))
     assert decayed["segm/AP"] == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""A picture cut into tiles has the same objects as the whole one: none in pieces, none twice, no two grown together."""
+"""An image cut into tiles has the same objects as the whole one: none in pieces, none twice, no two grown together."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pattern(kind: str, size: tuple[int, int], t: int) -> torch.Tensor:
     if kind == "islands":  # many small ones, with space between
         numbers = y // (2 * t) * (width // (2 * t) + 1) + x // (2 * t)
         return torch.where((y % (2 * t) < t) & (x % (2 * t) < t), numbers, -1)
-    return torch.zeros(size, dtype=torch.int64)  # one that fills the picture
+    return torch.zeros(size, dtype=torch.int64)  # one that fills the image
 
 
 @settings(max_examples=settings.default.max_examples // 3)
@@ -48,9 +48,9 @@ def pattern(kind: str, size: tuple[int, int], t: int) -> torch.Tensor:
 def test_a_perfect_system_sees_the_same_in_tiles(kind, size, thick, tile, overlap, batch):
     numbers = pattern(kind, size, thick)
     numbers = torch.where(numbers < 250, numbers, -1)
-    picture = paint(numbers)  # all of one class
-    whole = seen(picture)
-    found = predict_tiled(lambda crops: [seen(c) for c in crops], picture, tile, overlap, batch)
+    image = paint(numbers)  # all of one class
+    whole = seen(image)
+    found = predict_tiled(lambda crops: [seen(c) for c in crops], image, tile, overlap, batch)
     assert found.image_size == whole.image_size
     assert len(found) == len(whole)
     assert found.masks is not None
@@ -73,7 +73,7 @@ def test_tiles_cover_everything_and_overlap_enough(size, tile, overlap):
 
 
 def two_tiles(first: Instances, second: Instances) -> Instances:
-    """Tiles of 40 x 40 side by side on a picture of 40 x 64: they share columns 24 ... 39."""
+    """Tiles of 40 x 40 side by side on an image of 40 x 64: they share columns 24 ... 39."""
     tiles = cover((40, 64), 40, 0.4)
     assert [(t.x, t.width) for t in tiles] == [(0, 40), (24, 40)]
     return join_tiles([first, second], tiles, (40, 64))
@@ -103,7 +103,7 @@ def test_a_sloppy_edge_is_no_second_object():
 
 
 def test_what_one_tile_sees_whole_is_taken_from_there():
-    # columns 26 ... 38 of the picture: whole in both tiles; the second one's mask is a little smaller
+    # columns 26 ... 38 of the image: whole in both tiles; the second one's mask is a little smaller
     joined = two_tiles(block(26, 38, score=0.7), block(2, 13, score=0.9))
     assert joined.boxes.tolist() == [[26, 10, 37, 30]], "the better one's own mask, no union of both"
     assert joined.masks.areas().tolist() == [11 * 20]
@@ -157,9 +157,9 @@ def test_by_way_of_predict(tmp_path):
         assert prediction.found().labels.tolist() == plain.labels.tolist()
 
 
-def test_a_very_large_picture_needs_no_plane_of_its_size():
-    """Forty objects across a picture of 200 million pixels that does not even exist: only its tiles are looked at."""
-    picture = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, 10_000, 20_000)
+def test_a_very_large_image_needs_no_plane_of_its_size():
+    """Forty objects across an image of 200 million pixels that does not even exist: only its tiles are looked at."""
+    image = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, 10_000, 20_000)
 
     def find(crops):
         return [block_in(crop) for crop in crops]
@@ -169,7 +169,7 @@ def test_a_very_large_picture_needs_no_plane_of_its_size():
         masks = Masks.from_crops([np.ones((100, 100), bool)], torch.tensor([[900, 900]]), size)
         return Instances(size, masks.boxes(), torch.tensor([0]), masks, torch.tensor([0.5]))
 
-    found = predict_tiled(find, picture, 2500, 0.1)
+    found = predict_tiled(find, image, 2500, 0.1)
     tiles = cover((10_000, 20_000), 2500, 0.1)
     assert len(found) == len(tiles)
     assert found.masks.nbytes < 100_000

@@ -18,7 +18,7 @@ def test_focal_loss_is_the_known_one(seed):
     torch.testing.assert_close(focal_sum(logits, target), sigmoid_focal_loss(logits, target, reduction="sum"))
 
 
-def test_dice_is_nought_for_the_same_mask_and_one_for_another():
+def test_dice_is_zero_for_the_same_mask_and_one_for_another():
     target = torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])
     assert dice(target, target).max() < 1e-3
     assert (dice(target.flip(0), target) == 1).all()

@@ -27,7 +27,7 @@ def test_decoding_undoes_encoding(seed, plus_one):
     torch.testing.assert_close(back, b, rtol=1e-4, atol=1e-3)
 
 
-def test_overlap_is_nought_where_nothing_overlaps_and_without_area():
+def test_overlap_is_zero_where_nothing_overlaps_and_without_area():
     a = torch.tensor([[0.0, 0, 2, 2], [5, 5, 5, 9]])
     b = torch.tensor([[1.0, 1, 3, 3], [2, 0, 4, 2], [5, 5, 5, 9]])
     torch.testing.assert_close(boxes.pairwise_iou(a, b), torch.tensor([[1 / 7, 0, 0], [0, 0, 0]]))
@@ -145,15 +145,15 @@ def test_warping_lets_the_gradient_through_to_the_box():
 
 
 @given(st.integers(0, 300))
-def test_a_joint_is_found_where_its_map_has_its_peak(seed):
+def test_a_keypoint_is_found_where_its_map_has_its_peak(seed):
     generator = torch.Generator().manual_seed(seed)
     own = some_boxes(2, 50, seed) + torch.tensor([0, 0, 30.0, 30.0])
     cells = torch.randint(8, 48, (2, 5, 2), generator=generator)
     maps = torch.zeros(2, 5, 56, 56)
     for box in range(2):
-        for joint in range(5):
-            x, y = cells[box, joint].tolist()
-            maps[box, joint, y, x] = 8.0
+        for keypoint in range(5):
+            x, y = cells[box, keypoint].tolist()
+            maps[box, keypoint, y, x] = 8.0
     found = keypoints.decode(maps, own)
     place, counts = keypoints.encode(found, own, 56)
     assert counts.all()

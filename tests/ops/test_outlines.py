@@ -167,7 +167,7 @@ def test_a_square_is_filled_with_its_border():
 
 
 @pytest.mark.fast
-def test_outlines_may_leave_the_picture_or_have_no_extent():
+def test_outlines_may_leave_the_image_or_have_no_extent():
     far = torch.tensor([[[-50.0, -50], [70, -50], [70, 70], [-50, 70]], [[100.0, 100]] * 4, [[4.0, 4]] * 4])
     found = fill_contours(far, (20, 30))
     assert found.areas().tolist() == [600, 0, 1]

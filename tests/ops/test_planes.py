@@ -1,4 +1,4 @@
-"""Whole planes onto the picture: as two resizings one after the other, without ever making what is not asked for."""
+"""Whole planes onto the image: as two resizings one after the other, without ever making what is not asked for."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def smooth(count: int, height: int, width: int) -> torch.Tensor:
     return functional.interpolate(noise, (height, width), mode="bicubic")[:, 0].sigmoid()
 
 
-def two_steps(planes: torch.Tensor, size: tuple[int, int], valid: tuple[int, int], picture: tuple[int, int]):
+def two_steps(planes: torch.Tensor, size: tuple[int, int], valid: tuple[int, int], image: tuple[int, int]):
     whole = functional.interpolate(planes[None], size, mode="bilinear", align_corners=False)
-    return functional.interpolate(whole[..., : valid[0], : valid[1]], picture, mode="bilinear", align_corners=False)[0]
+    return functional.interpolate(whole[..., : valid[0], : valid[1]], image, mode="bilinear", align_corners=False)[0]
 
 
-@pytest.mark.parametrize("picture", [(90, 113), (120, 150), (301, 207)])
-def test_it_is_resizing_to_the_input_cropping_and_resizing_to_the_picture(picture):
+@pytest.mark.parametrize("image", [(90, 113), (120, 150), (301, 207)])
+def test_it_is_resizing_to_the_input_cropping_and_resizing_to_the_image(image):
     planes = smooth(6, 32, 40)
-    found = place_planes(planes, Placement.resize(picture, (120, 150)), (128, 160)).dense()
-    values = two_steps(planes, (128, 160), (120, 150), picture)
+    found = place_planes(planes, Placement.resize(image, (120, 150)), (128, 160)).dense()
+    values = two_steps(planes, (128, 160), (120, 150), image)
     differing = found != (values > 0.5)
     assert found.any()
     assert (values[differing] - 0.5).abs().max().item() < 1e-5 if differing.any() else True
@@ -38,14 +38,14 @@ def test_mirrored_and_shifted_placements_are_undone():
     plain = place_planes(planes, straight, (128, 160)).dense()
     mirrored = place_planes(planes, straight.then_mirror(), (128, 160)).dense()
     assert torch.equal(mirrored, plain.flip(-1))
-    # A picture in the middle of a canvas: nothing is seen of what lies beside the canvas.
+    # An image in the middle of a canvas: nothing is seen of what lies beside the canvas.
     inside = Placement.identity((100, 120)).then_crop(10, 20, (60, 70))
     found = place_planes(torch.ones(1, 15, 18), inside, (60, 72)).dense()[0]
     assert found[20:80, 10:80].all()
     assert int(found.sum()) == 60 * 70
 
 
-def test_many_objects_on_a_large_picture_cost_little():
+def test_many_objects_on_a_large_image_cost_little():
     planes = torch.zeros(100, 200, 336)
     for k in range(100):
         planes[k, 2 * k % 180 : 2 * k % 180 + 15, 3 * k % 310 : 3 * k % 310 + 20] = 0.9

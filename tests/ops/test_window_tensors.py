@@ -52,14 +52,14 @@ def naive_swap(source: MaskTensor, factor: float, stride: float, pad: float, nea
     alpha = source.alpha / factor
     result = torch.zeros(n, *fine, *grid, dtype=torch.float64)
     for place in torch.cartesian_prod(*(torch.arange(k) for k in result.shape)).tolist():
-        picture, i, j, y, x = place
+        image, i, j, y, x = place
         inner = [(k + 0.5) / factor - 0.5 for k in (i, j)]
         if nearest:
             inner = [math.floor((k + 0.5) / factor) for k in (i, j)]
         outer = [
             y * stride + alpha * (i - fine[0] / 2 + 0.5), x * stride + alpha * (j - fine[1] / 2 + 0.5)
         ]  # fmt: skip
-        result[tuple(place)] = read(source.values[picture], (*inner, *outer), pad)
+        result[tuple(place)] = read(source.values[image], (*inner, *outer), pad)
     return result
 
 
@@ -124,7 +124,7 @@ def test_what_does_not_fit_is_refused_in_words():
         up_align2nat(tensor(3, 3, 2, 2), 1.5)
 
 
-def test_factors_and_units_are_above_nought():
+def test_factors_and_units_are_above_zero():
     aligned, natural = tensor(3, 3, 4, 4), tensor(3, 3, 4, 4, aligned=False)
     places = torch.zeros(1, 3, dtype=torch.int64)
     for factor in (0, -1, math.nan, math.inf):
@@ -178,7 +178,7 @@ def test_what_is_of_another_kind_is_refused_in_words():
 
 @pytest.mark.parametrize("window", [(2, 0, 0), (0, 2, 0), (0, 0, 2), (0, -1, 0)])
 def test_windows_outside_of_the_grid_are_refused(window):
-    source = tensor(3, 3, 4, 4)  # two pictures, 2 x 2 windows once it is swapped
+    source = tensor(3, 3, 4, 4)  # two images, 2 x 2 windows once it is swapped
     with pytest.raises(UsageError, match=r"windows has \(.*\); expected .* from 0 on and below \(2, 2, 2\)"):
         swap_windows(source, 2, torch.tensor([(0, 0, 0), window]))
     if min(window) >= 0 and window[0] < 2:

@@ -36,7 +36,7 @@ def test_windows_are_what_resizing_whole_maps_gives(budget):
     assert (masks.dense() != expected).sum() <= 2  # a value at the threshold may round to either side
 
 
-def test_a_picture_may_begin_inside_the_map_and_be_mirrored():
+def test_a_image_may_begin_inside_the_map_and_be_mirrored():
     whole, values, corners = windows(1)
     planes = functional.interpolate(whole[:, None], size=STRETCHED, mode="bilinear", align_corners=False)[:, 0] > 0
     size = (100, 150)

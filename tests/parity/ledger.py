@@ -256,7 +256,7 @@ def input_seed(ledger: Ledger, name: str, ask: Callable[[int], Tensor]) -> int:
 
 
 def placed(about: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Pictures (B, C, H, W) on a canvas of zeros, as `about` tells, and the height and width that each fills (B, 2)."""
+    """Images (B, C, H, W) on a canvas of zeros, as `about` tells, and the height and width that each fills (B, 2)."""
     text = str(about["input"])
     if "sizes" in about:
         images, sizes = inputs(about)
@@ -274,7 +274,7 @@ def placed(about: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def inputs(about: Mapping[str, Any]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The pictures that the original was fed, as `about` tells: (B, C, H, W), and each picture's valid size."""
+    """The images that the original was fed, as `about` tells: (B, C, H, W), and each image's valid size."""
     text = str(about.get("input", ""))
     found = re.search(r"RandomState\((\d+)\)", text)
     stream = np.random.RandomState(int(found[1]) if found else int(about.get("input_seed", 0)))

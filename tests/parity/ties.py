@@ -20,7 +20,7 @@ Choice = tuple[int, int, int]  # prediction, query, object
 
 @contextmanager
 def choosing(module: ModuleType, choices: Iterable[Choice]) -> Iterator[None]:
-    """Within, the system of `module` matches these queries to these objects. One picture."""
+    """Within, the system of `module` matches these queries to these objects. One image."""
     choices = list(choices)
 
     def chosen(costs: Sequence[Tensor]) -> list[Pairs]:

@@ -44,9 +44,9 @@ def _plane(draw, kind: str, size: tuple[int, int]) -> torch.Tensor:
 
 
 @st.composite
-def placements(draw, picture: tuple[int, int] | None = None) -> Placement:
+def placements(draw, image: tuple[int, int] | None = None) -> Placement:
     """Up to four steps of cropping, resizing, mirroring."""
-    placement = Placement.identity(picture or draw(SIZES))
+    placement = Placement.identity(image or draw(SIZES))
     for _ in range(draw(st.integers(0, 4))):
         placement = step(draw, placement)
     return placement

@@ -19,7 +19,7 @@ from tests.structures.strategies import planes
 
 pytestmark = pytest.mark.fast
 
-PLAIN = {"boxes": False, "labels": False, "joints": False}
+PLAIN = {"boxes": False, "labels": False, "keypoints": False}
 
 
 def scene(size=(120, 160)) -> Instances:
@@ -80,18 +80,18 @@ def test_colours_by_object_and_by_class():
         two.draw(grey(), alpha=1.5)
 
 
-def test_every_kind_of_picture_gives_the_same_drawing_and_is_left_alone():
+def test_every_kind_of_image_gives_the_same_drawing_and_is_left_alone():
     tensor = torch.randint(0, 256, (3, 120, 160), dtype=torch.uint8)
     before = tensor.clone()
     array = tensor.permute(1, 2, 0).numpy()
     expected = np.asarray(scene().draw(tensor))
-    for picture in (
+    for image in (
         array,
         np.asfortranarray(array),
         Image.fromarray(array),
         tensor.permute(1, 2, 0).contiguous().permute(2, 0, 1),
     ):
-        assert np.array_equal(np.asarray(scene().draw(picture)), expected)
+        assert np.array_equal(np.asarray(scene().draw(image)), expected)
     with_alpha = np.dstack([array, np.full((120, 160), 7, np.uint8)])
     assert np.array_equal(np.asarray(scene().draw(with_alpha)), expected)
     assert torch.equal(tensor, before)
@@ -101,7 +101,7 @@ def test_every_kind_of_picture_gives_the_same_drawing_and_is_left_alone():
 
 
 @pytest.mark.parametrize(
-    ("picture", "says"),
+    ("image", "says"),
     [
         (torch.zeros(3, 120, 160), "uint8"),
         (np.zeros((120, 160, 3)), "uint8, 0 ... 255; this one is float64"),
@@ -109,9 +109,9 @@ def test_every_kind_of_picture_gives_the_same_drawing_and_is_left_alone():
         ("photo.jpg", "this is a str"),
     ],
 )
-def test_a_wrong_picture_is_told(picture, says):
+def test_a_wrong_image_is_told(image, says):
     with pytest.raises(UsageError, match=says):
-        draw(picture, scene())
+        draw(image, scene())
 
 
 def test_labels_can_be_read():
@@ -142,7 +142,7 @@ def test_the_first_colours_are_far_apart():
     assert len({colour(n) for n in range(3 * len(PALETTE))}) == 3 * len(PALETTE)
 
 
-def test_a_skeleton_and_its_unseen_joints():
+def test_a_skeleton_and_its_unseen_keypoints():
     person = scene()[:1]
     person.keypoints = torch.zeros(1, 17, 3)
     person.masks = None
@@ -150,16 +150,16 @@ def test_a_skeleton_and_its_unseen_joints():
     person.keypoints[0, 7] = torch.tensor([90.0, 90, 1])
     drawn = np.asarray(person.draw(grey(), boxes=False, labels=False))
     changed = (drawn != 90).any(2)
-    assert changed[[30, 60, 90], [30, 60, 90]].all(), "two joints and the limb between"
-    assert not changed[:15, :15].any(), "joints that are not labelled are not at the corner"
+    assert changed[[30, 60, 90], [30, 60, 90]].all(), "two keypoints and the limb between"
+    assert not changed[:15, :15].any(), "keypoints that are not labelled are not at the corner"
     person.scores = torch.tensor([0.9])
     person.keypoints[0, 7, 2] = 0.01
     hidden = np.asarray(person.draw(grey(), boxes=False, labels=False))
-    assert not (hidden != 90).any(2)[90, 90], "an unsure joint is not drawn"
+    assert not (hidden != 90).any(2)[90, 90], "an unsure keypoint is not drawn"
     person.keypoints = torch.full((1, 4, 3), 50.0)
-    person.draw(grey())  # another set of joints has no limbs
+    person.draw(grey())  # another set of keypoints has no limbs
     assert np.array_equal(
-        np.asarray(person.draw(grey(), joints=False, boxes=False, labels=False)), np.full((120, 160, 3), 90)
+        np.asarray(person.draw(grey(), keypoints=False, boxes=False, labels=False)), np.full((120, 160, 3), 90)
     )
 
 
@@ -179,19 +179,19 @@ def test_boxes_that_are_not_finite_or_outside_are_no_harm():
     assert found.draw(grey()).size == (160, 120)
 
 
-def test_a_hundred_objects_on_a_large_picture():
+def test_a_hundred_objects_on_a_large_image():
     """Memory by count of bytes; time only against a bound that no machine misses unless whole planes are made."""
     y, x = np.mgrid[:300, :400]
     disc = (x - 200) ** 2 / 200**2 + (y - 150) ** 2 / 150**2 < 1
     corners = torch.stack([torch.arange(100) * 36, torch.arange(100) * 27], 1)
     masks = Masks.from_crops([disc] * 100, corners, (3000, 4000))
     found = Instances((3000, 4000), masks.boxes(), torch.zeros(100, dtype=torch.int64), masks, torch.ones(100))
-    picture = np.zeros((3000, 4000, 3), np.uint8)
+    image = np.zeros((3000, 4000, 3), np.uint8)
     tracemalloc.start()
     begun = time.perf_counter()
-    drawn = found.draw(picture, ["thing"])
+    drawn = found.draw(image, ["thing"])
     seconds, peak = time.perf_counter() - begun, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert drawn.size == (4000, 3000)
-    assert peak < 2.5 * picture.nbytes, "the copy of the picture and little else"
+    assert peak < 2.5 * image.nbytes, "the copy of the image and little else"
     assert seconds < 60

@@ -1,4 +1,4 @@
-"""Objects of a picture stay together: whatever is selected, joined, moved or written, all their parts are."""
+"""Objects of an image stay together: whatever is selected, joined, moved or written, all their parts are."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_part_that_one_lacks_is_left_out_of_the_whole():
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="masks has 0 rows, boxes 1"):
         Instances((4, 4), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), Masks.empty((4, 4)))
-    with pytest.raises(ValueError, match=r"masks are \(5, 4\), the picture is \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"masks are \(5, 4\), the image is \(4, 4\)"):
         Instances((4, 4), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), Masks.empty((5, 4)))
 
 
@@ -121,7 +121,7 @@ def test_supervision_gets_the_same_objects():
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_of_different_sizes_share_a_grid():
+def test_images_of_different_sizes_share_a_grid():
     images = [torch.full((3, 40, 20), 1.0), torch.full((3, 33, 50), 2.0)]
     placements = [Placement.identity((40, 20)), Placement.identity((33, 50))]
     batch = Batch.collate(images, placements, multiple=32, value=9.0, names=["a", "b"])
@@ -158,6 +158,6 @@ def test_a_wrong_shape_is_caught_in_the_test_run():
         Masks.from_dense(torch.zeros(4, 4, dtype=torch.bool))
 
 
-def test_drawing_on_another_picture_is_refused():
-    with pytest.raises(UsageError, match=r"the picture is 5 x 5, the objects are on a grid of 12 x 16"):
+def test_drawing_on_another_image_is_refused():
+    with pytest.raises(UsageError, match=r"the image is 5 x 5, the objects are on a grid of 12 x 16"):
         objects(1).draw(torch.zeros(3, 5, 5, dtype=torch.uint8))

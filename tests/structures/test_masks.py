@@ -94,7 +94,7 @@ def test_any_numbers_at_all_are_a_mask_or_a_sentence(points, size):
     assert torch.isfinite(boxes).all()
 
 
-def test_a_huge_square_fills_the_picture():
+def test_a_huge_square_fills_the_image():
     ring = [-1e12, -1e12, 1e12, -1e12, 1e12, 1e12, -1e12, 1e12]
     assert Masks.from_polygons([[ring]], (7, 9)).areas().tolist() == [63]
 
@@ -131,7 +131,7 @@ def test_garbage_is_refused_and_never_read(text, size):
 
 
 @given(planes(1, 1), st.data())
-def test_a_damaged_string_is_refused_or_covers_the_picture(dense, data):
+def test_a_damaged_string_is_refused_or_covers_the_image(dense, data):
     text = bytearray(codes_of(dense)[0]["counts"])
     text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
     size = (dense.shape[1], dense.shape[2])
@@ -146,7 +146,7 @@ def test_a_damaged_string_is_refused_or_covers_the_picture(dense, data):
     ("codes", "says"),
     [
         ([{"size": [2, 2], "counts": [4]}, {"size": [2, 3], "counts": [6]}], "mask 1 is 2 x 3, expected 2 x 2"),
-        ([{"size": [2, 2], "counts": [3]}], "mask 0 cover 3 pixels, its picture has 4"),
+        ([{"size": [2, 2], "counts": [3]}], "mask 0 cover 3 pixels, its image has 4"),
         ([{"size": [2, 2], "counts": [5, -1]}], "negative run"),
         ([{"size": [2, 2], "counts": "é"}], "mask 0 is not a run-length code"),
         ([{"size": [2, 2], "counts": [1e30]}], "mask 0"),
@@ -348,7 +348,7 @@ def test_a_crop_is_a_window_of_the_plane(dense, x, y, size):
         assert torch.equal(masks.place(placement).dense(), expected), masks
 
 
-def test_a_placement_of_another_picture_is_refused():
+def test_a_placement_of_another_image_is_refused():
     with pytest.raises(ValueError, match="placement of a"):
         Masks.empty((4, 4)).place(Placement.identity((5, 4)))
 

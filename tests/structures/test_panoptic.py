@@ -1,4 +1,4 @@
-"""A picture divided among segments: a map of numbers and a list of segments say the same."""
+"""An image divided among segments: a map of numbers and a list of segments say the same."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_segments_that_overlap_are_no_division():
         Panoptic(both, torch.tensor([True]))
 
 
-def test_many_segments_of_a_large_picture_cost_little():
+def test_many_segments_of_a_large_image_cost_little():
     plane = torch.arange(300, dtype=torch.int32).reshape(15, 20).repeat_interleave(200, 0).repeat_interleave(200, 1)
     panoptic = Panoptic.from_map(plane, torch.zeros(299, dtype=torch.int64), torch.ones(299, dtype=torch.bool))
     assert panoptic.segments.masks.nbytes < 1 << 20
@@ -140,12 +140,12 @@ def test_regions_are_drawn_without_a_box_and_named_inside():
     plane = torch.ones(120, 200, dtype=torch.int64)
     plane[40:80, 20:60] = 2
     panoptic = Panoptic.from_map(plane, torch.tensor([1, 0]), torch.tensor([False, True]))
-    picture = panoptic.draw(np.full((120, 200, 3), 200, np.uint8), ("cat", "grass"), labels=False, contours=False)
-    assert isinstance(picture, Image.Image)
-    corner, inside = picture.getpixel((3, 3)), picture.getpixel((150, 60))
-    assert corner == inside, "no border where the region meets the picture's"
-    assert picture.getpixel((20, 60)) != picture.getpixel((40, 60)), "the object has a box"
+    image = panoptic.draw(np.full((120, 200, 3), 200, np.uint8), ("cat", "grass"), labels=False, contours=False)
+    assert isinstance(image, Image.Image)
+    corner, inside = image.getpixel((3, 3)), image.getpixel((150, 60))
+    assert corner == inside, "no border where the region meets the image's"
+    assert image.getpixel((20, 60)) != image.getpixel((40, 60)), "the object has a box"
     named = np.asarray(panoptic.draw(np.full((120, 200, 3), 200, np.uint8), ("cat", "grass"), contours=False))
-    changed = (named != np.asarray(picture)).any(-1)
+    changed = (named != np.asarray(image)).any(-1)
     assert changed[:, 100:].any(), "the region's name stands inside it"
     assert not changed[:10].any()

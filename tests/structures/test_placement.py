@@ -1,4 +1,4 @@
-"""A placement says in one step what several steps did, for points, boxes, masks and joints alike."""
+"""A placement says in one step what several steps did, for points, boxes, masks and keypoints alike."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.fast
 def test_points_go_there_and_back(placement, points):
     points = torch.tensor(points, dtype=torch.float64)
     there = placement.points_to_input(points)
-    assert torch.allclose(placement.points_to_picture(there), points, atol=1e-9)
-    assert torch.allclose(placement.points_to_input(placement.points_to_picture(points)), points, atol=1e-9)
+    assert torch.allclose(placement.points_to_image(there), points, atol=1e-9)
+    assert torch.allclose(placement.points_to_input(placement.points_to_image(points)), points, atol=1e-9)
 
 
 @given(placements(), st.data())
@@ -28,7 +28,7 @@ def test_boxes_stay_boxes(placement, data):
     box = torch.tensor([[*low, low[0] + data.draw(st.floats(0, 20)), low[1] + data.draw(st.floats(0, 20))]]).double()
     there = placement.boxes_to_input(box)
     assert (there[:, 2:] >= there[:, :2]).all(), "also in the mirror"
-    assert torch.allclose(placement.boxes_to_picture(there), box, atol=1e-9)
+    assert torch.allclose(placement.boxes_to_image(there), box, atol=1e-9)
     area = (there[:, 2:] - there[:, :2]).prod()
     scale = placement.scale[0] * placement.scale[1]
     assert torch.allclose(area, (box[:, 2:] - box[:, :2]).prod() * scale, atol=1e-9)
@@ -89,8 +89,8 @@ def test_masks_in_one_step_as_in_several(dense, data):
 @settings(max_examples=settings.default.max_examples // 2)
 @given(planes(1, 2), placements())
 def test_masks_lie_under_their_placed_boxes(dense, placement):
-    assume(placement.picture != (0, 0))
-    masks = Masks.from_dense(dense).resize(placement.picture)
+    assume(placement.image_size != (0, 0))
+    masks = Masks.from_dense(dense).resize(placement.image_size)
     placed = masks.place(placement)
     assert placed.size == placement.size
     reach = placement.boxes_to_input(masks.boxes().double())
@@ -103,13 +103,13 @@ def test_masks_lie_under_their_placed_boxes(dense, placement):
 @settings(max_examples=settings.default.max_examples // 3)
 @given(placements(), st.data())
 def test_everything_of_an_object_moves_together(placement, data):
-    height, width = placement.picture
+    height, width = placement.image_size
     dense = data.draw(planes(1, 3, size=(height, width)))
     masks = Masks.from_dense(dense)
-    joints = torch.rand(len(dense), 17, 3) * torch.tensor([width, height, 1.0])
-    joints[..., 2] = 2
+    keypoints = torch.rand(len(dense), 17, 3) * torch.tensor([width, height, 1.0])
+    keypoints[..., 2] = 2
     objects = Instances(
-        (height, width), masks.boxes(), torch.zeros(len(dense), dtype=torch.int64), masks, keypoints=joints
+        (height, width), masks.boxes(), torch.zeros(len(dense), dtype=torch.int64), masks, keypoints=keypoints
     )
     placed = objects.place(placement)
 
@@ -122,25 +122,27 @@ def test_everything_of_an_object_moves_together(placement, data):
     assert torch.equal(placed.masks.dense(), masks.place(placement).dense())
     assert placed.keypoints is not None
     seen = placed.keypoints[..., 2] > 0
-    assert not placed.keypoints[~seen].any(), "a joint outside is not labelled, and nowhere"
+    assert not placed.keypoints[~seen].any(), "a keypoint outside is not labelled, and nowhere"
     assert (placed.keypoints[..., :2] <= limits[:2]).all()
     assert (placed.keypoints >= 0).all()
 
 
 def test_a_mirrored_person_has_left_and_right_exchanged():
-    joints = torch.zeros(1, 17, 3)
-    joints[0, 5] = torch.tensor([2.0, 3.0, 2.0])  # the left shoulder
-    person = Instances((10, 10), torch.tensor([[0.0, 0, 10, 10]]), torch.zeros(1, dtype=torch.int64), keypoints=joints)
+    keypoints = torch.zeros(1, 17, 3)
+    keypoints[0, 5] = torch.tensor([2.0, 3.0, 2.0])  # the left shoulder
+    person = Instances(
+        (10, 10), torch.tensor([[0.0, 0, 10, 10]]), torch.zeros(1, dtype=torch.int64), keypoints=keypoints
+    )
     mirrored = person.place(Placement.identity((10, 10)).then_mirror()).keypoints
     assert mirrored is not None
     assert mirrored[0, 6].tolist() == [8, 3, 2], "is a right one in the mirror"
     assert not mirrored[0, 5].any()
-    other = person.place(Placement.identity((10, 10)).then_mirror(), mirrored_joints=None).keypoints
+    other = person.place(Placement.identity((10, 10)).then_mirror(), mirrored_keypoints=None).keypoints
     assert other is not None
     assert other[0, 5].tolist() == [8, 3, 2]
 
 
-def test_a_stretched_picture_by_hand():
+def test_a_stretched_image_by_hand():
     placement = Placement.resize((100, 50), (50, 100))
     assert placement.scale == (2.0, 0.5)
     assert placement.points_to_input(torch.tensor([[25.0, 50.0]])).tolist() == [[50.0, 25.0]]

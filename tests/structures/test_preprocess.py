@@ -1,4 +1,4 @@
-"""A picture reaches the network as the system was published with; against the originals see tests/parity."""
+"""An image reaches the network as the system was published with; against the originals see tests/parity."""
 
 from __future__ import annotations
 
@@ -39,49 +39,49 @@ def test_known_sizes():
     assert Preprocess(resample="tensor").size(480, 640) == (800, 1066), "torchvision floors"
 
 
-def test_a_picture_that_fits_is_not_touched():
-    picture = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+def test_a_image_that_fits_is_not_touched():
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     for kind in ("pillow", "tensor"):
         rule = Preprocess(64, 64, kind, (0.0, 0, 0), (1.0, 1, 1), divide=1.0)
-        values, placement = rule.lay(picture)
-        assert torch.equal(values, picture.float())
+        values, placement = rule.lay(image)
+        assert torch.equal(values, image.float())
         assert placement.scale == (1.0, 1.0)
         assert placement.size == (64, 64)
 
 
 def test_colours_in_the_order_the_network_wants():
-    picture = torch.tensor([255, 128, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
+    image = torch.tensor([255, 128, 0], dtype=torch.uint8)[:, None, None].expand(3, 8, 8)
     rule = Preprocess(8, 8, mean=(1.0, 2.0, 3.0), std=(1.0, 2.0, 4.0), divide=1.0, channels="BGR")
-    assert rule.normalise(picture)[:, 0, 0].tolist() == [-1, 63, 63]
+    assert rule.normalise(image)[:, 0, 0].tolist() == [-1, 63, 63]
     plain = Preprocess(8, 8, mean=(0.0,) * 3, std=(1.0,) * 3)
-    assert plain.normalise(picture)[:, 0, 0].tolist() == pytest.approx([1, 128 / 255, 0])
-    more = torch.cat([picture, picture[:1]])
+    assert plain.normalise(image)[:, 0, 0].tolist() == pytest.approx([1, 128 / 255, 0])
+    more = torch.cat([image, image[:1]])
     four = Preprocess(8, 8, mean=(0.0,) * 4, std=(1.0,) * 4, divide=1.0, channels="BGR")
     assert four.normalise(more)[:, 0, 0].tolist() == [0, 128, 255, 255], "a fourth channel stays the fourth"
 
 
 def test_pillow_is_pillow():
-    picture = torch.randint(0, 256, (3, 50, 71), dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, 50, 71), dtype=torch.uint8)
     rule = Preprocess(31, 99, "pillow", (0.0,) * 3, (1.0,) * 3, divide=1.0)
-    values, placement = rule.lay(picture)
-    image = Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((44, 31), Image.Resampling.BILINEAR)
+    values, placement = rule.lay(image)
+    expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((44, 31), Image.Resampling.BILINEAR)
     assert placement.size == (31, 44) == tuple(values.shape[1:])
-    assert np.array_equal(values.permute(1, 2, 0).numpy(), np.asarray(image, np.float32))
+    assert np.array_equal(values.permute(1, 2, 0).numpy(), np.asarray(expected, np.float32))
 
 
 def test_the_other_rule_is_torch():
-    picture = torch.randint(0, 256, (3, 50, 71), dtype=torch.uint8)
-    values, _ = Preprocess(31, 99, "tensor").lay(picture)
+    image = torch.randint(0, 256, (3, 50, 71), dtype=torch.uint8)
+    values, _ = Preprocess(31, 99, "tensor").lay(image)
     mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    normal = (picture.float() / 255 - mean) / std
+    normal = (image.float() / 255 - mean) / std
     expected = torch.nn.functional.interpolate(normal[None], size=(31, 44), mode="bilinear", align_corners=False)[0]
     assert torch.allclose(values, expected, atol=1e-6)
 
 
 def test_padding_is_the_mean_colour_and_a_multiple():
     rule = Preprocess(32, 64, multiple=32)
-    pictures = [torch.full((3, 32, 40), 10, dtype=torch.uint8), torch.full((3, 40, 32), 10, dtype=torch.uint8)]
-    batch = rule.collate(pictures, ["a", "b"])
+    images = [torch.full((3, 32, 40), 10, dtype=torch.uint8), torch.full((3, 40, 32), 10, dtype=torch.uint8)]
+    batch = rule.collate(images, ["a", "b"])
     assert batch.images.shape == (2, 3, 64, 64)
     assert not batch.images[0, :, 32:].any()
     assert not batch.images[1, :, :, 32:].any()
@@ -95,7 +95,7 @@ def test_it_travels_as_plain_values():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 4000), (4000, 1)])
-def test_odd_pictures_keep_at_least_a_pixel(size):
+def test_odd_images_keep_at_least_a_pixel(size):
     for kind in ("pillow", "tensor"):
         rule = Preprocess(100, 167, kind)
         values, placement = rule.lay(torch.zeros(3, *size, dtype=torch.uint8))
@@ -103,20 +103,20 @@ def test_odd_pictures_keep_at_least_a_pixel(size):
         assert tuple(values.shape[1:]) == placement.size
 
 
-def test_stretched_and_letter_boxed_pictures_find_their_way_back():
-    picture = torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8)
+def test_stretched_and_letter_boxed_images_find_their_way_back():
+    image = torch.randint(0, 256, (3, 60, 90), dtype=torch.uint8)
     stretched = Preprocess(fit="stretch", canvas=(64, 32), resample="opencv")
-    values, placement = stretched.lay(picture)
+    values, placement = stretched.lay(image)
     assert values.shape == (3, 64, 32)
     assert placement.scale == (32 / 90, 64 / 60)
     boxed = Preprocess(fit="letterbox", canvas=(128, 120), mean=(0.5,) * 3, std=(1.0,) * 3)
-    values, placement = boxed.lay(picture)
+    values, placement = boxed.lay(image)
     assert values.shape == (3, 128, 120)
     assert placement.size == (128, 120)
     assert torch.equal(values[:, :24], torch.full((3, 24, 120), -0.5)), "black lies around it"
     corner = torch.tensor([[0.0, 24.0], [120.0, 104.0]])
-    torch.testing.assert_close(placement.points_to_picture(corner), torch.tensor([[0.0, 0.0], [90.0, 60.0]]))
-    cornered, placement = replace(boxed, corner=True).lay(picture)
+    torch.testing.assert_close(placement.points_to_image(corner), torch.tensor([[0.0, 0.0], [90.0, 60.0]]))
+    cornered, placement = replace(boxed, corner=True).lay(image)
     assert torch.equal(cornered[:, :80], values[:, 24:104])
     assert torch.equal(cornered[:, 80:], torch.full((3, 48, 120), -0.5)), "black lies below it"
     torch.testing.assert_close(placement.points_to_input(torch.tensor([[90.0, 60.0]])), torch.tensor([[120.0, 80.0]]))

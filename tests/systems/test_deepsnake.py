@@ -94,7 +94,7 @@ def test_an_outline_is_learnt_by_heart_from_a_feature_that_shows_it():
     assert float(own.masks.iou(masks)) > 0.8  # the octagon: 0.5
 
 
-def test_pictures_may_be_padded_instead_of_fitted():
+def test_images_may_be_padded_instead_of_fitted():
     system = build("deepsnake", fit="pad")
     batch = system.preprocess.collate([torch.zeros(3, 64, 50, dtype=torch.uint8)])
     assert batch.images.shape == (1, 3, 96, 64)  # always larger
@@ -102,7 +102,7 @@ def test_pictures_may_be_padded_instead_of_fitted():
     assert batch.images.std((2, 3)).max() < 1e-6  # black around black
 
 
-def test_a_large_picture_costs_little():
+def test_a_large_image_costs_little():
     system, size = build("deepsnake").eval(), (3000, 4000)
     with torch.no_grad():
         raw = system(torch.randn(1, 3, *SIZE))
@@ -124,7 +124,7 @@ def test_a_part_is_an_object_or_a_component():
     size = (SIZE[0] // 4, SIZE[1] // 4)
     alone = build("deepsnake").truth([objects(1), two_parts()], size)
     assert alone.labels.tolist() == [0, 0, 0, 1]
-    assert alone.pictures.tolist() == [0, 1, 1, 1]
+    assert alone.images.tolist() == [0, 1, 1, 1]
     together = build("deepsnake", components=True, component_width=16).truth([objects(1), two_parts()], size)
     assert together.labels.tolist() == [0, 0, 1]
     assert together.contour_owners.tolist() == [0, 1, 1, 2]

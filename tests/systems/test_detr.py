@@ -59,7 +59,7 @@ def test_what_lies_in_the_padding_changes_nothing():
     assert weights.sum((1, 2, 3)).sub(1).abs().max() < 1e-5, "all heads and places together"
 
 
-def test_a_picture_that_fills_its_canvas_has_no_padding():
+def test_a_image_that_fills_its_canvas_has_no_padding():
     system = tiny()
     with torch.no_grad():
         whole, plain = system(IMAGE, torch.tensor([list(SIZE)])), system(IMAGE)
@@ -79,12 +79,12 @@ def test_training_and_predicting_tell_of_padding(monkeypatch):
     images = torch.randn(2, 3, *SIZE)
     Objective(system)(images, [large, small])
     assert seen[-1].tolist() == [list(SIZE), [64, 96]]
-    pictures = [torch.randint(0, 255, (3, *size), dtype=torch.uint8) for size in ((96, 128), (96, 80))]
-    list(mw.predict(system, pictures, batch=2, score_threshold=0.9))
+    images = [torch.randint(0, 255, (3, *size), dtype=torch.uint8) for size in ((96, 128), (96, 80))]
+    list(mw.predict(system, images, batch=2, score_threshold=0.9))
     assert seen[-1].tolist() == [[96, 128], [115, 96]]
 
 
-def test_boxes_are_shares_of_the_picture_without_padding():
+def test_boxes_are_shares_of_the_image_without_padding():
     system = tiny()
     targets = [objects(2, (64, 96))]
     own = system._objects(targets[0], torch.device("cpu"))
@@ -105,13 +105,13 @@ def test_a_model_of_boxes_alone_is_trained_measured_and_drawn(tmp_path):
     assert set(losses) == {"class", "box", "giou", "class_0", "box_0", "giou_0"}
     result = evaluate(system, scenes)
     assert result.kinds == ("bbox",)
-    prediction = mw.predict(system, scenes[0].picture)
+    prediction = mw.predict(system, scenes[0].image)
     assert prediction.instances.masks is None
     prediction.save(tmp_path / "drawn.png")
     prediction.save(tmp_path / "objects.json")
     assert len(json.loads((tmp_path / "objects.json").read_text())["annotations"]) == len(prediction.instances)
     with pytest.raises(UsageError, match="finds objects alone"):
-        mw.predict(system, scenes[0].picture, task="panoptic")
+        mw.predict(system, scenes[0].image, task="panoptic")
     with pytest.raises(UsageError, match="boxes alone"):
         system.decode_panoptic(system(IMAGE), [Placement.identity(SIZE)])
     with pytest.raises(UsageError, match="no masks"):
@@ -131,7 +131,7 @@ def test_a_mask_head_may_be_put_on_a_box_model(tmp_path: Path):
         kept = {k: file.get_tensor(k) for k in file.keys() if not k.startswith("mask_head.output")}  # noqa: SIM118
         save_file(kept, tmp_path / "partial.safetensors", file.metadata())
     with pytest.raises(CheckpointError, match="mask_head"):
-        mw.load(tmp_path / "partial.safetensors", masks="joint")
+        mw.load(tmp_path / "partial.safetensors", masks="keypoint")
 
 
 @pytest.mark.fast
@@ -154,20 +154,20 @@ def test_wrong_options_are_refused_in_words(options, words):
         tiny(**options)
 
 
-@pytest.mark.parametrize("masks", ["none", "joint"])
-def test_norms_of_levels_that_nothing_reads_have_a_gradient_of_nought(masks: str):
+@pytest.mark.parametrize("masks", ["none", "keypoint"])
+def test_norms_of_levels_that_nothing_reads_have_a_gradient_of_zero(masks: str):
     system = tiny(backbone="swin-tiny", masks=masks).train()
     sum(system.losses(system(IMAGE), [objects(0)]).values()).backward()
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_masks_that_would_learn_on_a_random_detector_are_told(tmp_path: Path):
-    with pytest.warns(UserWarning, match=r"detr: the detector is frozen and its weights are random.*masks='joint'"):
-        tiny(masks="frozen").progressed(0.0)
+    with pytest.warns(UserWarning, match=r"detr: the detector is frozen and its weights are random.*masks='keypoint'"):
+        tiny(masks="frozen").on_progress(0.0)
     mw.save(tiny(masks="none"), tmp_path / "boxes.safetensors")
-    for system in (tiny(masks="joint"), mw.load(tmp_path / "boxes.safetensors", masks="frozen")):
-        system.progressed(0.0)  # a warning is an error here
-    tiny(masks="frozen").progressed(0.5)
+    for system in (tiny(masks="keypoint"), mw.load(tmp_path / "boxes.safetensors", masks="frozen")):
+        system.on_progress(0.0)  # a warning is an error here
+    tiny(masks="frozen").on_progress(0.5)
 
 
 def test_a_frozen_box_model_does_not_learn():
@@ -209,7 +209,7 @@ def hand_made(
 
 def divided(planes: torch.Tensor, labels: list[int], scores: list[float], **options) -> Panoptic:
     system = tiny(classes=("cat", "dog", "sky", "sea"), stuff=("sky", "sea"))
-    system.masks_of = lambda raw, picture, rows: planes[rows]  # type: ignore[method-assign]
+    system.masks_of = lambda raw, image, rows: planes[rows]  # type: ignore[method-assign]
     size = (planes.shape[1], planes.shape[2])
     raw = hand_made(planes, labels, scores, size)
     return system.decode_panoptic(raw, [Placement.identity(size)], **options)[0]
@@ -239,21 +239,21 @@ def test_segments_of_a_few_pixels_are_shared_out_again():
 def test_decode_gives_things_alone():
     system = tiny(classes=("cat", "dog", "sky", "sea"), stuff=("sky", "sea"))
     planes = torch.full((3, 12, 16), 1.0)
-    system.masks_of = lambda raw, picture, rows: planes[rows]  # type: ignore[method-assign]
+    system.masks_of = lambda raw, image, rows: planes[rows]  # type: ignore[method-assign]
     found = system.decode(hand_made(planes, [2, 0, 1], [0.9, 0.6, 0.7], (12, 16)), [Placement.identity((12, 16))])[0]
     assert found.labels.tolist() == [1, 0]
     assert found.masks.areas().tolist() == [192, 192]
 
 
-def test_masks_are_put_onto_the_picture_as_torch_takes_the_nearest():
+def test_masks_are_put_onto_the_image_as_torch_takes_the_nearest():
     from maskwright.ops.planes import place_bits
 
     planes = torch.rand(5, 9, 11) > 0.6
     planes[4] = False
-    for picture in ((9, 11), (20, 31), (5, 4), (13, 11)):
-        ours = place_bits(planes, Placement.resize(picture, (9, 11))).dense()
-        theirs = torch.nn.functional.interpolate(planes[None].float(), size=picture, mode="nearest")[0] > 0
-        assert torch.equal(ours, theirs), picture
+    for image in ((9, 11), (20, 31), (5, 4), (13, 11)):
+        ours = place_bits(planes, Placement.resize(image, (9, 11))).dense()
+        theirs = torch.nn.functional.interpolate(planes[None].float(), size=image, mode="nearest")[0] > 0
+        assert torch.equal(ours, theirs), image
     crop = Placement.resize((18, 22), (9, 11)).then_crop(3, 2, (5, 6))
     assert place_bits(planes[:, :5, :6], crop).size == (18, 22)
     mirrored = place_bits(planes, Placement.identity((9, 11)).then_mirror()).dense()
@@ -332,7 +332,7 @@ def published(system: DETR, table) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("table", [OFFICIAL, TRANSFORMERS], ids=["official", "transformers"])
-@pytest.mark.parametrize(("count", "masks"), [(91, "none"), (250, "joint"), (3, "joint")])
+@pytest.mark.parametrize(("count", "masks"), [(91, "none"), (250, "keypoint"), (3, "keypoint")])
 def test_files_of_both_code_bases_are_read(tmp_path: Path, table, count: int, masks: str):
     classes, stuff = names(count)
     # Files of boxes alone do not say how many heads there are; all published ones have eight.
@@ -396,7 +396,7 @@ def inside(key: str, trunk: bool) -> str:
 
 
 @pytest.mark.parametrize("trunk", [False, True], ids=["timm", "own"])
-@pytest.mark.parametrize("masks", ["none", "joint"])
+@pytest.mark.parametrize("masks", ["none", "keypoint"])
 def test_names_inside_transformers_5_are_read(tmp_path: Path, masks: str, trunk: bool):
     options = {"heads": 8, "masks": masks, "norm": "frozen", "frozen": 2, "encoder_layers": 2}
     system = tiny(classes=("a", "b", "c"), **options)
@@ -434,7 +434,7 @@ def test_a_dilated_trunk_keeps_its_first_block_as_it_was():
 
 
 def test_options_that_cannot_be_are_refused():
-    with pytest.raises(UsageError, match="masks is 'maybe'; expected none, frozen or joint"):
+    with pytest.raises(UsageError, match="masks is 'maybe'; expected none, frozen or keypoint"):
         DETR(masks="maybe")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="width is 100"):
         tiny(width=100)
@@ -443,7 +443,7 @@ def test_options_that_cannot_be_are_refused():
 
 
 def test_batches_of_its_own_sizes():
-    """Pictures are padded to the largest alone, to no multiple."""
+    """Images are padded to the largest alone, to no multiple."""
     system = tiny()
     assert system.preprocess.multiple == 1
     batch = Batch.collate(

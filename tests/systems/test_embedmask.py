@@ -1,4 +1,4 @@
-"""What is EmbedMask's own: three generations, embeddings that become masks, and what a picture costs."""
+"""What is EmbedMask's own: three generations, embeddings that become masks, and what an image costs."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_the_lowest_and_the_highest_mask_threshold_leave_the_region_and_nothing(
     assert (highest.areas() == 0).all()
     assert ((lowest.dense() | low.dense()) == lowest.dense()).all()
     assert ((lowest.dense() | usual.dense()) == lowest.dense()).all()
-    reach = 4 * embedmask.CELL * 2  # the region is at most three cells wider than the box, on a picture twice as large
+    reach = 4 * embedmask.CELL * 2  # the region is at most three cells wider than the box, on an image twice as large
     apart = lowest.boxes() - boxes * 2
     assert (apart.abs() <= reach).all()
     assert (lowest.areas() > usual.areas()).all()
@@ -145,7 +145,7 @@ def test_the_score_asked_for_is_that_of_the_object_above_the_published_bound_of_
     assert len(system.find(low, [(128, 192)], 0.05, 0.6, 100)[0].boxes) == 2
 
 
-def test_published_boxes_end_with_their_last_pixel_which_is_the_pictures():
+def test_published_boxes_end_with_their_last_pixel_which_is_the_images():
     boxes, place = torch.tensor([[16.0, 16, 112, 80]]), Placement.resize((256, 384), (128, 192))
     system = build("embedmask", inclusive=True)
     raw, _ = planted(system, (128, 192), boxes)
@@ -203,7 +203,7 @@ def test_good_places_are_those_that_overlap_or_else_the_best():
     assert best.tolist() == [False, True, False, False, True, False]
 
 
-def test_objects_on_a_large_picture_cost_megabytes():
+def test_objects_on_a_large_image_cost_megabytes():
     system = build("embedmask")
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(30, 2, generator=generator) * torch.tensor([900.0, 600.0])
@@ -216,7 +216,7 @@ def test_objects_on_a_large_picture_cost_megabytes():
         masks = system.masks(pixels, boxes, embeddings, margins, place, 0.53, budget=16 << 20)
     assert masks.kind == "rle"
     assert (masks.areas() > 0).all()
-    assert _peak(profile) < 80 << 20  # one object covers the whole picture, whose bools alone are 12 MB
+    assert _peak(profile) < 80 << 20  # one object covers the whole image, whose bools alone are 12 MB
 
 
 def _peak(profile: torch.profiler.profile) -> int:

@@ -18,7 +18,7 @@ from maskwright.systems import create
 from tests.systems.tiny import SIZE, build, objects
 
 
-def pictures(count: int = 1) -> torch.Tensor:
+def random_images(count: int = 1) -> torch.Tensor:
     return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
@@ -40,7 +40,7 @@ def test_attention_is_let_go_block_after_block():
     assert system.mask_probability.tolist() == [1, 1]
     told = []
     for done in (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0):
-        system.progressed(done)
+        system.on_progress(done)
         told.append([round(p, 3) for p in system.mask_probability.tolist()])
     half = round(0.5**0.9, 3)
     assert told == [[1, 1], [1, 1], [half, 1], [0, 1], [0, half], [0, 0], [0, 0]]
@@ -48,9 +48,9 @@ def test_attention_is_let_go_block_after_block():
 
 def test_there_is_one_prediction_but_in_training():
     system = build("eomt")
-    assert len(system.train()(pictures()).classes) == 3
-    assert len(system.eval()(pictures()).classes) == 1
-    assert len(build("eomt", masked=False).train()(pictures()).classes) == 1
+    assert len(system.train()(random_images()).classes) == 3
+    assert len(system.eval()(random_images()).classes) == 1
+    assert len(build("eomt", masked=False).train()(random_images()).classes) == 1
 
 
 def test_training_tells_it_how_far_it_is(tmp_path):
@@ -73,7 +73,7 @@ def test_training_tells_it_how_far_it_is(tmp_path):
     kept = mw.load(tmp_path / "run" / "last.safetensors")
     # As the last step, which began when three quarters were done, had it.
     system = create("eomt", backbone="vit_tiny_patch16_224", **small)
-    system.progressed(0.75)
+    system.on_progress(0.75)
     assert torch.equal(kept.mask_probability, system.mask_probability)
 
 
@@ -96,18 +96,18 @@ def test_the_table_of_positions_serves_other_sizes():
 
 def test_as_many_patches_in_another_shape_are_other_places():
     vit = ViT("vit_tiny_patch16_224", patch=8, size=64, own={"embed_dim": 48, "depth": 1, "num_heads": 3}).eval()
-    pictures = torch.zeros(1, 3, 32, 128)  # 4 x 16 patches, as many as the table's 8 x 8
+    images = torch.zeros(1, 3, 32, 128)  # 4 x 16 patches, as many as the table's 8 x 8
     with torch.no_grad():
         vit.body.pos_embed[:, 1:].copy_(torch.arange(8.0).repeat(8)[None, :, None])  # each place says its column
-        tokens, grid, _ = vit.begin(pictures)
-        found = tokens[0, 1:] - vit.body.patch_embed.proj(pictures).flatten(2).mT[0]
+        tokens, grid, _ = vit.begin(images)
+        found = tokens[0, 1:] - vit.body.patch_embed.proj(images).flatten(2).mT[0]
     assert grid == (4, 16)
     columns = found[:, 0].unflatten(0, grid)
     assert (columns.diff(dim=1) > -0.1).all()
     torch.testing.assert_close(columns[0], columns[3], atol=0.1, rtol=0)
 
 
-def test_pictures_lie_in_the_upper_left_on_black():
+def test_images_lie_in_the_upper_left_on_black():
     system = build("eomt", size=128)
     batch = system.preprocess.collate([torch.full((3, 50, 100), 255, dtype=torch.uint8)])
     assert batch.images.shape == (1, 3, 128, 128)
@@ -116,10 +116,10 @@ def test_pictures_lie_in_the_upper_left_on_black():
     assert (batch.images[0, :, 0, 0] > 2).all()
 
 
-def test_things_and_stuff_divide_the_picture():
+def test_things_and_stuff_divide_the_image():
     system = build("eomt", stuff=("b",)).eval()
     with torch.no_grad():
-        raw = system(pictures())
+        raw = system(random_images())
     divided = system.decode_panoptic(raw, [Placement.identity(SIZE)], score_threshold=0.0, overlap_threshold=0.0)[0]
     assert divided.image_size == SIZE
     assert system.decode_semantic(raw, [Placement.identity(SIZE)])[0].shape == SIZE
@@ -217,7 +217,7 @@ def test_folders_of_transformers_with_dinov3_are_the_same_network(tmp_path):
     assert again.source["origin"] == "transformers-dinov3"
     assert again.preprocess.canvas == (64, 64)
     assert again.backbone.body.norm.eps == 1e-6
-    images = pictures()[..., :64, :64]
+    images = random_images()[..., :64, :64]
     with torch.no_grad():
         assert torch.equal(again(images).classes, system(images).classes)
         assert torch.equal(again(images).masks(), system(images).masks())
@@ -245,7 +245,7 @@ def test_a_file_of_differences_asks_what_it_is(tmp_path):
 def test_duplicates_can_be_left_out():
     system = build("eomt").eval()
     with torch.no_grad():
-        raw = system(pictures())
+        raw = system(random_images())
     placements = [Placement.identity(SIZE)]
     plain = system.decode(raw, placements)[0]
     assert len(system.decode(raw, placements, nms_threshold=0.5)[0]) <= len(plain)
@@ -256,4 +256,4 @@ def test_targets_without_masks_are_refused():
     system, target = build("eomt").train(), objects(2)
     target.masks = None
     with pytest.raises(UsageError, match="no masks"):
-        system.losses(system(pictures()), [target])
+        system.losses(system(random_images()), [target])

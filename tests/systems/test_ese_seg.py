@@ -61,7 +61,7 @@ def test_wrong_options_are_refused_in_words(options, words):
 
 @pytest.mark.fast
 def test_shapes_are_those_of_the_masks_as_they_are_now():
-    """Encoded after augmentation: a mirrored picture has mirrored shapes, a stretched one stretched ones."""
+    """Encoded after augmentation: a mirrored image has mirrored shapes, a stretched one stretched ones."""
     system = build("ese-seg")
     plane = torch.zeros(SIZE, dtype=torch.bool)
     plane[20:60, 30:40] = plane[50:60, 30:80] = True

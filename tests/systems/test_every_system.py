@@ -22,7 +22,7 @@ from tests.systems.tiny import SIZE, build, objects
 EVERY = pytest.mark.parametrize("name", names())
 
 
-def pictures(count: int = 2, size: tuple[int, int] = SIZE, channels: int = 3) -> torch.Tensor:
+def random_images(count: int = 2, size: tuple[int, int] = SIZE, channels: int = 3) -> torch.Tensor:
     return torch.randn(count, channels, *size, generator=torch.Generator().manual_seed(1))
 
 
@@ -32,10 +32,10 @@ def objective(system, images, targets):
 
 
 @EVERY
-@pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0)], ids=["objects", "one picture empty", "all empty"])
+@pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0)], ids=["objects", "one image empty", "all empty"])
 def test_every_parameter_has_a_finite_gradient_whatever_the_objects(name, counts):
     system = build(name).train()
-    total, terms = objective(system, pictures(), [objects(n) for n in counts])
+    total, terms = objective(system, random_images(), [objects(n) for n in counts])
     assert all(torch.isfinite(v) and v >= -1e-6 for v in terms.values()), terms
     total.backward()
     without = [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
@@ -47,7 +47,7 @@ def test_every_parameter_has_a_finite_gradient_whatever_the_objects(name, counts
 def test_objects_of_one_pixel_and_many_at_once_are_learnt_from(name):
     system = build(name)
     for target in (objects(2, side=(1, 1)), objects(300, side=(12, 12))):
-        total, terms = objective(system, pictures(1), [target])
+        total, terms = objective(system, random_images(1), [target])
         assert torch.isfinite(total), terms
 
 
@@ -56,16 +56,16 @@ def test_crowd_regions_are_not_learnt_from(name):
     system, target = build(name), objects(3)
     target.crowd = torch.tensor([False, False, True])
     torch.manual_seed(3)
-    with_crowd, _ = objective(system, pictures(1), [target])
+    with_crowd, _ = objective(system, random_images(1), [target])
     torch.manual_seed(3)
-    without, _ = objective(system, pictures(1), [target[:2]])
+    without, _ = objective(system, random_images(1), [target[:2]])
     torch.testing.assert_close(with_crowd, without)
 
 
 @EVERY
 def test_a_few_steps_on_one_batch_bring_the_losses_down(name):
     system = build(name).train()
-    images, targets = pictures(1), [objects(2)]
+    images, targets = random_images(1), [objects(2)]
     optimizer = torch.optim.AdamW(system.parameters(), lr=1e-3)
     values = []
     for _ in range(14):
@@ -80,12 +80,12 @@ def test_a_few_steps_on_one_batch_bring_the_losses_down(name):
 
 
 @EVERY
-def test_objects_lie_on_the_pictures_own_grid_best_first(name):
+def test_objects_lie_on_the_images_own_grid_best_first(name):
     system = build(name).eval()
     size = (131, 173)
     with torch.no_grad():
         found = system.decode(
-            system(pictures()), [Placement.resize(size, SIZE)] * 2, score_threshold=0.0, detections=30
+            system(random_images()), [Placement.resize(size, SIZE)] * 2, score_threshold=0.0, detections=30
         )
     for own in found:
         assert own.image_size == size
@@ -98,10 +98,10 @@ def test_objects_lie_on_the_pictures_own_grid_best_first(name):
 
 
 @EVERY
-def test_a_batch_gives_what_its_pictures_give_alone(name):
+def test_a_batch_gives_what_its_images_give_alone(name):
     # In float64: a cell of a mask that float32 rounds over the threshold would move the score made of that mask.
     system = build(name).double().eval()
-    images, places = pictures().double(), [Placement.identity(SIZE)] * 2
+    images, places = random_images().double(), [Placement.identity(SIZE)] * 2
     with torch.no_grad():
         together = system.decode(system(images), places, score_threshold=0.0)
         alone = [system.decode(system(image[None]), places[:1], score_threshold=0.0)[0] for image in images]
@@ -114,7 +114,7 @@ def test_a_batch_gives_what_its_pictures_give_alone(name):
 def test_a_high_threshold_leaves_empty_but_whole_instances(name):
     system = build(name).eval()
     with torch.no_grad():
-        found = system.decode(system(pictures(1)), [Placement.identity(SIZE)], score_threshold=1.1)[0]
+        found = system.decode(system(random_images(1)), [Placement.identity(SIZE)], score_threshold=1.1)[0]
     assert isinstance(found, Instances)
     assert len(found) == 0
     assert found.to_coco(1) == []
@@ -125,7 +125,7 @@ def test_a_high_threshold_leaves_empty_but_whole_instances(name):
 def test_no_object_scores_less_than_was_asked_for(name, threshold):
     system = build(name).eval()
     with torch.no_grad():
-        found = system.decode(system(pictures(1)), [Placement.identity(SIZE)], score_threshold=threshold)[0]
+        found = system.decode(system(random_images(1)), [Placement.identity(SIZE)], score_threshold=threshold)[0]
     assert (found.scores >= threshold).all()
 
 
@@ -138,7 +138,9 @@ def test_saved_and_loaded_it_answers_the_same(name, tmp_path):
     assert again.classes == system.classes
     assert again.preprocess == system.preprocess
     with torch.no_grad():
-        a, b = (s.decode(s(pictures(1)), [Placement.identity(SIZE)], score_threshold=0.0)[0] for s in (system, again))
+        a, b = (
+            s.decode(s(random_images(1)), [Placement.identity(SIZE)], score_threshold=0.0)[0] for s in (system, again)
+        )
     assert torch.equal(a.boxes, b.boxes)
     assert torch.equal(a.scores, b.scores)
 
@@ -160,12 +162,12 @@ def test_options_are_plain_values_that_rebuild_it(name):
 
 
 @EVERY
-def test_pictures_may_have_more_channels(name):
+def test_images_may_have_more_channels(name):
     system = build(name, in_channels=5)
     batch = system.preprocess.collate([torch.randint(0, 255, (5, 40, 60), dtype=torch.uint8)])
     assert batch.images.shape[1] == 5
     with torch.no_grad():
-        system(pictures(1, channels=5))
+        system(random_images(1, channels=5))
 
 
 @EVERY
@@ -183,7 +185,7 @@ def test_rows_per_class_are_where_it_says(name):
 
 
 @pytest.mark.parametrize("name", ["deepsnake", "yolact", "ese-seg", "solo"])
-def test_the_weight_that_reads_the_picture_is_known_of_every_trunk(name):
+def test_the_weight_that_reads_the_image_is_known_of_every_trunk(name):
     system = build(name, backbone="swin-tiny", in_channels=5)
     weight = system.input_weight()
     assert weight is not None
@@ -201,7 +203,7 @@ def test_parts_cover_every_parameter(name):
 @EVERY
 def test_forward_runs_in_bfloat16_and_channels_last(name):
     system = build(name).eval().to(torch.bfloat16).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    images = pictures(1).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    images = random_images(1).to(torch.bfloat16).to(memory_format=torch.channels_last)
     with torch.no_grad():
         found = system.decode(system(images), [Placement.identity(SIZE)], score_threshold=0.0)[0]
     assert found.boxes.dtype == torch.float32

@@ -25,7 +25,7 @@ EVERY = pytest.mark.parametrize("name", names())
 GPU = "cuda"
 
 
-def pictures(count: int = 2) -> Tensor:
+def random_images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
@@ -51,8 +51,8 @@ def test_the_network_answers_as_on_the_host(name):
     # In float64 what differs is the code, not how a device rounds; but tables of positions are float32 by design.
     system = build(name).double().eval()
     with torch.no_grad():
-        host = system(pictures())
-        device = copy.deepcopy(system).to(GPU)(pictures().to(GPU))
+        host = system(random_images())
+        device = copy.deepcopy(system).to(GPU)(random_images().to(GPU))
     for a, b in zip(tensors(host), tensors(device), strict=True):
         torch.testing.assert_close(b.cpu(), a, rtol=1e-5, atol=1e-5)
 
@@ -60,7 +60,7 @@ def test_the_network_answers_as_on_the_host(name):
 @EVERY
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_the_network_never_waits_for_the_device(name, training):
-    system, images = build(name).to(GPU).train(training), pictures().float().to(GPU)
+    system, images = build(name).to(GPU).train(training), random_images().float().to(GPU)
     with torch.set_grad_enabled(training):
         system(images)  # tables of positions and anchors are copied once per size
         try:
@@ -76,7 +76,7 @@ def test_objects_are_decoded_as_on_the_host(name):
     system = build(name).double().eval()
     places = [Placement.resize((131, 173), SIZE)] * 2
     with torch.no_grad():
-        raw = system(pictures())
+        raw = system(random_images())
         host = system.decode(raw, places, score_threshold=0.0, detections=30)
         moved = copy.deepcopy(system).to(GPU)
         device = moved.decode(mapped(raw, lambda v: v.to(GPU)), places, score_threshold=0.0, detections=30)
@@ -92,7 +92,7 @@ def test_objects_are_decoded_as_on_the_host(name):
 
 
 @EVERY
-@pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0)], ids=["objects", "one picture empty", "all empty"])
+@pytest.mark.parametrize("counts", [(3, 1), (0, 2), (0, 0)], ids=["objects", "one image empty", "all empty"])
 def test_losses_and_gradients_are_the_hosts(name, counts):
     system, targets = build(name).double().eval(), [objects(n) for n in counts]
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_losses_and_gradients_are_the_hosts(name, counts):
     terms = []
     for own, device in ((system, "cpu"), (moved, GPU)):
         with first_in_order():
-            terms.append(own.losses(own(pictures().to(device)), [t.to(device) for t in targets]))
+            terms.append(own.losses(own(random_images().to(device)), [t.to(device) for t in targets]))
         torch.stack(list(terms[-1].values())).sum().backward()
     host, device = terms
     assert device.keys() == host.keys()
@@ -128,7 +128,7 @@ def test_it_trains_in_bfloat16_and_predicts_there(name, tmp_path):
     )  # fmt: skip
     system = mw.load(best)
     for dtype in ("float32", "bfloat16", "float16"):
-        found = system.predict(scenes[0].picture, device=GPU, dtype=dtype, score_threshold=0.0).found()
+        found = system.predict(scenes[0].image, device=GPU, dtype=dtype, score_threshold=0.0).found()
         assert found.boxes.device.type == "cpu"
         assert torch.isfinite(found.boxes).all()
         assert torch.isfinite(found.scores).all()

@@ -26,26 +26,26 @@ OPTIONS = {
 }
 
 
-def pictures(count: int = 2) -> torch.Tensor:
+def random_images(count: int = 2) -> torch.Tensor:
     return torch.randn(count, 3, *SMALL, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_each_option_trains_and_finds(options):
     system = build("h-detr", **options)
-    terms = system.losses(system(pictures()), [objects(n, size=SMALL) for n in (3, 0)])
+    terms = system.losses(system(random_images()), [objects(n, size=SMALL) for n in (3, 0)])
     sum(terms.values(), torch.zeros(())).backward()
     assert all(torch.isfinite(v) for v in terms.values()), terms
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
     with torch.no_grad():
-        found = system.eval().decode(system(pictures()), [Placement.identity(SMALL)] * 2)
+        found = system.eval().decode(system(random_images()), [Placement.identity(SMALL)] * 2)
     assert all(own.masks is None and len(own) == 24 for own in found)  # 12 queries, 2 classes
 
 
 def test_the_group_for_training_is_not_seen_by_the_other_one():
     system = build("h-detr")
     with torch.no_grad():
-        learning, finding = system.train()(pictures()), system.eval()(pictures())
+        learning, finding = system.train()(random_images()), system.eval()(random_images())
     assert learning.logits.shape[2] == 36
     assert finding.logits.shape[2] == 12
     torch.testing.assert_close(learning.logits[:, :, :12], finding.logits, rtol=1e-4, atol=1e-5)
@@ -54,7 +54,7 @@ def test_the_group_for_training_is_not_seen_by_the_other_one():
 
 def test_objects_are_repeated_for_the_second_group_and_count_as_often():
     system = build("h-detr", repeats=3)
-    raw, target = system(pictures(1)), objects(2, size=SMALL)
+    raw, target = system(random_images(1)), objects(2, size=SMALL)
     terms = system.losses(raw, [target])
     seen: dict[str, int] = {}
     inner = system._terms
@@ -95,7 +95,7 @@ def test_tokens_begin_with_a_box_about_their_own_cell():
     torch.testing.assert_close(boxes[0], torch.tensor([0.25, 0.25, 0.05, 0.05]))
     torch.testing.assert_close(boxes[5], torch.tensor([0.75, 0.75, 0.05, 0.05]))
     torch.testing.assert_close(boxes[8], torch.tensor([0.5, 0.5, 0.1, 0.1]))
-    assert (boxes[[2, 3, 6, 7, 9]] == 1).all()  # padding, and a centre beyond the picture
+    assert (boxes[[2, 3, 6, 7, 9]] == 1).all()  # padding, and a centre beyond the image
     torch.testing.assert_close(boxes[12], torch.tensor([0.5, 0.5, 0.8, 0.8]))
 
 
@@ -141,7 +141,7 @@ def test_other_classes_keep_what_says_that_there_is_an_object(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"backbone": "swin-tiny"}, {"encoder_layers": 0}], ids=["Swin", "no encoder"])
-def test_what_nothing_reads_has_a_gradient_of_nought(options):
+def test_what_nothing_reads_has_a_gradient_of_zero(options):
     system = build("h-detr", **options).train()
     sum(system.losses(system(torch.randn(1, 3, *SIZE)), [objects(2)]).values()).backward()
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]

@@ -67,10 +67,10 @@ def test_scores_are_of_the_class_times_how_sure_the_mask_is():
     classes = raw.classes[0, 0, :2].softmax(-1)
     ratio = found.scores / classes[[0, 1], [1, 0]]
     assert ((ratio > 0.9) & (ratio < torch.tensor(6.0).sigmoid())).all()  # less at the border
-    # On a picture of its own, mirrored.
+    # On an image of its own, mirrored.
     place = Placement.resize((200, 300), SIZE).then_mirror()
     mirrored = system.decode(raw, [place], score_threshold=0.05)[0]
-    expected = place.boxes_to_picture(torch.tensor([[32.0, 24, 80, 56]]))
+    expected = place.boxes_to_image(torch.tensor([[32.0, 24, 80, 56]]))
     torch.testing.assert_close(mirrored.boxes[:1], expected, atol=2, rtol=0)
 
 
@@ -89,9 +89,9 @@ def test_duplicates_can_be_left_out_in_three_ways():
 
 def test_every_way_to_leave_duplicates_out_is_an_option_of_predict():
     system = build("mask2former", short=64, long=96).eval()
-    picture = torch.randint(0, 255, (3, *SMALL), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    whole = system.predict(picture).instances
-    few = system.predict(picture, max_overlap=0.5, nms_threshold=0.5, best_class=True).instances
+    image = torch.randint(0, 255, (3, *SMALL), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole = system.predict(image).instances
+    few = system.predict(image, max_overlap=0.5, nms_threshold=0.5, best_class=True).instances
     assert 0 < len(few) < len(whole)
 
 
@@ -248,7 +248,7 @@ def test_names_inside_transformers_5_are_recognised():
 
 
 def test_masks_that_do_not_fit_are_padded_with_background():
-    """Targets end where the picture does; the input goes on, and what lies there is no mask."""
+    """Targets end where the image does; the input goes on, and what lies there is no mask."""
     system = build("mask2former").eval()
     raw = system(torch.randn(1, 3, *SIZE))
     small = Masks.from_dense(torch.ones(1, 50, 60, dtype=torch.bool)).pack()

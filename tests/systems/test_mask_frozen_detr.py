@@ -25,20 +25,20 @@ OPTIONS = {
 LIGHT = {k: v for k, v in TINY["mask-frozen-detr"].items() if k != "detector_options"}
 
 
-def pictures(count: int = 2, size: tuple[int, int] = SMALL) -> torch.Tensor:
+def random_images(count: int = 2, size: tuple[int, int] = SMALL) -> torch.Tensor:
     return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_each_option_trains_and_finds(options):
     system = build("mask-frozen-detr", **options).train()
-    terms = system.losses(system(pictures()), [objects(n, size=SMALL) for n in (3, 0)])
+    terms = system.losses(system(random_images()), [objects(n, size=SMALL) for n in (3, 0)])
     sum(terms.values(), torch.zeros(())).backward()
     assert ("score" in terms) == options.get("scoring", True)
     assert any(name.startswith("detector_") for name in terms) == options.get("joint", False)
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
     with torch.no_grad():
-        found = system.eval().decode(system(pictures()), [Placement.identity(SMALL)] * 2)
+        found = system.eval().decode(system(random_images()), [Placement.identity(SMALL)] * 2)
     # 12 queries; of H-DETR each may be of both classes.
     count = 12 if options.get("detector") == "detr" else 24
     assert all(len(own) == count and own.masks is not None for own in found)
@@ -55,7 +55,7 @@ def test_what_is_frozen_stays_still_whatever_train_says():
     before = {k: v.clone() for k, v in system.detector.state_dict().items()}
     learning = [p for p in system.parameters() if p.requires_grad]
     step = torch.optim.SGD(learning, lr=0.1)
-    raw = system(pictures())
+    raw = system(random_images())
     assert not raw.boxes.requires_grad
     sum(system.losses(raw, [objects(2, size=SMALL)] * 2).values(), torch.zeros(())).backward()
     step.step()
@@ -67,7 +67,7 @@ def test_what_is_frozen_stays_still_whatever_train_says():
 @pytest.mark.parametrize("options", [{}, OPTIONS["on DETR"]], ids=["H-DETR", "DETR"])
 def test_what_the_cache_holds_is_what_the_detector_says(options):
     plain, caching = (build("mask-frozen-detr", **options, cache=cache).train() for cache in (0, 100))
-    images = pictures()
+    images = random_images()
     expected, first, again = plain(images), caching(images), caching(images.flip(0))
     assert (caching.cache.hits, caching.cache.misses) == (2, 2)
     for name in ("boxes", "scores", "queries", "features"):
@@ -78,10 +78,10 @@ def test_what_the_cache_holds_is_what_the_detector_says(options):
     assert caching.cache.hits == 2  # only in training
 
 
-def test_the_cache_knows_a_picture_whatever_it_is_padded_to():
+def test_the_cache_knows_a_image_whatever_it_is_padded_to():
     system = build("mask-frozen-detr", cache=100).train()
     wide = torch.zeros(2, 3, 96, 128)
-    wide[:, :, :50, :70] = pictures(2, (50, 70))
+    wide[:, :, :50, :70] = random_images(2, (50, 70))
     wide[1, :, 40:] = 0
     valid = torch.tensor([[50, 70], [40, 70]])
     with torch.no_grad():
@@ -91,21 +91,21 @@ def test_the_cache_knows_a_picture_whatever_it_is_padded_to():
     assert first.features.shape[2:] == (24, 32)
     assert again.features.shape[2:] == (16, 24)
     assert torch.equal(first.boxes[:1], again.boxes)
-    # Shares are of the picture, not of the canvas.
+    # Shares are of the image, not of the canvas.
     assert bool((first.boxes[1, :, 1::2].mean(1) < 40).all())
 
 
 def test_a_full_cache_keeps_what_it_has_and_a_copy_begins_empty():
     system = build("mask-frozen-detr", cache=100).train()
-    system(pictures(1))
+    system(random_images(1))
     system.cache.budget = system.cache.used
-    system(pictures(2))
-    system(pictures(2))
+    system(random_images(2))
+    system(random_images(2))
     assert (system.cache.hits, system.cache.misses, len(system.cache.entries)) == (2, 3, 1)
     assert not copy.deepcopy(system).cache.entries
     system.load_state_dict(system.state_dict())
     assert not system.cache.entries
-    system.cache.put(b"", system._ask(pictures(1), torch.tensor([SMALL]))[1])
+    system.cache.put(b"", system._ask(random_images(1), torch.tensor([SMALL]))[1])
     assert system.cache.used <= system.cache.budget
 
 
@@ -115,7 +115,7 @@ def test_what_another_detector_said_is_forgotten(way: str):
     with torch.no_grad():
         for parameter in other.detector.parameters():
             parameter.mul_(1.1)
-    system(pictures(1))
+    system(random_images(1))
     if way == "the detector":
         system.detector.load_state_dict(other.detector.state_dict())
     elif way == "its trunk":
@@ -126,27 +126,27 @@ def test_what_another_detector_said_is_forgotten(way: str):
     else:
         system.double()
     kind = next(system.parameters()).dtype
-    system(pictures(1).to(kind))
+    system(random_images(1).to(kind))
     assert (system.cache.hits, system.cache.misses) == (0, 1)
     with torch.no_grad():
-        kept = system(pictures(1).to(kind))
+        kept = system(random_images(1).to(kind))
         system.cache = None
-        torch.testing.assert_close(kept.features, system(pictures(1).to(kind)).features)
+        torch.testing.assert_close(kept.features, system(random_images(1).to(kind)).features)
     assert kept.features.dtype == kind
 
 
 def test_a_system_with_a_cache_is_copied_and_pickled():
     system = build("mask-frozen-detr", cache=100).train()
-    system(pictures(1))
+    system(random_images(1))
     for other in (copy.deepcopy(system), pickle.loads(pickle.dumps(system))):
         assert not other.cache.entries
-        assert torch.equal(other(pictures(1)).boxes, system(pictures(1)).boxes)
+        assert torch.equal(other(random_images(1)).boxes, system(random_images(1)).boxes)
         assert (other.cache.hits, other.cache.misses) == (0, 1)
 
 
 def test_a_random_detector_is_told_when_it_stays_as_it_is():
     with pytest.warns(UserWarning, match=r"mask-frozen-detr: the detector is frozen .* random.*joint=True"):
-        build("mask-frozen-detr").progressed(0.0)
+        build("mask-frozen-detr").on_progress(0.0)
     system = build("mask-frozen-detr")
     system.load_state_dict(system.state_dict())
     for own in (
@@ -155,15 +155,15 @@ def test_a_random_detector_is_told_when_it_stays_as_it_is():
         type(system).adopt(build("h-detr")),
         build("mask-frozen-detr", joint=True),
     ):
-        own.progressed(0.0)  # a warning is an error here
+        own.on_progress(0.0)  # a warning is an error here
 
 
 @pytest.mark.fast
-def test_pictures_of_other_bytes_or_shapes_are_others():
+def test_images_of_other_bytes_or_shapes_are_others():
     key = build("mask-frozen-detr", cache=1).cache.key
-    picture = torch.arange(24.0).view(1, 4, 6)
-    assert key(picture) == key(picture.clone())
-    assert len({key(picture), key(picture.view(1, 6, 4)), key(picture + 1e-6), key(picture.flip(2))}) == 4
+    image = torch.arange(24.0).view(1, 4, 6)
+    assert key(image) == key(image.clone())
+    assert len({key(image), key(image.view(1, 6, 4)), key(image + 1e-6), key(image.flip(2))}) == 4
 
 
 def test_it_learns_on_top_of_a_detectors_file(tmp_path):
@@ -235,7 +235,7 @@ def test_targets_without_masks_are_refused():
     system = build("mask-frozen-detr")
     target = Instances(SMALL, torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([0]))
     with pytest.raises(UsageError, match="targets have boxes but no masks"):
-        system.losses(system(pictures(1)), [target])
+        system.losses(system(random_images(1)), [target])
 
 
 @pytest.mark.fast
@@ -249,10 +249,10 @@ def test_quality_is_the_overlap_with_the_whole_object():
     torch.testing.assert_close(overlaps, torch.tensor([0.5, 1.0]))
 
 
-def test_masks_lie_in_their_boxes_on_a_mirrored_picture_too():
+def test_masks_lie_in_their_boxes_on_a_mirrored_image_too():
     system = build("mask-frozen-detr").eval()
     with torch.no_grad():
-        raw = system(pictures(1))
+        raw = system(random_images(1))
         place = Placement.resize((128, 192), SMALL)
         plain, mirrored = (system.decode(raw, [p])[0] for p in (place, place.then_mirror()))
     a, b = plain.masks.dense(), mirrored.masks.dense().flip(2)

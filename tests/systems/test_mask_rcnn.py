@@ -22,7 +22,7 @@ OPTIONS = {
     "modulated deformable": {"backbone": "resnet50", "deform_stages": (3,), "deform_modulated": True},
     "ResNeXt": {"backbone": "resnet50", "groups": 4, "group_width": 16},
     "4conv1fc with norm": {"box_convs": 2, "box_fcs": 1, "box_norm": "group", "mask_norm": "group", "rpn_convs": 2},
-    "masks and joints": {"keypoints": 17, "keypoint_convs": 1, "keypoint_width": 16},
+    "masks and keypoints": {"keypoints": 17, "keypoint_convs": 1, "keypoint_width": 16},
 }
 
 
@@ -90,9 +90,9 @@ def test_a_target_without_masks_is_refused_in_words():
         system.losses(system(torch.randn(1, 3, *SIZE)), [target])
 
 
-def test_joints_of_another_number_are_refused_in_words():
+def test_keypoints_of_another_number_are_refused_in_words():
     system = build("keypoint-rcnn", keypoints=5)
     points = torch.rand(1, 17, 3) * 30 + 5
     target = Instances((64, 64), torch.tensor([[5.0, 5, 40, 40]]), torch.tensor([0]), keypoints=points)
-    with pytest.raises(UsageError, match="a target has 17 joints, this system learns 5; build it with keypoints=17"):
+    with pytest.raises(UsageError, match="a target has 17 keypoints, this system learns 5; build it with keypoints=17"):
         system.losses(system(torch.randn(1, 3, 64, 64)), [target])

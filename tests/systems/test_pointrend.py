@@ -1,4 +1,4 @@
-"""PointRend's own: points inside boxes and on whole pictures, and as an option of other systems."""
+"""PointRend's own: points inside boxes and on whole images, and as an option of other systems."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def make(name: str, **options: Any) -> Any:
     return build(name, **options)
 
 
-def pictures(count: int = 1) -> Tensor:
+def random_images(count: int = 1) -> Tensor:
     return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
 def terms_of(system: Any, target: Instances) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    return system.losses(system(pictures()), [target])
+    return system.losses(system(random_images()), [target])
 
 
 def test_masks_are_asked_for_at_28_cells_a_side_and_doubled_three_times():
     system, boxes = make("pointrend").eval(), torch.tensor([[5.0, 8, 60, 70], [30, 20, 90, 95]])
     with torch.no_grad():
-        raw = system(pictures())
+        raw = system(random_images())
         fine, _ = system.read_boxes(raw, [boxes], [torch.tensor([0, 1])])
         coarse, _ = system.read_boxes(raw, [boxes], [torch.tensor([0, 1])], refine=False)
         none, _ = system.read_boxes(raw, [boxes[:0]], [torch.tensor([0, 1])[:0]])
@@ -56,7 +56,7 @@ def test_few_objects_at_a_time_are_refined_as_all_at_once():
 def test_the_coarse_side_and_the_number_of_points_are_options():
     system = make("pointrend", coarse_side=14, refine_points=400, refine_steps=2).eval()
     with torch.no_grad():
-        found, _ = system.read_boxes(system(pictures()), [torch.tensor([[5.0, 8, 60, 70]])], [torch.tensor([0])])
+        found, _ = system.read_boxes(system(random_images()), [torch.tensor([[5.0, 8, 60, 70]])], [torch.tensor([0])])
     assert found[0].shape == (1, 56, 56)  # 4 * 14 * 14 cells are more than 400: nothing is skipped
 
 
@@ -95,7 +95,7 @@ def test_the_implicit_variant_learns_and_finds():
     assert all(p.grad is not None for p in system.parameters() if p.requires_grad)
     terms_of(system, objects(0))
     with torch.no_grad():
-        raw = system.eval()(pictures())
+        raw = system.eval()(random_images())
         masks, _ = system.read_boxes(raw, [torch.tensor([[5.0, 8, 60, 70]])], [torch.tensor([1])])
         with pytest.raises(UsageError, match="no coarse masks"):
             system.decode(raw, [Placement.identity(SIZE)], refine=False, score_threshold=0.0)
@@ -208,7 +208,7 @@ def test_every_pixel_has_a_label_and_segments_are_where_it_says():
     size = (61, 83)
     places = [Placement.resize(size, SIZE)]
     with torch.no_grad():
-        raw = system(pictures())
+        raw = system(random_images())
         labels = system.decode_semantic(raw, places)[0]
         panoptic = system.decode_panoptic(raw, places)[0]
         coarse = system.decode_semantic(raw, places, refine=False)[0]
@@ -228,16 +228,16 @@ def test_what_nothing_covers_is_learnt_as_such_or_not_at_all():
     with torch.no_grad():
         nothing.coarse_head.output.bias.copy_(torch.tensor([0.0, 0, 50]))
         nothing.point_head.logits.bias.copy_(torch.tensor([0.0, 0, 50]))
-        raw = nothing.eval()(pictures())
+        raw = nothing.eval()(random_images())
         assert (nothing.decode_semantic(raw, [Placement.identity(SIZE)])[0] == -1).all()
         assert len(nothing.decode(raw, [Placement.identity(SIZE)])[0]) == 0
 
 
-def test_a_mirrored_picture_has_mirrored_labels():
+def test_a_mirrored_image_has_mirrored_labels():
     system = make("pointrend-semantic", classes=("a", "b", "c")).eval()
     place = Placement.resize((50, 70), SIZE)
     with torch.no_grad():
-        raw = system(pictures())
+        raw = system(random_images())
         plain, mirrored = (system.decode_semantic(raw, [p])[0] for p in (place, place.then_mirror()))
     assert (plain.flip(1) == mirrored).float().mean() > 0.99
 
@@ -253,7 +253,7 @@ def test_mask_rcnn_refines_its_masks_where_it_is_asked_to():
     assert all(p.grad is not None for p in system.parameters())
     terms_of(system, objects(0))
     with torch.no_grad():
-        raw, box = system.eval()(pictures()), [torch.tensor([[5.0, 8, 60, 70]])]
+        raw, box = system.eval()(random_images()), [torch.tensor([[5.0, 8, 60, 70]])]
         fine, _ = system.read_boxes(raw, box, [torch.tensor([1])])
         coarse, _ = system.read_boxes(raw, box, [torch.tensor([1])], refine=False)
     assert fine[0].shape == (1, 224, 224)
@@ -296,7 +296,7 @@ def test_solov2_refines_its_masks_where_it_is_asked_to():
     system.points.rules = PointRules(count=1024, steps=2, points=512)
     assert torch.isfinite(many)
     with torch.no_grad():
-        raw, place = system.eval()(pictures()), [Placement.identity(SIZE)]
+        raw, place = system.eval()(random_images()), [Placement.identity(SIZE)]
         for refine in (True, False):
             found = system.decode(raw, place, score_threshold=0.0, detections=7, refine=refine)[0]
             assert len(found) <= 7

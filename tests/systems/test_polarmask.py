@@ -76,7 +76,7 @@ def test_options_that_cannot_be_are_refused_in_words(name, options, words):
 
 
 @pytest.mark.parametrize("name", ["polarmask", "fouriernet", "embedmask", "ese-seg"])
-def test_towers_of_32_channels_see_a_small_picture_alone(name):
+def test_towers_of_32_channels_see_a_small_image_alone(name):
     system = build(name, neck_width=32, **({"detector": "fcos", "head_convs": 1} if name == "ese-seg" else {})).eval()
     images = torch.randn(2, 3, 64, 96)  # one cell at stride 128
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Two processes, one of them with an empty picture, give the gradients of one: for every system of the registry."""
+"""Two processes, one of them with an empty image, give the gradients of one: for every system of the registry."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskwright.systems import names
 from maskwright.training import Objective
 from tests.systems.tiny import SIZE, build, first_in_order, objects
 
-SHARES = ((3, 1), (0, 0))  # objects on the pictures of each process
+SHARES = ((3, 1), (0, 0))  # objects on the images of each process
 
 
 def objective(name: str) -> Objective:
@@ -21,7 +21,7 @@ def objective(name: str) -> Objective:
     return Objective(build(name).eval())
 
 
-def pictures(share: int | None) -> tuple[Tensor, list]:
+def random_images(share: int | None) -> tuple[Tensor, list]:
     every = torch.randn(4, 3, *SIZE, generator=torch.Generator().manual_seed(2))
     rows = range(4) if share is None else range(2 * share, 2 * share + 2)
     counts = [n for own in SHARES for n in own]
@@ -29,7 +29,7 @@ def pictures(share: int | None) -> tuple[Tensor, list]:
 
 
 def gradients(module: torch.nn.Module, share: int | None) -> dict[str, Tensor]:
-    images, targets = pictures(share)
+    images, targets = random_images(share)
     with first_in_order():
         terms = module(images, targets)
     torch.stack(list(terms.values())).sum().backward()
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names())
-def test_an_empty_picture_on_one_process_gives_the_gradients_of_the_whole_batch(name: str, folder: Path):
+def test_an_empty_image_on_one_process_gives_the_gradients_of_the_whole_batch(name: str, folder: Path):
     expected = gradients(objective(name), None)
     # Some have no gradient but rounding, as what is added to all keys of an attention.
     least = max(1e-6, 1e-5 * float(torch.stack([g.norm() for g in expected.values()]).norm()))
@@ -69,6 +69,6 @@ def test_an_empty_picture_on_one_process_gives_the_gradients_of_the_whole_batch(
         found = torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
         assert found.keys() == expected.keys()
         for key, gradient in expected.items():
-            # Sums over four pictures in another order: float32 rounding against the size of the whole gradient.
+            # Sums over four images in another order: float32 rounding against the size of the whole gradient.
             error = (found[key] - gradient).norm() / gradient.norm().clamp(min=least)
             assert error < 1e-3, (key, float(error))

@@ -169,14 +169,14 @@ def test_windows_lie_where_the_units_of_their_tensors_say(name):
 
 
 class Pool(nn.Module):
-    """A trunk that sees nothing beyond its place, so that a patch and a picture show it the same."""
+    """A trunk that sees nothing beyond its place, so that a patch and an image show it the same."""
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [functional.avg_pool2d(x, 16).repeat(1, 86, 1, 1)[:, :64]]
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["shared feature", "2015"])
-def test_patches_and_pictures_are_two_forms_of_the_same_network(pooled):
+def test_patches_and_images_are_two_forms_of_the_same_network(pooled):
     options = {"score_pooled": pooled, "backbone": "resnet18", "stem_width": 16, "stride": 16, "window": 128}
     system = build("deepmask", **options).eval()
     system.squeeze = nn.Conv2d(64, 16, 1)
@@ -191,7 +191,7 @@ def test_patches_and_pictures_are_two_forms_of_the_same_network(pooled):
             torch.testing.assert_close(mask[0], system._grids(feature[:, :, y, x])[0], rtol=1e-4, atol=1e-5)
 
 
-def test_grey_lies_around_a_picture():
+def test_grey_lies_around_a_image():
     system = build("deepmask", scales=(1.0,)).eval()
     seen = []
     system.backbone.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
@@ -294,22 +294,22 @@ ALONE = {
 }
 
 
-def in_planes(system, pictures):
-    """A batch through the network, its pictures in planes as large as the largest."""
-    sizes = [(p.shape[-2], p.shape[-1]) for p in pictures]
-    batch = Batch.collate(pictures, [Placement.identity(s) for s in sizes], multiple=system.preprocess.multiple)
+def in_planes(system, images):
+    """A batch through the network, its images in planes as large as the largest."""
+    sizes = [(p.shape[-2], p.shape[-1]) for p in images]
+    batch = Batch.collate(images, [Placement.identity(s) for s in sizes], multiple=system.preprocess.multiple)
     return system(*system.inputs(batch.images, sizes)), batch.placements
 
 
 @pytest.mark.parametrize(("name", "options"), ALONE.values(), ids=ALONE)
-def test_a_picture_beside_a_larger_one_gives_what_it_gives_alone(name, options):
+def test_a_image_beside_a_larger_one_gives_what_it_gives_alone(name, options):
     system = build(name, **options).double().eval()
-    pictures = [torch.randn(3, 45, 70).double(), torch.randn(3, 90, 61).double()]
+    images = [torch.randn(3, 45, 70).double(), torch.randn(3, 90, 61).double()]
     with torch.no_grad():
-        raw, places = in_planes(system, pictures)
+        raw, places = in_planes(system, images)
         together = system.decode(raw, places, detections=1000, nms_threshold=0.9)
-        for picture, own in zip(pictures, together, strict=True):
-            raw, places = in_planes(system, [picture])
+        for image, own in zip(images, together, strict=True):
+            raw, places = in_planes(system, [image])
             assert raw.there == ()
             alone = system.decode(raw, places, detections=1000, nms_threshold=0.9)[0]
             assert len(alone) == len(own) > 10
@@ -318,13 +318,13 @@ def test_a_picture_beside_a_larger_one_gives_what_it_gives_alone(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), ALONE.values(), ids=ALONE)
-def test_a_picture_beside_a_larger_one_learns_what_it_learns_alone(name, options):
+def test_a_image_beside_a_larger_one_learns_what_it_learns_alone(name, options):
     system = build(name, **options, sampled=10_000).double()  # all windows, so that none is drawn
-    pictures = [torch.randn(3, 45, 70).double(), torch.randn(3, 90, 61).double()]
+    images = [torch.randn(3, 45, 70).double(), torch.randn(3, 90, 61).double()]
     targets = [Instances.empty((45, 70)), Instances.empty((90, 61))]
     stride, sums, counts = getattr(system, "stride", 8), [], []
     for chosen in ([0], [1], [0, 1]):
-        raw, _ = in_planes(system, [pictures[n] for n in chosen])
+        raw, _ = in_planes(system, [images[n] for n in chosen])
         windows = system.windows(raw)
         learning = [
             own_places(raw.there, row, windows) & reachable(windows, targets[n].image_size, stride)
@@ -340,12 +340,12 @@ def test_where_batch_norms_learn_a_batch_is_seen_at_once():
     system = build("deepmask", norm="batch").train()
     seen = []
     system.backbone.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
-    pictures = [torch.randn(3, 48, 64), torch.randn(3, 90, 60)]
-    in_planes(system, pictures)
+    images = [torch.randn(3, 48, 64), torch.randn(3, 90, 60)]
+    in_planes(system, images)
     assert seen == [(2, 3, 45 + 64, 32 + 64), (2, 3, 90 + 64, 64 + 64)]
     seen.clear()
     with torch.no_grad():
-        in_planes(system.eval(), pictures)
+        in_planes(system.eval(), images)
     assert len(seen) == 4
 
 
@@ -366,7 +366,7 @@ def planted(system, place, level=1):
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("double", [False, True])
-def test_a_mask_is_laid_into_its_window_on_the_picture(mirrored, double):
+def test_a_mask_is_laid_into_its_window_on_the_image(mirrored, double):
     system = build("deepmask").eval()
     raw = planted(system, (3, 4))  # the window around (64, 48), 64 pixels wide: x 32 ... 96, y 16 ... 80
     size = (192, 256) if double else SIZE

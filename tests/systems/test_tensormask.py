@@ -51,8 +51,8 @@ def test_masks_of_single_windows_are_those_of_the_dense_tensor(name):
         for own, logits in system.masks_of(raw, rows):
             level, number = int(rows[own[0], 1]), int(rows[own[0], 4])
             dense = system.whole_masks(raw, level)[number]
-            picture, y, x = rows[own][:, [0, 2, 3]].unbind(1)
-            torch.testing.assert_close(logits, dense[picture, :, :, y, x], rtol=1e-4, atol=1e-4)
+            image, y, x = rows[own][:, [0, 2, 3]].unbind(1)
+            torch.testing.assert_close(logits, dense[image, :, :, y, x], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["nearest", "floor"])

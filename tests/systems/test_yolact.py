@@ -21,7 +21,7 @@ from maskwright.ops.planes import place_planes
 from maskwright.ops.suppression import fast_nms
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import create
-from maskwright.systems.yolact import Found, _choose_fast, assemble, near
+from maskwright.systems.yolact import Detections, _choose_fast, assemble, near
 from tests.systems.tiny import SIZE, build, objects
 
 LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
@@ -29,7 +29,7 @@ OPTIONS = {
     "Darknet": {"backbone": "darknet53", "stem_width": 8},
     "several sizes of real ratios": {"anchor_octaves": 2, "square_anchors": False},
     "other sides": {"anchor_sides": (32, 64, 128, 256, 512), "size": 400},
-    "few masks": {"masks_per_picture": 2},
+    "few masks": {"masks_per_image": 2},
     "masks learnt everywhere": {"crop_learnt": False},
 }
 
@@ -55,7 +55,7 @@ def test_each_option_trains_and_finds(options):
         ("yolact", {"anchor_ratios": ()}, r"anchor_ratios is \[\]; expected at least one number"),
         ("yolact", {"anchor_ratios": (1, -1)}, r"anchor_ratios is \[1, -1\]; .* all above 0"),
         ("yolact", {"anchor_octaves": 0}, "anchor_octaves is 0; at least 1"),
-        ("yolact", {"masks_per_picture": 0}, "masks_per_picture is 0; at least 1"),
+        ("yolact", {"masks_per_image": 0}, "masks_per_image is 0; at least 1"),
         ("yolact-plus", {"prototypes": 0}, "prototypes is 0; at least 1"),
         ("yolact-plus", {"deform_every": 0}, "deform_every is 0; expected 1"),
         ("yolact", {"norm": "batch", "norm_eps": 0.0}, "norm_eps is 0 with norm='batch'"),
@@ -224,16 +224,18 @@ def test_what_masks_are_outside_of_boxes_is_learnt_if_asked_for(learnt):
     assert raw.prototypes.grad[0].abs().sum(0)[outside].any() == (not learnt)
 
 
-def detections(*boxes: tuple[float, ...], maps: int = 8) -> Found:
+def detections(*boxes: tuple[float, ...], maps: int = 8) -> Detections:
     count = len(boxes)
-    return Found(torch.tensor(boxes), torch.linspace(0.9, 0.5, count), torch.arange(count) % 2, torch.ones(count, maps))
+    return Detections(
+        torch.tensor(boxes), torch.linspace(0.9, 0.5, count), torch.arange(count) % 2, torch.ones(count, maps)
+    )
 
 
 def test_without_the_crop_masks_reach_beyond_their_boxes():
     system = build("yolact")
     found, maps = detections((0.25, 0.25, 0.5, 0.5)), torch.ones(8, 24, 32)
     placement = Placement.resize((200, 300), SIZE)
-    inside, whole = (system.on_picture(found, maps, SIZE, placement, crop=crop).masks for crop in (True, False))
+    inside, whole = (system.on_image(found, maps, SIZE, placement, crop=crop).masks for crop in (True, False))
     assert whole.areas().tolist() == [200 * 300]
     # A cell beyond the box and, where it is interpolated, half a cell more.
     x0, y0, x1, y1 = inside.boxes()[0].tolist()
@@ -244,7 +246,7 @@ def test_without_the_crop_masks_reach_beyond_their_boxes():
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_masks_on_the_picture_are_the_interpolated_planes(mirrored):
+def test_masks_on_the_image_are_the_interpolated_planes(mirrored):
     planes, size = torch.rand(5, 24, 32), (61, 47)
     placement = Placement.resize(size, (96, 128))
     placement = placement.then_mirror() if mirrored else placement
@@ -254,12 +256,12 @@ def test_masks_on_the_picture_are_the_interpolated_planes(mirrored):
         assert torch.equal(ours, whole.flip(-1) if mirrored else whole)
 
 
-def test_a_hundred_objects_on_a_large_picture_are_small():
+def test_a_hundred_objects_on_a_large_image_are_small():
     system = build("yolact")
     found = detections(
         *[(0.1 * (k % 10), 0.1 * (k // 10), 0.1 * (k % 10) + 0.08, 0.1 * (k // 10) + 0.08) for k in range(100)]
     )
-    own = system.on_picture(found, torch.rand(8, 138, 138), (550, 550), Placement.resize((3000, 4000), (550, 550)))
+    own = system.on_image(found, torch.rand(8, 138, 138), (550, 550), Placement.resize((3000, 4000), (550, 550)))
     assert len(own) == 100
     assert own.masks.nbytes < 2 << 20
 
@@ -269,8 +271,8 @@ def test_corners_are_whole_pixels_and_boxes_without_area_are_dropped():
     system = build("yolact")
     found, maps = detections((0.101, 0.1, 0.509, 0.5), (0.5001, 0.5, 0.5002, 0.9)), torch.ones(8, 24, 32)
     placement = Placement.resize((100, 100), SIZE)
-    assert system.on_picture(found, maps, SIZE, placement).boxes.tolist() == [[10, 10, 50, 50]]
-    fine = system.on_picture(found, maps, SIZE, placement, whole_boxes=False)
+    assert system.on_image(found, maps, SIZE, placement).boxes.tolist() == [[10, 10, 50, 50]]
+    fine = system.on_image(found, maps, SIZE, placement, whole_boxes=False)
     torch.testing.assert_close(fine.boxes[0], torch.tensor([10.1, 10, 50.9, 50]))
     assert len(fine) == 2
 
@@ -283,7 +285,7 @@ def test_masks_to_learn_are_the_interpolated_ones():
         wanted = functional.interpolate(planes[None].float(), size=grid, mode="bilinear", align_corners=False)[0]
         torch.testing.assert_close(plane_targets(masks, grid, (96, 128)), wanted)
         torch.testing.assert_close(plane_targets(masks.pack(), grid, (96, 128)), wanted)
-    # Where the input was padded, what lies beyond the picture is background.
+    # Where the input was padded, what lies beyond the image is background.
     padded = functional.pad(planes, (0, 32, 0, 32))
     wanted = functional.interpolate(padded[None].float(), size=(32, 40), mode="bilinear", align_corners=False)[0]
     torch.testing.assert_close(plane_targets(masks, (32, 40), (128, 160)), wanted)

@@ -128,15 +128,19 @@ def build(name: str, **options: Any) -> System:
     return create(name, **{"classes": ("a", "b"), **TINY[name], **options})
 
 
-def objects(count: int, size: tuple[int, int] = SIZE, side: tuple[int, int] = (40, 30), joints: int = 17) -> Instances:
-    """`count` upright boxes of `side` (h, w), placed one after the other, with joints inside them."""
+def objects(
+    count: int, size: tuple[int, int] = SIZE, side: tuple[int, int] = (40, 30), count_keypoints: int = 17
+) -> Instances:
+    """`count` upright boxes of `side` (h, w), placed one after the other, with keypoints inside them."""
     generator = torch.Generator().manual_seed(count)
     room = torch.tensor([size[1] - side[1], size[0] - side[0]])
     corners = (torch.rand(count, 2, generator=generator) * room).floor()
     boxes = torch.cat([corners, corners + torch.tensor([side[1], side[0]])], 1)
     crops = [torch.ones(side, dtype=torch.bool)] * count
-    points = torch.rand(count, joints, 2, generator=generator) * torch.tensor([side[1], side[0]]) + corners[:, None]
-    keypoints = torch.cat([points, torch.full((count, joints, 1), 2.0)], 2)
+    points = (
+        torch.rand(count, count_keypoints, 2, generator=generator) * torch.tensor([side[1], side[0]]) + corners[:, None]
+    )
+    keypoints = torch.cat([points, torch.full((count, count_keypoints, 1), 2.0)], 2)
     masks = Masks.from_crops(crops, corners.long(), size)
     return Instances(size, boxes, torch.arange(count) % 2, masks, keypoints=keypoints)
 

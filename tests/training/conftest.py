@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads gain nothing on 32 x 32 pictures, and on a busy machine they wait for each other most of the time. Bits
+    """Threads gain nothing on 32 x 32 images, and on a busy machine they wait for each other most of the time. Bits
     may depend on their number, too."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

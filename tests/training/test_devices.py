@@ -20,7 +20,7 @@ from maskwright.training.state import load_state
 from tests.training.test_run import rows
 from tests.training.tiny_system import Shapes, Tiny
 
-# Every fourth picture is empty: process 0 gets two with an object each, process 1 two without any.
+# Every fourth image is empty: process 0 gets two with an object each, process 1 two without any.
 SHARES = ([0, 1], [3, 7])
 
 
@@ -29,9 +29,9 @@ def objective() -> Objective:
     return Objective(Tiny(("red", "green"), dropout=0.0).eval()).double()  # statistics of a batch are not averaged
 
 
-def pictures(indices: list[int]) -> tuple[torch.Tensor, list[Any]]:
+def random_images(indices: list[int]) -> tuple[torch.Tensor, list[Any]]:
     samples = [Shapes(8)[i] for i in indices]
-    return torch.stack([s.picture.double() / 255 for s in samples]), [s.target for s in samples]
+    return torch.stack([s.image.double() / 255 for s in samples]), [s.target for s in samples]
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -43,7 +43,7 @@ def one_of_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=2)
     module = torch.nn.parallel.DistributedDataParallel(objective())
-    images, targets = pictures(SHARES[rank])
+    images, targets = random_images(SHARES[rank])
     sum(module(images, targets).values()).backward()
     with local_counts():
         alone = global_mean_count(torch.tensor(3.0 + rank))
@@ -53,7 +53,7 @@ def one_of_two(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_empty_picture_on_one_process_gives_the_gradients_of_the_whole_batch(tmp_path: Path):
+def test_an_empty_image_on_one_process_gives_the_gradients_of_the_whole_batch(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=one_of_two, args=(rank, tmp_path)) for rank in range(2)]
     for process in processes:
@@ -64,7 +64,7 @@ def test_an_empty_picture_on_one_process_gives_the_gradients_of_the_whole_batch(
     both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
     whole = objective()
-    images, targets = pictures(SHARES[0] + SHARES[1])
+    images, targets = random_images(SHARES[0] + SHARES[1])
     sum(whole(images, targets).values()).backward()
     expected = gradients(whole)
     assert len(expected) == len(list(whole.parameters()))
@@ -113,9 +113,9 @@ def test_two_processes_train_validate_and_resume_together(tmp_path: Path):
     done = run(script, str(script), str(out))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("finished after 6 steps") == 1  # the first process speaks for all
-    # 24 pictures in batches of 4, two batches to a step
+    # 24 images in batches of 4, two batches to a step
     assert load_state(out / "last.ckpt")["progress"]["step"] == 6
-    # Five validation pictures are three and two; merged they measure what one process does with the weights kept.
+    # Five validation images are three and two; merged they measure what one process does with the weights kept.
     measured = {n: v for s, _, n, v in rows(out) if s == 6 and n.startswith("val/")}
     alone = validated_alone(out)
     assert measured.keys() == alone.keys()
@@ -149,9 +149,7 @@ def validated_alone(folder: Path) -> dict[str, float]:
 def test_a_batch_is_shared_evenly_or_not_at_all():
     from maskwright.training.setup import launch
 
-    with pytest.raises(
-        UsageError, match="batch is 3 pictures over all devices; it must be a multiple of the 2 devices"
-    ):
+    with pytest.raises(UsageError, match="batch is 3 images over all devices; it must be a multiple of the 2 devices"):
         launch(Recipe(batch=3, devices=2, device="cpu"))
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="device 'cuda' is not there; this machine has cpu"):

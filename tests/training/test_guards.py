@@ -126,7 +126,7 @@ def test_too_little_memory_says_what_to_change(error: BaseException):
     with pytest.raises(TrainingError) as caught, memory_advice(8, lambda: 12):
         raise error
     text = str(caught.value)
-    assert text.startswith("step 12: out of memory with 8 pictures at once on a device; try half the batch with twice")
+    assert text.startswith("step 12: out of memory with 8 images at once on a device; try half the batch with twice")
     assert "amp='bf16'" in text
     assert "resume" in text
 
@@ -143,5 +143,5 @@ def test_too_little_memory_in_a_run(tmp_path: Path):
             torch.empty(2**60)
             return super().forward(images)
 
-    with pytest.raises(TrainingError, match="step 0: out of memory with 2 pictures"):
+    with pytest.raises(TrainingError, match="step 0: out of memory with 2 images"):
         fit(tmp_path / "run", system=Hungry(("red", "green")))

@@ -63,9 +63,9 @@ def test_the_warm_up_is_linear_and_takes_a_quarter_of_a_short_run_at_most():
     assert [recipe.factor(s, 20) for s in (0, 4, 5)] == pytest.approx([0.2, 0.84, 1.0])
 
 
-def test_the_linear_scaling_rule_counts_the_pictures_of_a_step():
+def test_the_linear_scaling_rule_counts_the_images_of_a_step():
     assert Recipe(lr=1.0).learning_rate == 1.0
-    assert Recipe(lr=1.0, lr_per_picture=0.00125, batch=8, accumulate=2).learning_rate == pytest.approx(0.02)
+    assert Recipe(lr=1.0, lr_per_image=0.00125, batch=8, accumulate=2).learning_rate == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(

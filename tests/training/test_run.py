@@ -40,7 +40,7 @@ def test_a_run_leaves_its_folder_behind(tmp_path: Path):
     }  # fmt: skip
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     told = rows(tmp_path / "run")
-    # 22 pictures in batches of 2, two batches to a step, the last step of an epoch has one: 6 steps, twice.
+    # 22 images in batches of 2, two batches to a step, the last step of an epoch has one: 6 steps, twice.
     assert [s for s, _, n, _ in told if n == "train/loss"] == [2, 4, 6, 8, 10, 12]
     assert [s for s, _, n, _ in told if n == "val/segm/AP"] == [6, 12]
     assert {"train/loss_mask", "train/loss_second", "val/loss", "val/loss_mask", "lr", "time/step"} <= {
@@ -87,9 +87,9 @@ def test_the_running_mean_is_what_is_measured_and_kept(tmp_path: Path):
 
 
 def test_accumulated_batches_give_the_step_of_one_large_batch(tmp_path: Path):
-    # Without dropout and with frozen statistics a picture does not notice its neighbours, and without empty pictures
+    # Without dropout and with frozen statistics an image does not notice its neighbours, and without empty images
     # nor sizes that differ, the mean over two batches is close to, but not, that of one batch: the losses divide by
-    # counts per batch. So the data are one picture over and over, where they agree.
+    # counts per batch. So the data are one image over and over, where they agree.
     def run(name: str, **changes: Any) -> dict[str, torch.Tensor]:
         torch.manual_seed(1)
         system = Tiny(("red", "green"), dropout=0.0)
@@ -181,7 +181,7 @@ def test_losses_are_float32_under_bf16(tmp_path: Path):
     system = Checked(("red", "green"))
     sample = Shapes(1)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        terms = Objective(system)(sample.picture[None].float() / 255, [sample.target])
+        terms = Objective(system)(sample.image[None].float() / 255, [sample.target])
     assert {t.dtype for t in terms.values()} == {torch.float32}
 
 
@@ -200,9 +200,9 @@ def test_classes_in_another_order_are_renamed_and_others_left_out(tmp_path: Path
 
 
 def test_data_without_objects_stop_before_anything_starts(tmp_path: Path):
-    with pytest.raises(TrainingError, match="training set shapes has 6 pictures and not one object of the classes red"):
+    with pytest.raises(TrainingError, match="training set shapes has 6 images and not one object of the classes red"):
         fit(tmp_path / "run", data=Shapes(6, empty=1))
-    with pytest.raises(TrainingError, match="training set shapes has no pictures"):
+    with pytest.raises(TrainingError, match="training set shapes has no images"):
         fit(tmp_path / "run", data=Shapes(0))
     assert not (tmp_path / "run").exists()
 

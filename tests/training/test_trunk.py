@@ -23,7 +23,7 @@ def giver(tmp_path: Path) -> Path:
     return tmp_path / "giver.safetensors"
 
 
-def test_the_trunk_comes_with_what_it_knows_of_pictures_and_nothing_else_does(giver: Path):
+def test_the_trunk_comes_with_what_it_knows_of_images_and_nothing_else_does(giver: Path):
     system, untouched, given = build("detr"), build("detr"), mw.load(giver)
     with torch.no_grad():
         for parameter in system.backbone.parameters():

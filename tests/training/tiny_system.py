@@ -51,7 +51,7 @@ class Tiny(System):
                 kinds = nn.functional.one_hot(target.labels, len(plane)).to(plane.dtype)
                 plane[:, :height, :width] = torch.einsum("nk,nhw->khw", kinds, masks).clamp(max=1)
         wrong = nn.functional.binary_cross_entropy_with_logits(raw.logits.float(), truth.float(), reduction="none")
-        # Divided by the number of object pixels, so that a picture's share depends on what the others hold.
+        # Divided by the number of object pixels, so that an image's share depends on what the others hold.
         positive = global_mean_count(truth.sum())
         objects = torch.tensor(float(sum(map(len, targets))), device=truth.device)
         pixels = truth.amax(1, keepdim=True)
@@ -64,21 +64,21 @@ class Tiny(System):
         found = []
         for logits, placement in zip(raw.logits, placements, strict=True):
             height, width = placement.size
-            planes = nn.functional.interpolate(logits[None, :, :height, :width], size=placement.picture)[0] > 0
+            planes = nn.functional.interpolate(logits[None, :, :height, :width], size=placement.image_size)[0] > 0
             labels = planes.flatten(1).any(1).nonzero()[:, 0]
             masks = Masks.from_dense(planes[labels]).pack()
             scores = torch.ones(len(labels)) * 0.9
-            found.append(Instances(placement.picture, masks.boxes(), labels.cpu(), masks, scores))
+            found.append(Instances(placement.image_size, masks.boxes(), labels.cpu(), masks, scores))
         return found
 
 
 class Shapes:
-    """Pictures of one bright rectangle of class "red" or "green" each; every `empty`-th has none."""
+    """Images of one bright rectangle of class "red" or "green" each; every `empty`-th has none."""
 
     name = "shapes"
     classes = ("red", "green")
     category_ids = (1, 2)
-    joints = None
+    keypoints = None
     strict = True
 
     def __init__(self, count: int, empty: int = 4, delay: float = 0.0, size: int = 32, seed: int = 0):
@@ -109,10 +109,10 @@ class Shapes:
         time.sleep(self.delay)
         target = self.targets(index)
         generator = torch.Generator().manual_seed(7 + index)
-        picture = torch.randint(0, 80, (3, self.size, self.size), generator=generator, dtype=torch.uint8)
+        image = torch.randint(0, 80, (3, self.size, self.size), generator=generator, dtype=torch.uint8)
         for plane, label in zip(target.masks.dense() if target.masks else [], target.labels.tolist(), strict=True):
-            picture[label][plane] = 220
-        return Sample(picture, target, 100 + index)
+            image[label][plane] = 220
+        return Sample(image, target, 100 + index)
 
 
 def fit(out: Path, **changes: Any) -> Path:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from maskwright.blocks.transformer import FeedForward, SelfAttention
 
 Shapes = Sequence[tuple[int, int]]
-MARGIN = 2  # empty cells around each level: what is read beyond the border is nought
+MARGIN = 2  # empty cells around each level: what is read beyond the border is zero
 
 
 def deformable_sample(
@@ -28,7 +28,7 @@ def deformable_sample(
     weights: Float[Tensor, "b q g l p"],
 ) -> Float[Tensor, "b q c"]:
     """Weighted sums of `values`, which are L maps of `shapes` (h, w) one after the other, read bilinearly at `places`
-    (x, y in [0, 1] of each level, noughts outside), for each of G heads; C = G x D.
+    (x, y in [0, 1] of each level, zeros outside), for each of G heads; C = G x D.
 
     On the host this is a sum of rows of a table of cells, 5 times as fast forwards as reading maps channel by channel
     and 1.5 times as fast with the backward pass (22,000 queries, 3 levels, one core); elsewhere maps are read.
@@ -123,7 +123,7 @@ class DeformableAttention(nn.Module):
         references  of each query on each level (or one for all), in [0, 1] of the level: points x, y, from which
                     offsets count cells, or boxes cx, cy, w, h, of which P offsets reach half the size
         values      the levels' tokens one after the other, `shapes` (h, w) of each
-        padding     True for tokens that are padding, which are read as noughts
+        padding     True for tokens that are padding, which are read as zeros
         """
         batch, count, _ = query.shape
         value = self.value(values)

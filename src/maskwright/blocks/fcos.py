@@ -161,7 +161,7 @@ def place_losses(
     improved FCOS learns them: per positive place, the boxes per sum of the weights, counted over all devices.
 
     said, goal  distances as predicted and as they should be, in units of the stride
-    labels      of the P positive places, picture by picture
+    labels      of the P positive places, image by image
     smooth      added to intersection and union: see `overlap`
     """
     image, place = positive.nonzero().unbind(1)

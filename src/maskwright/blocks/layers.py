@@ -68,13 +68,13 @@ class StillBatchNorm(FrozenBatchNorm):
 
 class GroupNorm(nn.GroupNorm):
     """Torch's, also where each group has a single value (as many groups as channels, on a map of one cell): the result
-    is then the bias. Torch refuses that for a picture alone, in evaluation too, and gives it but for rounding in a
+    is then the bias. Torch refuses that for an image alone, in evaluation too, and gives it but for rounding in a
     batch."""
 
     def forward(self, input: Float[Tensor, "b c *n"]) -> Float[Tensor, "b c *n"]:
         if math.prod(input.shape[1:]) != self.num_groups:
             return super().forward(input)
-        # A value less its mean, itself: nought, and so are its gradient and the scale's. Past torch's check of sizes.
+        # A value less its mean, itself: zero, and so are its gradient and the scale's. Past torch's check of sizes.
         return torch.group_norm(input - input, self.num_groups, self.weight, self.bias, self.eps)
 
 
@@ -102,7 +102,7 @@ def make_norm(kind: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
 
 
 class ConvNorm(nn.Module):
-    """`conv`, then `norm`, then ReLU if asked for, leaky with this slope below nought.
+    """`conv`, then `norm`, then ReLU if asked for, leaky with this slope below zero.
 
     bias  of the convolution; None: only without a norm
     """

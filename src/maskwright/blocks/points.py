@@ -1,8 +1,8 @@
 """Point refinement of coarse masks (PointRend, arXiv 1912.08193): a small network that is asked of single points.
 
-It reads a fine feature of the picture and the coarse prediction at a point, and says what is there. In training it is
+It reads a fine feature of the image and the coarse prediction at a point, and says what is there. In training it is
 asked where the coarse prediction is unsure; at test a mask is doubled again and again, and only the cells that are
-unsure are asked for. It works for masks of boxes (`BoxPoints`) and for masks of whole pictures (`PlanePoints`).
+unsure are asked for. It works for masks of boxes (`BoxPoints`) and for masks of whole images (`PlanePoints`).
 """
 
 from __future__ import annotations
@@ -196,13 +196,13 @@ class BoxPoints(nn.Module):
         asked = max(most, side * side) * 4 * (2 * feature.shape[1] + sum(coarse.shape[1:2]))
         at_once, parts, counts = max(1, budget // (asked + 16 * last * last)), [], [len(b) for b in boxes]
         rows = zip(boxes, coarse.split(counts), labels.split(counts), strict=True)
-        for picture, (own, said, kinds) in enumerate(rows):
+        for image, (own, said, kinds) in enumerate(rows):
             for some, read, label in zip(own.split(at_once), said.split(at_once), kinds.split(at_once), strict=True):
                 if not len(some):
                     continue
 
                 def answer(
-                    points: Tensor, feature: Tensor = feature[picture : picture + 1], read: Tensor = read,
+                    points: Tensor, feature: Tensor = feature[image : image + 1], read: Tensor = read,
                     some: Tensor = some, label: Tensor = label,
                 ) -> Tensor:  # fmt: skip
                     return self.answer(feature, read, [some], label, points).float()
@@ -229,9 +229,9 @@ def read_in_boxes(
 
 
 class PlanePoints(nn.Module):
-    """Refines masks of whole pictures, one logit map per object, whatever its class.
+    """Refines masks of whole images, one logit map per object, whatever its class.
 
-    feature  fine, of the picture: the same for all its objects, so that the coarse logit alone says which is meant
+    feature  fine, of the image: the same for all its objects, so that the coarse logit alone says which is meant
     """
 
     def __init__(self, channels: int, *, width: int = 256, rules: PointRules | None = None):
@@ -242,7 +242,7 @@ class PlanePoints(nn.Module):
     def answer(
         self, feature: Float[Tensor, "1 c h w"], coarse: Float[Tensor, "n _h _w"], points: Float[Tensor, "n p 2"]
     ) -> Float[Tensor, "n 1 p"]:
-        """Logits of each of one picture's masks at points of the picture."""
+        """Logits of each of one image's masks at points of the image."""
         fine = point_sample(feature, points.flatten(0, 1)[None])[0].unflatten(1, points.shape[:2]).transpose(0, 1)
         return self.head(fine, point_sample(coarse[:, None], points))
 
@@ -253,7 +253,7 @@ class PlanePoints(nn.Module):
         truth: Callable[[Float[Tensor, "n p 2"]], Float[Tensor, "n p"]],
         budget: int = 64 << 20,
     ) -> Float[Tensor, ""]:
-        """Sum over one picture's masks of the mean cross entropy over their points; `truth` reads the objects'.
+        """Sum over one image's masks of the mean cross entropy over their points; `truth` reads the objects'.
 
         budget  bytes of what the points read: with more masks than fit, each part is computed once more on the way back
                 instead of being kept

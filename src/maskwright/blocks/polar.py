@@ -4,7 +4,7 @@ Every place of a pyramid gives a class, how central it is, the four distances to
 the lengths of the rays that leave it in R directions. A mask is the polygon through their ends. What the code is, the
 systems choose: anything with the face of `Code`.
 
-Coordinates here count pixels from the centre of the first, as the published code does: the last column of a picture is
+Coordinates here count pixels from the centre of the first, as the published code does: the last column of an image is
 W - 1 and a box from x0 to x1 is x1 - x0 + 1 wide. Targets and results are converted on the way in and out.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks import fcos
-from maskwright.blocks.trunk import coloured
+from maskwright.blocks.trunk import normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.contours import Border, ray_points, rays_from
@@ -146,7 +146,7 @@ class PolarHead(nn.Module):
 
 @dataclass(frozen=True)
 class PolarTargets:
-    """What the N places of one picture have to say; rays and centerness only for the P that have an object."""
+    """What the N places of one image have to say; rays and centerness only for the P that have an object."""
 
     labels: Int[Tensor, " n"]  # -1: no object
     inner: Float[Tensor, "n 4"]  # l, t, r, b to the object's box
@@ -215,7 +215,7 @@ def polar_losses(raw: PolarRaw, targets: Sequence[PolarTargets], code: Code, rul
     inner = torch.cat([t.inner for t in targets])[positive]
 
     count = positive.new_tensor([len(positive) + len(targets), len(positive)])
-    with_pictures, alone = global_mean_count(count).unbind()
+    with_images, alone = global_mean_count(count).unbind()
     total = global_mean_count(weights.sum(), minimum=1e-6)
 
     truth = torch.zeros_like(logits)
@@ -231,7 +231,7 @@ def polar_losses(raw: PolarRaw, targets: Sequence[PolarTargets], code: Code, rul
         shape = functional.smooth_l1_loss(chosen, goal, reduction="none").mean(1)
     reach = _rows(raw.boxes)[positive].clamp(max=LONGEST).exp() if raw.boxes else _reach(predicted)
     return {
-        "class": focal_sum(logits, truth) / with_pictures,
+        "class": focal_sum(logits, truth) / with_images,
         "box": (box_loss(reach, inner) * weights).sum() / total,
         "mask": (shape * weights).sum() / total,
         "centerness": functional.binary_cross_entropy_with_logits(central[positive, 0], weights, reduction="sum")
@@ -266,7 +266,7 @@ def _reach(rays: Float[Tensor, "*n r"]) -> Float[Tensor, "*n 4"]:
 
 
 def _rows(levels: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "n c"]:
-    """One row per place: all of the first picture, level by level, then the second picture's."""
+    """One row per place: all of the first image, level by level, then the second image's."""
     return torch.cat([level.flatten(2) for level in levels], 2).transpose(1, 2).flatten(0, 1).float()
 
 
@@ -274,8 +274,8 @@ def _rows(levels: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "n c"]:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Objects of one picture, best first, in its pixels, which are counted from the centre of the first."""
+class Detections:
+    """Objects of one image, best first, in its pixels, which are counted from the centre of the first."""
 
     boxes: Float[Tensor, "d 4"]  # the last pixels included
     scores: Float[Tensor, " d"]
@@ -304,8 +304,8 @@ class Thresholds:
 @torch.no_grad()
 def polar_find(
     raw: PolarRaw, index: int, placement: Placement, code: Code, rules: PolarRules, limits: Thresholds
-) -> Found:
-    """The objects of picture `index`.
+) -> Detections:
+    """The objects of image `index`.
 
     A place may be an object of every class whose own probability exceeds the threshold. Its score is that probability
     times (centerness + 0.5), which can exceed 1; but places are ranked without the half.
@@ -323,14 +323,14 @@ def polar_find(
     everywhere, each, central, numbers, reach = (torch.cat(parts) for parts in zip(*rows, strict=True))
     limit = everywhere.new_tensor([width - 1, height - 1])
     corners = fcos.boxes_of(everywhere, reach).view(-1, 2, 2).clamp(min=0).minimum(limit)
-    corners = _on_picture(corners, placement)
+    corners = _on_image(corners, placement)
     boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)  # a mirror swaps left and right
     row, label = (each > limits.score).nonzero().unbind(1)
     score = each[row, label] * (central[row] + rules.offset)
     kept = box_ops.nms(_with_last(boxes[row]), score, label, limits.nms, limits.detections)
     row = row[kept]
     ends = ray_points(everywhere[row], code.decode(numbers[row])).clamp(min=0).minimum(limit)
-    return Found(boxes[row], score[kept], label[kept], _on_picture(ends, placement))
+    return Detections(boxes[row], score[kept], label[kept], _on_image(ends, placement))
 
 
 def polar_decode(
@@ -340,9 +340,9 @@ def polar_decode(
     result = []
     for index, placement in enumerate(placements):
         found = polar_find(raw, index, placement, code, rules, limits)
-        masks = fill_contours(found.contours, placement.picture)
-        boxes = box_ops.clip(_with_last(found.boxes), placement.picture)
-        result.append(Instances(placement.picture, boxes, found.labels, masks, found.scores))
+        masks = fill_contours(found.contours, placement.image_size)
+        boxes = box_ops.clip(_with_last(found.boxes), placement.image_size)
+        result.append(Instances(placement.image_size, boxes, found.labels, masks, found.scores))
     return result
 
 
@@ -351,9 +351,9 @@ def _with_last(boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
     return boxes + boxes.new_tensor([0, 0, 1, 1])
 
 
-def _on_picture(points: Float[Tensor, "*n 2"], placement: Placement) -> Float[Tensor, "*n 2"]:
-    """Pixel numbers on the input -> on the picture; as published, without the half pixel that a resize shifts them."""
-    points = placement.points_to_picture(points)
+def _on_image(points: Float[Tensor, "*n 2"], placement: Placement) -> Float[Tensor, "*n 2"]:
+    """Pixel numbers on the input -> on the image; as published, without the half pixel that a resize shifts them."""
+    points = placement.points_to_image(points)
     return points - points.new_tensor([1, 0]) if placement.mirrored else points
 
 
@@ -370,7 +370,7 @@ _PREPROCESS = {
 def polar_preprocess(
     colours: str, in_channels: int, short: int, long: int, canvas: Sequence[int] | None, multiple: int
 ) -> Preprocess:
-    """What the published systems do to a picture; with a canvas every picture is stretched to it."""
+    """What the published systems do to an image; with a canvas every image is stretched to it."""
     if colours not in _PREPROCESS:
         raise UsageError(f"colours is {colours!r}; expected {' or '.join(_PREPROCESS)}")
     if multiple < 32 or multiple % 32:
@@ -380,4 +380,4 @@ def polar_preprocess(
     base = replace(_PREPROCESS[colours], short=short, long=long, multiple=multiple)
     if canvas is not None:
         base = replace(base, fit="stretch", canvas=(int(canvas[0]), int(canvas[1])))
-    return coloured(base, in_channels)
+    return normalization_for(base, in_channels)

@@ -1,4 +1,4 @@
-"""The second stage: reading boxes from the pyramid, and the heads for class, box, mask and joints."""
+"""The second stage: reading boxes from the pyramid, and the heads for class, box, mask and keypoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 from maskwright.blocks.layers import ConvNorm, Norm
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
-from maskwright.ops import keypoints as joint_ops
+from maskwright.ops import keypoints as keypoint_ops
 from maskwright.ops import pooling
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import smooth_l1_sum
@@ -81,7 +81,7 @@ class RoIRules:
 
 @dataclass(frozen=True)
 class Sampled:
-    """RoIs of one picture that the heads learn from: the first `owners` are those of `boxes[foreground]`."""
+    """RoIs of one image that the heads learn from: the first `owners` are those of `boxes[foreground]`."""
 
     boxes: Float[Tensor, "r 4"]
     labels: Int[Tensor, " r"]  # K is background
@@ -189,7 +189,7 @@ def detect(
     logits: Float[Tensor, "r k"], deltas: Float[Tensor, "r d"], proposals: Sequence[Float[Tensor, "_n 4"]],
     sizes: Sequence[tuple[int, int]], rules: RoIRules, *, score_threshold: float, nms_threshold: float, detections: int,
 ) -> list[tuple[Float[Tensor, "_d 4"], Float[Tensor, " _d"], Int[Tensor, " _d"]]]:  # fmt: skip
-    """Boxes (in the input's pixels, clipped to it), scores and labels of each picture, best first."""
+    """Boxes (in the input's pixels, clipped to it), scores and labels of each image, best first."""
     every = torch.cat(list(proposals))
     shifts = deltas.unflatten(1, (deltas.shape[1] // 4, 4))
     boxes = box_ops.decode(every[:, None].expand_as(shifts), shifts, rules.weights)
@@ -246,16 +246,16 @@ class MaskHead(nn.Module):
 
 
 class KeypointHead(nn.Module):
-    """3 x 3 convolutions, a transposed convolution to one map per joint, bilinear times two: logits of the joint's
-    place."""
+    """3 x 3 convolutions, a transposed convolution to one map per keypoint, bilinear times two: logits of the
+    keypoint's place."""
 
-    def __init__(self, channels: int, joints: int, *, convs: int = 8, width: int = 512):
+    def __init__(self, channels: int, keypoints: int, *, convs: int = 8, width: int = 512):
         super().__init__()
         self.convs = nn.ModuleList()
         for _ in range(convs):
             self.convs.append(ConvNorm(channels, width, 3, relu=True))
             channels = width
-        self.logits = nn.ConvTranspose2d(channels, joints, 4, 2, 1)
+        self.logits = nn.ConvTranspose2d(channels, keypoints, 4, 2, 1)
         nn.init.kaiming_normal_(self.logits.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.logits.bias)  # pyright: ignore[reportArgumentType]
 
@@ -269,36 +269,36 @@ def keypoint_loss(
     maps_of: Callable[[Sequence[Tensor]], Float[Tensor, "r j t t"]], sampled: Sequence[Sampled],
     boxes: Sequence[Float[Tensor, "_n 4"]], targets: Sequence[Instances], inside: bool,
 ) -> Float[Tensor, ""]:  # fmt: skip
-    """Cross entropy of each labelled joint over the cells of its map, mean over the joints of the batch.
+    """Cross entropy of each labelled keypoint over the cells of its map, mean over the keypoints of the batch.
 
-    maps_of  joints' maps of boxes of each picture
-    boxes    of each picture's foreground; with `inside`, those without a joint in them are not learnt from
+    maps_of  keypoints' maps of boxes of each image
+    boxes    of each image's foreground; with `inside`, those without a keypoint in them are not learnt from
     """
-    joints = []
+    keypoints = []
     for own, target in zip(sampled, targets, strict=True):
         if target.keypoints is None and len(target):
             raise UsageError("a target has no keypoints; this system learns them, give a data set that has them")
-        joints.append(
+        keypoints.append(
             own.boxes.new_zeros(0) if target.keypoints is None else target.keypoints.to(own.boxes)[own.owners]
         )
-    own_joints = [len(j[0]) for j in joints if len(j)]
+    own_keypoints = [len(j[0]) for j in keypoints if len(j)]
     if inside:
         keep = [
-            _holds_a_joint(j, b) if len(b) else b.new_zeros(0, dtype=torch.bool)
-            for j, b in zip(joints, boxes, strict=True)
+            _holds_a_keypoint(j, b) if len(b) else b.new_zeros(0, dtype=torch.bool)
+            for j, b in zip(keypoints, boxes, strict=True)
         ]
         boxes = [b[k] for b, k in zip(boxes, keep, strict=True)]
-        joints = [j[k] if len(k) else j for j, k in zip(joints, keep, strict=True)]
+        keypoints = [j[k] if len(k) else j for j, k in zip(keypoints, keep, strict=True)]
     maps = maps_of(boxes).float()
     chosen, places = maps.flatten(2).flatten(0, 1)[:0], torch.zeros(0, dtype=torch.int64)
-    if own_joints and own_joints[0] != maps.shape[1]:
+    if own_keypoints and own_keypoints[0] != maps.shape[1]:
         raise UsageError(
-            f"a target has {own_joints[0]} joints, this system learns {maps.shape[1]}; build it with "
-            f"keypoints={own_joints[0]}"
+            f"a target has {own_keypoints[0]} keypoints, this system learns {maps.shape[1]}; build it with "
+            f"keypoints={own_keypoints[0]}"
         )
     if len(maps):
-        place, counts = joint_ops.encode(
-            torch.cat([j for j in joints if len(j)]), torch.cat(list(boxes)), maps.shape[-1]
+        place, counts = keypoint_ops.encode(
+            torch.cat([j for j in keypoints if len(j)]), torch.cat(list(boxes)), maps.shape[-1]
         )
         chosen, places = maps.flatten(2)[counts], place[counts]
     count = global_mean_count(maps.new_tensor(float(len(chosen))))
@@ -306,7 +306,7 @@ def keypoint_loss(
     return total / count + maps.sum() * 0
 
 
-def _holds_a_joint(joints: Float[Tensor, "n j 3"], boxes: Float[Tensor, "n 4"]) -> Tensor:
-    x, y, seen = joints.unbind(-1)
+def _holds_a_keypoint(keypoints: Float[Tensor, "n j 3"], boxes: Float[Tensor, "n 4"]) -> Tensor:
+    x, y, seen = keypoints.unbind(-1)
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)
     return ((seen >= 1) & (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)).any(1)

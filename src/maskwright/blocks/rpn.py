@@ -25,7 +25,7 @@ class ProposalRules:
 
     rounded        anchors' half sides are whole numbers, and strides are the input's size over the map's (torchvision);
                    otherwise real-valued anchors at multiples of the nominal stride (detectron2)
-    loss           "fixed": both terms are divided by pictures * sample size (detectron2); "sampled": by the sampled
+    loss           "fixed": both terms are divided by images * sample size (detectron2); "sampled": by the sampled
     beta           of the smooth-L1 box loss; 0 is L1
     smallest_side  proposals with a side at or below it are dropped; exactly at it they stay if `inclusive`
     by             proposals are ranked over all levels by their "logit" or their "probability"
@@ -131,7 +131,7 @@ def propose(
     rules: ProposalRules,
     training: bool = False,
 ) -> list[tuple[Float[Tensor, "_p 4"], Float[Tensor, " _p"]]]:
-    """For each picture of valid size (h, w) its proposals and their logits, best first, without gradient."""
+    """For each image of valid size (h, w) its proposals and their logits, best first, without gradient."""
     before, after = (rules.before[0], rules.after[0]) if training else (rules.before[1], rules.after[1])
     chosen_boxes, chosen_logits, levels = [], [], []
     with torch.no_grad():
@@ -144,8 +144,8 @@ def propose(
             levels.append(best.new_full(best.shape[1:], level, dtype=torch.int64))
         boxes, logits, level = torch.cat(chosen_boxes, 1), torch.cat(chosen_logits, 1), torch.cat(levels)
         result = []
-        for picture, size in enumerate(sizes):
-            own, score = box_ops.clip(boxes[picture], size), logits[picture]
+        for image, size in enumerate(sizes):
+            own, score = box_ops.clip(boxes[image], size), logits[image]
             sides = own[:, 2:] - own[:, :2]
             large = sides >= rules.smallest_side if rules.inclusive else sides > rules.smallest_side
             good = large.all(1) & torch.isfinite(own).all(1) & torch.isfinite(score)
@@ -168,7 +168,7 @@ def proposal_losses(
     shifts = torch.cat(_rows(deltas, 4), 1)  # (B, N, 4)
     every = torch.cat(list(anchors))
     class_loss, box_loss, sampled = logits.sum() * 0, shifts.sum() * 0, 0
-    for picture, target in enumerate(targets):
+    for image, target in enumerate(targets):
         with torch.no_grad():
             nearest, matched = match(box_ops.pairwise_iou(target.boxes, every), 0.3, 0.7, rescue=True)
             positive, negative = sample(matched >= 0, matched == NEGATIVE, rules.sample, rules.positives)
@@ -176,11 +176,11 @@ def proposal_losses(
             truth = torch.zeros(len(index), device=logits.device)
             truth[: len(positive)] = 1
         class_loss = class_loss + functional.binary_cross_entropy_with_logits(
-            logits[picture, index], truth, reduction="sum"
+            logits[image, index], truth, reduction="sum"
         )
         if len(target):
             goal = box_ops.encode(every[positive], target.boxes[nearest[positive]])
-            box_loss = box_loss + smooth_l1_sum(shifts[picture, positive], goal, rules.beta)
+            box_loss = box_loss + smooth_l1_sum(shifts[image, positive], goal, rules.beta)
         sampled += len(index)
     total = len(targets) * rules.sample if rules.loss == "fixed" else sampled
     count = global_mean_count(logits.new_tensor(float(total)))

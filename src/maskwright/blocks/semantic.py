@@ -55,7 +55,7 @@ def semantic_loss(logits: Float[Tensor, "b k h w"], truth: Int[Tensor, "b _h _w"
 def label_maps(
     planes: Sequence[Int[Tensor, "_h _w"]], size: tuple[int, int], device: torch.device
 ) -> Int[Tensor, "b h w"]:
-    """Label maps of pictures of different sizes on one input of `size` (H, W): VOID in the padding."""
+    """Label maps of images of different sizes on one input of `size` (H, W): VOID in the padding."""
     result = torch.full((len(planes), *size), VOID, dtype=torch.int64, device=device)
     for own, plane in zip(result, planes, strict=True):
         own[: plane.shape[0], : plane.shape[1]] = plane.to(device)

@@ -1,4 +1,4 @@
-"""Windows of one size that slide over every place of a pyramid of resized pictures, and what they find.
+"""Windows of one size that slide over every place of a pyramid of resized images, and what they find.
 
 What DeepMask and InstanceFCN share: the pyramid, where the windows are, which of them learn from an object, and how the
 best become proposals. Objects have no class here.
@@ -45,7 +45,7 @@ class Assigned:
 
 
 def resized(images: Float[Tensor, "b c h w"], scale: float, corners: bool) -> Float[Tensor, "b c _h _w"]:
-    """Pictures bilinearly at round(side * scale), without anti-aliasing; `corners`: the outer pixels' centres stay."""
+    """Images bilinearly at round(side * scale), without anti-aliasing; `corners`: the outer pixels' centres stay."""
     size = [max(1, int(side * scale + 0.5)) for side in images.shape[-2:]]
     if size == list(images.shape[-2:]):
         return images
@@ -53,14 +53,14 @@ def resized(images: Float[Tensor, "b c h w"], scale: float, corners: bool) -> Fl
 
 
 def planes_of(shape: Sequence[int], sizes: Sequence[Sequence[int]], multiple: int) -> list[tuple[int, int]]:
-    """What each picture of `sizes` (H, W) would fill alone, rounded up to `multiple`, of a batch of `shape`."""
+    """What each image of `sizes` (H, W) would fill alone, rounded up to `multiple`, of a batch of `shape`."""
     height, width = shape[-2:]
     return [(min(-(-h // multiple) * multiple, height), min(-(-w // multiple) * multiple, width)) for h, w in sizes]
 
 
 def inputs_of(images: Float[Tensor, "b c h w"], sizes: Sequence[tuple[int, int]], multiple: int) -> tuple[Tensor, ...]:
-    """What `forward` is called with: `sizes` only where some picture is smaller than the batch, and on the host, where
-    they decide which pictures go through the network together."""
+    """What `forward` is called with: `sizes` only where some image is smaller than the batch, and on the host, where
+    they decide which images go through the network together."""
     if all(plane == tuple(images.shape[-2:]) for plane in planes_of(images.shape, sizes, multiple)):
         return (images,)
     return images, torch.tensor([list(size) for size in sizes], dtype=torch.int64)
@@ -76,17 +76,17 @@ def pyramid(
     fills: Sequence[float],
     shared: bool = False,
 ) -> tuple[list[tuple[Tensor, ...]], tuple[Bool[Tensor, "b 1 _h _w"], ...]]:
-    """What a network says of each level of a pyramid of pictures, and which places of it are each picture's own (none
+    """What a network says of each level of a pyramid of images, and which places of it are each image's own (none
     said: all are).
 
-    Pictures of different planes go through it one after the other, those of one plane together: many layers see where a
-    plane ends, and a group norm sees all of it, so that nothing laid around a smaller picture would give what it
+    Images of different planes go through it one after the other, those of one plane together: many layers see where a
+    plane ends, and a group norm sees all of it, so that nothing laid around a smaller image would give what it
     gives alone.
 
-    sizes, multiple  of the pictures, on the host, see `planes_of`; None: every picture fills the batch
-    level    pictures, scale -> a level; what is beyond one is nought
-    network  a level -> outputs on one grid; those of smaller pictures are filled up with `fills`
-    shared   the batch goes through it at once all the same, noughts beyond smaller pictures: see `shares_norms`
+    sizes, multiple  of the images, on the host, see `planes_of`; None: every image fills the batch
+    level    images, scale -> a level; what is beyond one is zero
+    network  a level -> outputs on one grid; those of smaller images are filled up with `fills`
+    shared   the batch goes through it at once all the same, zeros beyond smaller images: see `shares_norms`
     """
     if sizes is None:
         return [network(level(images, scale)) for scale in scales], ()
@@ -156,16 +156,16 @@ def assign(
 
 
 def reachable(windows: Windows, size: tuple[int, int], stride: int) -> Bool[Tensor, " n"]:
-    """Windows whose centres lie on a picture of `size` (H, W), or less than a place beyond it: not on padding."""
+    """Windows whose centres lie on an image of `size` (H, W), or less than a place beyond it: not on padding."""
     limit = windows.boxes.new_tensor([size[1], size[0]])
     return ((windows.centres - limit) * windows.scales[:, None] < stride).all(1)
 
 
-def own_places(there: Sequence[Bool[Tensor, "b 1 _h _w"]], picture: int, windows: Windows) -> Bool[Tensor, " n"]:
-    """Windows that a picture has alone too, see `pyramid`."""
+def own_places(there: Sequence[Bool[Tensor, "b 1 _h _w"]], image: int, windows: Windows) -> Bool[Tensor, " n"]:
+    """Windows that an image has alone too, see `pyramid`."""
     if not there:
         return torch.ones(len(windows.boxes), dtype=torch.bool, device=windows.boxes.device)
-    return torch.cat([level[picture].flatten() for level in there])
+    return torch.cat([level[image].flatten() for level in there])
 
 
 def proposals(
@@ -180,9 +180,9 @@ def proposals(
     candidates: int,
     rule: Rule,
 ) -> Instances:
-    """The best windows of one picture as objects, best first, on its own grid.
+    """The best windows of one image as objects, best first, on its own grid.
 
-    masks_of    what is in the masks of some windows, above nought
+    masks_of    what is in the masks of some windows, above zero
     nms         on the tight boxes of the masks, which are also the objects' boxes
     candidates  best windows whose masks are made at all
     rule        how a mask is laid into its window, see `paste_masks`
@@ -201,8 +201,8 @@ def proposals(
         values, own, best = values[kept], own[kept], best[kept]
     values, own, best = values[:detections], own[:detections], best[:detections]
     values = values.flip(-1) if placement.mirrored else values
-    size = placement.picture
-    masks = paste_masks(values, placement.boxes_to_picture(own), size, rule=rule, threshold=0.0, strict=True)
+    size = placement.image_size
+    masks = paste_masks(values, placement.boxes_to_image(own), size, rule=rule, threshold=0.0, strict=True)
     frames = masks.boxes()
     there = (frames[:, 2:] > frames[:, :2]).all(1)
     masks, frames, best = masks[there], frames[there].to(best), best[there.to(best.device)]
@@ -222,7 +222,7 @@ def scales_between(low: float, high: float, step: float) -> tuple[float, ...]:
 
 
 def checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
-    """Scales of a pyramid as numbers; UsageError where there is none, or one that is not above nought."""
+    """Scales of a pyramid as numbers; UsageError where there is none, or one that is not above zero."""
     if not scales or not all(math.isfinite(scale) and scale > 0 for scale in scales):
         raise UsageError(
             f"scales is {tuple(scales)}; expected at least one number, all above 0: pixels of a level per "

@@ -19,7 +19,7 @@ CELLS = (14, 56)  # rows and columns of a component head's maps
 
 
 class LineConv(nn.Module):
-    """Convolution along a closed line of points, ReLU, norm (in this order). The line is a picture of one row.
+    """Convolution along a closed line of points, ReLU, norm (in this order). The line is an image of one row.
 
     "circular" has a kernel of nine that goes round; "graph" knows two weights, a point's own and that of both its
     neighbours (what the paper compares it with).
@@ -80,7 +80,7 @@ class Snake(nn.Module):
 
 
 def along(conv: nn.Conv1d, x: Float[Tensor, "n c 1 p"], dilation: int = 1) -> Float[Tensor, "n d 1 _q"]:
-    """A convolution of lines as one of pictures of one row, channels last: what processors are quickest at."""
+    """A convolution of lines as one of images of one row, channels last: what processors are quickest at."""
     weight = conv.weight[:, :, None].contiguous(memory_format=torch.channels_last)
     return functional.conv2d(x, weight, conv.bias, dilation=(1, dilation))
 

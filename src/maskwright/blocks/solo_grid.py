@@ -142,7 +142,7 @@ def by_level(cells: Int[Tensor, " n"], grids: Sequence[int]) -> list[Int[Tensor,
 
 @dataclass(frozen=True)
 class Objects:
-    """What is to be learnt of one picture."""
+    """What is to be learnt of one image."""
 
     boxes: Float[Tensor, "n 4"]  # in the original's convention, input pixels
     labels: Int[Tensor, " n"]
@@ -272,7 +272,7 @@ def assign(
 def class_labels(
     objects: Sequence[Objects], positives: Sequence[Sequence[Positives]], grids: Sequence[int]
 ) -> Int[Tensor, "b c"]:
-    """The class of each cell of each picture, -1 where there is none; later objects win."""
+    """The class of each cell of each image, -1 where there is none; later objects win."""
     rows = []
     for own, levels in zip(objects, positives, strict=True):
         owner = torch.cat([level.latest(grid * grid) for level, grid in zip(levels, grids, strict=True)])
@@ -352,7 +352,7 @@ def find(
     pixels: int,
     budget: int | None = None,
 ) -> tuple[Float[Tensor, "d h w"], Float[Tensor, " d"], Int[Tensor, " d"]]:
-    """Masks as probabilities, scores and labels of one picture, best first.
+    """Masks as probabilities, scores and labels of one image, best first.
 
     scores    of each cell and class, after point NMS
     smallest  a mask must have more cells above 0.5 than this: the stride of its level
@@ -401,25 +401,25 @@ def decode_cells(
     mask_threshold: float = 0.5,
     finer: Callable[[int, Float[Tensor, "n h w"]], Float[Tensor, "n _p _q"]] | None = None,
 ) -> list[Instances]:
-    """Finished objects of every picture.
+    """Finished objects of every image.
 
     classes  logits of each level
-    soft     the masks that some cells (counted over all levels, in order) of picture i name, on one grid of `plane`
+    soft     the masks that some cells (counted over all levels, in order) of image i name, on one grid of `plane`
     size     H, W of the input, padding included
-    finer    makes finer probabilities of some masks of picture i: see `on_picture`
+    finer    makes finer probabilities of some masks of image i: see `on_image`
     """
     scores = flat([point_nms(level.float().sigmoid()) for level in classes])
     smallest = per_cell(grids, STRIDES, scores.device)
     result = []
-    for picture, (own, placement) in enumerate(zip(scores, placements, strict=True)):
-        found = find(own, smallest, partial(soft, picture), rules, plane[0] * plane[1])
-        own_finer = None if finer is None else partial(finer, picture)
-        result.append(on_picture(*found, placement, size, mask_threshold, own_finer))
+    for image, (own, placement) in enumerate(zip(scores, placements, strict=True)):
+        found = find(own, smallest, partial(soft, image), rules, plane[0] * plane[1])
+        own_finer = None if finer is None else partial(finer, image)
+        result.append(on_image(*found, placement, size, mask_threshold, own_finer))
     return result
 
 
 @torch.no_grad()
-def on_picture(
+def on_image(
     masks: Float[Tensor, "d h w"],
     scores: Float[Tensor, " d"],
     labels: Int[Tensor, " d"],
@@ -440,4 +440,4 @@ def on_picture(
     )
     boxes = planes.boxes().to(scores.device)
     there = boxes[:, 2] > boxes[:, 0]
-    return Instances(placement.picture, boxes, labels, planes, scores)[there]
+    return Instances(placement.image_size, boxes, labels, planes, scores)[there]

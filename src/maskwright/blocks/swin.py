@@ -12,7 +12,7 @@ from torchvision.ops import stochastic_depth
 
 from maskwright.blocks.resnet import freeze
 
-# width, blocks of each stage, heads of each stage, window; B and L as for pictures of 384 x 384
+# width, blocks of each stage, heads of each stage, window; B and L as for images of 384 x 384
 SWINS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int]] = {
     "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
     "small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7),

@@ -75,7 +75,7 @@ def make_trunk(
 
 
 def first_weight(trunk: nn.Module) -> str | None:
-    """The name, inside the trunk, of the weight that reads the picture: its first convolution's."""
+    """The name, inside the trunk, of the weight that reads the image: its first convolution's."""
     return next((name for name, value in trunk.named_parameters() if value.ndim == 4), None)
 
 
@@ -117,16 +117,16 @@ def make_stem(
     return trunk, trunk.channels[-1]
 
 
-def coloured(
+def normalization_for(
     preprocess: Preprocess, in_channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> Preprocess:
-    """`preprocess` with another mean or std where given, for pictures of `in_channels`.
+    """`preprocess` with another mean or std where given, for images of `in_channels`.
 
     Channels beyond RGB are centred on the middle grey, and so are one or two alone. UsageError for a mean or std of
-    another length, and for a std that is not above nought.
+    another length, and for a std that is not above zero.
     """
     if in_channels < 1:
-        raise UsageError(f"in_channels is {in_channels}; a picture has at least one")
+        raise UsageError(f"in_channels is {in_channels}; an image has at least one")
     rows = []
     for name, given, own in (("mean", mean, preprocess.mean), ("std", std, preprocess.std)):
         row = own if given is None else tuple(float(v) for v in given)

@@ -77,9 +77,9 @@ def _fold(name: str) -> str:
 
 
 def widen_input(weight: Float[Tensor, "out channels *kernel"], channels: int) -> Float[Tensor, "out _ *kernel"]:
-    """A first convolution for pictures of other channels: the first ones kept, each further one the mean of the old.
+    """A first convolution for images of other channels: the first ones kept, each further one the mean of the old.
 
-    For fewer channels the mean is scaled so that a picture whose channels are all equal gives the same answer.
+    For fewer channels the mean is scaled so that an image whose channels are all equal gives the same answer.
     """
     have = weight.shape[1]
     mean = weight.mean(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says beside its weights that no shape tells: heads (config.json), and how pictures are
+"""What a Hugging Face folder says beside its weights that no shape tells: heads (config.json), and how images are
 prepared (preprocessor_config.json)."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from maskwright.errors import CheckpointError
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # What transformers' image processors take where their file says nothing.
 MEAN, STD, RESCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1 / 255
-# What does not change a picture, or is what every system here does: bilinear is 2.
+# What does not change an image, or is what every system here does: bilinear is 2.
 USUAL = {"do_resize": True, "resample": 2, "do_center_crop": False, "do_split_image": False}
 
 
@@ -51,7 +51,7 @@ def heads(about: Mapping[str, Any], width: int, *names: str, inside: str = "") -
 
 
 def side(about: Mapping[str, Any]) -> int | None:
-    """`image_size` of config.json, of square pictures; None where it says nothing."""
+    """`image_size` of config.json, of square images; None where it says nothing."""
     value = about.get("config", {}).get("image_size")
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
@@ -59,7 +59,7 @@ def side(about: Mapping[str, Any]) -> int | None:
 
 
 def number(about: Mapping[str, Any], name: str) -> float | None:
-    """A number above nought in config.json; None where it says nothing."""
+    """A number above zero in config.json; None where it says nothing."""
     value = about.get("config", {}).get(name)
     return None if value is None else _number(about, CONFIG, name, value)
 
@@ -78,9 +78,9 @@ def whole(about: Mapping[str, Any], file: str, name: str, value: Any) -> int | N
 
 @dataclass(frozen=True)
 class Prepared:
-    """How the folder says that pictures are prepared; None where that is as ImageNet's, or not said.
+    """How the folder says that images are prepared; None where that is as ImageNet's, or not said.
 
-    short, long  sides that pictures are resized to
+    short, long  sides that images are resized to
     mean, std    of values from 0 to 1
     asked        what no system here has an option for
     """
@@ -105,9 +105,9 @@ def prepared(about: Mapping[str, Any], channels: int, **usual: Any) -> Prepared:
     return Prepared(short, long, mean, std, asked)
 
 
-def pictures(about: Mapping[str, Any], system: str, channels: int, divide: float = 255.0) -> dict[str, Any]:
+def images(about: Mapping[str, Any], system: str, channels: int, divide: float = 255.0) -> dict[str, Any]:
     """Options `short`, `long`, `mean` and `std` as preprocessor_config.json has them; none that is as published. What
-    there is no option for is told in a `CheckpointWarning`. `divide`: what the system divides pictures by first."""
+    there is no option for is told in a `CheckpointWarning`. `divide`: what the system divides images by first."""
     found = prepared(about, channels)
     warn(about, system, found.asked)
     options: dict[str, Any] = {"short": found.short, "long": found.long}
@@ -121,7 +121,7 @@ def warn(about: Mapping[str, Any], system: str, asked: Mapping[str, Any]) -> Non
     if asked:
         told = ", ".join(f"{name} {json.dumps(value)}" for name, value in asked.items())
         warnings.warn(
-            f"{_file(about, PREPROCESSOR)}: {system} has no option for {told}; pictures are prepared without, and its "
+            f"{_file(about, PREPROCESSOR)}: {system} has no option for {told}; images are prepared without, and its "
             "answers may differ from those of transformers",
             CheckpointWarning,
             stacklevel=2,
@@ -161,7 +161,7 @@ def _colours(
             row = [plain] * channels
         row = list(usual) if row is None else row if isinstance(row, list) else [row] * channels
         row = [_number(about, PREPROCESSOR, name, value, above=name == "image_std") for value in row]
-        # Further channels may follow a picture's three.
+        # Further channels may follow an image's three.
         if len(row) != channels and not len(row) == 3 < channels:
             if said.get(name) is not None:
                 raise _wrong(about, PREPROCESSOR, name, row, f"one for each of the {channels} channels of the weights")

@@ -141,7 +141,7 @@ def _check_licence(path: str, note: Mapping[str, Any], commercial_ok: bool) -> N
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Match:
     origin: Origin
     candidate: Candidate
     state: Mapping[str, Tensor]  # with their keys
@@ -157,8 +157,8 @@ def recognise(state: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[tup
     return [(origin, candidate) for origin in origins() for candidate in origin.candidates(shapes, about)]
 
 
-def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: str | None, path: str) -> _Found:
-    found = [_Found(origin, candidate, state) for origin, candidate in recognise(state, about)]
+def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: str | None, path: str) -> _Match:
+    found = [_Match(origin, candidate, state) for origin, candidate in recognise(state, about)]
     if not found:
         known: dict[str, list[str]] = {}
         for origin in origins():
@@ -174,7 +174,7 @@ def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: s
         if not chosen and len(found) == 1 and variant in (presets := system_class(found[0].origin.system).presets):
             options = {**found[0].candidate.options, **presets[variant].options}
             options["classes"] = found[0].candidate.options.get("classes", options.get("classes"))
-            chosen = [_Found(found[0].origin, Candidate(variant, options), state)]
+            chosen = [_Match(found[0].origin, Candidate(variant, options), state)]
         if not chosen:
             raise UsageError(
                 f"{path}: variant {variant!r} is not what its keys and shapes are; they are of "
@@ -192,7 +192,7 @@ def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: s
     return found[0]
 
 
-def _fits(found: _Found, path: str) -> bool:
+def _fits(found: _Match, path: str) -> bool:
     try:
         with torch.random.fork_rng(devices=[]):  # the trial's random weights must not change those of the real one
             _build(found, path, None, {})
@@ -204,7 +204,7 @@ def _fits(found: _Found, path: str) -> bool:
 # ---- building and filling -------------------------------------------------------------------------------------------
 
 
-def _build(found: _Found, path: str, classes: Sequence[str] | None, overrides: Mapping[str, Any]) -> System:
+def _build(found: _Match, path: str, classes: Sequence[str] | None, overrides: Mapping[str, Any]) -> System:
     origin, options = found.origin, dict(found.candidate.options)
     kind = system_class(origin.system)
     unknown = sorted(set(options) - set(_options_of(kind)))

@@ -3,17 +3,17 @@
 from maskwright.data.augment import Augment
 from maskwright.data.check import CheckReport, check
 from maskwright.data.coco import CocoDataset, open_dataset, read_coco
-from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample, mirrored_joints
+from maskwright.data.dataset import PERSON_KEYPOINTS, Dataset, Sample, mirrored_keypoints
 from maskwright.data.findings import DataWarning, Finding
+from maskwright.data.images import read_image, read_size
 from maskwright.data.loader import Loader, make_loader
 from maskwright.data.panoptic import PanopticDataset, read_panoptic, write_panoptic
-from maskwright.data.pictures import read_picture, read_size
 from maskwright.data.scenes import Scenes
 from maskwright.data.show import show_batch
 from maskwright.data.views import Chosen, OneClass, Renamed, spread, things_only
 
 __all__ = [
-    "PERSON_JOINTS",
+    "PERSON_KEYPOINTS",
     "Augment",
     "CheckReport",
     "Chosen",
@@ -29,11 +29,11 @@ __all__ = [
     "Scenes",
     "check",
     "make_loader",
-    "mirrored_joints",
+    "mirrored_keypoints",
     "open_dataset",
     "read_coco",
+    "read_image",
     "read_panoptic",
-    "read_picture",
     "read_size",
     "show_batch",
     "spread",

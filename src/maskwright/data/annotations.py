@@ -19,31 +19,31 @@ from typing import Any, Literal
 import numpy as np
 
 from maskwright.data.findings import Finding, Severity, few
-from maskwright.data.pictures import probe
+from maskwright.data.images import probe
 from maskwright.data.shapes import Shapes, ShapesBuilder
-from maskwright.errors import PictureError
+from maskwright.errors import ImageError
 
 Verify = Literal["all", "some", "none"]
 
-# Headers of so many pictures are looked at before training; of larger sets a sample, evenly spread. About 50 us each.
+# Headers of so many images are looked at before training; of larger sets a sample, evenly spread. About 50 us each.
 VERIFY_ALL_BELOW = 20_000
 VERIFY_SOME = 2_000
 
 
 @dataclass
 class Table:
-    """A checked annotation file. M pictures; A annotations, sorted by picture, in the file's order within one."""
+    """A checked annotation file. M images; A annotations, sorted by image, in the file's order within one."""
 
     path: Path
     folder: Path
     classes: tuple[str, ...] = ()
     category_ids: tuple[int, ...] = ()
-    joints: tuple[str, ...] | None = None
+    keypoint_names: tuple[str, ...] | None = None
     image_ids: list[int | str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)  # relative to `folder`, with "/"
     sizes: list[tuple[int, int]] = field(default_factory=list)  # H, W as looked at
     image_rows: list[int] = field(default_factory=list)  # position in the file's list
-    owner: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (A,) position of the picture
+    owner: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (A,) position of the image
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     ids: list[int | str] = field(default_factory=list)
     crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
@@ -52,7 +52,7 @@ class Table:
     keypoints: np.ndarray | None = None  # (A, J, 3) float32, continuous coordinates
     shapes: Shapes = field(default_factory=lambda: ShapesBuilder().finish()[0])
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # position in the file's list
-    maps: list[Path] | None = None  # a panoptic file: each picture's map of segments; `ids` are the numbers in it
+    maps: list[Path] | None = None  # a panoptic file: each image's map of segments; `ids` are the numbers in it
     stuff: tuple[str, ...] = ()
     findings: list[Finding] = field(default_factory=list)
     usable: bool = True  # False: so broken that there is nothing to repair
@@ -65,32 +65,32 @@ class Table:
         return [f for f in self.findings if f.severity == severity]
 
 
-def read_table(path: Path, pictures: Path | None = None, verify: Verify | None = None) -> Table:
+def read_table(path: Path, images: Path | None = None, verify: Verify | None = None) -> Table:
     """Everything in the file that can be used, and a finding for everything else; never raises for what is in it.
 
-    `pictures` is the folder that file names are relative to; without it the usual places are tried. `verify` says of
-    how many pictures the header is compared with the file's sizes: "all", "some" or "none" (then sizes must be in the
+    `images` is the folder that file names are relative to; without it the usual places are tried. `verify` says of
+    how many images the header is compared with the file's sizes: "all", "some" or "none" (then sizes must be in the
     file); left out, all of a set of up to 20,000 and some of a larger one.
     """
-    table, position, labels = begin_table(path, pictures, verify)
+    table, position, labels = begin_table(path, images, verify)
     if table.usable:
         _annotations(table, table.raw["annotations"], position, labels)
     return table
 
 
 def begin_table(
-    path: Path, pictures: Path | None, verify: Verify | None
+    path: Path, images: Path | None, verify: Verify | None
 ) -> tuple[Table, dict[int | str, int | None], dict[int, int]]:
-    """Classes and pictures of a file that has objects, or segments, of whatever kind; image id -> position (None: it
+    """Classes and images of a file that has objects, or segments, of whatever kind; image id -> position (None: it
     cannot be used); category id -> label."""
-    table = Table(path, pictures or path.parent)
+    table = Table(path, images or path.parent)
     raw = _load(table)
     if raw is None:
         table.usable = False
         return table, {}, {}
     table.raw = raw
     labels = _categories(table, raw["categories"])
-    return table, _images(table, raw["images"], pictures, verify), labels
+    return table, _images(table, raw["images"], images, verify), labels
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def _load(table: Table) -> dict[str, Any] | None:
 def _categories(table: Table, entries: list[Any]) -> dict[int, int]:
     """Category id -> label; labels count the ids in ascending order."""
     names: dict[int, str] = {}
-    joints: list[list[str]] = []
+    keypoints: list[list[str]] = []
     for row, entry in enumerate(entries):
         number = whole(entry.get("id")) if isinstance(entry, dict) else None
         if number is None:
@@ -167,7 +167,7 @@ def _categories(table: Table, entries: list[Any]) -> dict[int, int]:
         names[number] = name
         points = entry.get("keypoints")
         if isinstance(points, list) and points:
-            joints.append([str(p) for p in points])
+            keypoints.append([str(p) for p in points])
     if not names and not table.findings:
         table.say("error", "category", "'categories' is empty", "list the classes with an id and a name each")
     order = sorted(names)
@@ -187,11 +187,11 @@ def _categories(table: Table, entries: list[Any]) -> dict[int, int]:
         used.setdefault(name, number)
         classes.append(name)
     table.classes, table.category_ids = tuple(classes), tuple(order)
-    if joints:
-        longest = max(joints, key=len)
-        table.joints = tuple(longest)
-        if any(j != longest for j in joints):
-            table.say("note", "category", "categories name different joints", "the longest list is taken for all")
+    if keypoints:
+        longest = max(keypoints, key=len)
+        table.keypoint_names = tuple(longest)
+        if any(j != longest for j in keypoints):
+            table.say("note", "category", "categories name different keypoints", "the longest list is taken for all")
     return {number: label for label, number in enumerate(order)}
 
 
@@ -199,20 +199,20 @@ def _categories(table: Table, entries: list[Any]) -> dict[int, int]:
 
 
 def _images(
-    table: Table, entries: list[Any], pictures: Path | None, verify: Verify | None
+    table: Table, entries: list[Any], images: Path | None, verify: Verify | None
 ) -> dict[int | str, int | None]:
-    """Image id -> position among the pictures that can be used; None for those that cannot."""
+    """Image id -> position among the images that can be used; None for those that cannot."""
     position: dict[int | str, int | None] = {}
     kept: list[tuple[int, int | str, str, int | None, int | None]] = []
     twice: set[int | str] = set()
     for row, entry in enumerate(entries):
         number = identity(entry.get("id")) if isinstance(entry, dict) else None
         if number is None:
-            table.say("skip", "image", f"images[{row}] has no usable id", "the picture is left out")
+            table.say("skip", "image", f"images[{row}] has no usable id", "the image is left out")
             continue
         if number in position:
             if number not in twice:
-                table.say("error", "image", f"two images share id {number!r}", "give each picture an id of its own")
+                table.say("error", "image", f"two images share id {number!r}", "give each image an id of its own")
             twice.add(number)
             continue
         position[number] = None
@@ -225,7 +225,7 @@ def _images(
             table.say(
                 "error",
                 "path",
-                f"image {number!r} is called {name!r}, which leads out of the picture folder; it was not opened",
+                f"image {number!r} is called {name!r}, which leads out of the image folder; it was not opened",
                 "give a path inside the folder",
                 image=number,
             )
@@ -234,7 +234,7 @@ def _images(
     kept = [k for k in kept if k[1] not in twice]
     for number in twice:
         position[number] = None
-    table.folder = pictures if pictures is not None else _find_folder(table.path, [k[2] for k in kept])
+    table.folder = images if images is not None else _find_folder(table.path, [k[2] for k in kept])
     for row, number, file, size in _sized(table, kept, verify):
         position[number] = len(table.files)
         table.image_ids.append(number)
@@ -242,12 +242,12 @@ def _images(
         table.sizes.append(size)
         table.image_rows.append(row)
     if entries and not table.files and not table.of("error"):
-        table.say("error", "image", f"none of the {len(entries)} pictures can be used", "see the other findings")
+        table.say("error", "image", f"none of the {len(entries)} images can be used", "see the other findings")
     return position
 
 
 def _find_folder(path: Path, files: list[str]) -> Path:
-    """Where the pictures of an annotation file are: the first of the usual places that has one of the first names."""
+    """Where the images of an annotation file are: the first of the usual places that has one of the first names."""
     split = path.stem.rsplit("_", 1)[-1]
     roots = (
         [path.parent.parent, path.parent] if path.parent.name == "annotations" else [path.parent, path.parent.parent]
@@ -262,7 +262,7 @@ def _find_folder(path: Path, files: list[str]) -> Path:
 def _sized(
     table: Table, kept: list[tuple[int, int | str, str, int | None, int | None]], verify: Verify | None
 ) -> Iterable[tuple[int, int | str, str, tuple[int, int]]]:
-    """The pictures that are there, each with its true size; findings for the others."""
+    """The images that are there, each with its true size; findings for the others."""
     if verify is None:
         verify = "all" if len(kept) <= VERIFY_ALL_BELOW else "some"
     folder, missing = table.folder, []
@@ -272,8 +272,8 @@ def _sized(
         names = [k[2] for k in missing]
         advice = "put them there or take them out of the file"
         if len(missing) == len(kept):
-            advice = "name the folder that the pictures are in"
-        table.say("error", "missing", f"{len(names)} of {len(kept)} pictures are not in {folder}: {few(names)}", advice)
+            advice = "name the folder that the images are in"
+        table.say("error", "missing", f"{len(names)} of {len(kept)} images are not in {folder}: {few(names)}", advice)
         gone = {k[1] for k in missing}
         kept = [k for k in kept if k[1] not in gone]
     step = 1 if verify == "all" else max(1, len(kept) // VERIFY_SOME)
@@ -286,9 +286,9 @@ def _sized(
     found = dict(zip((k[1] for k in asked), _probe([folder / k[2] for k in asked]), strict=True))
     for row, number, file, height, width in kept:
         answer = found.get(number)
-        if isinstance(answer, PictureError):
+        if isinstance(answer, ImageError):
             about = str(answer).removeprefix(f"{folder / file}: ")
-            table.say("skip", "picture", f"image {number!r}, {folder / file}: {about}", image=number)
+            table.say("skip", "image", f"image {number!r}, {folder / file}: {about}", image=number)
             continue
         if answer is None:
             assert height is not None
@@ -300,20 +300,18 @@ def _sized(
             yield row, number, file, size
         else:
             what = f"image {number!r} is said to be {width} x {height}, but {folder / file} is {size[1]} x {size[0]}"
-            advice = "correct the size, or put back the picture that was annotated; its masks would be displaced"
+            advice = "correct the size, or put back the image that was annotated; its masks would be displaced"
             if (height, width) == stored:
                 what += " once its EXIF orientation is applied"
-                advice = (
-                    "its annotations were drawn on the picture as stored: remove the EXIF orientation from the file"
-                )
+                advice = "its annotations were drawn on the image as stored: remove the EXIF orientation from the file"
             table.say("error", "size", what, advice, image=number)
 
 
-def _probe(paths: list[Path]) -> list[tuple[tuple[int, int], tuple[int, int]] | PictureError]:
-    def one(path: Path) -> tuple[tuple[int, int], tuple[int, int]] | PictureError:
+def _probe(paths: list[Path]) -> list[tuple[tuple[int, int], tuple[int, int]] | ImageError]:
+    def one(path: Path) -> tuple[tuple[int, int], tuple[int, int]] | ImageError:
         try:
             return probe(path)
-        except PictureError as error:
+        except ImageError as error:
             return error
 
     if len(paths) < 64:
@@ -329,7 +327,7 @@ def _annotations(
     table: Table, entries: list[Any], position: dict[int | str, int | None], labels: dict[int, int]
 ) -> None:
     if any(isinstance(e, dict) and "segments_info" in e for e in entries[:3]):
-        what = "its annotations divide pictures among segments (COCO panoptic)"
+        what = "its annotations divide images among segments (COCO panoptic)"
         table.say("error", "file", what, "call it panoptic_SPLIT.json, or read it with read_panoptic")
         return
     shapes = ShapesBuilder()
@@ -347,12 +345,12 @@ def _annotations(
         if number is None:
             table.say("skip", "annotation", f"annotations[{row}] has no usable id", "it is left out")
             continue
-        picture = lookup(entry.get("image_id"), position)
-        if picture is None:
+        image = lookup(entry.get("image_id"), position)
+        if image is None:
             asked = entry.get("image_id")
             _skip(table, number, None, f"is on image {asked!r}, which is not in the list of images")
             continue
-        place = position[picture]
+        place = position[image]
         if place is None:  # left out, and said so
             continue
         category = whole(entry.get("category_id"))
@@ -369,7 +367,7 @@ def _annotations(
                 "duplicate",
                 f"annotations[{first[number]}] and annotations[{row}] share id {number!r}",
                 "both are kept",
-                image=picture,
+                image=image,
                 annotation=number,
             )
         complaint = shapes.add(entry.get("segmentation"), table.sizes[place])
@@ -405,8 +403,8 @@ def _annotations(
     table.rows = np.array(chosen, np.int64)[order]
     extents = table.shapes.extents(sizes[table.owner])
     _measures(table, entries, extents, sizes)
-    if table.joints is not None:
-        _joints(table, entries)
+    if table.keypoint_names is not None:
+        _keypoints(table, entries)
 
 
 def _measures(table: Table, entries: list[Any], extents: np.ndarray, sizes: np.ndarray) -> None:
@@ -462,10 +460,11 @@ def _measures(table: Table, entries: list[Any], extents: np.ndarray, sizes: np.n
             )
 
 
-def _joints(table: Table, entries: list[Any]) -> None:
-    """COCO writes joints as pixel indices: the middle of pixel 3 is 3.5 in our frame. Unlabelled ones are all zero."""
-    joints = table.joints or ()
-    points = np.zeros((len(table.ids), len(joints), 3), np.float32)
+def _keypoints(table: Table, entries: list[Any]) -> None:
+    """COCO writes keypoints as pixel indices: the middle of pixel 3 is 3.5 in our frame. Unlabelled ones are
+    all zero."""
+    keypoints = table.keypoint_names or ()
+    points = np.zeros((len(table.ids), len(keypoints), 3), np.float32)
     for index, row in enumerate(table.rows.tolist()):
         given = entries[row].get("keypoints")
         if given is None:
@@ -474,14 +473,14 @@ def _joints(table: Table, entries: list[Any]) -> None:
         marks = values[2::3]
         labelled = marks > 0
         if (
-            len(values) != 3 * len(joints)
+            len(values) != 3 * len(keypoints)
             or not np.isin(marks, (0, 1, 2)).all()
             or not np.isfinite(values.reshape(-1, 3)[labelled]).all()
         ):
             table.say(
                 "note",
-                "joints",
-                f"annotation {table.ids[index]!r} has keypoints that are not {len(joints)} times x, y and 0, 1 or 2",
+                "keypoints",
+                f"annotation {table.ids[index]!r} has keypoints that are not {len(keypoints)} times x, y and 0, 1 or 2",
                 "they are left out, the object stays",
                 image=table.image_ids[int(table.owner[index])],
                 annotation=table.ids[index],

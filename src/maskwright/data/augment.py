@@ -1,7 +1,7 @@
-"""Augmentation: what will happen is drawn first, then done once to picture, masks, boxes and joints.
+"""Augmentation: what will happen is drawn first, then done once to image, masks, boxes and keypoints.
 
-All geometry of a picture (crop, scale, large-scale jitter, mirror) is composed into one `Placement`, so that the
-picture is resampled once and nothing can fall out of step with it. Masks stay outlines or run-length codes throughout.
+All geometry of an image (crop, scale, large-scale jitter, mirror) is composed into one `Placement`, so that the
+image is resampled once and nothing can fall out of step with it. Masks stay outlines or run-length codes throughout.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from maskwright.data.dataset import Sample
 from maskwright.errors import UsageError
 from maskwright.structures import Instances, Masks, Placement, Preprocess, rle
-from maskwright.structures.instances import PERSON_JOINTS_MIRRORED
+from maskwright.structures.instances import PERSON_KEYPOINTS_MIRRORED
 
 _COLOURS = ("brightness", "contrast", "saturation", "hue")
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """What will happen to one picture."""
+    """What will happen to one image."""
 
     placement: Placement
     colours: tuple[tuple[str, float], ...] = ()  # in this order; factors, for "hue" a turn in -0.5 ... 0.5
@@ -34,16 +34,16 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Laid:
-    """A picture on the network's grid before normalising: `picture` (3, h, w) of `placement.size`, 0 ... 255."""
+    """An image on the network's grid before normalising: `image` (3, h, w) of `placement.size`, 0 ... 255."""
 
-    picture: Tensor
+    image: Tensor
     target: Instances
     placement: Placement
 
 
 @dataclass(frozen=True)
 class Augment:
-    """What may happen to a picture in training. The defaults only mirror.
+    """What may happen to an image in training. The defaults only mirror.
 
     flip        chance of being mirrored
     short       short sides to draw from; none: the system's own
@@ -51,14 +51,14 @@ class Augment:
     long        bound of the long side; None: the system's own
     crop        smallest share of each side that a random window keeps, before scaling; None: no window
     crop_chance how often a window is taken
-    jitter      large-scale jitter (Ghiasi et al., arXiv 2012.07177): the picture is fitted into `size`, scaled by a
+    jitter      large-scale jitter (Ghiasi et al., arXiv 2012.07177): the image is fitted into `size`, scaled by a
                 factor drawn from this range, and a random window of at most `size` is taken; (0.1, 2.0) in the paper
-    size        canvas (height, width) that every picture is fitted into and padded to; without it, jitter works on
-                the size the picture would have had
+    size        canvas (height, width) that every image is fitted into and padded to; without it, jitter works on
+                the size the image would have had
     brightness, contrast, saturation
                 factors are drawn from 1 - x ... 1 + x
     hue         turned by -x ... x of the colour circle, x up to 0.5
-    paste       chance that objects of another picture, itself jittered, are pasted over this one (the same paper)
+    paste       chance that objects of another image, itself jittered, are pasted over this one (the same paper)
     min_area    pixels of the input below which an object that was cut or covered is dropped
     """
 
@@ -115,7 +115,7 @@ class Augment:
     # ---- drawing -------------------------------------------------------------------------------------------------
 
     def draw(self, rng: np.random.Generator, size: tuple[int, int], preprocess: Preprocess | None = None) -> Drawn:
-        """What will happen to a picture of `size` (H, W). `preprocess` gives the sizes that are not said here."""
+        """What will happen to an image of `size` (H, W). `preprocess` gives the sizes that are not said here."""
         rule = preprocess or Preprocess()
         placement = self._window(rng, size)
         if self.jitter is not None or self.size is not None:
@@ -146,7 +146,7 @@ class Augment:
         height, width = placement.size
         canvas = self.canvas or self._scaled(rng, rule).size(height, width)
         low, high = self.jitter or (1.0, 1.0)
-        # detectron2's reading of the paper: the factor is on the canvas; the picture fills it as far as its shape lets.
+        # detectron2's reading of the paper: the factor is on the canvas; the image fills it as far as its shape lets.
         ratio = rng.uniform(low, high) * min(canvas[0] / height, canvas[1] / width)
         large = (max(1, round(height * ratio)), max(1, round(width * ratio)))
         part = (min(large[0], canvas[0]), min(large[1], canvas[1]))
@@ -169,19 +169,19 @@ class Augment:
         drawn: Drawn,
         *,
         resample: Literal["pillow", "tensor", "opencv"] = "pillow",
-        mirrored_joints: Sequence[int] | None = PERSON_JOINTS_MIRRORED,
+        mirrored_keypoints: Sequence[int] | None = PERSON_KEYPOINTS_MIRRORED,
     ) -> Laid:
-        """The picture and its objects on the network's grid. Objects with nothing left in the window are dropped;
+        """The image and its objects on the network's grid. Objects with nothing left in the window are dropped;
         boxes of those that were cut are those of what is left of their masks."""
-        picture = _tinted(place_picture(sample.picture, drawn.placement, resample), drawn.colours)
-        target = place_target(sample.target, drawn.placement, mirrored_joints, self.min_area)
-        return Laid(picture, target, drawn.placement)
+        image = _tinted(place_image(sample.image, drawn.placement, resample), drawn.colours)
+        target = place_target(sample.target, drawn.placement, mirrored_keypoints, self.min_area)
+        return Laid(image, target, drawn.placement)
 
     def overlay(self, rng: np.random.Generator, below: Laid, above: Laid) -> Laid:
         """Copy-paste: a random half of the objects of `above` laid over `below`; masks are what stays visible.
 
-        On a fixed canvas (`size`) the picture grows to where both reach; otherwise what reaches beyond is cut.
-        Covered joints become hidden ones.
+        On a fixed canvas (`size`) the image grows to where both reach; otherwise what reaches beyond is cut.
+        Covered keypoints become hidden ones.
         """
         chosen = torch.from_numpy(rng.random(len(above.target)) < 0.5)
         pasted = above.target[chosen]
@@ -197,19 +197,19 @@ class Augment:
         under = below.target.place(Placement.identity(below.placement.size).then_crop(0, 0, size), None)
         cover = cast(Masks, pasted.masks).union()
         plane = cover.dense()[0]
-        grown = _grown(below.picture, size)
-        picture = torch.where(plane, _grown(above.picture, size), grown)
+        grown = _grown(below.image, size)
+        image = torch.where(plane, _grown(above.image, size), grown)
         under = _uncovered(under, cover, plane, self.min_area)
-        return Laid(picture, Instances.join([under, pasted]), placement)
+        return Laid(image, Instances.join([under, pasted]), placement)
 
 
-def place_picture(picture: UInt8[Tensor, "c H W"], placement: Placement, resample: str = "pillow") -> Tensor:
-    """The picture on the network's grid, (C, h, w), resampled once; `placement.size` must lie within the picture.
+def place_image(image: UInt8[Tensor, "c H W"], placement: Placement, resample: str = "pillow") -> Tensor:
+    """The image on the network's grid, (C, h, w), resampled once; `placement.size` must lie within the image.
 
     "pillow" is 8-bit bilinear with anti-aliasing (uint8), "tensor" bilinear without (float32, 0 ... 255), "opencv" the
     same in whole numbers: the rule that the system is also tested by, see `Preprocess`.
     """
-    height, width = picture.shape[1:]
+    height, width = image.shape[1:]
     (h, w), (sx, sy), (ox, oy) = placement.size, placement.scale, placement.offset
     x0, x1 = np.clip([-ox / sx, (w - ox) / sx], 0, width)
     y0, y1 = np.clip([-oy / sy, (h - oy) / sy], 0, height)
@@ -217,33 +217,33 @@ def place_picture(picture: UInt8[Tensor, "c H W"], placement: Placement, resampl
         x0, x1 = width - x1, width - x0
     whole = abs(x0) + abs(y0) + abs(x1 - width) + abs(y1 - height) < 1e-6
     if whole and (h, w) == (height, width):
-        result = picture if resample == "pillow" else picture.float()
+        result = image if resample == "pillow" else image.float()
     elif resample == "pillow":
-        result = _pillow(picture, (h, w), None if whole else (float(x0), float(y0), float(x1), float(y1)))
+        result = _pillow(image, (h, w), None if whole else (float(x0), float(y0), float(x1), float(y1)))
     elif whole:
-        result = torch.nn.functional.interpolate(picture.float()[None], (h, w), mode="bilinear", align_corners=False)[0]
+        result = torch.nn.functional.interpolate(image.float()[None], (h, w), mode="bilinear", align_corners=False)[0]
     else:
         xs = (torch.arange(w) + 0.5) * (float(x1 - x0) / w) + float(x0)
         ys = (torch.arange(h) + 0.5) * (float(y1 - y0) / h) + float(y0)
         grid = torch.stack(torch.meshgrid(xs / width * 2 - 1, ys / height * 2 - 1, indexing="xy"), -1)
         result = torch.nn.functional.grid_sample(
-            picture.float()[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False
+            image.float()[None], grid[None], mode="bilinear", padding_mode="border", align_corners=False
         )[0]
     result = result.round() if resample == "opencv" else result
     return result.flip(-1) if placement.mirrored else result
 
 
 def place_target(
-    target: Instances, placement: Placement, mirrored_joints: Sequence[int] | None, min_area: int = 1
+    target: Instances, placement: Placement, mirrored_keypoints: Sequence[int] | None, min_area: int = 1
 ) -> Instances:
     """The objects on the network's grid, without those of which nothing is left."""
-    return settled(target.place(placement, mirrored_joints), target.boxes, placement, min_area)
+    return settled(target.place(placement, mirrored_keypoints), target.boxes, placement, min_area)
 
 
 def settled(placed: Instances, before: Float[Tensor, "n 4"], placement: Placement, min_area: int = 1) -> Instances:
     """Objects after a placement: those that were cut have the boxes of what is left, those with nothing left are gone.
 
-    `before` are their boxes on the picture. Boxes of objects that were not cut stay the annotators'.
+    `before` are their boxes on the image. Boxes of objects that were not cut stay the annotators'.
     """
     if not len(placed) or placed.masks is None:
         return placed
@@ -296,31 +296,31 @@ def _complement(text: bytes) -> bytes:
     return rle.encode_counts(lengths[1:] if lengths[0] == 0 and len(lengths) > 1 else np.concatenate([[0], lengths]))
 
 
-def _grown(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """The picture at the upper left of a plane of `size`, cut or continued in mid-grey."""
-    picture = picture[:, : size[0], : size[1]]
-    if tuple(picture.shape[1:]) == size:
-        return picture
-    plane = picture.new_full((len(picture), *size), 114)
-    plane[:, : picture.shape[1], : picture.shape[2]] = picture
+def _grown(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The image at the upper left of a plane of `size`, cut or continued in mid-grey."""
+    image = image[:, : size[0], : size[1]]
+    if tuple(image.shape[1:]) == size:
+        return image
+    plane = image.new_full((len(image), *size), 114)
+    plane[:, : image.shape[1], : image.shape[2]] = image
     return plane
 
 
-def _pillow(picture: Tensor, size: tuple[int, int], box: tuple[float, float, float, float] | None) -> Tensor:
+def _pillow(image: Tensor, size: tuple[int, int], box: tuple[float, float, float, float] | None) -> Tensor:
     from PIL import Image
 
-    image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-    resized = np.array(image.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
+    drawn = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    resized = np.array(drawn.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
     return torch.from_numpy(resized).permute(2, 0, 1)
 
 
-def _tinted(picture: Tensor, colours: tuple[tuple[str, float], ...]) -> Tensor:
+def _tinted(image: Tensor, colours: tuple[tuple[str, float], ...]) -> Tensor:
     if not colours:
-        return picture
+        return image
     from torchvision.transforms.v2 import functional as pixels
 
-    whole = picture.dtype == torch.uint8
-    values = picture.contiguous() if whole else picture / 255
+    whole = image.dtype == torch.uint8
+    values = image.contiguous() if whole else image / 255
     for name, factor in colours:
         values = getattr(pixels, f"adjust_{name}")(values, factor)
     return values if whole else values * 255

@@ -16,9 +16,9 @@ from typing import Any
 from maskwright.data.annotations import Table, read_table
 from maskwright.data.coco import annotation_files, is_panoptic, write_coco
 from maskwright.data.findings import SEVERITIES, Finding, Severity, digest, few
+from maskwright.data.images import is_animated, read_image
 from maskwright.data.panoptic import read_panoptic_table, repaired
-from maskwright.data.pictures import is_animated, read_picture
-from maskwright.errors import DataError, PictureError, UsageError
+from maskwright.errors import DataError, ImageError, UsageError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".jp2", ".avif")
 _NARROW = 8  # pixels: sides shorter than this are told about
@@ -77,18 +77,18 @@ def check(
     source: str | Path,
     fix: str | Path | None = None,
     *,
-    pictures: str | Path | None = None,
+    images: str | Path | None = None,
     decode: bool = True,
     workers: int | None = None,
 ) -> CheckReport:
     """Everything that is wrong with a data set: a folder in COCO layout (all its splits), a COCO JSON file, a folder of
-    pictures or one picture.
+    images or one image.
 
     fix         a folder that does not exist yet, for a repaired copy: broken annotations repaired where it is certain
-                what was meant and left out where not, broken pictures left out, the others linked (hard links; copied
+                what was meant and left out where not, broken images left out, the others linked (hard links; copied
                 where that is impossible). Nothing of the source is changed.
-    pictures    the folder of the pictures of a JSON file, where it is not beside it
-    decode      also decode every picture; False: only the headers, and the ends of the files
+    images    the folder of the images of a JSON file, where it is not beside it
+    decode      also decode every image; False: only the headers, and the ends of the files
     workers     threads that decode
     """
     source = Path(source)
@@ -99,7 +99,7 @@ def check(
         raise UsageError(f"{source}: there is no such file or folder")
     files = _annotation_files(source)
     if files:
-        folder = None if pictures is None else Path(pictures)
+        folder = None if images is None else Path(images)
         tables = [(read_panoptic_table if is_panoptic(p) else read_table)(p, folder, verify="all") for p in files]
         broken = _decoded(tables, workers) if decode else {}
         for table in tables:
@@ -109,13 +109,13 @@ def check(
         if report.wanted is not None and any(t.usable and t.files for t in tables):
             report.fixed = _write_copy(source, tables, broken, report.wanted)
         return report
-    paths = [source] if source.is_file() else _picture_files(source)
+    paths = [source] if source.is_file() else _image_files(source)
     if not paths:
-        raise UsageError(f"{source}: holds neither annotations (annotations/instances_*.json) nor pictures")
+        raise UsageError(f"{source}: holds neither annotations (annotations/instances_*.json) nor images")
     damage = _decode_all(paths, workers)
     report.findings += [finding for finding in damage.values() if finding is not None]
     good = [path for path, finding in damage.items() if finding is None or finding.severity == "note"]
-    report.contents.append(f"{source}: {len(good)} of {len(paths)} pictures can be read")
+    report.contents.append(f"{source}: {len(good)} of {len(paths)} images can be read")
     if not good:
         report.findings = [_as_error(f) for f in report.findings]
     if report.wanted is not None and good:
@@ -136,7 +136,7 @@ def _annotation_files(source: Path) -> list[Path]:
     return [source] if looks else []
 
 
-def _picture_files(folder: Path) -> list[Path]:
+def _image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
 
 
@@ -146,16 +146,16 @@ def _decoded(tables: Sequence[Table], workers: int | None) -> dict[Path, Finding
 
 
 def _decode_all(paths: Sequence[Path], workers: int | None) -> dict[Path, Finding | None]:
-    """What is wrong with each picture; decoding leaves Python's lock alone, so threads help."""
+    """What is wrong with each image; decoding leaves Python's lock alone, so threads help."""
 
     def one(path: Path) -> Finding | None:
         try:
-            read_picture(path, warn=False)
+            read_image(path, warn=False)
             if is_animated(path):
                 return Finding("note", "animation", str(path), "is animated; its first frame is taken")
-        except PictureError as error:
+        except ImageError as error:
             about = str(error).removeprefix(f"{path}: ")
-            return Finding("skip", "picture", str(path), about)
+            return Finding("skip", "image", str(path), about)
         return None
 
     with ThreadPoolExecutor(workers or min(16, os.cpu_count() or 1)) as threads:
@@ -174,14 +174,14 @@ def _look_over(table: Table, broken: dict[Path, Finding | None]) -> None:
             about = f"image {number!r}, {table.folder / file}: {finding.sentence}"
             table.say(finding.severity, finding.kind, about, finding.advice, image=number)
     if table.files and lost == len(table.files):
-        table.say("error", "picture", f"not one of its {lost} pictures can be read", "put back the pictures")
+        table.say("error", "image", f"not one of its {lost} images can be read", "put back the images")
     narrow = [f for f, size in zip(table.files, table.sizes, strict=True) if min(size) < _NARROW]
     if narrow:
-        about = f"{len(narrow)} pictures have a side of less than {_NARROW} pixels: {few(narrow)}"
+        about = f"{len(narrow)} images have a side of less than {_NARROW} pixels: {few(narrow)}"
         table.say("note", "narrow", about, "they are used, but little can be seen on them")
     real = table.labels[~table.crowd]
     if not len(real):
-        about = f"there is not one object on its {len(table.files)} pictures: there is nothing to learn"
+        about = f"there is not one object on its {len(table.files)} images: there is nothing to learn"
         table.say("note", "nothing", about, "add annotations before training")
         return
     there = set(real.tolist())
@@ -194,14 +194,14 @@ def _contents(table: Table) -> str:
     if not table.usable:
         return f"{table.path}: cannot be read"
     what = "object" if table.maps is None else "segment"
-    parts = [_count(len(table.files), "picture"), _count(len(table.ids), what), _count(len(table.classes), "class")]
+    parts = [_count(len(table.files), "image"), _count(len(table.ids), what), _count(len(table.classes), "class")]
     if table.maps is not None:
         parts[-1] += f" ({len(table.stuff)} of them stuff)"
     crowd = int(table.crowd.sum())
     if crowd:
         parts.append(f"{crowd} crowd regions")
-    if table.joints:
-        parts.append(_count(len(table.joints), "joint"))
+    if table.keypoint_names:
+        parts.append(_count(len(table.keypoint_names), "keypoint"))
     return f"{table.path}: {', '.join(parts)}"
 
 
@@ -254,7 +254,7 @@ def _write_copy(source: Path, tables: Sequence[Table], broken: dict[Path, Findin
         for table in tables:
             if not table.usable or not table.files:
                 continue
-            place = _picture_place(source, table)
+            place = _image_place(source, table)
             lost = {
                 index
                 for index, file in enumerate(table.files)
@@ -269,8 +269,8 @@ def _write_copy(source: Path, tables: Sequence[Table], broken: dict[Path, Findin
     return target
 
 
-def _picture_place(source: Path, table: Table) -> Path:
-    """The folder of the pictures inside the copy: as in the source, "images" where they were elsewhere."""
+def _image_place(source: Path, table: Table) -> Path:
+    """The folder of the images inside the copy: as in the source, "images" where they were elsewhere."""
     if source.is_dir():
         try:
             place = table.folder.relative_to(source)
@@ -292,7 +292,7 @@ def _link(path: Path, to: Path) -> None:
 
 
 def _content(table: Table, lost: set[int]) -> dict[str, Any]:
-    """The table as COCO JSON, with whatever else the file said about its pictures and objects."""
+    """The table as COCO JSON, with whatever else the file said about its images and objects."""
     raw = table.raw
     images = []
     for index, (number, file, (height, width)) in enumerate(

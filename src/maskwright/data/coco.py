@@ -1,4 +1,4 @@
-"""COCO data sets: pictures in a folder, objects in one JSON file."""
+"""COCO data sets: images in a folder, objects in one JSON file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from maskwright.data.annotations import Table, Verify, read_table
 from maskwright.data.dataset import Dataset, Sample
 from maskwright.data.findings import DataWarning, Finding, digest
-from maskwright.data.pictures import read_picture
-from maskwright.errors import AnnotationError, DataError, PictureError, UsageError
+from maskwright.data.images import read_image
+from maskwright.errors import AnnotationError, DataError, ImageError, UsageError
 from maskwright.structures import Instances, Masks
 
 _LARGEST = 2**63 - 1
 
 
 class TableDataset(Dataset):
-    """Pictures in a folder, and what a checked annotation file says of them; subclasses make the objects."""
+    """Images in a folder, and what a checked annotation file says of them; subclasses make the objects."""
 
     def __init__(self, table: Table, strict: bool):
         self.path, self.folder = table.path, table.folder
@@ -41,15 +41,15 @@ class TableDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
         path = self.folder / self.files[index]
-        picture = read_picture(path)
-        size = (picture.shape[1], picture.shape[2])
+        image = read_image(path)
+        size = (image.shape[1], image.shape[2])
         if size != self._sizes[index]:
             height, width = self._sizes[index]
-            raise PictureError(
+            raise ImageError(
                 f"{path}: is {size[1]} x {size[0]}, but {self.path} says {width} x {height}; "
-                "correct the size there, or put back the picture that was annotated"
+                "correct the size there, or put back the image that was annotated"
             )
-        return Sample(picture, self.targets(index), self._image_ids[index], path)
+        return Sample(image, self.targets(index), self._image_ids[index], path)
 
     def sizes(self) -> list[tuple[int, int]]:
         return list(self._sizes)
@@ -59,21 +59,21 @@ class TableDataset(Dataset):
 
 
 class CocoDataset(TableDataset):
-    """A checked COCO file and its pictures; made by `read_coco`. Pictures are decoded when they are asked for."""
+    """A checked COCO file and its images; made by `read_coco`. Images are decoded when they are asked for."""
 
     def __init__(self, table: Table, strict: bool = False):
         super().__init__(table, strict)
-        self.joints, self._ids = table.joints, table.ids
+        self.keypoint_names, self._ids = table.keypoint_names, table.ids
         self._boxes, self._areas, self._shapes = torch.from_numpy(table.boxes), table.areas, table.shapes
         self._keypoints = None if table.keypoints is None else torch.from_numpy(table.keypoints)
         fits = all(isinstance(i, int) and -_LARGEST <= i <= _LARGEST for i in table.ids)
         self._numbers = torch.tensor(table.ids if fits else range(len(table.ids)), dtype=torch.int64)
 
     def __repr__(self) -> str:
-        return f"{self.name}: {len(self)} pictures, {len(self._ids)} objects, {len(self.classes)} classes"
+        return f"{self.name}: {len(self)} images, {len(self._ids)} objects, {len(self.classes)} classes"
 
     def targets(self, index: int) -> Instances:
-        """The objects of one picture. `ids` are the file's where all of them are whole numbers of 64 bits, else
+        """The objects of one image. `ids` are the file's where all of them are whole numbers of 64 bits, else
         running numbers; `annotation_ids` gives the exact ones."""
         index = range(len(self))[index]
         first, last = int(self._starts[index]), int(self._starts[index + 1])
@@ -106,26 +106,26 @@ class CocoDataset(TableDataset):
 
 def read_coco(
     annotations: str | Path,
-    pictures: str | Path | None = None,
+    images: str | Path | None = None,
     *,
     strict: bool = False,
     verify: Verify | None = None,
 ) -> CocoDataset:
-    """The data set in a COCO JSON file; file names in it are relative to the folder `pictures`.
+    """The data set in a COCO JSON file; file names in it are relative to the folder `images`.
 
-    Everything is checked here, without decoding pictures: keys, ids, classes, paths, that the pictures are there and
+    Everything is checked here, without decoding images: keys, ids, classes, paths, that the images are there and
     as large as the file says, every polygon and run-length code. What makes the set unusable is an AnnotationError.
-    A broken annotation or picture is left out with one `DataWarning` that names it, or is an error too if `strict`.
+    A broken annotation or image is left out with one `DataWarning` that names it, or is an error too if `strict`.
     Boxes and areas that are missing or impossible are those of the masks.
 
-    Without `pictures` the usual places beside the file are tried. `verify` says of how many pictures the header is
-    read: "all", "some" or "none"; left out, all of a set of up to 20,000. Joints are kept where categories name them,
-    moved by half a pixel into our frame (COCO counts pixels, pixel 3 has its middle at 3.5).
+    Without `images` the usual places beside the file are tried. `verify` says of how many images the header is
+    read: "all", "some" or "none"; left out, all of a set of up to 20,000. Keypoints are kept where categories name
+    them, moved by half a pixel into our frame (COCO counts pixels, pixel 3 has its middle at 3.5).
     """
     path = Path(annotations)
-    folder = None if pictures is None else Path(pictures)
+    folder = None if images is None else Path(images)
     if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder of pictures")
+        raise UsageError(f"{folder}: there is no such folder of images")
     table = read_table(path, folder, verify)
     worst = table.of("error") + (table.of("skip") if strict else [])
     if worst:
@@ -140,13 +140,13 @@ def open_dataset(
 ) -> Dataset:
     """The data set that `source` names.
 
-    source      a folder DIR with DIR/annotations/instances_{split}.json (or panoptic_{split}.json) and the pictures in
+    source      a folder DIR with DIR/annotations/instances_{split}.json (or panoptic_{split}.json) and the images in
                 DIR/{split}; a COCO JSON file, panoptic where its name begins so; or "scenes",
                 "scenes:count=200,size=192,seed=0,difficulty=0.5" for generated ones (split "val" gives others than
                 "train"; "stuff=1" divides their ground among regions)
-    strict      broken annotations and pictures are errors, not left out
-    keypoints   read person_keypoints_{split}.json, the set with joints
-    panoptic    read panoptic_{split}.json, the set whose pictures are divided among things and stuff, also where there
+    strict      broken annotations and images are errors, not left out
+    keypoints   read person_keypoints_{split}.json, the set with keypoints
+    panoptic    read panoptic_{split}.json, the set whose images are divided among things and stuff, also where there
                 is one of instances
     """
     text = str(source)
@@ -166,9 +166,9 @@ def open_dataset(
     else:
         dataset = read_coco(path, strict=strict)
     if panoptic and not is_panoptic(path):
-        raise DataError(f"{path}: its objects do not divide pictures; give a COCO panoptic file, panoptic_SPLIT.json")
-    if keypoints and dataset.joints is None:
-        raise DataError(f"{path}: none of its categories names keypoints; give a set that has joints")
+        raise DataError(f"{path}: its objects do not divide images; give a COCO panoptic file, panoptic_SPLIT.json")
+    if keypoints and dataset.keypoint_names is None:
+        raise DataError(f"{path}: none of its categories names keypoints; give a set that has keypoints")
     return dataset
 
 
@@ -191,7 +191,7 @@ def find_annotations(folder: Path, split: str, keypoints: bool = False, panoptic
 
 
 def annotation_files(folder: Path) -> list[Path]:
-    """The COCO files of instances, joints and segments below a folder; of other names only where there are none."""
+    """The COCO files of instances, keypoints and segments below a folder; of other names only where there are none."""
     places = (folder / "annotations", folder)
     kinds = ("instances", "person_keypoints", "panoptic")
     found = [path for place in places for kind in kinds for path in sorted(place.glob(f"{kind}_*.json"))]

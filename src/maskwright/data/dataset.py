@@ -1,4 +1,4 @@
-"""What every data set is: pictures with objects, without a word on where they come from."""
+"""What every data set is: images with objects, without a word on where they come from."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from maskwright.structures import Instances, Panoptic
 
-# COCO's person joints, in its order.
-PERSON_JOINTS = (
+# COCO's person keypoints, in its order.
+PERSON_KEYPOINTS = (
     "nose",
     *(f"{side}_{part}" for part in ("eye", "ear", "shoulder", "elbow", "wrist") for side in ("left", "right")),
     *(f"{side}_{part}" for part in ("hip", "knee", "ankle") for side in ("left", "right")),
@@ -25,9 +25,9 @@ PERSON_JOINTS = (
 
 @dataclass
 class Sample:
-    """One picture as it is on disk, with what is annotated on it (in the picture's own frame)."""
+    """One image as it is on disk, with what is annotated on it (in the image's own frame)."""
 
-    picture: UInt8[Tensor, "c H W"]
+    image: UInt8[Tensor, "c H W"]
     target: Instances
     id: int | str
     path: Path | None = None
@@ -39,18 +39,18 @@ class Sample:
 
 
 class Dataset(torch.utils.data.Dataset[Sample]):
-    """Pictures with annotated objects; label k is called `classes[k]` and is `category_ids[k]` in the file.
+    """Images with annotated objects; label k is called `classes[k]` and is `category_ids[k]` in the file.
 
-    `joints` are the names of the keypoints where the set has them. `stuff` are those of `classes` that are regions, not
-    countable objects: a target then divides the picture (its masks are disjoint, one region per class). `strict` tells
-    a loader what to do with a picture that turns out to be broken in the middle of a run: stop, or leave it out with a
+    `keypoint_names` is None where the set has no keypoints. `stuff` are those of `classes` that are regions, not
+    countable objects: a target then divides the image (its masks are disjoint, one region per class). `strict` tells
+    a loader what to do with an image that turns out to be broken in the middle of a run: stop, or leave it out with a
     warning.
     """
 
     name: str
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
-    joints: tuple[str, ...] | None = None
+    keypoint_names: tuple[str, ...] | None = None
     stuff: tuple[str, ...] = ()
     strict: bool = False
 
@@ -61,7 +61,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         raise NotImplementedError
 
     def sizes(self) -> list[tuple[int, int]]:
-        """H, W of each picture; nothing is decoded."""
+        """H, W of each image; nothing is decoded."""
         raise NotImplementedError
 
     def image_ids(self) -> list[int | str]:
@@ -69,11 +69,11 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         raise NotImplementedError
 
     def targets(self, index: int) -> Instances:
-        """The objects of one picture without decoding the picture; `crowd` and `ids` are filled."""
+        """The objects of one image without decoding the image; `crowd` and `ids` are filled."""
         raise NotImplementedError
 
     def panoptic(self, index: int) -> Panoptic:
-        """The same objects as the division of the picture that they are, where there is `stuff`."""
+        """The same objects as the division of the image that they are, where there is `stuff`."""
         target = self.targets(index)
         things = torch.tensor([name not in self.stuff for name in self.classes], dtype=torch.bool)
         return Panoptic(target, things[target.labels])
@@ -90,11 +90,11 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         return [] if ids is None else ids.tolist()
 
 
-def mirrored_joints(joints: Sequence[str] | None) -> tuple[int, ...] | None:
-    """What each joint is called in the mirror: names with "left" and "right" change places, others stay."""
-    if joints is None:
+def mirrored_keypoints(keypoints: Sequence[str] | None) -> tuple[int, ...] | None:
+    """What each keypoint is called in the mirror: names with "left" and "right" change places, others stay."""
+    if keypoints is None:
         return None
-    order = {name: number for number, name in enumerate(joints)}
+    order = {name: number for number, name in enumerate(keypoints)}
 
     def other(name: str) -> str:
         for one, two in (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")):
@@ -105,4 +105,4 @@ def mirrored_joints(joints: Sequence[str] | None) -> tuple[int, ...] | None:
                 return (two if name.startswith(one) else one) + name[2:]
         return name
 
-    return tuple(order.get(other(name), number) for number, name in enumerate(joints))
+    return tuple(order.get(other(name), number) for number, name in enumerate(keypoints))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from maskwright.data.dataset import PERSON_JOINTS
+from maskwright.data.dataset import PERSON_KEYPOINTS
 
 FINER = 3  # shapes are drawn so many times larger and shrunk, for soft edges
 _FINER = 2  # figures, which are larger and have colours of their own
@@ -77,14 +77,14 @@ SHAPES: dict[str, Callable[[np.random.Generator], list[Part]]] = {
 
 @dataclass
 class Stamp:
-    """A drawn object: coverage (h, w) uint8 with its corner at x0, y0 of the picture, which it may leave."""
+    """A drawn object: coverage (h, w) uint8 with its corner at x0, y0 of the image, which it may leave."""
 
     alpha: np.ndarray
     x0: int
     y0: int
     radius: float
     colours: np.ndarray | None = None  # (h, w, 3) uint8 where it has colours of its own
-    joints: np.ndarray | None = None  # (17, 2) x, y in the picture
+    keypoints: np.ndarray | None = None  # (17, 2) x, y in the image
 
 
 def draw_shape(name: str, rng: np.random.Generator, centre: tuple[float, float], radius: float) -> Stamp:
@@ -101,7 +101,7 @@ def draw_shape(name: str, rng: np.random.Generator, centre: tuple[float, float],
     return Stamp(np.asarray(plane.reduce(FINER)), x0, y0, radius)
 
 
-# Where the joints of a figure of reach 1 are that stands with hanging arms and faces us: its left is on our right.
+# Where the keypoints of a figure of reach 1 are that stands with hanging arms and faces us: its left is on our right.
 _STANDING = {
     "nose": (0.0, -0.74),
     "eye": (0.075, -0.80),
@@ -114,10 +114,10 @@ _ARM, _LEG = (0.30, 0.27), (0.43, 0.42)
 
 def draw_figure(rng: np.random.Generator, centre: tuple[float, float], radius: float, lively: float) -> Stamp:
     """A person facing us, `radius` pixels from the middle to the soles, in a pose that grows wilder with `lively`."""
-    joints = _pose(rng, lively) * (rng.uniform(0.85, 1.1), 1)
+    keypoints = _pose(rng, lively) * (rng.uniform(0.85, 1.1), 1)
     lean = rng.uniform(-0.35, 0.35) * lively
     turned = np.array([[np.cos(lean), -np.sin(lean)], [np.sin(lean), np.cos(lean)]]) * radius
-    points = joints @ turned.T + centre
+    points = keypoints @ turned.T + centre
     skin = np.array([235, 190, 150]) * rng.uniform(0.4, 1.05)
     shirt, trousers = rng.uniform(30, 235, (2, 3))
     thick = radius * rng.uniform(0.13, 0.18)
@@ -125,7 +125,7 @@ def draw_figure(rng: np.random.Generator, centre: tuple[float, float], radius: f
     low, high = points.min(0) - head - thick, points.max(0) + head + thick
     x0, y0, width, height = _frame(np.stack([low, high]))
     fine = (points - (x0, y0)) * _FINER
-    at = dict(zip(PERSON_JOINTS, fine, strict=True))
+    at = dict(zip(PERSON_KEYPOINTS, fine, strict=True))
     alpha = Image.new("L", (width * _FINER, height * _FINER))
     colours = Image.new("RGB", alpha.size)
     pens = ImageDraw.Draw(alpha), ImageDraw.Draw(colours)
@@ -171,7 +171,7 @@ def draw_figure(rng: np.random.Generator, centre: tuple[float, float], radius: f
 
 
 def _pose(rng: np.random.Generator, lively: float) -> np.ndarray:
-    """The 17 joints (17, 2) of a figure of reach 1."""
+    """The 17 keypoints (17, 2) of a figure of reach 1."""
     reach = 0.35 + 0.65 * lively
     sway = rng.uniform(-0.06, 0.06, 2)
     place: dict[str, np.ndarray] = {}
@@ -192,7 +192,7 @@ def _pose(rng: np.random.Generator, lively: float) -> np.ndarray:
                 step = np.array([sign * np.sin(way), np.cos(way)]) * length
                 place[f"{side}_{name}"] = place[f"{side}_{before}"] + step
     place["nose"] = np.array(_STANDING["nose"]) + sway
-    return np.stack([place[name] for name in PERSON_JOINTS])
+    return np.stack([place[name] for name in PERSON_KEYPOINTS])
 
 
 def _frame(points: np.ndarray) -> tuple[int, int, int, int]:

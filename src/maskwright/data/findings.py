@@ -19,13 +19,13 @@ class DataWarning(UserWarning):
 class Finding:
     """One complaint.
 
-    severity    "error": the set cannot be used; "skip": one annotation or picture is left out (an error when reading
+    severity    "error": the set cannot be used; "skip": one annotation or image is left out (an error when reading
                 strictly); "note": it was understood, but somebody should know
     kind        a short word that groups findings of one sort
     file        the file at fault
     sentence    what is wrong and what was expected, without a full stop
     advice      what to do
-    image       the picture's id where there is one
+    image       the image's id where there is one
     annotation  the annotation's id where there is one
     """
 

@@ -1,4 +1,4 @@
-"""From a data set to batches, the same ones however many processes read the pictures."""
+"""From a data set to batches, the same ones however many processes read the images."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from maskwright.data.augment import Augment, Drawn, Laid, place_target
-from maskwright.data.dataset import Sample, mirrored_joints
+from maskwright.data.dataset import Sample, mirrored_keypoints
 from maskwright.data.findings import DataWarning
-from maskwright.errors import DataError, PictureError, UsageError
+from maskwright.errors import DataError, ImageError, UsageError
 from maskwright.structures import Batch, Instances, Placement, Preprocess
 
 
 class Loader:
     """Batches of a data set; made by `make_loader`. Iterating gives the current epoch, `set_epoch` chooses it.
 
-    In training an epoch is every picture once in an order drawn from (seed, epoch), pictures that are taller than wide
-    apart from the others so that little is padded, and every batch is full: the last one is filled up with pictures
+    In training an epoch is every image once in an order drawn from (seed, epoch), images that are taller than wide
+    apart from the others so that little is padded, and every batch is full: the last one is filled up with images
     from the epoch's beginning. A batch over all ranks together is the same whatever their number, and what happens to
-    the picture at position k depends on (seed, epoch, k) alone: not on workers, nor on where a run was resumed.
+    the image at position k depends on (seed, epoch, k) alone: not on workers, nor on where a run was resumed.
 
-    Otherwise it is every picture once in the set's own order, rank r taking r, r + world, ...; the last batch may be
+    Otherwise it is every image once in the set's own order, rank r taking r, r + world, ...; the last batch may be
     smaller and ranks may differ by one batch.
     """
 
@@ -45,7 +45,7 @@ class Loader:
         self.epoch, self._start = epoch, start
 
     def indices(self, epoch: int | None = None) -> list[list[int]]:
-        """Which pictures of the data set are in each batch of an epoch on this rank."""
+        """Which images of the data set are in each batch of an epoch on this rank."""
         at = self.epoch if epoch is None else epoch
         order = self.plan.order(at)
         return [[int(order[k]) for k in self.plan.positions(number)] for number in range(len(self))]
@@ -101,17 +101,17 @@ def make_loader(
     drop_crowd: bool | None = None,
     pin: bool = False,
 ) -> Loader:
-    """Batches of `batch_size` pictures per rank, as `preprocess` lays them, with targets on the network's grid.
+    """Batches of `batch_size` images per rank, as `preprocess` lays them, with targets on the network's grid.
 
     dataset     a `Dataset`, or anything with its methods
-    augment     what may happen to pictures in training; None: nothing
-    workers     processes that read pictures; 0: this one
+    augment     what may happen to images in training; None: nothing
+    workers     processes that read images; 0: this one
     drop_crowd  leave crowd regions out of the targets; by default in training only. No system learns from them as
                 objects, and Mask R-CNN's published recipes do not know them at all.
-    pin         give pictures in pinned memory, for copies to a GPU that do not wait
+    pin         give images in pinned memory, for copies to a GPU that do not wait
 
-    Pictures without objects are kept: they teach what is not an object. A picture that turns out to be broken is a
-    PictureError where the data set is strict; otherwise a `DataWarning`, and the next one that can be read takes its
+    Images without objects are kept: they teach what is not an object. An image that turns out to be broken is an
+    ImageError where the data set is strict; otherwise a `DataWarning`, and the next one that can be read takes its
     place (in training; else it is left out of its batch).
     """
     if batch_size < 1 or workers < 0 or not 0 <= rank < world or seed < 0:
@@ -146,7 +146,7 @@ class _Keys:
 
 
 class _Plan:
-    """Knows which pictures make up a batch and builds it: everything that happens in a worker process."""
+    """Knows which images make up a batch and builds it: everything that happens in a worker process."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class _Plan:
         self.batch_size, self.training, self.seed = batch_size, training, seed
         self.rank, self.world, self.drop_crowd = rank, world, drop_crowd
         self.strict = bool(getattr(dataset, "strict", False))
-        self.mirrored = mirrored_joints(getattr(dataset, "joints", None))
+        self.mirrored = mirrored_keypoints(getattr(dataset, "keypoint_names", None))
         self.total, self.kinds = len(dataset), len(dataset.classes)
         if training:
             self.count = -(-self.total // (batch_size * world))
@@ -176,10 +176,10 @@ class _Plan:
             self.tall[:] = False  # one canvas for all: nothing is padded less by sorting
         self._orders: dict[int, np.ndarray] = {}
 
-    # ---- which pictures ------------------------------------------------------------------------------------------
+    # ---- which images ------------------------------------------------------------------------------------------
 
     def order(self, epoch: int) -> np.ndarray:
-        """The picture at each position of an epoch, over all ranks."""
+        """The image at each position of an epoch, over all ranks."""
         if not self.training:
             return np.arange(self.total)
         if epoch not in self._orders:
@@ -224,15 +224,15 @@ class _Plan:
         if sample is None:
             return None
         if self.augment is None:
-            image, placement = self.preprocess.lay(sample.picture)
+            image, placement = self.preprocess.lay(sample.image)
             target = place_target(sample.target, placement, self.mirrored)
-            return image, Laid(sample.picture, target, placement), sample.name
+            return image, Laid(sample.image, target, placement), sample.name
         laid = self._augmented(sample, rng)
         if rng.random() < self.augment.paste:
             other = self._sample(int(rng.integers(self.total)), notes)
             if other is not None:
                 laid = self.augment.overlay(rng, laid, self._augmented(other, rng))
-        image = self.preprocess.normalise(laid.picture)
+        image = self.preprocess.normalise(laid.image)
         if self.augment.canvas is not None:
             height, width = (max(side, own) for side, own in zip(self.augment.canvas, image.shape[1:], strict=True))
             image = torch.nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
@@ -240,23 +240,23 @@ class _Plan:
 
     def _augmented(self, sample: Sample, rng: np.random.Generator) -> Laid:
         assert self.augment is not None
-        size = (sample.picture.shape[1], sample.picture.shape[2])
+        size = (sample.image.shape[1], sample.image.shape[2])
         drawn: Drawn = self.augment.draw(rng, size, self.preprocess)
-        return self.augment.apply(sample, drawn, resample=self.preprocess.resample, mirrored_joints=self.mirrored)
+        return self.augment.apply(sample, drawn, resample=self.preprocess.resample, mirrored_keypoints=self.mirrored)
 
     def _sample(self, index: int, notes: list[str]) -> Sample | None:
-        """The picture at `index`, or the next one that can be read."""
+        """The image at `index`, or the next one that can be read."""
         for step in range(self.total):
             try:
                 sample = self.dataset[(index + step) % self.total]
-            except PictureError as error:
+            except ImageError as error:
                 if self.strict:
                     raise
                 notes.append(f"{error} (left out for now)")
                 if not self.training:
                     return None
                 continue
-            sample = replace(sample, picture=self.preprocess.fitted(sample.picture))
+            sample = replace(sample, image=self.preprocess.fitted(sample.image))
             target = sample.target
             if not ((target.labels >= 0) & (target.labels < self.kinds)).all():
                 raise DataError(
@@ -266,7 +266,7 @@ class _Plan:
             if self.drop_crowd and target.crowd is not None and bool(target.crowd.any()):
                 sample = replace(sample, target=target[~target.crowd])
             return sample
-        raise PictureError(f"not one of the {self.total} pictures can be read; the last said: {notes[-1]}")
+        raise ImageError(f"not one of the {self.total} images can be read; the last said: {notes[-1]}")
 
 
 def grouped(order: np.ndarray, tall: np.ndarray, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Generated scenes: pictures with objects that cost nothing, need no licence and are the same everywhere.
+"""Generated scenes: images with objects that cost nothing, need no licence and are the same everywhere.
 
 Textured shapes lie over each other on a textured ground; the class is in the shape alone, never in the colour. Masks
 are what is to be seen of each object: covered parts and holes are cut out. `difficulty` goes from a few large, clear
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
-from maskwright.data.dataset import PERSON_JOINTS, Dataset, Sample
+from maskwright.data.dataset import PERSON_KEYPOINTS, Dataset, Sample
 from maskwright.data.drawing_shapes import SHAPES, Stamp, draw_figure, draw_shape
 from maskwright.errors import DataError, UsageError
 from maskwright.structures import Instances, Masks
@@ -33,7 +33,7 @@ class _Thing:
 
     stamp: Stamp
     label: int
-    area: int  # pixels inside the picture, were nothing over it
+    area: int  # pixels inside the image, were nothing over it
 
 
 @dataclass
@@ -44,16 +44,16 @@ class _Layout:
 
 
 class Scenes(Dataset):
-    """`count` generated pictures of `size` (H, W); picture i depends on seed and i alone.
+    """`count` generated images of `size` (H, W); image i depends on seed and i alone.
 
     classes     of "disc", "ring", "star", "box", "crescent", "cross", "triangle", "heart"
     difficulty  0 easy ... 1 hard
-    keypoints   instead of shapes, people ("figure") with COCO's 17 joints; shapes are then what they hide behind
-    empty       share of pictures without any object
+    keypoints   instead of shapes, people ("figure") with COCO's 17 keypoints; shapes are then what they hide behind
+    empty       share of images without any object
     stuff       the ground is divided among one to three of "sky", "grass", "water", "gravel", told apart by colour and
-                texture: further classes, and targets that divide the whole picture
+                texture: further classes, and targets that divide the whole image
 
-    One core makes 120 to 220 pictures of 192 x 192 a second, harder ones slower; figures about 70. Ids are 1, 2, ...
+    One core makes 120 to 220 images of 192 x 192 a second, harder ones slower; figures about 70. Ids are 1, 2, ...
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Scenes(Dataset):
         stuff: bool = False,
     ):
         if stuff and keypoints:
-            raise UsageError("scenes have figures with joints or a ground of stuff, not both")
+            raise UsageError("scenes have figures with keypoints or a ground of stuff, not both")
         unknown = [name for name in classes if name not in SHAPES]
         if unknown or not classes or len(set(classes)) < len(classes):
             raise UsageError(f"scenes cannot draw {tuple(classes)}; choose some of {', '.join(SHAPES)}, each once")
@@ -82,7 +82,7 @@ class Scenes(Dataset):
         self.stuff = GROUNDS if stuff else ()
         self.classes = ("figure",) if keypoints else (*classes, *self.stuff)
         self.category_ids = tuple(range(1, len(self.classes) + 1))
-        self.joints = PERSON_JOINTS if keypoints else None
+        self.keypoint_names = PERSON_KEYPOINTS if keypoints else None
         kind = ", figures" if keypoints else ", stuff" if stuff else ""
         self.name = f"scenes (seed {seed}, difficulty {difficulty:g}{kind})"
         self.strict = True
@@ -91,7 +91,7 @@ class Scenes(Dataset):
         return self.count
 
     def __repr__(self) -> str:
-        return f"{self.name}: {self.count} pictures of {self.size[0]} x {self.size[1]}, {len(self.classes)} classes"
+        return f"{self.name}: {self.count} images of {self.size[0]} x {self.size[1]}, {len(self.classes)} classes"
 
     def __getitem__(self, index: int) -> Sample:
         index = range(self.count)[index]
@@ -180,7 +180,7 @@ class Scenes(Dataset):
             masks.boxes(),
             torch.tensor(labels, dtype=torch.int64),
             masks,
-            keypoints=self._joints(layout, chosen) if self.keypoints else None,
+            keypoints=self._keypoints(layout, chosen) if self.keypoints else None,
             crowd=torch.zeros(len(labels), dtype=torch.bool),
             ids=torch.arange(len(labels)) + index * 1000 + 1,
         )
@@ -198,17 +198,17 @@ class Scenes(Dataset):
             plane[np.arange(height)[:, None] >= (level + waves) * height] = kind
         return plane
 
-    def _joints(self, layout: _Layout, chosen: list[int]) -> torch.Tensor:
-        """(N, 17, 3): 2 where the figure is seen at the joint, 1 where something lies over it, 0 outside."""
+    def _keypoints(self, layout: _Layout, chosen: list[int]) -> torch.Tensor:
+        """(N, 17, 3): 2 where the figure is seen at the keypoint, 1 where something lies over it, 0 outside."""
         height, width = self.size
-        points = torch.zeros(len(chosen), len(PERSON_JOINTS), 3)
+        points = torch.zeros(len(chosen), len(PERSON_KEYPOINTS), 3)
         for row, n in enumerate(chosen):
-            joints = layout.things[n].stamp.joints
-            assert joints is not None
-            inside = np.all((joints >= 0) & (joints < (width, height)), axis=1)
-            x, y = np.clip(joints.astype(int), 0, (width - 1, height - 1)).T
+            keypoints = layout.things[n].stamp.keypoints
+            assert keypoints is not None
+            inside = np.all((keypoints >= 0) & (keypoints < (width, height)), axis=1)
+            x, y = np.clip(keypoints.astype(int), 0, (width - 1, height - 1)).T
             mark = np.where(layout.owner[y, x] == n, 2, 1) * inside
-            points[row] = torch.from_numpy(np.concatenate([joints * inside[:, None], mark[:, None]], 1))
+            points[row] = torch.from_numpy(np.concatenate([keypoints * inside[:, None], mark[:, None]], 1))
         return points
 
     # ---- what it looks like --------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class Scenes(Dataset):
         """As a COCO data set: FOLDER/SPLIT/*.png and FOLDER/annotations/instances_SPLIT.json, which is returned.
 
         With stuff it is panoptic_SPLIT.json with its maps instead; with figures there is also
-        person_keypoints_SPLIT.json. Reading it back gives the same pictures and masks.
+        person_keypoints_SPLIT.json. Reading it back gives the same images and masks.
         """
         from maskwright.data.coco import write_coco
         from maskwright.data.panoptic import write_panoptic
@@ -243,19 +243,19 @@ class Scenes(Dataset):
         try:
             (folder / split).mkdir(parents=True, exist_ok=True)
             (folder / "annotations").mkdir(exist_ok=True)
-            images, annotations = [], []
+            entries, annotations = [], []
             for index in range(self.count):
                 sample = self[index]
                 name = f"{index + 1:06d}.png"
                 beside = folder / split / f".{name}.part"
-                Image.fromarray(sample.picture.permute(1, 2, 0).numpy()).save(beside, "PNG")
+                Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(beside, "PNG")
                 beside.replace(folder / split / name)
-                images.append({"id": index + 1, "file_name": name, "height": self.size[0], "width": self.size[1]})
+                entries.append({"id": index + 1, "file_name": name, "height": self.size[0], "width": self.size[1]})
                 annotations += self._records(index, sample.target)
             if self.stuff:
-                pictures = ((entry, self.panoptic(index)) for index, entry in enumerate(images))
+                divided = ((entry, self.panoptic(index)) for index, entry in enumerate(entries))
                 path = folder / "annotations" / f"panoptic_{split}.json"
-                return write_panoptic(path, pictures, self.classes, self.category_ids, self.stuff)
+                return write_panoptic(path, divided, self.classes, self.category_ids, self.stuff)
         except OSError as error:
             raise DataError(
                 f"{folder}: cannot be written ({error.strerror}); free some space or choose another place"
@@ -263,15 +263,15 @@ class Scenes(Dataset):
         categories: list[dict[str, Any]] = [
             {"id": number, "name": name} for number, name in zip(self.category_ids, self.classes, strict=True)
         ]
-        if self.joints:
-            categories[0]["keypoints"] = list(self.joints)
+        if self.keypoint_names:
+            categories[0]["keypoints"] = list(self.keypoint_names)
         content = {
             "info": {"description": repr(self)},
-            "images": images,
+            "images": entries,
             "annotations": annotations,
             "categories": categories,
         }
-        if self.joints:
+        if self.keypoint_names:
             write_coco(folder / "annotations" / f"person_keypoints_{split}.json", content)
         path = folder / "annotations" / f"instances_{split}.json"
         write_coco(path, content)
@@ -293,7 +293,7 @@ class Scenes(Dataset):
 def parse_scenes(text: str, split: str, keypoints: bool = False, stuff: bool = False) -> Scenes:
     """What "scenes:count=200,size=192x256,seed=0,difficulty=0.5,classes=disc+ring,empty=0.1,stuff=1,val=50" means.
 
-    Splits other than "train" hold other pictures, `val` of them (a quarter of `count` unless given).
+    Splits other than "train" hold other images, `val` of them (a quarter of `count` unless given).
     """
     options: dict[str, str] = {}
     for part in filter(None, text.partition(":")[2].split(",")):
@@ -319,7 +319,7 @@ def parse_scenes(text: str, split: str, keypoints: bool = False, stuff: bool = F
             f"{text!r}: numbers were expected, as in scenes:count=200,size=192x256,difficulty=0.5"
         ) from None
     classes = tuple(options["classes"].split("+")) if "classes" in options else CLASSES
-    # Seeds of the splits lie so far apart that no two runs with neighbouring seeds share pictures.
+    # Seeds of the splits lie so far apart that no two runs with neighbouring seeds share images.
     offset = {"train": 0, "val": 1}.get(split, 2) * 1_000_003
     return Scenes(
         count if split == "train" else held,
@@ -481,7 +481,7 @@ def _texture(
 
 
 def _cut(plane: np.ndarray, stamp: Stamp, size: tuple[int, int]) -> tuple[np.ndarray, tuple[slice, slice]]:
-    """The part of a stamp's plane that lies in the picture, and where."""
+    """The part of a stamp's plane that lies in the image, and where."""
     y0, x0 = max(0, stamp.y0), max(0, stamp.x0)
     y1 = max(y0, min(size[0], stamp.y0 + plane.shape[0]))
     x1 = max(x0, min(size[1], stamp.x0 + plane.shape[1]))

@@ -11,7 +11,7 @@ import numpy as np
 from maskwright.structures import Masks, rle
 from maskwright.structures import polygons as outlines
 
-_FARTHEST = 1e7  # pixels from the picture's corner; beyond it is no cutting without losing precision
+_FARTHEST = 1e7  # pixels from the image's corner; beyond it is no cutting without losing precision
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Shapes:
         return self.text[first:last].tobytes()
 
     def masks(self, first: int, last: int, size: tuple[int, int]) -> Masks:
-        """The objects first ... last - 1, all of one picture, as they were given: polygons stay polygons if all are."""
+        """The objects first ... last - 1, all of one image, as they were given: polygons stay polygons if all are."""
         coded = self.coded[first:last]
         if not len(coded):
             return Masks.empty(size)
@@ -56,7 +56,7 @@ class Shapes:
         return Masks.join([self.masks(i, i + 1, size) for i in range(first, last)])
 
     def extents(self, sizes: np.ndarray) -> np.ndarray:
-        """Boxes (N, 4) around the objects, cut at their pictures; `sizes` (N, 2) are H, W."""
+        """Boxes (N, 4) around the objects, cut at their images; `sizes` (N, 2) are H, W."""
         boxes = self.frames.astype(np.float64)
         drawn = np.flatnonzero(~self.coded)
         if len(drawn) and len(self.points):
@@ -85,7 +85,7 @@ class ShapesBuilder:
         self._notes: list[tuple[int, str]] = []
 
     def add(self, segmentation: Any, size: tuple[int, int]) -> str | None:
-        """Takes one object on a picture of `size` (H, W). What is wrong with it, if so; then it is not taken."""
+        """Takes one object on an image of `size` (H, W). What is wrong with it, if so; then it is not taken."""
         if segmentation is None:
             return "has no segmentation, only a box at most; masks cannot be learnt from it"
         if isinstance(segmentation, dict):
@@ -128,7 +128,7 @@ class ShapesBuilder:
         if own != list(size):
             if own == [size[1], size[0]]:
                 return f"has a run-length code of size {own}, that is [width, height]; expected [height, width]"
-            return f"has a run-length code of size {own}, its picture is {list(size)} (height, width)"
+            return f"has a run-length code of size {own}, its image is {list(size)} (height, width)"
         total = size[0] * size[1]
         try:
             if isinstance(counts, str):
@@ -143,7 +143,7 @@ class ShapesBuilder:
             return f"has a run-length code that cannot be read ({error})"
         if not len(lengths) or lengths.min() < 0 or lengths.max() > total or lengths.sum() != total:
             covered = sum(lengths.tolist())
-            return f"has a run-length code of {covered} pixels; its picture has {total}"
+            return f"has a run-length code of {covered} pixels; its image has {total}"
         if not lengths[1::2].any():
             return "has a run-length code that marks no pixel"
         text = rle.encode_counts(lengths) if text is None else text
@@ -167,7 +167,7 @@ class ShapesBuilder:
     def finish(self, sizes: np.ndarray | None = None) -> tuple[Shapes, dict[int, str], list[tuple[int, str]]]:
         """All that was taken; what is wrong with some of them, by position; what is odd about others.
 
-        `sizes` (N, 2) are the pictures' H, W. Those with a complaint are in the result, but harmless (empty) there.
+        `sizes` (N, 2) are the images' H, W. Those with a complaint are in the result, but harmless (empty) there.
         """
         self._convert()
         points = np.concatenate(self._parts).reshape(-1, 2)
@@ -202,7 +202,7 @@ def _check_polygons(shapes: Shapes, sizes: np.ndarray) -> dict[int, str]:
     far = (np.abs(points) > _FARTHEST).any(1)
     if far.any():
         for index in np.unique(owner[np.logical_or.reduceat(far, rings[:, 0])]).tolist():
-            complaints[index] = f"has a polygon with a coordinate beyond {_FARTHEST:.0e}; no picture is so large"
+            complaints[index] = f"has a polygon with a coordinate beyond {_FARTHEST:.0e}; no image is so large"
         points[far] = 0
     limits = sizes[owner][:, ::-1]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -229,9 +229,9 @@ def _doubt(rings: Sequence[np.ndarray], size: tuple[int, int]) -> str | None:
     low = np.min([r.min(0) for r in rings], 0)
     high = np.max([r.max(0) for r in rings], 0)
     if (high <= 0).any() or (low >= (size[1], size[0])).any():
-        return f"has a polygon that lies wholly outside its picture of {size[1]} x {size[0]}"
+        return f"has a polygon that lies wholly outside its image of {size[1]} x {size[0]}"
     if not rle.area(outlines.fill(outlines.checked(rings, size), size, "union")):
-        return "has a polygon that covers not one pixel of its picture"
+        return "has a polygon that covers not one pixel of its image"
     return None
 
 

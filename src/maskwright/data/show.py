@@ -22,7 +22,7 @@ def show_batch(
     classes: Sequence[str] | None = None,
     columns: int | None = None,
 ) -> Path:
-    """Draws the pictures of a batch with their targets, as the network gets them, into one picture file.
+    """Draws the images of a batch with their targets, as the network gets them, into one image file.
 
     Normalising is undone; padding shows in the mean colour. The format is that of the file's name. Written beside and
     renamed.
@@ -33,12 +33,12 @@ def show_batch(
     height, width = batch.images.shape[-2:]
     across = columns or math.ceil(math.sqrt(len(batch)))
     sheet = Image.new("RGB", (across * (width + 4) - 4, math.ceil(len(batch) / across) * (height + 4) - 4), "white")
-    for number, image in enumerate(batch.images.cpu()):
-        picture = restored(image, preprocess)
+    for number, values in enumerate(batch.images.cpu()):
+        image = restored(values, preprocess)
         placement = batch.placements[number]
-        tile = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+        tile = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         if batch.targets is not None:
-            valid = picture[:, : placement.size[0], : placement.size[1]]
+            valid = image[:, : placement.size[0], : placement.size[1]]
             tile.paste(batch.targets[number].to("cpu").draw(valid, classes), (0, 0))
         sheet.paste(tile, (number % across * (width + 4), number // across * (height + 4)))
     beside = path.with_name(f".{path.name}.part")
@@ -55,7 +55,7 @@ def show_batch(
 
 
 def restored(image: Float[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tensor, "3 h w"]:
-    """A normalised picture back as RGB, 0 ... 255; further channels are left out."""
+    """A normalised image back as RGB, 0 ... 255; further channels are left out."""
     mean, std = (image.new_tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
     values = ((image.float() * std + mean) * preprocess.divide)[:3]
     if preprocess.channels == "BGR":

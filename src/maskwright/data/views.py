@@ -1,4 +1,4 @@
-"""Another look at a data set: some of its pictures, some of their objects, labels counted otherwise."""
+"""Another look at a data set: some of its images, some of their objects, labels counted otherwise."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class View(Dataset):
     def __init__(self, inner: Any):
         self.inner = inner
         self.classes, self.category_ids = tuple(inner.classes), tuple(getattr(inner, "category_ids", ()))
-        self.name, self.joints = getattr(inner, "name", ""), getattr(inner, "joints", None)
+        self.name, self.keypoint_names = getattr(inner, "name", ""), getattr(inner, "keypoint_names", None)
         self.stuff, self.strict = tuple(getattr(inner, "stuff", ())), getattr(inner, "strict", False)
-        self.positions: Sequence[int] = range(len(inner))  # of the pictures
+        self.positions: Sequence[int] = range(len(inner))  # of the images
         self.labels = torch.arange(len(self.classes))  # old label -> new one; -1: such objects are left out
         if not hasattr(inner, "areas"):
             self.areas = None  # pyright: ignore[reportAttributeAccessIssue]  # an evaluation then takes those of the masks, and says so
 
     def order(self, labels: Tensor) -> Tensor:
-        """Which objects of a picture are seen, by their old labels, and in which order."""
+        """Which objects of an image are seen, by their old labels, and in which order."""
         return (self.labels[labels] >= 0).nonzero().flatten()
 
     def seen(self, target: Instances) -> Instances:
@@ -69,7 +69,7 @@ class View(Dataset):
 
 
 class Chosen(View):
-    """Some pictures, by their positions."""
+    """Some images, by their positions."""
 
     def __init__(self, inner: Any, positions: Sequence[int]):
         super().__init__(inner)
@@ -126,7 +126,7 @@ def things_only(dataset: Any) -> Any:
 
 
 def spread(dataset: Any, count: int | None) -> Any:
-    """At most `count` pictures, evenly spread over the set, always the same ones."""
+    """At most `count` images, evenly spread over the set, always the same ones."""
     total = len(dataset)
     if count is None or count >= total:
         return dataset

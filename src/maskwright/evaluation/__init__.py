@@ -1,7 +1,7 @@
 """How good it is: AP and its relatives, what is confused with what, and the report page."""
 
 from maskwright.evaluation.coco import Curves, coco_ap
-from maskwright.evaluation.confusion import Confusion, PictureScore
+from maskwright.evaluation.confusion import Confusion, ImageScore
 from maskwright.evaluation.evaluator import Evaluator, Task, match_classes
 from maskwright.evaluation.panoptic import PanopticEvaluator, SemanticEvaluator, panoptic_counts
 from maskwright.evaluation.report import report
@@ -11,8 +11,8 @@ __all__ = [
     "Confusion",
     "Curves",
     "Evaluator",
+    "ImageScore",
     "PanopticEvaluator",
-    "PictureScore",
     "Protocol",
     "Result",
     "SemanticEvaluator",

@@ -17,9 +17,9 @@ from maskwright.structures import rle
 
 
 def boundary(text: bytes, size: tuple[int, int], width: float) -> bytes:
-    """The pixels of a mask that are nearer to its outline than `width` times the picture's diagonal, as a mask.
+    """The pixels of a mask that are nearer to its outline than `width` times the image's diagonal, as a mask.
 
-    At least one pixel; the picture's border counts as outline. Distances are those of a square (Chebyshev), as in the
+    At least one pixel; the image's border counts as outline. Distances are those of a square (Chebyshev), as in the
     official code, which erodes with a 3 x 3 square so many times.
     """
     height, breadth = size

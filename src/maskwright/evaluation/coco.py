@@ -31,21 +31,21 @@ RECALLS = np.linspace(0, 1, 101)
 # Square pixels; COCO's own bounds. Objects of these areas count in APs, APm and APl.
 SIZES = {"": (0.0, 1e10), "s": (0.0, 32.0**2), "m": (32.0**2, 96.0**2), "l": (96.0**2, 1e10)}
 KEYPOINT_SIZES = {name: bounds for name, bounds in SIZES.items() if name != "s"}
-# How far annotators disagree about each of COCO's 17 person joints, relative to the person's size.
+# How far annotators disagree about each of COCO's 17 person keypoints, relative to the person's size.
 PERSON_SIGMAS = (
     *(0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072),
     *(0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089),
 )
-OTHER_SIGMA = 0.05  # for joints that nobody has measured; a result says so in its protocol
-BOUNDARY_WIDTH = 0.02  # of the picture's diagonal: the paper's (2103.16562) choice for COCO
+OTHER_SIGMA = 0.05  # for keypoints that nobody has measured; a result says so in its protocol
+BOUNDARY_WIDTH = 0.02  # of the image's diagonal: the paper's (2103.16562) choice for COCO
 
 
 @dataclass
 class Truth:
-    """Every annotated object of a data set, as columns; pictures are counted 0, 1, ... in the order of their ids."""
+    """Every annotated object of a data set, as columns; images are counted 0, 1, ... in the order of their ids."""
 
     sizes: np.ndarray  # (M, 2) H, W
-    owner: np.ndarray  # (G,) which picture
+    owner: np.ndarray  # (G,) which image
     labels: np.ndarray  # (G,) 0 ... K - 1
     boxes: np.ndarray  # (G, 4) x, y, width, height, float64
     areas: np.ndarray  # (G,) what the size buckets go by
@@ -57,8 +57,8 @@ class Truth:
 
 
 @dataclass
-class Found:
-    """Every predicted object, as columns, grouped by picture in ascending order; within one, in the order given."""
+class Detections:
+    """Every predicted object, as columns, grouped by image in ascending order; within one, in the order given."""
 
     owner: np.ndarray  # (D,)
     labels: np.ndarray  # (D,)
@@ -128,7 +128,7 @@ class Curves:
 
 def coco_ap(
     truth: Truth,
-    found: Found,
+    found: Detections,
     kind: Kind = "segm",
     *,
     max_detections: int = 100,
@@ -136,18 +136,18 @@ def coco_ap(
     sigmas: Sequence[float] | None = None,
     backend: Backend = "auto",
 ) -> Curves:
-    """Precision and recall as COCO counts them, at most `max_detections` per picture *and class*, as there.
+    """Precision and recall as COCO counts them, at most `max_detections` per image *and class*, as there.
 
     `limits`: the numbers of detections that recall is told for, instead of those of COCO's table.
 
     A prediction's size is that of its mask for "segm" and "boundary" (results without a "bbox" key, in pycocotools'
-    terms), of its box for "bbox", and of the extent of its joints for "keypoints".
+    terms), of its box for "bbox", and of the extent of its keypoints for "keypoints".
     """
     _require(truth, found, kind)
     limits = tuple(limits or ((max_detections,) if kind == "keypoints" else ladder(max_detections)))
     if kind == "keypoints":
-        sigmas = tuple(sigmas or joint_sigmas(_joints(truth, found)))
-        found = _boxed_by_joints(found)
+        sigmas = tuple(sigmas or keypoint_sigmas(_keypoints(truth, found)))
+        found = _boxed_by_keypoints(found)
     run = _by_vernier if backend_of(backend) == "vernier" else _by_pycocotools
     precision, recall, scores = run(truth, found, kind, limits, sigmas)
     return Curves(kind, precision, recall, scores, limits)
@@ -182,16 +182,16 @@ def proposal_limits(max_detections: int) -> tuple[int, ...]:
     return tuple(sorted({n for n in (10, 100) if n < max_detections} | {max_detections}))
 
 
-def joint_sigmas(joints: int) -> tuple[float, ...]:
-    """COCO's for 17 joints, `OTHER_SIGMA` for each of any other number."""
-    return PERSON_SIGMAS if joints == len(PERSON_SIGMAS) else (OTHER_SIGMA,) * joints
+def keypoint_sigmas(keypoints: int) -> tuple[float, ...]:
+    """COCO's for 17 keypoints, `OTHER_SIGMA` for each of any other number."""
+    return PERSON_SIGMAS if keypoints == len(PERSON_SIGMAS) else (OTHER_SIGMA,) * keypoints
 
 
 # ---- vernier ---------------------------------------------------------------------------------------------------------
 
 
 def _by_vernier(
-    truth: Truth, found: Found, kind: Kind, limits: tuple[int, ...], sigmas: Sequence[float] | None
+    truth: Truth, found: Detections, kind: Kind, limits: tuple[int, ...], sigmas: Sequence[float] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from vernier import instance
 
@@ -241,21 +241,21 @@ def _vernier_truth(truth: Truth) -> Any:
     return CocoDataset.from_arrays(images, annotations, categories)  # type: ignore[arg-type]
 
 
-def _vernier_found(truth: Truth, found: Found, kind: Kind) -> list[Any]:
-    pictures, starts = np.unique(found.owner, return_index=True)
+def _vernier_found(truth: Truth, found: Detections, kind: Kind) -> list[Any]:
+    images, starts = np.unique(found.owner, return_index=True)
     ends = np.append(starts[1:], len(found.owner))[: len(starts)].tolist()
     batches = []
-    for picture, start, end in zip(pictures.tolist(), starts.tolist(), ends, strict=True):
+    for image, start, end in zip(images.tolist(), starts.tolist(), ends, strict=True):
         part = slice(start, end)
         batch: dict[str, Any] = {
-            "image_id": picture + 1,
+            "image_id": image + 1,
             "boxes": np.ascontiguousarray(found.boxes[part]),
             "scores": np.ascontiguousarray(found.scores[part]),
             "labels": np.ascontiguousarray(found.labels[part] + 1),
         }
         if kind in ("segm", "boundary"):
             assert found.masks is not None
-            size = truth.sizes[picture].tolist()
+            size = truth.sizes[image].tolist()
             batch["rles"] = [_code(text, size) for text in found.masks[part]]
         if kind == "keypoints":
             assert found.keypoints is not None
@@ -272,7 +272,7 @@ def _code(text: bytes, size: Sequence[int]) -> dict[str, Any]:
 
 
 def _by_pycocotools(
-    truth: Truth, found: Found, kind: Kind, limits: tuple[int, ...], sigmas: Sequence[float] | None
+    truth: Truth, found: Detections, kind: Kind, limits: tuple[int, ...], sigmas: Sequence[float] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     from pycocotools.cocoeval import COCOeval
 
@@ -315,13 +315,13 @@ def _truth_records(truth: Truth, kind: Kind) -> list[dict[str, Any]]:
         record["iscrowd"] = int(crowd)
     _add_masks(records, truth, truth.masks if kind in ("segm", "boundary") else None)
     if kind == "keypoints":
-        for record, joints in zip(records, truth.keypoints if records else (), strict=True):  # type: ignore[arg-type]
-            record["keypoints"] = joints.ravel().tolist()
-            record["num_keypoints"] = int((joints[:, 2] > 0).sum())
+        for record, keypoints in zip(records, truth.keypoints if records else (), strict=True):  # type: ignore[arg-type]
+            record["keypoints"] = keypoints.ravel().tolist()
+            record["num_keypoints"] = int((keypoints[:, 2] > 0).sum())
     return records
 
 
-def _found_records(truth: Truth, found: Found, kind: Kind) -> list[dict[str, Any]]:
+def _found_records(truth: Truth, found: Detections, kind: Kind) -> list[dict[str, Any]]:
     areas = found.boxes[:, 2] * found.boxes[:, 3]
     records = _records(found.owner, found.labels, found.boxes, areas)
     for record, score in zip(records, found.scores.tolist(), strict=True):
@@ -332,16 +332,16 @@ def _found_records(truth: Truth, found: Found, kind: Kind) -> list[dict[str, Any
         for record, text in zip(records, found.masks or (), strict=True):
             record["area"] = rle.area(text)
     if kind == "keypoints":
-        for record, joints in zip(records, found.keypoints if records else (), strict=True):  # type: ignore[arg-type]
-            record["keypoints"] = joints.ravel().tolist()
+        for record, keypoints in zip(records, found.keypoints if records else (), strict=True):  # type: ignore[arg-type]
+            record["keypoints"] = keypoints.ravel().tolist()
     return records
 
 
 def _records(owner: np.ndarray, labels: np.ndarray, boxes: np.ndarray, areas: np.ndarray) -> list[dict[str, Any]]:
     columns = zip(owner.tolist(), labels.tolist(), boxes.tolist(), areas.tolist(), strict=True)
     return [
-        {"id": number, "image_id": picture + 1, "category_id": label + 1, "bbox": box, "area": area}
-        for number, (picture, label, box, area) in enumerate(columns, 1)
+        {"id": number, "image_id": image + 1, "category_id": label + 1, "bbox": box, "area": area}
+        for number, (image, label, box, area) in enumerate(columns, 1)
     ]
 
 
@@ -354,7 +354,7 @@ def _add_masks(records: list[dict[str, Any]], truth: Truth, masks: list[bytes] |
 # ---- shared ----------------------------------------------------------------------------------------------------------
 
 
-def _require(truth: Truth, found: Found, kind: Kind) -> None:
+def _require(truth: Truth, found: Detections, kind: Kind) -> None:
     part = {"segm": "masks", "boundary": "masks", "keypoints": "keypoints"}.get(kind)
     if part and len(truth.owner) and getattr(truth, part) is None:
         raise UsageError(f"the annotations have no {part}; leave {kind!r} out of the kinds to evaluate")
@@ -363,20 +363,20 @@ def _require(truth: Truth, found: Found, kind: Kind) -> None:
     if kind == "keypoints" and truth.keypoints is not None and found.keypoints is not None:
         ours, theirs = found.keypoints.shape[1], truth.keypoints.shape[1]
         if len(found.owner) and len(truth.owner) and ours != theirs:
-            raise UsageError(f"the predictions have {ours} joints each, the annotations {theirs}; they must agree")
+            raise UsageError(f"the predictions have {ours} keypoints each, the annotations {theirs}; they must agree")
 
 
-def _joints(truth: Truth, found: Found) -> int:
+def _keypoints(truth: Truth, found: Detections) -> int:
     points = truth.keypoints if truth.keypoints is not None else found.keypoints
     return len(PERSON_SIGMAS) if points is None else points.shape[1]
 
 
-def _boxed_by_joints(found: Found) -> Found:
+def _boxed_by_keypoints(found: Detections) -> Detections:
     if found.keypoints is None or not len(found.owner):
         return found
     low, high = found.keypoints[..., :2].min(1), found.keypoints[..., :2].max(1)
     boxes = np.concatenate([low, high - low], 1).astype(np.float64)
-    return Found(found.owner, found.labels, found.scores, boxes, found.masks, found.keypoints)
+    return Detections(found.owner, found.labels, found.scores, boxes, found.masks, found.keypoints)
 
 
 def _at(overlap: float) -> int:

@@ -11,12 +11,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from pycocotools import mask as coco_mask
 
-from maskwright.evaluation.coco import Found, Truth
+from maskwright.evaluation.coco import Detections, Truth
 
 
 @dataclass
-class PictureScore:
-    """How one picture went. `quality` is 0 ... 1: the summed overlap of right objects over (right + half of what was
+class ImageScore:
+    """How one image went. `quality` is 0 ... 1: the summed overlap of right objects over (right + half of what was
     missed or spurious), panoptic quality's formula; None where there was nothing to find and nothing was found."""
 
     id: int | str
@@ -33,39 +33,39 @@ class PictureScore:
 class Confusion:
     """Row: what it is; column: what it was taken for; the last of either is the background.
 
-    So the last column counts objects that were missed, the last row predictions where nothing is. `pictures` names
-    the pictures behind each cell that is not empty. Predictions inside crowd regions count nowhere.
+    So the last column counts objects that were missed, the last row predictions where nothing is. `images` names
+    the images behind each cell that is not empty. Predictions inside crowd regions count nowhere.
     """
 
     classes: tuple[str, ...]
     counts: Int[np.ndarray, "k_plus_1 k_plus_1"]
-    pictures: dict[tuple[int, int], list[int | str]] = field(repr=False)
+    images: dict[tuple[int, int], list[int | str]] = field(repr=False)
     by: Literal["segm", "bbox"] = "segm"  # masks or boxes overlap
     overlap: float = 0.5
     score_threshold: float = 0.5
 
     def to_dict(self) -> dict[str, Any]:
-        cells = [[row, column, ids] for (row, column), ids in sorted(self.pictures.items())]
-        return {**asdict(self), "classes": list(self.classes), "counts": self.counts.tolist(), "pictures": cells}
+        cells = [[row, column, ids] for (row, column), ids in sorted(self.images.items())]
+        return {**asdict(self), "classes": list(self.classes), "counts": self.counts.tolist(), "images": cells}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Confusion:
-        cells = {(row, column): ids for row, column, ids in values["pictures"]}
+        cells = {(row, column): ids for row, column, ids in values["images"]}
         counts = np.asarray(values["counts"], np.int64)
-        return cls(**{**values, "classes": tuple(values["classes"]), "counts": counts, "pictures": cells})
+        return cls(**{**values, "classes": tuple(values["classes"]), "counts": counts, "images": cells})
 
 
 def confuse(
     truth: Truth,
-    found: Found,
+    found: Detections,
     image_ids: Sequence[int | str],
     classes: Sequence[str],
     *,
     by: Literal["segm", "bbox"] = "segm",
     overlap: float = 0.5,
     score_threshold: float = 0.5,
-) -> tuple[Confusion, list[PictureScore]]:
-    """The confusion matrix and each picture's score, in the order of `image_ids`.
+) -> tuple[Confusion, list[ImageScore]]:
+    """The confusion matrix and each image's score, in the order of `image_ids`.
 
     Pairs are made best overlap first, among equal classes before unequal ones: a second, wrong guess at an object that
     was also found rightly is a spurious prediction, not a confusion.
@@ -77,9 +77,9 @@ def confuse(
     confident = np.flatnonzero(found.scores >= score_threshold)
     ours = _grouped(found.owner[confident], len(image_ids))
     theirs = _grouped(truth.owner, len(image_ids))
-    for picture, image_id in enumerate(image_ids):
-        mine, annotated = confident[ours[picture]], theirs[picture]
-        overlaps = _overlaps(truth, found, annotated, mine, truth.sizes[picture].tolist(), by)
+    for image, image_id in enumerate(image_ids):
+        mine, annotated = confident[ours[image]], theirs[image]
+        overlaps = _overlaps(truth, found, annotated, mine, truth.sizes[image].tolist(), by)
         same = found.labels[mine][:, None] == truth.labels[annotated][None]
         crowd = truth.crowd[annotated]
         rows, columns = match(np.where(crowd, 0, overlaps), same, overlap)
@@ -135,16 +135,16 @@ def _score(
     overlaps: np.ndarray,
     missed: np.ndarray,
     spurious: np.ndarray,
-) -> PictureScore:
+) -> ImageScore:
     confused, lost, extra = int((~right).sum()), int(missed.sum()), int(spurious.sum())
     # a confused object is both missed as what it is and spurious as what it was called
     weight = right.sum() + confused + (lost + extra) / 2
     quality = float(overlaps[right].sum() / weight) if weight else None
-    return PictureScore(image_id, objects, found, int(right.sum()), confused, lost, extra, quality)
+    return ImageScore(image_id, objects, found, int(right.sum()), confused, lost, extra, quality)
 
 
 def _overlaps(
-    truth: Truth, found: Found, annotated: np.ndarray, mine: np.ndarray, size: list[int], by: str
+    truth: Truth, found: Detections, annotated: np.ndarray, mine: np.ndarray, size: list[int], by: str
 ) -> Float[np.ndarray, "d g"]:
     if not len(mine) or not len(annotated):
         return np.zeros((len(mine), len(annotated)))

@@ -1,4 +1,4 @@
-"""Predictions in, one picture at a time; a `Result` out."""
+"""Predictions in, one image at a time; a `Result` out."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from maskwright.data.views import OneClass, nameless
 from maskwright.errors import UsageError
 from maskwright.evaluation import coco
-from maskwright.evaluation.coco import Backend, Curves, Found, Kind, Truth
-from maskwright.evaluation.confusion import PictureScore, confuse
+from maskwright.evaluation.coco import Backend, Curves, Detections, Kind, Truth
+from maskwright.evaluation.confusion import ImageScore, confuse
 from maskwright.evaluation.records import read_results
 from maskwright.evaluation.result import Example, Protocol, Result, write_json
 from maskwright.structures import Instances, Masks, Placement
@@ -45,7 +45,7 @@ class Annotated(Interface):
 
 @dataclass(frozen=True)
 class _Record:
-    """One picture's predictions, as small as they get."""
+    """One image's predictions, as small as they get."""
 
     labels: np.ndarray
     scores: np.ndarray
@@ -55,19 +55,19 @@ class _Record:
 
 
 class Evaluator:
-    """Collects predictions picture by picture and compares them with a data set's annotations.
+    """Collects predictions image by image and compares them with a data set's annotations.
 
     task                "instances": AP, class by class; "proposals": average recall of objects whatever their class,
-                        at 10, 100 and 1000 per picture, as pycocotools counts it without categories
+                        at 10, 100 and 1000 per image, as pycocotools counts it without categories
     kinds               of "segm", "bbox", "keypoints": what to measure
     boundary            also boundary AP
-    max_detections      per picture and class, best first: 100, for proposals 1000; keypoints have their own limit
+    max_detections      per image and class, best first: 100, for proposals 1000; keypoints have their own limit
                         (COCO's is 20)
-    score_threshold     from which on a prediction counts in the confusion matrix and in the pictures' quality
-    sigmas              of the joints, where they are not COCO's 17
+    score_threshold     from which on a prediction counts in the confusion matrix and in the images' quality
+    sigmas              of the keypoints, where they are not COCO's 17
 
     `add` is cheap: it keeps run-length strings, about 100 bytes per small object. All counting happens in `result`,
-    which may be called at any time and as often as wanted; a picture that was not added has no predictions. `reset`
+    which may be called at any time and as often as wanted; an image that was not added has no predictions. `reset`
     forgets the predictions and keeps what was worked out of the annotations, for the next epoch.
     """
 
@@ -106,45 +106,43 @@ class Evaluator:
         self.sigmas = sigmas
         self.backend: Backend = backend
         ids = list(dataset.image_ids())
-        # pycocotools goes through pictures in the order of their ids, and equal scores keep that order
+        # pycocotools goes through images in the order of their ids, and equal scores keep that order
         self._order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
         self._ids = [ids[i] for i in self._order]
         self._position = {image_id: position for position, image_id in enumerate(self._ids)}
         if len(self._position) < len(ids):
-            raise UsageError(
-                f"{len(ids) - len(self._position)} pictures of the data set share their id with another one"
-            )
+            raise UsageError(f"{len(ids) - len(self._position)} images of the data set share their id with another one")
         sizes = list(dataset.sizes())
         self._sizes = [(int(sizes[i][0]), int(sizes[i][1])) for i in self._order]
         self._records: dict[Any, _Record] = {}
         self._truth: Truth | None = None
 
     def __len__(self) -> int:
-        """How many pictures were added."""
+        """How many images were added."""
         return len(self._records)
 
     def add(self, image_id: Any, instances: Instances) -> None:
-        """One picture's predictions, by the data set's own image id, on the picture's own grid.
+        """One image's predictions, by the data set's own image id, on the image's own grid.
 
         Labels are the data set's; objects of label -1 (a class it does not have, see `match_classes`) are left out.
         Proposals may have any labels.
         """
         if image_id not in self._position:
             raise UsageError(
-                f"the data set has no picture {image_id!r}; its ids are {_some(self._ids)} (by position: add_at)"
+                f"the data set has no image {image_id!r}; its ids are {_some(self._ids)} (by position: add_at)"
             )
         if image_id in self._records:
-            raise UsageError(f"picture {image_id!r} was added twice; call reset() before the next round")
+            raise UsageError(f"image {image_id!r} was added twice; call reset() before the next round")
         size = self._sizes[self._position[image_id]]
         if tuple(instances.image_size) != size:
             raise UsageError(
-                f"predictions for picture {image_id!r} are on a grid of {tuple(instances.image_size)}, "
-                f"the picture is {size} (H, W); decode onto the picture's own grid"
+                f"predictions for image {image_id!r} are on a grid of {tuple(instances.image_size)}, "
+                f"the image is {size} (H, W); decode onto the image's own grid"
             )
         self._records[image_id] = self._compact(image_id, instances)
 
     def add_at(self, index: int, instances: Instances) -> None:
-        """The same by the picture's position in the data set."""
+        """The same by the image's position in the data set."""
         self.add(self.dataset.image_ids()[index], instances)
 
     def reset(self) -> None:
@@ -158,12 +156,12 @@ class Evaluator:
         return dict(self._records)
 
     def merge(self, partials: Sequence[dict[Any, Any]]) -> None:
-        """Takes over what other processes added. A picture that several have (samplers repeat some, so that all have
+        """Takes over what other processes added. An image that several have (samplers repeat some, so that all have
         equally many) counts once, from the first that has it."""
         for partial in partials:
             unknown = [image_id for image_id in partial if image_id not in self._position]
             if unknown:
-                raise UsageError(f"a partial holds picture {unknown[0]!r}, which the data set does not have")
+                raise UsageError(f"a partial holds image {unknown[0]!r}, which the data set does not have")
             self._records = {**partial, **self._records}
 
     def write(self, path: str | Path) -> Path:
@@ -188,12 +186,12 @@ class Evaluator:
     # ---- counting ------------------------------------------------------------------------------------------------
 
     def result(self, examples: int = 6, title: str = "") -> Result:
-        """Counts everything. Shrinks and keeps the `examples` worst and as many best pictures for the report page;
+        """Counts everything. Shrinks and keeps the `examples` worst and as many best images for the report page;
         0 spares reading them."""
         truth, found = self._annotations(), self._predictions()
         curves: dict[Kind, Curves] = {kind: self._curves(truth, found, kind) for kind in self.kinds}
         masked = truth.masks is not None and (found.masks is not None or not len(found.owner))
-        confusion, pictures = confuse(
+        confusion, images = confuse(
             truth,
             found,
             self._ids,
@@ -210,13 +208,13 @@ class Evaluator:
             objects=_sizes_of(truth),
             curves=self._precisions(curves),
             confusion=confusion,
-            pictures=pictures,
-            examples=self._examples(pictures, examples),
+            images=images,
+            examples=self._examples(images, examples),
             missing=len(self._ids) - len(self._records),
             title=title,
         )
 
-    def _curves(self, truth: Truth, found: Found, kind: Kind) -> Curves:
+    def _curves(self, truth: Truth, found: Detections, kind: Kind) -> Curves:
         limit = self.keypoint_detections if kind == "keypoints" else self.max_detections
         limits = coco.proposal_limits(limit) if self.task == "proposals" else None
         return coco.coco_ap(
@@ -228,36 +226,36 @@ class Evaluator:
             return {}
         return {f"{k}/{int(o * 100)}": c for k in curves for o in (0.5, 0.75) if (c := curves[k].precision_at(o))}
 
-    def _protocol(self, truth: Truth, found: Found) -> Protocol:
+    def _protocol(self, truth: Truth, found: Detections) -> Protocol:
         name = str(getattr(self.dataset, "name", "") or "unnamed")
         notes = []
         if "keypoints" in self.kinds:
             notes.append(f"keypoints: maxDets {self.keypoint_detections}")
             points = truth.keypoints if truth.keypoints is not None else found.keypoints
-            joints = len(coco.PERSON_SIGMAS) if points is None else points.shape[1]
+            keypoints = len(coco.PERSON_SIGMAS) if points is None else points.shape[1]
             if self.sigmas is not None:
                 notes.append("OKS with sigmas of the caller's")
-            elif joints != len(coco.PERSON_SIGMAS):
-                notes.append(f"OKS with sigma {coco.OTHER_SIGMA} for each of {joints} joints")
+            elif keypoints != len(coco.PERSON_SIGMAS):
+                notes.append(f"OKS with sigma {coco.OTHER_SIGMA} for each of {keypoints} keypoints")
         if self.task == "proposals":
             notes.append("average recall of objects whatever their class (useCats 0)")
         if getattr(self.dataset, "areas", None) is None:
             notes.append("sizes of objects are those of their masks")
         return Protocol(
-            pictures=f"{name}, {len(self._ids)} pictures",
+            images=f"{name}, {len(self._ids)} images",
             evaluator=coco.backend_name(self.backend),
             max_detections=self.max_detections,
             note="; ".join(notes),
         )
 
-    def _per_class(self, truth: Truth, found: Found, curves: dict[Kind, Curves]) -> list[dict[str, Any]]:
+    def _per_class(self, truth: Truth, found: Detections, curves: dict[Kind, Curves]) -> list[dict[str, Any]]:
         if self.task == "proposals":
             return []
         count = len(self.dataset.classes)
         real = ~truth.crowd
         objects = np.bincount(truth.labels[real], minlength=count).tolist()
         seen = np.unique(np.stack([truth.labels[real], truth.owner[real]]), axis=1)[0]
-        pictures = np.bincount(seen, minlength=count).tolist()
+        images = np.bincount(seen, minlength=count).tolist()
         guesses = np.bincount(found.labels, minlength=count).tolist()
         thresholds, scores = (v.tolist() for v in curves[self.kinds[0]].best_thresholds())
         return [
@@ -265,7 +263,7 @@ class Evaluator:
                 "class": name,
                 "category_id": int(self.dataset.category_ids[label]),
                 "objects": objects[label],
-                "pictures": pictures[label],
+                "images": images[label],
                 "found": guesses[label],
                 **{f"{k}/{n}": v for k, curve in curves.items() for n, v in curve.average(label).items()},
                 "threshold": _number(thresholds[label]),
@@ -274,14 +272,14 @@ class Evaluator:
             for label, name in enumerate(self.dataset.classes)
         ]
 
-    def _examples(self, pictures: list[PictureScore], count: int) -> list[Example]:
-        ranked = sorted((p for p in pictures if p.quality is not None), key=lambda p: cast(float, p.quality))
+    def _examples(self, images: list[ImageScore], count: int) -> list[Example]:
+        ranked = sorted((p for p in images if p.quality is not None), key=lambda p: cast(float, p.quality))
         half = min(count, (len(ranked) + 1) // 2)
         chosen = [("worst", p) for p in ranked[:half]]
         chosen += [("best", p) for p in ranked[half:][::-1][:half]]
         return [self._example(rank, score) for rank, score in chosen]
 
-    def _example(self, rank: str, score: PictureScore) -> Example:
+    def _example(self, rank: str, score: ImageScore) -> Example:
         from PIL import Image
 
         position = self._position[score.id]
@@ -289,9 +287,7 @@ class Evaluator:
         height, width = self._sizes[position]
         shrink = min(1.0, EXAMPLE_SIDE / max(height, width))
         size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
-        image = Image.fromarray(sample.picture.permute(1, 2, 0).numpy()).resize(
-            (size[1], size[0]), Image.Resampling.BOX
-        )
+        image = Image.fromarray(sample.image.permute(1, 2, 0).numpy()).resize((size[1], size[0]), Image.Resampling.BOX)
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=85)
         record = self._records.get(score.id)
@@ -307,7 +303,7 @@ class Evaluator:
 
     def _compact(self, image_id: Any, instances: Instances) -> _Record:
         if instances.scores is None:
-            raise UsageError(f"predictions for picture {image_id!r} have no scores; AP ranks by them")
+            raise UsageError(f"predictions for image {image_id!r} have no scores; AP ranks by them")
         instances = nameless(instances.to("cpu")) if self.task == "proposals" else instances.to("cpu")
         known = instances.labels >= 0
         if not bool(known.all()):
@@ -315,19 +311,19 @@ class Evaluator:
         labels = instances.labels.numpy().astype(np.int64)
         if len(labels) and labels.max() >= len(self.dataset.classes):
             raise UsageError(
-                f"a prediction for picture {image_id!r} has label {labels.max()}, the data set has "
+                f"a prediction for image {image_id!r} has label {labels.max()}, the data set has "
                 f"{len(self.dataset.classes)} classes; map labels with match_classes first"
             )
         assert instances.scores is not None
         scores = instances.scores.detach().double().numpy()
         boxes = instances.boxes.detach().double().numpy()
         if not np.isfinite(scores).all() or not np.isfinite(boxes).all():
-            raise UsageError(f"predictions for picture {image_id!r} hold a score or box that is not finite")
+            raise UsageError(f"predictions for image {image_id!r} hold a score or box that is not finite")
         wants = {"segm", "boundary"} & set(self.kinds)
         if wants and len(labels) and instances.masks is None:
-            raise UsageError(f"predictions for picture {image_id!r} have no masks; evaluate kinds=('bbox',) instead")
+            raise UsageError(f"predictions for image {image_id!r} have no masks; evaluate kinds=('bbox',) instead")
         if "keypoints" in self.kinds and len(labels) and instances.keypoints is None:
-            raise UsageError(f"predictions for picture {image_id!r} have no keypoints; leave 'keypoints' out of kinds")
+            raise UsageError(f"predictions for image {image_id!r} have no keypoints; leave 'keypoints' out of kinds")
         masks = None if instances.masks is None else _texts(instances.masks)
         points = None if instances.keypoints is None else instances.keypoints.detach().double().numpy().copy()
         return _Record(labels, scores.copy(), boxes.copy(), masks, points)
@@ -342,13 +338,13 @@ class Evaluator:
                 self._truth.areas = np.concatenate([np.zeros(0), *given])
         return self._truth
 
-    def _predictions(self) -> Found:
+    def _predictions(self) -> Detections:
         pairs = [(i, r) for i, d in enumerate(self._ids) if (r := self._records.get(d)) is not None and len(r.labels)]
         records = [r for _, r in pairs]
         masked = bool(records) and all(r.masks is not None for r in records)
         jointed = bool(records) and all(r.keypoints is not None for r in records)
         boxes = np.concatenate([np.zeros((0, 4)), *(r.boxes for r in records)])
-        return Found(
+        return Detections(
             owner=np.repeat([i for i, _ in pairs], [len(r.labels) for r in records]).astype(np.int64),
             labels=np.concatenate([np.zeros(0, np.int64), *(r.labels for r in records)]),
             scores=np.concatenate([np.zeros(0), *(r.scores for r in records)]),
@@ -383,10 +379,10 @@ def _truth(targets: list[Instances], sizes: list[tuple[int, int]], classes: int)
     there = [t for t in targets if len(t)]
     boxes = torch.cat([torch.zeros(0, 4), *(t.boxes for t in there)]).double().numpy()
     masks = [text for t in there for text in _texts(t.masks)] if all(t.masks is not None for t in there) else None
-    joints = next((t.keypoints.shape[1] for t in there if t.keypoints is not None), None)
+    keypoints = next((t.keypoints.shape[1] for t in there if t.keypoints is not None), None)
     points = None
-    if joints is not None:
-        points = np.concatenate([_points(t, joints) for t in there]).astype(np.float64)
+    if keypoints is not None:
+        points = np.concatenate([_points(t, keypoints) for t in there]).astype(np.float64)
     xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
     areas = [t.masks.areas().double().numpy() for t in there if t.masks is not None] if masks is not None else []
     return Truth(
@@ -410,8 +406,8 @@ def _crowd(target: Instances) -> np.ndarray:
     return np.zeros(len(target), bool) if target.crowd is None else target.crowd.numpy()
 
 
-def _points(target: Instances, joints: int) -> np.ndarray:
-    return np.zeros((len(target), joints, 3)) if target.keypoints is None else target.keypoints.double().numpy()
+def _points(target: Instances, keypoints: int) -> np.ndarray:
+    return np.zeros((len(target), keypoints, 3)) if target.keypoints is None else target.keypoints.double().numpy()
 
 
 def _instances(record: _Record, size: tuple[int, int]) -> Instances:

@@ -1,4 +1,4 @@
-"""Panoptic quality: how well pictures are divided among things and stuff; and the labels of pixels alone.
+"""Panoptic quality: how well images are divided among things and stuff; and the labels of pixels alone.
 
 Segments of a class match where they overlap by more than half (IoU > 0.5), so that each has one partner at most. With
 TP matches, FP predicted and FN annotated segments left alone, a class has
@@ -59,9 +59,9 @@ class Counts:
 
 
 def panoptic_counts(truth: Panoptic, found: Panoptic, classes: int) -> Counts:
-    """One picture's matches. Labels are 0 ... classes - 1 in both."""
+    """One image's matches. Labels are 0 ... classes - 1 in both."""
     if truth.image_size != found.image_size:
-        raise UsageError(f"the prediction is on a grid of {found.image_size}, the picture is {truth.image_size} (H, W)")
+        raise UsageError(f"the prediction is on a grid of {found.image_size}, the image is {truth.image_size} (H, W)")
     there, guessed = truth.segments.labels.cpu().numpy(), found.segments.labels.cpu().numpy()
     crowd = np.zeros(len(there), bool) if truth.segments.crowd is None else truth.segments.crowd.cpu().numpy()
     columns = len(guessed) + 1
@@ -91,7 +91,7 @@ def panoptic_counts(truth: Panoptic, found: Panoptic, classes: int) -> Counts:
 
 
 class PanopticEvaluator:
-    """Collects divided pictures one by one and compares them with a data set's; a picture that was not added counts as
+    """Collects divided images one by one and compares them with a data set's; an image that was not added counts as
     divided among nothing. Each costs a few numbers per class once it is compared."""
 
     def __init__(self, dataset: Any):
@@ -103,15 +103,15 @@ class PanopticEvaluator:
         return len(self._counts)
 
     def add(self, image_id: Any, panoptic: Panoptic) -> None:
-        """One picture's segments, by the data set's own image id and labels; those of label -1 are left out."""
+        """One image's segments, by the data set's own image id and labels; those of label -1 are left out."""
         if image_id not in self._position:
-            raise UsageError(f"the data set has no picture {image_id!r}")
+            raise UsageError(f"the data set has no image {image_id!r}")
         if image_id in self._counts:
-            raise UsageError(f"picture {image_id!r} was added twice; call reset() before the next round")
+            raise UsageError(f"image {image_id!r} was added twice; call reset() before the next round")
         labels = panoptic.segments.labels
         if len(labels) and int(labels.max()) >= len(self.dataset.classes):
             raise UsageError(
-                f"a segment of picture {image_id!r} has label {int(labels.max())}, the data set has "
+                f"a segment of image {image_id!r} has label {int(labels.max())}, the data set has "
                 f"{len(self.dataset.classes)} classes; map labels with match_classes first"
             )
         known = labels >= 0
@@ -120,7 +120,7 @@ class PanopticEvaluator:
         self._counts[image_id] = panoptic_counts(truth, panoptic, len(self.dataset.classes))
 
     def add_at(self, index: int, panoptic: Panoptic) -> None:
-        """The same by the picture's position in the data set."""
+        """The same by the image's position in the data set."""
         self.add(self.dataset.image_ids()[index], panoptic)
 
     def reset(self) -> None:
@@ -132,7 +132,7 @@ class PanopticEvaluator:
         return dict(self._counts)
 
     def merge(self, partials: Sequence[dict[Any, Counts]]) -> None:
-        """Takes over what other processes added; a picture that several have counts once."""
+        """Takes over what other processes added; an image that several have counts once."""
         for partial in partials:
             self._counts = {**partial, **self._counts}
 
@@ -172,7 +172,7 @@ class PanopticEvaluator:
 
 class SemanticEvaluator:
     """Counts pixels by what they are and what they were taken for; pixels of nothing and of crowds do not count, and
-    those of a picture that was not added were taken for nothing."""
+    those of an image that was not added were taken for nothing."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -180,17 +180,17 @@ class SemanticEvaluator:
         self._seen: dict[Any, np.ndarray] = {}
 
     def add(self, image_id: Any, labels: Int[Tensor, "h w"]) -> None:
-        """One picture's labels on its own grid; -1: none."""
+        """One image's labels on its own grid; -1: none."""
         if image_id not in self._position:
-            raise UsageError(f"the data set has no picture {image_id!r}")
+            raise UsageError(f"the data set has no image {image_id!r}")
         if image_id in self._seen:
-            raise UsageError(f"picture {image_id!r} was added twice; call reset() before the next round")
+            raise UsageError(f"image {image_id!r} was added twice; call reset() before the next round")
         truth: Panoptic = self.dataset.panoptic(self._position[image_id])
         if truth.image_size != tuple(labels.shape):
-            raise UsageError(f"the prediction is on a grid of {tuple(labels.shape)}, the picture is {truth.image_size}")
+            raise UsageError(f"the prediction is on a grid of {tuple(labels.shape)}, the image is {truth.image_size}")
         if labels.numel() and int(labels.max()) >= len(self.dataset.classes):
             raise UsageError(
-                f"a pixel of picture {image_id!r} has label {int(labels.max())}, the data set has "
+                f"a pixel of image {image_id!r} has label {int(labels.max())}, the data set has "
                 f"{len(self.dataset.classes)} classes; map labels with match_classes first"
             )
         self._seen[image_id] = self._pixels(truth, labels.cpu().numpy())
@@ -200,7 +200,7 @@ class SemanticEvaluator:
         self._seen.clear()
 
     def _pixels(self, truth: Panoptic, labels: np.ndarray) -> Int[np.ndarray, "k k1"]:
-        """Pixels of one picture by what they are and what they were taken for, the last column being nothing."""
+        """Pixels of one image by what they are and what they were taken for, the last column being nothing."""
         if truth.segments.crowd is not None:
             truth = truth[~truth.segments.crowd]
         count = len(self.dataset.classes)
@@ -210,7 +210,7 @@ class SemanticEvaluator:
         return np.bincount(pairs, minlength=count * (count + 1)).reshape(count, count + 1)
 
     def add_at(self, index: int, labels: Int[Tensor, "h w"]) -> None:
-        """The same by the picture's position in the data set."""
+        """The same by the image's position in the data set."""
         self.add(self.dataset.image_ids()[index], labels)
 
     def result(self, title: str = "") -> Result:
@@ -240,7 +240,7 @@ class SemanticEvaluator:
             }
             for label, name in enumerate(classes)
         ]
-        note = "objects are pixels; a picture's pixels of nothing and of crowds do not count"
+        note = "objects are pixels; an image's pixels of nothing and of crowds do not count"
         protocol = _protocol(self.dataset, "IoU of labels over all pixels", note)
         return Result(
             summary=summary,
@@ -255,4 +255,4 @@ class SemanticEvaluator:
 
 def _protocol(dataset: Any, evaluator: str, note: str) -> Protocol:
     name = str(getattr(dataset, "name", "") or "unnamed")
-    return Protocol(pictures=f"{name}, {len(dataset)} pictures", evaluator=evaluator, note=note)
+    return Protocol(images=f"{name}, {len(dataset)} images", evaluator=evaluator, note=note)

@@ -21,7 +21,7 @@ def read_results(
     """Predictions by image id, from a COCO results file; labels are positions in `category_ids`.
 
     `sizes` maps each known image id to its (H, W). AnnotationError names the file and the record (counted from 0) that
-    is broken, of an unknown picture or class, or of another size than its picture.
+    is broken, of an unknown image or class, or of another size than its image.
     """
     path = Path(path)
     try:
@@ -46,14 +46,14 @@ def read_results(
                 f"{where} has no {absent[0]!r}; every prediction needs image_id, category_id and score"
             )
         if not _known(record["image_id"], sizes):
-            raise AnnotationError(f"{where} is of picture {record['image_id']!r}, which the data set does not have")
+            raise AnnotationError(f"{where} is of image {record['image_id']!r}, which the data set does not have")
         if not _known(record["category_id"], labels):
             raise AnnotationError(f"{where} has category {record['category_id']!r}, which the data set does not have")
         groups[record["image_id"]].append((number, record))
 
     found = {}
     for image_id, group in groups.items():
-        where = f"{path}: records of picture {image_id!r}, from number {group[0][0]} on,"
+        where = f"{path}: records of image {image_id!r}, from number {group[0][0]} on,"
         try:
             found[image_id] = instances_from_records([r for _, r in group], sizes[image_id], labels.__getitem__)
         except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
@@ -64,7 +64,7 @@ def read_results(
 def instances_from_records(
     records: Sequence[dict[str, Any]], size: tuple[int, int], label_of: Callable[[int], int]
 ) -> Instances:
-    """What `Instances.to_coco` wrote, on a picture of `size`: ValueError where it does not hold together.
+    """What `Instances.to_coco` wrote, on an image of `size`: ValueError where it does not hold together.
 
     A record needs "bbox" or "segmentation"; boxes that are not there are taken from the masks.
     """
@@ -88,9 +88,9 @@ def instances_from_records(
         length = len(records[0]["keypoints"])
         rows = [_finite(r["keypoints"], length, "keypoints") for r in records]
         if length % 3:
-            raise ValueError(f"keypoints has {length} numbers; expected x, y and score of each joint")
+            raise ValueError(f"keypoints has {length} numbers; expected x, y and score of each keypoint")
         points = torch.tensor(rows, dtype=torch.float64).reshape(len(records), length // 3, 3)
-        # COCO counts pixels, from the centre of the first; an annotated joint that is not labelled is nowhere.
+        # COCO counts pixels, from the centre of the first; an annotated keypoint that is not labelled is nowhere.
         points[..., :2] += 0.5 * ((points[..., 2:] > 0) | scored)
         points = points.float()
     labels = torch.tensor([label_of(r["category_id"]) for r in records], dtype=torch.int64)

@@ -23,9 +23,9 @@ from maskwright.structures import Instances
 
 KIND_NAMES = {"segm": "masks", "bbox": "boxes", "keypoints": "keypoints", "boundary": "mask boundaries"}
 SIZE_NAMES = {"s": "small, under 32² pixels", "m": "medium, 32² to 96²", "l": "large, over 96²"}
-DIVIDED = (("panoptic",), ("semantic",))  # what is measured on whole pictures instead of objects
+DIVIDED = (("panoptic",), ("semantic",))  # what is measured on whole images instead of objects
 MOST_CLASSES = 20  # in the confusion matrix: what fits a screen; those with most errors are shown
-MOST_IDS = 60  # picture ids told per cell
+MOST_IDS = 60  # image ids told per cell
 
 
 def report(source: Result | str | Path, path: str | Path | None = None, *, title: str | None = None) -> Path:
@@ -135,14 +135,14 @@ def _training_charts(log: dict[str, Line]) -> list[tuple[str, Any]]:
             which = "Loss by term, validation" if name.startswith("val") else "Loss by term, training"
             groups[which][last.removeprefix("loss_")] = line
         elif last in ("AP", "AP50", "AP75"):
-            groups["Average precision on validation pictures"][name.removeprefix("val/")] = line
+            groups["Average precision on validation images"][name.removeprefix("val/")] = line
         elif last.startswith(("AP", "AR")):
             continue  # by size and by limit: the tables below tell the last of these
         elif last.startswith("lr"):
             groups["Learning rate"][name] = line
         else:
             groups[name.replace("_", " ")][name] = line
-    order = ["Loss", "Average precision on validation pictures", "Loss by term, training", "Loss by term, validation"]
+    order = ["Loss", "Average precision on validation images", "Loss by term, training", "Loss by term, validation"]
     titles = sorted(groups, key=lambda t: order.index(t) if t in order else len(order))
     drawn = [(t, chart(_bounded(groups[t], 12), percent=t.startswith("Average"))) for t in titles]
     return [(t, svg) for t, svg in drawn if svg]
@@ -159,7 +159,7 @@ def _headline(result: Result) -> list[tuple[str, str]]:
     if result.kinds[:1] in DIVIDED:
         tiles = [(name.split("/")[1], percent(value)) for name, value in result.summary.items()][:4]
         if result.speed.milliseconds is not None:
-            tiles.append(("ms per picture", f"{result.speed.milliseconds:.0f}"))
+            tiles.append(("ms per image", f"{result.speed.milliseconds:.0f}"))
         return tiles
     names = {"segm": "Mask AP", "bbox": "Box AP", "keypoints": "Keypoint AP", "boundary": "Boundary AP"}
     if _of_proposals(result):
@@ -174,7 +174,7 @@ def _headline(result: Result) -> list[tuple[str, str]]:
         first = result.kinds[0]
         tiles.insert(1, (f"{names[first]}50", percent(result.summary.get(f"{first}/AP50"))))
     if result.speed.milliseconds is not None:
-        tiles.append(("ms per picture", f"{result.speed.milliseconds:.0f}"))
+        tiles.append(("ms per image", f"{result.speed.milliseconds:.0f}"))
     return tiles
 
 
@@ -184,7 +184,7 @@ def _of_proposals(result: Result) -> bool:
 
 
 def _divided(result: Result) -> dict[str, Any] | None:
-    """The tables of pictures divided among segments: PQ of things and stuff, or IoU of labels; classes, worst first."""
+    """The tables of images divided among segments: PQ of things and stuff, or IoU of labels; classes, worst first."""
     if result.kinds[:1] not in DIVIDED:
         return None
     if result.kinds[0] == "semantic":
@@ -282,7 +282,7 @@ def _confusion_table(confusion: Confusion) -> dict[str, Any]:
         return _Cell(count, count / max(1, int(totals[row])), kind, f"cell-{row}-{column}")
 
     wrong = sorted(
-        ((r, c) for r, c in confusion.pictures if r != c and r in shown and c in shown), key=lambda p: (-counts[p], p)
+        ((r, c) for r, c in confusion.images if r != c and r in shown and c in shown), key=lambda p: (-counts[p], p)
     )
     return {
         "names": ["missed", *(names[i] for i in across[1:])],
@@ -296,8 +296,8 @@ def _confusion_table(confusion: Confusion) -> dict[str, Any]:
                 "anchor": f"cell-{r}-{c}",
                 "text": _sentence(names[r], names[c], r == last, c == last),
                 "count": int(counts[r, c]),
-                "ids": [str(i) for i in confusion.pictures[r, c][:MOST_IDS]],
-                "more": max(0, len(confusion.pictures[r, c]) - MOST_IDS),
+                "ids": [str(i) for i in confusion.images[r, c][:MOST_IDS]],
+                "more": max(0, len(confusion.images[r, c]) - MOST_IDS),
             }
             for r, c in wrong
         ],
@@ -310,11 +310,11 @@ def _sentence(truth: str, guess: str, nothing: bool, missed: bool) -> str:
     return f"{truth} missed" if missed else f"{truth} taken for {guess}"
 
 
-# ---- pictures --------------------------------------------------------------------------------------------------------
+# ---- images --------------------------------------------------------------------------------------------------------
 
 
 def _galleries(result: Result) -> list[tuple[str, list[dict[str, Any]]]]:
-    titles = (("worst", "Worst pictures"), ("best", "Best pictures"))
+    titles = (("worst", "Worst images"), ("best", "Best images"))
     groups = [(title, [_figure(e, result) for e in result.examples if e.rank == rank]) for rank, title in titles]
     return [(title, figures) for title, figures in groups if figures]
 
@@ -323,22 +323,22 @@ def _figure(example: Example, result: Result) -> dict[str, Any]:
     from PIL import Image
 
     score = example.score
-    picture = Image.open(io.BytesIO(example.picture)).convert("RGB")
+    image = Image.open(io.BytesIO(example.image)).convert("RGB")
     parts = (("wrong class", score.confused), ("missed", score.missed), ("spurious", score.spurious))
     return {
         "id": str(score.id),
-        "name": example.name or f"picture {score.id}",
+        "name": example.name or f"image {score.id}",
         "quality": percent(score.quality, 0),
         "facts": f"{score.objects} objects, {score.right} found"
         + "".join(f", {count} {name}" for name, count in parts if count),
         "size": example.size,
-        "truth": _drawn(picture, example.truth, result),
-        "found": _drawn(picture, example.found, result),
+        "truth": _drawn(image, example.truth, result),
+        "found": _drawn(image, example.found, result),
     }
 
 
-def _drawn(picture: Any, instances: Instances, result: Result) -> str:
-    """A data URL of the picture with the objects over it."""
+def _drawn(image: Any, instances: Instances, result: Result) -> str:
+    """A data URL of the image with the objects over it."""
     file = io.BytesIO()
-    instances.draw(picture.copy(), result.classes).convert("RGB").save(file, "JPEG", quality=85)
+    instances.draw(image.copy(), result.classes).convert("RGB").save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + b64encode(file.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""What an evaluation gives: the numbers, what they mean, and which pictures they come from."""
+"""What an evaluation gives: the numbers, what they mean, and which images they come from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 from maskwright._version import __version__
 from maskwright.errors import DataError
-from maskwright.evaluation.confusion import Confusion, PictureScore
+from maskwright.evaluation.confusion import Confusion, ImageScore
 from maskwright.structures import Instances
 
 FORMAT = "maskwright-result"
@@ -28,9 +28,9 @@ class Protocol:
     The evaluator fills in the first three; whoever ran the system knows the others.
     """
 
-    pictures: str | None = None  # "pedestrians val, 50 pictures"
+    images: str | None = None  # "pedestrians val, 50 images"
     evaluator: str | None = None  # "vernier 0.5.4 (strict parity)"
-    max_detections: int | None = None  # per picture and class
+    max_detections: int | None = None  # per image and class
     threshold: float | None = None  # score below which the system gave nothing
     input_size: str | None = None  # "short side 800, long side at most 1333"
     precision: str | None = None  # "float32", "bfloat16"
@@ -58,7 +58,7 @@ class Protocol:
 
 
 _FACTS = {
-    "pictures": "pictures",
+    "images": "images",
     "evaluator": "evaluator",
     "max_detections": "maxDets",
     "threshold": "score threshold",
@@ -75,10 +75,10 @@ _FACTS = {
 class Speed:
     """How fast and how large the run was; None where it was not measured. Filled by whoever ran the system."""
 
-    milliseconds: float | None = None  # per picture, median
+    milliseconds: float | None = None  # per image, median
     milliseconds_p90: float | None = None
-    pictures_per_second: float | None = None
-    stages: dict[str, float] = field(default_factory=dict)  # milliseconds per picture by stage: "forward", "decode"
+    images_per_second: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)  # milliseconds per image by stage: "forward", "decode"
     peak_memory: int | None = None  # bytes, of the device named in the protocol
     parameters: int | None = None
 
@@ -86,11 +86,11 @@ class Speed:
         """Name and value of what was measured."""
         rows: list[tuple[str, str]] = []
         if self.milliseconds is not None:
-            rows.append(("median per picture", f"{self.milliseconds:.1f} ms"))
+            rows.append(("median per image", f"{self.milliseconds:.1f} ms"))
         if self.milliseconds_p90 is not None:
-            rows.append(("90 % of pictures under", f"{self.milliseconds_p90:.1f} ms"))
-        if self.pictures_per_second is not None:
-            rows.append(("throughput", f"{self.pictures_per_second:.1f} pictures/s"))
+            rows.append(("90 % of images under", f"{self.milliseconds_p90:.1f} ms"))
+        if self.images_per_second is not None:
+            rows.append(("throughput", f"{self.images_per_second:.1f} images/s"))
         rows += [(name, f"{value:.1f} ms") for name, value in self.stages.items()]
         if self.peak_memory is not None:
             rows.append(("peak memory", f"{self.peak_memory / 2**20:,.0f} MiB"))
@@ -101,11 +101,11 @@ class Speed:
 
 @dataclass
 class Example:
-    """A picture shrunk for looking at, with what is there and what was found, both on the shrunk picture's grid."""
+    """An image shrunk for looking at, with what is there and what was found, both on the shrunk image's grid."""
 
     rank: str  # "worst" or "best"
-    score: PictureScore
-    picture: bytes  # JPEG
+    score: ImageScore
+    image: bytes  # JPEG
     size: tuple[int, int]  # H, W of the JPEG
     truth: Instances
     found: Instances  # scores at or above the confusion matrix' threshold
@@ -117,7 +117,7 @@ class Example:
             "name": self.name,
             "score": asdict(self.score),
             "size": list(self.size),
-            "picture": b64encode(self.picture).decode("ascii"),
+            "image": b64encode(self.image).decode("ascii"),
             "truth": self.truth.to_coco(self.score.id),
             "crowd": [] if self.truth.crowd is None else self.truth.crowd.tolist(),
             "found": self.found.to_coco(self.score.id),
@@ -130,8 +130,8 @@ class Example:
         size = (int(values["size"][0]), int(values["size"][1]))
         truth, found = (instances_from_records(values[name], size, lambda c: int(c) - 1) for name in ("truth", "found"))
         truth.crowd = torch.tensor(values["crowd"], dtype=torch.bool) if values["crowd"] else None
-        score = PictureScore(**values["score"])
-        return cls(values["rank"], score, b64decode(values["picture"]), size, truth, found, values["name"])
+        score = ImageScore(**values["score"])
+        return cls(values["rank"], score, b64decode(values["image"]), size, truth, found, values["name"])
 
 
 @dataclass
@@ -141,7 +141,7 @@ class Result:
     `summary` maps "segm/AP", "segm/AP50", "segm/APs", "segm/AR100", "bbox/AP", "keypoints/AP", "boundary/AP", ... to
     0 ... 1 (of proposals recall alone: "segm/AR10", "segm/AR100s", ...); -1 where there was nothing to find
     (pycocotools' convention). `per_class` has one row per class (none of proposals) with the same keys and "class",
-    "category_id", "objects", "pictures", "found", "threshold" (the score at which F1 at overlap 0.5 is best) and "F1"
+    "category_id", "objects", "images", "found", "threshold" (the score at which F1 at overlap 0.5 is best) and "F1"
     (None where it has none).
     """
 
@@ -152,9 +152,9 @@ class Result:
     objects: dict[str, int] = field(default_factory=dict)  # annotated objects: "all", "s", "m", "l", "crowd"
     curves: dict[str, list[float]] = field(default_factory=dict)  # "segm/50": precision at recall 0, 0.01, ... 1
     confusion: Confusion | None = None
-    pictures: list[PictureScore] = field(default_factory=list)
+    images: list[ImageScore] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
-    missing: int = 0  # pictures nothing was handed in for; they count as pictures without predictions
+    missing: int = 0  # images nothing was handed in for; they count as images without predictions
     speed: Speed = field(default_factory=Speed)
     title: str = ""
 
@@ -166,9 +166,9 @@ class Result:
     def __getitem__(self, name: str) -> float:
         return self.summary[name]
 
-    def worst(self, count: int = 10) -> list[PictureScore]:
-        """Pictures by rising quality; those with nothing to find and nothing found are left out."""
-        return sorted((p for p in self.pictures if p.quality is not None), key=lambda p: p.quality or 0.0)[:count]
+    def worst(self, count: int = 10) -> list[ImageScore]:
+        """Images by rising quality; those with nothing to find and nothing found are left out."""
+        return sorted((p for p in self.images if p.quality is not None), key=lambda p: p.quality or 0.0)[:count]
 
     def __str__(self) -> str:
         """The table of averages (in percent), with the protocol under it."""
@@ -198,10 +198,10 @@ class Result:
         return lines
 
     def _missing(self) -> list[str]:
-        return [f"{self.missing} pictures had no predictions handed in; they count as empty."] if self.missing else []
+        return [f"{self.missing} images had no predictions handed in; they count as empty."] if self.missing else []
 
     def _divided(self) -> str:
-        """The same for pictures divided among segments."""
+        """The same for images divided among segments."""
         if self.kinds[0] == "semantic":
             lines = [f"{name.split('/')[1]:10}{percent(value):>8}" for name, value in self.summary.items()]
         else:
@@ -223,7 +223,7 @@ class Result:
             "protocol": asdict(self.protocol),
             "speed": asdict(self.speed),
             "confusion": self.confusion.to_dict() if self.confusion else None,
-            "pictures": [asdict(p) for p in self.pictures],
+            "images": [asdict(p) for p in self.images],
             "examples": [e.to_dict() for e in self.examples],
         }
 
@@ -235,7 +235,7 @@ class Result:
             protocol=Protocol(**values["protocol"]),
             speed=Speed(**values["speed"]),
             confusion=Confusion.from_dict(values["confusion"]) if values["confusion"] else None,
-            pictures=[PictureScore(**p) for p in values["pictures"]],
+            images=[ImageScore(**p) for p in values["images"]],
             examples=[Example.from_dict(e) for e in values["examples"]],
         )
 

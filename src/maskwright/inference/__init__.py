@@ -1,4 +1,4 @@
-"""Systems at work: pictures, folders, large pictures in tiles, whole data sets."""
+"""Systems at work: images, folders, large images in tiles, whole data sets."""
 
 from maskwright.inference.evaluating import evaluate
 from maskwright.inference.predicting import Prediction, Predictions, predict

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from maskwright.data import DataWarning, OneClass, open_dataset, spread, things_only
-from maskwright.errors import PictureError, UsageError
+from maskwright.errors import ImageError, UsageError
 from maskwright.evaluation import Evaluator, PanopticEvaluator, Result, SemanticEvaluator, Speed, match_classes
 from maskwright.inference.predicting import ahead
 from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
@@ -54,23 +54,23 @@ def evaluate(
     """AP of a system on a data set, its panoptic quality, or recall of its proposals, with the speed and memory.
 
     data             a folder, a COCO file, "scenes...", or a `Dataset`; classes are matched by name
-    task             "instances": AP; "panoptic": PQ, of pictures divided among things and stuff; "semantic": IoU of
+    task             "instances": AP; "panoptic": PQ, of images divided among things and stuff; "semantic": IoU of
                      labels over all pixels, both of systems and sets that have stuff (without it, AP is of things
                      alone); "proposals": average recall of objects whatever their class, of any system
-    batch            pictures (or tiles) per forward pass
+    batch            images (or tiles) per forward pass
     tile, overlap    measure what `predict` finds with tiles of this side, each object once; `detections` are then per
                      tile too
     device, dtype, compile  see `prepare`
     score_threshold  None: the system's own, 0.05 for most (of proposals: 0); higher ones lower AP
-    detections       per picture, and as many per class are counted; None: 100, of proposals 1000
-    limit            at most so many pictures, evenly spread over the set
+    detections       per image, and as many per class are counted; None: 100, of proposals 1000
+    limit            at most so many images, evenly spread over the set
     kinds            of "segm", "bbox", "keypoints"; None: all that the system predicts and the set has
     boundary         boundary AP too
-    examples         pictures kept for the report page
-    workers          threads that read and resize pictures while the network works
+    examples         images kept for the report page
+    workers          threads that read and resize images while the network works
     suppression      "matrix": Matrix NMS on the finished masks, see `predict`
 
-    Where torch.distributed runs, every process takes its share and all get the whole result. A picture that cannot be
+    Where torch.distributed runs, every process takes its share and all get the whole result. An image that cannot be
     read counts as one without predictions, with a warning; it is an error where the data set is strict.
     `Result.speed` is of the network and the decoding up to full-size masks, reading apart.
     """
@@ -96,11 +96,11 @@ def evaluate(
     if not divided:
         dataset = things_only(dataset)
     elif not getattr(dataset, "stuff", ()):
-        raise UsageError(f"task {task!r} needs a set whose pictures are divided among things and stuff (COCO panoptic)")
+        raise UsageError(f"task {task!r} needs a set whose images are divided among things and stuff (COCO panoptic)")
     if limit is not None:
         dataset = _spread(dataset, limit)
     if not len(dataset):
-        raise UsageError("there are no pictures in this data set; nothing can be measured")
+        raise UsageError("there are no images in this data set; nothing can be measured")
     if isinstance(system, ProposalSystem):
         dataset = OneClass(dataset, system.classes[0])
     # Whatever classes proposals have, the evaluator forgets them.
@@ -183,33 +183,33 @@ def _found(
     watch: _Watch,
     laid: Sequence[tuple[Tensor, Placement]],
 ) -> list[Any]:
-    """What is in each picture of a batch, on the host, with the time it took."""
-    pictures = Batch.collate([v for v, _ in laid], [p for _, p in laid], multiple=system.preprocess.multiple)
+    """What is in each image of a batch, on the host, with the time it took."""
+    images = Batch.collate([v for v, _ in laid], [p for _, p in laid], multiple=system.preprocess.multiple)
     with torch.no_grad():
         watch.start()
-        raw = run_network(system, pictures, place, kind)
+        raw = run_network(system, images, place, kind)
         watch.network()
-        found = [on_host(each) for each in verb_of(system, task)(raw, pictures.placements, **options)]
+        found = [on_host(each) for each in verb_of(system, task)(raw, images.placements, **options)]
         watch.decoded(len(laid))
     return found
 
 
 def _read(dataset: Any, indices: Sequence[int], prepared: Callable[[Tensor], Any], workers: int, depth: int) -> Any:
-    """Index and prepared picture, one after the other; None for one that cannot be read where the set is not strict."""
+    """Index and prepared image, one after the other; None for one that cannot be read where the set is not strict."""
 
     def load(index: int) -> tuple[int, Any]:
         try:
-            return index, prepared(dataset[index].picture)
-        except PictureError as error:
+            return index, prepared(dataset[index].image)
+        except ImageError as error:
             return index, error
 
     for index, ready in ahead(load, indices, workers, depth):
-        if not isinstance(ready, PictureError):
+        if not isinstance(ready, ImageError):
             yield index, ready
         elif getattr(dataset, "strict", False):
             raise ready
         else:
-            warnings.warn(f"{ready} (it counts as a picture without predictions)", DataWarning, stacklevel=4)
+            warnings.warn(f"{ready} (it counts as an image without predictions)", DataWarning, stacklevel=4)
             yield index, None
 
 
@@ -242,10 +242,10 @@ def _run_tiled(
     workers: int,
     watch: _Watch,
 ) -> Any:
-    for index, picture in _read(dataset, indices, lambda picture: picture, workers, workers):
-        if picture is not None:
-            with watch.one_picture():
-                objects = find_tiled(lambda crops: find([system.preprocess.lay(c) for c in crops]), picture)
+    for index, image in _read(dataset, indices, lambda image: image, workers, workers):
+        if image is not None:
+            with watch.one_image():
+                objects = find_tiled(lambda crops: find([system.preprocess.lay(c) for c in crops]), image)
             yield index, objects
 
 
@@ -254,9 +254,9 @@ class _Watch:
     """Measures the network and the decoding, batch by batch."""
 
     device: torch.device
-    networks: list[float] = field(default_factory=list)  # seconds per picture
+    networks: list[float] = field(default_factory=list)  # seconds per image
     decodings: list[float] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     outputs: set[str] = field(default_factory=set)  # what the system predicts: "segm", "bbox", "keypoints"
     marks: list[float] = field(default_factory=list)
     begun: float = field(default_factory=time.perf_counter)
@@ -276,21 +276,21 @@ class _Watch:
     def network(self) -> None:
         self.marks.append(self._now())
 
-    def decoded(self, pictures: int) -> None:
+    def decoded(self, images: int) -> None:
         begin, middle = self.marks
-        self.networks.append((middle - begin) / pictures)
-        self.decodings.append((self._now() - middle) / pictures)
-        self.pictures.append(pictures)
+        self.networks.append((middle - begin) / images)
+        self.decodings.append((self._now() - middle) / images)
+        self.images.append(images)
 
     @contextlib.contextmanager
-    def one_picture(self) -> Iterator[None]:
-        """The batches within are tiles of one picture, and count as one; joining them is a part of decoding."""
-        before, begin = len(self.pictures), self._now()
+    def one_image(self) -> Iterator[None]:
+        """The batches within are tiles of one image, and count as one; joining them is a part of decoding."""
+        before, begin = len(self.images), self._now()
         yield
-        sums = [float(np.dot(v[before:], self.pictures[before:])) for v in (self.networks, self.decodings)]
+        sums = [float(np.dot(v[before:], self.images[before:])) for v in (self.networks, self.decodings)]
         laying = self._now() - begin - sum(sums)
         self.networks[before:], self.decodings[before:] = [sums[0]], [sums[1] + laying]
-        self.pictures[before:] = [1]
+        self.images[before:] = [1]
 
     def saw(self, objects: Instances | Panoptic) -> None:
         if isinstance(objects, Panoptic):
@@ -303,16 +303,16 @@ class _Watch:
 
     def speed(self, parameters: int) -> Speed:
         """The first batch warms up caches and compiles; it is left out where there are others."""
-        if not self.pictures:
+        if not self.images:
             return Speed(parameters=parameters)
-        skip = 1 if len(self.pictures) > 1 else 0
+        skip = 1 if len(self.images) > 1 else 0
         network, decoding = (1000 * np.array(v[skip:]) for v in (self.networks, self.decodings))
-        counts = np.array(self.pictures[skip:])
+        counts = np.array(self.images[skip:])
         each = np.repeat(network + decoding, counts)
         return Speed(
             milliseconds=float(np.median(each)),
             milliseconds_p90=float(np.quantile(each, 0.9)),
-            pictures_per_second=float(sum(self.pictures) / (time.perf_counter() - self.begun)),
+            images_per_second=float(sum(self.images) / (time.perf_counter() - self.begun)),
             stages={
                 "network": float(np.average(network, weights=counts)),
                 "decoding": float(np.average(decoding, weights=counts)),
@@ -343,14 +343,14 @@ def _kinds(asked: Sequence[str] | None, outputs: set[str], dataset: Any) -> tupl
             )
         return tuple(asked)
     there = [k for k in ("segm", "bbox", "keypoints") if k in outputs]
-    if not getattr(dataset, "joints", None) and "keypoints" in there:
+    if not getattr(dataset, "keypoint_names", None) and "keypoints" in there:
         there.remove("keypoints")
     return tuple(there) or ("bbox",)
 
 
 def _spread(dataset: Any, limit: int) -> Any:
     if limit < 1:
-        raise UsageError(f"limit is {limit}; at least one picture is needed")
+        raise UsageError(f"limit is {limit}; at least one image is needed")
     return spread(dataset, limit)
 
 

@@ -32,7 +32,7 @@ _PICTURES = {
 class RecordStream:
     """A JSON list that is written record by record beside its final place and put there by `close`.
 
-    A run over a hundred thousand pictures thus holds none of them in memory; one that breaks leaves an earlier file as
+    A run over a hundred thousand images thus holds none of them in memory; one that breaks leaves an earlier file as
     it was.
     """
 
@@ -87,29 +87,29 @@ def write_bytes(path: Path, data: bytes) -> Path:
     return path
 
 
-def write_picture(path: Path, picture: Image) -> Path:
-    """A picture in the format that its name says: .jpg, .png, .webp, .bmp, .tif."""
+def write_image(path: Path, image: Image) -> Path:
+    """An image in the format that its name says: .jpg, .png, .webp, .bmp, .tif."""
     kind = _PICTURES.get(path.suffix.lower())
     if kind is None:
         raise UsageError(
             f"{path}: the name must end in one of {', '.join(_PICTURES)}, or in .json or .npz for the objects"
         )
     data = io.BytesIO()
-    picture.save(data, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
+    image.save(data, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
     return write_bytes(path, data.getvalue())
 
 
-def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), picture: Path | None = None) -> Path:
-    """The objects of one picture by themselves.
+def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), image: Path | None = None) -> Path:
+    """The objects of one image by themselves.
 
-    .json  COCO records (category_id = label + 1) with the picture's size and the categories
+    .json  COCO records (category_id = label + 1) with the image's size and the categories
     .npz   arrays boxes, labels, scores, keypoints, size, classes, and `counts`, one run-length string per mask;
            nothing in it is pickled. `load_objects` reads it back
     """
     if path.suffix.lower() == ".json":
         height, width = objects.image_size
         document = {
-            "images": [{"id": 1, "file_name": _name_of(picture), "height": height, "width": width}],
+            "images": [{"id": 1, "file_name": _name_of(image), "height": height, "width": width}],
             "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)],
             "annotations": [{"id": n + 1, **r} for n, r in enumerate(objects.to_coco(1))],
         }
@@ -127,28 +127,26 @@ def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), pi
 
 
 def save_panoptic(
-    panoptic: Panoptic, path: Path, classes: Sequence[str], stuff: Sequence[str], picture: Path | None = None
+    panoptic: Panoptic, path: Path, classes: Sequence[str], stuff: Sequence[str], image: Path | None = None
 ) -> Path:
-    """One divided picture as COCO panoptic JSON, and its map as a PNG of the same name beside it. UsageError where that
-    is the picture itself."""
+    """One divided image as COCO panoptic JSON, and its map as a PNG of the same name beside it. UsageError where that
+    is the image itself."""
     height, width = panoptic.image_size
     map_path = path.with_suffix(".png")
-    if picture is not None and map_path.absolute() == picture.absolute():
-        raise UsageError(
-            f"{path}: its map would be {map_path}, which is the picture; save under another name or folder"
-        )
+    if image is not None and map_path.absolute() == image.absolute():
+        raise UsageError(f"{path}: its map would be {map_path}, which is the image; save under another name or folder")
     document = {
-        "images": [{"id": 1, "file_name": _name_of(picture), "height": height, "width": width}],
+        "images": [{"id": 1, "file_name": _name_of(image), "height": height, "width": width}],
         "categories": [{"id": k + 1, "name": n, "isthing": int(n not in stuff)} for k, n in enumerate(classes)],
         "annotations": [panoptic.to_coco(1, file_name=f"{path.stem}.png")],
     }
-    write_picture(map_path, panoptic.to_png())
+    write_image(map_path, panoptic.to_png())
     return write_bytes(path, json.dumps(document, ensure_ascii=False).encode())
 
 
-def _name_of(picture: Path | None) -> str:
-    """As COCO has it: within the pictures' folder."""
-    return "" if picture is None else picture.name
+def _name_of(image: Path | None) -> str:
+    """As COCO has it: within the images' folder."""
+    return "" if image is None else image.name
 
 
 def load_objects(path: str | Path) -> tuple[Instances, tuple[str, ...]]:

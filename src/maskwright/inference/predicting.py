@@ -1,4 +1,4 @@
-"""From pictures to objects: one picture, many, or a stream of them."""
+"""From images to objects: one image, many, or a stream of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from maskwright.errors import PictureError, UsageError
+from maskwright.errors import ImageError, UsageError
 from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
 from maskwright.inference.sources import Item, for_eyes, is_single, items, read
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
@@ -31,14 +31,14 @@ B = TypeVar("B")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was found in one picture.
+    """What was found in one image.
 
-    path       where it came from; None for pictures in memory
-    instances  the objects, best first, on the picture's own grid, on the host; None where `error` says why
-    panoptic   what the picture is divided among, where that was asked for (`task`); `instances` are its things then
-    size       H, W; None where the picture could not be read
-    error      one sentence, where the picture was skipped
-    seconds    network and decoding, this picture's share of its batch
+    path       where it came from; None for images in memory
+    instances  the objects, best first, on the image's own grid, on the host; None where `error` says why
+    panoptic   what the image is divided among, where that was asked for (`task`); `instances` are its things then
+    size       H, W; None where the image could not be read
+    error      one sentence, where the image was skipped
+    seconds    network and decoding, this image's share of its batch
     """
 
     path: Path | None
@@ -47,26 +47,26 @@ class Prediction:
     error: str | None = None
     seconds: float = 0.0
     classes: tuple[str, ...] = field(default=(), repr=False)
-    given: Any = field(default=None, repr=False, compare=False)  # the picture, where it came from memory
+    given: Any = field(default=None, repr=False, compare=False)  # the image, where it came from memory
     panoptic: Panoptic | None = None
     stuff: tuple[str, ...] = field(default=(), repr=False)
 
     def found(self) -> Instances:
-        """The objects; PictureError where the picture was skipped."""
+        """The objects; ImageError where the image was skipped."""
         if self.instances is None:
-            raise PictureError(self.error or "this picture was skipped")
+            raise ImageError(self.error or "this image was skipped")
         return self.instances
 
     def draw(self, **options: Any) -> Image:
-        """The picture with what was found drawn over it (a picture from a file is read again); see `Instances.draw`."""
+        """The image with what was found drawn over it (an image from a file is read again); see `Instances.draw`."""
         found = self.panoptic if self.panoptic is not None else self.found()
         return found.draw(for_eyes(Item(self.path, self.given)), self.classes, **options)
 
     def save(self, path: str | Path, **options: Any) -> Path:
         """Writes one file, by its suffix: .json COCO records, .npz run-length masks with boxes, labels and scores,
-        any picture's suffix the drawn picture (`options` as for `draw`). Written beside and renamed. The .json of a
-        divided picture is COCO panoptic, and its map a .png of the same name."""
-        from maskwright.inference.outputs import save_objects, save_panoptic, write_picture
+        any image's suffix the drawn image (`options` as for `draw`). Written beside and renamed. The .json of a
+        divided image is COCO panoptic, and its map a .png of the same name."""
+        from maskwright.inference.outputs import save_objects, save_panoptic, write_image
 
         path = Path(path)
         if self.panoptic is not None and path.suffix.lower() == ".json":
@@ -75,13 +75,13 @@ class Prediction:
             return save_objects(self.panoptic.segments, path, self.classes, self.path)
         if path.suffix.lower() in (".json", ".npz"):
             return save_objects(self.found(), path, self.classes, self.path)
-        return write_picture(path, self.draw(**options))
+        return write_image(path, self.draw(**options))
 
 
 class Predictions:
-    """Predictions one by one as they are made, in the order of the pictures; can be gone through once.
+    """Predictions one by one as they are made, in the order of the images; can be gone through once.
 
-    A picture that cannot be read is skipped: its prediction has an `error`, and it is listed in `skipped`.
+    An image that cannot be read is skipped: its prediction has an `error`, and it is listed in `skipped`.
     """
 
     def __init__(self, stream: Iterator[Prediction]):
@@ -125,24 +125,24 @@ def predict(
     task: Task = "instances",
     **thresholds: Any,
 ) -> Any:
-    """The objects in one picture (a `Prediction`) or in many (`Predictions`, an iterator of them).
+    """The objects in one image (a `Prediction`) or in many (`Predictions`, an iterator of them).
 
-    source      one picture: a path, a PIL picture, an array (H, W, 3) uint8 RGB, a tensor (3, H, W) uint8 RGB.
+    source      one image: a path, a PIL image, an array (H, W, 3) uint8 RGB, a tensor (3, H, W) uint8 RGB.
                 Many: a folder, a glob, a list, a batch (4 dimensions), a generator of any of these
-    batch       pictures (or tiles) per forward pass; pictures of different sizes are padded to the largest
-    tile        side, in the picture's pixels, of the tiles that larger pictures are cut into; `overlap` is the share a
+    batch       images (or tiles) per forward pass; images of different sizes are padded to the largest
+    tile        side, in the image's pixels, of the tiles that larger images are cut into; `overlap` is the share a
                 tile has in common with the next. Objects are joined across seams, see `inference.tiles`
     recursive   search sub-folders too
     device, dtype, compile  see `prepare`. Call that yourself to pay for it once, not with every call
-    workers     threads that read and resize pictures while the network works
+    workers     threads that read and resize images while the network works
     suppression "matrix": Matrix NMS on the finished masks, after what the system does itself: scores decay by how much
                 better objects of the class overlap. `nms_threshold=1` turns most systems' own off
-    task        "panoptic": the picture divided among things and stuff, "semantic": a label for every pixel (as
+    task        "panoptic": the image divided among things and stuff, "semantic": a label for every pixel (as
                 regions), both as `Prediction.panoptic`, of systems that can
     thresholds  of the system's `decode` (`decode_panoptic`, ...): score_threshold, nms_threshold, detections (per
-                picture; per tile), ...
+                image; per tile), ...
 
-    Among many, a picture that cannot be read is skipped, see `Prediction.error`; one alone raises PictureError.
+    Among many, an image that cannot be read is skipped, see `Prediction.error`; one alone raises ImageError.
     """
     if batch < 1 or workers < 1:
         raise UsageError(f"batch is {batch}, workers is {workers}; both are at least 1")
@@ -159,7 +159,7 @@ def predict(
     if is_single(source):
         prediction = next(stream)
         if prediction.error is not None:
-            raise PictureError(prediction.error)
+            raise ImageError(prediction.error)
         return prediction
     return CountedPredictions(stream, len(wanted)) if isinstance(wanted, list) else Predictions(stream)
 
@@ -195,7 +195,7 @@ class _Runner:
         return self.thresholds.get("score_threshold", default_of(self.system.decode, "score_threshold"))
 
     def __call__(self, laid: Sequence[tuple[Tensor, Placement]]) -> list[Any]:
-        """Objects of each picture (or the picture divided), on the host, masks packed."""
+        """Objects of each image (or the image divided), on the host, masks packed."""
         batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], multiple=self.system.preprocess.multiple)
         with torch.no_grad():  # not inference mode: results may be changed in place by whoever gets them
             raw = run_network(self.system, batch, self.device, self.dtype)
@@ -213,46 +213,46 @@ class _Runner:
 
 
 def _batches(run: _Runner, wanted: Iterable[Item], batch: int, workers: int) -> Iterator[Prediction]:
-    def lay(item: Item) -> tuple[Item, tuple[Tensor, Placement] | PictureError]:
+    def lay(item: Item) -> tuple[Item, tuple[Tensor, Placement] | ImageError]:
         try:
             return item, run.system.preprocess.lay(read(item, run.system.preprocess))
-        except PictureError as error:
+        except ImageError as error:
             return item, error
 
     group: list[tuple[Item, Any]] = []
     for item, laid in ahead(lay, wanted, workers, batch + workers):
         group.append((item, laid))
-        if sum(not isinstance(entry, PictureError) for _, entry in group) == batch:
+        if sum(not isinstance(entry, ImageError) for _, entry in group) == batch:
             yield from _flush(run, group)
             group = []
     yield from _flush(run, group)
 
 
 def _flush(run: _Runner, group: list[tuple[Item, Any]]) -> Iterator[Prediction]:
-    good = [laid for _, laid in group if not isinstance(laid, PictureError)]
+    good = [laid for _, laid in group if not isinstance(laid, ImageError)]
     start = time.perf_counter()
     found = iter(run(good) if good else ())
     seconds = (time.perf_counter() - start) / max(1, len(good))
     for item, laid in group:
-        if isinstance(laid, PictureError):
+        if isinstance(laid, ImageError):
             yield Prediction(item.path, None, None, str(laid), classes=tuple(run.system.classes), given=item.given)
         else:
             yield run.prediction(item, next(found), seconds)
 
 
 def _tiles(run: _Runner, wanted: Iterable[Item], batch: int, tile: int, overlap: float) -> Iterator[Prediction]:
-    def load(item: Item) -> tuple[Item, Tensor | PictureError]:
+    def load(item: Item) -> tuple[Item, Tensor | ImageError]:
         try:
             return item, read(item, run.system.preprocess)
-        except PictureError as error:
+        except ImageError as error:
             return item, error
 
-    for item, picture in ahead(load, wanted, 1, 1):
-        if isinstance(picture, PictureError):
-            yield Prediction(item.path, None, None, str(picture), classes=tuple(run.system.classes), given=item.given)
+    for item, image in ahead(load, wanted, 1, 1):
+        if isinstance(image, ImageError):
+            yield Prediction(item.path, None, None, str(image), classes=tuple(run.system.classes), given=item.given)
             continue
         start = time.perf_counter()
         objects = predict_tiled(
-            lambda crops: run([run.system.preprocess.lay(c) for c in crops]), picture, tile, overlap, batch
+            lambda crops: run([run.system.preprocess.lay(c) for c in crops]), image, tile, overlap, batch
         )
         yield run.prediction(item, objects, time.perf_counter() - start)

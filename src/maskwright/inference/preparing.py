@@ -25,7 +25,7 @@ def prepare(
     device   where to compute; None: a GPU where there is one, else the CPU
     dtype    of the network's weights and activations: "float32", "bfloat16", "float16". Boxes, scores and masks are
              always made in float32
-    compile  `torch.compile` the network: the first picture of each size takes long, the next ones less
+    compile  `torch.compile` the network: the first image of each size takes long, the next ones less
 
     Batch norms that follow their convolution are folded into it (in float64, so that nothing is lost), weights are
     laid out channels last, nothing needs a gradient. `predict` and `evaluate` do this by themselves; a system that was
@@ -56,7 +56,7 @@ def fold(module: nn.Module) -> int:
     """Folds, in place, every batch norm into the convolution before it, and says how many.
 
     Known are blocks with a `conv` and then a `norm`, our deformable ones, and neighbours in a `Sequential`. Group norm
-    and the like depend on the picture and stay. The module must be in eval mode.
+    and the like depend on the image and stay. The module must be in eval mode.
     """
     count = 0
     for child in module.modules():

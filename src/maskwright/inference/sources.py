@@ -1,4 +1,4 @@
-"""What predictions are asked for: paths, folders, globs, pictures in memory, and any mixture and stream of these."""
+"""What predictions are asked for: paths, folders, globs, images in memory, and any mixture and stream of these."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.errors import PictureError, UsageError
+from maskwright.errors import ImageError, UsageError
 from maskwright.structures import Preprocess
 
 # What a folder is searched for. A file named by itself or by a glob may be called anything.
@@ -24,18 +24,18 @@ SUFFIXES = frozenset(
 
 @dataclass(frozen=True)
 class Item:
-    """One picture, not yet read: a path, or what was given."""
+    """One image, not yet read: a path, or what was given."""
 
     path: Path | None
     given: Any = None
 
     @property
     def name(self) -> str:
-        return str(self.path) if self.path is not None else "the picture"
+        return str(self.path) if self.path is not None else "the image"
 
 
 def is_single(source: Any) -> bool:
-    """Whether this is one picture: its result is a prediction and not a stream of them."""
+    """Whether this is one image: its result is a prediction and not a stream of them."""
     if isinstance(source, (str, Path)):
         return not _is_glob(source) and not Path(source).expanduser().is_dir()
     if isinstance(source, (np.ndarray, Tensor)):
@@ -44,9 +44,9 @@ def is_single(source: Any) -> bool:
 
 
 def items(source: Any, recursive: bool) -> list[Item] | Iterator[Item]:
-    """Every picture of `source`, in order; a list where the number is known, and then nothing is left to expand.
+    """Every image of `source`, in order; a list where the number is known, and then nothing is left to expand.
 
-    UsageError for a folder or glob without pictures, before anything is computed.
+    UsageError for a folder or glob without images, before anything is computed.
     """
     if isinstance(source, (str, Path)):
         return _named(source, recursive)
@@ -55,39 +55,39 @@ def items(source: Any, recursive: bool) -> list[Item] | Iterator[Item]:
     if isinstance(source, (list, tuple, np.ndarray, Tensor)):
         found = [item for entry in source for item in items(entry, recursive)]
         if not found:
-            raise UsageError("there are no pictures to predict on: the list is empty")
+            raise UsageError("there are no images to predict on: the list is empty")
         return found
     if isinstance(source, Iterable):
         return (item for entry in source for item in items(entry, recursive))
     raise UsageError(
-        f"{type(source).__name__} is no picture: give a path, a folder, a glob, an array, a tensor or a PIL picture"
+        f"{type(source).__name__} is no image: give a path, a folder, a glob, an array, a tensor or a PIL image"
     )
 
 
 def read(item: Item, preprocess: Preprocess) -> Tensor:
-    """The picture as (C, H, W) uint8 with the channels that the network takes. PictureError says what is wrong."""
+    """The image as (C, H, W) uint8 with the channels that the network takes. ImageError says what is wrong."""
     try:
         return preprocess.fitted(_loaded(item))
     except UsageError as error:
-        raise PictureError(f"{item.name}: {error}") from None
+        raise ImageError(f"{item.name}: {error}") from None
 
 
 def for_eyes(item: Item) -> Tensor:
-    """The picture as (3, H, W) uint8, to be drawn on: of many channels the first three, of two the first."""
-    picture = _loaded(item)
-    return picture[:3] if len(picture) >= 3 else picture[:1].expand(3, -1, -1)
+    """The image as (3, H, W) uint8, to be drawn on: of many channels the first three, of two the first."""
+    image = _loaded(item)
+    return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
 
 
 def _loaded(item: Item) -> Tensor:
     if item.path is not None:
-        from maskwright.data import read_picture
+        from maskwright.data import read_image
 
-        picture = read_picture(item.path)
+        image = read_image(item.path)
     else:
-        picture = _pixels(item.given)
-    if not picture.numel():
-        raise PictureError(f"{item.name} has no pixels: {picture.shape[1]} x {picture.shape[2]}")
-    return picture
+        image = _pixels(item.given)
+    if not image.numel():
+        raise ImageError(f"{item.name} has no pixels: {image.shape[1]} x {image.shape[2]}")
+    return image
 
 
 def _pixels(given: Any) -> Tensor:
@@ -97,19 +97,19 @@ def _pixels(given: Any) -> Tensor:
     shape = tuple(given.shape)
     if isinstance(given, np.ndarray):
         if given.dtype != np.uint8:
-            raise PictureError(f"an array is uint8, 0 ... 255; this one is {given.dtype}")
+            raise ImageError(f"an array is uint8, 0 ... 255; this one is {given.dtype}")
         if given.ndim not in (2, 3):
-            raise PictureError(f"an array is (H, W, C) or (H, W); this one is {shape}")
+            raise ImageError(f"an array is (H, W, C) or (H, W); this one is {shape}")
         array = np.ascontiguousarray(given if given.ndim == 3 else given[..., None])
         if not array.flags.writeable:
             array = array.copy()
         return torch.from_numpy(array).permute(2, 0, 1)
     if given.dtype != torch.uint8:
-        raise PictureError(f"a tensor is uint8, 0 ... 255; this one is {given.dtype}")
+        raise ImageError(f"a tensor is uint8, 0 ... 255; this one is {given.dtype}")
     if given.ndim not in (2, 3):
-        raise PictureError(f"a tensor is (C, H, W) or (H, W); this one is {shape}")
+        raise ImageError(f"a tensor is (C, H, W) or (H, W); this one is {shape}")
     if given.ndim == 3 and shape[0] > 8 and shape[2] <= 4:
-        raise PictureError(f"a tensor is (C, H, W), channels first; this one is {shape}: permute(2, 0, 1) it")
+        raise ImageError(f"a tensor is (C, H, W), channels first; this one is {shape}: permute(2, 0, 1) it")
     return (given if given.ndim == 3 else given[None]).detach().cpu()
 
 
@@ -124,7 +124,7 @@ def _named(source: str | Path, recursive: bool) -> list[Item]:
                 if recursive or not any(p.is_dir() for p in path.iterdir())
                 else "; its sub-folders were not searched (recursive=True does)"
             )
-            raise UsageError(f"{path}: there are no pictures in this folder{deeper}")
+            raise UsageError(f"{path}: there are no images in this folder{deeper}")
         return [Item(p) for p in found]
     if _is_glob(source):
         names = sorted(glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207 - absolute patterns too

@@ -1,4 +1,4 @@
-"""What a system is asked for: objects, pictures divided among things and stuff, or a label for every pixel."""
+"""What a system is asked for: objects, images divided among things and stuff, or a label for every pixel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def verb_of(system: System, task: str) -> Callable[..., Any]:
     if task in ("instances", "proposals"):
         return system.decode
     if not isinstance(system, PanopticSystem) or not system.can_divide:
-        raise UsageError(f"{system.name} finds objects alone; task {task!r} needs a system that divides whole pictures")
+        raise UsageError(f"{system.name} finds objects alone; task {task!r} needs a system that divides whole images")
     return system.decode_panoptic if task == "panoptic" else system.decode_semantic
 
 
@@ -58,7 +58,7 @@ def default_of(verb: Callable[..., Any], name: str) -> Any:
 
 
 def on_host(found: Any) -> Any:
-    """What a verb gave for one picture, on the host, masks in the smallest form; labels of pixels as regions."""
+    """What a verb gave for one image, on the host, masks in the smallest form; labels of pixels as regions."""
     if isinstance(found, Instances):
         objects = found.to("cpu")
         if objects.masks is not None:

@@ -1,9 +1,9 @@
-"""Large pictures in tiles: small objects stay as large as the network saw them in training.
+"""Large images in tiles: small objects stay as large as the network saw them in training.
 
 Neighbouring tiles have a strip in common. What belongs to one object looks the same there from both sides, so two
 masks of one class are joined where they agree *inside the strip*; whole masks cannot be compared, as each tile sees a
-different part. Masks stay run-length codes of their tile until they are joined; no plane of the picture's size is ever
-made, and a tile is a view of the picture.
+different part. Masks stay run-length codes of their tile until they are joined; no plane of the image's size is ever
+made, and a tile is a view of the image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WHOLE = 0.9  # a mask that is cut off nowhere and holds this share of all the pa
 
 @dataclass(frozen=True)
 class Tile:
-    """A window of the picture, in whole pixels."""
+    """A window of the image, in whole pixels."""
 
     x: int
     y: int
@@ -43,7 +43,7 @@ class Tile:
 
 
 def cover(size: tuple[int, int], tile: int, overlap: float) -> list[Tile]:
-    """Tiles of one size, row by row, evenly spread over a picture of `size` (H, W); neighbours have at least `overlap`
+    """Tiles of one size, row by row, evenly spread over an image of `size` (H, W); neighbours have at least `overlap`
     of a tile's side in common. A side shorter than a tile has one."""
 
     def along(length: int) -> list[int]:
@@ -58,7 +58,7 @@ def cover(size: tuple[int, int], tile: int, overlap: float) -> list[Tile]:
 
 
 def check_tiles(tile: int | None, overlap: float, task: str) -> None:
-    """UsageError for tiles that cannot be, or that nothing joins: pictures divided among things and stuff."""
+    """UsageError for tiles that cannot be, or that nothing joins: images divided among things and stuff."""
     if tile is None:
         return
     if tile < 16 or not 0 <= overlap <= 0.9:
@@ -73,26 +73,26 @@ def tile_words(tile: int, overlap: float) -> str:
 
 
 def predict_tiled(
-    find: Callable[[Sequence[Tensor]], list[Instances]], picture: Tensor, tile: int, overlap: float, batch: int = 1
+    find: Callable[[Sequence[Tensor]], list[Instances]], image: Tensor, tile: int, overlap: float, batch: int = 1
 ) -> Instances:
-    """The objects of a picture (C, H, W) that `find` finds in its tiles, `batch` tiles at a time, each object once.
+    """The objects of an image (C, H, W) that `find` finds in its tiles, `batch` tiles at a time, each object once.
 
     `find` gives objects on each tile's own grid, on the host.
     """
-    size = (picture.shape[1], picture.shape[2])
+    size = (image.shape[1], image.shape[2])
     tiles = cover(size, tile, overlap)
     found: list[Instances] = []
     for start in range(0, len(tiles), batch):
         group = tiles[start : start + batch]
-        found += find([picture[:, t.y : t.y + t.height, t.x : t.x + t.width] for t in group])
+        found += find([image[:, t.y : t.y + t.height, t.x : t.x + t.width] for t in group])
     return join_tiles(found, tiles, size)
 
 
 def join_tiles(found: Sequence[Instances], tiles: Sequence[Tile], size: tuple[int, int]) -> Instances:
-    """Objects on the tiles' grids -> objects on the picture's, best first, parts joined and duplicates removed.
+    """Objects on the tiles' grids -> objects on the image's, best first, parts joined and duplicates removed.
 
     Parts are joined into the union of their masks with the best of their scores; where one tile sees the whole of an
-    object, its mask and box are taken as they are. Joints are those of the largest part.
+    object, its mask and box are taken as they are. Keypoints are those of the largest part.
     """
     if len(tiles) == 1:
         return found[0]
@@ -133,7 +133,7 @@ class _View:
     objects: Instances
     tile: Tile
     boxes: Float[Tensor, "n 4"]  # on the tile
-    cut: Bool[Tensor, " n"]  # cut off by a border of the tile that is none of the picture's
+    cut: Bool[Tensor, " n"]  # cut off by a border of the tile that is none of the image's
 
     @classmethod
     def of(cls, objects: Instances, tile: Tile, size: tuple[int, int]) -> _View:
@@ -212,7 +212,7 @@ def _grouped(count: int, links: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 def _joined(members: Sequence[tuple[_View, int]], size: tuple[int, int]) -> Instances:
     """One object out of its parts: a view and a row each."""
-    placed = [_on_picture(view.objects[row], view.tile, size) for view, row in members]
+    placed = [_on_image(view.objects[row], view.tile, size) for view, row in members]
     if len(placed) == 1:
         return placed[0]
     scores = [0.0 if p.scores is None else float(p.scores[0]) for p in placed]
@@ -233,7 +233,7 @@ def _joined(members: Sequence[tuple[_View, int]], size: tuple[int, int]) -> Inst
     return Instances(size, box, best.labels, masks, best.scores, largest.keypoints)
 
 
-def _on_picture(part: Instances, tile: Tile, size: tuple[int, int]) -> Instances:
+def _on_image(part: Instances, tile: Tile, size: tuple[int, int]) -> Instances:
     offset = part.boxes.new_tensor([tile.x, tile.y])
     points = part.keypoints
     if points is not None:

@@ -1,4 +1,4 @@
-"""What was found in pictures, on disk: drawn pictures, COCO results, planes of object numbers."""
+"""What was found in images, on disk: drawn images, COCO results, planes of object numbers."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _LARGEST = 65_535  # objects that 16 bits can tell apart
 class PredictionWriter:
     """Writes predictions as they come; `close` writes what is about all of them.
 
-    folder/drawn/NAME.jpg     the picture with its objects drawn over it
+    folder/drawn/NAME.jpg     the image with its objects drawn over it
     folder/results.json       COCO results, image_id 1, 2, ... in the order they came, category_id = label + 1
     folder/pictures.json      the "images" and "categories" that those ids mean
     folder/masks/NAME.png     16 bits: 0 background, k the k-th best object, the better one where two overlap
 
-    of pictures divided among things and `stuff`:
+    of images divided among things and `stuff`:
     folder/panoptic.json      instead of results.json: COCO panoptic, whole ("images", "annotations", "categories")
     folder/panoptic/NAME.png  its maps; red + 256 green + 65536 blue is a segment's number
     folder/masks/NAME.png     16 bits: 0 nothing, k the k-th segment; with `semantic`, the pixel's label + 1
 
-    NAME is the picture's path from the folder or glob it was named by. Every file is written beside and renamed;
-    results.json grows beside its place, so that nothing of a long run is held in memory but the pictures' names.
-    `sources` are what the pictures were named by; `skipped` collects (path, reason) of those with an error.
+    NAME is the image's path from the folder or glob it was named by. Every file is written beside and renamed;
+    results.json grows beside its place, so that nothing of a long run is held in memory but the images' names.
+    `sources` are what the images were named by; `skipped` collects (path, reason) of those with an error.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class PredictionWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str | Path, found: Instances | Panoptic | None, error: Any = None) -> None:
-        """One picture's objects or segments; or, where `error` is given, why there are none."""
+        """One image's objects or segments; or, where `error` is given, why there are none."""
         if error is not None or found is None:
             self.skipped.append((str(path), str(error)))
             return
@@ -101,21 +101,21 @@ class PredictionWriter:
             write_bytes(self.folder / "pictures.json", json.dumps(about, ensure_ascii=False, indent=1).encode())
 
     def _draw(self, path: Path, found: Instances | Panoptic, target: Path) -> None:
-        from maskwright.data import read_picture
+        from maskwright.data import read_image
 
-        drawn = found.draw(read_picture(path), self.classes)
+        drawn = found.draw(read_image(path), self.classes)
         data = io.BytesIO()
         drawn.convert("RGB").save(data, "JPEG", quality=92)
         write_bytes(target, data.getvalue())
 
     def _inside(self, path: Path) -> Path:
-        """The picture's path below the folder, or glob, that it was named by."""
+        """The image's path below the folder, or glob, that it was named by."""
         whole = path.absolute()
         root = max((r for r in self.roots if whole.is_relative_to(r)), key=lambda r: len(r.parts), default=whole.parent)
         return whole.relative_to(root)
 
     def _name(self, path: Path) -> str:
-        """The picture's name among the outputs: no two the same, none outside of the folder."""
+        """The image's name among the outputs: no two the same, none outside of the folder."""
         inside = self._inside(path)
         # x.jpg and x.png become x and x.png; the same name from two folders gets a number.
         candidates = [str(inside.with_suffix("")), str(inside)]
@@ -162,7 +162,7 @@ def _write_plane(plane: np.ndarray, target: Path) -> None:
     _write_png(Image.fromarray(plane), target)
 
 
-def _write_png(picture: Any, target: Path) -> None:
+def _write_png(image: Any, target: Path) -> None:
     data = io.BytesIO()
-    picture.save(data, "PNG")
+    image.save(data, "PNG")
     write_bytes(target, data.getvalue())

@@ -15,10 +15,10 @@ FORBIDDEN = 1e9  # stands for a cost that is no number
 
 @torch.no_grad()
 def assign(costs: Sequence[Float[Tensor, "k n _m"]]) -> list[Pairs]:
-    """For each picture, whose costs are (predictions made of it, queries, objects): which queries answer for which
+    """For each image, whose costs are (predictions made of it, queries, objects): which queries answer for which
     objects, for each of its K predictions min(N, M) pairs in the order of the queries.
 
-    Costs that are not finite are as good as forbidden. The matching itself is the host's work: all pictures and
+    Costs that are not finite are as good as forbidden. The matching itself is the host's work: all images and
     predictions go there as one tensor and come back as one, so that a device waits once a step.
     """
     if not len(costs):

@@ -52,7 +52,7 @@ def corners(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
 
 
 def clip(boxes: Float[Tensor, "*n 4"], size: tuple[float, float]) -> Float[Tensor, "*n 4"]:
-    """Boxes cut at the borders of a picture of `size` (H, W)."""
+    """Boxes cut at the borders of an image of `size` (H, W)."""
     limit = boxes.new_tensor([size[1], size[0], size[1], size[0]])
     return boxes.clamp(min=0).minimum(limit)
 

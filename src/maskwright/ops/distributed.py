@@ -31,7 +31,7 @@ def global_mean_count(count: Tensor, minimum: float = 1.0, more: float = 0.0) ->
     the total over all devices, where a single process would write `clamp(min=1)`, and `more` is added to that total,
     where it would write `+ 1`. With one process this is that clamp and that sum.
 
-    Every process must call this equally often in the same order, also with a picture without objects: call it before
+    Every process must call this equally often in the same order, also with an image without objects: call it before
     any branch on emptiness. With accumulation the counts are those of one backward pass, not of the whole step.
     """
     total = count.detach().float()

@@ -1,4 +1,4 @@
-"""Joints as one-hot maps inside a box (Mask R-CNN, arXiv 1703.06870, section 5)."""
+"""Keypoints as one-hot maps inside a box (Mask R-CNN, arXiv 1703.06870, section 5)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ Scoring = Literal["probability", "logit"]
 
 
 def encode(
-    joints: Float[Tensor, "r j 3"], boxes: Float[Tensor, "r 4"], side: int
+    keypoints: Float[Tensor, "r j 3"], boxes: Float[Tensor, "r 4"], side: int
 ) -> tuple[Int[Tensor, "r j"], Bool[Tensor, "r j"]]:
-    """The cell y * side + x that each joint falls in on the box's side x side map, and whether it counts: labelled
-    (visibility > 0) and inside the box. A joint exactly on the right or lower edge belongs to the last cell."""
+    """The cell y * side + x that each keypoint falls in on the box's side x side map, and whether it counts: labelled
+    (visibility > 0) and inside the box. A keypoint exactly on the right or lower edge belongs to the last cell."""
     scale = side / (boxes[:, 2:] - boxes[:, :2])
-    place = (joints[..., :2] - boxes[:, None, :2]) * scale[:, None]
+    place = (keypoints[..., :2] - boxes[:, None, :2]) * scale[:, None]
     cell = place.floor().long()
-    cell = torch.where(joints[..., :2] == boxes[:, None, 2:], side - 1, cell)
-    counts = (cell >= 0).all(-1) & (cell < side).all(-1) & (joints[..., 2] > 0)
+    cell = torch.where(keypoints[..., :2] == boxes[:, None, 2:], side - 1, cell)
+    counts = (cell >= 0).all(-1) & (cell < side).all(-1) & (keypoints[..., 2] > 0)
     return (cell[..., 1] * side + cell[..., 0]) * counts, counts
 
 
 def decode(
     maps: Float[Tensor, "r j s s"], boxes: Float[Tensor, "r 4"], scoring: Scoring = "probability"
 ) -> Float[Tensor, "r j 3"]:
-    """x, y and score of each joint: the largest cell of the map after bicubic resizing to the box's size in pixels.
+    """x, y and score of each keypoint: the largest cell of the map after bicubic resizing to the box's size in pixels.
 
     scoring  "probability" (detectron2): exp of the peak over the sum on the map as predicted, which can exceed 1;
              "logit" (torchvision): the resized logit at the peak

@@ -19,7 +19,7 @@ def focal_sum(
 ) -> Float[Tensor, ""]:
     """Sum of the sigmoid focal loss (RetinaNet, arXiv 1708.02002, eq. 5): cross entropy, less where it is right anyway.
 
-    `target` is 0 or 1; `alpha` weighs the ones, 1 - alpha the noughts.
+    `target` is 0 or 1; `alpha` weighs the ones, 1 - alpha the zeros.
     """
     cross = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
     probability = logits.sigmoid()

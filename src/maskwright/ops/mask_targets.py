@@ -61,7 +61,7 @@ def plane_targets(masks: Masks, grid: tuple[int, int], size: tuple[int, int]) ->
 
 
 def _with_margin(crop: Tensor, frame: list[int], size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """The crop with three empty cells around it, except where the picture ends: there sampling clamps to the border,
+    """The crop with three empty cells around it, except where the image ends: there sampling clamps to the border,
     and must find it."""
     x0, y0, x1, y1 = frame
     left, top, right, bottom = min(3, x0), min(3, y0), min(3, size[1] - x1), min(3, size[0] - y1)
@@ -71,7 +71,7 @@ def _with_margin(crop: Tensor, frame: list[int], size: tuple[int, int]) -> tuple
 def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int) -> Tensor:
     outlines = masks.polygons()
     # The scale is rounded to float32 before it meets the points, as in detectron2 under NumPy 2: a ring that passes
-    # through the middle of cells (a box as high as the picture, say) falls to one side or the other by that rounding.
+    # through the middle of cells (a box as high as the image, say) falls to one side or the other by that rounding.
     corners, sides = boxes[:, :2].double().numpy(), (boxes[:, 2:] - boxes[:, :2]).float().numpy()
     scales = (np.float32(side) / np.maximum(sides, np.float32(0.1))).astype("float64")
     cut = [

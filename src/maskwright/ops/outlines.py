@@ -1,6 +1,6 @@
 """Between masks and the closed line of pixels around them: the outer border of a mask, and a polygon filled.
 
-Both work on runs and spans of all objects at once, never on a plane of the picture's size. Coordinates count pixels,
+Both work on runs and spans of all objects at once, never on a plane of the image's size. Coordinates count pixels,
 from the centre of the first: pixel (i, j) is the point x = j, y = i. That is how OpenCV and whoever uses it see a
 contour; a polygon through the centres of a mask's border pixels is half a pixel smaller than the mask all around, which
 a rasteriser that paints the border as well makes good.
@@ -95,7 +95,7 @@ class _Pieces:
     start: np.ndarray
     end: np.ndarray  # exclusive
     owner: np.ndarray  # the mask
-    x: np.ndarray  # the column, counted in the picture with its margin
+    x: np.ndarray  # the column, counted in the image with its margin
     lines: tuple[np.ndarray, np.ndarray]  # owner and column of every line, also of those without a run
     height: int  # of the frame
 
@@ -319,7 +319,7 @@ def _along(number: np.ndarray, a: np.ndarray, b: np.ndarray, size: tuple[int, in
     steep = np.abs(move[:, 1]) > move[:, 0]
     major, minor = np.abs(np.where(steep[:, None], move[:, ::-1], move)).T
     sign = np.where(move < 0, -1, 1)
-    # Only the steps that lie on the picture, by the axis that each step moves on.
+    # Only the steps that lie on the image, by the axis that each step moves on.
     at = np.where(steep, start[:, 1], start[:, 0])
     down = steep & (move[:, 1] < 0)
     limit = np.where(steep, size[0], size[1]) - 1

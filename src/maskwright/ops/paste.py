@@ -1,4 +1,4 @@
-"""Putting P x P masks of boxes onto the picture's grid, by each published convention."""
+"""Putting P x P masks of boxes onto the image's grid, by each published convention."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def paste_masks(
     strict: bool = False,
     budget: int = 64 << 20,
 ) -> Masks:
-    """Masks of `size` (H, W) from what was predicted on a P x Q grid inside each box (in the picture's pixels).
+    """Masks of `size` (H, W) from what was predicted on a P x Q grid inside each box (in the image's pixels).
 
     rule      "continuous" (detectron2): the centre of each pixel is looked up in the box's grid, zeros around it;
               "padded" (torchvision, maskrcnn-benchmark): the grid gets a border of zeros, the grown box is cut to
@@ -33,7 +33,7 @@ def paste_masks(
               the grid is resized to them with the outer cells on the outer pixels
     threshold kept are values >= threshold, > with `strict`
     budget    bytes of scratch on an accelerator. There whole planes are made, as many at a time as fit; on the host
-              each mask is made on the pixels of its box alone, and nothing of the picture's size ever exists
+              each mask is made on the pixels of its box alone, and nothing of the image's size ever exists
     """
     probabilities, boxes = probabilities.float(), boxes.float()
     if not len(boxes):

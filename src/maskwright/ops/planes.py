@@ -1,4 +1,4 @@
-"""Putting whole planes of probabilities, on the network's grid, onto the picture's."""
+"""Putting whole planes of probabilities, on the network's grid, onto the image's."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def place_planes(
     steps: Literal[1, 2] = 2,
     budget: int = 64 << 20,
 ) -> Masks:
-    """Masks on the picture from planes that cover the network's input of `size` (H, W), padding included.
+    """Masks on the image from planes that cover the network's input of `size` (H, W), padding included.
 
     Both steps are bilinear, by pixel centres and without anti-aliasing: to the input's grid, of which only the valid
-    part is kept, then from there to the picture's. Kept are values > threshold (which is 0 or above). Both steps are
+    part is kept, then from there to the image's. Kept are values > threshold (which is 0 or above). Both steps are
     linear along each axis, so one small matrix per axis does them at once, and padding is never read.
 
-    steps   1: straight to the picture's grid instead (YOLACT)
+    steps   1: straight to the image's grid instead (YOLACT)
     budget  bytes of scratch on an accelerator, where whole planes are made, as many at a time as fit. On the host each
             mask is made on the pixels alone that its probabilities above the threshold reach, and so many bytes of them
             are held before they are packed
@@ -47,13 +47,13 @@ def place_measured(
     steps: Literal[1, 2] = 2,
     budget: int = 64 << 20,
 ) -> tuple[Masks, Float[Tensor, " n"]]:
-    """As `place_planes`, with a number for each mask: `measure` of values on the picture's grid and of which of them
+    """As `place_planes`, with a number for each mask: `measure` of values on the image's grid and of which of them
     are in the mask, both (k, h, w), gives k of them. It must not depend on pixels outside the mask, of which it is not
-    shown all. Without it the numbers are noughts."""
+    shown all. Without it the numbers are zeros."""
     planes = planes.float()
     if not len(planes):
-        return Masks.empty(placement.picture), planes.new_zeros(0)
-    height, width = placement.picture
+        return Masks.empty(placement.image_size), planes.new_zeros(0)
+    height, width = placement.image_size
     down, across = axes(planes, placement, size, steps)
     if planes.device.type != "cpu":
         step = max(1, budget // (height * max(width, planes.shape[2]) * (9 if measure is None else 17)))
@@ -77,18 +77,18 @@ def place_measured(
             numbers.append(measure(small[None], crops[-1][None]))
         held += small.numel()
         if held > budget:
-            parts.append(Masks.from_crops(crops, corners[: len(crops)], placement.picture))
+            parts.append(Masks.from_crops(crops, corners[: len(crops)], placement.image_size))
             corners, crops, held = corners[len(crops) :], [], 0
-    masks = Masks.join([*parts, Masks.from_crops(crops, corners, placement.picture)])
+    masks = Masks.join([*parts, Masks.from_crops(crops, corners, placement.image_size)])
     return masks, torch.cat(numbers) if numbers else planes.new_zeros(len(planes))
 
 
 def axes(
     like: Float[Tensor, "n p q"], placement: Placement, size: tuple[int, int], steps: Literal[1, 2] = 2
 ) -> tuple[Float[Tensor, "h p"], Float[Tensor, "w q"]]:
-    """What each of the picture's rows takes of each row of planes that cover the input of `size`, and likewise for the
-    columns; noughts for what lies outside the input. Planes on the picture are `down @ planes @ across.T`."""
-    (height, width), (x, y) = placement.picture, placement.scale
+    """What each of the image's rows takes of each row of planes that cover the input of `size`, and likewise for the
+    columns; zeros for what lies outside the input. Planes on the image are `down @ planes @ across.T`."""
+    (height, width), (x, y) = placement.image_size, placement.scale
     down = _axis(like, 1, size[0], placement.size[0], height, y, placement.offset[1], False, steps)
     across = _axis(like, 2, size[1], placement.size[1], width, x, placement.offset[0], placement.mirrored, steps)
     return down, across
@@ -97,13 +97,13 @@ def axes(
 def label_plane(
     logits: Float[Tensor, "k p q"], placement: Placement, size: tuple[int, int], *, budget: int = 64 << 20
 ) -> tuple[Int[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """Each of the picture's pixels: the best class, -1 where the input does not show it, and that class's probability
+    """Each of the image's pixels: the best class, -1 where the input does not show it, and that class's probability
     among all, from logits that cover the network's input of `size` (H, W), padding included.
 
-    The padding is cut off, the rest is brought to the picture's grid bilinearly, by pixel centres, and only then the
-    best is chosen (detectron2). `budget`: bytes of scratch; so many rows of the picture are made at a time.
+    The padding is cut off, the rest is brought to the image's grid bilinearly, by pixel centres, and only then the
+    best is chosen (detectron2). `budget`: bytes of scratch; so many rows of the image are made at a time.
     """
-    height, width = placement.picture
+    height, width = placement.image_size
     rows, columns = logits.shape[1] / size[0], logits.shape[2] / size[1]
     down = _neighbours(logits, height, placement.size[0], rows, placement.scale[1], placement.offset[1], False)
     across = _neighbours(
@@ -126,7 +126,7 @@ def label_plane(
 def _neighbours(
     like: Tensor, pixels: int, valid: int, ratio: float, scale: float, offset: float, mirrored: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each of the picture's pixels along one axis the cells before and after it, how far it is between them, and
+    """For each of the image's pixels along one axis the cells before and after it, how far it is between them, and
     whether the valid part of the input shows it. `ratio`: cells for each pixel of the input."""
     number = torch.arange(pixels, device=like.device, dtype=torch.float32) + 0.5
     place = (pixels - number if mirrored else number) * scale + offset
@@ -138,9 +138,9 @@ def _neighbours(
 
 
 def place_bits(planes: Bool[Tensor, "n h w"], placement: Placement) -> Masks:
-    """Masks on the picture from masks on the valid part of the network's input, each pixel taken from the one that its
+    """Masks on the image from masks on the valid part of the network's input, each pixel taken from the one that its
     upper left corner falls into, as torch's "nearest" does (DETR)."""
-    height, width = placement.picture
+    height, width = placement.image_size
     rows = _corners(height, placement.size[0], placement.scale[1], placement.offset[1], False)
     columns = _corners(width, placement.size[1], placement.scale[0], placement.offset[0], placement.mirrored)
     crops, places = [], []
@@ -153,13 +153,13 @@ def place_bits(planes: Bool[Tensor, "n h w"], placement: Placement) -> Masks:
         (top, down), (left, across) = parts
         crops.append(plane[down.clamp(min=0)][:, across.clamp(min=0)] & (down >= 0)[:, None] & (across >= 0))
         places.append((left, top))
-    return Masks.from_crops(crops, torch.tensor(places, dtype=torch.int64).reshape(-1, 2), placement.picture)
+    return Masks.from_crops(crops, torch.tensor(places, dtype=torch.int64).reshape(-1, 2), placement.image_size)
 
 
-def _corners(picture: int, valid: int, scale: float, offset: float, mirrored: bool) -> Int[Tensor, " _p"]:
-    """The input's pixel under each of the picture's along one axis; -1 where there is none."""
-    pixels = torch.arange(picture, dtype=torch.float64)
-    place = (picture - 1 - pixels if mirrored else pixels) * scale + offset
+def _corners(image: int, valid: int, scale: float, offset: float, mirrored: bool) -> Int[Tensor, " _p"]:
+    """The input's pixel under each of the image's along one axis; -1 where there is none."""
+    pixels = torch.arange(image, dtype=torch.float64)
+    place = (image - 1 - pixels if mirrored else pixels) * scale + offset
     source = (place + 1e-6 * scale).floor()
     return torch.where((source >= 0) & (source < valid), source, -1).long()
 
@@ -169,16 +169,16 @@ def _axis(
     axis: int,
     padded: int,
     valid: int,
-    picture: int,
+    image: int,
     scale: float,
     offset: float,
     mirrored: bool,
     steps: int,
-) -> Float[Tensor, "_picture _cells"]:
-    """What each of the picture's pixels takes of each cell along one axis."""
+) -> Float[Tensor, "_image _cells"]:
+    """What each of the image's pixels takes of each cell along one axis."""
     cells = like.shape[axis]
-    pixels = torch.arange(picture, device=like.device, dtype=torch.float32) + 0.5
-    place = (picture - pixels if mirrored else pixels) * scale + offset - 0.5
+    pixels = torch.arange(image, device=like.device, dtype=torch.float32) + 0.5
+    place = (image - pixels if mirrored else pixels) * scale + offset - 0.5
     seen = (place > -0.5) & (place < valid - 0.5)
     if steps == 1:
         return weights((place + 0.5) * (cells / padded) - 0.5, cells, "border") * seen[:, None]

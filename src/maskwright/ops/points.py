@@ -2,7 +2,7 @@
 
 A point is (x, y) as a share of the map's width and height, (0, 0) its upper left corner and (1, 1) the lower right one;
 the centre of cell i of n lies at (i + 0.5) / n. Shares fit maps of every resolution that cover the same thing: the
-picture (padding included), or the inside of a box.
+image (padding included), or the inside of a box.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def point_sample(
 ) -> Float[Tensor, "b c p"]:
     """Values of each map at its points; a map is surrounded by zeros. Cells' centres are at (i + 0.5) / n.
 
-    Where many maps are read at the same points (all queries of a picture), let them be channels of one map. Maps of
+    Where many maps are read at the same points (all queries of an image), let them be channels of one map. Maps of
     half precision are read in float32: eight bits of a place are too few.
     """
     values = maps if maps.dtype == torch.float64 else maps.float()
@@ -38,7 +38,7 @@ def mask_sample(
     mode: Literal["bilinear", "nearest"] = "bilinear",
 ) -> Float[Tensor, "r p"]:  # fmt: skip
     """For each row r the mask `owners[r]` (without `owners`, mask r) at points IN PIXELS of the masks' frame, on the
-    points' device; "bilinear" gives values between 0 and 1. Outside the picture lies background.
+    points' device; "bilinear" gives values between 0 and 1. Outside the image lies background.
 
     Masks stay compact: what is held is their insides and four numbers a point. Points that all masks share may be
     `expand`ed views.

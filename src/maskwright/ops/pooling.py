@@ -1,6 +1,6 @@
 """Cutting a feature map along a box, in the ways that the field's papers compare.
 
-A RoI is (index in the batch, x0, y0, x1, y1) in the picture's pixels; `scale` is 1 / stride.
+A RoI is (index in the batch, x0, y0, x1, y1) in the image's pixels; `scale` is 1 / stride.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def roi_warp(
 
 
 def as_rois(boxes: list[Float[Tensor, "_n 4"]]) -> Float[Tensor, "r 5"]:
-    """Boxes of each picture -> RoIs of the batch, in order."""
+    """Boxes of each image -> RoIs of the batch, in order."""
     return torch.cat([torch.cat([b.new_full((len(b), 1), i), b], 1) for i, b in enumerate(boxes)])
 
 

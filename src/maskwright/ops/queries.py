@@ -1,6 +1,6 @@
-"""From what queries say, a class distribution and a mask each, to objects, segments and labels on the picture.
+"""From what queries say, a class distribution and a mask each, to objects, segments and labels on the image.
 
-Masks are logits on a coarse grid that covers the network's input. They are brought to the picture's own grid, in two
+Masks are logits on a coarse grid that covers the network's input. They are brought to the image's own grid, in two
 bilinear steps over the input's, before anything is decided (Mask2Former, arXiv 2112.01527; MaskFormer, 2107.06278).
 """
 
@@ -41,7 +41,7 @@ class Choice:
 
 
 def mean_inside(values: Float[Tensor, "n h w"], solid: Bool[Tensor, "n h w"]) -> Float[Tensor, " n"]:
-    """Mean probability inside each mask; nought for an empty one."""
+    """Mean probability inside each mask; zero for an empty one."""
     return (values.sigmoid() * solid).flatten(1).sum(1) / (solid.flatten(1).sum(1) + 1e-6)
 
 
@@ -54,7 +54,7 @@ def objects(
     choice: Choice,
     things: Bool[Tensor, " k"] | None = None,
 ) -> Instances:
-    """Objects of one picture, best first; `scores` are of the classes without "no object", `size` the input's.
+    """Objects of one image, best first; `scores` are of the classes without "no object", `size` the input's.
 
     With `things` only objects of these classes stay, those of others having had their chance among the `detections`.
     Empty masks are dropped.
@@ -74,7 +74,7 @@ def objects(
     keep = keep[final[keep].argsort(descending=True, stable=True)]
     which = which[keep]
     boxes = masks.boxes().to(best.device)[which]
-    found = Instances(placement.picture, boxes, place[keep] % kinds, masks[which], final[keep])
+    found = Instances(placement.image_size, boxes, place[keep] % kinds, masks[which], final[keep])
     if choice.nms_threshold is not None:
         assert found.masks is not None
         rows = mask_nms(found.masks.iou(found.masks).to(best.device), found.labels, choice.nms_threshold)
@@ -109,7 +109,7 @@ def segments(
     overlap_threshold: float = 0.8,
     inside: bool = True,
 ) -> Panoptic:
-    """One picture divided among queries; `probabilities` with "no object" last.
+    """One image divided among queries; `probabilities` with "no object" last.
 
     Queries that are sure of a class compete: a pixel goes to the largest score x mask probability. A segment is dropped
     if it wins less than `overlap_threshold` of its mask (probability >= 0.5); regions of one class are joined.
@@ -119,11 +119,11 @@ def segments(
     scores, labels = probabilities.max(1)
     sure = ((labels < len(things)) & (scores > score_threshold)).nonzero().flatten()
     if not len(sure):
-        return Panoptic.empty(placement.picture, probabilities.device)
+        return Panoptic.empty(placement.image_size, probabilities.device)
     scores, labels = scores[sure], labels[sure]
     count = len(sure)
     won, whole, kept = torch.zeros(3, count, dtype=torch.int64, device=scores.device)
-    plane = torch.full(placement.picture, -1, dtype=torch.int32, device=scores.device)
+    plane = torch.full(placement.image_size, -1, dtype=torch.int32, device=scores.device)
     for values, seen in _bands(masks_of(sure), placement, size):
         best, mask = _best(scores, values), values >= 0
         own = mask.gather(0, best[None])[0] if inside else torch.ones_like(best, dtype=torch.bool)
@@ -134,7 +134,7 @@ def segments(
         plane[seen.rows] = torch.where(own, best, -1).int()
     good = (kept > 0) & (whole > 0) & (won.double() / whole.clamp(min=1) >= overlap_threshold)
     if not good.any():
-        return Panoptic.empty(placement.picture, probabilities.device)
+        return Panoptic.empty(placement.image_size, probabilities.device)
     # Numbers in the order of the queries; a region takes the number of the first of its class.
     chosen = good.nonzero().flatten()
     countable = things[labels[chosen]]
@@ -160,7 +160,7 @@ def semantic(
     """The label of each pixel: of the largest sum over the queries of class score x mask probability; -1 outside what
     the network saw.
 
-    classes_first  sums are made on the input's grid and brought to the picture, as where a system was published for
+    classes_first  sums are made on the input's grid and brought to the image, as where a system was published for
                    this task alone
     """
     maps = semantic_maps(scores, masks_of, placement, size, classes_first=classes_first)
@@ -188,7 +188,7 @@ def semantic_maps(
 
 @dataclass(frozen=True)
 class Band:
-    """Some rows of the picture."""
+    """Some rows of the image."""
 
     rows: slice
     valid: Bool[Tensor, "h w"]  # what the network saw of them
@@ -202,7 +202,7 @@ def _bands(
     straight: bool = False,
     budget: int = 128 << 20,
 ) -> Iterator[tuple[Float[Tensor, "n _h w"], Band]]:
-    """Planes on the picture's grid, so many rows at a time that they and what is made of them take `budget` bytes.
+    """Planes on the image's grid, so many rows at a time that they and what is made of them take `budget` bytes.
 
     straight  the planes already have the input's resolution
     """
@@ -211,7 +211,7 @@ def _bands(
         planes, size = planes[:, : placement.size[0], : placement.size[1]], placement.size
     down, across = axes(planes, placement, size)
     seen = (down > 0).any(1)[:, None] & (across > 0).any(1)[None]
-    height, width = placement.picture
+    height, width = placement.image_size
     step = max(1, budget // (16 * max(1, len(planes)) * width))
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))

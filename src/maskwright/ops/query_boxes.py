@@ -1,7 +1,7 @@
 """Learning boxes with queries (DETR, arXiv 2005.12872): what is to be learnt, what matching costs, what the losses are.
 
-Boxes are centre x, y, width, height as shares of the picture without its padding. Tensors are (L, B, N, ...): L
-predictions, by each decoder layer, of N queries for each of B pictures.
+Boxes are centre x, y, width, height as shares of the image without its padding. Tensors are (L, B, N, ...): L
+predictions, by each decoder layer, of N queries for each of B images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BUDGET = 256 << 20  # bytes of scratch
 
 @dataclass(frozen=True)
 class Boxed(Objects):
-    """What is to be learnt in one picture, with boxes as the network gives them."""
+    """What is to be learnt in one image, with boxes as the network gives them."""
 
     boxes: Float[Tensor, "m 4"]
 
@@ -43,7 +43,7 @@ class Boxed(Objects):
 
 
 def shares(boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Float[Tensor, "n 4"]:
-    """x0, y0, x1, y1 in pixels of a picture of `size` (H, W) -> centre and sides as shares of it."""
+    """x0, y0, x1, y1 in pixels of an image of `size` (H, W) -> centre and sides as shares of it."""
     relative = boxes.float() / boxes.new_tensor([size[1], size[0], size[1], size[0]]).float()
     return torch.cat([(relative[:, :2] + relative[:, 2:]) / 2, relative[:, 2:] - relative[:, :2]], 1)
 
@@ -66,8 +66,8 @@ def box_costs(
 def box_losses(said: Float[Tensor, "l b n 4"], objects: Sequence[Boxed], pairs: Sequence[Pairs]) -> dict[str, Tensor]:
     """Sums over matched pairs, (L,) each, of "box", the L1 distance, and "giou", 1 - GIoU."""
     found, true = [], []
-    for picture, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
-        found.append(said[:, picture].float().gather(1, queries[..., None].expand(-1, -1, 4)))
+    for image, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
+        found.append(said[:, image].float().gather(1, queries[..., None].expand(-1, -1, 4)))
         true.append(own.boxes[which])  # (L, P, 4)
     a, b = torch.cat(found, 1), torch.cat(true, 1)
     overlap = box_ops.generalised_iou(box_ops.corners(a), box_ops.corners(b))
@@ -97,11 +97,11 @@ def focal_classes(
     alpha: float = 0.25,
     gamma: float = 2.0,
 ) -> Float[Tensor, " l"]:
-    """Sums of the sigmoid focal loss over all queries and classes; who has no object learns nought for each class."""
+    """Sums of the sigmoid focal loss over all queries and classes; who has no object learns zero for each class."""
     goal = torch.zeros(logits.shape, device=logits.device)
-    for picture, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
+    for image, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
         rows = torch.arange(len(goal), device=goal.device)[:, None].expand_as(queries)
-        goal[rows, picture, queries, own.labels[which]] = 1.0
+        goal[rows, image, queries, own.labels[which]] = 1.0
     values = logits.float()
     cross = functional.binary_cross_entropy_with_logits(values, goal, reduction="none")
     probability = values.sigmoid()

@@ -39,16 +39,16 @@ class MaskAnswers:
         """Logits of all masks of one prediction."""
         return torch.einsum("bnc,bchw->bnhw", self.embeddings[layer], self.features)
 
-    def masks_of(self, picture: int) -> Callable[[Tensor], Tensor]:
-        """What gives the logits (R, h, w) of the last masks of some queries of a picture."""
+    def masks_of(self, image: int) -> Callable[[Tensor], Tensor]:
+        """What gives the logits (R, h, w) of the last masks of some queries of an image."""
         return lambda rows: torch.einsum(
-            "nc,chw->nhw", self.embeddings[-1, picture][rows].float(), self.features[picture].float()
+            "nc,chw->nhw", self.embeddings[-1, image][rows].float(), self.features[image].float()
         )
 
 
 @dataclass(frozen=True)
 class Objects:
-    """What is to be learnt in one picture: no crowd."""
+    """What is to be learnt in one image: no crowd."""
 
     labels: Int[Tensor, " m"]
     masks: Masks
@@ -73,8 +73,8 @@ def class_losses(
     weigh `no_object`. Divided by the sum of weights, as published."""
     none = logits.shape[-1] - 1
     goal = torch.full(logits.shape[:3], none, device=logits.device)
-    for picture, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
-        goal[:, picture].scatter_(1, queries, own.labels[which])
+    for image, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
+        goal[:, image].scatter_(1, queries, own.labels[which])
     weight = torch.where(goal == none, no_object, 1.0)
     losses = functional.cross_entropy(logits.float().flatten(0, 2), goal.flatten(), reduction="none")
     total = (losses.view_as(goal) * weight).sum((1, 2))
@@ -123,32 +123,32 @@ def point_costs(
     weights: tuple[float, float, float],
 ) -> list[Float[Tensor, "l n _m"]]:
     """What it costs each query to answer for each object: of class, binary cross entropy and dice, times `weights`,
-    masks being compared at `places`, which all queries and objects of a picture share."""
+    masks being compared at `places`, which all queries and objects of an image share."""
     layers, _, count, _ = places.shape
     costs = []
-    for picture, own in enumerate(objects):
+    for image, own in enumerate(objects):
         cost = probabilities.new_zeros(layers, probabilities.shape[2], len(own), dtype=torch.float32)
         step = max(1, BUDGET // (100 * layers * count))
         for first in range(0, len(own), step):
             rows = slice(first, min(first + step, len(own)))
-            pixels = places[:, picture].reshape(1, -1, 2) * places.new_tensor([size[1], size[0]])
+            pixels = places[:, image].reshape(1, -1, 2) * places.new_tensor([size[1], size[0]])
             truth = mask_sample(own.masks[rows], pixels.expand(rows.stop - first, -1, -1))
             truth = truth.unflatten(1, (layers, count))  # (m, L, P)
             for layer in range(layers):
                 # Reading is linear: features at the points make the masks at the points.
-                read = point_sample(features[picture, None], places[layer, picture, None])[0]  # (C, P)
-                logits = embeddings[layer, picture].float() @ read.float()
+                read = point_sample(features[image, None], places[layer, image, None])[0]  # (C, P)
+                logits = embeddings[layer, image].float() @ read.float()
                 soft, wanted = logits.sigmoid(), truth[:, layer]
                 # -t log s - (1 - t) log (1 - s) is softplus(x) - t x
                 cross = (functional.softplus(logits).sum(1)[:, None] - logits @ wanted.T) / count
-                classes = -probabilities[layer, picture][:, own.labels[rows]]
+                classes = -probabilities[layer, image][:, own.labels[rows]]
                 parts = (classes, cross, overlap_cost(soft, wanted))
                 cost[layer, :, rows] = sum(w * p for w, p in zip(weights, parts, strict=True))
         costs.append(cost)
     return costs
 
 
-def draw_places(layers: int, pictures: int, pairs: int, rules: Points, device: torch.device) -> Tensor:
+def draw_places(layers: int, images: int, pairs: int, rules: Points, device: torch.device) -> Tensor:
     """(L, B, P, 2): where masks are compared for matching.
 
     The published code draws, for the last prediction and then for the others, first these points, then those of the
@@ -156,10 +156,10 @@ def draw_places(layers: int, pictures: int, pairs: int, rules: Points, device: t
     losses will draw, and is put back.
     """
     order = [layers - 1, *range(layers - 1)]
-    places = torch.zeros(layers, pictures, rules.count, 2, device=device)
+    places = torch.zeros(layers, images, rules.count, 2, device=device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for layer in order:
-            places[layer] = torch.rand(pictures, rules.count, 2, device=device)
+            places[layer] = torch.rand(images, rules.count, 2, device=device)
             _drawn(pairs, rules, device)
     return places
 
@@ -182,10 +182,10 @@ def point_losses(
 ) -> tuple[Float[Tensor, " l"], Float[Tensor, " l"]]:
     """Sums over the matched pairs of each prediction of the mean binary cross entropy at points, and of dice: at points
     of each mask's own, most of them where it is unsure."""
-    layers, pictures = embeddings.shape[:2]
+    layers, images = embeddings.shape[:2]
     planes = features.unbind(0)
     chosen = [embeddings[:, b].gather(1, _wide(q, embeddings)) for b, (q, _) in enumerate(pairs)]  # (L, P_b, C) each
-    places = _unsure_places(chosen, planes, layers, pictures, rules)
+    places = _unsure_places(chosen, planes, layers, images, rules)
     sums = [embeddings.new_zeros(layers, 2, dtype=torch.float32)]
     total = sum(len(c[0]) for c in chosen) * layers
     frugal = total * (planes[0][0].numel() + 8 * rules.count) * 4 > 2 * BUDGET
@@ -210,13 +210,13 @@ def point_losses(
 
 @torch.no_grad()
 def _unsure_places(
-    chosen: Sequence[Tensor], planes: Sequence[Tensor], layers: int, pictures: int, rules: Points
+    chosen: Sequence[Tensor], planes: Sequence[Tensor], layers: int, images: int, rules: Points
 ) -> list[Tensor]:
-    """For each picture (L, P_b, points, 2): drawn prediction by prediction, the last one first."""
+    """For each image (L, P_b, points, 2): drawn prediction by prediction, the last one first."""
     counts = [c.shape[1] for c in chosen]
     found: list[list[Tensor]] = [[] for _ in range(layers)]
     for layer in (layers - 1, *range(layers - 1)):
-        torch.rand(pictures, rules.count, 2, device=planes[0].device)  # those of the matching
+        torch.rand(images, rules.count, 2, device=planes[0].device)  # those of the matching
         masks = [
             torch.einsum("pc,chw->phw", c[layer].float(), plane.float())
             for c, plane in zip(chosen, planes, strict=True)
@@ -226,7 +226,7 @@ def _unsure_places(
             important=rules.important,
         )  # fmt: skip
         found[layer] = list(every.split(counts))
-    return [torch.stack([found[layer][picture] for layer in range(layers)]) for picture in range(pictures)]
+    return [torch.stack([found[layer][image] for layer in range(layers)]) for image in range(images)]
 
 
 def _pair_terms(rows: Tensor, plane: Tensor, points: Tensor, truth: Tensor) -> Float[Tensor, "r 2"]:
@@ -244,7 +244,7 @@ def _wide(queries: Tensor, embeddings: Tensor) -> Tensor:
 
 
 def named(terms: dict[str, Float[Tensor, " l"]], idle: Any = 0.0) -> dict[str, Tensor]:
-    """`NAME` for the last prediction and `NAME_0` ... for the earlier ones; `idle`, a nought with a gradient, is added
+    """`NAME` for the last prediction and `NAME_0` ... for the earlier ones; `idle`, a zero with a gradient, is added
     to all of the first kind."""
     result = {}
     for name, values in terms.items():

@@ -135,7 +135,7 @@ def read_at(
     *,
     align_corners: bool,
 ) -> Float[Tensor, "n p c"]:
-    """Features at points (in cells of the map) of outlines of the pictures `owners`: bilinear, zeros outside.
+    """Features at points (in cells of the map) of outlines of the images `owners`: bilinear, zeros outside.
 
     align_corners  x is read at x (W - 1) / W, as `grid_sample` does with that setting for x / (W / 2) - 1 (and did
                    in all cases before PyTorch 1.3); without, at x - 0.5: cell (i, j) covers [j, j + 1) x [i, i + 1)

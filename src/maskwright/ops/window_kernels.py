@@ -35,7 +35,7 @@ def _lines(
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64)
     y_out, rest = line % H_OUT, line // H_OUT
-    v_out, picture = rest % V_OUT, rest // V_OUT
+    v_out, image = rest % V_OUT, rest // V_OUT
 
     entry = tl.arange(0, READ)
     place = (entry // W) * (H * W) + entry % W
@@ -46,7 +46,7 @@ def _lines(
         own = tl.load(row_index + (v_out * H_OUT + y_out) * ROWS + i).to(tl.int64)
         share = tl.load(row_weight + (v_out * H_OUT + y_out) * ROWS + i)
         down += share
-        start = values + ((picture * V + own // H) * U * H + own % H) * W
+        start = values + ((image * V + own // H) * U * H + own % H) * W
         mixed += share * tl.load(start + place, mask=there, other=0.0).to(tl.float32)
 
     cell = tl.arange(0, WRITTEN)
@@ -59,7 +59,7 @@ def _lines(
         across += share
         total += share * tl.gather(mixed, own, 0)
     total += pad * (1.0 - down * across)
-    start = result + (picture * V_OUT + v_out) * U_OUT * (H_OUT * W_OUT) + y_out * W_OUT
+    start = result + (image * V_OUT + v_out) * U_OUT * (H_OUT * W_OUT) + y_out * W_OUT
     target = (cell // W_OUT) * (H_OUT * W_OUT) + cell % W_OUT
     tl.store(start + target, total.to(result.dtype.element_ty), mask=inside)
 

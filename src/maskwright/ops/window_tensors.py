@@ -143,13 +143,13 @@ def swap_windows(
     flat, parts = values.reshape(-1), []
     at_once = max(1, budget // (v_out * u_out * 4 * (8 + 4)))
     for some in windows.split(at_once):
-        picture, y, x = some.unbind(1)
+        image, y, x = some.unbind(1)
         row, row_weight = rows.index[:, y], rows.weight[:, y]  # (V', k, taps): v * H + y
         column, column_weight = columns.index[:, x], columns.weight[:, x]
         own_v, own_y, own_u, own_x = row // h, row % h, column // w, column % w
         total = values.new_zeros(len(some), v_out, u_out)
         for i in range(row.shape[-1]):
-            place = ((picture[None] * v + own_v[..., i]) * u * h + own_y[..., i]).T[:, :, None] * w  # (k, V', 1)
+            place = ((image[None] * v + own_v[..., i]) * u * h + own_y[..., i]).T[:, :, None] * w  # (k, V', 1)
             share = row_weight[..., i].T[:, :, None].to(total)
             for j in range(column.shape[-1]):
                 beside = (own_u[..., j] * (h * w) + own_x[..., j]).T[:, None]  # (k, 1, U')

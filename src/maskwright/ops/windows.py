@@ -1,4 +1,4 @@
-"""Putting windows of coarse maps onto the picture's grid: what a mask costs is the part of the picture it may cover."""
+"""Putting windows of coarse maps onto the image's grid: what a mask costs is the part of the image it may cover."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def paste_windows(
     lies around a window counts as not above the threshold; its own outer cells must not be either, except at the
     map's borders. The arithmetic is that of resizing whole maps with half-pixel centres (`align_corners=False`).
 
-    shift     the stretched map's pixel (x, y) that the picture begins at
-    mirrored  the stretched map shows the picture flipped left to right
+    shift     the stretched map's pixel (x, y) that the image begins at
+    mirrored  the stretched map shows the image flipped left to right
     budget    bytes of scratch: windows are pasted some at a time, large ones in strips of rows
     """
     if not len(values):
@@ -72,14 +72,14 @@ def _resized_above(
 
 
 def _axis(
-    first: Tensor, cells: int, length: int, stretched: int, picture: int, shift: float
+    first: Tensor, cells: int, length: int, stretched: int, image: int, shift: float
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, "n s"], Float[Tensor, "n s"]]:
-    """Along one axis: the picture's pixel that each window begins at, and for it and those that follow the cell of the
+    """Along one axis: the image's pixel that each window begins at, and for it and those that follow the cell of the
     window that comes before and the share of the next one."""
     scale = length / stretched
-    count = min(math.ceil(cells / scale) + 4, picture)
+    count = min(math.ceil(cells / scale) + 4, image)
     start = ((first + 0.5) / scale - 0.5 - shift).floor().long() - 1
-    start = start.clamp(0, max(0, picture - count))
+    start = start.clamp(0, max(0, image - count))
     pixels = start[:, None] + torch.arange(count, device=first.device)
     place = ((pixels + (0.5 + shift)).float() * scale - 0.5).clamp(0, length - 1)
     place = (place - first[:, None]).clamp(0, cells - 1)  # beyond a window its outer cells are read

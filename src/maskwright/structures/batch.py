@@ -1,4 +1,4 @@
-"""What a network is fed: pictures on one grid, how each was laid there, and what is to be learnt."""
+"""What a network is fed: images on one grid, how each was laid there, and what is to be learnt."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Batch:
         multiple: int = 32,
         value: float = 0.0,
     ) -> Batch:
-        """Pictures of different sizes at the upper left of planes as large as the largest, rounded up to `multiple`."""
+        """Images of different sizes at the upper left of planes as large as the largest, rounded up to `multiple`."""
         height = _up(max(i.shape[-2] for i in images), multiple)
         width = _up(max(i.shape[-1] for i in images), multiple)
         grid = images[0].new_full((len(images), images[0].shape[0], height, width), value)

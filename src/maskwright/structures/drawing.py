@@ -1,7 +1,7 @@
-"""Objects drawn over their picture.
+"""Objects drawn over their image.
 
-Masks are blended one by one on the pixels of their own frame, so that a hundred objects on a large picture need little
-more memory than the picture itself. Every measure (line, text, joint) grows with the picture.
+Masks are blended one by one on the pixels of their own frame, so that a hundred objects on a large image need little
+more memory than the image itself. Every measure (line, text, keypoint) grows with the image.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PALETTE = (
 )  # fmt: skip
 GREY = (150, 150, 150)
 
-# COCO's 17 joints: which are joined by a limb.
+# COCO's 17 keypoints: which are joined by a limb.
 LIMBS = (
     (0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12), (11, 12), (11, 13),
     (13, 15), (12, 14), (14, 16),
@@ -47,24 +47,24 @@ def draw(
     labels: bool = True,
     contours: bool = True,
     scores: bool = True,
-    joints: bool = True,
+    keypoints: bool = True,
     colour_by: Literal["object", "class"] = "object",
     line_width: int | None = None,
     text_height: int | None = None,
-    joint_threshold: float = 0.05,
+    keypoint_threshold: float = 0.05,
     things: Tensor | None = None,
 ) -> Image:
-    """The picture (a new one, RGB) with the objects over it: large ones first, so that small ones stay visible.
+    """The image (a new one, RGB) with the objects over it: large ones first, so that small ones stay visible.
 
-    image       uint8: a (3, H, W) or (1, H, W) tensor, an (H, W, 3) or (H, W) array, or a PIL picture of any mode
+    image       uint8: a (3, H, W) or (1, H, W) tensor, an (H, W, 3) or (H, W) array, or a PIL image of any mode
     classes     names; without them a label is drawn as its number
-    alpha       how much of a mask's colour covers the picture, 0 ... 1; the contour is always opaque
+    alpha       how much of a mask's colour covers the image, 0 ... 1; the contour is always opaque
     labels      class names; `scores` adds the score. A label that would have to cover other ones, or other objects of
                 its own size and less, is left out
-    joints      of predictions only those that score above `joint_threshold`, of annotations those that are labelled
+    keypoints      of predictions those that score above `keypoint_threshold`, of annotations the labelled ones
     things      (N,) bool where some objects are regions (False): these get no box, the darker tone of their class, and
                 their label in their middle
-    line_width, text_height  in pixels; by default they follow the picture's size
+    line_width, text_height  in pixels; by default they follow the image's size
 
     Crowd regions are grey and hatched.
     """
@@ -75,8 +75,8 @@ def draw(
     height, width = pixels.shape[:2]
     if (height, width) != tuple(instances.image_size):
         raise UsageError(
-            f"the picture is {height} x {width}, the objects are on a grid of "
-            f"{instances.image_size[0]} x {instances.image_size[1]} (height x width); draw them on their own picture"
+            f"the image is {height} x {width}, the objects are on a grid of "
+            f"{instances.image_size[0]} x {instances.image_size[1]} (height x width); draw them on their own image"
         )
     if colour_by not in ("object", "class"):
         raise UsageError(f"colour_by is {colour_by!r}; expected 'object' or 'class'")
@@ -112,10 +112,10 @@ def draw(
                 pen.rectangle(
                     (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colours[number], width=max(1, line * 2 // 3)
                 )
-    if joints and instances.keypoints is not None:
-        threshold = 0.0 if instances.scores is None else joint_threshold
+    if keypoints and instances.keypoints is not None:
+        threshold = 0.0 if instances.scores is None else keypoint_threshold
         for number in order:
-            _draw_joints(
+            _draw_keypoints(
                 canvas, instances.keypoints[number].detach().double().numpy(), colours[number], line, threshold
             )
     if labels:
@@ -139,23 +139,23 @@ def colour(number: int) -> tuple[int, int, int]:
 
 
 def _rgb(image: Any) -> np.ndarray:
-    """A copy of the picture as (H, W, 3) uint8, in one piece."""
+    """A copy of the image as (H, W, 3) uint8, in one piece."""
     if isinstance(image, Tensor):
         if image.ndim == 2:
             image = image[None]
         if image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise UsageError(f"a picture tensor is (3, H, W) or (1, H, W); this one is {tuple(image.shape)}")
+            raise UsageError(f"an image tensor is (3, H, W) or (1, H, W); this one is {tuple(image.shape)}")
         array = image.detach().cpu().permute(1, 2, 0).numpy()
     elif isinstance(image, np.ndarray):
         array = image
         if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-            raise UsageError(f"a picture array is (H, W, 3) or (H, W); this one is {array.shape}")
+            raise UsageError(f"an image array is (H, W, 3) or (H, W); this one is {array.shape}")
     elif hasattr(image, "convert"):
         array = np.asarray(image.convert("RGB"))
     else:
-        raise UsageError(f"a picture is a tensor, an array or a PIL picture; this is a {type(image).__name__}")
+        raise UsageError(f"an image is a tensor, an array or a PIL image; this is a {type(image).__name__}")
     if array.dtype != np.uint8:
-        raise UsageError(f"a picture to draw on is uint8, 0 ... 255; this one is {array.dtype}")
+        raise UsageError(f"an image to draw on is uint8, 0 ... 255; this one is {array.dtype}")
     array = array[..., None] if array.ndim == 2 else array[..., :3]
     height, width = array.shape[:2]
     copy = np.empty((height, width, 3), np.uint8)
@@ -175,7 +175,7 @@ def _blend(
     line: int,
     crowd: bool,
 ) -> None:
-    """Puts one mask into the picture, in place: a soft edge, an opaque border `line` wide on its inside, and `alpha`
+    """Puts one mask into the image, in place: a soft edge, an opaque border `line` wide on its inside, and `alpha`
     of its colour within. Scratch: five bytes per pixel of the crop."""
     from PIL import Image as pillow
     from PIL import ImageChops, ImageFilter
@@ -202,10 +202,12 @@ def _blend(
     canvas.paste(paint, (corner[0] - 2, corner[1] - 2), ImageChops.subtract(edge, inside))
 
 
-# ---- joints ----------------------------------------------------------------------------------------------------------
+# ---- keypoints -------------------------------------------------------------------------------------------------------
 
 
-def _draw_joints(canvas: Image, points: np.ndarray, paint: tuple[int, int, int], line: int, threshold: float) -> None:
+def _draw_keypoints(
+    canvas: Image, points: np.ndarray, paint: tuple[int, int, int], line: int, threshold: float
+) -> None:
     from PIL import Image as pillow
     from PIL import ImageDraw
 
@@ -291,7 +293,7 @@ def _write_labels(
     frames: list[list[float]],
     colours: list[tuple[int, int, int]],
     size: int,
-    picture: tuple[int, int],
+    image: tuple[int, int],
     middles: dict[int, tuple[float, float]],
 ) -> None:
     """Each label above its box, else inside or below it, wherever it covers least; best objects choose first. Those of
@@ -304,13 +306,13 @@ def _write_labels(
         font = _font(size, text.isascii())
         ascent, descent = font.getmetrics()
         width, height = math.ceil(font.getlength(text)) + 2 * pad, ascent + descent + pad
-        right = max(0, picture[1] - width)
+        right = max(0, image[1] - width)
         places = [(x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1), (x0, y1 - height), (x1 - width, y1)]
         if number in middles:
             x, y = middles[number][0] - width / 2, middles[number][1] - height / 2
             places = [(x, y), (x, y - height), (x, y + height), (x - width, y), (x + width, y)]
-        fitting = [(min(max(0, x), right), y) for x, y in places if 0 <= y <= picture[0] - height]
-        fitting = np.array(fitting or [(min(max(0, x0), right), max(0.0, min(y0, picture[0] - height)))])
+        fitting = [(min(max(0, x), right), y) for x, y in places if 0 <= y <= image[0] - height]
+        fitting = np.array(fitting or [(min(max(0, x0), right), max(0.0, min(y0, image[0] - height)))])
         rows = np.hstack([fitting, fitting + np.array([width, height])]).round()
         small = areas < 2 * width * height
         small[number] = False

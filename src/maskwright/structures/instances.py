@@ -1,4 +1,4 @@
-"""The objects in a picture, annotated or predicted: one type for both."""
+"""The objects in an image, annotated or predicted: one type for both."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # COCO's order: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left before right. What a mirrored
-# person's joints are called is found by this permutation.
-PERSON_JOINTS_MIRRORED = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
+# person's keypoints are called is found by this permutation.
+PERSON_KEYPOINTS_MIRRORED = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
 
 
 @dataclass
 class Instances:
-    """N objects on a picture of `image_size` (H, W).
+    """N objects on an image of `image_size` (H, W).
 
     boxes     (N, 4)     x0, y0, x1, y1, continuous: width = x1 - x0
     labels    (N,)       0 ... K - 1, no background
@@ -52,7 +52,7 @@ class Instances:
             if value is not None and len(value) != count:
                 raise ValueError(f"{name} has {len(value)} rows, boxes {count}")
         if self.masks is not None and self.masks.size != tuple(self.image_size):
-            raise ValueError(f"masks are {self.masks.size}, the picture is {tuple(self.image_size)}")
+            raise ValueError(f"masks are {self.masks.size}, the image is {tuple(self.image_size)}")
 
     @classmethod
     def empty(cls, image_size: tuple[int, int], device: torch.device | str | None = None) -> Instances:
@@ -63,7 +63,7 @@ class Instances:
 
     @classmethod
     def join(cls, parts: Sequence[Instances]) -> Instances:
-        """All objects of `parts`, which are of one picture. A field that one of them lacks is left out."""
+        """All objects of `parts`, which are of one image. A field that one of them lacks is left out."""
         first = parts[0]
         merged: dict[str, Any] = {}
         for name in _PER_OBJECT:
@@ -88,11 +88,13 @@ class Instances:
         """Tensors on `device`. Masks in a compact form stay on the host."""
         return replace(self, **{n: None if (v := getattr(self, n)) is None else v.to(device) for n in _PER_OBJECT})
 
-    def place(self, placement: Placement, mirrored_joints: Sequence[int] | None = PERSON_JOINTS_MIRRORED) -> Instances:
-        """The same objects on the network's input: boxes clipped to it, masks cut at it, joints outside unlabelled.
+    def place(
+        self, placement: Placement, mirrored_keypoints: Sequence[int] | None = PERSON_KEYPOINTS_MIRRORED
+    ) -> Instances:
+        """The same objects on the network's input: boxes clipped to it, masks cut at it, keypoints outside unlabelled.
 
         All N stay, also those that left the input: whoever crops drops what has no area left. Where the placement
-        mirrors, joint j becomes `mirrored_joints[j]` if there are as many.
+        mirrors, keypoint j becomes `mirrored_keypoints[j]` if there are as many.
         """
         height, width = placement.size
         boxes = placement.boxes_to_input(self.boxes)
@@ -104,15 +106,15 @@ class Instances:
             if self.scores is None:  # annotations: what is not labelled is nowhere, also in a mirror
                 inside &= points[..., 2] > 0
             points = torch.cat([xy, points[..., 2:] * inside[..., None]], -1) * inside[..., None]
-            if placement.mirrored and mirrored_joints is not None and points.shape[1] == len(mirrored_joints):
-                points = points[:, list(mirrored_joints)]
+            if placement.mirrored and mirrored_keypoints is not None and points.shape[1] == len(mirrored_keypoints):
+                points = points[:, list(mirrored_keypoints)]
         masks = None if self.masks is None else self.masks.place(placement)
         return replace(self, image_size=placement.size, boxes=boxes, masks=masks, keypoints=points)
 
     def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """COCO's result records: `category_ids[label]` (default: label + 1), boxes as x, y, width, height, RLE text.
 
-        COCO's joints count pixels, from the centre of the first: 0.5 less than the continuous frame here.
+        COCO's keypoints count pixels, from the centre of the first: 0.5 less than the continuous frame here.
         """
         x0, y0, x1, y1 = self.boxes.detach().cpu().double().unbind(1) if len(self) else [torch.zeros(0)] * 4
         boxes = torch.stack([x0, y0, x1 - x0, y1 - y0], 1).tolist()
@@ -129,10 +131,10 @@ class Instances:
             if self.scores is not None:
                 record["score"] = float(self.scores[number])
             if self.keypoints is not None:
-                joints = self.keypoints[number].detach().cpu().double()
-                seen = joints[:, 2:] > 0 if self.scores is None else torch.ones_like(joints[:, 2:])
-                joints[:, :2] -= 0.5 * seen
-                record["keypoints"] = joints.flatten().tolist()
+                keypoints = self.keypoints[number].detach().cpu().double()
+                seen = keypoints[:, 2:] > 0 if self.scores is None else torch.ones_like(keypoints[:, 2:])
+                keypoints[:, :2] -= 0.5 * seen
+                record["keypoints"] = keypoints.flatten().tolist()
             records.append(record)
         return records
 
@@ -150,7 +152,7 @@ class Instances:
         )
 
     def draw(self, image: Tensor | np.ndarray | Image, classes: Sequence[str] | None = None, **options: Any) -> Image:
-        """The picture with the objects drawn over it; see `structures.drawing.draw` for the options."""
+        """The image with the objects drawn over it; see `structures.drawing.draw` for the options."""
         from maskwright.structures.drawing import draw
 
         return draw(image, self, classes, **options)

@@ -23,7 +23,7 @@ class Masks:
     """N masks of one size (H, W) behind one face, whatever they are made of.
 
     Held as COCO run-length strings ("rle"), polygons ("polygon") or, only where a computation needs it, bool planes
-    ("dense"). 100 objects on a 4000 x 3000 picture are about 1 MB as "rle" and 1,200 MB as "dense": whoever makes
+    ("dense"). 100 objects on a 4000 x 3000 image are about 1 MB as "rle" and 1,200 MB as "dense": whoever makes
     planes makes few at a time and calls `pack`. "rle" and "polygon" live on the host; only "dense" has a device.
 
     Indexing selects (int, slice, index or bool tensor). Nothing changes in place.
@@ -77,10 +77,10 @@ class Masks:
                         raise ValueError("it holds a negative run")
             except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"mask {number} is not a run-length code: {error}") from None
-            # A single run beyond the picture first: a sum of such could wrap round to the right number.
+            # A single run beyond the image first: a sum of such could wrap round to the right number.
             if lengths.max(initial=0) > size[0] * size[1] or lengths.sum() != size[0] * size[1]:
                 raise ValueError(
-                    f"the runs of mask {number} cover {lengths.sum()} pixels, its picture has {size[0] * size[1]}"
+                    f"the runs of mask {number} cover {lengths.sum()} pixels, its image has {size[0] * size[1]}"
                 )
             strings.append(text if text is not None else rle.encode_counts(lengths))
         if size is None:
@@ -209,7 +209,7 @@ class Masks:
         return torch.from_numpy(areas)
 
     def boxes(self) -> Float[Tensor, "n 4"]:
-        """The tightest boxes x0, y0, x1, y1; zeros for empty masks. Polygons: of their points inside the picture."""
+        """The tightest boxes x0, y0, x1, y1; zeros for empty masks. Polygons: of their points inside the image."""
         if self.kind == "polygon":
             return torch.from_numpy(outlines.boxes(self._data, self.size)).float()
         if self.kind == "dense":
@@ -232,8 +232,8 @@ class Masks:
     def place(self, placement: Placement) -> Masks:
         """The same masks on the network's input of `placement.size`: exactly for polygons, at the nearest pixel
         (by pixel centres, without bias) for the others."""
-        if placement.picture != self.size:
-            raise ValueError(f"a placement of a {placement.picture} picture cannot lay masks of {self.size}")
+        if placement.image_size != self.size:
+            raise ValueError(f"a placement of a {placement.image_size} image cannot lay masks of {self.size}")
         if self.kind == "polygon":
             objects = [tuple(outlines.placed(ring, placement) for ring in rings) for rings in self._data]
             return Masks("polygon", objects, placement.size, self.fill)
@@ -305,7 +305,7 @@ def _placed_edges(frame: rle.Frame, crop: np.ndarray, placement: Placement) -> n
     (height, width), (scale_x, scale_y), (offset_x, offset_y) = placement.size, placement.scale, placement.offset
     x0, y0, x1, y1 = frame
     if placement.mirrored:
-        x0, x1, crop = placement.picture[1] - x1, placement.picture[1] - x0, crop[:, ::-1]
+        x0, x1, crop = placement.image_size[1] - x1, placement.image_size[1] - x0, crop[:, ::-1]
 
     def source(low: int, high: int, scale: float, offset: float, limit: int) -> tuple[int, np.ndarray]:
         first = max(0, int(np.floor(low * scale + offset)))

@@ -1,4 +1,4 @@
-"""A picture divided among segments: every pixel belongs to one object, to one region, or to nothing."""
+"""An image divided among segments: every pixel belongs to one object, to one region, or to nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LARGEST_ID = 2**24 - 1  # what three channels of eight bits can say
 
 @dataclass
 class Panoptic:
-    """A picture divided among segments: objects (things) and regions (stuff). No pixel belongs to two; some may belong
+    """An image divided among segments: objects (things) and regions (stuff). No pixel belongs to two; some may belong
     to none.
 
     segments  disjoint masks with labels over all classes; `scores` where predicted, `crowd` and `ids` where annotated
@@ -37,11 +37,11 @@ class Panoptic:
         if len(self.things) != len(self.segments):
             raise ValueError(f"things has {len(self.things)} rows, there are {len(self.segments)} segments")
         if self.segments.masks is None:
-            raise ValueError("segments without masks divide no picture")
+            raise ValueError("segments without masks divide no image")
 
     @classmethod
     def empty(cls, image_size: tuple[int, int], device: torch.device | str | None = None) -> Panoptic:
-        """A picture that belongs to nothing."""
+        """An image that belongs to nothing."""
         return cls(Instances.empty(image_size, device), torch.zeros(0, dtype=torch.bool, device=device))
 
     @classmethod
@@ -58,7 +58,7 @@ class Panoptic:
     ) -> Panoptic:
         """Segments from a map of numbers: segment k is where it holds `numbers[k]` (k + 1 unless given).
 
-        Other values of the map are nothing. Segments without a pixel stay, empty. Costs a few arrays of the picture's
+        Other values of the map are nothing. Segments without a pixel stay, empty. Costs a few arrays of the image's
         size, whatever the number of segments.
         """
         size = (plane.shape[0], plane.shape[1])
@@ -114,7 +114,7 @@ class Panoptic:
     def to_coco(
         self, image_id: int | str, category_ids: Sequence[int] | None = None, file_name: str | None = None
     ) -> dict[str, Any]:
-        """COCO's record of one picture, beside the picture `to_png` makes; `category_ids[label]` (default: label + 1).
+        """COCO's record of one image, beside the image `to_png` makes; `category_ids[label]` (default: label + 1).
 
         `file_name` is the PNG's, "{image_id}.png" unless given. Segments without a pixel are left out.
         """
@@ -141,13 +141,13 @@ class Panoptic:
         return {"image_id": image_id, "file_name": file_name or f"{image_id}.png", "segments_info": records}
 
     def to_png(self) -> Image:
-        """COCO's picture of the segments: red + 256 green + 65536 blue is a segment's number, black is nothing."""
+        """COCO's image of the segments: red + 256 green + 65536 blue is a segment's number, black is nothing."""
         from PIL import Image as pillow
 
         return pillow.fromarray(ids_to_colours(self._painted(np.array(self.numbers(), np.int64), 0).numpy()))
 
     def draw(self, image: Tensor | np.ndarray | Image, classes: Sequence[str] | None = None, **options: Any) -> Image:
-        """The picture with the segments over it: objects each in a colour of their own, regions in their class's,
+        """The image with the segments over it: objects each in a colour of their own, regions in their class's,
         without a box; see `structures.drawing.draw` for the options."""
         from maskwright.structures.drawing import draw
 
@@ -165,7 +165,7 @@ class Panoptic:
         order = np.argsort(starts, kind="stable")
         starts, ends, held = starts[order], ends[order], held[order]
         if (starts[1:] < ends[:-1]).any():
-            raise ValueError("segments overlap; in a picture divided among segments no pixel belongs to two")
+            raise ValueError("segments overlap; in an image divided among segments no pixel belongs to two")
         # Nothing, a run, nothing, a run ... and nothing behind the last.
         edges = np.concatenate([[0], np.stack([starts, ends], 1).ravel(), [height * width]])
         shades = np.append(np.stack([np.full_like(held, nothing), held], 1).ravel(), nothing)
@@ -178,9 +178,9 @@ def ids_to_colours(plane: np.ndarray) -> np.ndarray:
     return np.stack([plane & 255, plane >> 8 & 255, plane >> 16 & 255], -1).astype(np.uint8)
 
 
-def colours_to_ids(picture: np.ndarray) -> np.ndarray:
-    """The numbers (H, W) int32 that a picture (H, W, 3) uint8 holds as red + 256 green + 65536 blue."""
-    red, green, blue = (picture[..., channel].astype(np.int32) for channel in range(3))
+def colours_to_ids(image: np.ndarray) -> np.ndarray:
+    """The numbers (H, W) int32 that an image (H, W, 3) uint8 holds as red + 256 green + 65536 blue."""
+    red, green, blue = (image[..., channel].astype(np.int32) for channel in range(3))
     return red + (green << 8) + (blue << 16)
 
 

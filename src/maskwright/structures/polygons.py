@@ -17,8 +17,8 @@ Rings = tuple[np.ndarray, ...]
 def checked(rings: Sequence[Any], size: tuple[int, int]) -> Rings:
     """Rings as (P, 2) float64. ValueError says what is wrong with the first bad one.
 
-    Points far outside the picture are clipped to a margin around it: the rasteriser's memory grows with the length
-    of an outline, not with the picture.
+    Points far outside the image are clipped to a margin around it: the rasteriser's memory grows with the length
+    of an outline, not with the image.
     """
     result = []
     for number, ring in enumerate(rings):
@@ -38,8 +38,8 @@ def checked(rings: Sequence[Any], size: tuple[int, int]) -> Rings:
 
 
 def placed(ring: np.ndarray, placement: Placement) -> np.ndarray:
-    """A ring on the picture -> on the network's input."""
-    x = placement.picture[1] - ring[:, 0] if placement.mirrored else ring[:, 0]
+    """A ring on the image -> on the network's input."""
+    x = placement.image_size[1] - ring[:, 0] if placement.mirrored else ring[:, 0]
     moved = np.stack(
         [x * placement.scale[0] + placement.offset[0], ring[:, 1] * placement.scale[1] + placement.offset[1]], 1
     )
@@ -64,7 +64,7 @@ def fill(rings: Rings, size: tuple[int, int], rule: str) -> bytes:
 
 
 def boxes(objects: Sequence[Rings], size: tuple[int, int]) -> np.ndarray:
-    """Boxes (N, 4) around the points, clipped to the picture; zeros where nothing is left."""
+    """Boxes (N, 4) around the points, clipped to the image; zeros where nothing is left."""
     result = np.zeros((len(objects), 4))
     for row, rings in zip(result, objects, strict=True):
         if rings:

@@ -1,4 +1,4 @@
-"""From a picture to the network's input: data, not code, so that it travels inside a checkpoint."""
+"""From an image to the network's input: data, not code, so that it travels inside a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Preprocess:
     """The resize rule, normalisation and padding that a system was published with.
 
     fit           "short": the short side becomes `short` unless the long side would then exceed `long`;
-                  "stretch": every picture becomes `canvas`, its shape not kept (YOLACT, PolarMask);
+                  "stretch": every image becomes `canvas`, its shape not kept (YOLACT, PolarMask);
                   "letterbox": the largest that fits into `canvas`, in its middle, black around it (CenterNet's heirs);
                   with `corner` at its upper left instead (EoMT);
                   "own": as it is;
@@ -67,7 +67,7 @@ class Preprocess:
         return f"{self.fit} to {height} x {width}"
 
     def at(self, short: int | None = None, long: int | None = None) -> Preprocess:
-        """The same rule at another size. A canvas keeps its shape and gets this short side; pictures of their own size
+        """The same rule at another size. A canvas keeps its shape and gets this short side; images of their own size
         get one."""
         if self.canvas is not None and short:
             ratio = short / min(self.canvas)
@@ -84,7 +84,7 @@ class Preprocess:
         return asdict(self)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """The size (h, w) that a picture of this size is resized to; never less than one pixel."""
+        """The size (h, w) that an image of this size is resized to; never less than one pixel."""
         if self.fit == "stretch":
             return cast(tuple[int, int], self.canvas)
         if self.fit in ("pad", "own"):
@@ -109,49 +109,49 @@ class Preprocess:
             new = (new[0] * shrink, new[1] * shrink)
         return max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))
 
-    def lay(self, picture: UInt8[Tensor, "_c h w"]) -> tuple[Float[Tensor, "c _h _w"], Placement]:
-        """One picture, RGB, 0 ... 255 -> its place in the network's input and how it got there."""
-        picture = self.fitted(picture)
-        size = (picture.shape[1], picture.shape[2])
+    def lay(self, image: UInt8[Tensor, "_c h w"]) -> tuple[Float[Tensor, "c _h _w"], Placement]:
+        """One image, RGB, 0 ... 255 -> its place in the network's input and how it got there."""
+        image = self.fitted(image)
+        size = (image.shape[1], image.shape[2])
         target = self.size(*size)
         if self.resample == "tensor":
-            values = _interpolate(self.normalise(picture), target)
+            values = _interpolate(self.normalise(image), target)
         elif self.resample == "opencv":
-            values = self.normalise(_interpolate(picture.float(), target).round())
+            values = self.normalise(_interpolate(image.float(), target).round())
         else:
-            values = self.normalise(_pillow(picture, target))
+            values = self.normalise(_pillow(image, target))
         placement = Placement.resize(size, target)
         if self.fit not in ("letterbox", "pad"):
             return values, placement
         larger = cast(tuple[int, int], tuple((side // self.multiple + 1) * self.multiple for side in size))
         canvas = larger if self.fit == "pad" else cast(tuple[int, int], self.canvas)
         top, left = (0, 0) if self.corner else ((canvas[0] - target[0]) // 2, (canvas[1] - target[1]) // 2)
-        black = self.normalise(torch.zeros(len(picture), 1, 1))
-        plane = black.expand(len(picture), *canvas).clone()
+        black = self.normalise(torch.zeros(len(image), 1, 1))
+        plane = black.expand(len(image), *canvas).clone()
         plane[:, top : top + target[0], left : left + target[1]] = values
         return plane, placement.then_crop(-left, -top, canvas)
 
-    def fitted(self, picture: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "d h w"]:
-        """The picture with as many channels as the network takes: RGB becomes grey (its luminance, ITU-R BT.601, as
+    def fitted(self, image: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "d h w"]:
+        """The image with as many channels as the network takes: RGB becomes grey (its luminance, ITU-R BT.601, as
         Pillow has it) or grey RGB, and alpha is dropped. UsageError where nobody can know what is meant."""
-        have, want = len(picture), len(self.mean)
+        have, want = len(image), len(self.mean)
         if have == want:
-            return picture
+            return image
         if want == 1 and have in (3, 4):
             shares = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)  # of 65536
-            return ((picture[:3] * shares).sum(0, keepdim=True) + 32768 >> 16).to(torch.uint8)
+            return ((image[:3] * shares).sum(0, keepdim=True) + 32768 >> 16).to(torch.uint8)
         if want == 3 and have == 1:
-            return picture.expand(3, -1, -1)
+            return image.expand(3, -1, -1)
         if want == 3 and have == 4:
-            return picture[:3]
+            return image[:3]
         raise UsageError(
-            f"the picture has {have} channels, the system was made for {want} (in_channels); pictures from files have "
+            f"the image has {have} channels, the system was made for {want} (in_channels); images from files have "
             f"three, RGB: give tensors or arrays of {want}, or a system made for {have}"
         )
 
-    def normalise(self, picture: Tensor) -> Float[Tensor, "c h w"]:
+    def normalise(self, image: Tensor) -> Float[Tensor, "c h w"]:
         """RGB 0 ... 255 of any dtype -> the network's channels and scale, float32. Further channels follow."""
-        values = picture.float()
+        values = image.float()
         if self.channels == "BGR" and len(values) >= 3:
             values = torch.cat([values[:3].flip(0), values[3:]])
         if self.divide != 1:
@@ -159,22 +159,22 @@ class Preprocess:
         mean, std = (values.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (values - mean) / std
 
-    def collate(self, pictures: Sequence[UInt8[Tensor, "_c _h _w"]], names: Sequence[str] | None = None) -> Batch:
-        """Pictures as they are -> a batch without targets."""
-        laid = [self.lay(p) for p in pictures]
+    def collate(self, images: Sequence[UInt8[Tensor, "_c _h _w"]], names: Sequence[str] | None = None) -> Batch:
+        """Images as they are -> a batch without targets."""
+        laid = [self.lay(p) for p in images]
         return Batch.collate([v for v, _ in laid], [p for _, p in laid], names=names, multiple=self.multiple)
 
 
-def _pillow(picture: Tensor, size: tuple[int, int]) -> Tensor:
+def _pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
     from PIL import Image
 
-    if tuple(picture.shape[1:]) == size:
-        return picture
-    if len(picture) == 3:
-        image = Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
-        resized = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+    if tuple(image.shape[1:]) == size:
+        return image
+    if len(image) == 3:
+        whole = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+        resized = np.asarray(whole.resize((size[1], size[0]), Image.Resampling.BILINEAR))
         return torch.from_numpy(resized.copy()).permute(2, 0, 1)
-    planes = [Image.fromarray(p.cpu().numpy()).resize((size[1], size[0]), Image.Resampling.BILINEAR) for p in picture]
+    planes = [Image.fromarray(p.cpu().numpy()).resize((size[1], size[0]), Image.Resampling.BILINEAR) for p in image]
     return torch.from_numpy(np.stack([np.asarray(p) for p in planes]))
 
 

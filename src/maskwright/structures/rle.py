@@ -42,7 +42,7 @@ def decode_all(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     starts = np.concatenate([[0], ends[:-1] + 1])
     place = np.arange(len(groups)) - np.repeat(starts, ends - starts + 1)
     if place.max() > 11:
-        raise ValueError("it holds a number too large for any picture")
+        raise ValueError("it holds a number too large for any image")
     values = np.add.reduceat((groups & 31) << (5 * place), starts)
     negative = (groups[ends] & 16) != 0
     values = values - np.where(negative, np.int64(1) << (5 * (place[ends] + 1)), 0)

@@ -49,7 +49,7 @@ class Ablation:
     published  the same rows as published: name -> {"AP": ..., "AP50": ..., ...}
     protocol   what the published numbers were measured on
     base       options that all variants share
-    scenes     arguments of `data.Scenes`: what the pictures must hold for the difference to show
+    scenes     arguments of `data.Scenes`: what the images must hold for the difference to show
     recipe     fields of `training.Recipe` on top of the budget
     """
 
@@ -101,12 +101,12 @@ class System(nn.Module):
     card: ClassVar[Card]
     presets: ClassVar[Mapping[str, Preset]] = {}
     # Published ways of training it: name -> fields of `training.Recipe` that differ from its published defaults (16
-    # pictures, SGD 0.02, momentum 0.9, weight decay 1e-4, steps at 2/3 and 8/9, 1000 steps of warm-up).
+    # images, SGD 0.02, momentum 0.9, weight decay 1e-4, steps at 2/3 and 8/9, 1000 steps of warm-up).
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     ablations: ClassVar[Mapping[str, Ablation]] = {}  # tables of the paper, by a short name
 
-    # Whether `forward` takes a second tensor, (B, 2): height and width of what is not padding in each picture; left
-    # out, nothing is padding. Few need it: those whose positions or attention depend on where a picture ends.
+    # Whether `forward` takes a second tensor, (B, 2): height and width of what is not padding in each image; left
+    # out, nothing is padding. Few need it: those whose positions or attention depend on where an image ends.
     sees_padding: ClassVar[bool] = False
     # Beginnings of parameters' names: parts that loading may leave random where the options passed to it ask for them
     # and the file has nothing of them, as a mask head on top of a box model.
@@ -153,7 +153,7 @@ class System(nn.Module):
         """Raw outputs, a frozen dataclass of tensors. No targets, no thresholds, no host sync: this is compiled."""
 
     def inputs(self, images: Float[Tensor, "b c h w"], sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, ...]:
-        """What `forward` is called with for pictures that fill `sizes` (H, W) of their planes."""
+        """What `forward` is called with for images that fill `sizes` (H, W) of their planes."""
         if not self.sees_padding:
             return (images,)
         return images, torch.tensor([list(size) for size in sizes], dtype=torch.int64).reshape(-1, 2).to(images.device)
@@ -161,13 +161,13 @@ class System(nn.Module):
     @abstractmethod
     def losses(self, raw: Any, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """Named scalar terms whose sum is the objective. Every trainable parameter has a gradient (a zero one, if
-        need be) whatever the targets, so that an empty picture on one of several devices does not stall the others."""
+        need be) whatever the targets, so that an empty image on one of several devices does not stall the others."""
 
     @abstractmethod
     def decode(self, raw: Any, placements: Sequence[Placement]) -> list[Instances]:
-        """Finished objects, best first, on each picture's own pixel grid. Thresholds are further keywords."""
+        """Finished objects, best first, on each image's own pixel grid. Thresholds are further keywords."""
 
-    def progressed(self, done: float) -> None:
+    def on_progress(self, done: float) -> None:
         """Told before every step of training which share of the run is done, 0 ... 1: for whatever is annealed."""
 
     def groups(self) -> dict[str, list[nn.Module]]:
@@ -180,7 +180,7 @@ class System(nn.Module):
         return {}
 
     def input_weight(self) -> str | None:
-        """The weight that reads the picture, its axis 1 the picture's channels; None if there is no single one."""
+        """The weight that reads the image, its axis 1 the image's channels; None if there is no single one."""
         from maskwright.blocks.trunk import first_weight  # brings torchvision, which is heavy to import
 
         trunk = getattr(self, "backbone", None)
@@ -188,7 +188,7 @@ class System(nn.Module):
         return None if name is None else f"backbone.{name}"
 
     def predict(self, source: Any, **options: Any) -> Any:
-        """Objects in a picture, several, a folder or a glob: see `maskwright.predict`."""
+        """Objects in an image, several, a folder or a glob: see `maskwright.predict`."""
         from maskwright.inference import predict  # the one upward import: so that load(...).predict(...) reads well
 
         return predict(self, source, **options)
@@ -207,7 +207,7 @@ class FrozenFeatures(NamedTuple):
     """What a detector of queries knows of a batch, for a network that learns on top of it.
 
     boxes    x0, y0, x1, y1 in pixels of the input, not clipped
-    scores   of each class, nought where its own `decode` would not take it
+    scores   of each class, zero where its own `decode` would not take it
     queries  of the last decoder layer
     memory   levels of the encoder's output, finest first
     fine     the backbone's level of stride 4
@@ -245,11 +245,11 @@ class QueryDetector(System):
     @abstractmethod
     def frozen_features(self, raw: Any, valid: Int[Tensor, "b 2"]) -> FrozenFeatures:
         """The same answers as `decode` reads, and the features behind them; `valid` is height and width of what is not
-        padding in each picture. Maps cover the input, padding included, a cell for each `stride` pixels begun."""
+        padding in each image. Maps cover the input, padding included, a cell for each `stride` pixels begun."""
 
 
 class PanopticSystem(System):
-    """A system whose segments can divide a whole picture among objects (things) and regions (stuff).
+    """A system whose segments can divide a whole image among objects (things) and regions (stuff).
 
     Its constructor takes `stuff` too: those of `classes` that are regions, none by default, which leaves a system of
     objects like any other. A target is an ordinary `Instances` over all classes, with one region per class of stuff.
@@ -263,13 +263,13 @@ class PanopticSystem(System):
 
     @abstractmethod
     def decode_panoptic(self, raw: Any, placements: Sequence[Placement]) -> list[Panoptic]:
-        """Each picture divided among segments, by the rule the system was published with. Thresholds are further
+        """Each image divided among segments, by the rule the system was published with. Thresholds are further
         keywords: `score_threshold` (a segment's own score), `overlap_threshold` (the share of a segment's mask that
         must be left to it), where the system has them."""
 
     @abstractmethod
     def decode_semantic(self, raw: Any, placements: Sequence[Placement]) -> list[Int[Tensor, "_h _w"]]:
-        """The label of each pixel of each picture, on its own grid; -1 where a system leaves pixels without one."""
+        """The label of each pixel of each image, on its own grid; -1 where a system leaves pixels without one."""
 
     # Whether this one can: False where options leave out the part that does
     can_divide: bool = True
@@ -315,14 +315,14 @@ class MaskQueries(Interface):
     @property
     def size(self) -> tuple[int, int]: ...
 
-    def masks_of(self, picture: int) -> Callable[[Tensor], Tensor]: ...
+    def masks_of(self, image: int) -> Callable[[Tensor], Tensor]: ...
 
 
 class QuerySystem(PanopticSystem):
     """A system whose queries each say a class, or "no object", and a mask (MaskFormer and what came after it).
 
     Its raw answer has `classes` (predictions, B, N, K + 1), of which the last prediction counts and the last column is
-    "no object", `masks_of(picture)`, which gives the mask logits of some queries, and `size` of the input.
+    "no object", `masks_of(image)`, which gives the mask logits of some queries, and `size` of the input.
 
     inside         segments are what a query wins of its own mask (Mask2Former), not all that it wins (MaskFormer)
     classes_first  how `decode_semantic` resizes: see `ops.queries.semantic`
@@ -387,7 +387,7 @@ class QuerySystem(PanopticSystem):
 def _each(
     raw: MaskQueries, placements: Sequence[Placement]
 ) -> list[tuple[Tensor, Callable[[Tensor], Tensor], Placement]]:
-    """For each picture: class probabilities of its queries, and what gives their masks."""
+    """For each image: class probabilities of its queries, and what gives their masks."""
     probabilities = raw.classes[-1].float().softmax(-1)
     return [(own, raw.masks_of(b), p) for b, (own, p) in enumerate(zip(probabilities, placements, strict=True))]
 
@@ -404,7 +404,7 @@ def at_least(system: str, least: int, **options: float) -> None:
 
 
 def weighed(system: str, option: str, values: Sequence[float], terms: Sequence[str]) -> tuple[float, ...]:
-    """`values`, of which there is one, finite and not below nought, for each of `terms`; else UsageError."""
+    """`values`, of which there is one, finite and not below zero, for each of `terms`; else UsageError."""
     if len(values) != len(terms) or not all(math.isfinite(v) and v >= 0 for v in values):
         raise UsageError(
             f"{system}: {option} is {list(values)}; expected {len(terms)} numbers, none below 0: of {', '.join(terms)}"

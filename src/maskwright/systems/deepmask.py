@@ -1,9 +1,9 @@
 """DeepMask: Learning to Segment Object Candidates (Pinheiro, Collobert, Dollár, NIPS 2015, arXiv 1506.06204).
 
-A network looks at a patch of a picture and says two things: the mask of the object in its middle, and whether there is
+A network looks at a patch of an image and says two things: the mask of the object in its middle, and whether there is
 one at all, centred and of the right size. The mask is linear in a feature of few numbers, which are linear in the whole
-patch, so that every pixel of it sees every place. Over a picture the same network is applied as a convolution: each
-place of each level of a pyramid of resized pictures is the middle of a window, and gives a mask and a score. Objects
+patch, so that every pixel of it sees every place. Over an image the same network is applied as a convolution: each
+place of each level of a pyramid of resized images is the middle of a window, and gives a mask and a score. Objects
 have no class.
 
 What is here is also the network of the released code, which is younger: a ResNet-50, borders mirrored, and one feature
@@ -38,7 +38,7 @@ from maskwright.blocks.sliding import (
     shares_norms,
     windows_of,
 )
-from maskwright.blocks.trunk import coloured, make_stem
+from maskwright.blocks.trunk import make_stem, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import soft_margin
@@ -48,7 +48,7 @@ from maskwright.ops.window_tensors import MaskTensor
 from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.systems.base import Card, Preset, ProposalSystem, Score
 
-GREY = 0.5  # what lies around a picture, before normalising
+GREY = 0.5  # what lies around an image, before normalising
 STRIDE = 16
 
 
@@ -59,7 +59,7 @@ class Raw:
     scores: tuple[Float[Tensor, "b 1 _h _w"], ...]  # logits
     features: tuple[Float[Tensor, "b c _h _w"], ...]
     size: tuple[int, int]  # H, W of the input
-    there: tuple[Bool[Tensor, "b 1 _h _w"], ...] = ()  # which windows a smaller picture of a batch has; none said: all
+    there: tuple[Bool[Tensor, "b 1 _h _w"], ...] = ()  # which windows a smaller image of a batch has; none said: all
 
 
 class DeepMask(ProposalSystem):
@@ -126,9 +126,9 @@ class DeepMask(ProposalSystem):
         shift, margin a window is positive whose object's centre is at most `shift` pixels of the level away, in x and
                       y, negative where none is within `margin`; None: 16 and 48 of 160
         octaves       and whose longer side is within 2 ** octaves of `canonical`
-        sampled       at most so many positive windows of a picture learn their masks, chosen at random
+        sampled       at most so many positive windows of an image learn their masks, chosen at random
         score_weight  of the score's loss beside the mask's
-        short, long   size of the input; None: the picture's own
+        short, long   size of the input; None: the image's own
         """
         super().__init__()
         if window < 1 or window % (2 * stride):
@@ -163,7 +163,7 @@ class DeepMask(ProposalSystem):
         for layer in (self.feature, self.masks, self.score):
             nn.init.normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
         base = Preprocess(short=short or 600, long=long, resample="pillow", multiple=1, fit="short" if short else "own")
-        self.preprocess = coloured(base, in_channels, mean, std)
+        self.preprocess = normalization_for(base, in_channels, mean, std)
         grey = [(GREY - m) / s for m, s in zip(self.preprocess.mean, self.preprocess.std, strict=True)]
         self.register_buffer("grey", torch.tensor(grey).view(-1, 1, 1), persistent=False)
 
@@ -176,14 +176,14 @@ class DeepMask(ProposalSystem):
         grey, around = self.grey.to(images.dtype), [self.window // 2] * 4
         found, there = pyramid(
             images, sizes, self.preprocess.multiple, self.scales,
-            lambda pictures, scale: resized(pictures, scale, corners=True) - grey,
+            lambda canvas, scale: resized(canvas, scale, corners=True) - grey,
             lambda level: self.dense(functional.pad(level, around) + grey), (0.0, 0.0), shares_norms(self),
         )  # fmt: skip
         features, scores = zip(*found, strict=True)
         return Raw(scores, features, (images.shape[-2], images.shape[-1]), there)
 
     def dense(self, canvas: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b f _h _w"], Float[Tensor, "b 1 _h _w"]]:
-        """Feature and score of every window of a picture with half a window around it."""
+        """Feature and score of every window of an image with half a window around it."""
         return self._heads(functional.relu(self.squeeze(self.backbone(canvas)[-1])))
 
     def patches(self, patches: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b v v"], Float[Tensor, " b"]]:
@@ -214,17 +214,17 @@ class DeepMask(ProposalSystem):
         scale = self.scales[level]
         return MaskTensor(values, False, self.stride / scale, self.window / self.mask_side / scale)
 
-    def grids_of(self, raw: Raw, picture: int, places: Int[Tensor, "k 3"]) -> Float[Tensor, "k v v"]:
-        """Mask logits of some windows (level, y, x) of a picture."""
+    def grids_of(self, raw: Raw, image: int, places: Int[Tensor, "k 3"]) -> Float[Tensor, "k v v"]:
+        """Mask logits of some windows (level, y, x) of an image."""
         parts, order = [raw.features[0].new_zeros(0, self.mask_side, self.mask_side)], []
         for level, features in enumerate(raw.features):
             rows = (places[:, 0] == level).nonzero().flatten()
-            parts.append(self._grids(features[picture][:, places[rows, 1], places[rows, 2]].T))
+            parts.append(self._grids(features[image][:, places[rows, 1], places[rows, 2]].T))
             order.append(rows)
         return torch.cat(parts)[torch.cat(order).argsort()]
 
     def windows(self, raw: Raw) -> Windows:
-        """Where the windows are: the first one of each level is centred at the picture's corner."""
+        """Where the windows are: the first one of each level is centred at the image's corner."""
         return windows_of(raw.scores, self.scales, self.stride, self.window)
 
     # ---- learning ------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ class DeepMask(ProposalSystem):
         windows' scores, half of it the positive ones' mean, half the negative ones'. Crowd is not learnt from.
 
         The published code draws patches instead, half of them positive; this is what that comes to on average, with
-        the whole picture in view. What "positive" is, is the same.
+        the whole image in view. What "positive" is, is the same.
         """
         device = raw.scores[0].device
         targets = [(t if t.crowd is None else t[~t.crowd]).to(device) for t in targets]
@@ -259,12 +259,12 @@ class DeepMask(ProposalSystem):
         total = (
             sum((f.sum() for f in raw.features), scores.sum()) * 0 + sum(p.sum() for p in self.masks.parameters()) * 0
         )
-        for picture, (rows, own, target) in enumerate(zip(chosen, found, targets, strict=True)):
+        for image, (rows, own, target) in enumerate(zip(chosen, found, targets, strict=True)):
             if not len(rows):
                 continue
             if target.masks is None:
                 raise UsageError("a target has boxes but no masks; this system learns masks")
-            logits = self.enlarged(self.grids_of(raw, picture, windows.places[rows]))
+            logits = self.enlarged(self.grids_of(raw, image, windows.places[rows]))
             truth = mask_targets(target.masks, own.owners[rows], windows.boxes[rows], self.label_side)
             total = total + soft_margin(logits, truth).mean((1, 2)).sum()
         return {"mask": total / of_masks, "score": self.score_weight * (right + wrong) / 2}
@@ -288,7 +288,7 @@ class DeepMask(ProposalSystem):
         mask_threshold: float = 0.2,
         candidates: int = 2000,
     ) -> list[Instances]:
-        """The best windows of all scales together. `candidates`: best windows of a picture that suppression looks at.
+        """The best windows of all scales together. `candidates`: best windows of an image that suppression looks at.
 
         The released code reads a mask one row above and one column right of the window that was scored (an index that
         begins at one); here it is the window's own.
@@ -297,12 +297,12 @@ class DeepMask(ProposalSystem):
         scores = torch.cat([s.flatten(1).float() for s in raw.scores], 1).sigmoid()
         level = logit_of(mask_threshold)
         found = []
-        for picture, placement in enumerate(placements):
-            there = own_places(raw.there, picture, windows) & reachable(windows, placement.size, self.stride)
-            own = torch.where(there, scores[picture], -1.0)
+        for image, placement in enumerate(placements):
+            there = own_places(raw.there, image, windows) & reachable(windows, placement.size, self.stride)
+            own = torch.where(there, scores[image], -1.0)
             found.append(
                 proposals(
-                    own, windows, lambda rows, n=picture: self.grids_of(raw, n, windows.places[rows]) - level,
+                    own, windows, lambda rows, n=image: self.grids_of(raw, n, windows.places[rows]) - level,
                     placement, score_threshold=score_threshold, nms_threshold=nms_threshold, detections=detections,
                     candidates=candidates, rule="corners",
                 )
@@ -316,7 +316,7 @@ class DeepMask(ProposalSystem):
         return {"backbone": [self.backbone], "neck": [self.squeeze, self.feature], "mask": [self.masks], "score": score}
 
     _NOTE = "third-party note of the paper"
-    _VAL = "COCO 2014, first 5000 pictures of val"
+    _VAL = "COCO 2014, first 5000 images of val"
     presets: ClassVar[Mapping[str, Preset]] = {
         "deepmask-vgg": Preset(
             {
@@ -354,12 +354,12 @@ class DeepMask(ProposalSystem):
                 "mask_side": 28, "label_side": 56, "score_width": 256, "score_weight": 1.0, "dropout": 0.1,
                 "scales": scales_between(-1, 0.5, 0.5), "short": 192, "long": 320,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # 300 times 4000 batches of 32 patches, the rate halved after 50 and a fifth of that after 120: here twice the
-        # same factor. A picture stands for its patches.
+        # same factor. An image stands for its patches.
         "deepmask": {
             "steps": 1_200_000, "batch": 32, "lr": 1e-3, "milestones": (50 / 300, 120 / 300), "gamma": 0.1**0.5,
             "weight_decay": 5e-4, "warmup": 0, "decay_norms": True, "decay_biases": True, "augment": {"flip": 0.5},

@@ -25,7 +25,7 @@ from torch.nn import functional
 from maskwright.blocks.dla import DLA, DLAUp, LightUp
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.snake import CELLS, ComponentHead, Convolution, LineNorm, Snake
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.centres import PRIOR, centre_focal_sum, find_peaks, gaussian_radius, paint_gaussians
@@ -53,13 +53,13 @@ class Raw:
     feature: Float[Tensor, "b c h w"]
 
 
-class Found(NamedTuple):
-    """Boxes of the batch in cells of the map, those of a picture side by side, best first."""
+class Detections(NamedTuple):
+    """Boxes of the batch in cells of the map, those of an image side by side, best first."""
 
     boxes: Float[Tensor, "n 4"]
     scores: Float[Tensor, " n"]
     labels: Int[Tensor, " n"]
-    owners: Int[Tensor, " n"]  # which picture
+    owners: Int[Tensor, " n"]  # which image
 
 
 class Truth(NamedTuple):
@@ -67,7 +67,7 @@ class Truth(NamedTuple):
 
     boxes: Float[Tensor, "d 4"]
     labels: Int[Tensor, " d"]
-    pictures: Int[Tensor, " d"]
+    images: Int[Tensor, " d"]
     contour_boxes: Float[Tensor, "n 4"]
     contour_owners: Int[Tensor, " n"]  # which detection
     extremes: Float[Tensor, "n 4 2"]
@@ -199,7 +199,7 @@ class DeepSnake(System):
         smallest_area   parts that cover no more cells than this are not learnt
         most_contours   so many at most are learnt from in one batch, a random choice of them: bounds the memory
                         (about 8 MB each as published)
-        fit, canvas     "letterbox" into the canvas (height, width), or "pad": the picture's own size, on a black canvas
+        fit, canvas     "letterbox" into the canvas (height, width), or "pad": the image's own size, on a black canvas
                         that is a multiple of 32 and larger
         mean, std       per channel BGR, of values divided by 255; None: as published
         """
@@ -248,7 +248,7 @@ class DeepSnake(System):
             dilations=DILATIONS, kind=convolution, norm=contour_norm, align_corners=align_corners,
         )  # fmt: skip
         rule = {"fit": "letterbox", "canvas": tuple(canvas)} if fit == "letterbox" else {"fit": "pad"}
-        self.preprocess = coloured(Preprocess.from_dict({**COLOURS.to_dict(), **rule}), in_channels, mean, std)
+        self.preprocess = normalization_for(Preprocess.from_dict({**COLOURS.to_dict(), **rule}), in_channels, mean, std)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
         feature = self.neck(self.backbone(images))  # (B, 64, H/4, W/4)
@@ -259,7 +259,7 @@ class DeepSnake(System):
     def losses(self, raw: Raw, targets: Sequence[Instances]) -> dict[str, Tensor]:
         truth = self.truth(targets, (raw.feature.shape[2], raw.feature.shape[3]), raw.feature.device)
         sides = truth.boxes[:, 2:] - truth.boxes[:, :2]
-        centre, size = self._centre_losses(raw.centres, raw.sizes, truth.boxes, sides, truth.pictures, truth.labels)
+        centre, size = self._centre_losses(raw.centres, raw.sizes, truth.boxes, sides, truth.images, truth.labels)
         terms = {"centre": centre, "size": size + raw.sizes.sum() * 0}
         if self.component_head is not None:
             terms["component_centre"], terms["component_size"] = self._component_losses(raw, truth)
@@ -269,8 +269,8 @@ class DeepSnake(System):
     def truth(self, targets: Sequence[Instances], size: tuple[int, int], device: torch.device | str = "cpu") -> Truth:
         """Outlines on the map of `size` (h, w). Every part of every object is a detection of its own, or with
         components a component of it. The original drops triangles too; here they are learnt."""
-        rings, objects, labels, pictures, count = [], [], [], [], 0
-        for picture, target in enumerate(targets):
+        rings, objects, labels, images, count = [], [], [], [], 0
+        for image, target in enumerate(targets):
             own = target if target.crowd is None else target[~target.crowd]
             if own.masks is None and len(own):
                 raise UsageError("a target has boxes but no masks; Deep Snake learns outlines, give masks")
@@ -280,27 +280,27 @@ class DeepSnake(System):
             rings += [ring / STRIDE for ring in found]
             objects.append(torch.from_numpy(owners) + count)
             labels.append(own.labels.cpu())
-            pictures.append(torch.full((len(own),), picture))
+            images.append(torch.full((len(own),), image))
             count += len(own)
         limit = (float(size[0] - 1), float(size[1] - 1))
         lines, lengths, kept = tidy_outlines(rings, limit, self.smallest_area)
-        objects, labels, pictures = (
-            torch.cat([torch.zeros(0, dtype=torch.int64), *v]) for v in (objects, labels, pictures)
+        objects, labels, images = (
+            torch.cat([torch.zeros(0, dtype=torch.int64), *v]) for v in (objects, labels, images)
         )
         boxes, objects = bounds(lines, lengths), objects[kept]
         extremes = extreme_points(lines, lengths)
         starts = self.contours.octagons(extremes)
         outlines = resample_from(lines, self.contours.points, lengths, starts[:, 0])
         if self.component_head is None:
-            whole, owner, labels, pictures = boxes, torch.arange(len(boxes)), labels[objects], pictures[objects]
+            whole, owner, labels, images = boxes, torch.arange(len(boxes)), labels[objects], images[objects]
         else:
             there, owner = objects.unique(return_inverse=True)
             whole = box_ops.around(boxes, owner, len(there))
-            labels, pictures = labels[there], pictures[there]
+            labels, images = labels[there], images[there]
         floats = (v.float().to(device) for v in (whole, boxes, extremes, outlines, starts))
         whole, boxes, extremes, outlines, starts = floats
-        labels, pictures, owner = labels.to(device), pictures.to(device), owner.to(device)
-        return Truth(whole, labels, pictures, boxes, owner, extremes, outlines, starts)
+        labels, images, owner = labels.to(device), images.to(device), owner.to(device)
+        return Truth(whole, labels, images, boxes, owner, extremes, outlines, starts)
 
     def _centre_losses(
         self, logits: Float[Tensor, "b k h w"], sizes: Float[Tensor, "b 2 h w"], boxes: Float[Tensor, "d 4"],
@@ -325,7 +325,7 @@ class DeepSnake(System):
         return middle.clamp(min=0).minimum(middle.new_tensor([size[1] - 1, size[0] - 1]))
 
     def _component_losses(self, raw: Raw, truth: Truth) -> tuple[Tensor, Tensor]:
-        """The same two inside the annotated boxes, on maps of 14 x 56; sizes stay in cells of the picture's map.
+        """The same two inside the annotated boxes, on maps of 14 x 56; sizes stay in cells of the image's map.
 
         Decoding and the two weights are as published. No recording of this loss exists: which boxes are read, the
         rounding to cells and the radii (of the box in cells of the small map) follow from the decoding.
@@ -333,14 +333,14 @@ class DeepSnake(System):
         assert self.component_head is not None
         split = ~torch.isin(truth.labels, truth.labels.new_tensor(self.whole))
         chosen = _some(split.nonzero().flatten(), self.most_contours)
-        boxes, pictures, weight = truth.boxes[chosen], truth.pictures[chosen], 1.0
+        boxes, images, weight = truth.boxes[chosen], truth.images[chosen], 1.0
         row = torch.full_like(truth.labels, -1)
         row[chosen] = torch.arange(len(chosen), device=row.device)
         row = row[truth.contour_owners]
         parts, row = truth.contour_boxes[row >= 0], row[row >= 0]
         if not len(chosen):  # a box that counts nothing, so that every parameter has its gradient
-            boxes, pictures, weight = boxes.new_tensor([[0.0, 0.0, 8.0, 8.0]]), pictures.new_zeros(1), 0.0
-        logits, sizes = self.component_head(raw.feature, boxes, pictures)
+            boxes, images, weight = boxes.new_tensor([[0.0, 0.0, 8.0, 8.0]]), images.new_zeros(1), 0.0
+        logits, sizes = self.component_head(raw.feature, boxes, images)
         scale = boxes.new_tensor([CELLS[1], CELLS[0]]) / (boxes[:, 2:] - boxes[:, :2])
         inner = ((parts.view(-1, 2, 2) - boxes[row, None, :2]) * scale[row, None]).flatten(1)
         centre, size = self._centre_losses(
@@ -352,7 +352,7 @@ class DeepSnake(System):
         """Smooth L1, mean: of the extreme points in cells of the map, of the last outline in pixels of the input."""
         chosen = _some(torch.arange(len(truth.contour_boxes), device=raw.feature.device), self.most_contours)
         count = global_mean_count(truth.boxes.new_tensor(float(len(chosen))))
-        boxes, owners = truth.contour_boxes[chosen], truth.pictures[truth.contour_owners[chosen]]
+        boxes, owners = truth.contour_boxes[chosen], truth.images[truth.contour_owners[chosen]]
         extremes, outlines, octagon = (v[chosen] for v in (truth.extremes, truth.outlines, truth.octagons))
         if self.start == "centre":
             half = (boxes[:, 2:] - boxes[:, :2]) / 2
@@ -402,12 +402,12 @@ class DeepSnake(System):
             rows = slice(first, first + count)
             own = parts[rows]
             points = lines[first_line : first_line + sum(own)]
-            result.append(self._on_picture(Found(*(v[rows] for v in found)), points, own, placement))
+            result.append(self._on_image(Detections(*(v[rows] for v in found)), points, own, placement))
             first, first_line = first + count, first_line + sum(own)
         return result
 
     @torch.no_grad()
-    def find(self, raw: Raw, score_threshold: float, nms_threshold: float | None, detections: int) -> Found:
+    def find(self, raw: Raw, score_threshold: float, nms_threshold: float | None, detections: int) -> Detections:
         """What the detector finds, suppressed and above the threshold."""
         height, width = raw.centres.shape[2:]
         scores, labels, cells = find_peaks(raw.centres, detections)  # (B, D) each
@@ -424,11 +424,11 @@ class DeepSnake(System):
         if nms_threshold is not None:
             groups = owners * len(self.classes) + labels
             good &= _kept(boxes, scores, groups, nms_threshold)
-        return Found(boxes[good], scores[good], labels[good], owners[good])
+        return Detections(boxes[good], scores[good], labels[good], owners[good])
 
     @torch.no_grad()
     def split(
-        self, raw: Raw, found: Found, score: float = 0.25, overlap: float = 0.1, most: int = 50
+        self, raw: Raw, found: Detections, score: float = 0.25, overlap: float = 0.1, most: int = 50
     ) -> tuple[Float[Tensor, "m 4"], Int[Tensor, " m"]]:
         """Boxes of the components of what was found, and of which each is one; side by side for each detection."""
         assert self.component_head is not None
@@ -453,33 +453,35 @@ class DeepSnake(System):
 
     @torch.no_grad()
     def outlines(
-        self, raw: Raw, boxes: Float[Tensor, "n 4"], pictures: Int[Tensor, " n"], at_once: int | None = None
+        self, raw: Raw, boxes: Float[Tensor, "n 4"], images: Int[Tensor, " n"], at_once: int | None = None
     ) -> Float[Tensor, "n p 2"]:
         """The last outline of each box, in cells of the map; `at_once` bounds the memory at about 2 MB each. None: 256,
         on the host 16, which its caches hold."""
         at_once = at_once or (16 if boxes.device.type == "cpu" else 256)
         limit = boxes.new_tensor([raw.feature.shape[3] - 1, raw.feature.shape[2] - 1])
         lines = [boxes.new_zeros(0, self.contours.points, 2)]
-        for some, owners in zip(boxes.split(at_once), pictures.split(at_once), strict=True):
+        for some, owners in zip(boxes.split(at_once), images.split(at_once), strict=True):
             if len(some):
                 extremes = self.contours.extremes(raw.feature, some, owners).clamp(min=0).minimum(limit)
                 lines.append(self.contours.outlines(raw.feature, self.contours.octagons(extremes), owners)[-1])
         return torch.cat(lines)
 
-    def _on_picture(
-        self, found: Found, lines: Float[Tensor, "n p 2"], parts: Sequence[int], placement: Placement
+    def _on_image(
+        self, found: Detections, lines: Float[Tensor, "n p 2"], parts: Sequence[int], placement: Placement
     ) -> Instances:
-        """Outlines of one picture, `parts` of them for each of its boxes, as masks. Whoever has none is left out."""
-        points = placement.points_to_picture(lines).cpu().double().numpy()
+        """Outlines of one image, `parts` of them for each of its boxes, as masks. Whoever has none is left out."""
+        points = placement.points_to_image(lines).cpu().double().numpy()
         rings, first = [], 0
         for count in parts:
             rings.append(list(points[first : first + count]))
             first += count
-        boxes = box_ops.clip(placement.boxes_to_picture(found.boxes * STRIDE), placement.picture)
+        boxes = box_ops.clip(placement.boxes_to_image(found.boxes * STRIDE), placement.image_size)
         there = torch.tensor([count > 0 for count in parts], dtype=torch.bool, device=boxes.device)
         there &= (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-        masks = Masks.from_polygons(rings, placement.picture)
-        return Instances(placement.picture, boxes[there], found.labels[there], masks[there.cpu()], found.scores[there])
+        masks = Masks.from_polygons(rings, placement.image_size)
+        return Instances(
+            placement.image_size, boxes[there], found.labels[there], masks[there.cpu()], found.scores[there]
+        )
 
     # ---- for loading and training --------------------------------------------------------------------------------
 
@@ -503,7 +505,7 @@ class DeepSnake(System):
         "deepsnake-kins": Preset(
             {**_PUBLISHED, "fit": "pad"},
             (Score(31.3, "amodal mask AP", "KINS test", _LISTED), Score(32.8, "box AP", "KINS test", _LISTED)),
-            "how large the original has pictures at test is not stated; here they keep their size",
+            "how large the original has images at test is not stated; here they keep their size",
         ),
         "deepsnake-cityscapes": Preset(
             {
@@ -518,7 +520,7 @@ class DeepSnake(System):
         ),
         "deepsnake-small": Preset(
             {"backbone": "resnet18", "canvas": (320, 320), "head_width": 128, "contour_width": 64, "supervise": "all"},
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ cost, so that nothing has to be suppressed afterwards. For panoptic segmentation
 objects, and a mask head is added: each query's attention over the encoder's output, per head, is the coarse mask that a
 small convolutional net refines with the backbone's finer levels. It is trained on top of a frozen box model or jointly.
 
-Paper and code differ: the published code resizes masks of a padded batch to each picture without cutting the padding
+Paper and code differ: the published code resizes masks of a padded batch to each image without cutting the padding
 off, in panoptic merging alone; here the padding is cut off, which is the same wherever there is none.
 """
 
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from maskwright.blocks.layers import GroupNorm, Norm
 from maskwright.blocks.positions import padding_of, sine_positions
 from maskwright.blocks.transformer import MLP, DecoderLayer, EncoderLayer
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.assignment import Pairs, assign
@@ -58,7 +58,7 @@ class Raw:
     """What the decoder says after each of its L layers, the last one last; and what masks are made of."""
 
     logits: Float[Tensor, "l b n k1"]  # the last class is "no object"
-    boxes: Float[Tensor, "l b n 4"]  # centre x, y, width, height; shares of the picture without padding
+    boxes: Float[Tensor, "l b n 4"]  # centre x, y, width, height; shares of the image without padding
     queries: Float[Tensor, "b n c"]  # of the last layer
     memory: Float[Tensor, "b c h w"]  # the encoder's output
     projected: Float[Tensor, "b c h w"]  # its input
@@ -105,14 +105,14 @@ class MaskHead(nn.Module):
         levels: Sequence[Float[Tensor, "_d _h _w"]],
         padding: Bool[Tensor, "h w"],
     ) -> Float[Tensor, "n p q"]:
-        """Logits at stride 4 of the masks of one picture's queries."""
+        """Logits at stride 4 of the masks of one image's queries."""
         weights = self.attention(queries, memory, padding)
-        # The first convolution reads the picture and the attention side by side; of the picture, which all queries
+        # The first convolution reads the image and the attention side by side; of the image, which all queries
         # share, its part is computed once.
         first: Any = self.convs[0]
-        of_picture, of_weights = first.weight.split([self.width, self.heads], 1)
+        of_image, of_weights = first.weight.split([self.width, self.heads], 1)
         x = functional.conv2d(weights, of_weights, padding=1)
-        x = x + functional.conv2d(projected[None], of_picture, first.bias, padding=1)
+        x = x + functional.conv2d(projected[None], of_image, first.bias, padding=1)
         x = functional.relu(self.norms[0](x))
         for number in range(1, 5):
             x = functional.relu(self.norms[number](self.convs[number](x)))
@@ -142,7 +142,7 @@ class DETR(PanopticSystem, QueryDetector):
         classes: Sequence[str] = ("object",),
         *,
         stuff: Sequence[str] = (),
-        masks: str = "joint",
+        masks: str = "keypoint",
         backbone: str = "resnet50",
         pretrained: bool = False,
         in_channels: int = 3,
@@ -170,7 +170,7 @@ class DETR(PanopticSystem, QueryDetector):
         """
         stuff           those of `classes` that are regions; they are detected, and matched, like objects
         masks           "none": boxes alone; "frozen": the mask head learns on top of a box model that does not (as
-                        published: load the box model's weights first); "joint": everything learns at once
+                        published: load the box model's weights first); "keypoint": everything learns at once
         backbone ... frozen
                         as in every system; published weights have norm "frozen" and two frozen parts
         dilated         DC5: the last stage dilates instead of striding, tokens are of stride 16
@@ -183,8 +183,8 @@ class DETR(PanopticSystem, QueryDetector):
         short, long, mean, std  preprocessing
         """
         super().__init__()
-        if masks not in ("none", "frozen", "joint"):
-            raise UsageError(f"masks is {masks!r}; expected none, frozen or joint")
+        if masks not in ("none", "frozen", "keypoint"):
+            raise UsageError(f"masks is {masks!r}; expected none, frozen or keypoint")
         at_least("detr", 1, heads=heads, width=width, hidden=hidden, decoder_layers=decoder_layers, queries=queries)
         at_least("detr", 1, short=short, long=long)
         at_least("detr", 0, encoder_layers=encoder_layers, no_object=no_object)
@@ -212,7 +212,7 @@ class DETR(PanopticSystem, QueryDetector):
         if masks == "frozen":
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(name.startswith("mask_head."))
-        self.preprocess = coloured(PREPROCESS.at(short, long), in_channels, mean, std)
+        self.preprocess = normalization_for(PREPROCESS.at(short, long), in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
 
@@ -244,12 +244,12 @@ class DETR(PanopticSystem, QueryDetector):
             size,
         )
 
-    def masks_of(self, raw: Raw, picture: int, rows: Int[Tensor, " r"]) -> Float[Tensor, "r p q"]:
-        """Logits at stride 4 of the masks of one picture's queries `rows`."""
+    def masks_of(self, raw: Raw, image: int, rows: Int[Tensor, " r"]) -> Float[Tensor, "r p q"]:
+        """Logits at stride 4 of the masks of one image's queries `rows`."""
         assert self.mask_head is not None
-        levels = [level[picture] for level in raw.levels]
+        levels = [level[image] for level in raw.levels]
         return self.mask_head(
-            raw.queries[picture][rows], raw.memory[picture], raw.projected[picture], levels, raw.padding[picture]
+            raw.queries[image][rows], raw.memory[image], raw.projected[image], levels, raw.padding[image]
         ).float()
 
     # ---- learning ------------------------------------------------------------------------------------------------
@@ -282,9 +282,9 @@ class DETR(PanopticSystem, QueryDetector):
     def costs(self, raw: Raw, objects: Sequence[Boxed]) -> list[Float[Tensor, "l n _m"]]:
         """What it costs each query to answer for each object, by what each layer says."""
         table = []
-        for picture, own in enumerate(objects):
-            probabilities = raw.logits[:, picture].float().softmax(-1)[..., own.labels]  # (L, N, M)
-            apart = box_costs(raw.boxes[:, picture], own.boxes, self.cost[1], self.cost[2])
+        for image, own in enumerate(objects):
+            probabilities = raw.logits[:, image].float().softmax(-1)[..., own.labels]  # (L, N, M)
+            apart = box_costs(raw.boxes[:, image], own.boxes, self.cost[1], self.cost[2])
             table.append(apart - self.cost[0] * probabilities)
         return table
 
@@ -294,12 +294,12 @@ class DETR(PanopticSystem, QueryDetector):
         # A pair's planes at the input's size, several of them, and the mask head's own at stride 4.
         step = max(1, BUDGET // (40 * height * width))
         total = raw.boxes.new_zeros(2, dtype=torch.float32)
-        for picture, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
+        for image, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
             for rows, objects_of in zip(queries[-1].split(step), which[-1].split(step), strict=True):
                 planes = own.masks[objects_of.cpu()].dense(raw.boxes.device)
                 room = (0, width - planes.shape[2], 0, height - planes.shape[1])
                 truth = functional.pad(planes, room).flatten(1).float()
-                arguments = (raw, picture, rows, truth)
+                arguments = (raw, image, rows, truth)
                 frugal = queries.shape[1] > step  # then nothing is kept for the backward pass; it is made again
                 parts = (
                     checkpoint(self._pair_losses, *arguments, use_reentrant=False)
@@ -309,10 +309,10 @@ class DETR(PanopticSystem, QueryDetector):
                 total = total + parts
         return total
 
-    def _pair_losses(self, raw: Raw, picture: int, rows: Tensor, truth: Tensor) -> Tensor:
+    def _pair_losses(self, raw: Raw, image: int, rows: Tensor, truth: Tensor) -> Tensor:
         if not len(rows):
             return truth.new_zeros(2)
-        logits = _enlarged(self.masks_of(raw, picture, rows), raw.size).flatten(1)
+        logits = _enlarged(self.masks_of(raw, image, rows), raw.size).flatten(1)
         return torch.stack([focal_sum(logits, truth) / truth.shape[1], overlap_loss(logits.sigmoid(), truth).sum()])
 
     # ---- objects -------------------------------------------------------------------------------------------------
@@ -324,25 +324,25 @@ class DETR(PanopticSystem, QueryDetector):
         """Every query's best class, none suppressed. A mask is decided on the input's grid and then enlarged."""
         things = self.thing_classes(raw.logits.device)
         found = []
-        for picture, placement in enumerate(placements):
-            scores, labels = raw.logits[-1, picture].float().softmax(-1)[:, :-1].max(-1)
+        for image, placement in enumerate(placements):
+            scores, labels = raw.logits[-1, image].float().softmax(-1)[:, :-1].max(-1)
             order = scores.argsort(descending=True, stable=True)
             order = order[things[labels[order]] & (scores[order] >= score_threshold)][:detections]
-            boxes = box_ops.clip(self.boxes_on(raw, picture, placement)[order], placement.picture)
-            masks = None if self.mask_head is None else self.masks_on(raw, picture, placement, order)
-            found.append(Instances(placement.picture, boxes, labels[order], masks, scores[order]))
+            boxes = box_ops.clip(self.boxes_on(raw, image, placement)[order], placement.image_size)
+            masks = None if self.mask_head is None else self.masks_on(raw, image, placement, order)
+            found.append(Instances(placement.image_size, boxes, labels[order], masks, scores[order]))
         return found
 
-    def boxes_on(self, raw: Raw, picture: int, placement: Placement) -> Float[Tensor, "n 4"]:
-        """All queries' boxes on the picture, not clipped."""
+    def boxes_on(self, raw: Raw, image: int, placement: Placement) -> Float[Tensor, "n 4"]:
+        """All queries' boxes on the image, not clipped."""
         height, width = placement.size
-        boxes = box_ops.corners(raw.boxes[-1, picture].float())
-        return placement.boxes_to_picture(boxes * boxes.new_tensor([width, height, width, height]))
+        boxes = box_ops.corners(raw.boxes[-1, image].float())
+        return placement.boxes_to_image(boxes * boxes.new_tensor([width, height, width, height]))
 
-    def masks_on(self, raw: Raw, picture: int, placement: Placement, rows: Int[Tensor, " r"]) -> Masks:
-        """Masks of these queries on the picture."""
-        parts = [Masks.empty(placement.picture)]
-        for _, logits in self._planes(raw, picture, placement, rows):
+    def masks_on(self, raw: Raw, image: int, placement: Placement, rows: Int[Tensor, " r"]) -> Masks:
+        """Masks of these queries on the image."""
+        parts = [Masks.empty(placement.image_size)]
+        for _, logits in self._planes(raw, image, placement, rows):
             parts.append(place_bits(logits.sigmoid() > 0.5, placement))
         return Masks.join(parts)
 
@@ -357,13 +357,13 @@ class DETR(PanopticSystem, QueryDetector):
         self._needs_masks()
         things = self.thing_classes(raw.logits.device)
         found = []
-        for picture, placement in enumerate(placements):
-            scores, labels = raw.logits[-1, picture].float().softmax(-1).max(-1)
+        for image, placement in enumerate(placements):
+            scores, labels = raw.logits[-1, image].float().softmax(-1).max(-1)
             rows = ((labels < len(things)) & (scores > score_threshold)).nonzero().flatten()
             if not len(rows):
-                found.append(Panoptic.empty(placement.picture, scores.device))
+                found.append(Panoptic.empty(placement.image_size, scores.device))
                 continue
-            logits = torch.cat([part for _, part in self._planes(raw, picture, placement, rows)])
+            logits = torch.cat([part for _, part in self._planes(raw, image, placement, rows)])
             found.append(_shared_out(logits, labels[rows], scores[rows], things, placement, smallest))
         return found
 
@@ -372,18 +372,18 @@ class DETR(PanopticSystem, QueryDetector):
         return [panoptic.semantic() for panoptic in self.decode_panoptic(raw, placements)]
 
     def _planes(
-        self, raw: Raw, picture: int, placement: Placement, rows: Int[Tensor, " r"]
+        self, raw: Raw, image: int, placement: Placement, rows: Int[Tensor, " r"]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Some of `rows` at a time, and the logits of their masks on the valid part of the input's grid."""
         height, width = raw.size
         for part in rows.split(max(1, BUDGET // (50 * height * width))):
             if len(part):
-                logits = _enlarged(self.masks_of(raw, picture, part), raw.size)
+                logits = _enlarged(self.masks_of(raw, image, part), raw.size)
                 yield part, logits[:, : placement.size[0], : placement.size[1]]
 
     def _needs_masks(self) -> None:
         if self.mask_head is None:
-            raise UsageError("detr: built with masks='none', it finds boxes alone and divides no picture")
+            raise UsageError("detr: built with masks='none', it finds boxes alone and divides no image")
 
     # ---- for those that learn on top of it --------------------------------------------------------------------------
 
@@ -404,9 +404,9 @@ class DETR(PanopticSystem, QueryDetector):
 
     # ---- for loading and training --------------------------------------------------------------------------------
 
-    def progressed(self, done: float) -> None:
+    def on_progress(self, done: float) -> None:
         if done == 0 and self.options["masks"] == "frozen":
-            self.warn_if_random("detr", "masks='joint'")
+            self.warn_if_random("detr", "masks='keypoint'")
 
     def groups(self) -> dict[str, list[nn.Module]]:
         parts: dict[str, list[nn.Module]] = {
@@ -462,7 +462,7 @@ class DETR(PanopticSystem, QueryDetector):
                 "backbone": "resnet18", "width": 128, "hidden": 512, "encoder_layers": 3, "decoder_layers": 3,
                 "queries": 30, "dropout": 0.0, "dilated": True, "short": 192, "long": 320,
             },
-            note="for a few hundred small pictures, without a GPU",
+            note="for a few hundred small images, without a GPU",
         ),
     }  # fmt: skip
     _ADAMW: ClassVar[dict[str, Any]] = {
@@ -508,10 +508,10 @@ def _shared_out(
 
 
 def _centres(placement: Placement, device: torch.device) -> tuple[Int[Tensor, " _h"], Int[Tensor, " _w"]]:
-    """The input's row and column under the middle of each of the picture's pixels; -1 where there is none."""
+    """The input's row and column under the middle of each of the image's pixels; -1 where there is none."""
     answers = []
     for axis in (0, 1):
-        count, limit = placement.picture[axis], placement.size[axis]
+        count, limit = placement.image_size[axis], placement.size[axis]
         # Added up step by step, as Pillow does: a middle that falls between two pixels goes the same way.
         steps = torch.full((count,), placement.scale[1 - axis], dtype=torch.float64)
         steps[:1] /= 2

@@ -30,7 +30,7 @@ from maskwright.blocks import fcos
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.resnet import StrideIn
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.losses import lovasz_hinge
@@ -206,7 +206,7 @@ class EmbedMask(System):
             self.margin_scales = nn.ModuleList(fcos.Scale() for _ in fcos.STRIDES)
 
         preprocess = Preprocess.from_dict({**PREPROCESS.to_dict(), "short": short, "long": long})
-        self.preprocess = coloured(preprocess, in_channels, mean, std)
+        self.preprocess = normalization_for(preprocess, in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class EmbedMask(System):
         labels = torch.cat([t.labels[o[o >= 0]] for t, o in zip(targets, owners, strict=True)])
         terms = fcos.place_losses(logits, said, central[..., 0], owner >= 0, labels, goal)
 
-        # What an object's places say of its mask; the objects of all pictures are numbered through.
+        # What an object's places say of its mask; the objects of all images are numbered through.
         counts = [len(t) for t in targets]
         image, place = (owner >= 0).nonzero().unbind(1)  # (P,) each
         group = owner[image, place] + torch.tensor([0, *counts], device=owner.device).cumsum(0)[image]
@@ -301,7 +301,7 @@ class EmbedMask(System):
         self, raw: Raw, targets: Sequence[Instances], truths: Sequence[Tensor], embeddings: Sequence[Tensor],
         margins: Sequence[Tensor], learnt: Sequence[Tensor],
     ) -> Tensor:  # fmt: skip
-        """The Lovász hinge of each object's map, mean over the objects of a picture, mean over the pictures."""
+        """The Lovász hinge of each object's map, mean over the objects of an image, mean over the images."""
         pixels = functional.interpolate(raw.pixels, scale_factor=2.0, mode="bilinear", align_corners=False)
         # Whatever the objects, all embeddings have a gradient.
         total = sum((v[..., :0].sum() for v in (*raw.embeddings, *raw.margins)), pixels[..., :0].sum())
@@ -368,14 +368,14 @@ class EmbedMask(System):
         threshold = self.rules.threshold if mask_threshold is None else mask_threshold
         if not 0 <= threshold <= 1:
             raise UsageError(f"mask_threshold is {threshold}; expected a probability, 0 ... 1")
-        return [self._on_picture(*each, threshold) for each in zip(found, pixels, placements, strict=True)]
+        return [self._on_image(*each, threshold) for each in zip(found, pixels, placements, strict=True)]
 
     @torch.no_grad()
     def find(
         self, raw: Raw, sizes: Sequence[tuple[int, int]], score_threshold: float, nms_threshold: float,
         detections: int, candidates: int = 1000,
-    ) -> list[Found]:  # fmt: skip
-        """Detections of each picture of valid size (h, w) in the input's pixels, best first.
+    ) -> list[Detections]:  # fmt: skip
+        """Detections of each image of valid size (h, w) in the input's pixels, best first.
 
         A place is a candidate by its class alone, above 0.05 as published or `score_threshold` if that is less; ranked,
         it is by class times centerness (no square root here), which has to be above a larger `score_threshold` too.
@@ -408,21 +408,23 @@ class EmbedMask(System):
             kept = box_ops.nms(grown, score[number, rows], label[number, rows], nms_threshold, detections)
             rows, place, own = rows[kept], place[kept], own[kept]
             result.append(
-                Found(own, score[number, rows], label[number, rows], embeddings[number, place], margins[number, place])
+                Detections(
+                    own, score[number, rows], label[number, rows], embeddings[number, place], margins[number, place]
+                )
             )
         return result
 
-    def _on_picture(
-        self, found: Found, pixels: Float[Tensor, "d h w"], placement: Placement, threshold: float
+    def _on_image(
+        self, found: Detections, pixels: Float[Tensor, "d h w"], placement: Placement, threshold: float
     ) -> Instances:
-        # The last pixel that counts is one of the picture's, as in the results that the code writes.
+        # The last pixel that counts is one of the image's, as in the results that the code writes.
         scale = found.boxes.new_tensor([0.0, 0.0, *placement.scale])
-        boxes = box_ops.clip(placement.boxes_to_picture(found.boxes + self.last * scale), placement.picture)
+        boxes = box_ops.clip(placement.boxes_to_image(found.boxes + self.last * scale), placement.image_size)
         solid = ((boxes[:, 2:] > boxes[:, :2]).all(1)).nonzero().flatten()
         masks = self.masks(
             pixels, found.boxes[solid], found.embeddings[solid], found.margins[solid], placement, threshold
         )
-        return Instances(placement.picture, boxes[solid], found.labels[solid], masks, found.scores[solid])
+        return Instances(placement.image_size, boxes[solid], found.labels[solid], masks, found.scores[solid])
 
     def masks(
         self,
@@ -434,13 +436,13 @@ class EmbedMask(System):
         threshold: float,
         budget: int = 64 << 20,
     ) -> Masks:
-        """Masks of detections (in the input's pixels) on the picture; `budget` bytes of scratch, objects of like size
+        """Masks of detections (in the input's pixels) on the image; `budget` bytes of scratch, objects of like size
         together."""
         if not len(boxes):
-            return Masks.empty(placement.picture)
+            return Masks.empty(placement.image_size)
         grid = (pixels.shape[1], pixels.shape[2])
         across, down = placement.scale
-        # Rounded up, so that the picture is covered; a rounding step above a whole number is none.
+        # Rounded up, so that the image is covered; a rounding step above a whole number is none.
         stretched = tuple(math.ceil(round(CELL * n / s, 6)) for n, s in zip(grid, (down, across), strict=True))
         if self.rules.logarithm:
             # What lies outside must stay so: no lower than that, rounding of the resizing included.
@@ -457,7 +459,7 @@ class EmbedMask(System):
             )  # fmt: skip
             parts.append(
                 paste_windows(
-                    values, corners, grid, stretched, placement.picture,  # pyright: ignore[reportArgumentType]
+                    values, corners, grid, stretched, placement.image_size,  # pyright: ignore[reportArgumentType]
                     threshold=threshold, shift=(placement.offset[0] / across, placement.offset[1] / down),
                     mirrored=placement.mirrored, budget=budget,
                 )
@@ -514,14 +516,14 @@ class EmbedMask(System):
                 "backbone": "resnet18", "neck_width": 128, "convs": 2, "splits": (32, 64, 128, 256), "short": 320,
                 "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Found:
-    """Detections of one picture: boxes in the input's pixels, and what makes their masks."""
+class Detections:
+    """Detections of one image: boxes in the input's pixels, and what makes their masks."""
 
     boxes: Float[Tensor, "n 4"]
     scores: Float[Tensor, " n"]

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.trunk import coloured
+from maskwright.blocks.trunk import normalization_for
 from maskwright.blocks.vit import ViT
 from maskwright.errors import UsageError
 from maskwright.ops import query_losses as learning
@@ -47,9 +47,9 @@ class Raw:
         """Logits of all masks of one prediction."""
         return torch.einsum("bnc,bchw->bnhw", self.embeddings[layer], self.features[layer])
 
-    def masks_of(self, picture: int) -> Callable[[Tensor], Tensor]:
-        """What gives the logits (R, h, w) of the last masks of some queries of a picture."""
-        embeddings, features = self.embeddings[-1, picture], self.features[-1, picture]
+    def masks_of(self, image: int) -> Callable[[Tensor], Tensor]:
+        """What gives the logits (R, h, w) of the last masks of some queries of an image."""
+        embeddings, features = self.embeddings[-1, image], self.features[-1, image]
         return lambda rows: torch.einsum("nc,chw->nhw", embeddings[rows].float(), features.float())
 
 
@@ -114,7 +114,7 @@ class EoMT(QuerySystem):
         width, depth, heads  replace the backbone's own: a small transformer to train from random weights
         norm_eps      of the transformer's norms, in files of transformers that say another than the backbone's own
         patch         side of a patch, in pixels
-        size          side of the square input; pictures are fitted into it
+        size          side of the square input; images are fitted into it
         table         patches along a side in the table of positions; None: size / patch
         last_blocks   how many blocks the queries pass; None: as published for the depth (12: 3, 24: 4, 40: 5)
         masked        in training queries look only into their own mask, annealed away (paper, section 3.3)
@@ -131,7 +131,7 @@ class EoMT(QuerySystem):
             raise UsageError(f"eomt: size is {size} and patch {patch}; the input holds at least one patch, give more")
         self.classes = tuple(classes)
         self.stuff = self.checked_stuff(stuff)
-        self.preprocess = coloured(
+        self.preprocess = normalization_for(
             Preprocess(resample="pillow", fit="letterbox", corner=True, canvas=(size, size), multiple=patch),
             in_channels,
         )
@@ -205,7 +205,7 @@ class EoMT(QuerySystem):
         allowed[:, :count, before:] = inside | free[..., None]
         return allowed[:, None]
 
-    def progressed(self, done: float) -> None:
+    def on_progress(self, done: float) -> None:
         """Annealing: each block's probability falls from 1 to 0 over its own stretch of the run, the first block first
         (in the published runs blocks take turns from 1/6 to 5/6 of it where there are four)."""
         count = len(self.mask_probability)
@@ -291,7 +291,7 @@ class EoMT(QuerySystem):
         "eomt-small": Preset(
             {"width": 192, "depth": 6, "heads": 3, "queries": 50, "last_blocks": 2, "patch": 16, "size": 320,
              "points": 2048},
-            note="for a few hundred pictures and no GPU; trains from random weights, slowly as transformers do: with "
+            note="for a few hundred images and no GPU; trains from random weights, slowly as transformers do: with "
             "pretrained=True a published trunk (no width, depth, heads) learns far sooner",
         ),
     }  # fmt: skip

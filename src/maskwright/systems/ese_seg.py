@@ -7,7 +7,7 @@ coefficients of all objects into outlines. Masks cost next to nothing on top of 
 
 Where the published code has mistakes that no published weights depend on, the right thing is done here: shapes are
 encoded after augmentation, in the frame the network sees (theirs are encoded once, and stay as they were when the
-picture is mirrored or stretched); a radius ends where the ray leaves the mask, not at the upper left corner of the last
+image is mirrored or stretched); a radius ends where the ray leaves the mask, not at the upper left corner of the last
 pixel; an outline is not turned by a degree when it is decoded; a degree that no pixel covers takes its neighbour's
 radius; thin objects without an inner pixel are kept.
 
@@ -40,7 +40,7 @@ from maskwright.blocks.polar import (
     polar_losses,
     polar_targets,
 )
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.contours import chebyshev_fit, chebyshev_radii, decode_chebyshev, encode_chebyshev
@@ -54,7 +54,7 @@ ANCHORS = (
 )  # fmt: skip
 TINY_ANCHORS = ANCHORS[3:]
 SHIFT = 0.263289  # the first coefficient's middle on SBD
-# Sides are at most so many times the anchor's (as a logarithm): beyond any picture, and far from overflow.
+# Sides are at most so many times the anchor's (as a logarithm): beyond any image, and far from overflow.
 LARGEST_LOG = 20.0
 
 
@@ -74,7 +74,7 @@ class Raw:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is to be learnt of one picture's objects, in the network's input."""
+    """What is to be learnt of one image's objects, in the network's input."""
 
     boxes: Float[Tensor, "g 4"]
     labels: Int[Tensor, " g"]
@@ -201,7 +201,7 @@ class ESESeg(System):
                       the coefficients of their logarithm, above a pyramid of `neck_width` channels with towers of
                       `head_convs` convolutions; head_width, anchors, shift and ignore_iou then mean nothing
         ignore_iou    a place whose box overlaps an object by more is not blamed for calling it one
-        short, fit    "stretch": every picture becomes short x short, as published; "short": its short side, in shape
+        short, fit    "stretch": every image becomes short x short, as published; "short": its short side, in shape
         mean, std     of the colours, RGB 0 ... 1; None: ImageNet's
         """
         super().__init__()
@@ -242,7 +242,7 @@ class ESESeg(System):
             self._build_yolo(channels, head_width, anchors, norm, norm_eps)
         canvas = (short, short) if fit == "stretch" else None
         preprocess = Preprocess(short=short, long=4 * short, resample="opencv", fit=fit, canvas=canvas)
-        self.preprocess = coloured(preprocess, in_channels, mean, std)
+        self.preprocess = normalization_for(preprocess, in_channels, mean, std)
 
     anchors: Tensor
 
@@ -328,7 +328,7 @@ class ESESeg(System):
     # ---- learning ------------------------------------------------------------------------------------------------
 
     def losses(self, raw: Raw | PolarRaw, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        """`objectness`, `place`, `size`, `centre`, `coefficients`, `class`: sums over a picture, mean over pictures.
+        """`objectness`, `place`, `size`, `centre`, `coefficients`, `class`: sums over an image, mean over images.
         With "fcos" PolarMask's: `class`, `box`, `mask`, `centerness`.
 
         Targets are in the frame of the input; crowd regions are not learnt from. Shapes are encoded here, from the
@@ -342,7 +342,7 @@ class ESESeg(System):
         return self.losses_of(raw, [self.shapes(t, raw.shapes[0].device) for t in targets])
 
     def shapes(self, target: Instances, device: torch.device) -> Shapes:
-        """A picture's objects with their codes."""
+        """An image's objects with their codes."""
         if target.masks is None:
             if len(target):
                 raise UsageError("a target has boxes but no masks; this system learns shapes, give masks")
@@ -357,7 +357,7 @@ class ESESeg(System):
         rows, classes = self.rows(raw.shapes), self.rows(raw.classes)
         boxes, _ = self.boxes(raw, rows.detach())
         goals = [self.goals(raw, s, b) for s, b in zip(shapes, boxes, strict=True)]
-        pictures = global_mean_count(rows.new_tensor(float(len(goals))))
+        images = global_mean_count(rows.new_tensor(float(len(goals))))
         everywhere = rows[..., 6 + self.count]  # (B, R) logits of objectness
         truth = torch.zeros_like(everywhere)
         blame = torch.stack([~g.ignored for g in goals])
@@ -381,7 +381,7 @@ class ESESeg(System):
             "coefficients": ((own[:, 6 : 6 + self.count] - coefficients).abs() * shaped).sum(),
             "class": functional.binary_cross_entropy_with_logits(kinds, one_hot, reduction="sum"),
         }
-        return {name: value / pictures for name, value in terms.items()}
+        return {name: value / images for name, value in terms.items()}
 
     @torch.no_grad()
     def goals(self, raw: Raw, shapes: Shapes, boxes: Float[Tensor, "r 4"]) -> Goals:
@@ -436,13 +436,13 @@ class ESESeg(System):
             limits = Thresholds.asked(score_threshold, nms_threshold, detections, candidates)
             return polar_decode(raw, placements, self.code, self.rules, limits)
         found = self.find(raw, score_threshold, nms_threshold, detections, candidates)
-        return [self._on_picture(f, p) for f, p in zip(found, placements, strict=True)]
+        return [self._on_image(f, p) for f, p in zip(found, placements, strict=True)]
 
     @torch.no_grad()
     def find(
         self, raw: Raw, score_threshold: float, nms_threshold: float, detections: int, candidates: int
-    ) -> list[Found]:
-        """Of each picture, best first, in the input's pixels and not clipped. Every row counts once for each class."""
+    ) -> list[Detections]:
+        """Of each image, best first, in the input's pixels and not clipped. Every row counts once for each class."""
         rows = self.rows(raw.shapes)
         boxes, centres = self.boxes(raw, rows)
         codes = self.coefficients(rows)
@@ -456,13 +456,13 @@ class ESESeg(System):
             row, labels = chosen % len(own), chosen // len(own)
             kept = box_ops.nms(box[row], scores, labels, nms_threshold, detections)
             row = row[kept]
-            found.append(Found(box[row], scores[kept], labels[kept], centre[row], code[row]))
+            found.append(Detections(box[row], scores[kept], labels[kept], centre[row], code[row]))
         return found
 
-    def _on_picture(self, found: Found, placement: Placement) -> Instances:
-        size = placement.picture
-        outlines = placement.points_to_picture(decode_chebyshev(found.coefficients, found.centres, found.boxes))
-        boxes = box_ops.clip(placement.boxes_to_picture(found.boxes), size)
+    def _on_image(self, found: Detections, placement: Placement) -> Instances:
+        size = placement.image_size
+        outlines = placement.points_to_image(decode_chebyshev(found.coefficients, found.centres, found.boxes))
+        boxes = box_ops.clip(placement.boxes_to_image(found.boxes), size)
         solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         limit = outlines.new_tensor([size[1], size[0]])
         outlines = outlines[solid].clamp(min=0).minimum(limit).cpu().numpy()
@@ -482,7 +482,7 @@ class ESESeg(System):
         rows = ClassRows(repeats=self.anchors_per_cell)
         return {f"outputs.{i}.classes.{kind}": rows for i in range(len(self.outputs)) for kind in ("weight", "bias")}
 
-    # SBD's 8498 pictures; expanding the canvas by up to 4 (half of the time) has no counterpart here.
+    # SBD's 8498 images; expanding the canvas by up to 4 (half of the time) has no counterpart here.
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         f"ese-seg{kind}": {
             "epochs": 800, "batch": batch, "lr": 1e-3, "weight_decay": 5e-4, "decay_norms": True, "decay_biases": True,
@@ -507,14 +507,14 @@ class ESESeg(System):
         ),
         "ese-seg-small": Preset(
             {"backbone": "resnet18", "head_width": 256, "short": 320},
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Found:
-    """Objects of one picture in the input's pixels."""
+class Detections:
+    """Objects of one image in the input's pixels."""
 
     boxes: Float[Tensor, "d 4"]
     scores: Float[Tensor, " d"]

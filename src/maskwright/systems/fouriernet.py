@@ -111,7 +111,7 @@ class FourierNet(PolarMask):
                         learning that the paper compares with. (The published code asks for those of the rays and
                         decodes them as those of the rays' logarithm; here both are the logarithm's.)
         colours, short, long, canvas, multiple
-                        preprocessing, as in PolarMask; published with the pictures' shape kept
+                        preprocessing, as in PolarMask; published with the images' shape kept
         """
         if not 1 <= coefficients <= rays:
             raise UsageError(f"coefficients is {coefficients}; {rays} rays have 1 to {rays}")
@@ -171,6 +171,6 @@ class FourierNet(PolarMask):
                 "backbone": "resnet18", "neck_width": 128, "head_convs": 2, "coefficients": 18, "rays": 60,
                 "short": 320, "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip

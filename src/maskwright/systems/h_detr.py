@@ -27,7 +27,7 @@ from maskwright.blocks.deformable_attention import DeformableDecoderLayer, Defor
 from maskwright.blocks.layers import ConvNorm, Norm
 from maskwright.blocks.positions import padding_of, sine_code, sine_positions
 from maskwright.blocks.transformer import MLP
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.assignment import assign
@@ -55,7 +55,7 @@ PRIOR = -math.log((1 - 0.01) / 0.01)  # classes begin at one in a hundred
 class Raw:
     """What the queries say after each of L decoder layers, what the encoder proposes, and what both look at.
 
-    Boxes are centre x, y, width, height; shares of the picture without padding. In training N counts both groups of
+    Boxes are centre x, y, width, height; shares of the image without padding. In training N counts both groups of
     queries, those that are matched one to one first.
     """
 
@@ -184,7 +184,7 @@ class HDETR(QueryDetector):
         for head in self.box_heads:
             nn.init.zeros_(head.layers[-1].weight)  # pyright: ignore
             nn.init.zeros_(head.layers[-1].bias)  # pyright: ignore
-        self.preprocess = coloured(PREPROCESS.at(short, long), in_channels, mean, std)
+        self.preprocess = normalization_for(PREPROCESS.at(short, long), in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class HDETR(QueryDetector):
         shapes: Sequence[tuple[int, int]], counts: Int[Tensor, "b l 2"], padding: Bool[Tensor, "b s"]
     ) -> Float[Tensor, "b s 4"]:
         """The box that each token begins with, about its own cell, as logits; infinite where that is not inside the
-        picture. `counts` (x, y) are the cells of each level that are not padding."""
+        image. `counts` (x, y) are the cells of each level that are not padding."""
         boxes = []
         for number, (h, w) in enumerate(shapes):
             cells = cell_centres([(h, w)], padding.device) * counts.new_tensor([w, h])
@@ -318,10 +318,10 @@ class HDETR(QueryDetector):
     ) -> list[Float[Tensor, "l n _m"]]:
         """What it costs each query to answer for each object, by what each layer says."""
         table = []
-        for picture, own in enumerate(objects):
-            classes = focal_costs(logits[:, picture], own.labels)
+        for image, own in enumerate(objects):
+            classes = focal_costs(logits[:, image], own.labels)
             table.append(
-                box_costs(boxes[:, picture], own.boxes, self.cost[1], self.cost[2]).add_(classes, alpha=self.cost[0])
+                box_costs(boxes[:, image], own.boxes, self.cost[1], self.cost[2]).add_(classes, alpha=self.cost[0])
             )
         return table
 
@@ -335,15 +335,15 @@ class HDETR(QueryDetector):
         found = []
         for boxes, labels, scores, placement in zip(*self.best(raw, detections), placements, strict=True):
             (height, width), keep = placement.size, scores >= score_threshold
-            boxes = placement.boxes_to_picture(boxes[keep] * boxes.new_tensor([width, height, width, height]))
-            boxes = box_ops.clip(boxes, placement.picture)
-            found.append(Instances(placement.picture, boxes, labels[keep], None, scores[keep]))
+            boxes = placement.boxes_to_image(boxes[keep] * boxes.new_tensor([width, height, width, height]))
+            boxes = box_ops.clip(boxes, placement.image_size)
+            found.append(Instances(placement.image_size, boxes, labels[keep], None, scores[keep]))
         return found
 
     def best(
         self, raw: Raw, detections: int
     ) -> tuple[Float[Tensor, "b d 4"], Int[Tensor, "b d"], Float[Tensor, "b d"]]:
-        """Boxes (corners, as shares of the picture), labels and scores of each picture, best first."""
+        """Boxes (corners, as shares of the image), labels and scores of each image, best first."""
         scores = raw.logits[-1, :, : self.count].float().sigmoid()
         best, which = scores.flatten(1).topk(min(detections, scores[0].numel()), dim=1)
         queries = which.div(scores.shape[2], rounding_mode="floor")
@@ -408,7 +408,7 @@ class HDETR(QueryDetector):
                 "backbone": "resnet18", "width": 128, "hidden": 512, "levels": 3, "encoder_layers": 2,
                 "decoder_layers": 3, "queries": 50, "many_queries": 150, "short": 320, "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     _RECIPE: ClassVar[dict[str, Any]] = {
@@ -416,7 +416,7 @@ class HDETR(QueryDetector):
         "rates": {"backbone": 0.1, "*attention.offsets.*": 0.1}, "clip": 0.1, "schedule": "steps", "warmup": 0,
         "augment": {"flip": 0.5}, "short": tuple(range(480, 801, 32)), "long": 1333,
     }  # fmt: skip
-    # 16 pictures a step. Published with random crops for half of the pictures besides.
+    # 16 images a step. Published with random crops for half of the images besides.
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "h-detr-12ep": {**_RECIPE, "epochs": 12, "milestones": (11 / 12,)},
         "h-detr-36ep": {**_RECIPE, "epochs": 36, "milestones": (30 / 36,)},

@@ -1,9 +1,9 @@
 """InstanceFCN: Instance-sensitive Fully Convolutional Networks (Dai, He, Li, Ren, Sun, ECCV 2016, arXiv 1603.08678).
 
-No layer knows how large a mask is. The network paints k x k score maps over the picture, one for each part of an
+No layer knows how large a mask is. The network paints k x k score maps over the image, one for each part of an
 object: is this pixel the upper left part of some object, the upper middle, ...? A window's mask is put together by
 copying: each of its k x k parts is cut from the map of that part. Neighbouring windows so share what they say of a
-pixel. A second branch scores the windows. All of this at every place of every level of a pyramid of resized pictures;
+pixel. A second branch scores the windows. All of this at every place of every level of a pyramid of resized images;
 objects have no class.
 
 There is no official code. What a description of the paper leaves open is said where it is decided.
@@ -36,7 +36,7 @@ from maskwright.blocks.sliding import (
     shares_norms,
     windows_of,
 )
-from maskwright.blocks.trunk import coloured, make_stem
+from maskwright.blocks.trunk import make_stem, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.mask_targets import mask_targets
@@ -56,7 +56,7 @@ class Raw:
     scores: tuple[Float[Tensor, "b 1 _h _w"], ...]  # logits: is there an object in the window around this place
     maps: tuple[Float[Tensor, "b p _h _w"], ...]  # logits: is this place such a part of an object; k x k, row by row
     size: tuple[int, int]  # H, W of the input
-    there: tuple[Bool[Tensor, "b 1 _h _w"], ...] = ()  # which places a smaller picture of a batch has; none said: all
+    there: tuple[Bool[Tensor, "b 1 _h _w"], ...] = ()  # which places a smaller image of a batch has; none said: all
 
 
 def assemble(
@@ -128,7 +128,7 @@ class InstanceFCN(ProposalSystem):
         shift, margin a window is positive whose object's centre is at most `shift` pixels away, negative where none is
                       within `margin`
         octaves       and whose longer side is within 2 ** octaves of `canonical`; scales 1.5 apart leave no gap at 0.3
-        sampled       windows of a picture that learn, half of them positive where there are as many
+        sampled       windows of an image that learn, half of them positive where there are as many
         """
         super().__init__()
         if side % 2 == 0 or not 0 < parts <= side:
@@ -156,7 +156,7 @@ class InstanceFCN(ProposalSystem):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
         base = Preprocess(short=short, long=long, resample="pillow", multiple=8)
-        self.preprocess = coloured(base, in_channels, mean, std)
+        self.preprocess = normalization_for(base, in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
 
@@ -166,7 +166,7 @@ class InstanceFCN(ProposalSystem):
     def forward(self, images: Float[Tensor, "b c h w"], sizes: Int[Tensor, "b 2"] | None = None) -> Raw:
         found, there = pyramid(
             images, sizes, self.preprocess.multiple, self.scales,
-            lambda pictures, scale: resized(pictures, scale, corners=False), self._level, (0.0, PAD),
+            lambda canvas, scale: resized(canvas, scale, corners=False), self._level, (0.0, PAD),
             shares_norms(self),
         )  # fmt: skip
         scores, maps = zip(*found, strict=True)
@@ -181,12 +181,12 @@ class InstanceFCN(ProposalSystem):
         """The score maps of a level as the aligned tensor that they are; units are pixels of the input."""
         return part_tensor(raw.maps[level], self.parts, self.side, STRIDE / self.scales[level])
 
-    def grids_of(self, raw: Raw, picture: int, places: Int[Tensor, "k 3"]) -> Float[Tensor, "k v v"]:
-        """Mask logits of some windows (level, y, x) of a picture: `assemble` at these places alone."""
+    def grids_of(self, raw: Raw, image: int, places: Int[Tensor, "k 3"]) -> Float[Tensor, "k v v"]:
+        """Mask logits of some windows (level, y, x) of an image: `assemble` at these places alone."""
         parts, order = [raw.maps[0].new_zeros(0, self.side, self.side)], []
         for level in range(len(raw.maps)):
             rows = (places[:, 0] == level).nonzero().flatten()
-            chosen = functional.pad(places[rows][:, 1:], (1, 0), value=picture)
+            chosen = functional.pad(places[rows][:, 1:], (1, 0), value=image)
             tensor, factor = self.mask_tensor(raw, level), self.side / self.parts
             parts.append(swap_windows(tensor, factor, chosen, mode=self.bins, subsampled=False))
             order.append(rows)
@@ -222,14 +222,14 @@ class InstanceFCN(ProposalSystem):
         of_windows, of_masks = global_mean_count(counts)
         score = scores.sum() * 0
         mask = sum((m.sum() for m in raw.maps), score) * 0
-        for picture, ((positive, negative), own, target) in enumerate(zip(chosen, found, targets, strict=True)):
-            score = score + functional.softplus(-scores[picture, positive]).sum()
-            score = score + functional.softplus(scores[picture, negative]).sum()
+        for image, ((positive, negative), own, target) in enumerate(zip(chosen, found, targets, strict=True)):
+            score = score + functional.softplus(-scores[image, positive]).sum()
+            score = score + functional.softplus(scores[image, negative]).sum()
             if not len(positive):
                 continue
             if target.masks is None:
                 raise UsageError("a target has boxes but no masks; this system learns masks")
-            logits = self.grids_of(raw, picture, windows.places[positive]).float()
+            logits = self.grids_of(raw, image, windows.places[positive]).float()
             truth = mask_targets(target.masks, own.owners[positive], windows.boxes[positive], self.side)
             cross = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none")
             mask = mask + cross.mean((1, 2)).sum()
@@ -249,17 +249,17 @@ class InstanceFCN(ProposalSystem):
         mask_threshold: float = 0.5,
         candidates: int = 4000,
     ) -> list[Instances]:
-        """Suppression by the tight boxes of the masks. `candidates`: best windows of a picture that are looked at."""
+        """Suppression by the tight boxes of the masks. `candidates`: best windows of an image that are looked at."""
         windows = self.windows(raw)
         scores = torch.cat([s.flatten(1).float() for s in raw.scores], 1).sigmoid()
         level = logit_of(mask_threshold)
         found = []
-        for picture, placement in enumerate(placements):
-            there = own_places(raw.there, picture, windows) & reachable(windows, placement.size, STRIDE)
-            own = torch.where(there, scores[picture], -1.0)
+        for image, placement in enumerate(placements):
+            there = own_places(raw.there, image, windows) & reachable(windows, placement.size, STRIDE)
+            own = torch.where(there, scores[image], -1.0)
             found.append(
                 proposals(
-                    own, windows, lambda rows, n=picture: self.grids_of(raw, n, windows.places[rows]) - level,
+                    own, windows, lambda rows, n=image: self.grids_of(raw, n, windows.places[rows]) - level,
                     placement, score_threshold=score_threshold, nms_threshold=nms_threshold, detections=detections,
                     candidates=candidates, rule="continuous",
                 )
@@ -288,7 +288,7 @@ class InstanceFCN(ProposalSystem):
             for k, published in {
                 3: {"VOC 2012 val": (38.3, 49.2, 52.1)},
                 5: {
-                    "VOC 2012 val": (38.9, 49.7, 52.6), "COCO 2014, first 5000 pictures of val": (16.6, 31.7, 39.2),
+                    "VOC 2012 val": (38.9, 49.7, 52.6), "COCO 2014, first 5000 images of val": (16.6, 31.7, 39.2),
                 },
                 7: {"VOC 2012 val": (38.8, 49.7, 52.7)},
             }.items()
@@ -298,11 +298,11 @@ class InstanceFCN(ProposalSystem):
                 "backbone": "resnet18", "parts": 5, "side": 11, "head_width": 64, "shift": 8.0, "margin": 16.0,
                 "scales": (0.6, 0.9, 1.35, 2.0), "short": 192, "long": 320,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # Published: one of the six scales per picture and step; here all of them at each.
+        # Published: one of the six scales per image and step; here all of them at each.
         "instancefcn": {
             "steps": 40_000, "batch": 8, "lr": 1e-3, "milestones": (0.8,), "weight_decay": 5e-4, "warmup": 0,
             "decay_biases": True, "augment": {"flip": 0.5},

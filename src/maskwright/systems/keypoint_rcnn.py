@@ -1,7 +1,7 @@
-"""Keypoint R-CNN (section 5 of Mask R-CNN, arXiv 1703.06870): the mask head's place is taken by joints.
+"""Keypoint R-CNN (section 5 of Mask R-CNN, arXiv 1703.06870): the mask head's place is taken by keypoints.
 
-Each joint is one cell of a 56 x 56 map inside a person's box, trained as a choice among 3136 cells. Everything else is
-Mask R-CNN; `mask-rcnn` with `keypoints=17` has both heads.
+Each keypoint is one cell of a 56 x 56 map inside a person's box, trained as a choice among 3136 cells. Everything else
+is Mask R-CNN; `mask-rcnn` with `keypoints=17` has both heads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from maskwright.systems.mask_rcnn import MaskRCNN
 
 
 class KeypointRCNN(MaskRCNN):
-    """Mask R-CNN's options, with `masks` off and 17 joints unless asked otherwise."""
+    """Mask R-CNN's options, with `masks` off and 17 keypoints unless asked otherwise."""
 
     name = "keypoint-rcnn"
     card = Card(
@@ -57,8 +57,8 @@ class KeypointRCNN(MaskRCNN):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ):
-        """As in `MaskRCNN`. By detectron2's rules `box_beta` is 0.5 (plain L1 hurts the joints) and 1500 proposals are
-        kept in training, unless said otherwise."""
+        """As in `MaskRCNN`. By detectron2's rules `box_beta` is 0.5 (plain L1 hurts the keypoints) and 1500 proposals
+        are kept in training, unless said otherwise."""
         if rules == "detectron2":
             box_beta = 0.5 if box_beta is None else box_beta
             proposals_after = proposals_after or (1500, 1000)
@@ -102,6 +102,6 @@ class KeypointRCNN(MaskRCNN):
                 "box_width": 512, "keypoint_convs": 4, "keypoint_width": 128, "anchor_sizes": (16, 32, 64, 128, 256),
                 "proposals_before": (500, 300), "proposals_after": (300, 200), "short": 320, "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip

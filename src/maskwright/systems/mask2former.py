@@ -26,7 +26,7 @@ from maskwright.blocks.layers import ConvNorm, Norm
 from maskwright.blocks.positions import sine_positions
 from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.transformer import MLP, DecoderLayer
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import assign
@@ -164,8 +164,8 @@ class Mask2Former(QuerySystem):
                         of the pixel decoder: deformable layers, their feed-forward width, points per head and level
         layers, hidden  rounds of the queries, and their feed-forward width
         masked          queries look inside their masks alone (table 4a)
-        cross_first     queries look at the picture before they look at each other (table 4b)
-        learnt_content  queries begin with a learnt content, not with noughts (table 4b)
+        cross_first     queries look at the image before they look at each other (table 4b)
+        learnt_content  queries begin with a learnt content, not with zeros (table 4b)
         fine_levels     queries look at strides 32, 16 and 8 in turn; else at stride 32 alone (table 4a)
         class_weight, mask_weight, dice_weight
                         of the losses and of the costs of matching
@@ -206,7 +206,7 @@ class Mask2Former(QuerySystem):
         self.norm = nn.LayerNorm(width)
         self.class_head = nn.Linear(width, len(self.classes) + 1)
         self.mask_head = MLP((width, width, width, width))
-        self.preprocess = coloured(
+        self.preprocess = normalization_for(
             Preprocess(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), divide=1.0).at(short, long),
             in_channels, mean, std,
         )  # fmt: skip
@@ -275,9 +275,9 @@ class Mask2Former(QuerySystem):
 
     def costs(self, raw: Raw, objects: Sequence[learning.Objects]) -> list[Float[Tensor, "l n _m"]]:
         """What matching compares; draws the points that it is done at."""
-        layers, pictures, queries = raw.classes.shape[:3]
+        layers, images, queries = raw.classes.shape[:3]
         matched = sum(min(queries, len(own)) for own in objects)
-        places = learning.draw_places(layers, pictures, matched, self.rules, raw.features.device)
+        places = learning.draw_places(layers, images, matched, self.rules, raw.features.device)
         return learning.point_costs(
             raw.classes.float().softmax(-1), raw.embeddings, raw.features, objects, places, raw.size, self.weights
         )
@@ -328,7 +328,7 @@ class Mask2Former(QuerySystem):
                 "backbone": "resnet18", "width": 128, "queries": 50, "encoder_layers": 2, "encoder_hidden": 512,
                 "layers": 6, "hidden": 512, "points": 2048, "short": 320, "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     # Decay 0.05, but none of norms (the default), of what embeds queries and levels, nor of Swin's relative positions.
@@ -338,7 +338,7 @@ class Mask2Former(QuerySystem):
         "amp": "bf16", "augment": {"flip": 0.5, "jitter": (0.1, 2.0), "size": (1024, 1024)},
     }  # fmt: skip
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # 16 pictures a step; published in fp16, and with padding of grey 128, here of the mean colour
+        # 16 images a step; published in fp16, and with padding of grey 128, here of the mean colour
         "mask2former-50ep": {**_RECIPE, "steps": 368_750, "milestones": (327_778 / 368_750, 355_092 / 368_750)},
         "mask2former-100ep": {**_RECIPE, "steps": 737_500, "milestones": (655_556 / 737_500, 710_184 / 737_500)},
     }
@@ -361,12 +361,12 @@ class Mask2Former(QuerySystem):
         "4b": Ablation(
             "what makes a decoder layer",
             {
-                "as published": {}, "queries begin with noughts": {"learnt_content": False},
-                "each other before the picture": {"cross_first": False}, "dropout": {"dropout": 0.1},
+                "as published": {}, "queries begin with zeros": {"learnt_content": False},
+                "each other before the image": {"cross_first": False}, "dropout": {"dropout": 0.1},
             },
             {
-                "as published": {"AP": 43.7}, "queries begin with noughts": {"AP": 42.9},
-                "each other before the picture": {"AP": 43.2}, "dropout": {"AP": 43.0},
+                "as published": {"AP": 43.7}, "queries begin with zeros": {"AP": 42.9},
+                "each other before the image": {"AP": 43.2}, "dropout": {"AP": 43.0},
             },
             _MEMORY, _ABLATED, _SCENES, _TRAINED,
         ),

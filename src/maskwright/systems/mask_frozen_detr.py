@@ -10,7 +10,7 @@ No code was published and the paper's tables could not be checked: this is a REC
 paper, else by a student project that rebuilt it, else by choices of our own. docs/systems/mask-frozen-detr.md tells
 which is which; there is no parity to claim. Published alone is the idea, its cost, and one number of the largest model.
 
-Since the detector never changes, what it says of a picture need be computed only once: see `cache`.
+Since the detector never changes, what it says of an image need be computed only once: see `cache`.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class ImageEncoder(nn.Module):
             tokens = layer(tokens, positions, references, shapes, everywhere)
         finest = tokens[:, : shapes[0][0] * shapes[0][1]].mT.unflatten(2, shapes[0])
         grid = (fine.shape[2], fine.shape[3])
-        # Padding is made nought, so that what it holds has no part in the neck's norm.
+        # Padding is made zero, so that what it holds has no part in the neck's norm.
         own = self.neck(fine.masked_fill(padding_of(valid, size, grid)[:, None], 0.0))
         return self.mapper(own + functional.interpolate(finest, size=grid, mode="bilinear", align_corners=False))
 
@@ -166,8 +166,8 @@ class BoxNetwork(nn.Module):
 
 
 class FeatureCache:
-    """Frozen features of pictures, by a hash of their bytes. Once it holds `budget` bytes, what is in it stays and
-    nothing more is taken in: an epoch comes by all pictures before it comes back to the first."""
+    """Frozen features of images, by a hash of their bytes. Once it holds `budget` bytes, what is in it stays and
+    nothing more is taken in: an epoch comes by all images before it comes back to the first."""
 
     def __init__(self, budget: int):
         self.budget, self.used = budget, 0
@@ -191,9 +191,9 @@ class FeatureCache:
             self.state = state
 
     @staticmethod
-    def key(picture: Float[Tensor, "c h w"]) -> bytes:
+    def key(image: Float[Tensor, "c h w"]) -> bytes:
         """Of the numbers that the network would read, and their arrangement."""
-        raw = picture.detach().cpu().contiguous()
+        raw = image.detach().cpu().contiguous()
         return hashlib.blake2b(raw.view(torch.uint8).numpy().data, key=str(tuple(raw.shape)).encode()).digest()
 
     def get(self, key: bytes, device: torch.device) -> FrozenFeatures | None:
@@ -258,7 +258,7 @@ class MaskFrozenDETR(System):
                         points per head and level
         side            boxes are cut to side x side cells
         aligned         how: see `ops.pooling.roi_align`
-        query_parts     what refines a query before the product: "objects" (it looks at the picture's other queries),
+        query_parts     what refines a query before the product: "objects" (it looks at the image's other queries),
                         "box" (at what is cut along its box), "feed_forward"
         scoring, score_width
                         whether the quality of masks is learnt, and the width of the two layers that say it
@@ -267,7 +267,7 @@ class MaskFrozenDETR(System):
                         least sure of them are a share `important`
         cost            of class, box (L1) and GIoU in matching the detector's boxes with objects
         weights         of the losses mask (cross entropy), dice and score
-        cache           MB of the host's memory for what the detector says of pictures, in training. Pictures of which
+        cache           MB of the host's memory for what the detector says of images, in training. Images of which
                         the network reads the same numbers again hit it: with a fixed size, mirrored or not, each is
                         computed twice in a whole training; with random sizes or crops hardly any does
         """
@@ -346,23 +346,23 @@ class MaskFrozenDETR(System):
 
     @torch.no_grad()
     def _remembered(self, images: Tensor, valid: Tensor) -> FrozenFeatures:
-        """The same of each picture without its padding, computed by itself where the cache does not hold it."""
+        """The same of each image without its padding, computed by itself where the cache does not hold it."""
         assert self.cache is not None
         self.cache.serve(self._detector_state(images.device))
         parts: list[FrozenFeatures] = []
-        for image, (height, width) in zip(images, valid.tolist(), strict=True):
-            picture = image[:, :height, :width]
-            key = self.cache.key(picture)
+        for padded, (height, width) in zip(images, valid.tolist(), strict=True):
+            image = padded[:, :height, :width]
+            key = self.cache.key(image)
             found = self.cache.get(key, images.device)
             if found is None:
-                found = self._ask(picture[None].contiguous(), valid.new_tensor([[height, width]]))[1]
+                found = self._ask(image[None].contiguous(), valid.new_tensor([[height, width]]))[1]
                 self.cache.put(key, found)
             parts.append(found)
         size, strides = (images.shape[2], images.shape[3]), self.detector.frozen_layout().strides
         levels = [
             torch.cat([_widened(p.memory[level], size, stride) for p in parts]) for level, stride in enumerate(strides)
         ]
-        rows = max(p.boxes.shape[1] for p in parts)  # a small picture may have fewer tokens than there are queries
+        rows = max(p.boxes.shape[1] for p in parts)  # a small image may have fewer tokens than there are queries
         boxes, scores, queries = (
             torch.cat([functional.pad(table, (0, 0, 0, rows - table.shape[1])) for table in column])
             for column in zip(*((p.boxes, p.scores, p.queries) for p in parts), strict=True)
@@ -371,7 +371,7 @@ class MaskFrozenDETR(System):
         return FrozenFeatures(boxes, scores, queries, tuple(levels), fine)
 
     def _detector_state(self, device: torch.device) -> tuple[Any, ...]:
-        """What is another one as soon as the detector may say something else of the same picture: its weights being
+        """What is another one as soon as the detector may say something else of the same image: its weights being
         loaded, moved or written to, wherever that is done from, or another precision."""
         # Several processes may copy buffers to each other before every step, which counts as writing but is none.
         weights = tuple(
@@ -382,13 +382,13 @@ class MaskFrozenDETR(System):
         return weights, buffers, kind
 
     def masks_of(
-        self, raw: Raw, picture: int, boxes: Float[Tensor, "r 4"], rows: Int[Tensor, " r"]
+        self, raw: Raw, image: int, boxes: Float[Tensor, "r 4"], rows: Int[Tensor, " r"]
     ) -> tuple[Float[Tensor, "r s s"], Float[Tensor, " r"]]:
-        """Logits inside `boxes` (in pixels of the input) of these queries of one picture, and how good they will be."""
-        features = raw.features[picture, None]
+        """Logits inside `boxes` (in pixels of the input) of these queries of one image, and how good they will be."""
+        features = raw.features[image, None]
         # In float32, since bfloat16 would move boxes by pixels.
         crops = roi_align(features.float(), as_rois([boxes]), self.side, 1 / FINE, aligned=self.aligned)
-        return self.box_network(crops.to(features.dtype), raw.queries[picture][rows])
+        return self.box_network(crops.to(features.dtype), raw.queries[image][rows])
 
     # ---- learning ------------------------------------------------------------------------------------------------
 
@@ -401,12 +401,12 @@ class MaskFrozenDETR(System):
             pairs = assign(self.costs(raw, objects))
             count = object_count(objects, device)
         total = torch.zeros(3, device=device)
-        for picture, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
+        for image, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
             step = max(1, BUDGET // self._row)
             parts = queries[0].split(step)
             for rows, owners in zip(parts, which[0].split(step), strict=True):
                 if len(rows):
-                    arguments = (raw, picture, rows, own, owners)
+                    arguments = (raw, image, rows, own, owners)
                     # Where it is much, nothing is kept for the backward pass: it makes the masks again.
                     total = total + (
                         checkpoint(self._pair_terms, *arguments, use_reentrant=False)
@@ -436,10 +436,10 @@ class MaskFrozenDETR(System):
             table.append(apart - self.cost[0] * scores[:, own.labels])
         return table
 
-    def _pair_terms(self, raw: Raw, picture: int, rows: Tensor, own: Boxed, owners: Tensor) -> Float[Tensor, " 3"]:
+    def _pair_terms(self, raw: Raw, image: int, rows: Tensor, own: Boxed, owners: Tensor) -> Float[Tensor, " 3"]:
         """Sums over these queries and the objects that they answer for, inside the queries' boxes."""
-        boxes = box_ops.clip(raw.boxes[picture][rows], own.masks.size)
-        logits, quality = self.masks_of(raw, picture, boxes, rows)
+        boxes = box_ops.clip(raw.boxes[image][rows], own.masks.size)
+        logits, quality = self.masks_of(raw, image, boxes, rows)
         with torch.autocast(logits.device.type, enabled=False):
             points = uncertain_points(
                 logits.detach()[:, None], self.points, mask_uncertainty, candidates=self.candidates,
@@ -474,33 +474,33 @@ class MaskFrozenDETR(System):
         best, which = raw.scores.flatten(1).topk(min(detections, raw.scores[0].numel()), dim=1)
         kinds = raw.scores.shape[2]
         found = []
-        for picture, placement in enumerate(placements):
-            wanted = (best[picture] >= score_threshold) & (best[picture] > 0)  # what comes can only lower a score
-            scores, place = best[picture][wanted], which[picture][wanted]
+        for image, placement in enumerate(placements):
+            wanted = (best[image] >= score_threshold) & (best[image] > 0)  # what comes can only lower a score
+            scores, place = best[image][wanted], which[image][wanted]
             rows, which_row = place.div(kinds, rounding_mode="floor").unique(return_inverse=True)
-            boxes = box_ops.clip(raw.boxes[picture][rows], placement.size)
-            masks, quality = self._masks(raw, picture, boxes, rows, placement)
+            boxes = box_ops.clip(raw.boxes[image][rows], placement.size)
+            masks, quality = self._masks(raw, image, boxes, rows, placement)
             scores = scores * quality.clamp(0, 1)[which_row]
             order = scores.argsort(descending=True, stable=True)
             order = order[scores[order] >= score_threshold]
             chosen = which_row[order]
-            outer = box_ops.clip(placement.boxes_to_picture(boxes), placement.picture)[chosen]
+            outer = box_ops.clip(placement.boxes_to_image(boxes), placement.image_size)[chosen]
             found.append(
-                Instances(placement.picture, outer, place[order] % kinds, masks[chosen.to("cpu")], scores[order])
+                Instances(placement.image_size, outer, place[order] % kinds, masks[chosen.to("cpu")], scores[order])
             )
         return found
 
     def _masks(
-        self, raw: Raw, picture: int, boxes: Tensor, rows: Tensor, placement: Placement
+        self, raw: Raw, image: int, boxes: Tensor, rows: Tensor, placement: Placement
     ) -> tuple[Masks, Float[Tensor, " r"]]:
-        """On the picture, some boxes at a time."""
-        masks, quality = [Masks.empty(placement.picture)], [boxes.new_zeros(0)]
+        """On the image, some boxes at a time."""
+        masks, quality = [Masks.empty(placement.image_size)], [boxes.new_zeros(0)]
         step = max(1, 2 * BUDGET // self._row)  # without a backward pass a box takes a sixth
         for part, own in zip(boxes.split(step), rows.split(step), strict=True):
             if len(own):
-                logits, good = self.masks_of(raw, picture, part, own)
+                logits, good = self.masks_of(raw, image, part, own)
                 grids = logits.sigmoid().flip(2) if placement.mirrored else logits.sigmoid()
-                masks.append(paste_masks(grids, placement.boxes_to_picture(part), placement.picture))
+                masks.append(paste_masks(grids, placement.boxes_to_image(part), placement.image_size))
                 quality.append(good)
         return Masks.join(masks), torch.cat(quality)
 
@@ -538,7 +538,7 @@ class MaskFrozenDETR(System):
             self.cache.clear()
         return super().load_state_dict(*arguments, **keywords)
 
-    def progressed(self, done: float) -> None:
+    def on_progress(self, done: float) -> None:
         if done == 0 and not self.joint:
             self.detector.warn_if_random("mask-frozen-detr", "joint=True")
 
@@ -580,7 +580,7 @@ class MaskFrozenDETR(System):
                     "decoder_layers": 3, "queries": 50, "many_queries": 150, "short": 320, "long": 512,
                 },
             },
-            note="for a few hundred pictures and no GPU, from random weights: detector and masks learn at once",
+            note="for a few hundred images and no GPU, from random weights: detector and masks learn at once",
         ),
     }  # fmt: skip
     # From memory, but for the epochs.
@@ -615,6 +615,6 @@ def _moved(features: FrozenFeatures, device: torch.device) -> FrozenFeatures:
 
 
 def _widened(level: Float[Tensor, "1 d h w"], size: tuple[int, int], stride: int) -> Float[Tensor, "1 d _h _w"]:
-    """With noughts to the right and below, up to what a picture of `size` would have."""
+    """With zeros to the right and below, up to what an image of `size` would have."""
     height, width = (-(-length // stride) for length in size)
     return functional.pad(level, (0, width - level.shape[3], 0, height - level.shape[2]))

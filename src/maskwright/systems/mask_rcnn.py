@@ -3,7 +3,7 @@
 A region proposal network looks at every place of a feature pyramid and says where an object might be. For each such
 box, features are read with RoIAlign, without rounding; one head says class and finer box, another, fully convolutional,
 paints a small binary mask for every class. Class and mask are decoupled: each class has its own sigmoid, and only the
-mask of the predicted class is used. A third head can do the same for joints (section 5).
+mask of the predicted class is used. A third head can do the same for keypoints (section 5).
 
 The two published implementations, detectron2 and torchvision, agree on this and differ in some twenty conventions that
 change numbers; `RULES` names them all.
@@ -38,10 +38,10 @@ from maskwright.blocks.roi_heads import (
     sample_proposals,
 )
 from maskwright.blocks.rpn import Anchors, ProposalRules, RPNHead, proposal_losses, propose
-from maskwright.blocks.trunk import coloured
+from maskwright.blocks.trunk import normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
-from maskwright.ops import keypoints as joint_ops
+from maskwright.ops import keypoints as keypoint_ops
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.mask_targets import mask_targets
 from maskwright.ops.paste import paste_masks
@@ -62,16 +62,16 @@ class Rules:
     mask_rule: Literal["binary", "soft"]
     mask_init: Literal["small", "kaiming"]
     paste: Literal["continuous", "padded"]
-    finish: Literal["clip", "scale"]  # final boxes: clipped to the picture and dropped if empty, or only scaled
-    joints: joint_ops.Scoring
-    joints_inside: bool  # joints are learnt only from boxes that hold at least one
+    finish: Literal["clip", "scale"]  # final boxes: clipped to the image and dropped if empty, or only scaled
+    keypoints: keypoint_ops.Scoring
+    keypoints_inside: bool  # keypoints are learnt only from boxes that hold at least one
 
 
 RULES = {
     "detectron2": Rules(
         ProposalRules(), RoIRules(), aligned=True, samples=0, levels="detectron2", upsample="double",
-        mask_rule="binary", mask_init="small", paste="continuous", finish="clip", joints="probability",
-        joints_inside=True,
+        mask_rule="binary", mask_init="small", paste="continuous", finish="clip", keypoints="probability",
+        keypoints_inside=True,
     ),
     "torchvision": Rules(
         ProposalRules(
@@ -80,7 +80,7 @@ RULES = {
         ),
         RoIRules(beta=1 / 9, sampled_order="index", smallest_side=1e-2),
         aligned=False, samples=2, levels="torchvision", upsample="fit", mask_rule="soft", mask_init="kaiming",
-        paste="padded", finish="scale", joints="logit", joints_inside=False,
+        paste="padded", finish="scale", keypoints="logit", keypoints_inside=False,
     ),
 }  # fmt: skip
 
@@ -181,7 +181,7 @@ class MaskRCNN(System):
                         (table 2b)
         agnostic_masks  one mask for all classes (section 4.2)
         points          masks are refined at single points (PointRend, arXiv 1912.08193), to 224 x 224; "fpn" only
-        masks, keypoints  which heads there are, `keypoints` being the number of joints
+        masks, keypoints  which heads there are, `keypoints` being the number of keypoints
         short, long, mean, std  preprocessing; mean and std in the network's channel order, None: as published
         """
         super().__init__()
@@ -265,7 +265,7 @@ class MaskRCNN(System):
                 if isinstance(module, FrozenBatchNorm):
                     module.fused = False  # it multiplies and adds, which rounds otherwise
 
-        self.preprocess = coloured(PREPROCESS[rules].at(short, long), in_channels, mean, std)
+        self.preprocess = normalization_for(PREPROCESS[rules].at(short, long), in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
 
@@ -276,7 +276,7 @@ class MaskRCNN(System):
         return Raw(tuple(features), tuple(objectness), tuple(deltas), (images.shape[-2], images.shape[-1]))
 
     def pooled(self, raw: Raw, boxes: Sequence[Float[Tensor, "_n 4"]], side: int) -> Float[Tensor, "r c s s"]:
-        """Features of boxes of each picture (in the input's pixels), ready for the heads."""
+        """Features of boxes of each image (in the input's pixels), ready for the heads."""
         features = self.pooler(raw.features, boxes, side)
         return features if self.roi_stage is None else self.roi_stage(features)
 
@@ -314,14 +314,14 @@ class MaskRCNN(System):
                 read = self.mask_features(raw, foreground)
             terms |= self.mask_losses(raw, read, sampled, foreground, targets)
         if self.keypoint_head is not None:
-            head, inside = self.keypoint_head, self.rules.joints_inside
+            head, inside = self.keypoint_head, self.rules.keypoints_inside
             terms["keypoint"] = keypoint_loss(
                 lambda boxes: head(self.pooled(raw, boxes, self.mask_side)), sampled, foreground, targets, inside
             )
         return terms
 
     def mask_boxes(self, sampled: Sequence[Sampled], deltas: Tensor) -> list[Float[Tensor, "_n 4"]]:
-        """The boxes in which masks and joints are learnt: the foreground's proposals."""
+        """The boxes in which masks and keypoints are learnt: the foreground's proposals."""
         return [s.boxes[s.foreground] for s in sampled]
 
     def mask_features(self, raw: Raw, boxes: Sequence[Float[Tensor, "_n 4"]]) -> Float[Tensor, "r c s s"]:
@@ -380,17 +380,19 @@ class MaskRCNN(System):
     ) -> list[Instances]:
         """refine  False: coarse masks alone, where points could refine them"""
         found = self.find(raw, [p.size for p in placements], score_threshold, nms_threshold, detections)
-        masks, joints = self.read_boxes(raw, [b for b, _, _ in found], [k for _, _, k in found], refine)
+        masks, keypoints = self.read_boxes(raw, [b for b, _, _ in found], [k for _, _, k in found], refine)
         return [
-            self._on_picture(boxes, scores, kinds, mask, joint, placement, mask_threshold)
-            for (boxes, scores, kinds), mask, joint, placement in zip(found, masks, joints, placements, strict=True)
+            self._on_image(boxes, scores, kinds, mask, keypoint, placement, mask_threshold)
+            for (boxes, scores, kinds), mask, keypoint, placement in zip(
+                found, masks, keypoints, placements, strict=True
+            )
         ]
 
     @torch.no_grad()
     def find(
         self, raw: Raw, sizes: Sequence[tuple[int, int]], score_threshold: float, nms_threshold: float, detections: int
     ) -> list[tuple[Float[Tensor, "_d 4"], Float[Tensor, " _d"], Int[Tensor, " _d"]]]:
-        """Boxes (in the input's pixels), scores and labels for each picture of valid size (h, w), best first."""
+        """Boxes (in the input's pixels), scores and labels for each image of valid size (h, w), best first."""
         anchors = self.anchors(raw.features, raw.size)
         proposals = propose(raw.objectness, raw.deltas, anchors, sizes, self.proposal_rules)
         boxes = [b for b, _ in proposals]
@@ -404,20 +406,20 @@ class MaskRCNN(System):
     def read_boxes(
         self, raw: Raw, boxes: Sequence[Float[Tensor, "_n 4"]], labels: Sequence[Tensor], refine: bool = True
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """For boxes of each picture (in the input's pixels): masks (N, 28, 28) as probabilities of the box's class
-        (with points, unless not to `refine`, (N, 224, 224)), and joints' maps (N, J, 56, 56) as logits; None where
+        """For boxes of each image (in the input's pixels): masks (N, 28, 28) as probabilities of the box's class
+        (with points, unless not to `refine`, (N, 224, 224)), and keypoints' maps (N, J, 56, 56) as logits; None where
         there is no such head."""
         counts = [len(b) for b in boxes]
         masks: list[Tensor | None] = [None] * len(boxes)
-        joints: list[Tensor | None] = [None] * len(boxes)
+        keypoints: list[Tensor | None] = [None] * len(boxes)
         if self.mask_head is None and self.keypoint_head is None:
-            return masks, joints
+            return masks, keypoints
         features = self.mask_features(raw, boxes)
         if self.mask_head is not None:
             masks = list(self.box_masks(raw, features, boxes, torch.cat(list(labels)), refine).split(counts))
         if self.keypoint_head is not None:
-            joints = list(self.keypoint_head(features).float().split(counts))
-        return masks, joints
+            keypoints = list(self.keypoint_head(features).float().split(counts))
+        return masks, keypoints
 
     def box_masks(
         self, raw: Raw, features: Float[Tensor, "r c _s _s"], boxes: Sequence[Float[Tensor, "_n 4"]],
@@ -433,16 +435,16 @@ class MaskRCNN(System):
             return self.mask_head.of(features, own).float().sigmoid()
         return self.points.refine(raw.features[0], self.mask_head(features), boxes, own).sigmoid()
 
-    def _on_picture(
-        self, boxes: Tensor, scores: Tensor, labels: Tensor, mask: Tensor | None, joint: Tensor | None,
+    def _on_image(
+        self, boxes: Tensor, scores: Tensor, labels: Tensor, mask: Tensor | None, keypoint: Tensor | None,
         placement: Placement, threshold: float,
     ) -> Instances:  # fmt: skip
-        size = placement.picture
+        size = placement.image_size
         points = None
-        if joint is not None:
-            points = joint_ops.decode(joint, boxes, self.rules.joints)
-            points = torch.cat([placement.points_to_picture(points[..., :2]), points[..., 2:]], -1)
-        boxes = placement.boxes_to_picture(boxes)
+        if keypoint is not None:
+            points = keypoint_ops.decode(keypoint, boxes, self.rules.keypoints)
+            points = torch.cat([placement.points_to_image(points[..., :2]), points[..., 2:]], -1)
+        boxes = placement.boxes_to_image(boxes)
         if self.rules.finish == "clip":
             boxes = box_ops.clip(boxes, size)
             solid = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
@@ -544,7 +546,7 @@ class MaskRCNN(System):
                 "box_convs": 0, "box_width": 512, "mask_width": 128, "anchor_sizes": (16, 32, 64, 128, 256),
                 "proposals_before": (500, 300), "proposals_after": (300, 200), "short": 320, "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     _ABLATED: ClassVar[dict[str, Any]] = {

@@ -25,7 +25,7 @@ from maskwright.blocks.layers import ConvNorm, Norm
 from maskwright.blocks.positions import sine_positions
 from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.transformer import MLP, DecoderLayer, EncoderLayer
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import assign
@@ -141,7 +141,7 @@ class MaskFormer(QuerySystem):
                         of the losses and of the costs of matching; the mask loss is the focal loss
         no_object       weight of "no object" in the class loss
         classes_first   how `decode_semantic` resizes: see `ops.queries.semantic`; so where only that was published
-        multiple        what inputs are padded to; published panoptic models do not pad single pictures
+        multiple        what inputs are padded to; published panoptic models do not pad single images
         short, long, mean, std  preprocessing; mean and std in the network's channel order, None: as published
         """
         super().__init__()
@@ -170,7 +170,7 @@ class MaskFormer(QuerySystem):
         if self.project is not None:
             nn.init.kaiming_uniform_(self.project.weight, a=1)
             nn.init.zeros_(self.project.bias)  # pyright: ignore[reportArgumentType]
-        self.preprocess = coloured(
+        self.preprocess = normalization_for(
             Preprocess(
                 mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), divide=1.0, multiple=multiple
             ).at(short, long),
@@ -226,19 +226,19 @@ class MaskFormer(QuerySystem):
                 for n, full in zip((height, width), raw.size, strict=True))  # fmt: skip
         places = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1).reshape(1, -1, 2)
         costs = []
-        for picture, own in enumerate(objects):
+        for image, own in enumerate(objects):
             cost = probabilities.new_zeros(layers, probabilities.shape[2], len(own))
             step = max(1, learning.BUDGET // (64 * places.shape[1]))
             for first in range(0, len(own), step):
                 rows = slice(first, min(first + step, len(own)))
                 truth = mask_sample(own.masks[rows], places.expand(rows.stop - first, -1, -1), mode="nearest")
                 for layer in range(layers):
-                    logits = raw.embeddings[layer, picture].float() @ raw.features[picture].float().flatten(1)
+                    logits = raw.embeddings[layer, image].float() @ raw.features[image].float().flatten(1)
                     soft = logits.sigmoid()
                     one = 0.25 * (1 - soft).square() * functional.softplus(-logits)  # where the target is 1
-                    nought = 0.75 * soft.square() * functional.softplus(logits)
-                    focal = (nought.sum(1)[:, None] + (one - nought) @ truth.T) / truth.shape[1]
-                    kind = -probabilities[layer, picture][:, own.labels[rows]]
+                    zero = 0.75 * soft.square() * functional.softplus(logits)
+                    focal = (zero.sum(1)[:, None] + (one - zero) @ truth.T) / truth.shape[1]
+                    kind = -probabilities[layer, image][:, own.labels[rows]]
                     parts = (kind, focal, learning.overlap_cost(soft, truth))
                     cost[layer, :, rows] = sum(w * p for w, p in zip(self.weights, parts, strict=True))
             costs.append(cost)
@@ -253,12 +253,12 @@ class MaskFormer(QuerySystem):
         sums = [raw.embeddings.new_zeros(layers, 2, dtype=torch.float32)]
         many = 24 * layers * pixels * sum(q.shape[1] for q, _ in pairs) > 2 * learning.BUDGET
         step = max(1, learning.BUDGET // (48 * pixels))
-        for picture, (own, plane, (queries, which)) in enumerate(
+        for image, (own, plane, (queries, which)) in enumerate(
             zip(objects, raw.features.unbind(0), pairs, strict=True)
         ):
             if not queries.shape[1]:
                 continue
-            chosen = raw.embeddings[:, picture].gather(1, queries[..., None].expand(-1, -1, raw.embeddings.shape[-1]))
+            chosen = raw.embeddings[:, image].gather(1, queries[..., None].expand(-1, -1, raw.embeddings.shape[-1]))
             terms = []
             for rows, owners in zip(chosen.flatten(0, 1).split(step), which.flatten().split(step), strict=True):
                 truth = self._truth(own, owners, raw.size)
@@ -314,7 +314,7 @@ class MaskFormer(QuerySystem):
                 "backbone": "resnet18", "width": 128, "queries": 50, "layers": 4, "hidden": 512, "dropout": 0.0,
                 "short": 320, "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     # Decay acts on neither norms (the default) nor what embeds queries, nor Swin's relative positions.
@@ -324,7 +324,7 @@ class MaskFormer(QuerySystem):
         "augment": {"flip": 0.5, "crop": 0.6, "crop_chance": 0.5},
     }  # fmt: skip
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # Published windows have sides of 384 to 600 pixels of a picture whose short side is 400 to 600; here shares.
+        # Published windows have sides of 384 to 600 pixels of an image whose short side is 400 to 600; here shares.
         "maskformer-r50-300ep": {
             **_RECIPE, "lr": 1e-4, "weight_decay": 1e-4, "rates": {"backbone": 0.1}, "warmup": 0,
         },

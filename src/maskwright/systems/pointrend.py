@@ -1,11 +1,11 @@
 """PointRend: Image Segmentation as Rendering (Kirillov, Wu, He, Girshick, CVPR 2020, arXiv 1912.08193).
 
-A mask need not be computed on a grid. As in computer graphics, where a picture is sampled more densely where it
+A mask need not be computed on a grid. As in computer graphics, where an image is sampled more densely where it
 changes, a small network is asked for single points: it reads a fine feature and a coarse prediction at the point, and
 says what is there. At test a coarse mask is doubled again and again, and only the cells that are unsure, which lie
 along the outline, are asked for; in training points are drawn with a bias towards unsure places.
 
-`PointRend` does this inside the boxes of Mask R-CNN, `PointRendSemantic` on the whole picture for a semantic
+`PointRend` does this inside the boxes of Mask R-CNN, `PointRendSemantic` on the whole image for a semantic
 segmentation. The block itself, `blocks.points`, refines coarse masks of other systems too (`points=True` there).
 """
 
@@ -27,7 +27,7 @@ from maskwright.blocks.points import BoxPoints, PointHead, PointRules, read_in_b
 from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.roi_heads import Sampled
 from maskwright.blocks.semantic import VOID, SemanticFPN, label_maps, semantic_loss
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
@@ -229,7 +229,7 @@ class PointRend(MaskRCNN):
     def roi_losses(
         self, raw: BoxRaw, proposals: Sequence[Float[Tensor, "_n 4"]], targets: Sequence[Instances]
     ) -> dict[str, Tensor]:
-        # Masks are compared at points, so polygons are filled first, on the whole picture.
+        # Masks are compared at points, so polygons are filled first, on the whole image.
         filled = [t if t.masks is None else replace(t, masks=t.masks.pack()) for t in targets]
         return super().roi_losses(raw, proposals, filled)
 
@@ -301,7 +301,7 @@ class PointRend(MaskRCNN):
                 "mask_fc_width": 512, "point_width": 128, "anchor_sizes": (16, 32, 64, 128, 256),
                 "proposals_before": (500, 300), "proposals_after": (300, 200), "short": 320, "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -387,7 +387,7 @@ class PointRendSemantic(PanopticSystem):
                       without it (as published) they are not learnt from, and every pixel is of some class
         backbone ... neck_norm  as in `MaskRCNN`
         coarse_width  inside the coarse head
-        point_width ... refine_points  as in `PointRend`: points per picture
+        point_width ... refine_points  as in `PointRend`: points per image
         short, long, mean, std  preprocessing; mean and std in the network's channel order, None: as published
         """
         super().__init__()
@@ -405,7 +405,7 @@ class PointRendSemantic(PanopticSystem):
             raise UsageError("one class and no background: there is nothing to choose from; set background=True")
         self.coarse_head = SemanticFPN(neck_width, outputs, width=coarse_width)
         self.point_head = PointHead(neck_width, outputs, outputs, width=point_width, each=False)
-        self.preprocess = coloured(PREPROCESS["detectron2"].at(short, long), in_channels, mean, std)
+        self.preprocess = normalization_for(PREPROCESS["detectron2"].at(short, long), in_channels, mean, std)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
         pyramid = self.neck(self.backbone(images))
@@ -465,7 +465,7 @@ class PointRendSemantic(PanopticSystem):
         return [labels for labels, _ in self._labels(raw, placements, refine)]
 
     def _labels(self, raw: Raw, placements: Sequence[Placement], refine: bool) -> list[tuple[Tensor, Tensor]]:
-        """Each picture's labels, -1 for nothing, and how probable they are; one picture after the other."""
+        """Each image's labels, -1 for nothing, and how probable they are; one image after the other."""
         result = []
         for row, placement in enumerate(placements):
             one = Raw(raw.feature[row : row + 1], raw.coarse[row : row + 1], raw.size)
@@ -534,7 +534,7 @@ class PointRendSemantic(PanopticSystem):
                 "backbone": "resnet18", "neck_width": 128, "neck_norm": "group", "coarse_width": 64, "point_width": 128,
                 "point_count": 1024, "refine_points": 2048, "short": 320, "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {

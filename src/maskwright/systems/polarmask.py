@@ -111,10 +111,10 @@ class PolarMask(System):
         box_branch      without, a box is what its contour reaches (table 2e)
         sampling, centerness, mask_loss, border
                         see `blocks.polar.PolarRules` (tables 2b, 2c and 2d). border="pixels" is published; it hardly
-                        learns small objects, nor anything in small pictures
-        colours         what pictures are normalised by: "caffe", BGR means, or "imagenet", RGB means and deviations
-        short, long     with `canvas` None: sides of the input, the picture's shape kept
-        canvas          (height, width) that every picture is stretched to, as published: (768, 1280); upright pictures
+                        learns small objects, nor anything in small images
+        colours         what images are normalised by: "caffe", BGR means, or "imagenet", RGB means and deviations
+        short, long     with `canvas` None: sides of the input, the image's shape kept
+        canvas          (height, width) that every image is stretched to, as published: (768, 1280); upright images
                         too
         multiple        the padded input's sides are multiples of this, itself a multiple of 32
         """
@@ -147,8 +147,8 @@ class PolarMask(System):
     def losses(self, raw: PolarRaw, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """`class` (focal), `box` (-log IoU), `mask` (Polar IoU), `centerness`. Crowd regions are not learnt from.
 
-        The published loader leaves objects out that are tiny in the original picture (area at most 15, or both sides
-        below 10); here that is the data set's business. One published quirk is not kept: nothing is learnt of a picture
+        The published loader leaves objects out that are tiny in the original image (area at most 15, or both sides
+        below 10); here that is the data set's business. One published quirk is not kept: nothing is learnt of an image
         all of whose mass centres lie in the first column.
         """
         places = fcos.locations(raw.classes)
@@ -177,7 +177,7 @@ class PolarMask(System):
     def class_rows(self) -> dict[str, ClassRows]:
         return {f"head.classes.{kind}": ClassRows() for kind in ("weight", "bias")}
 
-    # 16 pictures, a rate of 0.01 and twice that for biases. The 4-GPU configuration; the 32-GPU one has a rate of 0.04,
+    # 16 images, a rate of 0.01 and twice that for biases. The 4-GPU configuration; the 32-GPU one has a rate of 0.04,
     # batches of 64, a warm-up of 2000 steps and two epochs more.
     _SGD: ClassVar[dict[str, Any]] = {
         "lr": 0.01, "clip": 35.0, "rates": {"*.bias": 2.0}, "decay_norms": True, "warmup": 500, "warmup_from": 1 / 3,
@@ -231,6 +231,6 @@ class PolarMask(System):
         ),
         "polarmask-small": Preset(
             {"backbone": "resnet18", "neck_width": 128, "head_convs": 2, "short": 320, "long": 512},
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip

@@ -3,7 +3,7 @@ head (section 4.3).
 
 No boxes, no anchors, no pixels to be grouped: two objects differ in where their centres are and how large they are.
 Each level of a feature pyramid is looked at as a grid of S x S cells. The category branch says for each cell what
-object has its centre there; channel i * S + j of the mask branch is the mask, over the whole picture, of the object at
+object has its centre there; channel i * S + j of the mask branch is the mask, over the whole image, of the object at
 row i, column j. So that a convolution knows where it is, coordinates are appended to its input (CoordConv).
 
 S^2 masks are many and nearly all are of nothing. Decoupled SOLO has S maps for columns and S for rows instead: the mask
@@ -29,7 +29,7 @@ from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.solo_grid import GRIDS, PRIOR, RANGES, Deform, GridBranch, MaskLoss, tower
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.ops.distributed import global_mean_count
 from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.systems.base import Card, ClassRows, Preset, Score, System
@@ -141,7 +141,7 @@ class SOLO(System):
             modulated=deform_modulated, align=align,
         )  # fmt: skip
         self.make_mask_branch(neck_width, head_width, head_convs, head_deform, deform_modulated)
-        self.preprocess = coloured(PREPROCESS.at(short, long), in_channels, mean, std)
+        self.preprocess = normalization_for(PREPROCESS.at(short, long), in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
 
@@ -165,10 +165,10 @@ class SOLO(System):
         return torch.cat([level, grid_ops.coordinates(level)[:, axes]], 1) if self.coordinates else level
 
     def masks_of(
-        self, raw: Any, picture: int, level: int, cells: Int[Tensor, " n"], size: tuple[int, int] | None = None
+        self, raw: Any, image: int, level: int, cells: Int[Tensor, " n"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "n _h _w"]:
-        """Probabilities of the masks that cells of one level of one picture name; bilinearly on a grid of `size`."""
-        output, feature = self.mask_output[level], raw.features[level][picture]
+        """Probabilities of the masks that cells of one level of one image name; bilinearly on a grid of `size`."""
+        output, feature = self.mask_output[level], raw.features[level][image]
         assert isinstance(output, nn.Conv2d)
         assert output.bias is not None
         logits = output.weight[cells].flatten(1) @ feature.flatten(1) + output.bias[cells, None]  # (n, h w)
@@ -186,11 +186,11 @@ class SOLO(System):
         claims = [grid_ops.assign(o, raw.size, self.grids, self.ranges, self.sigma) for o in objects]
         labels = grid_ops.class_labels(objects, claims, self.grids)
         terms = []
-        for picture, (own, levels) in enumerate(zip(objects, claims, strict=True)):
+        for image, (own, levels) in enumerate(zip(objects, claims, strict=True)):
             for level, (claim, grid, stride) in enumerate(zip(levels, self.grids, MASK_STRIDES, strict=True)):
                 # A channel is one cell's, so a cell that two objects claim learns the later one's mask alone.
-                def soft(cells: Tensor, picture: int = picture, level: int = level) -> Tensor:
-                    return self.masks_of(raw, picture, level, cells)
+                def soft(cells: Tensor, image: int = image, level: int = level) -> Tensor:
+                    return self.masks_of(raw, image, level, cells)
 
                 terms.append(grid_ops.mask_loss_sum(soft, claim.once(grid * grid), own.planes[stride], self.mask_loss))
         count = global_mean_count((labels >= 0).sum())
@@ -230,9 +230,9 @@ class SOLO(System):
         )  # fmt: skip
         plane = (raw.size[0] // 4, raw.size[1] // 4)
 
-        def soft(picture: int, cells: Tensor) -> Tensor:
+        def soft(image: int, cells: Tensor) -> Tensor:
             parts = grid_ops.by_level(cells, self.grids)
-            return torch.cat([self.masks_of(raw, picture, n, part, plane) for n, part in enumerate(parts)])
+            return torch.cat([self.masks_of(raw, image, n, part, plane) for n, part in enumerate(parts)])
 
         return grid_ops.decode_cells(raw.classes, self.grids, soft, plane, placements, raw.size, rules, mask_threshold)
 
@@ -261,8 +261,8 @@ class SOLO(System):
                 "grids": (12, 10, 8, 6, 4), "ranges": ((1, 40), (20, 80), (40, 160), (80, 320), (160, 1024)),
                 "short": 320, "long": 512,
             },
-            # Each cell's channel learns from the objects with their centres there alone: few pictures, few cells.
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            # Each cell's channel learns from the objects with their centres there alone: few images, few cells.
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     _RECIPE: ClassVar[dict[str, Any]] = {
@@ -350,10 +350,10 @@ class DecoupledSOLO(SOLO):
         return DecoupledRaw(classes, tuple(across), tuple(down), size)
 
     def masks_of(
-        self, raw: Any, picture: int, level: int, cells: Int[Tensor, " n"], size: tuple[int, int] | None = None
+        self, raw: Any, image: int, level: int, cells: Int[Tensor, " n"], size: tuple[int, int] | None = None
     ) -> Float[Tensor, "n _h _w"]:
         grid = self.grids[level]
-        columns, rows = raw.across[level][picture][cells % grid], raw.down[level][picture][cells // grid]
+        columns, rows = raw.across[level][image][cells % grid], raw.down[level][image][cells // grid]
         # Each is resized by itself, as in the official code, which is not the same as the product resized.
         return _resized(columns.float().sigmoid(), size) * _resized(rows.float().sigmoid(), size)
 
@@ -386,7 +386,7 @@ class DecoupledSOLO(SOLO):
                 "grids": (24, 20, 16, 12, 8), "ranges": ((1, 40), (20, 80), (40, 160), (80, 320), (160, 1024)),
                 "short": 320, "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # SOLO's: solo-1x, solo-3x, solo-light-3x

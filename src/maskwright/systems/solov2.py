@@ -27,7 +27,7 @@ from maskwright.blocks.layers import Norm
 from maskwright.blocks.points import PlanePoints
 from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.solo_grid import GRIDS, PRIOR, RANGES, Deform, GridBranch, MaskLoss
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.points import mask_sample
@@ -205,7 +205,7 @@ class SOLOv2(System):
             modulated=deform_modulated,
         )  # fmt: skip
         self.points = PlanePoints(mask_channels, width=mask_width) if points else None
-        self.preprocess = coloured(self.rules.preprocess.at(short, long), in_channels, mean, std)
+        self.preprocess = normalization_for(self.rules.preprocess.at(short, long), in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
 
@@ -221,7 +221,7 @@ class SOLOv2(System):
         return Raw(tuple(classes), tuple(kernels), feature, (images.shape[-2], images.shape[-1]))
 
     def masks_of(self, feature: Float[Tensor, "e h w"], kernels: Float[Tensor, "n d"]) -> Float[Tensor, "n h w"]:
-        """Logits of the masks that these kernels make of one picture's feature."""
+        """Logits of the masks that these kernels make of one image's feature."""
         if self.kernel_size == 1:
             return (kernels @ feature.flatten(1)).unflatten(1, feature.shape[1:]).float()
         if not len(kernels):
@@ -242,17 +242,17 @@ class SOLOv2(System):
         claims = [grid_ops.assign(o, raw.size, self.grids, self.ranges, self.sigma) for o in objects]
         labels = grid_ops.class_labels(objects, claims, self.grids)
         terms, refined, (count, learnt) = [], [], torch.zeros(2, device=logits.device)
-        for picture, (own, levels) in enumerate(zip(objects, claims, strict=True)):
+        for image, (own, levels) in enumerate(zip(objects, claims, strict=True)):
 
-            def soft(cells: Tensor, picture: int = picture) -> Tensor:
-                return self.masks_of(raw.feature[picture], kernels[picture][cells]).sigmoid()
+            def soft(cells: Tensor, image: int = image) -> Tensor:
+                return self.masks_of(raw.feature[image], kernels[image][cells]).sigmoid()
 
             # Unlike in SOLO, a cell that two objects claim learns both masks, if only one class.
             claim = grid_ops.joined(levels, self.grids)
             terms.append(grid_ops.mask_loss_sum(soft, claim, own.planes[4], self.mask_loss))
             count = count + len(claim.cells)
             if self.points is not None:
-                refined.append(self._point_loss(raw, kernels, picture, claim, targets[picture]))
+                refined.append(self._point_loss(raw, kernels, image, claim, targets[image]))
                 learnt = learnt + len(claim.owners.unique())
         # Without an object the masks have a gradient all the same, a zero one.
         idle = (raw.feature.float().sum() + kernels.float().sum()) * 0
@@ -263,9 +263,9 @@ class SOLOv2(System):
         return losses | ({"point": torch.stack(refined).sum() / global_mean_count(learnt)} if refined else {})
 
     def _point_loss(
-        self, raw: Raw, kernels: Tensor, picture: int, claim: grid_ops.Positives, target: Instances
+        self, raw: Raw, kernels: Tensor, image: int, claim: grid_ops.Positives, target: Instances
     ) -> Tensor:
-        """Sum over one picture's objects, each by the first of its cells."""
+        """Sum over one image's objects, each by the first of its cells."""
         assert self.points is not None
         target = target if target.crowd is None else target[~target.crowd]
         owners, row = claim.owners.unique(return_inverse=True)
@@ -277,8 +277,8 @@ class SOLOv2(System):
             masks = target.masks if target.masks is not None else Masks.empty(target.image_size)
             return mask_sample(masks, points * extent, owners)
 
-        coarse = self.masks_of(raw.feature[picture], kernels[picture][claim.cells[first]])
-        return self.points.loss_sum(raw.feature[picture : picture + 1], coarse, truth)
+        coarse = self.masks_of(raw.feature[image], kernels[image][claim.cells[first]])
+        return self.points.loss_sum(raw.feature[image : image + 1], coarse, truth)
 
     # ---- objects -------------------------------------------------------------------------------------------------
 
@@ -308,12 +308,12 @@ class SOLOv2(System):
         )  # fmt: skip
         kernels, plane = grid_ops.flat(raw.kernels), (raw.feature.shape[2], raw.feature.shape[3])
 
-        def soft(picture: int, cells: Tensor) -> Tensor:
-            return self.masks_of(raw.feature[picture], kernels[picture][cells]).sigmoid()
+        def soft(image: int, cells: Tensor) -> Tensor:
+            return self.masks_of(raw.feature[image], kernels[image][cells]).sigmoid()
 
-        def finer(picture: int, masks: Tensor) -> Tensor:
+        def finer(image: int, masks: Tensor) -> Tensor:
             assert self.points is not None
-            return self.points.refine(raw.feature[picture : picture + 1], masks.logit(1e-6)).sigmoid()
+            return self.points.refine(raw.feature[image : image + 1], masks.logit(1e-6)).sigmoid()
 
         return grid_ops.decode_cells(
             raw.classes, self.grids, soft, plane, placements, raw.size, rules, mask_threshold,
@@ -376,11 +376,11 @@ class SOLOv2(System):
             (Score(36.4, "mask AP", "COCO val2017, short side 512, pycocotools", _README),), "36 epochs",
         ),
         "solov2-r50-adelaidet": Preset(
-            _ADELAIDET, (Score(37.6, "mask AP", _COCO, "AdelaiDet README"),), "270k steps of 16 pictures"
+            _ADELAIDET, (Score(37.6, "mask AP", _COCO, "AdelaiDet README"),), "270k steps of 16 images"
         ),
         "solov2-r101-adelaidet": Preset(
             {**_ADELAIDET, "backbone": "resnet101"}, (Score(39.0, "mask AP", _COCO, "AdelaiDet README"),),
-            "270k steps of 16 pictures",
+            "270k steps of 16 images",
         ),
         "solov2-small": Preset(
             {
@@ -388,7 +388,7 @@ class SOLOv2(System):
                 "mask_channels": 64, "grids": (24, 20, 16, 12, 8), "short": 320, "long": 512,
                 "ranges": ((1, 40), (20, 80), (40, 160), (80, 320), (160, 1024)),
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     _RECIPE: ClassVar[dict[str, Any]] = {

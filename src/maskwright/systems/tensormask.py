@@ -27,7 +27,7 @@ from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import ConvNorm, Norm
 from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.rpn import Anchors
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
@@ -164,7 +164,7 @@ class TensorMask(System):
         self.anchors = Anchors(
             [[side * FINEST * 2**level for side in self.windows] for level in range(len(STRIDES))], STRIDES, (1.0,)
         )
-        self.preprocess = coloured(
+        self.preprocess = normalization_for(
             Preprocess(
                 short=short, long=long, resample="pillow", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0),
                 divide=1.0, channels="BGR",
@@ -217,7 +217,7 @@ class TensorMask(System):
         return result
 
     def masks_of(self, raw: Raw, windows: Int[Tensor, "p 5"]) -> list[tuple[Tensor, Float[Tensor, "_k _v _v"]]]:
-        """Mask logits of some windows, rows of (picture, level, y, x, size): for each level and size that occurs, which
+        """Mask logits of some windows, rows of (image, level, y, x, size): for each level and size that occurs, which
         rows they are and their V x V logits."""
         result = []
         for level in range(len(STRIDES)):
@@ -234,8 +234,8 @@ class TensorMask(System):
             if self.bipyramid:
                 return swap_windows(tensor, 2**level, places, mode=self.mode)
             return swap_windows(tensor, self.factor, places, mode=self.mode, subsampled=False)
-        picture, y, x = places.unbind(1)
-        values = tensor.values[picture, :, :, y, x]  # (k, V / factor, U / factor)
+        image, y, x = places.unbind(1)
+        values = tensor.values[image, :, :, y, x]  # (k, V / factor, U / factor)
         if self.factor == 1:
             return values
         return upsample(replace(tensor, values=values[..., None, None]), self.factor, self.mode).values[..., 0, 0]
@@ -297,32 +297,32 @@ class TensorMask(System):
         logits = self.rows(raw.logits, len(self.classes))  # (B, N, K)
         count = global_mean_count(logits.new_tensor(float(found)))
         truth = torch.zeros_like(logits)
-        for picture, (own, target) in enumerate(zip(assigned, targets, strict=True)):
-            truth[picture, own.windows, target.labels[own.owners]] = 1
+        for image, (own, target) in enumerate(zip(assigned, targets, strict=True)):
+            truth[image, own.windows, target.labels[own.owners]] = 1
         terms = {"class": _focal_star(logits, truth) / count}
         if raw.deltas:
             deltas = self.rows(raw.deltas, 4)
             total = deltas.sum() * 0
-            for picture, (own, target) in enumerate(zip(assigned, targets, strict=True)):
+            for image, (own, target) in enumerate(zip(assigned, targets, strict=True)):
                 goal = box_ops.encode(windows[own.windows], target.boxes[own.owners].to(windows), BOX_WEIGHTS)
-                total = total + smooth_l1_sum(deltas[picture, own.windows], goal, 0.0)
+                total = total + smooth_l1_sum(deltas[image, own.windows], goal, 0.0)
             terms["box"] = total / count
         return terms | {"mask": self._mask_loss(raw, windows, places, assigned, targets) / count}
 
     def _mask_loss(
         self, raw: Raw, windows: Tensor, places: Tensor, assigned: Sequence[Assigned], targets: Sequence[Instances]
     ) -> Tensor:
-        pictures = torch.cat([torch.full_like(a.windows, n) for n, a in enumerate(assigned)])
+        images = torch.cat([torch.full_like(a.windows, n) for n, a in enumerate(assigned)])
         chosen = torch.cat([a.windows for a in assigned])
-        rows = torch.cat([pictures[:, None], places[chosen]], 1)
+        rows = torch.cat([images[:, None], places[chosen]], 1)
         owners = torch.cat([a.owners for a in assigned])
         total = sum((x.sum() for x in raw.masks), raw.masks[0].new_zeros(())) * 0  # every parameter has a gradient
         unused = [p for m in (self.mask_fuse, self.mask_outputs) if m is not None for p in m.parameters()]
         total = total + sum((p.sum() for p in unused), total) * 0
         for own, logits in self.masks_of(raw, rows):
             side, weight = logits.shape[-1], logits.new_tensor(1.5)
-            for picture, target in enumerate(targets):
-                mine = (pictures[own] == picture).nonzero().flatten()
+            for image, target in enumerate(targets):
+                mine = (images[own] == image).nonzero().flatten()
                 if not len(mine):
                     continue
                 if target.masks is None:
@@ -354,31 +354,31 @@ class TensorMask(System):
         mask_threshold: float = 0.5,
         candidates: int = 6000,
     ) -> list[Instances]:
-        """`candidates`: best (window, class) pairs of a picture that are looked at."""
+        """`candidates`: best (window, class) pairs of an image that are looked at."""
         windows, _ = self.layout(raw)
         found = self.find(raw, score_threshold, nms_threshold, detections, candidates)
         return [
-            self._on_picture(raw, picture, windows, *own, placement, mask_threshold)
-            for picture, (own, placement) in enumerate(zip(found, placements, strict=True))
+            self._on_image(raw, image, windows, *own, placement, mask_threshold)
+            for image, (own, placement) in enumerate(zip(found, placements, strict=True))
         ]
 
     @torch.no_grad()
     def find(
         self, raw: Raw, score_threshold: float, nms_threshold: float, detections: int, candidates: int
     ) -> list[tuple[Int[Tensor, " d"], Float[Tensor, "d 4"], Float[Tensor, " d"], Int[Tensor, " d"]]]:
-        """For each picture the windows of what was found, boxes in the input's pixels, scores and labels, best first.
+        """For each image the windows of what was found, boxes in the input's pixels, scores and labels, best first.
         Without a box head the boxes are the windows: three times as many are kept, for the masks to decide."""
         windows, _ = self.layout(raw)
         scores = self.rows(raw.logits, len(self.classes)).sigmoid_()
         deltas = self.rows(raw.deltas, 4) if raw.deltas else None
         result = []
-        for picture, own in enumerate(scores):
+        for image, own in enumerate(scores):
             window, label = (own > score_threshold).nonzero().unbind(1)
             best, rows = own[window, label].topk(min(candidates, len(window)))
             window, label = window[rows], label[rows]
             boxes = windows[window]
             if deltas is not None:
-                boxes = box_ops.decode(boxes, deltas[picture, window], BOX_WEIGHTS)
+                boxes = box_ops.decode(boxes, deltas[image, window], BOX_WEIGHTS)
             kept = box_ops.nms(boxes, best, label, nms_threshold if deltas is not None else 0.7)
             kept = kept[: detections if deltas is not None else 3 * detections]
             result.append((window[kept], boxes[kept], best[kept], label[kept]))
@@ -387,12 +387,12 @@ class TensorMask(System):
         return result
 
     def _by_masks(
-        self, raw: Raw, picture: int, windows: Tensor, found: tuple[Tensor, ...], threshold: float, detections: int
+        self, raw: Raw, image: int, windows: Tensor, found: tuple[Tensor, ...], threshold: float, detections: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The boxes of the masks instead of the windows; what has none is gone, and duplicates are suppressed."""
         chosen, boxes, scores, labels = found
         boxes = boxes.clone()
-        for rows, logits in self.masks_of(raw, self._places(raw, picture, chosen)):
+        for rows, logits in self.masks_of(raw, self._places(raw, image, chosen)):
             hits = logits > 0
             tight = Masks.from_dense(hits).boxes().to(boxes)
             own = windows[chosen[rows]]
@@ -403,24 +403,24 @@ class TensorMask(System):
         kept = box_ops.nms(boxes, scores, labels, threshold, detections)
         return chosen[kept], boxes[kept], scores[kept], labels[kept]
 
-    def _places(self, raw: Raw, picture: int, chosen: Tensor) -> Int[Tensor, "k 5"]:
+    def _places(self, raw: Raw, image: int, chosen: Tensor) -> Int[Tensor, "k 5"]:
         _, places = self.layout(raw)
-        return functional.pad(places[chosen], (1, 0), value=picture)
+        return functional.pad(places[chosen], (1, 0), value=image)
 
-    def _on_picture(
-        self, raw: Raw, picture: int, windows: Tensor, chosen: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor,
+    def _on_image(
+        self, raw: Raw, image: int, windows: Tensor, chosen: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor,
         placement: Placement, threshold: float,
     ) -> Instances:  # fmt: skip
-        """A mask is pasted into its window, which may reach beyond the picture, not into its box."""
-        size = placement.picture
-        boxes = box_ops.clip(placement.boxes_to_picture(boxes), size)
+        """A mask is pasted into its window, which may reach beyond the image, not into its box."""
+        size = placement.image_size
+        boxes = box_ops.clip(placement.boxes_to_image(boxes), size)
         solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
         chosen, boxes, scores, labels = chosen[solid], boxes[solid], scores[solid], labels[solid]
         parts, order = [Masks.empty(size)], []
-        for rows, logits in self.masks_of(raw, self._places(raw, picture, chosen)):
+        for rows, logits in self.masks_of(raw, self._places(raw, image, chosen)):
             grids = logits.float().sigmoid()
             grids = grids.flip(-1) if placement.mirrored else grids
-            frames = placement.boxes_to_picture(windows[chosen[rows]])
+            frames = placement.boxes_to_image(windows[chosen[rows]])
             parts.append(paste_masks(grids, frames, size, threshold=threshold))
             order.append(rows)
         masks = Masks.join(parts)
@@ -469,7 +469,7 @@ class TensorMask(System):
                 "backbone": "resnet18", "neck_width": 128, "class_width": 128, "box_width": 64, "mask_width": 64,
                 "convs": 2, "windows": (7, 11), "short": 320, "long": 512,
             },
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -554,6 +554,6 @@ def _focal_star(
     logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"], alpha: float = 0.3, gamma: float = 3.0
 ) -> Float[Tensor, ""]:
     """Sum of FL* (RetinaNet, arXiv 1708.02002, appendix A): -log sigmoid(gamma x_t) / gamma, x_t the logit of the
-    truth; ones weigh alpha, noughts 1 - alpha."""
+    truth; ones weigh alpha, zeros 1 - alpha."""
     toward = functional.logsigmoid(gamma * (2 * truth - 1) * logits)
     return -((alpha * truth + (1 - alpha) * (1 - truth)) * toward).sum() / gamma

@@ -1,10 +1,10 @@
 """YOLACT (Bolya, Zhou, Xiao, Lee, ICCV 2019, arXiv 1904.02689).
 
 Instance segmentation in real time, as two tasks that run side by side. One branch, fully convolutional, paints a few
-dozen *prototype* masks of the whole picture; the other, an anchor detector on a pyramid, says for every anchor its
+dozen *prototype* masks of the whole image; the other, an anchor detector on a pyramid, says for every anchor its
 class, its box and one coefficient per prototype. A mask is the sigmoid of the prototypes' weighted sum, cropped by its
 box: one matrix product for all objects, at the resolution of the prototypes, without re-pooling. Duplicates are
-suppressed by a matrix operation too (Fast NMS). Every picture is stretched to one square.
+suppressed by a matrix operation too (Fast NMS). Every image is stretched to one square.
 
 Where paper and code differ, this follows the code: the anchors of three "aspect ratios" are squares of three sizes, and
 ReLU stands after the pyramid's levels and after the prototypes.
@@ -24,7 +24,7 @@ from torch.nn import functional
 from maskwright.blocks.darknet import Darknet
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import Norm
-from maskwright.blocks.trunk import coloured, make_trunk
+from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.blocks.yolact import Head, PrototypeNet, xavier
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
@@ -41,7 +41,7 @@ SIDES = (24, 48, 96, 192, 384)  # of the anchors on P3 ... P7, for inputs of 550
 RATIOS = (1.0, 0.5, 2.0)
 VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's: what a box offset of one is worth
 TOP = 200  # Fast NMS looks at so many of each class
-FARTHEST = float(1 << 20)  # boxes end here, in pictures' sides, so that no product of two becomes infinite
+FARTHEST = float(1 << 20)  # boxes end here, in images' sides, so that no product of two becomes infinite
 # The colours of ImageNet as the authors write them, without a division by 255.
 COLOURS = Preprocess(
     resample="tensor", mean=(123.68, 116.78, 103.94), std=(58.40, 57.12, 57.38), divide=1.0, multiple=1, fit="stretch",
@@ -51,7 +51,7 @@ COLOURS = Preprocess(
 
 @dataclass(frozen=True)
 class Raw:
-    """What the network says of every anchor, finest level first, row by row, and of the picture as a whole."""
+    """What the network says of every anchor, finest level first, row by row, and of the image as a whole."""
 
     deltas: Float[Tensor, "b p 4"]
     logits: Float[Tensor, "b p _classes"]  # background last
@@ -63,21 +63,21 @@ class Raw:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Detections of one picture, best first, before they have masks."""
+class Detections:
+    """Detections of one image, best first, before they have masks."""
 
     boxes: Float[Tensor, "n 4"]  # x0, y0, x1, y1 as shares of the input's sides
     scores: Float[Tensor, " n"]
     labels: Int[Tensor, " n"]
     coefficients: Float[Tensor, "n k"]
 
-    def __getitem__(self, rows: Tensor) -> Found:
-        return Found(self.boxes[rows], self.scores[rows], self.labels[rows], self.coefficients[rows])
+    def __getitem__(self, rows: Tensor) -> Detections:
+        return Detections(self.boxes[rows], self.scores[rows], self.labels[rows], self.coefficients[rows])
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """Masks of one picture's positive anchors, on the prototypes' grid."""
+class MaskTargets:
+    """Masks of one image's positive anchors, on the prototypes' grid."""
 
     soft: Float[Tensor, "n h w"]  # as predicted; cropped by the objects' boxes if so learnt
     truth: Float[Tensor, "n h w"]  # 0 or 1
@@ -119,7 +119,7 @@ class YOLACT(System):
         anchor_octaves: int = 1,
         square_anchors: bool = True,
         crowd_overlap: float = 0.7,
-        masks_per_picture: int = 100,
+        masks_per_image: int = 100,
         crop_learnt: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -130,15 +130,15 @@ class YOLACT(System):
         stem_width      channels after the stem; all stages scale with it (as published 64; 32 in darknet53)
         deform_stages   stages (0 ... 3) whose every `deform_every`-th block has a modulated deformable convolution
         norm            of the trunk: "group" trains from random weights and with small batches; as published "batch",
-                        which the original freezes ("frozen") for fewer than six pictures per device
+                        which the original freezes ("frozen") for fewer than six images per device
         frozen          so many parts of the trunk do not train, from the stem on
         prototypes      how many there are (table 2b compares 8 ... 256)
-        size            every picture is stretched to this square; anchors are shares of it
+        size            every image is stretched to this square; anchors are shares of it
         anchor_sides    one for each of five levels, in pixels of an input of `size`; None: 24 ... 384 per 550
         anchor_octaves  2: also anchors sqrt(2) times as large; 3: cbrt(2) and cbrt(4) times; ...
         square_anchors  sides s sqrt(r) for each ratio r, as the published code has it; without, s sqrt(r) x s / sqrt(r)
         crowd_overlap   anchors that lie in a crowd region by more than this share are not learnt from
-        masks_per_picture   a random choice of so many anchors learns masks, which bounds the memory
+        masks_per_image   a random choice of so many anchors learns masks, which bounds the memory
         crop_learnt     masks are learnt inside the annotated box alone, as published: elsewhere they are cropped.
                         Without, they also learn to be empty there, and may be decoded without the crop
         mean, std       of the channels, RGB, 0 ... 255 (darknet53: 0 ... 1); None: as published
@@ -146,7 +146,7 @@ class YOLACT(System):
         super().__init__()
         least = {
             "size": size, "prototypes": prototypes, "anchor_octaves": anchor_octaves,
-            "masks_per_picture": masks_per_picture,
+            "masks_per_image": masks_per_image,
         }  # fmt: skip
         for name, value in least.items():
             if value < 1:
@@ -160,7 +160,7 @@ class YOLACT(System):
         if not anchor_ratios or not min(anchor_ratios) > 0:
             raise UsageError(f"anchor_ratios is {list(anchor_ratios)}; expected at least one number, all above 0")
         self.classes = tuple(classes)
-        self.crowd_overlap, self.masks_per_picture, self.crop_learnt = crowd_overlap, masks_per_picture, crop_learnt
+        self.crowd_overlap, self.masks_per_image, self.crop_learnt = crowd_overlap, masks_per_image, crop_learnt
         self.shapes = _anchor_shapes(anchor_sides, anchor_ratios, anchor_octaves, square_anchors, size)
         count, anchors = len(self.classes), len(self.shapes[0])
 
@@ -187,7 +187,7 @@ class YOLACT(System):
         self.semantic = nn.Conv2d(neck_width, count, 1)
         for part in (self.neck, self.prototypes, self.head, self.semantic):
             part.apply(xavier)
-        self.preprocess = coloured(colours, in_channels, mean, std)
+        self.preprocess = normalization_for(colours, in_channels, mean, std)
 
     # ---- network -------------------------------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class YOLACT(System):
     def class_loss(
         self, logits: Float[Tensor, "b p c"], matched: Int[Tensor, "b p"], truths: Sequence[Instances]
     ) -> Float[Tensor, ""]:
-        """Cross entropy of the positive anchors and of the three times as many negatives of each picture that look
+        """Cross entropy of the positive anchors and of the three times as many negatives of each image that look
         least like background."""
         background = logits.shape[-1] - 1
         positive, negative = matched >= 0, matched == -1
@@ -283,7 +283,7 @@ class YOLACT(System):
         wanted = [encode(anchors[m >= 0], t.boxes[m[m >= 0]]) for t, m in zip(truths, matched, strict=True)]
         return smooth_l1_sum(deltas[matched >= 0], torch.cat(wanted), beta=1.0) + deltas.sum() * 0
 
-    def mask_losses(self, raw: Raw, learnt: Sequence[Learnt]) -> dict[str, Tensor]:
+    def mask_losses(self, raw: Raw, learnt: Sequence[MaskTargets]) -> dict[str, Tensor]:
         """Terms of the assembled masks, as sums over the batch."""
         total = raw.coefficients.float().sum() * 0 + raw.prototypes.float().sum() * 0
         height, width = raw.prototypes.shape[-2:]
@@ -298,17 +298,17 @@ class YOLACT(System):
             total = total + own.share * (entropy.sum((1, 2)) / box_ops.area(own.boxes)).sum()
         return {"mask": 6.125 * total / (height * width)}
 
-    def training_masks(self, raw: Raw, matched: Int[Tensor, "b p"], truths: Sequence[Instances]) -> list[Learnt]:
-        """For each picture what its positive anchors' masks are and should be."""
+    def training_masks(self, raw: Raw, matched: Int[Tensor, "b p"], truths: Sequence[Instances]) -> list[MaskTargets]:
+        """For each image what its positive anchors' masks are and should be."""
         result = []
         height, width = raw.prototypes.shape[-2:]
         for index, target in enumerate(truths):
             if target.masks is None and len(target):
                 raise UsageError("a target has boxes but no masks; give a data set that has them")
             rows = (matched[index] >= 0).nonzero().flatten()
-            share = max(1.0, len(rows) / self.masks_per_picture)
-            if len(rows) > self.masks_per_picture:
-                rows = rows[torch.randperm(len(rows), device=rows.device)[: self.masks_per_picture]]
+            share = max(1.0, len(rows) / self.masks_per_image)
+            if len(rows) > self.masks_per_image:
+                rows = rows[torch.randperm(len(rows), device=rows.device)[: self.masks_per_image]]
             owners = matched[index, rows]
             boxes = target.boxes[owners]
             soft = assemble(
@@ -321,12 +321,12 @@ class YOLACT(System):
             if target.masks is not None:
                 planes = plane_targets(target.masks[chosen.cpu()], (height, width), raw.size)
             truth = (planes > 0.5).float().to(soft.device)[place]
-            result.append(Learnt(soft, truth, boxes, target.labels[owners], share))
+            result.append(MaskTargets(soft, truth, boxes, target.labels[owners], share))
         return result
 
     def semantic_loss(self, raw: Raw, truths: Sequence[Instances]) -> Float[Tensor, ""]:
         """Binary cross entropy of every cell and class against the union of the class's masks; the mean over cells and
-        pictures, a sum over classes. It only helps the features (section 5)."""
+        images, a sum over classes. It only helps the features (section 5)."""
         logits = raw.semantic.float()
         wanted = torch.zeros_like(logits)
         height, width = logits.shape[-2:]
@@ -370,7 +370,7 @@ class YOLACT(System):
         """
         found = self.find(raw, candidate_threshold, nms_threshold, detections, suppression, cross_class)
         return [
-            self.on_picture(own, prototypes, raw.size, placement, score_threshold, mask_threshold, crop, whole_boxes)
+            self.on_image(own, prototypes, raw.size, placement, score_threshold, mask_threshold, crop, whole_boxes)
             for own, prototypes, placement in zip(found, raw.prototypes, placements, strict=True)
         ]
 
@@ -383,8 +383,8 @@ class YOLACT(System):
         detections: int = 100,
         suppression: str = "fast",
         cross_class: bool = False,
-    ) -> list[Found]:
-        """Detections of each picture, best first."""
+    ) -> list[Detections]:
+        """Detections of each image, best first."""
         anchors = self.anchors(raw)
         probabilities = raw.logits.float().softmax(-1)[..., :-1]  # (B, P, N)
         choose = {"fast": _choose_fast, "greedy": _choose_greedy}.get(suppression)
@@ -400,13 +400,13 @@ class YOLACT(System):
             score, row, anchor = choose(boxes, scores, kept, candidate_threshold, nms_threshold, raw.size, detections)
             score, order = score.topk(min(detections, len(score)))
             row, anchor = row[order], anchor[order]
-            every = Found(boxes[anchor], score, labels[row, anchor], coefficients[anchor])
+            every = Detections(boxes[anchor], score, labels[row, anchor], coefficients[anchor])
             result.append(every[score >= 0])
         return result
 
-    def on_picture(
+    def on_image(
         self,
-        found: Found,
+        found: Detections,
         prototypes: Float[Tensor, "k h w"],
         size: tuple[int, int],
         placement: Placement,
@@ -416,12 +416,12 @@ class YOLACT(System):
         whole_boxes: bool = True,
         drop_empty: bool = True,
     ) -> Instances:
-        """Finished objects. Masks go from the prototypes' grid straight to the picture's, after the crop. Objects whose
+        """Finished objects. Masks go from the prototypes' grid straight to the image's, after the crop. Objects whose
         box has no area left are dropped, as they are where the original writes its results."""
         found = found[found.scores > score_threshold] if score_threshold > 0 else found
         height, width = size
-        boxes = placement.boxes_to_picture(found.boxes * found.boxes.new_tensor([width, height, width, height]))
-        boxes = box_ops.clip(boxes, placement.picture)
+        boxes = placement.boxes_to_image(found.boxes * found.boxes.new_tensor([width, height, width, height]))
+        boxes = box_ops.clip(boxes, placement.image_size)
         if whole_boxes:
             boxes = boxes.trunc()
         if drop_empty:
@@ -429,7 +429,7 @@ class YOLACT(System):
             found, boxes = found[solid], boxes[solid]
         soft = assemble(prototypes.float(), found.coefficients, found.boxes if crop else None)
         masks = place_planes(soft, placement, size, threshold=mask_threshold, steps=1)
-        return Instances(placement.picture, boxes, found.labels, masks, found.scores)
+        return Instances(placement.image_size, boxes, found.labels, masks, found.scores)
 
     # ---- for loading and training --------------------------------------------------------------------------------
 
@@ -498,7 +498,7 @@ class YOLACT(System):
         ),
         "yolact-small": Preset(
             {"backbone": "resnet18", "norm": "group", "neck_width": 128, "size": 320},
-            note="for a few hundred pictures and no GPU; trains from random weights",
+            note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
 

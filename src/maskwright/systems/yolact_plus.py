@@ -21,7 +21,7 @@ from maskwright.blocks.yolact import xavier
 from maskwright.ops.losses import smooth_l1_sum
 from maskwright.structures import Instances, Placement
 from maskwright.systems.base import Card, ClassRows, Preset, Score
-from maskwright.systems.yolact import RATIOS, YOLACT, Found, Learnt, Raw, assemble, near
+from maskwright.systems.yolact import RATIOS, YOLACT, Detections, MaskTargets, Raw, assemble, near
 
 SMALLEST = 25  # pixels on the prototypes' grid: masks of no more are not re-scored in training
 
@@ -59,7 +59,7 @@ class YOLACTPlus(YOLACT):
         anchor_octaves: int = 3,
         square_anchors: bool = False,
         crowd_overlap: float = 0.7,
-        masks_per_picture: int = 100,
+        masks_per_image: int = 100,
         crop_learnt: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -71,7 +71,7 @@ class YOLACTPlus(YOLACT):
 
     # ---- learning ------------------------------------------------------------------------------------------------
 
-    def mask_losses(self, raw: Raw, learnt: Sequence[Learnt]) -> dict[str, Tensor]:
+    def mask_losses(self, raw: Raw, learnt: Sequence[MaskTargets]) -> dict[str, Tensor]:
         """YOLACT's, and `rescore`: smooth L1 between what is said of a mask and its overlap with the object, weighted
         25. The soft masks are not detached: prototypes and coefficients learn from this too."""
         terms = super().mask_losses(raw, learnt)
@@ -114,19 +114,19 @@ class YOLACTPlus(YOLACT):
         if rescore:
             found = [self.rescored(own, maps) for own, maps in zip(found, raw.prototypes, strict=True)]
         return [
-            self.on_picture(own, maps, raw.size, placement, score_threshold, mask_threshold, crop, whole_boxes)
+            self.on_image(own, maps, raw.size, placement, score_threshold, mask_threshold, crop, whole_boxes)
             for own, maps, placement in zip(found, raw.prototypes, placements, strict=True)
         ]
 
     @torch.no_grad()
-    def rescored(self, found: Found, prototypes: Float[Tensor, "k h w"]) -> Found:
+    def rescored(self, found: Detections, prototypes: Float[Tensor, "k h w"]) -> Detections:
         """The same detections with the scores of their masks, best first."""
         scores = found.scores * self.quality(found, prototypes)
         order = scores.argsort(descending=True, stable=True)
         return replace(found, scores=scores)[order]
 
     @torch.no_grad()
-    def quality(self, found: Found, prototypes: Float[Tensor, "k h w"]) -> Float[Tensor, " n"]:
+    def quality(self, found: Detections, prototypes: Float[Tensor, "k h w"]) -> Float[Tensor, " n"]:
         """How well each mask is said to overlap its object; it may exceed 1, or be exactly 0."""
         soft = assemble(prototypes.float(), found.coefficients, found.boxes)
         return self.rescoring(soft).gather(1, found.labels[:, None])[:, 0]
@@ -156,7 +156,7 @@ class YOLACTPlus(YOLACT):
         ),
         "yolact-plus-small": Preset(
             {"backbone": "resnet18", "norm": "group", "deform_stages": (), "neck_width": 128, "size": 320},
-            note="for a few hundred pictures and no GPU; trains from random weights; without deformable convolutions",
+            note="for a few hundred images and no GPU; trains from random weights; without deformable convolutions",
         ),
     }
 

@@ -22,7 +22,7 @@ from maskwright.training.state import save_state, seed_step
 def keep_batch(
     path: Path, system: System, batch: Batch, terms: Mapping[str, Tensor], place: Sequence[int], amp: bool = False
 ) -> None:
-    """Save everything that `replay` needs to compute the same losses again: pictures, targets, weights, seed."""
+    """Save everything that `replay` needs to compute the same losses again: images, targets, weights, seed."""
     state = {
         "format": "maskwright-batch",
         "system": system.name,
@@ -59,7 +59,7 @@ def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
 
 
 def load_batch(path: Path) -> Batch:
-    """The pictures and targets of a batch that stopped a run, to look at."""
+    """The images and targets of a batch that stopped a run, to look at."""
     state = _kept(path)
     placements = [Placement(**p) for p in state["placements"]]
     return Batch(state["images"], placements, [_instances(t) for t in state["targets"]], state["names"])
@@ -69,9 +69,9 @@ def not_finite(path: Path, step: int, terms: Mapping[str, Tensor], names: Sequen
     """The error that stops a run whose loss or gradient is not a number."""
     bad = [f"{name} = {float(v.detach())}" for name, v in terms.items() if not torch.isfinite(v).all()]
     what = ", ".join(bad) if bad else "the gradient (every loss term is finite)"
-    pictures = ", ".join(names or []) or "unnamed pictures"
+    images = ", ".join(names or []) or "unnamed images"
     return TrainingError(
-        f"step {step}: not a finite number: {what}, on {pictures}. The weights were not changed. The batch is in "
+        f"step {step}: not a finite number: {what}, on {images}. The weights were not changed. The batch is in "
         f"{path}; maskwright.training.replay computes its losses again. Try a lower learning rate, a longer warm-up or "
         "clipping."
     )
@@ -90,8 +90,8 @@ def memory_advice(batch: int, step: Callable[[], int]) -> Iterator[None]:
             raise
         smaller = "half the batch with twice the accumulate, " if batch > 1 else ""
         raise TrainingError(
-            f"step {step()}: out of memory with {batch} picture{'s' if batch > 1 else ''} at once on a device; try "
-            f"{smaller}smaller pictures (short, long) or amp='bf16', and run again with resume: the last checkpoint is "
+            f"step {step()}: out of memory with {batch} image{'s' if batch > 1 else ''} at once on a device; try "
+            f"{smaller}smaller images (short, long) or amp='bf16', and run again with resume: the last checkpoint is "
             f"intact. ({(text.strip() or type(error).__name__).splitlines()[0]})"
         ) from error
 

@@ -68,11 +68,11 @@ def train(
     val       see `setup.open_sets`: default the split "val" where there is one; False for none
     logger    gets every number too
     options   the constructor's arguments, where `system` is a name
-    keypoints whether joints are read; default: if the system's name says so
-    panoptic  whether pictures divided among things and stuff are read (panoptic_train.json); default: if the name says
+    keypoints whether keypoints are read; default: if the system's name says so
+    panoptic  whether images divided among things and stuff are read (panoptic_train.json); default: if the name says
               so, or there is nothing else. Systems that find objects alone learn from the things of such a set
 
-    "Best" is by mask AP (joints' AP for keypoint systems, box AP where there are no masks), by validation loss where
+    "Best" is by mask AP (keypoints' AP for keypoint systems, box AP where there are no masks), by validation loss where
     no AP can be measured, and simply the last where there is no validation set.
     """
     out = Path(out)
@@ -109,7 +109,7 @@ def train(
 
 
 class Objective(nn.Module):
-    """What is differentiated: pictures and targets in, named losses out, in float32.
+    """What is differentiated: images and targets in, named losses out, in float32.
 
     It is this module that is wrapped for several devices, so that whatever parameters `losses` uses (the second
     stage's heads) are seen by the hooks that average gradients.
@@ -158,7 +158,7 @@ class Run:
         self.passes = len(self.loader)  # per epoch
         if not self.passes:
             raise TrainingError(
-                f"{len(train_set)} pictures do not fill one batch of {recipe.batch}; give a smaller batch"
+                f"{len(train_set)} images do not fill one batch of {recipe.batch}; give a smaller batch"
             )
         per_epoch = math.ceil(self.passes / recipe.accumulate)
         self.total = recipe.steps or recipe.epochs * per_epoch
@@ -237,7 +237,7 @@ class Run:
         recipe, here = self.recipe, self.progress
         rate = recipe.learning_rate * recipe.factor(here.step, self.total)
         set_rate(self.optimizer, rate)
-        self.system.progressed(here.step / self.total)
+        self.system.on_progress(here.step / self.total)
         means: dict[str, float] = {}
         for number, batch in enumerate(batches):
             place = (recipe.seed, here.step, number, self.fabric.global_rank)

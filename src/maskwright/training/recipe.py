@@ -14,25 +14,25 @@ from maskwright.errors import UsageError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every choice of a training run. The defaults are the `small` recipe: a few hundred pictures, one device.
+    """Every choice of a training run. The defaults are the `small` recipe: a few hundred images, one device.
 
-    A *step* is one change of the weights; it sees `batch * accumulate` pictures. Fractions are of the whole run, so
+    A *step* is one change of the weights; it sees `batch * accumulate` images. Fractions are of the whole run, so
     that a recipe keeps its shape when it is made shorter.
     """
 
     # how long, and how much at once
     epochs: int = 40  # passes over the data; not used where `steps` is given
     steps: int | None = None  # steps in all, instead of epochs
-    batch: int = 4  # pictures per forward and backward pass, over all devices together
+    batch: int = 4  # images per forward and backward pass, over all devices together
     accumulate: int = 1  # passes whose gradients are averaged into one step
 
     # optimizer
     optimizer: Literal["sgd", "adamw"] = "adamw"  # how weights follow their gradients
     lr: float = 2e-4  # learning rate at the end of the warm-up
-    lr_per_picture: float | None = None  # linear scaling rule: lr = this * batch * accumulate, instead of `lr`
+    lr_per_image: float | None = None  # linear scaling rule: lr = this * batch * accumulate, instead of `lr`
     momentum: float = 0.9  # of SGD: share of the last step kept in the next
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW: decay of the running means of gradient and square
-    weight_decay: float = 0.05  # pull of the weights towards nought, per step and learning rate
+    weight_decay: float = 0.05  # pull of the weights towards zero, per step and learning rate
     decay_norms: bool = False  # whether weight decay also acts on normalisation layers
     decay_biases: bool = False  # whether weight decay also acts on biases
     no_decay: tuple[str, ...] = ()  # parts or globs of parameter names on which it does not act, whatever they are
@@ -51,22 +51,22 @@ class Recipe:
     # averaging and precision
     ema: float | None = 0.998  # decay of the running mean of the weights, which is what is evaluated and kept
     amp: Literal["no", "bf16"] = "no"  # bf16: automatic mixed precision, half the memory of activations
-    channels_last: bool = False  # pictures in memory with channels last: faster in bf16 on GPUs
+    channels_last: bool = False  # images in memory with channels last: faster in bf16 on GPUs
     compile: bool = False  # torch.compile the network's forward
     sync_norm: bool = False  # batch normalisation over all devices (needs GPUs)
 
     # what is learnt
     freeze: tuple[str, ...] = ()  # parts (see System.groups) or globs of parameter names
 
-    # pictures
+    # images
     augment: dict[str, Any] = field(default_factory=lambda: {"flip": 0.5})  # options of data.Augment
     short: tuple[int, ...] = ()  # short sides drawn from in training; the largest for validation; () the system's own
     long: int | None = None  # the long side's bound; None: the system's own
-    workers: int = 2  # processes that read pictures, per device
+    workers: int = 2  # processes that read images, per device
 
     # validation
     val_every: int = 1  # epochs between validations; there is always one at the end
-    val_max_images: int | None = None  # pictures validated on, spread evenly over the set
+    val_max_images: int | None = None  # images validated on, spread evenly over the set
     patience: int | None = None  # stop after so many validations without a better one
 
     # the machine
@@ -87,7 +87,7 @@ class Recipe:
         for name in ("steps", "val_max_images", "patience", "long"):
             value = getattr(self, name)
             self._expect(name, value is None or value >= 1, "at least 1, or nothing")
-        for name in ("lr", "lr_per_picture", "clip"):
+        for name in ("lr", "lr_per_image", "clip"):
             value = getattr(self, name)
             self._expect(name, value is None or (math.isfinite(value) and value > 0), "above 0")
         for name in ("workers", "warmup", "save_minutes", "weight_decay", "seed"):
@@ -103,8 +103,8 @@ class Recipe:
 
     @property
     def learning_rate(self) -> float:
-        """The rate at the end of the warm-up, by the linear scaling rule where `lr_per_picture` is given."""
-        return self.lr if self.lr_per_picture is None else self.lr_per_picture * self.batch * self.accumulate
+        """The rate at the end of the warm-up, by the linear scaling rule where `lr_per_image` is given."""
+        return self.lr if self.lr_per_image is None else self.lr_per_image * self.batch * self.accumulate
 
     def factor(self, step: int, total: int) -> float:
         """What `learning_rate` is multiplied by at step `step` of 0 ... total - 1."""
@@ -205,9 +205,9 @@ _PUBLISHED = Recipe(
 )
 
 RECIPES: Mapping[str, Recipe] = {
-    # A few hundred pictures, from scratch or fine-tuned: AdamW forgives a learning rate, the running mean a short run.
+    # A few hundred images, from scratch or fine-tuned: AdamW forgives a learning rate, the running mean a short run.
     "small": Recipe(),
-    # detectron2's 1x: 90k steps of 16 pictures, about 12 epochs of COCO. Mask R-CNN R50-FPN: mask AP 35.2.
+    # detectron2's 1x: 90k steps of 16 images, about 12 epochs of COCO. Mask R-CNN R50-FPN: mask AP 35.2.
     "detectron2-1x": replace(_PUBLISHED, steps=90_000, decay_biases=True, short=tuple(range(640, 801, 32)), long=1333),
     # detectron2's 3x: 270k steps, about 37 epochs. Mask R-CNN R50-FPN: mask AP 37.2.
     "detectron2-3x": replace(

@@ -32,7 +32,7 @@ def launch(recipe: Recipe) -> Any:
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     if recipe.batch % (devices * nodes):
         raise UsageError(
-            f"batch is {recipe.batch} pictures over all devices; it must be a multiple of the {devices * nodes} devices"
+            f"batch is {recipe.batch} images over all devices; it must be a multiple of the {devices * nodes} devices"
         )
     kind = device_kind(recipe.device)
     if kind == "cuda" and devices > torch.cuda.device_count():
@@ -93,7 +93,7 @@ def make_system(
     """The system to train: one given, one by name with random weights, or one that starts from `weights`.
 
     Weights of other classes keep the rows of the head whose class names match; a system of proposals has no classes.
-    `stuff` are the classes that are regions: a system that can divides pictures among both then.
+    `stuff` are the classes that are regions: a system that can divides images among both then.
     """
     if isinstance(system, System):
         if weights is not None or options:
@@ -119,10 +119,10 @@ def make_system(
 
 
 def take_trunk(system: System, source: str | Path) -> None:
-    """Put the trunk of another system into `system`, in place, with the normalisation of pictures that it knows.
+    """Put the trunk of another system into `system`, in place, with the normalisation of images that it knows.
 
     A system that needs long to learn from random weights (one with queries, above all) begins with the trunk of one
-    that does not, trained on the same pictures. `source` is a file of any system, or a name of the catalogue.
+    that does not, trained on the same images. `source` is a file of any system, or a name of the catalogue.
     UsageError names what differs where the two trunks are not the same network.
     """
     from maskwright.checkpoints import load
@@ -208,22 +208,22 @@ def fit_classes(dataset: Any, system: System) -> Any:
 
 
 def check_data(dataset: Any, split: str) -> None:
-    """TrainingError where there is nothing to learn from. Stops at the first object; pictures are not read."""
+    """TrainingError where there is nothing to learn from. Stops at the first object; images are not read."""
     total = len(dataset)
     if not total:
-        raise TrainingError(f"the {split} set {dataset.name} has no pictures")
+        raise TrainingError(f"the {split} set {dataset.name} has no images")
     for index in range(total):
         target = dataset.targets(index)
         if bool((~target.crowd).any()) if target.crowd is not None else len(target) > 0:
             return
     raise TrainingError(
-        f"the {split} set {dataset.name} has {total} pictures and not one object of the classes "
+        f"the {split} set {dataset.name} has {total} images and not one object of the classes "
         f"{_few(dataset.classes)} to learn from; `maskwright check` says what its annotations hold"
     )
 
 
 def divides(system: str | System, weights: str | Path | None) -> bool:
-    """Whether the system can divide pictures among things and stuff: whose sets may keep their regions."""
+    """Whether the system can divide images among things and stuff: whose sets may keep their regions."""
     if isinstance(system, System):
         return bool(getattr(system, "stuff", ()))
     if system in names() or system in presets():

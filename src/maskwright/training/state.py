@@ -24,7 +24,7 @@ class Progress:
 
     step: int = 0  # steps done
     epoch: int = 0  # the epoch we are in
-    seen: int = 0  # pictures of this epoch that were learnt from, over all devices
+    seen: int = 0  # images of this epoch that were learnt from, over all devices
     best: float | None = None  # the best validation's score, higher is better
     best_step: int = 0
     measure: str = ""  # what `best` is: "segm/AP", or "-loss" where there is no AP

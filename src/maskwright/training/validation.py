@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from maskwright.data import DataWarning, OneClass, things_only
-from maskwright.errors import PictureError
+from maskwright.errors import ImageError
 from maskwright.evaluation import Evaluator, PanopticEvaluator, match_classes
 from maskwright.ops.distributed import local_counts
 from maskwright.structures import Batch, Instances, Panoptic
@@ -28,7 +28,7 @@ def validate(
 ) -> dict[str, float]:
     """`val/loss`, every `val/loss_term`, and the evaluator's summary as `val/segm/AP` and so on; the same on all ranks.
 
-    Rank r takes the pictures r, r + world, ...: shards may differ by a picture, so no collective is called on the way.
+    Rank r takes the images r, r + world, ...: shards may differ by an image, so no collective is called on the way.
     Computed in float32. The random choices inside the losses are the same at every validation.
     """
     if fabric.world_size > 1:
@@ -71,25 +71,25 @@ def _run(
     pairs: list[tuple[int, Any]] = []
     sums: dict[str, float] = {}
     count = 0
-    for number, (positions, pictures) in enumerate(_batches(system, dataset, mine, batch, workers)):
+    for number, (positions, batched) in enumerate(_batches(system, dataset, mine, batch, workers)):
         if not positions:
             continue
-        pictures = pictures.to(fabric.device)
-        images = pictures.images
+        batched = batched.to(fabric.device)
+        images = batched.images
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        raw = system(*system.inputs(images, [place.size for place in pictures.placements]))
-        for position, objects in zip(positions, system.decode(raw, pictures.placements), strict=True):
+        raw = system(*system.inputs(images, [place.size for place in batched.placements]))
+        for position, objects in zip(positions, system.decode(raw, batched.placements), strict=True):
             labels = rename.to(objects.labels.device)[objects.labels]
             objects = replace(objects, labels=labels)[labels >= 0].to("cpu")
             pairs.append((position, replace(objects, masks=None if objects.masks is None else objects.masks.pack())))
         if divided and isinstance(system, PanopticSystem) and system.can_divide:
-            for position, found in zip(positions, system.decode_panoptic(raw, pictures.placements), strict=True):
+            for position, found in zip(positions, system.decode_panoptic(raw, batched.placements), strict=True):
                 labels = rename.to(found.things.device)[found.segments.labels]
                 segments = replace(found.segments, labels=labels)
                 pairs.append((position, Panoptic(segments, found.things)[labels >= 0].to("cpu")))
         seed_step(seed, number, fabric.global_rank)
-        terms = {name: float(value) for name, value in system.losses(raw, pictures.targets or []).items()}
+        terms = {name: float(value) for name, value in system.losses(raw, batched.targets or []).items()}
         for name, value in {**{term_name(n): v for n, v in terms.items()}, "loss": sum(terms.values())}.items():
             sums[name] = sums.get(name, 0.0) + value * len(positions)
         count += len(positions)
@@ -101,12 +101,12 @@ def _batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     if not positions:
         return iter(())
-    pictures = _Laid(dataset, system, positions)
-    return iter(DataLoader(pictures, batch_size=batch, num_workers=workers, collate_fn=pictures.collate))
+    images = _Laid(dataset, system, positions)
+    return iter(DataLoader(images, batch_size=batch, num_workers=workers, collate_fn=images.collate))
 
 
 class _Laid(Dataset):
-    """Pictures as the network sees them at test time, with their targets on the same grid."""
+    """Images as the network sees them at test time, with their targets on the same grid."""
 
     def __init__(self, dataset: Any, system: System, positions: list[int]):
         self.dataset, self.positions = dataset, positions
@@ -119,7 +119,7 @@ class _Laid(Dataset):
         position = self.positions[index]
         try:
             return position, self.dataset[position]
-        except PictureError as error:
+        except ImageError as error:
             if getattr(self.dataset, "strict", False):
                 raise
             warnings.warn(f"{error} (validated as if nothing was found on it)", DataWarning, stacklevel=2)
@@ -129,7 +129,7 @@ class _Laid(Dataset):
         items = [(position, sample) for position, sample in items if sample is not None]
         if not items:
             return [], Batch(torch.zeros(0, 3, 1, 1), [])
-        batch = self.preprocess.collate([s.picture for _, s in items], [s.name for _, s in items])
+        batch = self.preprocess.collate([s.image for _, s in items], [s.name for _, s in items])
         targets = [self._target(s.target, p) for (_, s), p in zip(items, batch.placements, strict=True)]
         return [i for i, _ in items], replace(batch, targets=targets)
 
@@ -163,7 +163,7 @@ def _measure_objects(dataset: Any, pairs: list[tuple[int, Instances]], proposals
     kinds = ["bbox"]
     if not found or any(o.masks is not None for o in found):
         kinds.insert(0, "segm")
-    if getattr(dataset, "joints", None) and any(o.keypoints is not None for o in found):
+    if getattr(dataset, "keypoint_names", None) and any(o.keypoints is not None for o in found):
         kinds.insert(0, "keypoints")
     task, most = ("proposals", 1000) if proposals else ("instances", 100)
     evaluator = Evaluator(dataset, kinds=tuple(kinds), task=task, max_detections=most)
@@ -174,7 +174,7 @@ def _measure_objects(dataset: Any, pairs: list[tuple[int, Instances]], proposals
 
 
 def _total(fabric: Any, sums: dict[str, float], count: int) -> tuple[dict[str, float], int]:
-    """Sums over all ranks; a rank without pictures does not know the terms' names."""
+    """Sums over all ranks; a rank without images does not know the terms' names."""
     if fabric.world_size == 1:
         return sums, count
     parts = _exchange(fabric, (sums, count))

@@ -13,7 +13,7 @@ from maskwright.ops.centres import gaussian_radius, paint_gaussians
 from maskwright.ops.contours import resample_from
 from maskwright.ops.vertices import octagons
 from maskwright.structures import Instances, Masks
-from maskwright.systems.deepsnake import DeepSnake, Found, Raw
+from maskwright.systems.deepsnake import DeepSnake, Detections, Raw
 from tests.parity.ledger import Ledger, inputs, matching
 from tests.parity.weights import value
 
@@ -76,14 +76,14 @@ class Check:
         boxes, owners = self.rows("detection", found), torch.zeros(0)
         if boxes is None:
             return
-        ours = Found(*(v[boxes] for v in found))
+        ours = Detections(*(v[boxes] for v in found))
         boxes, owners = ours.boxes, ours.owners
         if "roi_detection" in ledger:
             self.rows("roi_detection", found)
             boxes, owners = self.components(raw, ours)
         self.contours(raw, boxes, owners)
 
-    def rows(self, name: str, found: Found) -> Tensor | None:
+    def rows(self, name: str, found: Detections) -> Tensor | None:
         """Compares boxes, scores and classes, and gives our rows in their order."""
         theirs = self.ledger.peek(name)
         ours = torch.cat([found.boxes, found.scores[:, None], found.labels[:, None].float()], 1)
@@ -94,7 +94,7 @@ class Check:
         self.ledger.compare(name, ours[rows])
         return rows
 
-    def components(self, raw: Raw, found: Found) -> tuple[Tensor, Tensor]:
+    def components(self, raw: Raw, found: Detections) -> tuple[Tensor, Tensor]:
         ledger, system = self.ledger, self.system
         head = system.component_head
         assert head is not None

@@ -87,7 +87,7 @@ class Check:
             ]
             if "bbox_attention" in ledger:
                 ledger.compare("bbox_attention", torch.stack(maps))
-            masks = torch.stack([system.masks_of(raw, picture, every) for picture in range(len(self.images))])
+            masks = torch.stack([system.masks_of(raw, image, every) for image in range(len(self.images))])
             if "pred_masks" in ledger:
                 ledger.compare("pred_masks", masks)
         return raw
@@ -100,8 +100,8 @@ class Check:
             return
         height, width = ledger.about["original_size"]
         placement = Placement.resize((height, width), self.size)
-        # The original takes the largest picture of a batch for the whole canvas. Where the canvas is larger still, as
-        # here, it shrinks the padding's part of the masks into the picture; of real batches this is never so.
+        # The original takes the largest image of a batch for the whole canvas. Where the canvas is larger still, as
+        # here, it shrinks the padding's part of the masks into the image; of real batches this is never so.
         self.finished("det_", replace(raw, size=self.size), placement)
 
     def finished(self, prefix: str, raw: Raw, placement: Placement) -> None:
@@ -150,7 +150,7 @@ class Check:
         )
         system = self.system
         masks_of = system.masks_of
-        system.masks_of = lambda raw, picture, rows: masks[picture][rows]
+        system.masks_of = lambda raw, image, rows: masks[image][rows]
         try:
             placement = Placement.resize(original, processed)
             self.finished("post/", raw, placement)
@@ -263,7 +263,7 @@ class Check:
 
 class Whole:
     """Objects whose masks reach over the padding, as the original's recorded targets do: they are drawn on the whole
-    canvas, though the picture ends before."""
+    canvas, though the image ends before."""
 
     def __init__(self, size: tuple[int, int], boxes: Tensor, labels: Tensor, planes: Tensor):
         self.size, self.boxes, self.labels, self.planes = size, boxes, labels, planes

@@ -97,10 +97,10 @@ class Check:
             self.pixels, boxes, embeddings, margins, region="padded", logarithm=self.system.rules.logarithm
         )
         height, width = self.pixels.shape[1:]
-        size = self.placement().picture
+        size = self.placement().image
         stretched = tuple(
-            int(np.ceil(round(CELL * cells * picture / own, 6)))
-            for cells, picture, own in zip((height, width), size, (self.height, self.width), strict=True)
+            int(np.ceil(round(CELL * cells * image / own, 6)))
+            for cells, image, own in zip((height, width), size, (self.height, self.width), strict=True)
         )
         masks = paste_windows(
             values, corners, (height, width), (stretched[0], stretched[1]), size,

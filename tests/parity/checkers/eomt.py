@@ -54,7 +54,7 @@ class Check(mask2former.Check):
                 ledger.compare(name, ours)
 
     def masked(self) -> Any:
-        """With attention held to the masks. Where a patch's logit is nought but for rounding either answer is right:
+        """With attention held to the masks. Where a patch's logit is zero but for rounding either answer is right:
         both are tried, and the one nearer to what was recorded is kept for the blocks that follow."""
         system, ledger = self.system.train(), self.ledger
         system.mask_probability.fill_(1)
@@ -171,7 +171,7 @@ class Check(mask2former.Check):
             [int(n) for n in re.search(rf"{w}=\(standard_normal\(\(([\d, ]+)\)", text)[1].split(",")]  # pyright: ignore[reportOptionalSubscript]
             for w in ("logits", "masks")
         )
-        size, picture = (
+        size, image = (
             tuple(map(int, re.search(rf"{w} (\d+)x(\d+)", text).groups()))  # pyright: ignore[reportOptionalMemberAccess]
             for w in ("network size", "original image")
         )
@@ -179,9 +179,9 @@ class Check(mask2former.Check):
         masks = torch.from_numpy(stream.standard_normal(tuple(grid)).astype("float32") * np.float32(4))[0]
         part = re.search(r"first (\d+) logits", text)
         count = (int(part[1]) if part else shape[2]) - 1
-        ratio = min(s / p for s, p in zip(size, picture, strict=True))
-        inner = (round(picture[0] * ratio), round(picture[1] * ratio))
-        placement = Placement.resize(picture, inner).then_crop(0, 0, size)
+        ratio = min(s / p for s, p in zip(size, image, strict=True))
+        inner = (round(image[0] * ratio), round(image[1] * ratio))
+        placement = Placement.resize(image, inner).then_crop(0, 0, size)
         if "post/pan_class_segment" in ledger:
             self.divided(logits, masks, placement, size, text)
         if "post/inst_scores" in ledger:

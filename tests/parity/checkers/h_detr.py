@@ -35,13 +35,13 @@ def check(system: Any, layout: Path, ledger: Ledger) -> None:
         height, width = ledger.about["original_size"]
         placement, count = Placement.resize((height, width), size), len(ledger.peek("det_scores"))
         boxes, labels, scores = (part[0] for part in system.best(raw, count))
-        boxes = placement.boxes_to_picture(boxes * torch.tensor([size[1], size[0], size[1], size[0]]))
+        boxes = placement.boxes_to_image(boxes * torch.tensor([size[1], size[0], size[1], size[0]]))
         ledger.compare("det_scores", scores)
         ledger.equal("det_labels", labels)
         ledger.compare("det_boxes", boxes)
         found = system.decode(raw, [placement], score_threshold=0.0, detections=count)[0]
         same = torch.equal(found.scores, scores) and torch.equal(found.boxes, clip(boxes, (height, width)))
-        ledger._line("det_decode", f"{len(found)} objects, clipped to the picture", same)
+        ledger._line("det_decode", f"{len(found)} objects, clipped to the image", same)
 
 
 SYSTEMS = {"h-detr": check}

@@ -19,7 +19,7 @@ from maskwright.structures import Instances, Masks, Placement
 from tests.parity import ties
 from tests.parity.ledger import Ledger, inputs, matching_areas
 
-BLOCKED = "a key whose mask logit is nought but for rounding may be on either side"
+BLOCKED = "a key whose mask logit is zero but for rounding may be on either side"
 LONG = "gradients pass through 30 losses at random points and some 40 layers; the sheet asks for 1e-2"
 
 
@@ -106,7 +106,7 @@ class Check:
         return len(arrays[f"{name}__shape"]) if f"{name}__shape" in arrays else np.ndim(arrays.get(name, 0))
 
     def settled(self) -> Any:
-        """The answers with those keys on the original's side of nought whose mask logit is nought but for rounding: one
+        """The answers with those keys on the original's side of zero whose mask logit is zero but for rounding: one
         key in a query's attention changes all that comes after it by a thousandth. Which side is found by trying."""
         system, close, flipped = self.system, [], set()
         original, layers = type(system).allowed, len(system.decoder)

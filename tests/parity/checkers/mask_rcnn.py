@@ -150,7 +150,7 @@ class Check:
         ledger.compare("given_cls_logits", self.their_classes(logits))
         ledger.compare("given_box_deltas", self.their_rows(deltas, 4), note=self.dropped)
         labels = torch.arange(len(boxes)) % self.classes
-        masks, joints = system.read_boxes(raw, [boxes], [labels])
+        masks, keypoints = system.read_boxes(raw, [boxes], [labels])
         out = tuple(ledger.given("out_size").tolist()) if "out_size" in ledger else size
         scaled = boxes * torch.tensor([out[1] / size[1], out[0] / size[0]] * 2)
         if system.mask_head is not None:
@@ -168,12 +168,14 @@ class Check:
         if system.keypoint_head is not None:
             from maskwright.ops.keypoints import decode
 
-            assert joints[0] is not None
+            assert keypoints[0] is not None
             if "given_keypoint_logits" in ledger:
-                ledger.compare("given_keypoint_logits", joints[0])
-            self.joints("given_keypoints", "given_keypoint_scores", decode(joints[0], boxes, system.rules.joints))
+                ledger.compare("given_keypoint_logits", keypoints[0])
+            self.keypoints(
+                "given_keypoints", "given_keypoint_scores", decode(keypoints[0], boxes, system.rules.keypoints)
+            )
 
-    def joints(self, name: str, scores: str, ours: Tensor) -> None:
+    def keypoints(self, name: str, scores: str, ours: Tensor) -> None:
         if name not in self.ledger:
             return
         if self.torchvision:  # the third number is the constant 1 there; scores lie beside
@@ -216,14 +218,14 @@ class Check:
         )  # fmt: skip
         if rows is None:
             return
-        masks, joints = system.read_boxes(one, [boxes], [labels])
+        masks, keypoints = system.read_boxes(one, [boxes], [labels])
         if f"det_mask_probs{suffix}" in ledger:
             assert masks[0] is not None
             ledger.compare(f"det_mask_probs{suffix}", masks[0][rows][:, None])
-        if joints[0] is not None:
+        if keypoints[0] is not None:
             on_input = system.decode(one, [Placement.identity(size)], **limits)[0]
             assert on_input.keypoints is not None
-            self.joints(f"det_keypoints{suffix}", f"det_keypoint_scores{suffix}", on_input.keypoints[rows])
+            self.keypoints(f"det_keypoints{suffix}", f"det_keypoint_scores{suffix}", on_input.keypoints[rows])
         if f"out_boxes{suffix}" not in ledger:
             return
         out = out or tuple(ledger.given("out_size").tolist())
@@ -250,10 +252,10 @@ class Check:
             ledger.compare_bits(f"out_masks{suffix}", planes[:, None] if len(shape) == 4 else planes)
         if f"out_keypoints{suffix}" in ledger:
             assert final.keypoints is not None
-            self.joints(f"out_keypoints{suffix}", "", final.keypoints)
+            self.keypoints(f"out_keypoints{suffix}", "", final.keypoints)
 
     def batch(self, raw: Raw, sizes: list[tuple[int, int]]) -> None:
-        """Pictures of different sizes padded to one; detections at one output size."""
+        """Images of different sizes padded to one; detections at one output size."""
         found = self.proposals(raw, sizes, "")
         about = self.ledger.about
         out = tuple(about["out_size"] if "out_size" in about else self.ledger.given("out_size").tolist())
@@ -273,8 +275,8 @@ class Check:
             masks = Masks.from_dense(source.given("gt_bitmasks" if "gt_bitmasks" in source else "gt_masks"))
         elif "gt_polygons" in source:
             masks = Masks.from_polygons([[ring] for ring in source.given("gt_polygons").numpy()], size)
-        joints = source.given("gt_keypoints") if "gt_keypoints" in source else None
-        return Instances(size, boxes, labels, masks, keypoints=joints)
+        keypoints = source.given("gt_keypoints") if "gt_keypoints" in source else None
+        return Instances(size, boxes, labels, masks, keypoints=keypoints)
 
     def training(self, raw: Raw, size: tuple[int, int]) -> None:
         ledger, system = self.ledger, self.system
@@ -365,7 +367,7 @@ class Check:
 
 @contextmanager
 def second_stage_once(system: MaskRCNN) -> Iterator[None]:
-    """Inside, what was read of the same boxes of the one picture is not computed twice: one recording asks for the
+    """Inside, what was read of the same boxes of the one image is not computed twice: one recording asks for the
     same losses of several targets, and hundreds of boxes through a stage or head are most of its time."""
     pooled, head, read, answers = system.pooled, system.box_head, {}, {}
     plain = head.forward

@@ -137,16 +137,16 @@ def preprocessing(ledger: Ledger) -> None:
     short, long = int(numbers[1]), int(numbers[2])
     for name in ledger.names(r"image_\d+"):
         number = name.split("_")[1]
-        picture = ledger.given(name).permute(2, 0, 1).contiguous()
+        image = ledger.given(name).permute(2, 0, 1).contiguous()
         own = replace(PREPROCESS["detectron2"], short=short, long=long)
-        values, placement = own.lay(picture)
+        values, placement = own.lay(image)
         resized = values + torch.tensor(own.mean)[:, None, None]
         ledger.compare(f"d2_resized_bgr_{number}", resized.round().permute(1, 2, 0))
-        ledger.compare(f"d2_input_{number}", own.collate([picture]).images)
+        ledger.compare(f"d2_input_{number}", own.collate([image]).images)
         own = replace(PREPROCESS["torchvision"], short=short, long=long)
-        values, placement = own.lay(picture)
+        values, placement = own.lay(image)
         ledger.equal(f"tv_size_{number}", torch.tensor(placement.size))
-        ledger.compare(f"tv_input_{number}", own.collate([picture]).images)
+        ledger.compare(f"tv_input_{number}", own.collate([image]).images)
 
 
 FILES = ("roi-pooling", "preprocess-detectron2-torchvision")

@@ -18,7 +18,7 @@ from tests.parity.ledger import Ledger
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
-    """The dense form was run on one picture as it is."""
+    """The dense form was run on one image as it is."""
     return {"scales": (1.0,)} if "deepmask" in str(about.get("source", "")) else {}
 
 
@@ -66,7 +66,7 @@ def check(system: DeepMask, layout: Path, ledger: Ledger) -> None:
 
 
 def _dense(system: DeepMask, canvas: Tensor) -> Raw:
-    """Of a picture that has half a window around it already."""
+    """Of an image that has half a window around it already."""
     feature, score = system.dense(canvas)
     height, width = canvas.shape[-2:]
     return Raw((score,), (feature,), (height - system.window, width - system.window))

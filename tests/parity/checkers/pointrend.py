@@ -1,4 +1,4 @@
-"""PointRend of detectron2's project: inside boxes, and on whole pictures."""
+"""PointRend of detectron2's project: inside boxes, and on whole images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from maskwright.systems.pointrend import PointRend, PointRendSemantic
 from tests.parity.checkers.mask_rcnn import Check as BoxCheck
 from tests.parity.ledger import LARGEST, RAW, Ledger, input_seed, inputs
 
-SMALL = "cells are chosen for logits next to nought, of which rounding is a larger part"
+SMALL = "cells are chosen for logits next to zero, of which rounding is a larger part"
 TIES = "which of two equally unsure cells comes first is nobody's decision"
 
 

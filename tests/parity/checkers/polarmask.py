@@ -183,11 +183,11 @@ def _codes(ledger: Ledger, size: tuple[int, int], count: int) -> None:
     if "given_contours" in ledger:
         contours = ledger.given("given_contours").transpose(1, 2)
         stated = re.search(r"clamped to (\d+)x(\d+)", json.dumps(ledger.about))
-        picture = (int(stated[1]), int(stated[2])) if stated else (150, 200)
+        image = (int(stated[1]), int(stated[2])) if stated else (150, 200)
         ends = ray_points(ledger.given("given_points"), ledger.given("given_rays"))
-        ends = ends.clamp(min=0).minimum(torch.tensor([picture[1] - 1.0, picture[0] - 1.0]))
+        ends = ends.clamp(min=0).minimum(torch.tensor([image[1] - 1.0, image[0] - 1.0]))
         ledger.compare("given_contours", ends.transpose(1, 2))
-        masks = fill_contours(contours, picture)
+        masks = fill_contours(contours, image)
         ledger.compare_packed_rows("given_mask_bits", masks.dense(), share=0)
         ledger.equal("given_mask_area", masks.areas())
     if "ortho_fft_of_log_rays" in ledger:

@@ -87,9 +87,9 @@ class Check:
         ledger, about = self.ledger, self.ledger.about
         limits = about.get("test_cfg", about)
         valid = about["img_shape"] if "img_shape" in about else about["image_size_before_padding"]
-        picture = about["ori_shape"] if "ori_shape" in about else about["output_size"]
+        image = about["ori_shape"] if "ori_shape" in about else about["output_size"]
         found = self.system.decode(
-            raw, [Placement.resize((picture[0], picture[1]), (valid[0], valid[1]))],
+            raw, [Placement.resize((image[0], image[1]), (valid[0], valid[1]))],
             score_threshold=limits["update_thr"], candidate_threshold=limits["score_thr"],
             detections=limits["max_per_img"], mask_threshold=limits["mask_thr"],
             kernel=limits.get("kernel", "gaussian"), nms_sigma=limits.get("sigma", 2.0),
@@ -107,7 +107,7 @@ class Check:
         ledger.compare("loss_ins", terms["mask"])
         ledger.compare("loss_cate", terms["class"])
         dynamic = system.name == "solov2"
-        for picture, target in enumerate(targets):
+        for image, target in enumerate(targets):
             inclusive = system.rules.inclusive if dynamic else True
             strides = (4,) * 5 if dynamic else MASK_STRIDES
             own = grid_ops.read_objects(target, raw.size, strides, images.device, inclusive=inclusive)
@@ -115,10 +115,10 @@ class Check:
             labels = grid_ops.class_labels([own], [claims], system.grids)[0]
             none = len(system.classes) if self.adelaidet else 0
             theirs = torch.where(labels < 0, none, labels + (not self.adelaidet))
-            ledger.equal(f"image{picture}_cate_label", theirs)
+            ledger.equal(f"image{image}_cate_label", theirs)
             for level, (claim, grid, stride) in enumerate(zip(claims, system.grids, strides, strict=True)):
                 claim = claim if dynamic else claim.once(grid * grid)
-                name = f"image{picture}_level{level}"
+                name = f"image{image}_level{level}"
                 for kind in ("positive_cells", "grid_order"):
                     if f"{name}_{kind}" in ledger:
                         ledger.equal(f"{name}_{kind}", claim.cells)
@@ -135,13 +135,13 @@ class Check:
                 raise LookupError(f"needs the targets in {beside.name}, which is not beside it")
             source = Ledger(beside)
         targets = []
-        for picture in range(count):
+        for image in range(count):
             # The fork's boxes end at their last pixel; the numbers are the same in both recordings.
-            boxes = source.given(f"image{picture}_boxes") + torch.tensor([0, 0, 1, 1]) * (not self.adelaidet)
-            shape = source.given(f"image{picture}_masks_shape").tolist()
-            packed = source.given(f"image{picture}_masks_packbits").numpy()
+            boxes = source.given(f"image{image}_boxes") + torch.tensor([0, 0, 1, 1]) * (not self.adelaidet)
+            shape = source.given(f"image{image}_masks_shape").tolist()
+            packed = source.given(f"image{image}_masks_packbits").numpy()
             planes = np.unpackbits(packed)[: int(np.prod(shape))].reshape(shape).astype(bool)
-            labels = source.given(f"image{picture}_labels") - 1
+            labels = source.given(f"image{image}_labels") - 1
             targets.append(Instances(size, boxes, labels, Masks.from_dense(torch.from_numpy(planes)).pack()))
         return targets
 
@@ -186,8 +186,8 @@ def post(ledger: Ledger) -> None:
 
     height, width = logits.shape[1:]
     size = (4 * height, 4 * width)
-    valid, picture, limits = about["img_shape"], about["ori_shape"], about["test_cfg"]
-    placement = Placement.resize((picture[0], picture[1]), (valid[0], valid[1]))
+    valid, image, limits = about["img_shape"], about["ori_shape"], about["test_cfg"]
+    placement = Placement.resize((image[0], image[1]), (valid[0], valid[1]))
     rules = grid_ops.Suppression(
         limits["update_thr"], limits["score_thr"], kernel=limits["kernel"], sigma=limits["sigma"],
         before=limits["nms_pre"], detections=limits["max_per_img"],
@@ -217,7 +217,7 @@ def post(ledger: Ledger) -> None:
     }
     for name, way in ways.items():
         masks, values, kinds = grid_ops.find(table, smallest, way, rules, height * width)
-        objects(ledger, name, grid_ops.on_picture(masks, values, kinds, placement, size, limits["mask_thr"]))
+        objects(ledger, name, grid_ops.on_image(masks, values, kinds, placement, size, limits["mask_thr"]))
 
 
 SYSTEMS = {"solo": check, "decoupled-solo": check, "solov2": check}

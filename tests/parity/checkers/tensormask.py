@@ -67,7 +67,7 @@ def check(system: TensorMask, layout: Path, ledger: Ledger) -> None:
     ledger.equal("det_mask_side", torch.tensor([len(grids[n]) for n in range(len(chosen))]))
     for name in ledger.names(r"det_mask_prob_\d+"):
         ledger.compare(name, grids[int(name.rsplit("_", 1)[1])])
-    # Their picture is 8 rows and 4 columns smaller than the input, which they were not told to clip boxes to.
+    # Their image is 8 rows and 4 columns smaller than the input, which they were not told to clip boxes to.
     out = tuple(about["output_size"])
     placement = Placement.resize(out, (height - 8, width - 4))
     objects = system.decode(
@@ -158,7 +158,7 @@ def check_heads(ledger: Ledger) -> None:
 
 
 def check_assignment(ledger: Ledger) -> None:
-    """The published configuration's windows for a picture of the size that the feature maps' sizes say."""
+    """The published configuration's windows for an image of the size that the feature maps' sizes say."""
     smallest = int(ledger.about.get("min_anchor_size", 40)) + 4
     system = TensorMask(backbone="resnet18", stem_width=8, neck_width=8, windows=(smallest // 4, 15))
     sizes = ledger.given("feature_sizes").tolist()

@@ -16,7 +16,7 @@ from torch.nn import functional
 from maskwright.checkpoints.names import COCO
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import create
-from maskwright.systems.yolact import YOLACT, Found, Raw, assemble, encode
+from maskwright.systems.yolact import YOLACT, Detections, Raw, assemble, encode
 from maskwright.systems.yolact_plus import YOLACTPlus
 from tests.parity.ledger import Ledger, inputs, matching
 
@@ -119,7 +119,7 @@ class Check:
         if "crossclass_scores" in ledger:
             self.found("crossclass", self.system.find(raw, *limits, 200, cross_class=True)[0])
 
-    def found(self, prefix: str, found: Found) -> Found | None:
+    def found(self, prefix: str, found: Detections) -> Detections | None:
         """Compares the detections; gives them in the original's order."""
         ledger = self.ledger
         if f"{prefix}_boxes_norm" in ledger:
@@ -135,7 +135,7 @@ class Check:
         ledger.compare(f"{prefix}_scores", found.scores)
         return found
 
-    def finished(self, raw: Raw, found: Found) -> None:
+    def finished(self, raw: Raw, found: Detections) -> None:
         ledger, system = self.ledger, self.system
         soft = assemble(raw.prototypes[0], found.coefficients, found.boxes)
         for name in ledger.names(r"(perclass_)?softmask_cropped"):
@@ -152,7 +152,7 @@ class Check:
             return
         width, height = ledger.about["final_size_wh"]
         placement = Placement.resize((height, width), raw.size)
-        final = system.on_picture(found, raw.prototypes[0], raw.size, placement, drop_empty=False)
+        final = system.on_image(found, raw.prototypes[0], raw.size, placement, drop_empty=False)
         ledger.compare("final_boxes", final.boxes)
         ledger.equal("final_classes", final.labels)
         assert final.masks is not None
@@ -166,12 +166,12 @@ class Check:
         anchors = system.anchors(raw)
         for index, target in enumerate(targets):
             self.matches(index, anchors, target, raw.size)
-        several, system.masks_per_picture = system.masks_per_picture, 1 << 30
+        several, system.masks_per_image = system.masks_per_image, 1 << 30
         for prefix, answers in (("net_loss", raw), ("synthetic_loss", self.drawn(raw))):
             terms = system.losses(answers, targets)
             for name in ledger.names(rf"{prefix}_\w"):
                 ledger.compare(name, terms[LOSSES[name[-1]]])
-        system.masks_per_picture = several
+        system.masks_per_image = several
 
     def target(self, index: int, size: tuple[int, int]) -> Instances:
         rows, masks = self.ledger.given(f"targets{index}"), self.ledger.given(f"masks{index}")

@@ -93,7 +93,7 @@ def _options(
 
 def _from_torch7(state: State, options: Mapping[str, Any]) -> State:
     """Norms are a scale and a shift (of shape (C) or (1, C, 1, 1)), frozen as they are; linear layers become the
-    convolutions that they are over a picture. A convolution before a norm may have kept a bias, which goes into the
+    convolutions that they are over an image. A convolution before a norm may have kept a bias, which goes into the
     shift."""
     result = {}
     for key, value in state.items():

@@ -166,7 +166,7 @@ def _options(
     rows, stuff = names(said[0] - 1)
     heads = shapes["mask_head.lay1.weight"][0] - width if masks else 8
     return {
-        "classes": rows, "stuff": stuff, "masks": "joint" if masks else "none", "backbone": f"resnet{depth}",
+        "classes": rows, "stuff": stuff, "masks": "keypoint" if masks else "none", "backbone": f"resnet{depth}",
         "in_channels": stem[1], "stem_width": stem[0], "norm": "frozen", "frozen": 2, "width": width, "heads": heads,
         "hidden": first[0], "queries": asked[0],
         "encoder_layers": count(shapes, rf"^{re.escape(layers)}encoder\.layers\.(\d+)\."),
@@ -220,7 +220,7 @@ def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candidat
             f"{about.get('path')}/config.json: it says {said} attention heads, and the mask head beside it is of "
             f"{options['heads']}; put the config.json there that belongs to the weights"
         )
-    options |= {"heads": said or options["heads"], **folders.pictures(about, "detr", options["in_channels"])}
+    options |= {"heads": said or options["heads"], **folders.images(about, "detr", options["in_channels"])}
     config = about.get("config", {})
     dilated, trunk_config = config.get("dilation"), config.get("backbone_config")
     if not isinstance(dilated, bool) and isinstance(trunk_config, Mapping):

@@ -150,16 +150,16 @@ def _of_folder(options: dict[str, Any] | None, about: Mapping[str, Any]) -> dict
         options["heads"] = heads
     if eps not in (None, 1e-5 if "dinov3" in options["backbone"] else 1e-6):
         options["norm_eps"] = eps
-    pictures = folders.prepared(about, options["in_channels"], do_pad=True)
-    asked = dict(pictures.asked)
-    if pictures.short is not None and pictures.long != pictures.short:
+    images = folders.prepared(about, options["in_channels"], do_pad=True)
+    asked = dict(images.asked)
+    if images.short is not None and images.long != images.short:
         asked["size"] = about["preprocessor"]["size"]  # of no square
-    elif pictures.short is not None:
-        options["size"] = _agreed(options, pictures.short, "preprocessor_config.json: size", about)
-    asked |= {k: list(v) for k, v in (("mean", pictures.mean), ("std", pictures.std)) if v is not None}
+    elif images.short is not None:
+        options["size"] = _agreed(options, images.short, "preprocessor_config.json: size", about)
+    asked |= {k: list(v) for k, v in (("mean", images.mean), ("std", images.std)) if v is not None}
     folders.warn(about, "eomt", asked)
     image = folders.side(about)
-    # Rotated positions are of any size; there pictures are as large as their own file says.
+    # Rotated positions are of any size; there images are as large as their own file says.
     if image is not None and ("table" in options or "size" not in options):
         options["size"] = _agreed(options, image, "config.json: image_size", about)
     return options

@@ -259,7 +259,7 @@ def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | 
                 "to the weights"
             )
         options |= {"heads": heads, "sampled": each // heads}
-    return options | folders.pictures(about, "mask2former", options["in_channels"], divide=1.0)
+    return options | folders.images(about, "mask2former", options["in_channels"], divide=1.0)
 
 
 def _options(

@@ -268,13 +268,13 @@ ORIGINS = [
         name=name,
         system=system,
         rename=rename,
-        recognise=lambda shapes, about, read=read, joints=joints: read(shapes, joints),
+        recognise=lambda shapes, about, read=read, keypoints=keypoints: read(shapes, keypoints),
         finish=finish,
         ignore=ignore,
         code_licence=code,
         weights_licence=weights,
     )
-    for system, joints in (("mask-rcnn", False), ("keypoint-rcnn", True))
+    for system, keypoints in (("mask-rcnn", False), ("keypoint-rcnn", True))
     for name, rename, read, finish, ignore, code, weights in (
         ("detectron2", DETECTRON2, _detectron2, _deformable_weights, DETECTRON2_IGNORE, "Apache-2.0", "CC-BY-SA-3.0"),
         ("torchvision", TORCHVISION, _torchvision, _background_last, [], "BSD-3-Clause", "BSD-3-Clause"),

@@ -95,7 +95,7 @@ def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | 
         about, options["width"], "decoder_attention_heads", "num_attention_heads", inside="decoder_config"
     )
     options["heads"] = heads or options["heads"]
-    return options | folders.pictures(about, "maskformer", options["in_channels"], divide=1.0)
+    return options | folders.images(about, "maskformer", options["in_channels"], divide=1.0)
 
 
 def _options(
@@ -105,7 +105,7 @@ def _options(
     if trunk is None or hidden is None or not {queries, classes} <= shapes.keys():
         return None
     width = shapes[queries][1]
-    # Models of segments do not pad single pictures; those of labels alone do, which no file says.
+    # Models of segments do not pad single images; those of labels alone do, which no file says.
     return {
         **trunk, "width": width, "heads": 8 if width % 32 == 0 else 4, "queries": shapes[queries][0],
         "encoder_layers": encoder, "layers": count(shapes, rf"^{re.escape(layer)}(\d+)\."), "hidden": hidden[0],

@@ -168,7 +168,7 @@ def _decoupled(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Non
         "grids": tuple(s[0] for s in outputs if s), "shared_tower": shared,
         "coordinates": shapes[first][1] != options["neck_width"],
     }  # fmt: skip
-    if shared:  # the light models: smaller pictures, and ranges that belong to them
+    if shared:  # the light models: smaller images, and ranges that belong to them
         options |= {"short": 512, "long": 852, "ranges": ((1, 64), (32, 128), (64, 256), (128, 512), (256, 2048))}
     return options
 

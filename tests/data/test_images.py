@@ -1,4 +1,4 @@
-"""Pictures of every kind become 8-bit RGB; broken ones say which file it is and what is wrong."""
+"""Images of every kind become 8-bit RGB; broken ones say which file it is and what is wrong."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.data import DataWarning, read_picture, read_size
-from maskwright.data.pictures import probe
-from maskwright.errors import PictureError
+from maskwright.data import DataWarning, read_image, read_size
+from maskwright.data.images import probe
+from maskwright.errors import ImageError
 from tests.data.making import pixels
 
 pytestmark = pytest.mark.fast
 
 
 def array(path: Path) -> np.ndarray:
-    picture = read_picture(path)
-    assert picture.dtype == torch.uint8
-    assert picture.shape[0] == 3
-    return picture.permute(1, 2, 0).numpy()
+    image = read_image(path)
+    assert image.dtype == torch.uint8
+    assert image.shape[0] == 3
+    return image.permute(1, 2, 0).numpy()
 
 
 def png_chunk(kind: bytes, data: bytes) -> bytes:
@@ -80,7 +80,7 @@ def test_cmyk_keeps_its_colours(tmp_path: Path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_to_picture_and_size(tmp_path: Path, orientation: int):
+def test_exif_orientation_is_applied_to_image_and_size(tmp_path: Path, orientation: int):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(pixels()).save(tmp_path / "a.png", exif=exif)
@@ -117,13 +117,13 @@ def test_a_bomb_is_refused_by_its_header(tmp_path: Path):
     (tmp_path / "bomb.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
     )
-    for read in (read_picture, read_size, probe):
-        with pytest.raises(PictureError, match=r"bomb\.png: its header claims 60000 x 60000 pixels"):
+    for read in (read_image, read_size, probe):
+        with pytest.raises(ImageError, match=r"bomb\.png: its header claims 60000 x 60000 pixels"):
             read(tmp_path / "bomb.png")
 
 
 @pytest.mark.parametrize("size", [(6000, 16000), (14000, 14000)])
-def test_large_pictures_below_the_bound_warn_nobody(tmp_path: Path, size: tuple[int, int]):
+def test_large_images_below_the_bound_warn_nobody(tmp_path: Path, size: tuple[int, int]):
     Image.new("1", size[::-1]).save(tmp_path / "a.png")  # Pillow's own open would warn or refuse
     assert read_size(tmp_path / "a.png") == size
 
@@ -132,8 +132,8 @@ def test_large_pictures_below_the_bound_warn_nobody(tmp_path: Path, size: tuple[
     ("damage", "words"),
     [
         (lambda data: b"", r"the file is empty \(0 bytes\)"),
-        (lambda data: b"<!DOCTYPE html><title>404</title>", "is not a picture .it begins with '<!DOCTYPE ht'"),
-        (lambda data: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"),
+        (lambda data: b"<!DOCTYPE html><title>404</title>", "is not an image .it begins with '<!DOCTYPE ht'"),
+        (lambda data: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
         (lambda data: data[: len(data) * 55 // 100], "cut off .*fetch it again or leave it out"),
         (lambda data: data[:20], "damaged"),
         (lambda data: data[:3], "damaged|cut off"),
@@ -142,12 +142,12 @@ def test_large_pictures_below_the_bound_warn_nobody(tmp_path: Path, size: tuple[
 def test_a_broken_file_is_named_with_its_fault(tmp_path: Path, damage, words: str):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)).save(tmp_path / "whole.jpg")
     (tmp_path / "bad.jpg").write_bytes(damage((tmp_path / "whole.jpg").read_bytes()))
-    for read in (read_picture, probe):
-        with pytest.raises(PictureError, match=f"bad.jpg: .*({words})"):
+    for read in (read_image, probe):
+        with pytest.raises(ImageError, match=f"bad.jpg: .*({words})"):
             read(tmp_path / "bad.jpg")
 
 
-def test_bit_rot_never_gives_anything_but_a_picture_or_an_error(tmp_path: Path):
+def test_bit_rot_never_gives_anything_but_a_image_or_an_error(tmp_path: Path):
     rng = np.random.default_rng(0)
     for suffix in ("jpg", "png", "gif", "bmp", "tiff", "webp"):
         Image.fromarray(pixels(64, 64)).save(tmp_path / f"whole.{suffix}")
@@ -156,11 +156,11 @@ def test_bit_rot_never_gives_anything_but_a_picture_or_an_error(tmp_path: Path):
             rotten = whole.copy()
             rotten[rng.integers(len(whole), size=8)] = rng.integers(256, size=8)
             (tmp_path / f"bad.{suffix}").write_bytes(rotten.tobytes())
-            with contextlib.suppress(PictureError):
-                assert read_picture(tmp_path / f"bad.{suffix}", max_pixels=1 << 20).shape[0] == 3
+            with contextlib.suppress(ImageError):
+                assert read_image(tmp_path / f"bad.{suffix}", max_pixels=1 << 20).shape[0] == 3
 
 
-def test_what_follows_the_picture_does_not_matter(tmp_path: Path):
+def test_what_follows_the_image_does_not_matter(tmp_path: Path):
     Image.fromarray(pixels()).save(tmp_path / "a.jpg")
     whole = array(tmp_path / "a.jpg")
     with (tmp_path / "a.jpg").open("ab") as file:
@@ -170,13 +170,13 @@ def test_what_follows_the_picture_does_not_matter(tmp_path: Path):
 
 
 def test_missing_files_and_folders(tmp_path: Path):
-    with pytest.raises(PictureError, match=r"none\.jpg: there is no such file"):
-        read_picture(tmp_path / "none.jpg")
-    with pytest.raises(PictureError, match="is a folder, not a picture"):
-        read_picture(tmp_path)
+    with pytest.raises(ImageError, match=r"none\.jpg: there is no such file"):
+        read_image(tmp_path / "none.jpg")
+    with pytest.raises(ImageError, match="is a folder, not an image"):
+        read_image(tmp_path)
 
 
-def test_float_pictures_are_refused_because_nobody_knows_their_range(tmp_path: Path):
+def test_float_images_are_refused_because_nobody_knows_their_range(tmp_path: Path):
     Image.fromarray(pixels()[..., 0].astype(np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(PictureError, match="float values of unknown range; convert it to 8 or 16 bits"):
-        read_picture(tmp_path / "a.tiff")
+    with pytest.raises(ImageError, match="float values of unknown range; convert it to 8 or 16 bits"):
+        read_image(tmp_path / "a.tiff")
