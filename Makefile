@@ -4,9 +4,11 @@
 #   make demo    train, measure and draw a small Mask R-CNN on generated scenes, offline, on the CPU
 #   make test    the whole test suite          make fast   its quick part, under a minute
 #   make lint    format, lint, types, imports  make wheel  build the wheel and try it in an empty environment
-#   make ci      lint, test and wheel: what .ci/run calls
+#   make docs    the documentation site, into build/docs; warnings are errors
+#   make coverage    the test suite with coverage measured, into build/coverage
+#   make ci      lint, test, wheel and docs: what .ci/run calls
 
-.PHONY: help env dev demo test fast lint format wheel ci constraints clean
+.PHONY: help env dev demo test fast coverage lint format wheel docs ci constraints clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -40,6 +42,11 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(PIP) install --quiet -c constraints.txt -e '.[all]' --group dev
 	@touch $@
 
+$(VENV)/.ready-docs: $(VENV)/.ready
+	@echo "Installing what the documentation needs"
+	@$(PIP) install --quiet -c constraints.txt --group docs
+	@touch $@
+
 env: $(VENV)/.ready
 	@echo "Ready: $(BIN)/maskwright --help"
 
@@ -53,6 +60,9 @@ test: $(VENV)/.ready-dev
 
 fast: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -n $(JOBS) -m fast
+
+coverage: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term --cov-report=html
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
@@ -73,7 +83,11 @@ wheel: $(VENV)/.ready-dev
 	cd build/wheel && PYTHONPATH=installed ../../$(BIN)/python -c "import maskwright, pathlib; assert 'installed' in pathlib.Path(maskwright.__file__).parts"
 	cd build/wheel && PYTHONPATH=installed ../../$(BIN)/python -m maskwright systems
 
-ci: lint test wheel
+docs: $(VENV)/.ready-docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "Built build/docs/index.html"
+
+ci: lint test wheel docs
 
 # Everything installed, without ourselves and without what belongs to one platform's torch.
 constraints: $(VENV)/.ready-dev

@@ -1,0 +1,109 @@
+"""The documents: links, commands, options, names and generated tables in them are correct."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import inspect
+import io
+import itertools
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+import maskwright
+from maskwright import cli
+from maskwright.checkpoints import list_checkpoints
+from maskwright.systems import names, presets, system_class
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
+every_document = pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=[path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
+)
+
+
+def blocks(path: Path, language: str = r"\w*") -> list[str]:
+    """The contents of the fenced code blocks of a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The words of each maskwright command in a document's code blocks."""
+    text = "".join(blocks(path)).replace("\\\n", " ")
+    lines = re.findall(r"^ *(?:\$ )?(?:\.venv/bin/)?maskwright (.+)$", text, re.MULTILINE)
+    return [line.split(" #")[0].split() for line in lines if not line.startswith("--help")]
+
+
+@functools.cache
+def help_of(verb: str) -> str:
+    """The help text of a command."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    return out.getvalue()
+
+
+@pytest.mark.fast
+@every_document
+def test_every_link_to_a_file_leads_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)", path.read_text("utf-8")):
+        if not target.startswith(("http:", "https:", "mailto:")):
+            assert (path.parent / target).exists(), f"{path.name} points to {target}"
+
+
+@pytest.mark.fast
+@every_document
+def test_every_command_exists_with_its_options(path):
+    for verb, *rest in commands(path):
+        assert verb in cli.VERBS or verb.isupper(), f"{path.name}: maskwright {verb}"
+        for option in (word.split("=")[0] for word in rest if re.match("--?[a-z]", word)):
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", help_of(verb)), f"{path.name}: {verb} has no {option}"
+
+
+@pytest.mark.fast
+@every_document
+def test_every_system_and_published_checkpoint_in_a_command_exists(path):
+    catalogue = {entry.name for entry in list_checkpoints()}
+    known = {*names(), *presets(), *catalogue}
+    for verb, *rest in commands(path):
+        if verb == "train" and not rest[0].startswith("-"):
+            assert rest[0] in known or not re.fullmatch("[a-z0-9-]+", rest[0]), f"{path.name}: train {rest[0]}"
+        for option, value in itertools.pairwise(rest):
+            if option in ("--weights", "-w") and re.fullmatch("[a-z0-9-]+", value):
+                assert value in catalogue, f"{path.name}: {value} is not in the catalogue"
+
+
+@pytest.mark.fast
+@every_document
+def test_every_network_option_in_a_command_exists(path):
+    for verb, *rest in commands(path):
+        if verb != "train" or "--option" not in rest or rest[0] not in {*names(), *presets()}:
+            continue
+        kind = system_class(presets().get(rest[0], rest[0]))
+        accepted = set(inspect.signature(kind.__init__).parameters)
+        for word in rest[rest.index("--option") + 1 :]:
+            key = word.strip("'\"").split("=")[0].split(".")[0]
+            if key.startswith("-"):
+                break
+            assert key in accepted, f"{path.name}: {rest[0]} has no option {key}"
+
+
+@pytest.mark.fast
+@every_document
+def test_python_examples_parse_and_use_existing_names(path):
+    for code in blocks(path, "python"):
+        ast.parse(code)
+    for name in re.findall(r"\bmw\.(\w+)", path.read_text("utf-8")):
+        assert name in maskwright.__all__ or hasattr(maskwright, name), f"{path.name}: mw.{name}"
+
+
+@pytest.mark.fast
+def test_every_make_target_in_the_documents_exists():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    for path in [*DOCUMENTS, ROOT / ".ci/run", *(ROOT / ".github").rglob("*.yml")]:
+        for target in re.findall(r"(?:^|`|run: )make ([a-z]+)", path.read_text("utf-8"), re.MULTILINE):
+            assert target in targets, f"{path.name}: make {target}"
+    assert os.access(ROOT / ".ci/run", os.X_OK)
