@@ -50,7 +50,7 @@ def test_everything_is_found_in_one_go(tmp_path: Path):
         "'5.png'",
         "annotation 2 on '1.png' has a polygon of 2 points",
         "4.png",
-        "instances_val.json: 2 pict",
+        "instances_val.json: 2 imag",
     ):
         assert words in text
     assert f"maskwright check {tmp_path} --fix {tmp_path}-fixed" in text

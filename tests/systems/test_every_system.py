@@ -173,7 +173,7 @@ def test_images_may_have_more_channels(name):
 @EVERY
 def test_rows_per_class_are_where_it_says(name):
     if issubclass(system_class(name), ProposalSystem):
-        with pytest.raises(UsageError, match="finds objects of no class; classes is one name for all"):
+        with pytest.raises(UsageError, match="predicts objects of one class; classes must be one name"):
             build(name, classes=("a", "b"))
         assert build(name).input_weight() in build(name).state_dict()
         return

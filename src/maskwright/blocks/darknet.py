@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from maskwright.blocks.backbones import Backbone, Family, Levels, Use, freeze
 from maskwright.blocks.layers import ConvNorm, Norm
-from maskwright.blocks.resnet import freeze
+from maskwright.errors import UsageError
 
 
 class Residual(nn.Module):
@@ -94,3 +95,24 @@ class DarknetTiny(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         fine = self.stages[0](x)
         return [fine, self.stages[1](fine)]
+
+
+def _build(spec: Backbone, in_channels: int, use: Use) -> nn.Module:
+    if use.dilated or use.deepest != 32:
+        raise UsageError(f"backbone {spec.name!r} ends at stride 32 and has no dilated stages")
+    kind, base = (Darknet, 32) if spec.name == "darknet53" else (DarknetTiny, 16)
+    return kind(base=spec.width or base, in_channels=in_channels, norm=spec.norm, eps=spec.eps, frozen=spec.frozen)
+
+
+def _levels(spec: Backbone, use: Use) -> Levels:
+    if spec.name == "darknet-tiny":
+        return Levels((16 * (spec.width or 16),) * 2, (16, 32))
+    return Levels(tuple((spec.width or 32) * 2**n for n in range(1, 6)), (2, 4, 8, 16, 32))
+
+
+FAMILY = Family(
+    names=("darknet53", "darknet-tiny"),
+    options=frozenset(("width", "norm", "norm_eps", "frozen")),
+    levels=_levels,
+    build=_build,
+)

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskwright.blocks.backbones import Backbone, Family, Levels, Use, freeze
 from maskwright.blocks.layers import ConvNorm, DeformConvNorm, Norm
-from maskwright.blocks.resnet import freeze
+from maskwright.errors import UsageError
 
 DEPTHS = {34: (1, 1, 1, 2, 2, 1)}  # of the levels of strides 1 ... 32: plain convolutions, then trees
 
@@ -177,3 +178,24 @@ class LightUp(nn.Module):
             side += functional.interpolate(x, size=side.shape[-2:], mode="bilinear", align_corners=False)
             x = side
         return self.output(functional.relu(x, inplace=True))
+
+
+def _build(spec: Backbone, in_channels: int, use: Use) -> DLA:
+    if use.dilated or use.deepest != 32:
+        raise UsageError(f"backbone {spec.name!r} has levels of strides 4 to 32 and no dilated stages")
+    return DLA(
+        int(spec.name[3:]), in_channels=in_channels, base=spec.width or 16, norm=spec.norm, eps=spec.eps,
+        frozen=spec.frozen,
+    )  # fmt: skip
+
+
+def _levels(spec: Backbone, use: Use) -> Levels:
+    return Levels(tuple((spec.width or 16) * 2**n for n in range(2, 6)), (4, 8, 16, 32))
+
+
+FAMILY = Family(
+    names=tuple(f"dla{depth}" for depth in DEPTHS),
+    options=frozenset(("width", "norm", "norm_eps", "frozen")),
+    levels=_levels,
+    build=_build,
+)

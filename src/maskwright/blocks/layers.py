@@ -191,9 +191,12 @@ class DeformConvNorm(nn.Module):
         eps: float = 1e-5,
         relu: bool = False,
         bias: bool = False,
+        offset_groups: int = 1,
     ):
         super().__init__()
-        self.relu, self.taps = relu, kernel * kernel
+        if offset_groups < 1 or channels_in % offset_groups:
+            raise UsageError(f"{channels_in} channels cannot be divided into {offset_groups} offset groups")
+        self.relu, self.taps = relu, offset_groups * kernel * kernel
         self.stride, self.dilation = (stride, stride), (dilation, dilation)
         pad = dilation * (kernel // 2)
         self.padding = (pad, pad)

@@ -1,18 +1,17 @@
-"""ResNet and ResNeXt trunks (arXiv 1512.03385, 1611.05431) as detection checkpoints have them."""
+"""ResNet and ResNeXt backbones (arXiv 1512.03385, 1611.05431) as detection checkpoints have them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskwright.blocks.backbones import Backbone, Family, Levels, StrideIn, Use, freeze
 from maskwright.blocks.layers import ConvNorm, DeformConvNorm, Norm
 
-StrideIn = Literal["1x1", "3x3"]
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -49,6 +48,7 @@ class Bottleneck(nn.Module):
         stride_in: StrideIn,
         deform: Literal["no", "plain", "modulated"],
         deform_bias: bool,
+        deform_groups: int,
         norm: Norm,
         eps: float,
     ):
@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
         else:
             self.conv2 = DeformConvNorm(
                 width, width, stride=second, dilation=dilation, groups=groups, modulated=deform == "modulated",
-                norm=norm, eps=eps, relu=True, bias=deform_bias,
+                norm=norm, eps=eps, relu=True, bias=deform_bias, offset_groups=deform_groups,
             )  # fmt: skip
         self.conv3 = ConvNorm(width, channels, 1, norm=norm, eps=eps)
         self.shortcut = None
@@ -90,6 +90,7 @@ def make_stage(
     deform: Literal["no", "plain", "modulated"] = "no",
     deform_every: int = 1,
     deform_bias: bool = False,
+    deform_groups: int = 1,
     norm: Norm = "frozen",
     eps: float = 1e-5,
 ) -> tuple[nn.Sequential, int]:
@@ -125,6 +126,7 @@ def make_stage(
                     stride_in=stride_in,
                     deform=deform if index % deform_every == 0 else "no",
                     deform_bias=deform_bias,
+                    deform_groups=deform_groups,
                     norm=norm,
                     eps=eps,
                 )
@@ -152,6 +154,7 @@ class ResNet(nn.Module):
         deform_modulated: bool = False,
         deform_every: int = 1,
         deform_bias: bool = False,
+        deform_groups: int = 1,
         norm: Norm = "frozen",
         eps: float = 1e-5,
         frozen: int = 0,
@@ -172,6 +175,7 @@ class ResNet(nn.Module):
                 depth, number, channels, base=base, groups=groups, group_width=group_width, dilation=widened,
                 dilate_first=dilate_first,
                 stride_in=stride_in, deform=deform, deform_every=deform_every, deform_bias=deform_bias,
+                deform_groups=deform_groups,
                 norm=still if number + 1 < frozen else norm, eps=eps,
             )  # fmt: skip
             stride *= 2 if number > 0 and widened == 1 else 1
@@ -189,59 +193,31 @@ class ResNet(nn.Module):
         return outputs
 
 
-class TimmBackbone(nn.Module):
-    """A trunk of timm's, random or with its published weights, giving the levels of strides 4, 8, 16 and 32, or those
-    up to `deepest`, and nothing after that."""
-
-    def __init__(
-        self, name: str, *, in_channels: int = 3, pretrained: bool = False, frozen: int = 0, deepest: int = 32
-    ):
-        super().__init__()
-        try:
-            import timm
-        except ImportError:
-            from maskwright.errors import MissingExtraError
-
-            raise MissingExtraError("timm", "timm") from None
-        from maskwright.errors import UsageError
-
-        try:
-            self.body = timm.create_model(name, pretrained=pretrained, features_only=True, in_chans=in_channels)
-        except (RuntimeError, AttributeError, ValueError) as error:
-            raise UsageError(f"timm cannot give {name!r} as a pyramid of features: {error}") from None
-        info: Any = self.body.feature_info
-        wanted = [i for i, stride in enumerate(info.reduction()) if stride in (4, 8, 16, 32)]
-        if [info.reduction()[i] for i in wanted] != [4, 8, 16, 32]:
-            raise UsageError(f"timm's {name!r} has strides {info.reduction()}; strides 4, 8, 16 and 32 are needed")
-        if deepest < 32:
-            wanted = [i for i in wanted if info.reduction()[i] <= deepest]
-            self.body = timm.create_model(
-                name, pretrained=pretrained, features_only=True, in_chans=in_channels, out_indices=wanted
-            )
-            info, wanted = self.body.feature_info, list(range(len(wanted)))
-        self.wanted = wanted
-        self.channels = [info.channels()[i] for i in wanted]
-        self.strides = [s for s in (4, 8, 16, 32) if s <= deepest]
-        self.channels_last = info.channels()[-1] != _channels_at_end(self.body, in_channels)
-        freeze(list(self.body.children())[: 2 * frozen])
-
-    def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
-        outputs = self.body(x)
-        chosen = [outputs[i] for i in self.wanted]
-        return [y.permute(0, 3, 1, 2) for y in chosen] if self.channels_last else chosen
+def _build(spec: Backbone, in_channels: int, use: Use) -> nn.Module:
+    return ResNet(
+        int(spec.name[6:]), stages=use.deepest.bit_length() - 2, in_channels=in_channels, base=spec.width or 64,
+        groups=spec.groups, group_width=spec.group_width, stride_in=spec.stride_in, dilation=2 if use.dilated else 1,
+        dilate_first=use.dilate_first, deform_stages=spec.deform_stages, deform_modulated=spec.deform_modulated,
+        deform_every=spec.deform_every, deform_groups=spec.deform_groups, deform_bias=use.deform_bias, norm=spec.norm,
+        eps=spec.eps, frozen=spec.frozen,
+    )  # fmt: skip
 
 
-def _channels_at_end(body: nn.Module, in_channels: int) -> int:
-    """Channels found on axis 1 of the deepest level; Swin and its kin have them on the last axis instead."""
-    training = body.training
-    with torch.no_grad():
-        found = body.eval()(torch.zeros(1, in_channels, 224, 224))[-1].shape[1]
-    body.train(training)
-    return found
+def _levels(spec: Backbone, use: Use) -> Levels:
+    stages = use.deepest.bit_length() - 2
+    widths = [(spec.width or 64) * (4 if int(spec.name[6:]) >= 50 else 1) * 2**n for n in range(stages)]
+    strides = [4 * 2**n for n in range(stages)]
+    if use.dilated and stages == 4:
+        strides[3] = strides[2]
+    return Levels(tuple(widths), tuple(strides))
 
 
-def freeze(parts: Sequence[nn.Module]) -> None:
-    """Parameters of `parts` are not trained any more."""
-    for part in parts:
-        for parameter in part.parameters():
-            parameter.requires_grad_(False)
+FAMILY = Family(
+    names=tuple(f"resnet{depth}" for depth in BLOCKS),
+    options=frozenset(
+        ("width", "groups", "group_width", "stride_in", "deform_stages", "deform_modulated", "deform_every",
+         "deform_groups", "norm", "norm_eps", "frozen")
+    ),
+    levels=_levels,
+    build=_build,
+)  # fmt: skip

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import stochastic_depth
 
-from maskwright.blocks.resnet import freeze
+from maskwright.blocks.backbones import Backbone, Family, Levels, Use, freeze
+from maskwright.errors import UsageError
 
 # width, blocks of each stage, heads of each stage, window; B and L as for images of 384 x 384
 SWINS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int]] = {
@@ -163,3 +164,29 @@ class Swin(nn.Module):
         region = bands[0][:, None, :, None] * 3 + bands[1][None, :, None, :]
         region = region.flatten(0, 1).flatten(1)  # (windows, n)
         return torch.where(region[:, :, None] == region[:, None], 0.0, APART)
+
+
+def _shape(spec: Backbone) -> tuple[int, tuple[int, ...], tuple[int, ...], int]:
+    width, depths, heads, window = SWINS[spec.name.removeprefix("swin-")]
+    if isinstance(spec.heads, int):
+        raise UsageError("backbone.heads of a Swin Transformer must be a list of integers, one for each stage")
+    return spec.width or width, tuple(spec.depths or depths), tuple(spec.heads or heads), spec.window or window
+
+
+def _build(spec: Backbone, in_channels: int, use: Use) -> Swin:
+    if use.dilated or use.deepest != 32:
+        raise UsageError(f"backbone {spec.name!r} has levels of strides 4 to 32 and no dilated stages")
+    return Swin(*_shape(spec), in_channels=in_channels, drop_path=spec.drop_path, frozen=spec.frozen)
+
+
+def _levels(spec: Backbone, use: Use) -> Levels:
+    width, depths, _, _ = _shape(spec)
+    return Levels(tuple(width * 2**n for n in range(len(depths))), tuple(4 * 2**n for n in range(len(depths))))
+
+
+FAMILY = Family(
+    names=tuple(f"swin-{size}" for size in SWINS),
+    options=frozenset(("width", "depths", "heads", "window", "drop_path", "frozen")),
+    levels=_levels,
+    build=_build,
+)

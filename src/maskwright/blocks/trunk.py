@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from maskwright.blocks.backbones import StrideIn, first_weight
 from maskwright.blocks.layers import Norm
-from maskwright.blocks.resnet import ResNet, StrideIn, TimmBackbone
+from maskwright.blocks.resnet import ResNet
 from maskwright.blocks.swin import SWINS, Swin
+from maskwright.blocks.timm_backbone import TimmBackbone
 from maskwright.blocks.vgg import VGG
 from maskwright.errors import UsageError
-from maskwright.structures import Preprocess
+from maskwright.structures.resize import normalization_for
+
+__all__ = ["first_weight", "make_stem", "make_trunk", "normalization_for"]
 
 
 def make_trunk(
@@ -74,11 +76,6 @@ def make_trunk(
     return trunk, trunk.channels
 
 
-def first_weight(trunk: nn.Module) -> str | None:
-    """The name, inside the trunk, of the weight that reads the image: its first convolution's."""
-    return next((name for name, value in trunk.named_parameters() if value.ndim == 4), None)
-
-
 def make_stem(
     backbone: str,
     stride: int,
@@ -115,27 +112,3 @@ def make_stem(
             "vgg11 ... vgg19 (8, 16) or timm:NAME"
         )
     return trunk, trunk.channels[-1]
-
-
-def normalization_for(
-    preprocess: Preprocess, in_channels: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> Preprocess:
-    """`preprocess` with another mean or std where given, for images of `in_channels`.
-
-    Channels beyond RGB are centred on the middle grey, and so are one or two alone. UsageError for a mean or std of
-    another length, and for a std that is not above zero.
-    """
-    if in_channels < 1:
-        raise UsageError(f"in_channels is {in_channels}; an image has at least one")
-    rows = []
-    for name, given, own in (("mean", mean, preprocess.mean), ("std", std, preprocess.std)):
-        row = own if given is None else tuple(float(v) for v in given)
-        if given is not None and len(row) != in_channels and not len(row) == 3 < in_channels:
-            raise UsageError(f"{name} has {len(row)} entries; give one for each of {in_channels} channels")
-        if not all(math.isfinite(v) and (name == "mean" or v > 0) for v in row):
-            raise UsageError(f"{name} is {row}; expected numbers{' above 0' * (name == 'std')}")
-        if len(row) > in_channels:
-            row = (sum(row) / len(row),) * in_channels
-        rows.append(row + (sum(row) / len(row) if name == "mean" else row[0],) * (in_channels - len(row)))
-    channels = preprocess.channels if in_channels >= 3 else "RGB"
-    return replace(preprocess, mean=rows[0], std=rows[1], channels=channels)

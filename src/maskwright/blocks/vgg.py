@@ -1,4 +1,4 @@
-"""VGG trunks (Simonyan, Zisserman, arXiv 1409.1556): 3 x 3 convolutions and nothing else, halved between stages."""
+"""VGG backbones (Simonyan, Zisserman, arXiv 1409.1556): 3 x 3 convolutions and nothing else, halved between stages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskwright.blocks.backbones import Backbone, Family, Levels, Use, freeze
 from maskwright.blocks.layers import ConvNorm, Norm
-from maskwright.blocks.resnet import freeze
 from maskwright.errors import UsageError
 
 CONVS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -58,3 +58,32 @@ class VGG(nn.Module):
             x = stage(x)
             outputs.append(x)
         return outputs
+
+
+def _check(spec: Backbone, use: Use) -> None:
+    if use.deepest not in (8, 16):
+        raise UsageError(
+            f"backbone {spec.name!r} ends at stride 8 (dilated) or 16; stride {use.deepest} is needed here"
+        )
+
+
+def _build(spec: Backbone, in_channels: int, use: Use) -> VGG:
+    _check(spec, use)
+    return VGG(
+        int(spec.name[3:]), in_channels=in_channels, base=spec.width or 64, dilated=use.deepest == 8, norm=spec.norm,
+        eps=spec.eps, frozen=spec.frozen,
+    )  # fmt: skip
+
+
+def _levels(spec: Backbone, use: Use) -> Levels:
+    _check(spec, use)
+    widths = tuple((spec.width or 64) * min(2**n, 8) for n in range(5))
+    return Levels(widths, (1, 2, 4, 8, use.deepest))
+
+
+FAMILY = Family(
+    names=tuple(f"vgg{depth}" for depth in CONVS),
+    options=frozenset(("width", "norm", "norm_eps", "frozen")),
+    levels=_levels,
+    build=_build,
+)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from maskwright.blocks.backbones import Backbone, Family, Levels, Use
 from maskwright.errors import MissingExtraError, UsageError
 
 
@@ -62,7 +64,6 @@ class ViT(nn.Module):
 
     def begin(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], tuple[int, int], Tensor | None]:
         """Tokens with their positions, the grid of patches, and the rotation that `block` wants (None: no rotation)."""
-        import torch
         from timm.layers.pos_embed import resample_abs_pos_embed
 
         body = self.body
@@ -109,3 +110,30 @@ class ViT(nn.Module):
         if self.rotary is not None:
             for layer in list(self.body.blocks)[first:]:
                 layer.attn.num_prefix_tokens += count
+
+
+def _build(spec: Backbone, in_channels: int, use: Use) -> ViT:
+    if isinstance(spec.heads, (list, tuple)):
+        raise UsageError("backbone.heads of a plain vision transformer must be an integer")
+    own = {"embed_dim": spec.width, "depth": spec.depth, "num_heads": spec.heads}
+    return ViT(
+        spec.name, patch=use.patch or 16, size=use.size or 640, in_channels=in_channels, pretrained=spec.pretrained,
+        own={name: value for name, value in own.items() if value is not None}, eps=spec.norm_eps,
+    )  # fmt: skip
+
+
+def _levels(spec: Backbone, use: Use) -> Levels:
+    width = spec.width
+    if width is None:
+        with torch.device("meta"):
+            width = ViT(spec.name, patch=use.patch or 16, size=use.size or 640).width
+    return Levels((width,), (use.patch or 16,))
+
+
+FAMILY = Family(
+    names=("vit_NAME",),
+    options=frozenset(("pretrained", "width", "depth", "heads", "norm_eps")),
+    levels=_levels,
+    build=_build,
+    matches=lambda name: name.startswith("vit_"),
+)

@@ -26,7 +26,8 @@ def deform_conv(
     """A convolution each of whose kh x kw taps reads `offset` (dy, dx, in cells; taps row by row) beside its place.
 
     What is read lies between four cells, those outside being zeros; `mask` weights it. With C / G channels in `weight`
-    the convolution has G groups; all of them share the offsets. The result has the type of `x`; half precision is read
+    the convolution has G groups. The channels of `offset`, 2 kh kw N, say how many offset groups N there are: each N-th
+    part of the channels of `x` is read at offsets of its own. The result has the type of `x`; half precision is read
     in float32.
     """
     if x.device.type == "cpu" and x.shape[1] >= FEW_CHANNELS and not torch.compiler.is_compiling():
@@ -48,8 +49,34 @@ def _by_rows(
 ) -> Float[Tensor, "b d p q"]:  # fmt: skip
     """The same as sums of four rows of a table of cells, whose C channels lie side by side, and one matrix product:
     what the host does fastest. The result is channels-last."""
-    batch, channels, height, width = x.shape
+    batch, channels = x.shape[:2]
     out, each, *kernel = weight.shape
+    taps, (rows, columns) = kernel[0] * kernel[1], offset.shape[-2:]
+    parts = offset.shape[1] // (2 * taps)  # offset groups
+    masks = [None] * parts if mask is None else mask.chunk(parts, 1)
+    read = torch.cat(
+        [
+            _taps(own, shift, share, (kernel[0], kernel[1]), stride, padding, dilation)
+            for own, shift, share in zip(x.chunk(parts, 1), offset.chunk(parts, 1), masks, strict=True)
+        ],
+        -1,
+    )  # (B P Q, T, C)
+    matrix = weight.to(x.dtype).permute(2, 3, 1, 0).reshape(taps, each, out)
+    if each == channels:
+        y = read.flatten(1) @ matrix.flatten(0, 1)
+    else:
+        groups = channels // each
+        pairs = zip(read.unflatten(2, (groups, each)).unbind(2), matrix.chunk(groups, 2), strict=True)
+        y = torch.cat([part.flatten(1) @ own.flatten(0, 1) for part, own in pairs], 1)
+    y = y if bias is None else y + bias.to(x.dtype)
+    return y.view(batch, rows, columns, out).permute(0, 3, 1, 2)
+
+
+def _taps(
+    x: Tensor, offset: Tensor, mask: Tensor | None, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
+) -> Float[Tensor, "n t c"]:
+    """What each tap of each place reads, for channels that share their offsets."""
+    batch, channels, height, width = x.shape
     taps, (rows, columns) = kernel[0] * kernel[1], offset.shape[-2:]
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     # (B, P, Q, T): where each tap of each place reads
@@ -74,13 +101,4 @@ def _by_rows(
     read = torch.nn.functional.embedding_bag(
         torch.stack(cells, -1).view(-1, 4), table, mode="sum", per_sample_weights=share.reshape(-1, 4)
     )
-    read = read.view(-1, taps, channels).to(x.dtype)
-    matrix = weight.to(x.dtype).permute(2, 3, 1, 0).reshape(taps, each, out)
-    if each == channels:
-        y = read.flatten(1) @ matrix.flatten(0, 1)
-    else:
-        groups = channels // each
-        parts = zip(read.unflatten(2, (groups, each)).unbind(2), matrix.chunk(groups, 2), strict=True)
-        y = torch.cat([part.flatten(1) @ own.flatten(0, 1) for part, own in parts], 1)
-    y = y if bias is None else y + bias.to(x.dtype)
-    return y.view(batch, rows, columns, out).permute(0, 3, 1, 2)
+    return read.view(-1, taps, channels).to(x.dtype)

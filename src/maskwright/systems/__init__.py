@@ -1,25 +1,17 @@
-"""The registry: which systems there are. Nothing is imported before it is asked for."""
+"""The registry of systems. A system's module is imported when it is first used."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 from maskwright.errors import UnknownSystemError
-from maskwright.systems.base import (
-    Ablation,
-    Card,
-    ClassRows,
-    FrozenFeatures,
-    FrozenLayout,
-    PanopticSystem,
-    Preset,
-    ProposalSystem,
-    QueryDetector,
-    QuerySystem,
-    Score,
-    System,
-)
+from maskwright.systems.card import Ablation, Card, Preset, Score
+from maskwright.systems.kinds.panoptic import PanopticSystem
+from maskwright.systems.kinds.proposals import ProposalSystem
+from maskwright.systems.kinds.queries import FrozenFeatures, FrozenLayout, QueryDetector, QuerySystem
+from maskwright.systems.system import ClassRows, System
 
 # name: "module:class", in the order of publication
 REGISTRY = {
@@ -63,6 +55,8 @@ __all__ = [
     "Score",
     "System",
     "create",
+    "describe",
+    "find",
     "names",
     "presets",
     "system_class",
@@ -70,12 +64,16 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The systems' names."""
+    """The names of all systems, in the order of publication."""
     return list(REGISTRY)
 
 
 def system_class(name: str) -> type[System]:
-    """The class of the system called `name`."""
+    """The class of the system called `name`.
+
+    Raises:
+        UnknownSystemError: If the registry has no such system.
+    """
     if name not in REGISTRY:
         raise UnknownSystemError(f"there is no system {name!r}; known are {', '.join(REGISTRY)}")
     module, attribute = REGISTRY[name].split(":")
@@ -83,18 +81,49 @@ def system_class(name: str) -> type[System]:
 
 
 def presets() -> dict[str, str]:
-    """Every preset's name -> its system's name."""
+    """The names of all presets, each with the name of its system."""
     return {preset: name for name in REGISTRY for preset in system_class(name).presets}
 
 
-def create(name: str, **options: Any) -> System:
-    """A system with random weights, by its name or a preset's; `options` override the preset's."""
+def find(name: str) -> tuple[type[System], Mapping[str, Any]]:
+    """The class and the options that a system's or preset's name stands for.
+
+    Raises:
+        UnknownSystemError: If there is neither a system nor a preset of this name.
+    """
     if name in REGISTRY:
-        return system_class(name)(**options)
+        return system_class(name), {}
     owner = presets().get(name)
     if owner is None:
         raise UnknownSystemError(
             f"there is no system or preset {name!r}; systems: {', '.join(REGISTRY)}; presets: {', '.join(presets())}"
         )
     kind = system_class(owner)
-    return kind(**{**kind.presets[name].options, **options})
+    return kind, kind.presets[name].options
+
+
+def create(name: str, **options: Any) -> System:
+    """Constructs a system with random weights.
+
+    Args:
+        name: Name of a system or of a preset.
+        **options: Arguments of the constructor; they take precedence over those of the preset. Option groups are merged
+            field by field: `create("solo-r50", backbone={"norm": "group"})` keeps the preset's other choices.
+
+    Raises:
+        UnknownSystemError: If there is no such name.
+        UsageError: If an option does not exist or has an invalid value.
+    """
+    kind, preset = find(name)
+    return kind(**kind.with_options(preset, options))
+
+
+def describe(name: str, **options: Any) -> System:
+    """Constructs a system without memory for its weights (on the device "meta"): for its `outputs`, `needs` and
+    `tasks`,
+    which depend on options. The arguments are those of `create`."""
+    import torch
+
+    kind, preset = find(name)
+    with torch.device("meta"):
+        return kind.rebuild(kind.with_options(preset, options))

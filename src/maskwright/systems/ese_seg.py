@@ -264,7 +264,7 @@ class ESESeg(System):
         self.anchors_per_cell = len(anchors) // levels
         table = torch.tensor([list(map(float, a)) for a in anchors]).reshape(levels, -1, 2).flip(0)
         self.register_buffer("anchors", table, persistent=False)  # (L, A, 2)
-        self.blocks, self.transitions, self.outputs = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.blocks, self.transitions, self.predictions = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         read = channels[-1]
         for level, lateral in enumerate(reversed(channels)):
             if level:
@@ -272,7 +272,7 @@ class ESESeg(System):
                 self.transitions.append(ConvNorm(above, width, 1, norm=norm, eps=eps, leaky=0.1))
                 read = width + lateral
             self.blocks.append(YoloBlock(read, width, norm, eps))
-            self.outputs.append(YoloOutput(2 * width, self.anchors_per_cell, 7 + self.count, len(self.classes)))
+            self.predictions.append(YoloOutput(2 * width, self.anchors_per_cell, 7 + self.count, len(self.classes)))
 
     # ---- network -------------------------------------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class ESESeg(System):
             return self.head(self.neck(features[-3:]))
         laterals = features[::-1]
         x, shapes, classes = laterals[0], [], []
-        for level, (block, output) in enumerate(zip(self.blocks, self.outputs, strict=True)):
+        for level, (block, output) in enumerate(zip(self.blocks, self.predictions, strict=True)):
             x, tip = block(x)
             shape, kind = output(tip)
             shapes.append(shape)  # (B, A (7 + n), H/s, W/s)
@@ -474,13 +474,15 @@ class ESESeg(System):
     def groups(self) -> dict[str, list[nn.Module]]:
         if self.detector == "fcos":
             return {"backbone": [self.backbone], "neck": [self.neck], "heads": [self.head]}
-        return {"backbone": [self.backbone], "heads": [self.blocks, self.transitions, self.outputs]}
+        return {"backbone": [self.backbone], "heads": [self.blocks, self.transitions, self.predictions]}
 
     def class_rows(self) -> dict[str, ClassRows]:
         if self.detector == "fcos":
             return {f"head.classes.{kind}": ClassRows() for kind in ("weight", "bias")}
         rows = ClassRows(repeats=self.anchors_per_cell)
-        return {f"outputs.{i}.classes.{kind}": rows for i in range(len(self.outputs)) for kind in ("weight", "bias")}
+        return {
+            f"predictions.{i}.classes.{kind}": rows for i in range(len(self.predictions)) for kind in ("weight", "bias")
+        }
 
     # SBD's 8498 images; expanding the canvas by up to 4 (half of the time) has no counterpart here.
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -20,10 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskwright.blocks.backbones import StrideIn, freeze
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import FrozenBatchNorm, Norm
 from maskwright.blocks.points import BoxPoints, PointRules
-from maskwright.blocks.resnet import ResNet, StrideIn, TimmBackbone, freeze, make_stage
+from maskwright.blocks.resnet import ResNet, make_stage
 from maskwright.blocks.roi_heads import (
     BoxHead,
     KeypointHead,
@@ -38,6 +39,7 @@ from maskwright.blocks.roi_heads import (
     sample_proposals,
 )
 from maskwright.blocks.rpn import Anchors, ProposalRules, RPNHead, proposal_losses, propose
+from maskwright.blocks.timm_backbone import TimmBackbone
 from maskwright.blocks.trunk import normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops

@@ -33,7 +33,7 @@ PARTS = [(r"\.0\.weight$", ".conv.weight"), (r"\.1\.(\w+)$", r".norm.\1"), (r"no
          (r"norm\.beta$", "norm.bias")]  # fmt: skip
 HEADS = [
     (r"^yolo_blocks\.", "blocks."),
-    (r"^yolo_outputs\.(\d+)\.prediction\.", r"outputs.\1."),
+    (r"^yolo_outputs\.(\d+)\.prediction\.", r"predictions.\1."),
 ]
 DARKNET = [
     (r"^stages\.(\d)\.(\d+)\.", _darknet),
@@ -47,12 +47,12 @@ IGNORE = [r"^yolo_outputs\.\d+\.(anchors|offsets)$"]
 
 
 def _options(shapes: Shapes, tiny: bool) -> dict[str, Any] | None:
-    needed = ("stages.0.0.0.weight", "yolo_blocks.0.body.0.0.weight", "yolo_outputs.0.prediction.weight")
+    needed = ("stages.0.0.0.weight", "yolo_blocks.0.body.0.0.weight", "yolo_predictions.0.prediction.weight")
     if not all(k in shapes for k in needed) or tiny == any(k.startswith("stages.2.") for k in shapes):
         return None
     if not tiny and _blocks(shapes) != [*STAGES, 8, 4]:
         return None
-    values, rest = divmod(shapes["yolo_outputs.0.prediction.weight"][0], 3)
+    values, rest = divmod(shapes["yolo_predictions.0.prediction.weight"][0], 3)
     # 7 + coefficients + classes: a file does not say how many of them are coefficients. All that is known has 18.
     count = values - 25
     if rest or count < 1 or values == PLAIN_YOLO:
@@ -83,7 +83,7 @@ def _split(state: State, options: Mapping[str, Any]) -> State:
     result = {}
     values = 7 + options["coefficients"]
     for key, value in state.items():
-        if (found := re.match(r"^(outputs\.\d+)\.(weight|bias)$", key)) is None:
+        if (found := re.match(r"^(predictions\.\d+)\.(weight|bias)$", key)) is None:
             result[key] = value
             continue
         each = value.unflatten(0, (-1, values + len(options["classes"])))

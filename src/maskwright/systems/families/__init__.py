@@ -1,0 +1,1 @@
+"""Base classes and decoding that two or more systems share."""

@@ -1,0 +1,1 @@
+"""Kinds of systems: what a system can do beyond instance segmentation, as base classes."""
