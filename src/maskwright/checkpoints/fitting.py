@@ -88,6 +88,19 @@ def widen_input(weight: Float[Tensor, "out channels *kernel"], channels: int) ->
     return torch.cat([weight, mean.expand(-1, channels - have, *weight.shape[2:])], dim=1)
 
 
+def renamed(state: Mapping[str, Tensor], system: System) -> State:
+    """A state with the parameter names of an earlier version converted to today's, see `System.renamed_parameters`."""
+    known = system.state_dict().keys()
+    prefixes = sorted(system.renamed_parameters.items(), key=lambda pair: -len(pair[0]))
+
+    def today(key: str) -> str:
+        if key in known:
+            return key
+        return next((new + key[len(old) :] for old, new in prefixes if key.startswith(old)), key)
+
+    return {today(key): value for key, value in state.items()}
+
+
 def fit(state: Mapping[str, Tensor], system: System, path: str, layout: str, absent: Sequence[str] = ()) -> State:
     """The state, completed by the system's own values for `absent` keys, once all names and shapes agree.
 

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ from torch import Tensor
 from maskwright._version import __version__
 from maskwright.checkpoints.catalogue import Entry, allows_commercial, catalogue, entry_of_file, find
 from maskwright.checkpoints.download import fetch
-from maskwright.checkpoints.fitting import adapt_classes, fit, widen_input
+from maskwright.checkpoints.fitting import adapt_classes, fit, renamed, widen_input
 from maskwright.checkpoints.origins import Candidate, Origin, origins
 from maskwright.checkpoints.ours import is_ours, parse_metadata, preprocess_of, save
 from maskwright.checkpoints.reading import read_state
 from maskwright.errors import CheckpointError, UnknownLayoutError, UnknownSystemError, UsageError
+from maskwright.structures import Preprocess
+from maskwright.structures.resize import Resize
 from maskwright.systems import ProposalSystem, System, system_class
 
 Options = dict[str, Any]
@@ -58,7 +60,7 @@ def load(
         variant = variant or (entry.variant if entry else None)
         found = _recognise(state, about, variant, str(path))
         if entry is not None and entry.options:
-            options = {**found.candidate.options, **entry.options}
+            options = system_class(found.origin.system).with_options(found.candidate.options, entry.options)
             found = replace(found, candidate=replace(found.candidate, options=options))
         note = _note(path, found.origin, entry, about)
         _check_licence(str(path), note, commercial_ok)
@@ -172,7 +174,8 @@ def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: s
     if variant is not None:
         chosen = [f for f in found if variant in (f.candidate.variant, f.label, f.origin.name)]
         if not chosen and len(found) == 1 and variant in (presets := system_class(found[0].origin.system).presets):
-            options = {**found[0].candidate.options, **presets[variant].options}
+            kind = system_class(found[0].origin.system)
+            options = kind.with_options(found[0].candidate.options, presets[variant].options)
             options["classes"] = found[0].candidate.options.get("classes", options.get("classes"))
             chosen = [_Match(found[0].origin, Candidate(variant, options), state)]
         if not chosen:
@@ -233,7 +236,8 @@ def _build_ours(
             "such system, "
             "install one that has"
         ) from None
-    options = {**metadata["options"], "classes": metadata["classes"] or metadata["options"].get("classes", [])}
+    options = kind.upgraded(metadata["options"])
+    options["classes"] = metadata["classes"] or options.get("classes", [])
     gone = sorted(set(options) - set(_options_of(kind)))
     if gone:
         raise CheckpointError(
@@ -242,9 +246,27 @@ def _build_ours(
         )
     system = _fill(kind, options, state, path, f"{name} with the options in its header", classes, overrides, ())
     preprocess = preprocess_of(dict(metadata))
-    if preprocess is not None and "in_channels" not in overrides:
-        system.preprocess = preprocess
+    if preprocess is not None:
+        system.preprocess = _preprocess_for(system, preprocess, options, overrides)
     return system
+
+
+def _preprocess_for(system: System, saved: Preprocess, options: Options, overrides: Mapping[str, Any]) -> Preprocess:
+    """The preprocessing that a file was saved with, changed by what `overrides` say of it."""
+    if not overrides:
+        return saved
+    with torch.device("meta"):
+        before = type(system).rebuild(options).preprocess
+    after = system.preprocess
+    names = [field.name for field in fields(Preprocess)]
+    changed = {name: getattr(after, name) for name in names if getattr(after, name) != getattr(before, name)}
+    # A size that equals the one in the file's options still counts: training may have chosen another one since.
+    given = overrides.get("resize")
+    if isinstance(given, Resize):
+        given = given.to_options()
+    stated = {name for name, value in given.items() if value is not None} if isinstance(given, Mapping) else set()
+    changed |= {name: getattr(after, name) for name in names if name in stated}
+    return replace(saved, **changed)
 
 
 def _options_of(kind: type[System]) -> list[str]:
@@ -264,10 +286,10 @@ def _fill(
     old = tuple(options.get("classes", ()))
     if issubclass(kind, ProposalSystem):
         classes = None
-    final = {**options, **overrides, **({} if classes is None else {"classes": list(classes)})}
+    final = kind.with_options(options, overrides) | ({} if classes is None else {"classes": list(classes)})
     _check_classes(classes)
     system = kind.rebuild(final)
-    state = dict(state)
+    state = renamed(state, system)
     kept: tuple[str, ...] | None = None
     if tuple(system.classes) != old:
         if not system.class_rows():
@@ -280,7 +302,10 @@ def _fill(
         channels = system.state_dict()[weight].shape[1]
         if channels != state[weight].shape[1] and "in_channels" in overrides:
             state[weight] = widen_input(state[weight], channels)
-    new = [part for part in kind.grows if overrides and not any(key.startswith(part) for key in state)]
+    new = [
+        part for part in (*kind.grows, *kind.optional_networks)
+        if overrides and not any(key.startswith(part) for key in state)
+    ]  # fmt: skip
     absent = (*absent, *(f"^{re.escape(part)}" for part in new))
     system.load_state_dict(fit(state, system, path, layout, absent), strict=True)
     if kept is not None:
