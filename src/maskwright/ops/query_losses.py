@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -46,6 +46,15 @@ class MaskAnswers:
         )
 
 
+class Labelled(Protocol):
+    """The objects of one image, as far as losses of classes need them."""
+
+    @property
+    def labels(self) -> Int[Tensor, " m"]: ...
+
+    def __len__(self) -> int: ...
+
+
 @dataclass(frozen=True)
 class Objects:
     """What is to be learnt in one image: no crowd."""
@@ -67,7 +76,7 @@ class Objects:
 
 
 def class_losses(
-    logits: Float[Tensor, "l b n k1"], objects: Sequence[Objects], pairs: Sequence[Pairs], no_object: float = 0.1
+    logits: Float[Tensor, "l b n k1"], objects: Sequence[Labelled], pairs: Sequence[Pairs], no_object: float = 0.1
 ) -> Float[Tensor, " l"]:
     """Cross entropy of all queries, of each prediction; those without an object learn the last class, "no object", and
     weigh `no_object`. Divided by the sum of weights, as published."""
@@ -81,7 +90,7 @@ def class_losses(
     return total / global_mean_count(weight.sum((1, 2)), minimum=1e-6)
 
 
-def object_count(objects: Sequence[Objects], device: torch.device) -> Tensor:
+def object_count(objects: Sequence[Labelled], device: torch.device) -> Tensor:
     """What mask losses divide by: the mean over all devices of how many objects there are, at least 1."""
     return global_mean_count(torch.tensor(float(sum(len(o) for o in objects)), device=device))
 

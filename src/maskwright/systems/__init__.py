@@ -8,9 +8,10 @@ from typing import Any
 
 from maskwright.errors import UnknownSystemError
 from maskwright.systems.card import Ablation, Card, Preset, Score
+from maskwright.systems.kinds.detectors import FrozenFeatures, FrozenLayout, QueryDetector
 from maskwright.systems.kinds.panoptic import PanopticSystem
 from maskwright.systems.kinds.proposals import ProposalSystem
-from maskwright.systems.kinds.queries import FrozenFeatures, FrozenLayout, QueryDetector, QuerySystem
+from maskwright.systems.kinds.queries import QuerySystem
 from maskwright.systems.system import ClassRows, System
 
 # name: "module:class", in the order of publication

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, runtime_checkable
 from typing import Protocol as Interface
+from typing import runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from maskwright.ops import queries as query_ops
 from maskwright.structures import Instances, Panoptic, Placement
 from maskwright.systems.kinds.panoptic import PanopticSystem
-from maskwright.systems.system import System
 
 
 @runtime_checkable
@@ -103,61 +100,3 @@ def _each(
     """For each image: class probabilities of its queries, and what gives their masks."""
     probabilities = raw.classes[-1].float().softmax(-1)
     return [(own, raw.masks_of(b), p) for b, (own, p) in enumerate(zip(probabilities, placements, strict=True))]
-
-
-class FrozenLayout(NamedTuple):
-    """What `QueryDetector.frozen_features` gives: channels, and strides of the levels of memory, finest first."""
-
-    queries: int
-    memory: int
-    strides: tuple[int, ...]
-    fine: int
-
-
-class FrozenFeatures(NamedTuple):
-    """What a detector of queries knows of a batch, for a network that learns on top of it.
-
-    boxes    x0, y0, x1, y1 in pixels of the input, not clipped
-    scores   of each class, zero where its own `decode` would not take it
-    queries  of the last decoder layer
-    memory   levels of the encoder's output, finest first
-    fine     the backbone's level of stride 4
-    """
-
-    boxes: Float[Tensor, "b n 4"]
-    scores: Float[Tensor, "b n k"]
-    queries: Float[Tensor, "b n c"]
-    memory: tuple[Float[Tensor, "b _d _h _w"], ...]
-    fine: Float[Tensor, "b _e _p _q"]
-
-
-class QueryDetector(System):
-    """A system of queries with a box each, on whose features another may learn while it stays as it is."""
-
-    loaded: bool = False  # whether it was given weights since it was made
-
-    def __init__(self, **options: Any) -> None:  # options are those of the constructors below
-        super().__init__()
-        self.register_load_state_dict_post_hook(_mark_loaded)
-
-    def warn_if_random(self, name: str, instead: str) -> None:
-        """For the start of a training that leaves it as it is: a warning where nobody has given it weights."""
-        if not self.loaded:
-            warnings.warn(
-                f"{name}: the detector is frozen and its weights are random, so that masks learn from noise; start "
-                f"from the weights of a trained detector (weights=..., --weights), or let it learn too ({instead})",
-                stacklevel=3,
-            )
-
-    @abstractmethod
-    def frozen_layout(self) -> FrozenLayout:
-        """How wide `frozen_features` are."""
-
-    @abstractmethod
-    def frozen_features(self, raw: Any, valid: Int[Tensor, "b 2"]) -> FrozenFeatures:
-        """The same answers as `decode` reads, and the features behind them; `valid` is height and width of what is not
-        padding in each image. Maps cover the input, padding included, a cell for each `stride` pixels begun."""
-
-
-def _mark_loaded(detector: QueryDetector, keys: Any) -> None:
-    detector.loaded = True
