@@ -1,6 +1,8 @@
-"""Outer borders of masks, and outlines filled."""
+"""Outer borders of masks, and filled outlines."""
 
 from __future__ import annotations
+
+import zlib
 
 import jaxtyping
 import numpy as np
@@ -16,7 +18,7 @@ from maskwright.structures import Masks
 
 
 def masks(*planes: str) -> Masks:
-    """Drawn planes: # is foreground."""
+    """Masks from drawings, in which # is foreground."""
     dense = [[[c == "#" for c in row] for row in plane.split()] for plane in planes]
     return Masks.from_dense(torch.tensor(dense))
 
@@ -28,7 +30,7 @@ def border(own: Masks, index: int = 0) -> set[tuple[int, int]]:
 
 
 def plain_border(plane: np.ndarray) -> tuple[set[tuple[int, int]], float]:
-    """The same, pixel by pixel: the part of the largest area between its border's centres, and twice that area."""
+    """The border by flood fill: of the part that encloses the largest area, and twice that area."""
     height, width = plane.shape
     outside, todo = set(), [(-1, -1)]
     while todo:
@@ -61,7 +63,7 @@ def plain_border(plane: np.ndarray) -> tuple[set[tuple[int, int]], float]:
 
 
 @given(st.integers(0, 10_000), st.integers(1, 12), st.integers(1, 12), st.sampled_from([0.2, 0.5, 0.8]))
-def test_borders_are_those_found_pixel_by_pixel(seed, height, width, share):
+def test_borders_equal_those_of_a_flood_fill(seed, height, width, share):
     planes = np.random.default_rng(seed).random((3, height, width)) < share
     own = Masks.from_dense(torch.from_numpy(planes))
     for index, plane in enumerate(planes):
@@ -77,7 +79,7 @@ def test_holes_and_smaller_parts_do_not_count():
 
 
 @pytest.mark.fast
-def test_points_lines_and_empty_masks_have_what_there_is():
+def test_single_pixels_lines_and_empty_masks_have_a_border_or_none():
     own = masks("..... ..... .....", "..... .###. .....", "....# ..... .....")
     contours = outer_contours(own)
     assert contours.counts.tolist() == [0, 3, 1]
@@ -92,7 +94,7 @@ def test_points_lines_and_empty_masks_have_what_there_is():
 
 
 @pytest.mark.fast
-def test_a_disc_is_seen_equally_far_all_around():
+def test_rays_of_a_disc_have_equal_lengths():
     y, x = np.mgrid[:101, :121]
     disc = Masks.from_dense(torch.from_numpy((x - 60) ** 2 + (y - 50) ** 2 <= 40**2)[None])
     rays, centres = encode_rays(disc, 72)
@@ -103,7 +105,7 @@ def test_a_disc_is_seen_equally_far_all_around():
 
 
 @pytest.mark.fast
-def test_directions_begin_below_and_run_to_the_right():
+def test_directions_start_downwards_and_turn_to_the_right():
     bar = Masks.from_dense(torch.zeros(1, 60, 60, dtype=torch.bool).index_fill(2, torch.tensor([30]), True))
     contours = outer_contours(bar)
     rays = rays_from(contours, torch.zeros(2, dtype=torch.int64), torch.tensor([[30.0, 20.0], [20.0, 30.0]]), 36)
@@ -114,7 +116,7 @@ def test_directions_begin_below_and_run_to_the_right():
 
 
 @pytest.mark.fast
-def test_small_objects_are_seen_all_around_where_the_border_is_a_line():
+def test_a_closed_border_gives_all_rays_of_small_objects_a_length():
     y, x = np.mgrid[:40, :40]
     discs = Masks.from_dense(torch.from_numpy(np.stack([(x - 20) ** 2 + (y - 20) ** 2 <= r**2 for r in (3, 6, 16)])))
     by_pixels, _ = encode_rays(discs, 36)
@@ -122,16 +124,16 @@ def test_small_objects_are_seen_all_around_where_the_border_is_a_line():
     assert ((by_pixels <= MISSING).sum(1) > 0).tolist() == [True, True, False]
     assert (by_line - torch.tensor([[3.0], [6], [16]])).abs().amax() < 1
     same = by_pixels > MISSING
-    same[:, 0] = False  # beside 0 they look to one side only
+    same[:, 0] = False  # degree 0 has neighbours on one side only
     assert ((by_line - by_pixels)[same].abs() <= 1).all()
-    # From outside nothing is closed: what lies on the far side of an object meets nothing.
+    # From outside the border is not closed: rays that do not cross the object meet nothing.
     outside = rays_from(outer_contours(discs), torch.tensor([2]), torch.tensor([[1.0, 20.0]]), 36, border="outline")[0]
     assert (outside[18:] <= MISSING).all()
     assert outside[9].item() == 35
 
 
 @pytest.mark.fast
-def test_origins_are_looked_at_in_parts_that_fit_the_budget():
+def test_a_small_budget_gives_the_same_rays():
     own = Masks.from_dense(torch.rand(4, 40, 40, generator=torch.Generator().manual_seed(0)) > 0.3)
     contours = outer_contours(own)
     origins = torch.randint(0, 40, (50, 2), generator=torch.Generator().manual_seed(0)).float()
@@ -143,14 +145,14 @@ def test_origins_are_looked_at_in_parts_that_fit_the_budget():
 
 @pytest.mark.fast
 @pytest.mark.parametrize("count", [7, 0, -1, 720])
-def test_rays_that_do_not_share_the_circle_are_refused(count):
+def test_a_number_of_rays_that_does_not_divide_360_is_an_error(count):
     own = Masks.from_dense(torch.ones(1, 9, 9, dtype=torch.bool))
     with pytest.raises(UsageError, match=f"count is {count}; .* a divisor of 360"):
         encode_rays(own, count)
 
 
 @pytest.mark.fast
-def test_a_misspelt_border_is_refused(monkeypatch):
+def test_a_misspelt_border_is_an_error(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # else the tests' own check says it first
     own = Masks.from_dense(torch.ones(1, 9, 9, dtype=torch.bool))
     with pytest.raises(UsageError, match="border is 'line'; expected pixels or outline"):
@@ -169,15 +171,53 @@ def test_a_square_is_filled_with_its_border():
 @pytest.mark.fast
 def test_outlines_may_leave_the_image_or_have_no_extent():
     far = torch.tensor([[[-50.0, -50], [70, -50], [70, 70], [-50, 70]], [[100.0, 100]] * 4, [[4.0, 4]] * 4])
-    found = fill_contours(far, (20, 30))
-    assert found.areas().tolist() == [600, 0, 1]
-    wild = fill_contours(torch.tensor([[[0.0, 0], [torch.inf, 5], [torch.nan, 1e30]]]), (20, 30))
-    assert wild.size == (20, 30)
+    filled = fill_contours(far, (20, 30))
+    assert filled.areas().tolist() == [600, 0, 1]
+    extreme = fill_contours(torch.tensor([[[0.0, 0], [torch.inf, 5], [torch.nan, 1e30]]]), (20, 30))
+    assert extreme.size == (20, 30)
     assert len(fill_contours(torch.zeros(0, 36, 2), (20, 30))) == 0
 
 
+# What cv2.fillPoly (OpenCV 5.0.0) fills.
+CLIPPED = {
+    "right": (
+        [[3, 3], [20, 5], [3, 7]],
+        "........ ........ ........ ...###.. ...##### ...##### ...##### ...###.. ........",
+    ),
+    "left and above": ([[5, -9], [-6, 3], [5, 3]], "######.. ######.. ######.. ######.. ........ ........"),
+    "a line": (
+        [[-30, 4], [40, 5]],
+        ".......... .......... .......... .......... #####..... .....##### .......... ..........",
+    ),
+    "intersecting itself": (
+        [[-5, -5], [12, 1], [2, 14], [12, -4]],
+        ".........# .........# ........## ........## .......### ......###. ......###. .....###..",
+    ),
+}
+
+
 @pytest.mark.fast
-def test_many_objects_are_filled_in_parts_and_stay_small():
+@pytest.mark.parametrize(("points", "rows"), CLIPPED.values(), ids=CLIPPED)
+def test_outlines_are_clipped_at_the_image_like_opencv(points, rows):
+    expected = masks(rows)
+    assert torch.equal(fill_contours(torch.tensor([points]).float(), expected.size).dense(), expected.dense())
+
+
+@pytest.mark.fast
+def test_random_outlines_are_filled_like_opencv():
+    random, checksum = np.random.RandomState(0), 0
+    for reach in (0, 30, 300, 5000, 1 << 20):
+        for _ in range(60):
+            height, width = random.randint(1, 50, 2).tolist()
+            count, beyond = random.randint(1, 20), max(1, min(reach, 300))
+            points = random.randint([-reach, -beyond], [width + reach, height + beyond], (count, 2))
+            filled = fill_contours(torch.from_numpy(points).double()[None], (height, width)).dense().numpy()
+            checksum = zlib.crc32(np.packbits(filled).tobytes(), checksum)
+    assert checksum == 0x6CBE9051  # of what cv2.fillPoly fills in versions 4.12.0 and 5.0.0
+
+
+@pytest.mark.fast
+def test_many_objects_need_little_memory_and_a_small_budget_gives_the_same_masks():
     origins = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([4000.0, 3000.0])
     ends = ray_points(origins, torch.full((60, 36), 150.0))
     whole = fill_contours(ends, (3000, 4000))
@@ -187,7 +227,7 @@ def test_many_objects_are_filled_in_parts_and_stay_small():
 
 
 @pytest.mark.fast
-def test_a_line_that_crosses_itself_leaves_a_hole_and_keeps_its_own_pixels():
+def test_an_outline_that_intersects_itself_has_a_hole_and_includes_its_own_pixels():
     bow = torch.tensor([[[0.0, 0], [10, 10], [10, 0], [0, 10]]])
     filled = fill_contours(bow, (11, 11)).dense()[0]
     assert filled[5, 5]
@@ -196,7 +236,7 @@ def test_a_line_that_crosses_itself_leaves_a_hole_and_keeps_its_own_pixels():
 
 
 @pytest.mark.fast
-def test_fourier_coefficients_draw_finer_and_finer():
+def test_more_fourier_coefficients_are_more_accurate():
     steps = torch.arange(90) * 2 * torch.pi / 90
     rays = (3 + 0.4 * torch.cos(2 * steps) + 0.2 * torch.sin(7 * steps)).exp()[None]
     errors = [(fourier_rays(fourier_coefficients(rays, k), 90) - rays).norm().item() for k in (1, 3, 8, 46)]
