@@ -5,10 +5,11 @@
 #   make test    the whole test suite          make fast   its quick part, under a minute
 #   make lint    format, lint, types, imports  make wheel  build the wheel and try it in an empty environment
 #   make docs    the documentation site, into build/docs; warnings are errors
+#   make tables  the tables of systems in README.md and docs, from the registry
 #   make coverage    the test suite with coverage measured, into build/coverage
 #   make ci      lint, test, wheel and docs: what .ci/run calls
 
-.PHONY: help env dev demo test fast coverage lint format wheel docs ci constraints clean
+.PHONY: help env dev demo test fast coverage lint format wheel docs tables ci constraints clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -86,6 +87,10 @@ wheel: $(VENV)/.ready-dev
 docs: $(VENV)/.ready-docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "Built build/docs/index.html"
+
+# The tables of systems in the documents, from the registry.
+tables: $(VENV)/.ready
+	$(BIN)/python docs/tables.py
 
 ci: lint test wheel docs
 

@@ -10,13 +10,21 @@ import io
 import itertools
 import os
 import re
+import sys
+import textwrap
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import maskwright
 from maskwright import cli
+from maskwright.blocks.backbones import Backbone, Use
 from maskwright.checkpoints import list_checkpoints
+from maskwright.data import Scenes
 from maskwright.systems import names, presets, system_class
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +103,7 @@ def test_every_network_option_in_a_command_exists(path):
 @every_document
 def test_python_examples_parse_and_use_existing_names(path):
     for code in blocks(path, "python"):
-        ast.parse(code)
+        ast.parse(textwrap.dedent(code))
     for name in re.findall(r"\bmw\.(\w+)", path.read_text("utf-8")):
         assert name in maskwright.__all__ or hasattr(maskwright, name), f"{path.name}: mw.{name}"
 
@@ -107,3 +115,39 @@ def test_every_make_target_in_the_documents_exists():
         for target in re.findall(r"(?:^|`|run: )make ([a-z]+)", path.read_text("utf-8"), re.MULTILINE):
             assert target in targets, f"{path.name}: make {target}"
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def run_blocks(path: Path, count: int) -> dict[str, Any]:
+    """Executes the first `count` Python blocks of a document, joined, and returns the names that they define."""
+    module = ModuleType(f"documents_{path.stem.replace('-', '_')}")
+    sys.modules[module.__name__] = module  # dataclasses and type hints look their module up
+    exec(compile("\n".join(blocks(path, "python")[:count]), str(path), "exec"), module.__dict__)
+    return module.__dict__
+
+
+def test_the_system_of_the_how_to_trains_and_predicts(tmp_path):
+    kinds = ("disc", "box")
+    cells = run_blocks(ROOT / "docs/how-to/write-a-system.md", 1)["Cells"]
+    system = cells(kinds, backbone={"name": "resnet18", "width": 8}, resize={"short": 64, "long": 64}, width=16)
+    best = maskwright.train(
+        system, Scenes(8, (64, 64), classes=kinds), val=False, out=tmp_path, steps=2, batch=4, workers=0, device="cpu",
+        tensorboard=False,
+    )  # fmt: skip
+    assert set(system.networks()) == {"backbone", "head"}
+    assert set(load_file(best)) == set(system.state_dict())
+    objects = maskwright.predict(system, Scenes(1, (50, 70), classes=kinds)[0].image, score_threshold=0.0).instances
+    assert 0 < len(objects) <= 100
+    assert objects.scores.diff().le(0).all()
+    assert objects.image_size == objects.masks.size == (50, 70)
+
+
+@pytest.mark.fast
+def test_the_backbone_of_the_how_to_has_the_levels_that_it_declares():
+    family = run_blocks(ROOT / "docs/how-to/add-a-backbone.md", 1)["FAMILY"]
+    spec = Backbone(width=4)
+    levels = family.levels(spec, Use())
+    network = family.build(spec, 3, Use())
+    maps = network(torch.zeros(1, 3, 64, 96))
+    assert [tuple(each.shape[1:]) for each in maps] == [
+        (channels, 64 // stride, 96 // stride) for channels, stride in zip(*levels, strict=True)
+    ]
