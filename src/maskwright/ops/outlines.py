@@ -345,7 +345,7 @@ def _clipped(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> tuple[np.nd
             step = _divided((goal - end[:, axis]) * run, np.where(rise == 0, 1, rise))
             end[:, 1 - axis] += np.where(moved, step, 0)
             end[:, axis] = np.where(moved, goal, end[:, axis])
-    return ends[0], ends[1], ~(_sides(ends[0], size) | _sides(ends[1], size)).any(1)
+    return ends[0], ends[1], (_sides(ends[0], size) + _sides(ends[1], size)).max(1) == 0
 
 
 def _sides(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
