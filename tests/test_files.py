@@ -105,7 +105,7 @@ def test_a_full_disk_is_called_so(error: files.ErrorClass, tmp_path: Path, monke
         files.write_text(path, "after", error)
     assert str(raised.value).startswith(
         f"{path}: cannot be written: the disk is full (no space left on device); free some space or choose a folder on "
-        "another disk. An existing file of this name is unchanged."
+        "another disk. Existing files are unchanged."
     )
     assert path.read_text() == "before"
     assert names(tmp_path) == ["a.txt"]

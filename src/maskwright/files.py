@@ -296,17 +296,15 @@ def _failure(raised: BaseException, error: ErrorClass, path: Path, part: Path | 
     reason = _os_reason(raised, path, part) if isinstance(raised, OSError) else _library_reason(raised)
     if reason is None:
         return None
-    return error(f"{path}: cannot be written: {reason}. An existing file of this name is unchanged.")
+    return error(f"{path}: cannot be written: {reason}. Existing files are unchanged.")
 
 
 def _os_reason(raised: OSError, path: Path, part: Path | None) -> str | None:
     """The reason, if `raised` is about this file, one of its parent folders, or names no file."""
-    if isinstance(raised.filename, str | bytes):
-        about = Path(os.fsdecode(raised.filename))
-        inside = part is not None and part in about.parents  # `part` may be a folder
-        if about not in (path, part) and about not in path.parents and not inside:
-            return None
-    return describe_os_error(raised)
+    names = (raised.filename, raised.filename2)  # two for a copy, a link or a rename
+    about = [Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes)]
+    own = [a in (path, part) or a in path.parents or part in a.parents for a in about]  # `part` may be a folder
+    return describe_os_error(raised) if any(own) or not about else None
 
 
 def _library_reason(raised: BaseException) -> str | None:

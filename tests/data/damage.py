@@ -1,6 +1,6 @@
-"""Run in a process of its own, under a bound on memory: tries to read each file named, prints what happened as JSON.
+"""A script that reads files under a memory limit and prints the outcome of each as JSON.
 
-Some of these inputs kill the process of a tool that hands them on unchecked. Not a test; the tests start it.
+It runs in its own process because some of these inputs crash tools that do not check them. Tests start it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ def main(files: list[str]) -> None:
     limit(4 << 30)
     for name in files:
         path, _, images = name.partition("|")
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             outcome = attempt(Path(path), Path(images) if images else None)
-        outcome["warnings"] = [str(w.message) for w in told]
-        print(json.dumps(outcome), flush=True)  # noqa: T201 - this is what the tests read
+        outcome["warnings"] = [str(w.message) for w in caught]
+        print(json.dumps(outcome), flush=True)  # noqa: T201 - read by the tests
 
 
 def limit(size: int) -> None:
-    """No more address space than this, where the system can do that."""
+    """Limit the address space, where the system supports it."""
     try:
         import resource
     except ImportError:

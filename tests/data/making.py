@@ -1,4 +1,4 @@
-"""Small data sets on disk, whole and damaged, made where a test needs them."""
+"""Small data sets on disk, intact and damaged."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ OTHER = [35.0, 20.0, 55.0, 20.0, 55.0, 35.0, 35.0, 35.0]
 
 
 def shared(part: str) -> Path:
-    """A folder of the larger test material, which a stranger's clone does not have."""
+    """A folder of the larger test data, which is not part of the repository."""
     path = SHARED / part
     if not path.exists():
-        pytest.skip(f"{part} of the shared test data is not here; MASKWRIGHT_SHARED may name its folder")
+        pytest.skip(f"{part} of the shared test data is missing; set MASKWRIGHT_SHARED to its folder")
     return path
 
 
 def pixels(height: int = SIZE[0], width: int = SIZE[1], seed: int = 0) -> np.ndarray:
-    """(H, W, 3) uint8: smooth, so that JPEG keeps it, and different in every corner."""
+    """(H, W, 3) uint8: smooth, so that JPEG preserves it, and different in every corner."""
     y, x = np.mgrid[0:height, 0:width]
     ramp = np.stack([x * 255 / max(1, width - 1), y * 255 / max(1, height - 1), 40.0 + 0 * x + 20 * seed], -1)
     return ramp.clip(0, 255).astype(np.uint8)
@@ -58,7 +58,7 @@ def content(images: int = 1, size: tuple[int, int] = SIZE) -> dict[str, Any]:
 
 
 def write(folder: Path, data: Any, split: str = "train", sizes: dict[str, tuple[int, int]] | None = None) -> Path:
-    """The images that `data` names (whole ones) and the JSON; its path."""
+    """Write the images that `data` lists and the JSON file, whose path is returned."""
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / split).mkdir(exist_ok=True)
     for entry in data.get("images", ()) if isinstance(data, dict) else ():

@@ -1,4 +1,4 @@
-"""Checking a data set, and the repaired copy."""
+"""Checking a data set, and writing a repaired copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fast
 
 
 def damaged_set(folder: Path) -> Path:
-    """Two splits: broken outlines, a cut image, a missing one, a shared annotation id, a wrong box."""
+    """Two splits: an invalid outline, a truncated and a missing image, a shared annotation id, a wrong box."""
     data = content(5)
     notes = data["annotations"]
     notes[1]["segmentation"] = [[1, 2, 3, 4]]
@@ -30,7 +30,7 @@ def damaged_set(folder: Path) -> Path:
     return folder
 
 
-def test_a_whole_set_is_fine(tmp_path: Path):
+def test_an_intact_data_set_has_no_findings(tmp_path: Path):
     write(tmp_path, content(2))
     report = check(tmp_path)
     assert report.ok
@@ -39,7 +39,7 @@ def test_a_whole_set_is_fine(tmp_path: Path):
     assert str(report).splitlines()[-1] == f"{tmp_path}: 0 errors, 0 skips, 0 notes"
 
 
-def test_everything_is_found_in_one_go(tmp_path: Path):
+def test_all_problems_are_found_at_once(tmp_path: Path):
     report = check(damaged_set(tmp_path))
     assert not report.ok
     assert [(f.kind, f.severity) for f in report.errors] == [("missing", "error")]
@@ -56,7 +56,7 @@ def test_everything_is_found_in_one_go(tmp_path: Path):
     assert f"maskwright check {tmp_path} --fix {tmp_path}-fixed" in text
 
 
-def test_the_repaired_copy_reads_strictly_and_keeps_the_rest(tmp_path: Path):
+def test_the_repaired_copy_can_be_read_in_strict_mode_and_keeps_everything_else(tmp_path: Path):
     source = damaged_set(tmp_path / "set")
     before = {p: p.read_bytes() for p in source.rglob("*") if p.is_file()}
     report = check(source, tmp_path / "copy")
@@ -79,20 +79,20 @@ def test_the_repaired_copy_reads_strictly_and_keeps_the_rest(tmp_path: Path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_copy_takes_no_room_for_images(tmp_path: Path):
+def test_the_copy_links_images(tmp_path: Path):
     write(tmp_path / "set", content(1))
     check(tmp_path / "set", tmp_path / "copy")
     assert (tmp_path / "set/train/1.png").samefile(tmp_path / "copy/train/1.png")
 
 
-def test_an_existing_folder_is_never_written_into(tmp_path: Path):
+def test_an_existing_folder_is_not_written_into(tmp_path: Path):
     write(tmp_path / "set", content(1))
     (tmp_path / "copy").mkdir()
-    with pytest.raises(UsageError, match="copy: exists already; name a new folder"):
+    with pytest.raises(UsageError, match="copy: exists already; specify a new folder"):
         check(tmp_path / "set", tmp_path / "copy")
 
 
-def test_a_failing_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_leaves_no_partial_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path / "set", content(2))
 
     def full(*_: object) -> None:
@@ -100,20 +100,20 @@ def test_a_failing_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("os.link", full)
     monkeypatch.setattr("shutil.copy2", full)
-    with pytest.raises(DataError, match=r"copy: the repaired copy cannot be written \(No space left on device\)"):
+    with pytest.raises(DataError, match="copy: cannot be written: the disk is full"):
         check(tmp_path / "set", tmp_path / "copy")
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
-def test_nothing_to_learn_is_said_clearly(tmp_path: Path):
+def test_a_data_set_without_objects_is_noted(tmp_path: Path):
     data = content(3)
     data["annotations"] = []
     report = check(write(tmp_path, data))
     assert report.ok
-    assert "there is not one object on its 3 images: there is nothing to learn" in str(report)
+    assert "its 3 images have no annotated object; add annotations before training" in str(report)
 
 
-def test_classes_without_objects_and_narrow_images_are_told(tmp_path: Path):
+def test_classes_without_objects_and_narrow_images_are_noted(tmp_path: Path):
     data = content(1)
     data["categories"].append({"id": 4, "name": "fork"})
     data["images"].append({"id": 2, "file_name": "2.png", "height": 1, "width": 4000})
@@ -122,7 +122,7 @@ def test_classes_without_objects_and_narrow_images_are_told(tmp_path: Path):
     assert "1 images have a side of less than 8 pixels: '2.png'" in text
 
 
-def test_very_many_findings_stay_readable(tmp_path: Path):
+def test_many_findings_are_summarized(tmp_path: Path):
     data = content(60)
     for annotation in data["annotations"]:
         annotation["segmentation"] = []
@@ -143,13 +143,13 @@ def test_a_folder_of_images_and_one_image(tmp_path: Path):
     assert check(folder / "1.png").ok
     report = check(folder / "2.png")
     assert not report.ok
-    assert "is not an image" in str(report)
+    assert "not a supported image" in str(report)
 
 
-def test_what_cannot_be_checked(tmp_path: Path):
-    with pytest.raises(UsageError, match="none: there is no such file or folder"):
+def test_sources_that_cannot_be_checked(tmp_path: Path):
+    with pytest.raises(UsageError, match="none: no such file or folder"):
         check(tmp_path / "none")
-    with pytest.raises(UsageError, match=r"holds neither annotations .* nor images"):
+    with pytest.raises(UsageError, match=r"contains neither annotations .* nor images"):
         check(tmp_path)
     (tmp_path / "a.json").write_text("{")
     report = check(tmp_path / "a.json", tmp_path / "copy")
@@ -157,7 +157,7 @@ def test_what_cannot_be_checked(tmp_path: Path):
     assert "nothing could be repaired" in str(report)
 
 
-def test_keypoints_survive_the_copy(tmp_path: Path):
+def test_the_copy_keeps_keypoints(tmp_path: Path):
     data = content(1)
     for entry in data["categories"]:
         entry.update(keypoints=["tip"], skeleton=[[1, 1]])

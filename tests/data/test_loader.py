@@ -1,8 +1,9 @@
-"""Batches: the same ones whatever the number of workers and ranks, and from wherever a run goes on."""
+"""Batches do not depend on the number of workers and ranks, nor on where a run is resumed."""
 
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.v2 import functional as _  # noqa: F401 - imported here once, not in every worker process
 
-from maskwright.data import Augment, DataWarning, Loader, Scenes, make_loader, open_dataset, read_coco, show_batch
+from maskwright.data import (
+    Augment,
+    DataWarning,
+    Loader,
+    Sample,
+    Scenes,
+    make_loader,
+    open_dataset,
+    read_coco,
+    show_batch,
+)
 from maskwright.data.loader import grouped
 from maskwright.errors import DataError, ImageError, UsageError
 from maskwright.structures import Batch, Preprocess
@@ -36,13 +48,27 @@ def same(a: Batch, b: Batch) -> bool:
     return torch.equal(a.images, b.images) and a.placements == b.placements and a.names == b.names and targets
 
 
+class Stored(Scenes):
+    """Scenes that are drawn once."""
+
+    def __init__(self, count: int):
+        super().__init__(count, (48, 48))
+        self.samples = [super(Stored, self).__getitem__(index) for index in range(count)]
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+stored = cache(Stored)
+
+
 def loader(count: int = 10, batch_size: int = 2, training: bool = True, **options) -> Loader:
     options.setdefault("augment", WILD)
-    return make_loader(Scenes(count, (48, 48)), RULE, batch_size=batch_size, training=training, **options)
+    return make_loader(stored(count), RULE, batch_size=batch_size, training=training, **options)
 
 
 def mixed(folder: Path, count: int = 11) -> Path:
-    """A set of tall and wide images."""
+    """A data set of tall and wide images."""
     data = content(count)
     sizes = {}
     for entry in data["images"]:
@@ -56,7 +82,7 @@ def mixed(folder: Path, count: int = 11) -> Path:
 
 
 @pytest.mark.fast
-def test_a_batch_is_what_the_network_wants():
+def test_shapes_and_types_of_a_batch():
     batch = next(iter(loader(augment=Augment(flip=0.5))))
     assert batch.images.shape == (2, 3, 64, 64)
     assert batch.images.dtype == torch.float32
@@ -68,7 +94,7 @@ def test_a_batch_is_what_the_network_wants():
 
 
 @pytest.mark.fast
-def test_an_epoch_has_every_image_and_full_batches():
+def test_an_epoch_contains_every_image_in_full_batches():
     found = loader(11, 4, augment=None)
     assert len(found) == 3
     for epoch in range(3):
@@ -90,7 +116,7 @@ def test_fewer_images_than_a_batch_are_repeated():
     assert list(loader(0, 8)) == []
 
 
-def test_what_happens_at_a_position_depends_on_seed_epoch_and_position_alone():
+def test_augmentation_depends_only_on_seed_epoch_and_position():
     found = loader()
     found.set_epoch(1)
     whole = list(found)
@@ -102,7 +128,7 @@ def test_what_happens_at_a_position_depends_on_seed_epoch_and_position_alone():
     assert not same(whole[0], next(iter(found)))
 
 
-def test_workers_change_nothing():
+def test_workers_do_not_change_batches():
     alone, helped = loader(), loader(workers=2)
     for epoch, start in ((0, 0), (1, 2), (0, 4)):
         alone.set_epoch(epoch, start)
@@ -111,10 +137,10 @@ def test_workers_change_nothing():
         pairs = list(zip(alone, helped, strict=True))
         assert len(pairs) == 5 - start
         assert all(same(a, b) for a, b in pairs)
-        assert torch.equal(state, torch.random.get_rng_state()), "the losses' random numbers are theirs"
+        assert torch.equal(state, torch.random.get_rng_state()), "the global random numbers are not used"
 
 
-def test_stopping_in_the_middle_of_an_epoch_leaves_nothing_over():
+def test_an_interrupted_epoch_does_not_affect_the_next():
     found = loader(workers=1)
     next(iter(found))
     found.set_epoch(1)
@@ -133,7 +159,7 @@ def test_ranks_share_the_batches_of_one_process(world: int):
 
 
 @pytest.mark.fast
-def test_tall_and_wide_images_are_kept_apart(tmp_path: Path):
+def test_tall_and_wide_images_are_batched_separately(tmp_path: Path):
     dataset = read_coco(mixed(tmp_path))
     found = make_loader(dataset, RULE, batch_size=2, training=True, augment=Augment())
     tall = [h > w for h, w in dataset.sizes()]
@@ -156,7 +182,7 @@ def test_grouping_keeps_every_image(tall: list[bool], size: int):
 
 
 @pytest.mark.fast
-def test_without_training_it_is_the_sets_own_order_once():
+def test_evaluation_uses_the_order_of_the_data_set():
     found = loader(7, 3, training=False)
     assert [len(b) for b in found] == [3, 3, 1]
     assert [i for b in found.indices() for i in b] == list(range(7))
@@ -169,7 +195,7 @@ def test_without_training_it_is_the_sets_own_order_once():
 
 
 @pytest.mark.fast
-def test_crowd_regions_are_no_targets_in_training(tmp_path: Path):
+def test_crowd_regions_are_not_targets_in_training(tmp_path: Path):
     data = content(2)
     data["annotations"][1]["iscrowd"] = 1
     dataset = read_coco(write(tmp_path, data))
@@ -184,7 +210,7 @@ def test_crowd_regions_are_no_targets_in_training(tmp_path: Path):
 
 
 @pytest.mark.fast
-def test_images_without_objects_come_like_others():
+def test_images_without_objects_are_batched():
     found = make_loader(Scenes(4, (48, 48), empty=1.0), RULE, batch_size=2, training=True, augment=WILD)
     for batch in found:
         assert [len(t) for t in batch.targets or ()] == [0, 0]
@@ -192,7 +218,7 @@ def test_images_without_objects_come_like_others():
 
 
 @pytest.mark.fast
-def test_a_fixed_canvas_is_filled_up():
+def test_batches_are_padded_to_a_fixed_canvas():
     batch = next(iter(loader(augment=Augment(jitter=(0.2, 0.4), size=(96, 128)))))
     assert batch.images.shape[-2:] == (96, 128)
     height, width = batch.placements[0].size
@@ -202,14 +228,14 @@ def test_a_fixed_canvas_is_filled_up():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_image_that_breaks_in_the_middle_of_a_run(tmp_path: Path, workers: int):
+def test_an_image_that_is_damaged_during_a_run(tmp_path: Path, workers: int):
     path = write(tmp_path, content(6))
     lenient, strict = read_coco(path), read_coco(path, strict=True)
     (tmp_path / "train" / "3.png").write_bytes(b"<html>")
     options = {"batch_size": 2, "training": True, "workers": workers}
-    with pytest.raises(ImageError, match=r"^[^\n]*3\.png: is not an image[^\n]*$"):
+    with pytest.raises(ImageError, match=r"^[^\n]*3\.png: not a supported image[^\n]*$"):
         list(make_loader(strict, RULE, **options))
-    with pytest.warns(DataWarning, match=r"3\.png: is not an image .*left out for now"):
+    with pytest.warns(DataWarning, match=r"3\.png: not a supported image .*skipped"):
         batches = list(make_loader(lenient, RULE, **options))
     assert [len(b) for b in batches] == [2, 2, 2]
     names = [n for b in batches for n in b.names or ()]
@@ -221,16 +247,16 @@ def test_a_image_that_breaks_in_the_middle_of_a_run(tmp_path: Path, workers: int
 
 
 @pytest.mark.fast
-def test_a_set_of_which_nothing_can_be_read_ends_with_an_error(tmp_path: Path):
+def test_a_data_set_without_readable_images_is_an_error(tmp_path: Path):
     dataset = read_coco(write(tmp_path, content(3)))
     for path in (tmp_path / "train").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ImageError, match=r"not one of the 3 images can be read; the last said: .*empty"):
+    with pytest.raises(ImageError, match=r"none of the 3 images can be read; last error: .*empty"):
         list(make_loader(dataset, RULE, batch_size=2, training=True))
 
 
 @pytest.mark.fast
-def test_keypoints_are_mirrored_by_their_names():
+def test_keypoints_are_flipped_by_their_names():
     scenes = Scenes(6, (96, 96), keypoints=True, empty=0)
     rule = Preprocess(short=96, long=96)
     found = make_loader(scenes, rule, batch_size=6, training=True, augment=Augment(flip=1.0))
@@ -240,21 +266,21 @@ def test_keypoints_are_mirrored_by_their_names():
         before = scenes.targets(index).keypoints
         assert before is not None
         assert target.keypoints is not None
-        # Ours still stand facing us: what is called left is on our right.
+        # The figures face the viewer: their left side is on the right.
         both = (target.keypoints[:, 5, 2] > 0) & (target.keypoints[:, 6, 2] > 0)
         assert (target.keypoints[both, 5, 0] > target.keypoints[both, 6, 0]).all()
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"rank": 2, "world": 2}, {"workers": -1}, {"seed": -1}])
-def test_arguments_that_cannot_be(options: dict):
+def test_invalid_arguments(options: dict):
     with pytest.raises(UsageError, match="batch_size must be at least 1"):
         loader(**options)
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("channels", ["RGB", "BGR"])
-def test_a_batch_can_be_looked_at(tmp_path: Path, channels):
+def test_a_batch_can_be_drawn(tmp_path: Path, channels):
     rule = Preprocess(short=48, long=64, channels=channels, mean=(0.2, 0.3, 0.4))
     scenes = Scenes(4, (48, 48), empty=1.0)
     batch = next(iter(make_loader(scenes, rule, batch_size=4, training=False)))
@@ -262,7 +288,7 @@ def test_a_batch_can_be_looked_at(tmp_path: Path, channels):
     sheet = np.asarray(Image.open(path))
     assert sheet.shape == (64 * 2 + 4, 64 * 2 + 4, 3)
     shown = sheet[:48, :48].astype(int) - scenes[0].image.permute(1, 2, 0).numpy()
-    assert np.abs(shown).max() <= 1, "what is shown is what the image was"
+    assert np.abs(shown).max() <= 1, "the drawing shows the image"
     assert [p.name for p in path.parent.iterdir()] == ["batch.png"]
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
@@ -270,7 +296,7 @@ def test_a_batch_can_be_looked_at(tmp_path: Path, channels):
 
 
 @pytest.mark.fast
-def test_large_pixels_survive_the_way(tmp_path: Path):
+def test_pixels_without_normalization_are_unchanged(tmp_path: Path):
     data = content(1)
     dataset = open_dataset(write(tmp_path, data).parent.parent)
     rule = Preprocess(short=40, long=60, mean=(0, 0, 0), std=(1, 1, 1), divide=1)

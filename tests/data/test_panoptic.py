@@ -1,4 +1,4 @@
-"""COCO panoptic sets: read as they are, damage told in one sentence, written and read back the same."""
+"""COCO panoptic data sets: reading, messages about damage, writing and reading back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.fast
 
 
 def small_set(folder: Path, split: str = "val") -> Path:
-    """Two images of 40 x 60: sky (number 70,000) over two cups (1 and 300), a corner of nothing."""
+    """Two images of 40 x 60: sky (id 70,000), two cups (1 and 300) and an unlabelled corner."""
     plane = np.full((40, 60), 70_000, np.int32)
     plane[10:30, 5:25], plane[10:30, 30:50], plane[:4, :4] = 1, 300, 0
     images, records = [], []
@@ -49,7 +49,7 @@ def changed(path: Path, change) -> Path:
     return path
 
 
-def test_a_set_is_read_with_its_things_and_stuff(tmp_path: Path):
+def test_things_and_stuff_are_read(tmp_path: Path):
     small_set(tmp_path)
     dataset = open_dataset(tmp_path, "val", strict=True)
     assert (dataset.classes, dataset.stuff, dataset.category_ids) == (("cup", "sky"), ("sky",), (3, 90))
@@ -89,11 +89,11 @@ def cut(path: Path) -> None:
     ("damage", "words"),
     [
         (remove, r"1 of 2 maps of segments are not in .*panoptic_val: '2.png'; put the PNGs there"),
-        (other_size, r"2.png is 60 x 20, its image is 60 x 40; put back the map"),
-        (grey, r"2.png: is an image of mode L; a map of segments is an RGB PNG"),
+        (other_size, r"2.png is 60 x 20, but its image is 60 x 40; restore the map"),
+        (grey, r"2.png: has image mode L; a map of segments must be an RGB PNG"),
     ],
 )
-def test_a_map_that_is_wrong_is_named(tmp_path: Path, damage, words: str):
+def test_an_invalid_map_is_an_error(tmp_path: Path, damage, words: str):
     path = small_set(tmp_path)
     damage(path.with_suffix("") / "2.png")
     with pytest.raises(AnnotationError, match=words):
@@ -101,7 +101,7 @@ def test_a_map_that_is_wrong_is_named(tmp_path: Path, damage, words: str):
     assert not check(tmp_path).ok
 
 
-def test_a_map_that_was_cut_off_is_named(tmp_path: Path):
+def test_a_truncated_map_is_an_error(tmp_path: Path):
     path = small_set(tmp_path)
     cut(path.with_suffix("") / "2.png")
     with pytest.raises(AnnotationError, match=r"2\.png"):
@@ -114,38 +114,38 @@ def test_an_empty_map_and_a_file_without_records_are_errors(tmp_path: Path):
     with pytest.raises(AnnotationError, match=r"2\.png.* is empty \(0 bytes\)"):
         read_panoptic(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
-    with pytest.raises(AnnotationError, match="none of its images has segments listed"):
+    with pytest.raises(AnnotationError, match="none of its images has a list of segments"):
         read_panoptic(path)
 
 
-def test_maps_may_be_as_large_as_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_maps_have_the_size_limit_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = small_set(tmp_path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit, of 179 million; ours is wider
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's own limit
     assert len(read_panoptic(path, strict=True)) == 2
 
 
 SKIPS = {
-    "a segment without a pixel": (
+    "a segment without pixels": (
         lambda d: d["annotations"][0]["segments_info"].append({"id": 9, "category_id": 3}),
-        r"segments 9 of image 1 have no pixel in .*1.png",
+        r"segments 9 of image 1 have no pixels in .*1.png",
     ),
-    "pixels of no segment": (
+    "pixels without a segment": (
         lambda d: d["annotations"][0]["segments_info"].pop(1),
-        r"400 pixels of .*1.png have numbers that no segment of image 1 has: 1",
+        r"400 pixels of .*1.png have ids that are not listed for image 1: 1",
     ),
     "an unknown category": (
         lambda d: d["annotations"][0]["segments_info"][0].update(category_id=7),
-        r"segment 70000 of image 1 has category 7, which is not in the list",
+        r"segment 70000 of image 1 has category_id 7, which is not in the list",
     ),
-    "a number that no colour says": (
+    "an id above 24 bits": (
         lambda d: d["annotations"][0]["segments_info"][0].update(id=2**24),
-        r"segment 0 of image 1 has 16777216 as its id; expected 1 ... 16777215",
+        r"segment 0 of image 1 has id 16777216; expected 1 ... 16777215",
     ),
-    "a number twice": (
+    "an id used twice": (
         lambda d: d["annotations"][0]["segments_info"][0].update(id=1),
-        r"two segments of image 1 share id 1; the first one has all their pixels",
+        r"two segments of image 1 share id 1; the first one gets all its pixels",
     ),
-    "no record": (lambda d: d["annotations"].pop(1), r"1 of 2 images have no segments listed: 2"),
+    "no record": (lambda d: d["annotations"].pop(1), r"1 of 2 images have no list of segments: 2"),
     "no segments": (
         lambda d: d["annotations"][0].pop("segments_info"),
         r"annotations\[0\] has no list 'segments_info'",
@@ -154,7 +154,7 @@ SKIPS = {
 
 
 @pytest.mark.parametrize("name", SKIPS)
-def test_a_damaged_record_is_left_out_and_named(tmp_path: Path, name: str):
+def test_a_damaged_record_is_skipped_with_a_message(tmp_path: Path, name: str):
     change, words = SKIPS[name]
     path = changed(small_set(tmp_path), change)
     with pytest.raises(AnnotationError, match=words):
@@ -169,30 +169,30 @@ def test_a_damaged_record_is_left_out_and_named(tmp_path: Path, name: str):
         assert len(open_dataset(tmp_path, "val")) == len(dataset)
 
 
-def test_what_makes_a_file_useless_is_an_error(tmp_path: Path):
+def test_an_unusable_file_is_an_error(tmp_path: Path):
     path = changed(small_set(tmp_path), lambda d: d["categories"][1].pop("isthing"))
-    with pytest.raises(AnnotationError, match=r"category 90 \('sky'\) has None for 'isthing'; expected 1"):
+    with pytest.raises(AnnotationError, match=r"category 90 \('sky'\) has isthing None; expected 1"):
         read_panoptic(path)
     path = changed(small_set(tmp_path / "b"), lambda d: d["annotations"][0].update(file_name="../x.png"))
-    with pytest.raises(AnnotationError, match=r"is called '../x.png'; expected the name of a PNG inside"):
+    with pytest.raises(AnnotationError, match=r"has file name '../x.png'; expected the name of a PNG inside"):
         read_panoptic(path)
     path = changed(small_set(tmp_path / "c"), lambda d: d["annotations"][0].update(image_id=2))
-    with pytest.raises(AnnotationError, match="image 2 is divided twice"):
+    with pytest.raises(AnnotationError, match="image 2 has two records"):
         read_panoptic(path)
     with pytest.raises(UsageError, match="no such folder of maps"):
         read_panoptic(path, maps=tmp_path / "none")
 
 
-def test_a_panoptic_file_under_another_name_says_what_it_is(tmp_path: Path):
+def test_a_panoptic_file_with_another_name_is_recognized(tmp_path: Path):
     path = small_set(tmp_path)
     path.rename(path.with_name("instances_val.json"))
     with pytest.raises(AnnotationError, match=r"COCO panoptic.*read_panoptic"):
         open_dataset(tmp_path, "val")
 
 
-def test_the_repaired_copy_reads_strictly(tmp_path: Path):
+def test_the_repaired_copy_can_be_read_in_strict_mode(tmp_path: Path):
     def change(data) -> None:
-        for name in ("a segment without a pixel", "pixels of no segment"):
+        for name in ("a segment without pixels", "pixels without a segment"):
             SKIPS[name][0](data)
 
     changed(small_set(tmp_path / "set"), change)
@@ -208,7 +208,7 @@ def test_the_repaired_copy_reads_strictly(tmp_path: Path):
     assert set(np.unique(plane).tolist()) == {0, 300, 70_000}
 
 
-def test_maps_of_one_name_in_two_folders_stay_two(tmp_path: Path):
+def test_maps_with_the_same_name_in_two_folders(tmp_path: Path):
     def change(data) -> None:
         for number, record in enumerate(data["annotations"], 1):
             record["file_name"] = f"{number}/map.png"
@@ -224,7 +224,7 @@ def test_maps_of_one_name_in_two_folders_stay_two(tmp_path: Path):
     assert [len(copy.targets(index)) for index in range(2)] == [3, 2]
 
 
-def test_scenes_with_stuff_divide_the_whole_image_and_are_read_back_the_same(tmp_path: Path):
+def test_scenes_with_stuff_label_every_pixel_and_are_read_back_exactly(tmp_path: Path):
     scenes = Scenes(3, (48, 64), seed=4, stuff=True)
     assert scenes.stuff == scenes.classes[-4:]
     for index in range(3):
@@ -239,7 +239,7 @@ def test_scenes_with_stuff_divide_the_whole_image_and_are_read_back_the_same(tmp
         assert torch.equal(dataset.panoptic(index).semantic(), scenes.panoptic(index).semantic())
     named = open_dataset("scenes:count=2,size=48,stuff=1", "val")
     assert len(named.stuff) == 4
-    with pytest.raises(UsageError, match="not both"):
+    with pytest.raises(UsageError, match="either figures with keypoints or a background of stuff"):
         Scenes(1, keypoints=True, stuff=True)
 
 

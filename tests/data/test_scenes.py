@@ -1,4 +1,4 @@
-"""Generated scenes: the same everywhere, masks that fit the images, and a way to disk and back."""
+"""Generated scenes: reproducible, with masks that match the images; writing and reading back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maskwright.structures.instances import PERSON_KEYPOINTS_MIRRORED
 pytestmark = pytest.mark.fast
 
 
-def test_a_scene_depends_on_seed_and_index_alone():
+def test_a_scene_depends_only_on_seed_and_index():
     one, two = Scenes(9, (64, 80), seed=3), Scenes(4, (64, 80), seed=3)
     _ = one[7], one[0]
     a, b = one[2], two[2]
@@ -29,7 +29,7 @@ def test_a_scene_depends_on_seed_and_index_alone():
     assert not torch.equal(a.image, Scenes(9, (64, 80), seed=4)[2].image)
 
 
-def test_targets_are_those_of_the_image():
+def test_targets_match_the_samples():
     scenes = Scenes(6)
     for index in range(6):
         sample, alone = scenes[index], scenes.targets(index)
@@ -39,7 +39,7 @@ def test_targets_are_those_of_the_image():
 
 
 @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
-def test_masks_are_what_is_to_be_seen(difficulty: float):
+def test_masks_are_the_visible_parts(difficulty: float):
     scenes = Scenes(40, difficulty=difficulty, empty=0)
     for index in range(0, 40, 5):
         target = scenes.targets(index)
@@ -62,7 +62,7 @@ def test_difficulty_gives_more_and_smaller_objects():
     assert areas[1] < areas[0] / 2
 
 
-def test_objects_lie_over_each_other_unless_it_is_easy():
+def test_objects_overlap_unless_difficulty_is_low():
     def covered(scenes: Scenes) -> int:
         layouts = [scenes._layout(i) for i in range(20)]
         return sum(
@@ -85,14 +85,14 @@ def test_rings_have_holes():
     assert holes > 4
 
 
-def test_classes_are_told_by_shape_and_all_occur():
+def test_all_classes_occur():
     scenes = Scenes(40)
     labels = torch.cat([scenes.targets(i).labels for i in range(40)])
     assert set(labels.tolist()) == set(range(len(scenes.classes)))
     assert set(Scenes(9, classes=("heart", "triangle")).targets(1).labels.tolist()) <= {0, 1}
 
 
-def test_some_images_are_empty_and_none_if_so_asked():
+def test_the_fraction_of_empty_images():
     assert any(len(Scenes(60, empty=0.2).targets(i)) == 0 for i in range(60))
     assert all(len(Scenes(1, empty=1.0)[0].target) == 0 for _ in range(1))
 
@@ -113,14 +113,14 @@ def test_figures_have_keypoints_left_and_right():
         planes = target.masks.dense()
         for keypoints, plane in zip(points, planes, strict=True):
             x, y = keypoints[keypoints[:, 2] == 2][:, :2].long().unbind(1)
-            assert plane[y, x].all(), "a keypoint that is seen lies on its figure"
-        # They face us: their left is on our right.
+            assert plane[y, x].all(), "a visible keypoint lies on its figure"
+        # The figures face the viewer: their left side is on the right.
         both = (points[:, 5, 2] > 0) & (points[:, 6, 2] > 0)
         assert (points[both, 5, 0] > points[both, 6, 0]).all()
-    assert (seen > 10).all(), f"unlabelled, hidden and seen keypoints should all occur: {seen}"
+    assert (seen > 10).all(), f"unlabelled, hidden and visible keypoints should all occur: {seen}"
 
 
-def test_the_mirror_changes_left_and_right():
+def test_a_flip_swaps_left_and_right_keypoints():
     assert mirrored_keypoints(PERSON_KEYPOINTS) == PERSON_KEYPOINTS_MIRRORED
     assert mirrored_keypoints(("tip", "left_fin", "right_fin", "L_eye", "R_eye")) == (0, 2, 1, 4, 3)
     assert mirrored_keypoints(("leftover", "nose")) == (0, 1)
@@ -128,7 +128,7 @@ def test_the_mirror_changes_left_and_right():
 
 
 @pytest.mark.parametrize("keypoints", [False, True])
-def test_to_disk_and_back(tmp_path: Path, keypoints: bool):
+def test_writing_and_reading_back(tmp_path: Path, keypoints: bool):
     scenes = Scenes(5, (48, 64), seed=2, keypoints=keypoints)
     scenes.write(tmp_path)
     read = open_dataset(tmp_path, strict=True, keypoints=keypoints)
@@ -150,7 +150,7 @@ def test_to_disk_and_back(tmp_path: Path, keypoints: bool):
     assert len(read_coco(tmp_path / "annotations" / "instances_train.json")) == 5
 
 
-def test_options_in_a_name():
+def test_options_in_the_source_text():
     scenes = parse_scenes("scenes:count=12,size=32x48,seed=4,difficulty=0.9,classes=disc+star,empty=0.5,val=3", "train")
     assert (len(scenes), scenes.size, scenes.seed, scenes.difficulty) == (12, (32, 48), 4, 0.9)
     assert scenes.classes == ("disc", "star")
@@ -163,13 +163,13 @@ def test_options_in_a_name():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("scenes:colour=red", "'colour=red' is no option of scenes; known are count, size"),
-        ("scenes:count=many", "numbers were expected"),
-        ("scenes:size=1x2x3", "numbers were expected"),
-        ("scenes:classes=disc+dog", "cannot draw .*choose some of disc, ring"),
-        ("scenes:difficulty=3", "difficulty and empty from 0 to 1"),
+        ("scenes:colour=red", "unknown option 'colour=red'; expected NAME=VALUE with a name of count, size"),
+        ("scenes:count=many", "option values must be numbers"),
+        ("scenes:size=1x2x3", "option values must be numbers"),
+        ("scenes:classes=disc+dog", "classes must be distinct names of disc, ring"),
+        ("scenes:difficulty=3", "difficulty and empty must be in"),
     ],
 )
-def test_wrong_options_are_named(text: str, words: str):
+def test_invalid_options_are_named(text: str, words: str):
     with pytest.raises(UsageError, match=words):
         parse_scenes(text, "train")

@@ -151,9 +151,9 @@ def test_bad_images_among_many_are_skipped_and_listed(system, folder, batch):
 
 
 def test_a_single_bad_image_is_an_error(system, folder):
-    with pytest.raises(ImageError, match=r"gone\.png: there is no such file"):
+    with pytest.raises(ImageError, match=r"gone\.png: no such file"):
         predict(system, folder / "gone.png")
-    with pytest.raises(ImageError, match=r"notes\.txt: is not an image"):
+    with pytest.raises(ImageError, match=r"notes\.txt: not a supported image"):
         predict(system, folder / "notes.txt")
 
 

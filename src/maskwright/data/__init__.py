@@ -1,33 +1,39 @@
-"""From files to batches: reading, checking, generated scenes, augmentation, loading."""
+"""Data sets: reading, checking, generated scenes, augmentation and batches."""
 
 from maskwright.data.augment import Augment
 from maskwright.data.check import CheckReport, check
-from maskwright.data.coco import CocoDataset, open_dataset, read_coco
-from maskwright.data.dataset import PERSON_KEYPOINTS, Dataset, Sample, mirrored_keypoints
+from maskwright.data.coco import read_coco
+from maskwright.data.dataset import PERSON_KEYPOINTS, Dataset, Sample, as_dataset, mirrored_keypoints
 from maskwright.data.findings import DataWarning, Finding
+from maskwright.data.formats import register_format
 from maskwright.data.images import read_image, read_size
 from maskwright.data.loader import Loader, make_loader
-from maskwright.data.panoptic import PanopticDataset, read_panoptic, write_panoptic
+from maskwright.data.opening import has_split, open_dataset
+from maskwright.data.panoptic import read_panoptic, write_panoptic
 from maskwright.data.scenes import Scenes
 from maskwright.data.show import show_batch
-from maskwright.data.views import Chosen, OneClass, Renamed, spread, things_only
+from maskwright.data.table_datasets import InstanceDataset, PanopticDataset
+from maskwright.data.views import OneClass, Renamed, Subset, evenly_spaced, things_only, without_keypoints
 
 __all__ = [
     "PERSON_KEYPOINTS",
     "Augment",
     "CheckReport",
-    "Chosen",
-    "CocoDataset",
     "DataWarning",
     "Dataset",
     "Finding",
+    "InstanceDataset",
     "Loader",
     "OneClass",
     "PanopticDataset",
     "Renamed",
     "Sample",
     "Scenes",
+    "Subset",
+    "as_dataset",
     "check",
+    "evenly_spaced",
+    "has_split",
     "make_loader",
     "mirrored_keypoints",
     "open_dataset",
@@ -35,8 +41,9 @@ __all__ = [
     "read_image",
     "read_panoptic",
     "read_size",
+    "register_format",
     "show_batch",
-    "spread",
     "things_only",
+    "without_keypoints",
     "write_panoptic",
 ]

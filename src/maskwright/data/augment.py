@@ -1,7 +1,7 @@
-"""Augmentation: what will happen is drawn first, then done once to image, masks, boxes and keypoints.
+"""Augmentation: parameters are drawn first, then applied once to image, masks, boxes and keypoints.
 
-All geometry of an image (crop, scale, large-scale jitter, mirror) is composed into one `Placement`, so that the
-image is resampled once and nothing can fall out of step with it. Masks stay outlines or run-length codes throughout.
+All geometric operations (crop, scale, large-scale jitter, flip) are composed into one `Placement`, so that the image
+is resampled once and the annotations stay aligned with it. Masks stay outlines or run-length codes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,26 @@ _COLOURS = ("brightness", "contrast", "saturation", "hue")
 
 @dataclass(frozen=True)
 class Drawn:
-    """What will happen to one image."""
+    """The augmentation parameters of one image.
+
+    Attributes:
+        placement: The geometric transformation.
+        colours: Colour operations in order: name and factor; for "hue" a shift in -0.5 ... 0.5.
+    """
 
     placement: Placement
-    colours: tuple[tuple[str, float], ...] = ()  # in this order; factors, for "hue" a turn in -0.5 ... 0.5
+    colours: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
-class Laid:
-    """An image on the network's grid before normalising: `image` (3, h, w) of `placement.size`, 0 ... 255."""
+class Placed:
+    """An image on the network's grid, before normalization.
+
+    Attributes:
+        image: (C, h, w) of `placement.size`, 0 ... 255.
+        target: The objects, on the same grid.
+        placement: How the image was placed there.
+    """
 
     image: Tensor
     target: Instances
@@ -43,23 +54,30 @@ class Laid:
 
 @dataclass(frozen=True)
 class Augment:
-    """What may happen to an image in training. The defaults only mirror.
+    """Random augmentation in training; with the defaults, images are only flipped.
 
-    flip        chance of being mirrored
-    short       short sides to draw from; none: the system's own
-    sampling    "choice": one of `short`; "range": any whole number from the smallest to the largest of them
-    long        bound of the long side; None: the system's own
-    crop        smallest share of each side that a random window keeps, before scaling; None: no window
-    crop_chance how often a window is taken
-    jitter      large-scale jitter (Ghiasi et al., arXiv 2012.07177): the image is fitted into `size`, scaled by a
-                factor drawn from this range, and a random window of at most `size` is taken; (0.1, 2.0) in the paper
-    size        canvas (height, width) that every image is fitted into and padded to; without it, jitter works on
-                the size the image would have had
-    brightness, contrast, saturation
-                factors are drawn from 1 - x ... 1 + x
-    hue         turned by -x ... x of the colour circle, x up to 0.5
-    paste       chance that objects of another image, itself jittered, are pasted over this one (the same paper)
-    min_area    pixels of the input below which an object that was cut or covered is dropped
+    Args:
+        flip: Probability of a left-right flip.
+        short: Lengths of the short side to draw from; empty: that of the system.
+        sampling: "choice": one of `short`; "range": any integer between the smallest and the largest of them.
+        long: Limit of the long side; None: that of the system.
+        crop: Smallest fraction of each side that a random crop keeps, before scaling; None: no crop.
+        crop_chance: Probability of a crop.
+        jitter: Range of factors for large-scale jitter (Ghiasi et al., arXiv 2012.07177, section 3): the image is
+            fitted into `size`, scaled by a factor from this range, and cropped at random to at most `size`. The paper
+            uses (0.1, 2.0).
+        size: Canvas (height, width) that every image is fitted into and padded to. Without it, jitter is relative to
+            the size without augmentation.
+        brightness: Factors are drawn from 1 - x ... 1 + x; so for `contrast` and `saturation`.
+        contrast: See `brightness`.
+        saturation: See `brightness`.
+        hue: Hue is shifted by -x ... x of the colour circle; at most 0.5.
+        paste: Probability that objects of another image, augmented as well, are pasted onto this one (copy-paste, same
+            paper, section 3).
+        min_area: Objects that were cut or covered are dropped below this area, in pixels of the input.
+
+    Raises:
+        UsageError: If a value is invalid.
     """
 
     flip: float = 0.5
@@ -78,7 +96,7 @@ class Augment:
     min_area: int = 1
 
     def __post_init__(self) -> None:
-        # Options come from JSON too, which has no tuples; one number is a square canvas or a single short side.
+        # Values from JSON are lists, not tuples; one number is a square canvas or a single short side.
         if isinstance(self.size, int):
             object.__setattr__(self, "size", (self.size, self.size))
         for name in ("short", "jitter", "size"):
@@ -86,18 +104,18 @@ class Augment:
             if value is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, int) else tuple(value))
         for name in ("flip", "crop_chance", "paste"):
-            self._expect(name, 0 <= getattr(self, name) <= 1, "a chance from 0 to 1")
+            self._expect(name, 0 <= getattr(self, name) <= 1, "a probability in [0, 1]")
         for name in ("brightness", "contrast", "saturation"):
-            self._expect(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        self._expect("hue", 0 <= self.hue <= 0.5, "from 0 to 0.5")
-        self._expect("crop", self.crop is None or 0 < self.crop <= 1, "a share above 0, up to 1")
-        self._expect("short", all(s >= 1 for s in self.short), "one or more lengths in pixels")
-        self._expect("long", self.long is None or self.long >= 1, "a length in pixels")
+            self._expect(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        self._expect("hue", 0 <= self.hue <= 0.5, "in [0, 0.5]")
+        self._expect("crop", self.crop is None or 0 < self.crop <= 1, "a fraction in (0, 1]")
+        self._expect("short", all(s >= 1 for s in self.short), "lengths of at least 1 pixel")
+        self._expect("long", self.long is None or self.long >= 1, "a length of at least 1 pixel")
         self._expect("sampling", self.sampling in ("choice", "range"), "'choice' or 'range'")
         self._expect(
             "jitter",
             self.jitter is None or (len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]),
-            "a smallest and a largest factor",
+            "a pair of positive factors, smallest first",
         )
         canvas = self.canvas
         self._expect("size", canvas is None or (len(canvas) == 2 and min(canvas) >= 1), "a height and a width")
@@ -105,17 +123,26 @@ class Augment:
 
     @property
     def canvas(self) -> tuple[int, int] | None:
-        """The canvas (height, width) where there is a fixed one."""
+        """The canvas (height, width); None if there is no fixed one."""
         return cast(tuple[int, int] | None, self.size)
 
     def _expect(self, name: str, holds: bool, what: str) -> None:
         if not holds:
-            raise UsageError(f"augmentation {name} is {getattr(self, name)!r}; it must be {what}")
+            raise UsageError(f"augmentation `{name}` must be {what}, got {getattr(self, name)!r}")
 
-    # ---- drawing -------------------------------------------------------------------------------------------------
+    # ---- drawing parameters --------------------------------------------------------------------------------------
 
     def draw(self, rng: np.random.Generator, size: tuple[int, int], preprocess: Preprocess | None = None) -> Drawn:
-        """What will happen to an image of `size` (H, W). `preprocess` gives the sizes that are not said here."""
+        """Draw the augmentation of one image.
+
+        Args:
+            rng: Source of random numbers.
+            size: H, W of the image.
+            preprocess: The system's preprocessing, for the sizes that this augmentation does not set.
+
+        Returns:
+            The parameters, for `apply`.
+        """
         rule = preprocess or Preprocess()
         placement = self._window(rng, size)
         if self.jitter is not None or self.size is not None:
@@ -146,7 +173,7 @@ class Augment:
         height, width = placement.size
         canvas = self.canvas or self._scaled(rng, rule).size(height, width)
         low, high = self.jitter or (1.0, 1.0)
-        # detectron2's reading of the paper: the factor is on the canvas; the image fills it as far as its shape lets.
+        # As in detectron2, the factor scales the canvas, into which the image is fitted with its aspect ratio kept.
         ratio = rng.uniform(low, high) * min(canvas[0] / height, canvas[1] / width)
         large = (max(1, round(height * ratio)), max(1, round(width * ratio)))
         part = (min(large[0], canvas[0]), min(large[1], canvas[1]))
@@ -161,7 +188,7 @@ class Augment:
                 drawn.append((name, float(rng.uniform(-reach, reach)) + (0.0 if name == "hue" else 1.0)))
         return tuple(drawn)
 
-    # ---- doing ---------------------------------------------------------------------------------------------------
+    # ---- applying parameters -------------------------------------------------------------------------------------
 
     def apply(
         self,
@@ -170,26 +197,47 @@ class Augment:
         *,
         resample: Literal["pillow", "tensor", "opencv"] = "pillow",
         mirrored_keypoints: Sequence[int] | None = PERSON_KEYPOINTS_MIRRORED,
-    ) -> Laid:
-        """The image and its objects on the network's grid. Objects with nothing left in the window are dropped;
-        boxes of those that were cut are those of what is left of their masks."""
-        image = _tinted(place_image(sample.image, drawn.placement, resample), drawn.colours)
-        target = place_target(sample.target, drawn.placement, mirrored_keypoints, self.min_area)
-        return Laid(image, target, drawn.placement)
+    ) -> Placed:
+        """Apply parameters to an image and its objects.
 
-    def overlay(self, rng: np.random.Generator, below: Laid, above: Laid) -> Laid:
-        """Copy-paste: a random half of the objects of `above` laid over `below`; masks are what stays visible.
+        Args:
+            sample: The image; it is not modified.
+            drawn: The parameters.
+            resample: Interpolation; see `place_image`.
+            mirrored_keypoints: Permutation of the keypoints under a flip; None: unchanged.
 
-        On a fixed canvas (`size`) the image grows to where both reach; otherwise what reaches beyond is cut.
-        Covered keypoints become hidden ones.
+        Returns:
+            Image and objects on the network's grid. Objects outside the crop are dropped; those that were cut have
+            the boxes of their remaining masks.
         """
+        image = _adjust_colours(place_image(sample.image, drawn.placement, resample), drawn.colours)
+        target = place_target(sample.target, drawn.placement, mirrored_keypoints, self.min_area)
+        return Placed(image, target, drawn.placement)
+
+    def overlay(self, rng: np.random.Generator, below: Placed, above: Placed) -> Placed:
+        """Paste a random half of the objects of one image onto another (copy-paste).
+
+        Args:
+            rng: Source of random numbers.
+            below: The image that receives the objects.
+            above: The image whose objects are pasted.
+
+        Returns:
+            The combined image. Masks are the visible parts, and covered keypoints become hidden. With a fixed canvas
+            (`size`) the image grows to contain both; otherwise pasted objects are cut at its border.
+
+        Raises:
+            UsageError: If the objects to paste have no masks.
+        """
+        if len(above.target) and above.target.masks is None:
+            raise UsageError("copy-paste augmentation (`paste`) needs masks; the data set has boxes only")
         chosen = torch.from_numpy(rng.random(len(above.target)) < 0.5)
         pasted = above.target[chosen]
         size = below.placement.size
         if self.size is not None:
             size = (max(size[0], above.placement.size[0]), max(size[1], above.placement.size[1]))
         frame = Placement.identity(above.placement.size).then_crop(0, 0, size)
-        pasted = settled(pasted.place(frame), pasted.boxes, frame, self.min_area)
+        pasted = drop_cut(pasted.place(frame), pasted.boxes, frame, self.min_area)
         if not len(pasted):
             return below
         placement = below.placement.then_crop(0, 0, size)
@@ -197,17 +245,22 @@ class Augment:
         under = below.target.place(Placement.identity(below.placement.size).then_crop(0, 0, size), None)
         cover = cast(Masks, pasted.masks).union()
         plane = cover.dense()[0]
-        grown = _grown(below.image, size)
-        image = torch.where(plane, _grown(above.image, size), grown)
-        under = _uncovered(under, cover, plane, self.min_area)
-        return Laid(image, Instances.join([under, pasted]), placement)
+        image = torch.where(plane, _padded(above.image, size), _padded(below.image, size))
+        under = _visible(under, cover, plane, self.min_area)
+        return Placed(image, Instances.join([under, pasted]), placement)
 
 
 def place_image(image: UInt8[Tensor, "c H W"], placement: Placement, resample: str = "pillow") -> Tensor:
-    """The image on the network's grid, (C, h, w), resampled once; `placement.size` must lie within the image.
+    """Resample an image onto the network's grid.
 
-    "pillow" is 8-bit bilinear with anti-aliasing (uint8), "tensor" bilinear without (float32, 0 ... 255), "opencv" the
-    same in whole numbers: the rule that the system is also tested by, see `Preprocess`.
+    Args:
+        image: The image.
+        placement: How it is placed; the window `placement.size` must lie within the image.
+        resample: Interpolation, as in `Preprocess`. "pillow": 8-bit bilinear with anti-aliasing (uint8); "tensor":
+            bilinear without anti-aliasing (float32, 0 ... 255); "opencv": as "tensor", rounded.
+
+    Returns:
+        Pixels (C, h, w).
     """
     height, width = image.shape[1:]
     (h, w), (sx, sy), (ox, oy) = placement.size, placement.scale, placement.offset
@@ -236,22 +289,45 @@ def place_image(image: UInt8[Tensor, "c H W"], placement: Placement, resample: s
 def place_target(
     target: Instances, placement: Placement, mirrored_keypoints: Sequence[int] | None, min_area: int = 1
 ) -> Instances:
-    """The objects on the network's grid, without those of which nothing is left."""
-    return settled(target.place(placement, mirrored_keypoints), target.boxes, placement, min_area)
+    """Place objects on the network's grid and drop those outside of it.
 
+    Args:
+        target: The objects on the image.
+        placement: How the image is placed.
+        mirrored_keypoints: Permutation of the keypoints under a flip; None: unchanged.
+        min_area: Objects that were cut are dropped below this area in pixels.
 
-def settled(placed: Instances, before: Float[Tensor, "n 4"], placement: Placement, min_area: int = 1) -> Instances:
-    """Objects after a placement: those that were cut have the boxes of what is left, those with nothing left are gone.
-
-    `before` are their boxes on the image. Boxes of objects that were not cut stay the annotators'.
+    Returns:
+        The remaining objects; see `drop_cut`.
     """
-    if not len(placed) or placed.masks is None:
+    return drop_cut(target.place(placement, mirrored_keypoints), target.boxes, placement, min_area)
+
+
+def drop_cut(placed: Instances, before: Float[Tensor, "n 4"], placement: Placement, min_area: int = 1) -> Instances:
+    """Drop objects that a placement has cut away or shrunk to nothing, and fit the boxes of those it has cut.
+
+    Objects without masks are cut with their boxes.
+
+    Args:
+        placed: The objects on the network's grid.
+        before: Their boxes on the image.
+        placement: How the image was placed.
+        min_area: Objects that were cut are dropped below this area in pixels.
+
+    Returns:
+        The remaining objects. Those that were cut have the boxes of their remaining masks; the others keep their
+        annotated boxes.
+    """
+    if not len(placed):
         return placed
     height, width = placement.size
     moved = placement.boxes_to_input(before)
     limits = moved.new_tensor([width, height])
     cut = (moved[:, :2] < -0.5).any(1) | (moved[:, 2:] > limits + 0.5).any(1)
     sides = moved[:, 2:] - moved[:, :2]
+    if placed.masks is None:
+        areas = (placed.boxes[:, 2:] - placed.boxes[:, :2]).prod(1)
+        return placed[~(cut & (areas < min_area))]
     looked = cut | (sides.amin(1) < 2) | (sides.prod(1) < 16)  # others cannot have shrunk to nothing
     if not looked.any():
         return placed
@@ -261,43 +337,44 @@ def settled(placed: Instances, before: Float[Tensor, "n 4"], placement: Placemen
     tight = boxes[looked]
     tight[cut[looked]] = masks.boxes()[cut[looked]]
     boxes[looked] = tight
-    # An object shrunk to nothing is gone; one that is merely small stays, unless it was cut.
+    # Small objects are kept, unless they were cut or have no pixel left.
     gone = (areas < 1) | (cut & (areas < min_area))
     return replace(placed, boxes=boxes)[~gone]
 
 
-def _uncovered(target: Instances, cover: Masks, plane: Tensor, min_area: int) -> Instances:
-    """What is still to be seen of each object under `cover`, one mask that is also given as a plane."""
+def _visible(target: Instances, cover: Masks, plane: Tensor, min_area: int) -> Instances:
+    """The visible parts of objects under `cover`, one mask that is also given as a plane."""
     if not len(target) or target.masks is None:
         return target
     size = target.image_size
     frame = cover.boxes()[0]
-    near = ((target.boxes[:, :2] < frame[2:]) & (target.boxes[:, 2:] > frame[:2])).all(1)
+    overlapping = ((target.boxes[:, :2] < frame[2:]) & (target.boxes[:, 2:] > frame[:2])).all(1)
     open_part = {"size": list(size), "counts": _complement(cover.rle()[0]["counts"])}
     before = target.masks.pack()
     codes: list[Any] = before.rle()
-    for index in near.nonzero().flatten().tolist():
+    for index in overlapping.nonzero().flatten().tolist():
         codes[index] = coco.merge(cast(Any, [codes[index], open_part]), intersect=True)
     masks = Masks("rle", [code["counts"] for code in codes], size)
     areas = masks.areas()
-    touched = near & (areas < before.areas())
+    touched = overlapping & (areas < before.areas())
     boxes = torch.where(touched[:, None], masks.boxes(), target.boxes)
     points = target.keypoints
     if points is not None:
         xy = points[..., :2].long()
-        hit = plane[xy[..., 1].clamp(0, size[0] - 1), xy[..., 0].clamp(0, size[1] - 1)] & near[:, None]
+        hit = plane[xy[..., 1].clamp(0, size[0] - 1), xy[..., 0].clamp(0, size[1] - 1)] & overlapping[:, None]
         points = points.clone()
         points[..., 2] = torch.where(hit & (points[..., 2] > 1), 1.0, points[..., 2])
     return replace(target, boxes=boxes, masks=masks, keypoints=points)[~(touched & (areas < min_area))]
 
 
 def _complement(text: bytes) -> bytes:
+    """The run-length string of the background of a mask."""
     lengths = rle.decode_counts(text)
     return rle.encode_counts(lengths[1:] if lengths[0] == 0 and len(lengths) > 1 else np.concatenate([[0], lengths]))
 
 
-def _grown(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """The image at the upper left of a plane of `size`, cut or continued in mid-grey."""
+def _padded(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The image at the upper left of a plane of `size`, cropped or padded with grey."""
     image = image[:, : size[0], : size[1]]
     if tuple(image.shape[1:]) == size:
         return image
@@ -314,7 +391,7 @@ def _pillow(image: Tensor, size: tuple[int, int], box: tuple[float, float, float
     return torch.from_numpy(resized).permute(2, 0, 1)
 
 
-def _tinted(image: Tensor, colours: tuple[tuple[str, float], ...]) -> Tensor:
+def _adjust_colours(image: Tensor, colours: tuple[tuple[str, float], ...]) -> Tensor:
     if not colours:
         return image
     from torchvision.transforms.v2 import functional as pixels

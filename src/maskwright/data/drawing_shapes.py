@@ -1,4 +1,4 @@
-"""The shapes that generated scenes are made of: outlines in a unit frame, drawn smoothly and small."""
+"""The shapes of generated scenes: outlines in a unit frame, drawn with anti-aliasing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from PIL import Image, ImageDraw
 
 from maskwright.data.dataset import PERSON_KEYPOINTS
 
-FINER = 3  # shapes are drawn so many times larger and shrunk, for soft edges
-_FINER = 2  # figures, which are larger and have colours of their own
+SHAPE_OVERSAMPLING = 3  # shapes are drawn this many times larger and reduced, for soft edges
+FIGURE_OVERSAMPLING = 2  # figures are larger and have their own colours
 
-# One ring (P, 2) in a frame where the shape reaches to about 1, and whether it adds or cuts out.
+# One ring (P, 2) in a frame in which the shape extends to about 1, and whether it is filled or cut out.
 Part = tuple[np.ndarray, bool]
 
 _TURN = np.linspace(0, 2 * np.pi, 49)[:-1]
@@ -77,31 +77,50 @@ SHAPES: dict[str, Callable[[np.random.Generator], list[Part]]] = {
 
 @dataclass
 class Stamp:
-    """A drawn object: coverage (h, w) uint8 with its corner at x0, y0 of the image, which it may leave."""
+    """A drawn object.
+
+    Attributes:
+        alpha: Coverage (h, w), uint8.
+        x0: Left edge in the image; the stamp may extend beyond the image.
+        y0: Upper edge in the image.
+        radius: Extent in pixels.
+        colours: (h, w, 3) uint8; None if the colours are chosen later.
+        keypoints: (17, 2) x, y in the image; None if there are none.
+    """
 
     alpha: np.ndarray
     x0: int
     y0: int
     radius: float
-    colours: np.ndarray | None = None  # (h, w, 3) uint8 where it has colours of its own
-    keypoints: np.ndarray | None = None  # (17, 2) x, y in the image
+    colours: np.ndarray | None = None
+    keypoints: np.ndarray | None = None
 
 
 def draw_shape(name: str, rng: np.random.Generator, centre: tuple[float, float], radius: float) -> Stamp:
-    """The shape called `name`, turned at random, its centre and reach in pixels."""
+    """Draw a shape with a random rotation.
+
+    Args:
+        name: A key of `SHAPES`.
+        rng: Source of random numbers.
+        centre: x, y in pixels.
+        radius: Extent in pixels.
+
+    Returns:
+        The shape.
+    """
     turn = rng.uniform(0, 2 * np.pi)
     turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) * radius
     parts = [(ring @ turned.T + centre, add) for ring, add in SHAPES[name](rng)]
     x0, y0, width, height = _frame(np.concatenate([ring for ring, _ in parts]))
-    plane = Image.new("L", (width * FINER, height * FINER))
+    plane = Image.new("L", (width * SHAPE_OVERSAMPLING, height * SHAPE_OVERSAMPLING))
     pen = ImageDraw.Draw(plane)
     for ring, add in parts:
-        # A point of the fine grid stands for its middle: half of one is taken off.
-        pen.polygon(((ring - (x0, y0)) * FINER - 0.5).ravel().tolist(), fill=255 if add else 0)
-    return Stamp(np.asarray(plane.reduce(FINER)), x0, y0, radius)
+        # Pillow's integer coordinates are pixel centres.
+        pen.polygon(((ring - (x0, y0)) * SHAPE_OVERSAMPLING - 0.5).ravel().tolist(), fill=255 if add else 0)
+    return Stamp(np.asarray(plane.reduce(SHAPE_OVERSAMPLING)), x0, y0, radius)
 
 
-# Where the keypoints of a figure of reach 1 are that stands with hanging arms and faces us: its left is on our right.
+# Keypoints of a standing figure of extent 1 that faces the viewer: its left side has positive x.
 _STANDING = {
     "nose": (0.0, -0.74),
     "eye": (0.075, -0.80),
@@ -113,7 +132,17 @@ _ARM, _LEG = (0.30, 0.27), (0.43, 0.42)
 
 
 def draw_figure(rng: np.random.Generator, centre: tuple[float, float], radius: float, lively: float) -> Stamp:
-    """A person facing us, `radius` pixels from the middle to the soles, in a pose that grows wilder with `lively`."""
+    """Draw a person who faces the viewer.
+
+    Args:
+        rng: Source of random numbers.
+        centre: x, y in pixels.
+        radius: Distance from the centre to the feet in pixels.
+        lively: Variation of the pose, 0 ... 1.
+
+    Returns:
+        The figure, with colours and keypoints.
+    """
     keypoints = _pose(rng, lively) * (rng.uniform(0.85, 1.1), 1)
     lean = rng.uniform(-0.35, 0.35) * lively
     turned = np.array([[np.cos(lean), -np.sin(lean)], [np.sin(lean), np.cos(lean)]]) * radius
@@ -124,9 +153,9 @@ def draw_figure(rng: np.random.Generator, centre: tuple[float, float], radius: f
     head = radius * 0.21
     low, high = points.min(0) - head - thick, points.max(0) + head + thick
     x0, y0, width, height = _frame(np.stack([low, high]))
-    fine = (points - (x0, y0)) * _FINER
+    fine = (points - (x0, y0)) * FIGURE_OVERSAMPLING
     at = dict(zip(PERSON_KEYPOINTS, fine, strict=True))
-    alpha = Image.new("L", (width * _FINER, height * _FINER))
+    alpha = Image.new("L", (width * FIGURE_OVERSAMPLING, height * FIGURE_OVERSAMPLING))
     colours = Image.new("RGB", alpha.size)
     pens = ImageDraw.Draw(alpha), ImageDraw.Draw(colours)
 
@@ -135,7 +164,7 @@ def draw_figure(rng: np.random.Generator, centre: tuple[float, float], radius: f
 
     def limb(names: list[str], width: float, colour: np.ndarray) -> None:
         line = np.stack([at[n] for n in names])
-        half = width * _FINER / 2
+        half = width * FIGURE_OVERSAMPLING / 2
         for pen, ink in zip(pens, fill(colour), strict=True):
             pen.line(line.ravel().tolist(), fill=ink, width=max(1, round(2 * half)))
             for x, y in line.tolist():
@@ -148,30 +177,30 @@ def draw_figure(rng: np.random.Generator, centre: tuple[float, float], radius: f
 
     for side in ("left", "right"):
         limb([f"{side}_hip", f"{side}_knee", f"{side}_ankle"], thick, trousers)
-    trunk = np.stack([at["left_shoulder"], at["right_shoulder"], at["right_hip"], at["left_hip"]]).ravel().tolist()
+    torso = np.stack([at["left_shoulder"], at["right_shoulder"], at["right_hip"], at["left_hip"]]).ravel().tolist()
     for pen, ink in zip(pens, fill(shirt), strict=True):
-        pen.polygon(trunk, fill=ink)
+        pen.polygon(torso, fill=ink)
     limb(["left_shoulder", "right_shoulder", "right_hip", "left_hip", "left_shoulder"], thick, shirt)
     for side in ("left", "right"):
         limb([f"{side}_elbow", f"{side}_wrist"], thick * 0.7, skin)
         limb([f"{side}_shoulder", f"{side}_elbow"], thick * 0.85, shirt * 0.85)
     middle = (at["left_ear"] + at["right_ear"]) / 2
     neck = (at["left_shoulder"] + at["right_shoulder"]) / 2
-    spot((middle + neck) / 2, thick * _FINER * 0.5, skin * 0.9)
+    spot((middle + neck) / 2, thick * FIGURE_OVERSAMPLING * 0.5, skin * 0.9)
     for side in ("left", "right"):
-        spot(at[f"{side}_ear"], head * _FINER * 0.3, skin * 0.85)
-    spot(middle, head * _FINER * 0.85, skin)
+        spot(at[f"{side}_ear"], head * FIGURE_OVERSAMPLING * 0.3, skin * 0.85)
+    spot(middle, head * FIGURE_OVERSAMPLING * 0.85, skin)
     for side in ("left", "right"):
-        spot(at[f"{side}_eye"], max(1.0, head * _FINER * 0.13), np.full(3, 25.0))
-    spot(at["nose"], max(1.0, head * _FINER * 0.12), skin * 0.6)
-    cover = np.asarray(alpha.reduce(_FINER))
-    # Colours of half covered pixels are mixed with black: undone, so that blending does not darken the rim.
-    seen = np.asarray(colours.reduce(_FINER)).astype(np.float32) * (255 / np.maximum(cover, 1))[..., None]
+        spot(at[f"{side}_eye"], max(1.0, head * FIGURE_OVERSAMPLING * 0.13), np.full(3, 25.0))
+    spot(at["nose"], max(1.0, head * FIGURE_OVERSAMPLING * 0.12), skin * 0.6)
+    cover = np.asarray(alpha.reduce(FIGURE_OVERSAMPLING))
+    # Colours of partly covered pixels are mixed with black; this is undone, so that blending does not darken the edge.
+    seen = np.asarray(colours.reduce(FIGURE_OVERSAMPLING)).astype(np.float32) * (255 / np.maximum(cover, 1))[..., None]
     return Stamp(cover, x0, y0, radius, np.clip(seen, 0, 255).astype(np.uint8), points)
 
 
 def _pose(rng: np.random.Generator, lively: float) -> np.ndarray:
-    """The 17 keypoints (17, 2) of a figure of reach 1."""
+    """The keypoints (17, 2) of a figure of extent 1."""
     reach = 0.35 + 0.65 * lively
     sway = rng.uniform(-0.06, 0.06, 2)
     place: dict[str, np.ndarray] = {}
@@ -196,6 +225,6 @@ def _pose(rng: np.random.Generator, lively: float) -> np.ndarray:
 
 
 def _frame(points: np.ndarray) -> tuple[int, int, int, int]:
-    """x0, y0, width, height of the whole pixels around the points."""
+    """x0, y0, width, height of the smallest pixel window around the points."""
     low, high = np.floor(points.min(0)).astype(int) - 1, np.ceil(points.max(0)).astype(int) + 1
     return int(low[0]), int(low[1]), int(high[0] - low[0]), int(high[1] - low[1])

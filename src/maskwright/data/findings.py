@@ -1,4 +1,4 @@
-"""What is wrong with a data set: one record per complaint, and how many of them are told in few words."""
+"""Problems found in a data set: one record per problem, and short summaries of many."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ SEVERITIES: tuple[Severity, ...] = ("error", "skip", "note")
 
 
 class DataWarning(UserWarning):
-    """Something in a data set was left out or repaired while it was read; the text names it."""
+    """Part of a data set was skipped or repaired while reading; the message names it."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One complaint.
+    """One problem of a data set.
 
-    severity    "error": the set cannot be used; "skip": one annotation or image is left out (an error when reading
-                strictly); "note": it was understood, but somebody should know
-    kind        a short word that groups findings of one sort
-    file        the file at fault
-    sentence    what is wrong and what was expected, without a full stop
-    advice      what to do
-    image       the image's id where there is one
-    annotation  the annotation's id where there is one
+    Attributes:
+        severity: "error": the data set cannot be used. "skip": one annotation or image is skipped (an error in strict
+            mode). "note": the entry is used, but may not be what was intended.
+        kind: One word that groups similar findings.
+        file: The file with the problem.
+        sentence: What is wrong and what was expected, without a full stop.
+        advice: What to do, or what was done; may be empty.
+        image: Id of the image, if there is one.
+        annotation: Id of the annotation, if there is one.
     """
 
     severity: Severity
@@ -41,8 +42,16 @@ class Finding:
         return f"{self.file}: {self.sentence}" + (f"; {self.advice}" if self.advice else "")
 
 
-def digest(findings: Iterable[Finding], each: int = 3) -> list[str]:
-    """One line per finding, worst first; of each kind only the first `each`, then how many more there are."""
+def finding_lines(findings: Iterable[Finding], per_kind: int = 3) -> list[str]:
+    """Summarize findings, one line each, most severe first.
+
+    Args:
+        findings: The findings, in any order.
+        per_kind: Number of findings of each severity and kind that are listed; one more line counts the rest.
+
+    Returns:
+        The lines.
+    """
     ranked = sorted(findings, key=lambda f: SEVERITIES.index(f.severity))
     totals = Counter((f.severity, f.kind) for f in ranked)
     seen: Counter[tuple[str, str]] = Counter()
@@ -50,14 +59,19 @@ def digest(findings: Iterable[Finding], each: int = 3) -> list[str]:
     for finding in ranked:
         key = (finding.severity, finding.kind)
         seen[key] += 1
-        if seen[key] <= each:
+        if seen[key] <= per_kind:
             lines.append(str(finding))
-        if seen[key] == each and totals[key] > each:
-            lines.append(f"... and {totals[key] - each} more of the same kind ({finding.kind})")
+        if seen[key] == per_kind and totals[key] > per_kind:
+            lines.append(f"... and {totals[key] - per_kind} more of the same kind ({finding.kind})")
     return lines
 
 
-def few(names: Sequence[object], count: int = 3) -> str:
-    """The first names and how many more: 'a', 'b', 'c' and 4 more."""
+def format_findings(findings: Iterable[Finding], per_kind: int = 3) -> str:
+    """Summarize findings in one message; see `finding_lines`."""
+    return "\n".join(finding_lines(findings, per_kind))
+
+
+def first_few(names: Sequence[object], count: int = 3) -> str:
+    """List the first `count` names and the number of others: "'a', 'b', 'c' and 4 more"."""
     text = ", ".join(repr(n) for n in names[:count])
     return text + (f" and {len(names) - count} more" if len(names) > count else "")

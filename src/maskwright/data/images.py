@@ -1,17 +1,18 @@
-"""Images from files: whatever is inside, out comes 8-bit RGB, or a sentence that names the file.
+"""Reading images: every supported file becomes 8-bit RGB; every other one is an error that names it.
 
-What odd images become, always and everywhere:
+Conversion of unusual images:
 
-    16-bit grey         scaled over the whole 16-bit range to 8 bits
+    16-bit grey         the full 16-bit range is scaled to 8 bits
     grey, 1-bit         three equal channels, 0 ... 255
-    alpha               dropped; the colour stored below transparent pixels stays (as detectron2 and OpenCV do)
+    alpha               dropped; transparent pixels keep their stored colour (as in detectron2 and OpenCV)
     palette             looked up; a transparent entry keeps its colour
     CMYK, YCbCr         converted without colour management; embedded colour profiles are not applied
     EXIF orientation    applied
     animation           the first frame
-    32-bit int, float   refused: nobody can know their range
+    32-bit int, float   an error, because the range of the values is unknown
 
-The format is told by the content, never by the file's name. Formats that run programmes when opened are refused.
+The format is detected from the content, not from the file name. Formats that execute programs when opened
+(PostScript) are not supported.
 """
 
 from __future__ import annotations
@@ -32,20 +33,28 @@ from maskwright.errors import ImageError
 if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
-# Width times height. A header that claims more is refused before memory is taken; RGB of this size is 0.8 GB.
+# Width times height. A header with more pixels is refused before memory is allocated; RGB of this size is 0.8 GB.
 MAX_PIXELS = 1 << 28
 
-# No EPS or other PostScript: Pillow starts ghostscript for it.
+# No EPS or other PostScript: Pillow starts Ghostscript for it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "JPEG2000", "AVIF")
-_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # a JPEG or TIFF of several images is no animation
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # a JPEG or TIFF with several images is not an animation
 _ORIENTATION = 0x0112
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, *, warn: bool = True) -> UInt8[Tensor, "3 H W"]:
-    """The image as RGB, 0 ... 255, the way it is meant to be looked at (EXIF applied).
+    """Read an image file as 8-bit RGB, with the EXIF orientation applied.
 
-    The tensor is a view with channels last in memory. ImageError names the file and what is wrong with it. Of an
-    animation the first frame is given, with a `DataWarning` unless `warn` is off.
+    Args:
+        path: The file.
+        max_pixels: Largest width times height that is decoded.
+        warn: Emit a `DataWarning` for an animation, of which the first frame is returned.
+
+    Returns:
+        Pixels (3, H, W), uint8; a view whose channels are last in memory.
+
+    Raises:
+        ImageError: If the file is missing, damaged, too large or not an image.
     """
     path = Path(path)
     try:
@@ -57,29 +66,37 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS, *, warn: bool = T
         raise
     except OSError as error:
         raise _unreadable(path, error) from None
-    except Exception as error:  # a decoder fed with foreign bytes may raise anything
-        raise ImageError(f"{path}: the image is damaged ({_reason(error)}); replace it or leave it out") from None
+    except Exception as error:  # decoders raise exceptions of any class on damaged data
+        raise ImageError(f"{path}: the image is damaged ({_reason(error)}); replace or remove it") from None
     if animated and warn:
-        warnings.warn(f"{path}: is animated; its first frame is taken", DataWarning, stacklevel=2)
+        warnings.warn(f"{path}: is animated; the first frame is used", DataWarning, stacklevel=2)
     return torch.from_numpy(np.require(turned, requirements=["C", "W"])).permute(2, 0, 1)
 
 
 def is_animated(path: str | Path) -> bool:
-    """Whether it is an image of several frames, by the header."""
+    """Return whether the header of an image file declares an animation."""
     path = Path(path)
     with path.open("rb") as file, opened(file, path, MAX_PIXELS) as image:
         return bool(getattr(image, "is_animated", False)) and image.format in _ANIMATED
 
 
 def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """H, W as looked at (EXIF applied), from the header alone: nothing is decoded."""
+    """Return H, W of an image file with the EXIF orientation applied; only the header is read.
+
+    Raises:
+        ImageError: If the header is damaged, or declares more than `max_pixels`.
+    """
     return _header(Path(path), max_pixels)[0]
 
 
 def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], tuple[int, int]]:
-    """H, W as looked at and H, W as stored; ImageError for headers that are broken and for files that were cut off.
+    """Check an image file by its header and its end; decode it only if the end marker of its format is missing.
 
-    Quick: only where the end of the file lacks its format's mark is the image decoded, to be sure.
+    Returns:
+        H, W with the EXIF orientation applied, and H, W as stored.
+
+    Raises:
+        ImageError: If the header is damaged, or the file is truncated.
     """
     path = Path(path)
     size, stored, format_name = _header(path, max_pixels)
@@ -105,17 +122,17 @@ def _header(path: Path, max_pixels: int) -> tuple[tuple[int, int], tuple[int, in
     except OSError as error:
         raise _unreadable(path, error) from None
     except Exception as error:
-        raise ImageError(f"{path}: the header is damaged ({_reason(error)}); replace it or leave it out") from None
+        raise ImageError(f"{path}: the header is damaged ({_reason(error)}); replace or remove it") from None
 
 
 def opened(file: BinaryIO, path: Path, max_pixels: int) -> ImageFile:
-    """The image with its header read. Pillow's own `open` checks sizes by a global setting of the user's."""
+    """Return the image with its header read. Pillow's own `open` limits sizes by a global setting of the user."""
     from PIL import Image
 
     Image.init()
     prefix = file.read(16)
     if not prefix:
-        raise ImageError(f"{path}: the file is empty (0 bytes); replace it or leave it out")
+        raise ImageError(f"{path}: the file is empty (0 bytes); replace or remove it")
     for name in _FORMATS:
         if name not in Image.OPEN:
             continue
@@ -127,19 +144,18 @@ def opened(file: BinaryIO, path: Path, max_pixels: int) -> ImageFile:
             image = factory(file, os.fspath(path))
         except (SyntaxError, IndexError, TypeError, KeyError, EOFError) as error:
             raise ImageError(
-                f"{path}: begins like a {name} file, but its header is damaged ({_reason(error)}); "
-                "replace it or leave it out"
+                f"{path}: starts like a {name} file, but the header is damaged ({_reason(error)}); replace or remove it"
             ) from None
         width, height = image.size
         if width * height > max_pixels:
             raise ImageError(
-                f"{path}: its header claims {width} x {height} pixels, more than the {max_pixels} that are allowed; "
-                "refused before reading further. Shrink or tile the image"
+                f"{path}: the header declares {width} x {height} pixels, more than the limit of {max_pixels}; "
+                "resize or tile the image"
             )
         if width < 1 or height < 1:
-            raise ImageError(f"{path}: its header claims {width} x {height} pixels; replace it or leave it out")
+            raise ImageError(f"{path}: the header declares {width} x {height} pixels; replace or remove it")
         return image
-    raise ImageError(f"{path}: is not an image (it begins with {_shown(prefix)}); replace it or leave it out")
+    raise ImageError(f"{path}: not a supported image (it starts with {_shown(prefix)}); replace or remove it")
 
 
 def _rgb(image: ImageFile, path: Path) -> np.ndarray:
@@ -152,8 +168,8 @@ def _rgb(image: ImageFile, path: Path) -> np.ndarray:
         return np.repeat(grey[:, :, None], 3, axis=2)
     if mode in ("I", "F"):
         kind = "32-bit integer" if mode == "I" else "float"
-        raise ImageError(f"{path}: holds {kind} values of unknown range; convert it to 8 or 16 bits per channel")
-    if mode in ("P", "PA"):  # by way of alpha, which is then dropped: a transparent entry keeps its colour
+        raise ImageError(f"{path}: contains {kind} values of unknown range; convert it to 8 or 16 bits per channel")
+    if mode in ("P", "PA"):  # through RGBA, so that a transparent entry keeps its colour
         return np.asarray(image.convert("RGBA"))[:, :, :3]
     return np.asarray(image.convert("RGB"))
 
@@ -161,13 +177,13 @@ def _rgb(image: ImageFile, path: Path) -> np.ndarray:
 def _orientation(image: ImageFile) -> int:
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # broken EXIF beside a good image
+    except Exception:  # damaged EXIF data in an intact image
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Stored (H, W, 3) -> as looked at. Orientations 5 to 8 exchange height and width."""
+    """Apply the EXIF orientation to (H, W, 3); orientations 5 to 8 exchange height and width."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
@@ -179,15 +195,15 @@ def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _unreadable(path: Path, error: OSError) -> ImageError:
     if isinstance(error, FileNotFoundError):
-        return ImageError(f"{path}: there is no such file")
+        return ImageError(f"{path}: no such file")
     if isinstance(error, IsADirectoryError):
-        return ImageError(f"{path}: is a folder, not an image")
+        return ImageError(f"{path}: is a folder, expected an image file")
     if error.errno is not None:
         return ImageError(f"{path}: cannot be read ({error.strerror})")
     reason = _reason(error)
     if "truncated" in reason:
-        return ImageError(f"{path}: the image is cut off ({reason}); fetch it again or leave it out")
-    return ImageError(f"{path}: the image is damaged ({reason}); replace it or leave it out")
+        return ImageError(f"{path}: the image is truncated ({reason}); copy it again or remove it")
+    return ImageError(f"{path}: the image is damaged ({reason}); replace or remove it")
 
 
 def _reason(error: Exception) -> str:

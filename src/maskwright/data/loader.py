@@ -1,4 +1,4 @@
-"""From a data set to batches, the same ones however many processes read the images."""
+"""Batches of a data set; they do not depend on the number of worker processes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from maskwright.data.augment import Augment, Drawn, Laid, place_target
-from maskwright.data.dataset import Sample, mirrored_keypoints
+from maskwright.data.augment import Augment, Drawn, Placed, place_target
+from maskwright.data.dataset import Dataset, Sample, as_dataset, mirrored_keypoints
 from maskwright.data.findings import DataWarning
 from maskwright.errors import DataError, ImageError, UsageError
 from maskwright.structures import Batch, Instances, Placement, Preprocess
 
 
 class Loader:
-    """Batches of a data set; made by `make_loader`. Iterating gives the current epoch, `set_epoch` chooses it.
+    """Batches of a data set; made by `make_loader`. Iteration yields the current epoch, which `set_epoch` selects.
 
-    In training an epoch is every image once in an order drawn from (seed, epoch), images that are taller than wide
-    apart from the others so that little is padded, and every batch is full: the last one is filled up with images
-    from the epoch's beginning. A batch over all ranks together is the same whatever their number, and what happens to
-    the image at position k depends on (seed, epoch, k) alone: not on workers, nor on where a run was resumed.
+    In training, an epoch contains every image once, in an order that depends on the seed and the epoch. Images that
+    are taller than wide are batched separately, to reduce padding. Every batch is full: the last one is filled with
+    images from the start of the epoch. A batch over all ranks does not depend on their number, and the augmentation of
+    the image at position k depends only on (seed, epoch, k): not on the workers, nor on where a run was resumed.
 
-    Otherwise it is every image once in the set's own order, rank r taking r, r + world, ...; the last batch may be
-    smaller and ranks may differ by one batch.
+    In evaluation, images come in the order of the data set; rank r reads r, r + world, ... The last batch may be
+    smaller, and ranks may differ by one batch.
     """
 
     def __init__(self, plan: _Plan, workers: int, pin: bool):
@@ -37,15 +37,15 @@ class Loader:
         self._loader: DataLoader[Any] | None = None
 
     def __len__(self) -> int:
-        """Batches per epoch on this rank."""
+        """Return the number of batches per epoch on this rank."""
         return self.plan.count
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The next iteration gives this epoch from batch `start` on."""
+        """Select the epoch of the next iteration, and the batch at which it starts."""
         self.epoch, self._start = epoch, start
 
     def indices(self, epoch: int | None = None) -> list[list[int]]:
-        """Which images of the data set are in each batch of an epoch on this rank."""
+        """Return the positions of the images in each batch of an epoch on this rank; None: the current epoch."""
         at = self.epoch if epoch is None else epoch
         order = self.plan.order(at)
         return [[int(order[k]) for k in self.plan.positions(number)] for number in range(len(self))]
@@ -76,13 +76,13 @@ class Loader:
                 num_workers=self.workers,
                 persistent_workers=True,
                 pin_memory=self.pin,
-                # Without a generator of its own it would draw from the global one, which belongs to the losses.
+                # Without its own generator it would use the global one, which changes the random numbers of losses.
                 generator=torch.Generator(),
             )
         self._keys.keys = keys
         with warnings.catch_warnings():
-            # From Python 3.12 on forking a process with threads warns, and torch always has threads. The workers
-            # neither compute with those nor touch a GPU.
+            # Since Python 3.12, forking a process with threads warns, and torch always has threads. The workers use
+            # neither these threads nor a GPU.
             warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
             return iter(self._loader)
 
@@ -101,26 +101,38 @@ def make_loader(
     drop_crowd: bool | None = None,
     pin: bool = False,
 ) -> Loader:
-    """Batches of `batch_size` images per rank, as `preprocess` lays them, with targets on the network's grid.
+    """Make a loader of preprocessed batches with targets on the network's grid.
 
-    dataset     a `Dataset`, or anything with its methods
-    augment     what may happen to images in training; None: nothing
-    workers     processes that read images; 0: this one
-    drop_crowd  leave crowd regions out of the targets; by default in training only. No system learns from them as
-                objects, and Mask R-CNN's published recipes do not know them at all.
-    pin         give images in pinned memory, for copies to a GPU that do not wait
+    Images without objects are kept, as negative examples.
 
-    Images without objects are kept: they teach what is not an object. An image that turns out to be broken is an
-    ImageError where the data set is strict; otherwise a `DataWarning`, and the next one that can be read takes its
-    place (in training; else it is left out of its batch).
+    Args:
+        dataset: A data set, or anything that `as_dataset` accepts.
+        preprocess: The system's preprocessing.
+        batch_size: Images per batch on each rank.
+        training: Shuffle, augment and fill batches; see `Loader`.
+        augment: Augmentation in training; None: none.
+        seed: Seed of the order and the augmentation.
+        workers: Number of worker processes that read images; 0: the current process reads them.
+        rank: Rank of this process.
+        world: Number of processes that train together.
+        drop_crowd: Remove crowd regions from the targets; None: in training only. No system trains on them as
+            objects, and the published recipes of Mask R-CNN exclude them.
+        pin: Return images in pinned memory, for asynchronous copies to a GPU.
+
+    Returns:
+        The loader. Iteration raises ImageError for a damaged image of a strict data set. Otherwise it emits a
+        `DataWarning`, and the next readable image replaces it in training, while in evaluation it is omitted.
+
+    Raises:
+        UsageError: If an argument is invalid.
     """
     if batch_size < 1 or workers < 0 or not 0 <= rank < world or seed < 0:
         raise UsageError(
-            f"batch_size {batch_size}, workers {workers}, rank {rank} of {world}, seed {seed}: batch_size must be at "
-            "least 1, workers and seed 0 or more, rank below world"
+            "batch_size must be at least 1, workers and seed must not be negative, rank must be in [0, world); got "
+            f"batch_size {batch_size}, workers {workers}, seed {seed}, rank {rank}, world {world}"
         )
     plan = _Plan(
-        dataset,
+        as_dataset(dataset),
         preprocess,
         batch_size,
         training,
@@ -134,7 +146,7 @@ def make_loader(
 
 
 class _Keys:
-    """What the worker processes are to fetch next: (epoch, batch). They outlive an epoch, so it is told with each."""
+    """The next (epoch, batch) pairs to load. Workers outlive an epoch, so that each key contains its epoch."""
 
     keys: list[tuple[int, int]]
 
@@ -146,11 +158,11 @@ class _Keys:
 
 
 class _Plan:
-    """Knows which images make up a batch and builds it: everything that happens in a worker process."""
+    """Selects the images of a batch and builds it: everything that happens in a worker process."""
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: Dataset,
         preprocess: Preprocess,
         batch_size: int,
         training: bool,
@@ -163,8 +175,7 @@ class _Plan:
         self.dataset, self.preprocess, self.augment = dataset, preprocess, augment
         self.batch_size, self.training, self.seed = batch_size, training, seed
         self.rank, self.world, self.drop_crowd = rank, world, drop_crowd
-        self.strict = bool(getattr(dataset, "strict", False))
-        self.mirrored = mirrored_keypoints(getattr(dataset, "keypoint_names", None))
+        self.mirrored = mirrored_keypoints(dataset.keypoint_names)
         self.total, self.kinds = len(dataset), len(dataset.classes)
         if training:
             self.count = -(-self.total // (batch_size * world))
@@ -173,10 +184,10 @@ class _Plan:
         sizes = np.array(dataset.sizes(), np.int64).reshape(-1, 2) if training else np.zeros((0, 2), np.int64)
         self.tall = sizes[:, 0] > sizes[:, 1]
         if augment is not None and augment.size is not None:
-            self.tall[:] = False  # one canvas for all: nothing is padded less by sorting
+            self.tall[:] = False  # all images have one canvas, so that sorting does not reduce padding
         self._orders: dict[int, np.ndarray] = {}
 
-    # ---- which images ------------------------------------------------------------------------------------------
+    # ---- order ---------------------------------------------------------------------------------------------------
 
     def order(self, epoch: int) -> np.ndarray:
         """The image at each position of an epoch, over all ranks."""
@@ -198,7 +209,7 @@ class _Plan:
     # ---- building ------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: tuple[int, int]) -> _Packed | DataError:
-        """A batch, packed for the way; an error is handed over as it is, so that its message arrives unchanged."""
+        """A packed batch; an error is returned, not raised, so that its message reaches the main process unchanged."""
         epoch, number = key
         order = self.order(epoch)
         notes: list[str] = []
@@ -206,19 +217,19 @@ class _Plan:
             items = [self._item(int(order[k]), epoch, k, notes) for k in self.positions(number)]
         except DataError as error:
             return error
-        there = [item for item in items if item is not None]
-        if not there:
+        read = [item for item in items if item is not None]
+        if not read:
             return _Packed(None, [], [], [], notes)
         batch = Batch.collate(
-            [image for image, _, _ in there],
-            [laid.placement for _, laid, _ in there],
-            names=[name for _, _, name in there],
+            [image for image, _, _ in read],
+            [placed.placement for _, placed, _ in read],
+            names=[name for _, _, name in read],
             multiple=self.preprocess.multiple,
         )
-        targets = [_numpy(laid.target) for _, laid, _ in there]
+        targets = [_numpy(placed.target) for _, placed, _ in read]
         return _Packed(batch.images, batch.placements, targets, batch.names or [], notes)
 
-    def _item(self, index: int, epoch: int, k: int, notes: list[str]) -> tuple[Tensor, Laid, str] | None:
+    def _item(self, index: int, epoch: int, k: int, notes: list[str]) -> tuple[Tensor, Placed, str] | None:
         rng = np.random.default_rng((self.seed, epoch, k))
         sample = self._sample(index, notes)
         if sample is None:
@@ -226,33 +237,33 @@ class _Plan:
         if self.augment is None:
             image, placement = self.preprocess.lay(sample.image)
             target = place_target(sample.target, placement, self.mirrored)
-            return image, Laid(sample.image, target, placement), sample.name
-        laid = self._augmented(sample, rng)
+            return image, Placed(sample.image, target, placement), sample.name
+        placed = self._augmented(sample, rng)
         if rng.random() < self.augment.paste:
             other = self._sample(int(rng.integers(self.total)), notes)
             if other is not None:
-                laid = self.augment.overlay(rng, laid, self._augmented(other, rng))
-        image = self.preprocess.normalise(laid.image)
+                placed = self.augment.overlay(rng, placed, self._augmented(other, rng))
+        image = self.preprocess.normalise(placed.image)
         if self.augment.canvas is not None:
             height, width = (max(side, own) for side, own in zip(self.augment.canvas, image.shape[1:], strict=True))
             image = torch.nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
-        return image, laid, sample.name
+        return image, placed, sample.name
 
-    def _augmented(self, sample: Sample, rng: np.random.Generator) -> Laid:
+    def _augmented(self, sample: Sample, rng: np.random.Generator) -> Placed:
         assert self.augment is not None
         size = (sample.image.shape[1], sample.image.shape[2])
         drawn: Drawn = self.augment.draw(rng, size, self.preprocess)
         return self.augment.apply(sample, drawn, resample=self.preprocess.resample, mirrored_keypoints=self.mirrored)
 
     def _sample(self, index: int, notes: list[str]) -> Sample | None:
-        """The image at `index`, or the next one that can be read."""
+        """The image at `index`, or the next readable one."""
         for step in range(self.total):
             try:
                 sample = self.dataset[(index + step) % self.total]
             except ImageError as error:
-                if self.strict:
+                if self.dataset.strict:
                     raise
-                notes.append(f"{error} (left out for now)")
+                notes.append(f"{error} (skipped)")
                 if not self.training:
                     return None
                 continue
@@ -260,19 +271,26 @@ class _Plan:
             target = sample.target
             if not ((target.labels >= 0) & (target.labels < self.kinds)).all():
                 raise DataError(
-                    f"{sample.name}: has objects of labels {sorted(set(target.labels.tolist()))}; the set has "
-                    f"{self.kinds} classes, 0 ... {self.kinds - 1}"
+                    f"{sample.name}: labels must be in 0 ... {self.kinds - 1} for {self.kinds} classes, got "
+                    f"{sorted(set(target.labels.tolist()))}"
                 )
             if self.drop_crowd and target.crowd is not None and bool(target.crowd.any()):
                 sample = replace(sample, target=target[~target.crowd])
             return sample
-        raise ImageError(f"not one of the {self.total} images can be read; the last said: {notes[-1]}")
+        raise ImageError(f"none of the {self.total} images can be read; last error: {notes[-1]}")
 
 
 def grouped(order: np.ndarray, tall: np.ndarray, size: int) -> np.ndarray:
-    """`order` rearranged into batches of `size` that are all tall or all not; what is left over is mixed at the end.
+    """Rearrange images into batches that are all tall or all not tall.
 
-    The last batch is filled up from the beginning, so that the length is a multiple of `size`.
+    Args:
+        order: Positions of the images.
+        tall: Whether each of them is taller than wide.
+        size: Images per batch.
+
+    Returns:
+        The positions, batch by batch. The remaining images of both kinds are at the end, and the last batch is filled
+        with images from the start, so that the length is a multiple of `size`.
     """
     if not len(order):
         return order
@@ -290,7 +308,7 @@ def grouped(order: np.ndarray, tall: np.ndarray, size: int) -> np.ndarray:
 
 @dataclass
 class _Packed:
-    """A batch on its way from a worker: few tensors, because each one costs an open file on the way."""
+    """A batch for the transfer from a worker: few tensors, because each one needs an open file."""
 
     images: Tensor | None
     placements: list[Placement]

@@ -1,12 +1,10 @@
-"""COCO panoptic sets: a PNG per image says which segment each pixel is of, one JSON file lists the segments."""
+"""COCO panoptic data sets: one PNG per image holds the segment id of each pixel, one JSON file lists the segments."""
 
 from __future__ import annotations
 
 import io
 import itertools
-import json
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,45 +14,52 @@ from typing import Any
 import numpy as np
 import torch
 
-from maskwright.data.annotations import Table, Verify, begin_table, flag_of, inside, lookup, whole
-from maskwright.data.coco import TableDataset, told, write_coco
-from maskwright.data.findings import DataWarning, few
-from maskwright.data.images import MAX_PIXELS, opened, read_size
+from maskwright.data import coco_json
+from maskwright.data.coco_json import coco_categories, start_table, strict_json, write_coco_json
+from maskwright.data.findings import first_few
+from maskwright.data.formats import CERTAIN, Match, Request
+from maskwright.data.id_maps import map_bytes, read_map, size_mismatch
+from maskwright.data.images import read_size
+from maskwright.data.table import Table, Verify
+from maskwright.data.table_datasets import PanopticDataset, dataset_from_table
+from maskwright.data.values import match_id, parse_flag, parse_int, relative_path
 from maskwright.errors import AnnotationError, DataError, ImageError, UsageError
-from maskwright.structures import Instances, Panoptic
-from maskwright.structures.panoptic import LARGEST_ID, colours_to_ids, ids_to_colours
+from maskwright.files import write_bytes
+from maskwright.structures import Panoptic
+from maskwright.structures.panoptic import LARGEST_ID
 
-# The maps of so many images are decoded before training; of larger sets a sample. About 10 ms each.
+NAME = "COCO panoptic"
+LAYOUT = "annotations/panoptic_{split}.json (COCO panoptic)"
+
+# Up to this many maps are all decoded when a data set is opened, at about 10 ms each; of larger data sets a sample.
 VERIFY_ALL_BELOW = 500
 VERIFY_SOME = 200
 
 
-class PanopticDataset(TableDataset):
-    """A checked COCO panoptic file with its maps and images; made by `read_panoptic`. Targets hold all segments,
-    things and stuff; both files of an image are decoded when they are asked for."""
+# ---- the format ------------------------------------------------------------------------------------------------------
 
-    def __init__(self, table: Table, strict: bool = False):
-        super().__init__(table, strict)
-        self.stuff, self.maps = table.stuff, table.maps or []
-        self._numbers = torch.tensor(table.ids, dtype=torch.int64)
 
-    def __repr__(self) -> str:
-        return f"{self.name}: {len(self)} images, {len(self._numbers)} segments, {len(self.classes)} classes"
+def sniff(source: str, request: Request) -> list[Match]:
+    """Find panoptic_SPLIT.json in a folder, or recognize such a file by its name."""
+    path = Path(source)
+    if path.is_file():
+        named = path.suffix.lower() == ".json" and coco_json.is_panoptic(path)
+        return [Match(str(path), CERTAIN, path.name)] if named else []
+    if not path.is_dir() or request.keypoints:
+        return []
+    confidence = CERTAIN if request.panoptic else 0.95  # after instances, before keypoints; see `opening`
+    if request.split is None:
+        return [
+            Match(str(file), confidence, str(file.relative_to(path)), coco_json.split_of(file, "panoptic"))
+            for file in coco_json.annotation_files(path, "panoptic")
+        ]
+    file = coco_json.annotation_file(path, "panoptic", request.split)
+    return [] if file is None else [Match(str(file), confidence, str(file.relative_to(path)), request.split)]
 
-    def targets(self, index: int) -> Instances:
-        """The segments of one image that have pixels; `ids` are the numbers in its map."""
-        index = range(len(self))[index]
-        part = slice(int(self._starts[index]), int(self._starts[index + 1]))
-        numbers, labels = self._numbers[part], self._labels[part]
-        plane = torch.from_numpy(read_map(self.maps[index], self._sizes[index]))
-        things = torch.ones(len(labels), dtype=torch.bool)
-        whole_image = Panoptic.from_map(
-            plane, labels.clone(), things, numbers=numbers, crowd=self._crowd[part].clone(), ids=numbers.clone()
-        )
-        segments = whole_image.segments
-        assert segments.masks is not None
-        there = segments.masks.areas() > 0
-        return segments if bool(there.all()) else segments[there]
+
+def read(match: Match, request: Request) -> Table:
+    """Read one of the files that `sniff` has found."""
+    return read_panoptic_table(Path(match.location), request.images, verify=request.verify)
 
 
 def read_panoptic(
@@ -65,89 +70,254 @@ def read_panoptic(
     strict: bool = False,
     verify: Verify | None = None,
 ) -> PanopticDataset:
-    """The data set in a COCO panoptic JSON file, whose maps are PNGs in `maps` (the folder called like the file, unless
-    given) and whose images are in `images`.
+    """Read a COCO panoptic JSON file.
 
-    Everything is checked as `read_coco` does: what makes the set unusable is an AnnotationError; a segment without a
-    pixel, or pixels of a number that no segment has, are told in one `DataWarning`, or are errors if `strict`. An
-    image without a record is left out. `verify` says how many maps and images are looked into: "all", "some" or
-    "none"; left out, all maps of a set of up to 500 and some of a larger one.
+    Everything is checked as by `read_coco`. Segments without a pixel are skipped, and pixels with an id that no
+    segment has belong to no segment. Images without a record are skipped.
+
+    Args:
+        annotations: The file.
+        images: The folder of the images; None: the usual places beside the file are tried.
+        maps: The folder of the PNG maps; None: the folder with the name of the file.
+        strict: Raise for damaged entries instead of skipping them.
+        verify: Number of images and maps that are inspected: "all", "some" or "none"; None: all maps of up to 500
+            images, some of more.
+
+    Returns:
+        The data set.
+
+    Raises:
+        AnnotationError: If the file cannot be used, or anything would be skipped in strict mode.
+        UsageError: If a folder does not exist.
+
+    Warns:
+        DataWarning: Once, about everything that was skipped or repaired.
     """
     folders = [None if folder is None else Path(folder) for folder in (images, maps)]
     for folder, what in zip(folders, ("images", "maps"), strict=True):
         if folder is not None and not folder.is_dir():
-            raise UsageError(f"{folder}: there is no such folder of {what}")
+            raise UsageError(f"{folder}: no such folder of {what}")
     table = read_panoptic_table(Path(annotations), folders[0], folders[1], verify)
-    worst = table.of("error") + (table.of("skip") if strict else [])
-    if worst:
-        raise AnnotationError(told(worst))
-    if table.findings:
-        warnings.warn(told(table.findings), DataWarning, stacklevel=2)
-    return PanopticDataset(table, strict)
+    table.maps = table.maps or []
+    dataset = dataset_from_table(table, strict)
+    assert isinstance(dataset, PanopticDataset)
+    return dataset
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_panoptic_table(
     path: Path, images: Path | None = None, maps: Path | None = None, verify: Verify | None = None
 ) -> Table:
-    """Everything in the file that can be used, and a finding for everything else; never raises for what is in it."""
-    table, position, labels = begin_table(path, images, verify)
+    """Read everything that can be used from a COCO panoptic file; everything else becomes a finding.
+
+    Args:
+        path: The file.
+        images: The folder of the images; None: searched for.
+        maps: The folder of the maps; None: searched for.
+        verify: Number of images and maps that are inspected; see `read_panoptic`.
+
+    Returns:
+        The table. No exception is raised for what is in the files.
+    """
+    table, position, labels = start_table(path, images, verify)
     if not table.usable:
         return table
-    table.stuff = _stuff(table, table.raw["categories"])
+    table.stuff = _read_stuff(table, table.raw["categories"])
     folder = maps or next((p for p in _map_folders(path) if p.is_dir()), path.with_suffix(""))
-    listed, found = len(table.files), _records(table, table.raw["annotations"], position)
-    there = _with_map(table, found, folder)
-    _keep_images(table, sorted(there))
-    owner: list[int] = []
-    columns: list[tuple[int, int, bool]] = []  # number, label, crowd
-    for place, index in enumerate(sorted(there)):
-        row = there[index][0]
-        for segment in _segments(table, table.raw["annotations"][row], labels, table.image_ids[place]):
-            owner.append(place)
-            columns.append(segment)
-    table.owner = np.array(owner, np.int64)
-    table.ids = [number for number, _, _ in columns]
-    table.labels = np.array([label for _, label, _ in columns], np.int64)
-    table.crowd = np.array([crowd for _, _, crowd in columns], bool)
-    table.rows = np.array([there[index][0] for index in sorted(there)], np.int64)
-    table.maps = [there[index][1] for index in sorted(there)]
-    if listed and not table.files and not table.of("error"):
-        what = f"none of its {len(found)} maps can be used" if found else "none of its images has segments listed"
-        table.say("error", "map", what, "see the other findings")
-    _look_into(table, verify)
+    listed, records = len(table.files), _read_records(table, table.raw["annotations"], position)
+    available = _with_map(table, records, folder)
+    chosen = sorted(available)
+    _keep_images(table, chosen)
+    image_index: list[int] = []
+    segments: list[tuple[int, int, bool]] = []  # id, label, crowd
+    for index, previous in enumerate(chosen):
+        entry = table.raw["annotations"][available[previous][0]]
+        for segment in _read_segments(table, entry, labels, table.image_ids[index]):
+            image_index.append(index)
+            segments.append(segment)
+    table.image_index = np.array(image_index, np.int64)
+    table.ids = [number for number, _, _ in segments]
+    table.labels = np.array([label for _, label, _ in segments], np.int64)
+    table.crowd = np.array([crowd for _, _, crowd in segments], bool)
+    table.rows = np.array([available[previous][0] for previous in chosen], np.int64)
+    table.maps = [available[previous][1] for previous in chosen]
+    if listed and not table.files and not table.findings_with("error"):
+        if records:
+            what = f"none of its {len(records)} maps can be used"
+        else:
+            what = "none of its images has a list of segments"
+        table.add_finding("error", "map", what, "see the other findings")
+    _verify_maps(table, verify)
     return table
 
 
-def read_map(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The numbers (H, W) int32 in a map of segments. AnnotationError names a file that is none, or of another size."""
+def _read_stuff(table: Table, entries: list[Any]) -> tuple[str, ...]:
+    """The classes whose "isthing" is 0."""
+    classes = dict(zip(table.category_ids, table.classes, strict=True))
+    names: list[str] = []
+    for entry in entries:
+        number = parse_int(entry.get("id")) if isinstance(entry, dict) else None
+        if number not in classes:
+            continue
+        thing = parse_flag(entry["isthing"]) if entry.get("isthing") is not None else None
+        if thing is None:
+            what = f"category {number} ({classes[number]!r}) has isthing {entry.get('isthing')!r}"
+            table.add_finding("error", "category", what, "expected 1 for countable objects, 0 for regions")
+        elif not thing and classes[number] not in names:
+            names.append(classes[number])
+    return tuple(name for name in table.classes if name in names)
+
+
+def _map_folders(path: Path) -> list[Path]:
+    return [path.with_suffix(""), path.parent.parent / path.stem]
+
+
+def _read_records(
+    table: Table, entries: list[Any], position: dict[int | str, int | None]
+) -> dict[int, tuple[int, str]]:
+    """Position of each image that has a record -> row of the record and name of its map."""
+    records: dict[int, tuple[int, str]] = {}
+    for row, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("segments_info"), list):
+            what = f"annotations[{row}] has no list 'segments_info'"
+            table.add_finding("skip", "annotation", what, "the record is skipped")
+            continue
+        image = match_id(entry.get("image_id"), position)
+        if image is None:
+            what = f"annotations[{row}] has image_id {entry.get('image_id')!r}, which is not in the list of images"
+            table.add_finding("skip", "annotation", what, "the record is skipped")
+            continue
+        index = position[image]
+        if index is None:  # the image was skipped, with a finding
+            continue
+        name = entry.get("file_name")
+        file = relative_path(name) if isinstance(name, str) and name else None
+        if file is None:
+            what = f"the map of image {image!r} has file name {name!r}; expected the name of a PNG inside the folder"
+            table.add_finding("error" if name else "skip", "map", what, "the image is skipped", image=image)
+        elif index in records:
+            what = f"image {image!r} has two records"
+            table.add_finding("error", "annotation", what, "keep one of them", image=image)
+        else:
+            records[index] = (row, file)
+    without = [n for i, n in enumerate(table.image_ids) if i not in records]
+    if without:
+        what = f"{len(without)} of {len(table.image_ids)} images have no list of segments: {first_few(without)}"
+        table.add_finding("skip", "annotation", what, "these images are skipped")
+    return records
+
+
+def _with_map(table: Table, records: dict[int, tuple[int, str]], folder: Path) -> dict[int, tuple[int, Path]]:
+    """The records whose map exists and has the size of the image."""
+    missing = [file for _, file in records.values() if not (folder / file).is_file()]
+    if missing:
+        what = f"{len(missing)} of {len(records)} maps of segments are not in {folder}: {first_few(missing)}"
+        table.add_finding("error", "missing", what, "put the PNGs there, or specify their folder")
+    available: dict[int, tuple[int, Path]] = {}
+    for index, (row, file) in records.items():
+        path, image = folder / file, table.image_ids[index]
+        if not path.is_file():
+            continue
+        try:
+            size = read_size(path)
+        except ImageError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            table.add_finding("error", "map", f"the map of image {image!r}, {path}: {reason}", image=image)
+            continue
+        if size != table.sizes[index]:
+            what, _, advice = size_mismatch(path, size, table.sizes[index]).partition("; ")
+            table.add_finding("error", "size", what, advice, image=image)
+            continue
+        available[index] = (row, path)
+    return available
+
+
+def _keep_images(table: Table, kept: list[int]) -> None:
+    """Remove all other images from a table without annotations."""
+    for name in ("image_ids", "files", "sizes", "image_rows"):
+        values = getattr(table, name)
+        setattr(table, name, [values[i] for i in kept])
+
+
+def _read_segments(
+    table: Table, entry: dict[str, Any], labels: dict[int, int], image: int | str
+) -> list[tuple[int, int, bool]]:
+    """Id, label and crowd flag of each valid segment of a record."""
+    kept: list[tuple[int, int, bool]] = []
+    used: set[int] = set()
+    for row, segment in enumerate(entry["segments_info"]):
+        number = parse_int(segment.get("id")) if isinstance(segment, dict) else None
+        if number is None or not 0 < number <= LARGEST_ID:
+            shown = segment.get("id") if isinstance(segment, dict) else segment
+            problem = f"segment {row} of image {image!r} has id {shown!r}; expected 1 ... {LARGEST_ID}"
+        elif number in used:
+            problem = f"two segments of image {image!r} share id {number}"
+            table.add_finding("skip", "segment", problem, "the first one gets all its pixels", image=image)
+            continue
+        elif (category := parse_int(segment.get("category_id"))) not in labels:
+            value = segment.get("category_id")
+            problem = f"segment {number} of image {image!r} has category_id {value!r}, which is not in the list"
+        elif (crowd := parse_flag(segment.get("iscrowd"))) is None:
+            problem = f"segment {number} of image {image!r} has iscrowd {segment['iscrowd']!r}; expected 0 or 1"
+        else:
+            used.add(number)
+            kept.append((number, labels[category], crowd))
+            continue
+        advice = "the segment is skipped; its pixels belong to no segment"
+        table.add_finding("skip", "segment", problem, advice, image=image)
+    repeated = {label for _, label, _ in kept if sum(other == label for _, other, _ in kept) > 1}
+    regions = [table.classes[label] for label in sorted(repeated) if table.classes[label] in table.stuff]
+    if regions:
+        what = f"image {image!r} has several segments of {first_few(regions)}; expected one for each stuff class"
+        table.add_finding("note", "region", what, "they are kept as separate segments", image=image)
+    return kept
+
+
+def _verify_maps(table: Table, verify: Verify | None) -> None:
+    """Decode maps; add findings for segments without pixels and for ids that no segment has."""
+    maps = table.maps or []
+    if verify == "none" or not maps:
+        return
+    every = verify == "all" or (verify is None and len(maps) <= VERIFY_ALL_BELOW)
+    chosen = range(0, len(maps), 1 if every else max(1, len(maps) // VERIFY_SOME))
+    bounds = table.bounds()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        results = list(threads.map(partial(_ids_in_map, table), chosen))
+    for index, result in zip(chosen, results, strict=True):
+        image = table.image_ids[index]
+        if isinstance(result, str):
+            table.add_finding("error", "map", result.removeprefix(f"{table.path}: "), image=image)
+            continue
+        numbers, counts = result
+        listed = table.ids[bounds[index] : bounds[index + 1]]
+        empty = sorted(set(listed) - set(numbers))
+        if empty:
+            what = f"segments {first_few(empty)} of image {image!r} have no pixels in {maps[index]}"
+            advice = "these segments are skipped"
+            table.add_finding("skip", "segment", what, advice, image=image, annotation=empty[0])
+        unknown = [(n, c) for n, c in zip(numbers, counts, strict=True) if n and n not in set(listed)]
+        if unknown:
+            pixels = sum(c for _, c in unknown)
+            what = (
+                f"{pixels} pixels of {maps[index]} have ids that are not listed for image {image!r}: "
+                f"{first_few([n for n, _ in unknown])}"
+            )
+            table.add_finding("skip", "map", what, "they belong to no segment", image=image)
+
+
+def _ids_in_map(table: Table, index: int) -> tuple[list[int], list[int]] | str:
+    """The ids in the map of an image and their numbers of pixels, or the message of an error."""
+    assert table.maps is not None
     try:
-        own = read_size(path)
-        if size is not None and own != tuple(size):
-            raise AnnotationError(_other_size(path, own, size))
-        with path.open("rb") as file, opened(file, path, MAX_PIXELS) as image:
-            if image.mode not in ("RGB", "RGBA"):
-                raise AnnotationError(
-                    f"{path}: is an image of mode {image.mode}; a map of segments is an RGB PNG, a segment's number "
-                    "being red + 256 green + 65536 blue"
-                )
-            return colours_to_ids(np.asarray(image))
-    except FileNotFoundError:
-        raise AnnotationError(f"{path}: there is no such map of segments") from None
-    except ImageError as error:
-        raise AnnotationError(str(error)) from None
-    except AnnotationError:
-        raise
-    except Exception as error:  # a decoder fed with foreign bytes may raise anything
-        raise AnnotationError(f"{path}: the map is damaged ({error}); put it back") from None
+        numbers, counts = np.unique(read_map(table.maps[index], table.sizes[index]), return_counts=True)
+    except AnnotationError as error:
+        return str(error)
+    return numbers.tolist(), counts.tolist()
 
 
-def map_bytes(plane: np.ndarray) -> bytes:
-    """A map of numbers as the PNG that `read_map` reads."""
-    from PIL import Image
-
-    data = io.BytesIO()
-    Image.fromarray(ids_to_colours(plane)).save(data, "PNG")
-    return data.getvalue()
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_panoptic(
@@ -157,249 +327,77 @@ def write_panoptic(
     category_ids: Sequence[int],
     stuff: Sequence[str],
 ) -> Path:
-    """A COCO panoptic file and, in the folder called like it, the maps. `images` gives each one's entry ("id",
-    "file_name", "height", "width") and its segments; everything is written beside and renamed."""
+    """Write a COCO panoptic file, and the maps into the folder with the same name.
+
+    Args:
+        path: The JSON file.
+        images: Entries of images ("id", "file_name", "height", "width"), each with its segments.
+        classes: Class names.
+        category_ids: The id of each class.
+        stuff: Those classes that are regions.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: If a file cannot be written. Each file is complete or absent; the JSON file is written last.
+    """
     path = Path(path)
-    entries, records, taken = [], [], set()
-    try:
-        path.with_suffix("").mkdir(parents=True, exist_ok=True)
-        for entry, panoptic in images:
-            name = _free_name(Path(entry["file_name"]).stem, taken)
-            target = path.with_suffix("") / name
-            beside = target.with_name(f".{name}.part")
-            beside.write_bytes(_png(panoptic))
-            beside.replace(target)
-            entries.append(entry)
-            records.append(panoptic.to_coco(entry["id"], category_ids, name))
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror}); free some space or choose another place"
-        ) from None
-    categories = categories_of(classes, category_ids, stuff)
-    write_coco(path, {"images": entries, "annotations": records, "categories": categories})
-    return path
+    entries, records, used = [], [], set()
+    for entry, panoptic in images:
+        name = _unused_name(Path(entry["file_name"]).stem, used)
+        data = io.BytesIO()
+        panoptic.to_png().save(data, "PNG")
+        write_bytes(path.with_suffix("") / name, data.getvalue(), DataError, sync=False)
+        entries.append(entry)
+        records.append(panoptic.to_coco(entry["id"], category_ids, name))
+    return write_coco_json(path, entries, records, coco_categories(classes, category_ids, stuff))
 
 
-def categories_of(classes: Sequence[str], category_ids: Sequence[int], stuff: Sequence[str]) -> list[dict[str, Any]]:
-    """COCO's list of categories, with "isthing"."""
-    return [
-        {"id": int(number), "name": name, "isthing": int(name not in stuff)}
-        for number, name in zip(category_ids, classes, strict=True)
-    ]
-
-
-def _free_name(stem: str, taken: set[str]) -> str:
-    """A map's name in a folder where no two may be the same: "a/1.jpg" and "b/1.jpg" give 1.png and 1-2.png."""
-    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    name = next(n for n in (f"{stem}{number}.png" for number in numbers) if n not in taken)
-    taken.add(name)
+def _unused_name(stem: str, used: set[str]) -> str:
+    """The name of a map that no other image has: "a/1.jpg" and "b/1.jpg" become 1.png and 1-2.png."""
+    suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    name = next(n for n in (f"{stem}{suffix}.png" for suffix in suffixes) if n not in used)
+    used.add(name)
     return name
 
 
-def _png(panoptic: Panoptic) -> bytes:
-    data = io.BytesIO()
-    panoptic.to_png().save(data, "PNG")
-    return data.getvalue()
+def repaired(table: Table, skipped: set[int], folder: Path) -> dict[str, Any]:
+    """Return a table as COCO panoptic JSON, and write its maps without the ids that no segment has.
 
+    Args:
+        table: The table.
+        skipped: Positions of images that are omitted.
+        folder: The folder of the maps; created if needed.
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def _stuff(table: Table, entries: list[Any]) -> tuple[str, ...]:
-    known = dict(zip(table.category_ids, table.classes, strict=True))
-    names: list[str] = []
-    for entry in entries:
-        number = whole(entry.get("id")) if isinstance(entry, dict) else None
-        if number not in known:
-            continue
-        thing = flag_of(entry["isthing"]) if entry.get("isthing") is not None else None
-        if thing is None:
-            what = f"category {number} ({known[number]!r}) has {entry.get('isthing')!r} for 'isthing'"
-            table.say("error", "category", what, "expected 1 for a countable object, 0 for a region")
-        elif not thing and known[number] not in names:
-            names.append(known[number])
-    return tuple(name for name in table.classes if name in names)
-
-
-def _map_folders(path: Path) -> list[Path]:
-    return [path.with_suffix(""), path.parent.parent / path.stem]
-
-
-def _records(table: Table, entries: list[Any], position: dict[int | str, int | None]) -> dict[int, tuple[int, str]]:
-    """Position of each image that has a record -> the record's row and the name of its map."""
-    found: dict[int, tuple[int, str]] = {}
-    for row, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("segments_info"), list):
-            table.say("skip", "annotation", f"annotations[{row}] has no list 'segments_info'", "it is left out")
-            continue
-        image = lookup(entry.get("image_id"), position)
-        if image is None:
-            what = f"annotations[{row}] is of image {entry.get('image_id')!r}, which is not in the list of images"
-            table.say("skip", "annotation", what, "it is left out")
-            continue
-        place = position[image]
-        if place is None:  # left out, and said so
-            continue
-        name = entry.get("file_name")
-        file = inside(name) if isinstance(name, str) and name else None
-        if file is None:
-            what = f"the map of image {image!r} is called {name!r}; expected the name of a PNG inside the folder"
-            table.say("error" if name else "skip", "map", what, "the image is left out", image=image)
-        elif place in found:
-            table.say("error", "annotation", f"image {image!r} is divided twice", "keep one record", image=image)
-        else:
-            found[place] = (row, file)
-    without = [n for i, n in enumerate(table.image_ids) if i not in found]
-    if without:
-        what = f"{len(without)} of {len(table.image_ids)} images have no segments listed: {few(without)}"
-        table.say("skip", "annotation", what, "they are left out")
-    return found
-
-
-def _with_map(table: Table, found: dict[int, tuple[int, str]], folder: Path) -> dict[int, tuple[int, Path]]:
-    """Those whose map is there and as large as the image."""
-    missing = [file for _, file in found.values() if not (folder / file).is_file()]
-    if missing:
-        what = f"{len(missing)} of {len(found)} maps of segments are not in {folder}: {few(missing)}"
-        table.say("error", "missing", what, "put the PNGs there, or name their folder")
-    there: dict[int, tuple[int, Path]] = {}
-    for place, (row, file) in found.items():
-        path = folder / file
-        if not path.is_file():
-            continue
-        try:
-            size = read_size(path)
-        except ImageError as error:
-            about = str(error).removeprefix(f"{path}: ")
-            what = f"the map of image {table.image_ids[place]!r}, {path}: {about}"
-            table.say("error", "map", what, image=table.image_ids[place])
-            continue
-        if size != table.sizes[place]:
-            what = _other_size(path, size, table.sizes[place]).removesuffix("; put back the map of this very image")
-            table.say("error", "size", what, "put back the map of this very image", image=table.image_ids[place])
-            continue
-        there[place] = (row, path)
-    return there
-
-
-def _other_size(path: Path, size: tuple[int, int], expected: tuple[int, int]) -> str:
-    return (
-        f"the map {path} is {size[1]} x {size[0]}, its image is {expected[1]} x {expected[0]}; "
-        "put back the map of this very image"
-    )
-
-
-def _keep_images(table: Table, kept: list[int]) -> None:
-    for name in ("image_ids", "files", "sizes", "image_rows"):
-        values = getattr(table, name)
-        setattr(table, name, [values[i] for i in kept])
-
-
-def _segments(
-    table: Table, entry: dict[str, Any], labels: dict[int, int], image: int | str
-) -> list[tuple[int, int, bool]]:
-    kept: list[tuple[int, int, bool]] = []
-    seen: set[int] = set()
-    for row, segment in enumerate(entry["segments_info"]):
-        number = whole(segment.get("id")) if isinstance(segment, dict) else None
-        if number is None or not 0 < number <= LARGEST_ID:
-            shown = segment.get("id") if isinstance(segment, dict) else segment
-            complaint = f"segment {row} of image {image!r} has {shown!r} as its id; expected 1 ... {LARGEST_ID}"
-        elif number in seen:
-            complaint = f"two segments of image {image!r} share id {number}"
-            table.say("skip", "segment", complaint, "the first one has all their pixels", image=image)
-            continue
-        elif whole(segment.get("category_id")) not in labels:
-            category = segment.get("category_id")
-            complaint = f"segment {number} of image {image!r} has category {category!r}, which is not in the list"
-        elif (crowd := flag_of(segment.get("iscrowd"))) is None:
-            complaint = f"segment {number} of image {image!r} has {segment['iscrowd']!r} for 'iscrowd'; expected 0 or 1"
-        else:
-            seen.add(number)
-            label = labels[whole(segment.get("category_id"))]  # pyright: ignore[reportArgumentType]
-            kept.append((number, label, crowd))
-            continue
-        table.say("skip", "segment", complaint, "it is left out; its pixels belong to nothing", image=image)
-    twice = {label for _, label, _ in kept if sum(o == label for _, o, _ in kept) > 1}
-    regions = [table.classes[label] for label in sorted(twice) if table.classes[label] in table.stuff]
-    if regions:
-        what = f"image {image!r} has several regions of {few(regions)}; expected one per class of stuff"
-        table.say("note", "region", what, "they are kept apart", image=image)
-    return kept
-
-
-def _look_into(table: Table, verify: Verify | None) -> None:
-    """Decodes maps: segments that have no pixel in theirs, numbers in a map that are no segment's."""
-    maps = table.maps or []
-    if verify == "none" or not maps:
-        return
-    every = verify == "all" or (verify is None and len(maps) <= VERIFY_ALL_BELOW)
-    places = range(0, len(maps), 1 if every else max(1, len(maps) // VERIFY_SOME))
-    starts = np.searchsorted(table.owner, np.arange(len(maps) + 1))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        answers = list(threads.map(partial(_numbers_in, table), places))
-    for place, answer in zip(places, answers, strict=True):
-        image = table.image_ids[place]
-        if isinstance(answer, str):
-            table.say("error", "map", answer.removeprefix(f"{table.path}: "), image=image)
-            continue
-        numbers, counts = answer
-        listed = table.ids[starts[place] : starts[place + 1]]
-        empty = sorted(set(listed) - set(numbers))
-        if empty:
-            what = f"segments {few(empty)} of image {image!r} have no pixel in {maps[place]}"
-            table.say("skip", "segment", what, "they are left out", image=image, annotation=empty[0])
-        extra = [(n, c) for n, c in zip(numbers, counts, strict=True) if n and n not in set(listed)]
-        if extra:
-            pixels = sum(c for _, c in extra)
-            what = (
-                f"{pixels} pixels of {maps[place]} have numbers that no segment of image {image!r} has: "
-                f"{few([n for n, _ in extra])}"
-            )
-            table.say("skip", "map", what, "they belong to nothing", image=image)
-
-
-def _numbers_in(table: Table, place: int) -> tuple[list[int], list[int]] | str:
-    assert table.maps is not None
-    try:
-        numbers, counts = np.unique(read_map(table.maps[place], table.sizes[place]), return_counts=True)
-    except AnnotationError as error:
-        return str(error)
-    return numbers.tolist(), counts.tolist()
-
-
-# ---- a repaired copy -------------------------------------------------------------------------------------------------
-
-
-def repaired(table: Table, lost: set[int], folder: Path) -> dict[str, Any]:
-    """The table as COCO panoptic JSON without the images `lost`; writes the maps into `folder` on the way, without
-    numbers that are no segment's."""
-    raw, maps = table.raw, table.maps or []
-    starts = np.searchsorted(table.owner, np.arange(len(maps) + 1))
+    Returns:
+        The content of the file: what could be read, and all other entries of the original that are valid JSON.
+    """
+    raw, maps, bounds = table.raw, table.maps or [], table.bounds()
     folder.mkdir(parents=True, exist_ok=True)
-    images, records, taken = [], [], set()
-    for place, path in enumerate(maps):
-        if place in lost:
+    images, records, used = [], [], set()
+    for index, path in enumerate(maps):
+        if index in skipped:
             continue
-        image, (height, width) = table.image_ids[place], table.sizes[place]
-        entry = raw["images"][table.image_rows[place]]
-        images.append({**entry, "id": image, "file_name": table.files[place], "height": height, "width": width})
-        part = slice(int(starts[place]), int(starts[place + 1]))
-        plane = read_map(path, table.sizes[place])
+        image, size = table.image_ids[index], table.sizes[index]
+        entry = strict_json(raw["images"][table.image_rows[index]])
+        images.append({**entry, **coco_json.image_entry(image, table.files[index], size)})
+        part = slice(int(bounds[index]), int(bounds[index + 1]))
+        ids = read_map(path, size)
         kept = [n for n in table.ids[part] if isinstance(n, int)]
-        plane = np.where(np.isin(plane, kept), plane, 0)
-        name = _free_name(path.stem, taken)
-        (folder / name).write_bytes(map_bytes(plane))
+        ids = np.where(np.isin(ids, kept), ids, 0)
+        name = _unused_name(path.stem, used)
+        write_bytes(folder / name, map_bytes(ids), DataError, sync=False)
         labels, crowd = torch.from_numpy(table.labels[part]), torch.from_numpy(table.crowd[part])
-        whole_image = Panoptic.from_map(
-            torch.from_numpy(plane),
+        panoptic = Panoptic.from_map(
+            torch.from_numpy(ids),
             labels,
             torch.ones(len(labels), dtype=torch.bool),
             numbers=torch.tensor(kept, dtype=torch.int64),
             crowd=crowd,
             ids=torch.tensor(kept, dtype=torch.int64),
         )
-        records.append(whole_image.to_coco(image, table.category_ids, name))
-    rest = {k: v for k, v in raw.items() if k not in ("images", "annotations", "categories")}
-    categories = categories_of(table.classes, table.category_ids, table.stuff)
-    return json.loads(json.dumps({**rest, "images": images, "annotations": records, "categories": categories}))
+        records.append(panoptic.to_coco(image, table.category_ids, name))
+    others = {k: v for k, v in strict_json(raw).items() if k not in ("images", "annotations", "categories")}
+    categories = coco_categories(table.classes, table.category_ids, table.stuff)
+    return {**others, "images": images, "annotations": records, "categories": categories}

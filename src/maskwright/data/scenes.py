@@ -1,12 +1,13 @@
-"""Generated scenes: images with objects that cost nothing, need no licence and are the same everywhere.
+"""Generated scenes: annotated images without files or licences, identical on every machine.
 
-Textured shapes lie over each other on a textured ground; the class is in the shape alone, never in the colour. Masks
-are what is to be seen of each object: covered parts and holes are cut out. `difficulty` goes from a few large, clear
-shapes apart from each other (0) to many, small, faint and half hidden ones among clutter (1).
+Textured shapes overlap on a textured background. The class depends on the shape only, never on the colour. Masks are
+the visible parts: hidden parts and holes are excluded. `difficulty` ranges from few large, distinct, separate shapes
+(0) to many small, faint, partly hidden ones among clutter (1).
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,43 +18,58 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
+from maskwright.data.coco_json import coco_categories, image_entry, write_coco_json
 from maskwright.data.dataset import PERSON_KEYPOINTS, Dataset, Sample
 from maskwright.data.drawing_shapes import SHAPES, Stamp, draw_figure, draw_shape
+from maskwright.data.formats import CERTAIN, Match, Request
+from maskwright.data.panoptic import write_panoptic
 from maskwright.errors import DataError, UsageError
+from maskwright.files import write_bytes
 from maskwright.structures import Instances, Masks
+
+NAME = "generated scenes"
+LAYOUT = "scenes:count=200 (generated)"
 
 CLASSES = ("disc", "ring", "star", "box", "crescent", "cross")
 GROUNDS = ("sky", "grass", "water", "gravel")  # the regions of `stuff`
-_POOL = 512  # side of the ready-made noise
+_POOL = 512  # side of the precomputed noise
 
 
 @dataclass
 class _Thing:
-    """One object of a scene: what it looks like is drawn later, where it is is known."""
+    """One object of a scene: its position and outline; its appearance is drawn later."""
 
     stamp: Stamp
     label: int
-    area: int  # pixels inside the image, were nothing over it
+    area: int  # pixels inside the image, including hidden ones
 
 
 @dataclass
 class _Layout:
     things: list[_Thing]
-    owner: np.ndarray  # (H, W) int16: which thing is seen at a pixel, -1 for the ground
-    ground: np.ndarray | None = None  # (H, W) int64: which of GROUNDS lies at a pixel, seen or not
+    owner: np.ndarray  # (H, W) int16: position of the visible thing at a pixel, -1 for the background
+    ground: np.ndarray | None = None  # (H, W) int64: position in GROUNDS at a pixel, visible or not
 
 
 class Scenes(Dataset):
-    """`count` generated images of `size` (H, W); image i depends on seed and i alone.
+    """Generated images with objects; image i depends only on `seed` and i.
 
-    classes     of "disc", "ring", "star", "box", "crescent", "cross", "triangle", "heart"
-    difficulty  0 easy ... 1 hard
-    keypoints   instead of shapes, people ("figure") with COCO's 17 keypoints; shapes are then what they hide behind
-    empty       share of images without any object
-    stuff       the ground is divided among one to three of "sky", "grass", "water", "gravel", told apart by colour and
-                texture: further classes, and targets that divide the whole image
+    One core generates 120 to 220 images of 192 x 192 per second, fewer at high difficulty; figures about 70. Image ids
+    are 1, 2, ...
 
-    One core makes 120 to 220 images of 192 x 192 a second, harder ones slower; figures about 70. Ids are 1, 2, ...
+    Args:
+        count: Number of images.
+        size: H, W of every image; at least 16.
+        seed: Seed of the random numbers.
+        classes: Some of "disc", "ring", "star", "box", "crescent", "cross", "triangle", "heart".
+        difficulty: 0 (easy) to 1 (hard).
+        keypoints: Draw people (class "figure") with COCO's 17 keypoints; shapes are then unlabelled occluders.
+        empty: Fraction of images without objects.
+        stuff: Divide the background into one to three of "sky", "grass", "water" and "gravel", which differ by colour
+            and texture. They are additional classes, and every pixel belongs to a segment.
+
+    Raises:
+        UsageError: If an argument is invalid.
     """
 
     def __init__(
@@ -68,14 +84,14 @@ class Scenes(Dataset):
         stuff: bool = False,
     ):
         if stuff and keypoints:
-            raise UsageError("scenes have figures with keypoints or a ground of stuff, not both")
+            raise UsageError("scenes have either figures with keypoints or a background of stuff, not both")
         unknown = [name for name in classes if name not in SHAPES]
         if unknown or not classes or len(set(classes)) < len(classes):
-            raise UsageError(f"scenes cannot draw {tuple(classes)}; choose some of {', '.join(SHAPES)}, each once")
+            raise UsageError(f"scenes: classes must be distinct names of {', '.join(SHAPES)}, got {tuple(classes)}")
         if count < 0 or min(size) < 16 or not 0 <= difficulty <= 1 or not 0 <= empty <= 1 or seed < 0:
             raise UsageError(
-                f"scenes: count {count}, size {size}, seed {seed}, difficulty {difficulty}, empty {empty}; count and "
-                "seed must be 0 or more, sides at least 16, difficulty and empty from 0 to 1"
+                "scenes: count and seed must not be negative, sides must be at least 16, difficulty and empty must be "
+                f"in [0, 1]; got count {count}, size {size}, seed {seed}, difficulty {difficulty}, empty {empty}"
             )
         self.count, self.size, self.seed = count, (int(size[0]), int(size[1])), seed
         self.shapes, self.difficulty, self.keypoints, self.empty = tuple(classes), difficulty, keypoints, empty
@@ -109,7 +125,7 @@ class Scenes(Dataset):
         index = range(self.count)[index]
         return self._target(index, self._layout(index))
 
-    # ---- what is where -------------------------------------------------------------------------------------------
+    # ---- layout --------------------------------------------------------------------------------------------------
 
     def _layout(self, index: int) -> _Layout:
         rng = np.random.default_rng((self.seed, index))
@@ -119,13 +135,13 @@ class Scenes(Dataset):
         if rng.random() < self.empty:
             return layout
         left: list[int] = []  # visible pixels of each thing so far
-        fewest = 0.25 + 0.5 * (1 - hard)  # share of an object that must stay in sight
+        fewest = 0.25 + 0.5 * (1 - hard)  # fraction of an object that must stay visible
         for _ in range(int(rng.integers(2, 5 + round(11 * hard)))):
             figure = self.keypoints and rng.random() < 0.7
             label = 0 if self.keypoints else int(rng.integers(len(self.shapes)))
             reach = (0.16 + 0.1 * (1 - hard), 0.42) if figure else (0.16 - 0.1 * hard, 0.26)
             for _ in range(6):
-                # Small ones are more frequent, as in the world.
+                # Small objects are more frequent than large ones.
                 radius = short * reach[0] * (reach[1] / reach[0]) ** (rng.random() ** (0.8 + 0.5 * hard))
                 centre = (rng.uniform(-0.1, 1.1) * width, rng.uniform(-0.1, 1.1) * height)
                 if figure:
@@ -142,7 +158,7 @@ class Scenes(Dataset):
         return layout
 
     def _lay(self, layout: _Layout, left: list[int], stamp: Stamp, label: int, fewest: float) -> bool:
-        """Put a stamp on top unless too little of it, or of what it covers, would be seen."""
+        """Place a stamp on top, unless too little of it or of what it covers would stay visible."""
         mask, window = _cut(stamp.alpha, stamp, self.size)
         solid = mask >= 128
         area = int(np.count_nonzero(solid))
@@ -186,7 +202,7 @@ class Scenes(Dataset):
         )
 
     def _regions(self, index: int) -> np.ndarray:
-        """One to three different grounds above each other, their borders wavy."""
+        """One to three different grounds above each other, with wavy borders."""
         rng = np.random.default_rng((self.seed, index, 2))
         height, width = self.size
         kinds = rng.permutation(len(GROUNDS))[: int(rng.integers(1, 4))]
@@ -199,7 +215,7 @@ class Scenes(Dataset):
         return plane
 
     def _keypoints(self, layout: _Layout, chosen: list[int]) -> torch.Tensor:
-        """(N, 17, 3): 2 where the figure is seen at the keypoint, 1 where something lies over it, 0 outside."""
+        """(N, 17, 3): visibility 2 if the figure is visible at the keypoint, 1 if it is hidden, 0 outside the image."""
         height, width = self.size
         points = torch.zeros(len(chosen), len(PERSON_KEYPOINTS), 3)
         for row, n in enumerate(chosen):
@@ -211,7 +227,7 @@ class Scenes(Dataset):
             points[row] = torch.from_numpy(np.concatenate([keypoints * inside[:, None], mark[:, None]], 1))
         return points
 
-    # ---- what it looks like --------------------------------------------------------------------------------------
+    # ---- appearance ----------------------------------------------------------------------------------------------
 
     def _paint(self, index: int, layout: _Layout) -> np.ndarray:
         rng = np.random.default_rng((self.seed, index, 1))
@@ -228,54 +244,45 @@ class Scenes(Dataset):
         canvas += _piece(rng, grain, self.size)[..., None] * np.float32(2 + 10 * hard * rng.random())
         return np.clip(canvas, 0, 255).astype(np.uint8)
 
-    # ---- to disk -------------------------------------------------------------------------------------------------
+    # ---- writing -------------------------------------------------------------------------------------------------
 
     def write(self, folder: str | Path, split: str = "train") -> Path:
-        """As a COCO data set: FOLDER/SPLIT/*.png and FOLDER/annotations/instances_SPLIT.json, which is returned.
+        """Write a COCO data set: FOLDER/SPLIT/*.png and FOLDER/annotations/instances_SPLIT.json.
 
-        With stuff it is panoptic_SPLIT.json with its maps instead; with figures there is also
-        person_keypoints_SPLIT.json. Reading it back gives the same images and masks.
+        With stuff, panoptic_SPLIT.json and its maps are written instead; with figures, person_keypoints_SPLIT.json is
+        written as well. Reading the data set returns the same images and masks.
+
+        Args:
+            folder: The folder; created if needed.
+            split: Name of the split.
+
+        Returns:
+            The annotation file.
+
+        Raises:
+            DataError: If a file cannot be written.
         """
-        from maskwright.data.coco import write_coco
-        from maskwright.data.panoptic import write_panoptic
-
         folder = Path(folder)
-        try:
-            (folder / split).mkdir(parents=True, exist_ok=True)
-            (folder / "annotations").mkdir(exist_ok=True)
-            entries, annotations = [], []
-            for index in range(self.count):
-                sample = self[index]
-                name = f"{index + 1:06d}.png"
-                beside = folder / split / f".{name}.part"
-                Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(beside, "PNG")
-                beside.replace(folder / split / name)
-                entries.append({"id": index + 1, "file_name": name, "height": self.size[0], "width": self.size[1]})
-                annotations += self._records(index, sample.target)
-            if self.stuff:
-                divided = ((entry, self.panoptic(index)) for index, entry in enumerate(entries))
-                path = folder / "annotations" / f"panoptic_{split}.json"
-                return write_panoptic(path, divided, self.classes, self.category_ids, self.stuff)
-        except OSError as error:
-            raise DataError(
-                f"{folder}: cannot be written ({error.strerror}); free some space or choose another place"
-            ) from None
-        categories: list[dict[str, Any]] = [
-            {"id": number, "name": name} for number, name in zip(self.category_ids, self.classes, strict=True)
-        ]
+        entries, annotations = [], []
+        for index in range(self.count):
+            sample = self[index]
+            name = f"{index + 1:06d}.png"
+            data = io.BytesIO()
+            Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(data, "PNG")
+            write_bytes(folder / split / name, data.getvalue(), DataError, sync=False)
+            entries.append(image_entry(index + 1, name, self.size))
+            annotations += self._records(index, sample.target)
+        if self.stuff:
+            segments = ((entry, self.panoptic(index)) for index, entry in enumerate(entries))
+            path = folder / "annotations" / f"panoptic_{split}.json"
+            return write_panoptic(path, segments, self.classes, self.category_ids, self.stuff)
+        categories = coco_categories(self.classes, self.category_ids, keypoints=self.keypoint_names)
+        info = {"description": repr(self)}
         if self.keypoint_names:
-            categories[0]["keypoints"] = list(self.keypoint_names)
-        content = {
-            "info": {"description": repr(self)},
-            "images": entries,
-            "annotations": annotations,
-            "categories": categories,
-        }
-        if self.keypoint_names:
-            write_coco(folder / "annotations" / f"person_keypoints_{split}.json", content)
+            path = folder / "annotations" / f"person_keypoints_{split}.json"
+            write_coco_json(path, entries, annotations, categories, info=info)
         path = folder / "annotations" / f"instances_{split}.json"
-        write_coco(path, content)
-        return path
+        return write_coco_json(path, entries, annotations, categories, info=info)
 
     def _records(self, index: int, target: Instances) -> list[dict[str, Any]]:
         assert target.masks is not None
@@ -290,55 +297,12 @@ class Scenes(Dataset):
         return records
 
 
-def parse_scenes(text: str, split: str, keypoints: bool = False, stuff: bool = False) -> Scenes:
-    """What "scenes:count=200,size=192x256,seed=0,difficulty=0.5,classes=disc+ring,empty=0.1,stuff=1,val=50" means.
-
-    Splits other than "train" hold other images, `val` of them (a quarter of `count` unless given).
-    """
-    options: dict[str, str] = {}
-    for part in filter(None, text.partition(":")[2].split(",")):
-        name, equals, value = part.partition("=")
-        if not equals or name not in ("count", "size", "seed", "difficulty", "classes", "empty", "stuff", "val"):
-            raise UsageError(
-                f"{text!r}: {part!r} is no option of scenes; known are count, size, seed, difficulty, classes, empty, "
-                "stuff, val, as in scenes:count=200,size=192"
-            )
-        options[name] = value
-    try:
-        count = int(options.get("count", 200))
-        seed = int(options.get("seed", 0))
-        sides = [int(v) for v in options.get("size", "192").split("x")]
-        difficulty = float(options.get("difficulty", 0.5))
-        empty = float(options.get("empty", 0.04))
-        stuff = stuff or bool(int(options.get("stuff", 0)))
-        held = int(options.get("val", max(1, count // 4)))
-        if len(sides) not in (1, 2):
-            raise ValueError
-    except ValueError:
-        raise UsageError(
-            f"{text!r}: numbers were expected, as in scenes:count=200,size=192x256,difficulty=0.5"
-        ) from None
-    classes = tuple(options["classes"].split("+")) if "classes" in options else CLASSES
-    # Seeds of the splits lie so far apart that no two runs with neighbouring seeds share images.
-    offset = {"train": 0, "val": 1}.get(split, 2) * 1_000_003
-    return Scenes(
-        count if split == "train" else held,
-        (sides[0], sides[-1]),
-        seed + offset,
-        classes,
-        difficulty,
-        keypoints,
-        empty,
-        stuff,
-    )
-
-
-# ---- paint -------------------------------------------------------------------------------------------------------
+# ---- painting --------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
 def _noise() -> tuple[np.ndarray, ...]:
-    """Ready-made fields (512, 512) float32 with mean 0 and deviation 1, from grain to clouds; they tile."""
+    """Periodic noise fields (512, 512) float32 with mean 0 and standard deviation 1, from fine to coarse."""
     rng = np.random.default_rng(20)
     fields = []
     for cell in (1, 4, 16, 64):
@@ -351,7 +315,7 @@ def _noise() -> tuple[np.ndarray, ...]:
 
 
 def _piece(rng: np.random.Generator, field: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A part of a field at a random place."""
+    """A random window of a field."""
     y, x = rng.integers(_POOL, size=2)
     if y + size[0] <= _POOL and x + size[1] <= _POOL:
         return field[y : y + size[0], x : x + size[1]]
@@ -385,7 +349,7 @@ def _ground(rng: np.random.Generator, size: tuple[int, int], hard: float) -> tup
 
 
 def _grounds(rng: np.random.Generator, plane: np.ndarray, hard: float) -> np.ndarray:
-    """The background (H, W, 3) float32 of a map of GROUNDS: each has its hue and its texture, both vary."""
+    """The background (H, W, 3) float32 of a map of GROUNDS, each with its own varying hue and texture."""
     size = (plane.shape[0], plane.shape[1])
     hues = np.array([(150, 190, 230), (80, 140, 60), (40, 80, 140), (150, 130, 115)], np.float32)
     canvas = (hues + rng.uniform(-1, 1, (len(GROUNDS), 3)) * (8 + 22 * hard)).astype(np.float32)[plane]
@@ -400,7 +364,7 @@ def _grounds(rng: np.random.Generator, plane: np.ndarray, hard: float) -> np.nda
 
 
 def _clutter(rng: np.random.Generator, canvas: np.ndarray, hard: float) -> None:
-    """Things that are of no class: hairs, scratches and faint smudges."""
+    """Draw unlabelled lines and faint spots."""
     height, width = canvas.shape[:2]
     count = int(rng.integers(0, 2 + round(8 * hard)))
     if not count:
@@ -445,7 +409,7 @@ def _paint_thing(rng: np.random.Generator, canvas: np.ndarray, stamp: Stamp, gro
 
 
 def _colour(rng: np.random.Generator, ground: np.ndarray, hard: float) -> np.ndarray:
-    """A colour that stands out from the ground: much where it is easy, a little where it is hard."""
+    """A colour that differs from the background, less so at high difficulty."""
     wanted = 125 - 85 * hard
     bright = rng.uniform(20, 245, (12, 3))
     away = np.linalg.norm(bright - ground, axis=1)
@@ -459,11 +423,11 @@ def _colour(rng: np.random.Generator, ground: np.ndarray, hard: float) -> np.nda
 def _texture(
     rng: np.random.Generator, across: np.ndarray, down: np.ndarray, radius: float, hard: float
 ) -> np.ndarray | np.float32:
-    """A pattern around 0, as a share of the object's brightness."""
+    """A pattern around 0, as a fraction of the object's brightness."""
     kind = int(rng.integers(6))
     turn = rng.uniform(0, np.pi)
     c, s = np.float32(np.cos(turn)), np.float32(np.sin(turn))
-    # Periods of at least four pixels, so that patterns do not turn into grey.
+    # Periods of at least four pixels, so that patterns do not average out to grey.
     often = np.float32(min(rng.uniform(4, 14), 2 * np.pi * radius / 4))
     deep = np.float32(rng.uniform(0.06, 0.14 + 0.2 * hard))
     if kind == 0:
@@ -481,9 +445,83 @@ def _texture(
 
 
 def _cut(plane: np.ndarray, stamp: Stamp, size: tuple[int, int]) -> tuple[np.ndarray, tuple[slice, slice]]:
-    """The part of a stamp's plane that lies in the image, and where."""
+    """The part of a stamp's plane that lies in the image, and its position there."""
     y0, x0 = max(0, stamp.y0), max(0, stamp.x0)
     y1 = max(y0, min(size[0], stamp.y0 + plane.shape[0]))
     x1 = max(x0, min(size[1], stamp.x0 + plane.shape[1]))
     part = plane[y0 - stamp.y0 : y1 - stamp.y0, x0 - stamp.x0 : x1 - stamp.x0]
     return part, (slice(y0, y1), slice(x0, x1))
+
+
+# ---- the format ------------------------------------------------------------------------------------------------------
+
+_OPTIONS = ("count", "size", "seed", "difficulty", "classes", "empty", "keypoints", "stuff", "val")
+
+
+def sniff(source: str, request: Request) -> list[Match]:
+    """Recognize "scenes" and "scenes:OPTIONS", which have every split."""
+    if source != "scenes" and not source.startswith("scenes:"):
+        return []
+    splits = ("train", "val") if request.split is None else (request.split,)
+    return [Match(source, CERTAIN, source, split) for split in splits]
+
+
+def read(match: Match, request: Request) -> Scenes:
+    """Return the scenes that a text describes."""
+    return parse_scenes(match.location, match.split or "train", bool(request.keypoints), bool(request.panoptic))
+
+
+def parse_scenes(text: str, split: str, keypoints: bool = False, stuff: bool = False) -> Scenes:
+    """Return the scenes that a text describes.
+
+    Args:
+        text: "scenes:count=200,size=192x256,seed=0,difficulty=0.5,classes=disc+ring,empty=0.1,stuff=1,val=50", where
+            every option may be omitted; `keypoints=1` draws figures.
+        split: "train", or the name of another split with different images, of which there are `val` (a quarter of
+            `count` by default).
+        keypoints: Draw figures with keypoints, whatever the text says.
+        stuff: Divide the background among stuff classes, whatever the text says.
+
+    Returns:
+        The scenes.
+
+    Raises:
+        UsageError: If an option is unknown or its value invalid.
+    """
+    options: dict[str, str] = {}
+    for part in filter(None, text.partition(":")[2].split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or name not in _OPTIONS:
+            raise UsageError(
+                f"{text!r}: unknown option {part!r}; expected NAME=VALUE with a name of {', '.join(_OPTIONS)}, as in "
+                "scenes:count=200,size=192"
+            )
+        options[name] = value
+    try:
+        count = int(options.get("count", 200))
+        seed = int(options.get("seed", 0))
+        sides = [int(v) for v in options.get("size", "192").split("x")]
+        difficulty = float(options.get("difficulty", 0.5))
+        empty = float(options.get("empty", 0.04))
+        keypoints = keypoints or bool(int(options.get("keypoints", 0)))
+        stuff = stuff or bool(int(options.get("stuff", 0)))
+        held = int(options.get("val", max(1, count // 4)))
+        if len(sides) not in (1, 2):
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"{text!r}: option values must be numbers, as in scenes:count=200,size=192x256,difficulty=0.5"
+        ) from None
+    classes = tuple(options["classes"].split("+")) if "classes" in options else CLASSES
+    # Far enough apart that the splits of scenes with neighbouring seeds share no images.
+    offset = {"train": 0, "val": 1}.get(split, 2) * 1_000_003
+    return Scenes(
+        count if split == "train" else held,
+        (sides[0], sides[-1]),
+        seed + offset,
+        classes,
+        difficulty,
+        keypoints,
+        empty,
+        stuff,
+    )

@@ -1,8 +1,8 @@
-"""What the network is fed, to be looked at."""
+"""Drawing a batch as the network receives it."""
 
 from __future__ import annotations
 
-import contextlib
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from maskwright.errors import DataError
+from maskwright.files import write_bytes
 from maskwright.structures import Batch, Preprocess
 
 
@@ -22,10 +23,20 @@ def show_batch(
     classes: Sequence[str] | None = None,
     columns: int | None = None,
 ) -> Path:
-    """Draws the images of a batch with their targets, as the network gets them, into one image file.
+    """Draw the images of a batch with their targets into one image file.
 
-    Normalising is undone; padding shows in the mean colour. The format is that of the file's name. Written beside and
-    renamed.
+    Args:
+        batch: The batch.
+        preprocess: The preprocessing of the batch, whose normalization is undone; padding has the mean colour.
+        path: The file; its suffix selects the format.
+        classes: Class names; None: labels are drawn as numbers.
+        columns: Images per row; None: about as many as rows.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: If the file cannot be written.
     """
     from PIL import Image
 
@@ -34,28 +45,20 @@ def show_batch(
     across = columns or math.ceil(math.sqrt(len(batch)))
     sheet = Image.new("RGB", (across * (width + 4) - 4, math.ceil(len(batch) / across) * (height + 4) - 4), "white")
     for number, values in enumerate(batch.images.cpu()):
-        image = restored(values, preprocess)
+        image = denormalized(values, preprocess)
         placement = batch.placements[number]
         tile = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         if batch.targets is not None:
             valid = image[:, : placement.size[0], : placement.size[1]]
             tile.paste(batch.targets[number].to("cpu").draw(valid, classes), (0, 0))
         sheet.paste(tile, (number % across * (width + 4), number // across * (height + 4)))
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            sheet.save(file, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
-        beside.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise DataError(f"{path}: cannot be written ({error.strerror or error})") from None
-    return path
+    data = io.BytesIO()
+    sheet.save(data, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
+    return write_bytes(path, data.getvalue(), DataError)
 
 
-def restored(image: Float[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tensor, "3 h w"]:
-    """A normalised image back as RGB, 0 ... 255; further channels are left out."""
+def denormalized(image: Float[Tensor, "c h w"], preprocess: Preprocess) -> UInt8[Tensor, "3 h w"]:
+    """Return a normalized image as RGB, 0 ... 255, without further channels."""
     mean, std = (image.new_tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
     values = ((image.float() * std + mean) * preprocess.divide)[:3]
     if preprocess.channels == "BGR":

@@ -1,4 +1,4 @@
-"""Another look at a data set: some of its images, some of their objects, labels counted otherwise."""
+"""Views of a data set: some of its images, some of its objects, other labels."""
 
 from __future__ import annotations
 
@@ -8,34 +8,43 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
-from maskwright.data.dataset import Dataset, Sample
+from maskwright.data.dataset import Dataset, Sample, as_dataset
 from maskwright.structures import Instances
 
 
 class View(Dataset):
-    """The data set itself; what a view changes is `positions`, `labels` or `order`, and everything else follows.
+    """A data set seen through a change; the base class of the views below changes nothing.
 
-    The inner set may be anything that answers as a `Dataset` does; without `areas`, the view has none either.
+    Subclasses set `positions` and `labels` or override `order` and `apply`; everything else follows. All attributes
+    of the `Dataset` interface are those of the inner data set, unless a subclass changes them.
+
+    Args:
+        inner: A data set, or anything that `as_dataset` accepts.
+
+    Attributes:
+        inner: The inner data set.
+        positions: Position in the inner data set of each image.
+        labels: New label of each label of the inner data set; objects with -1 are omitted.
     """
 
     def __init__(self, inner: Any):
-        self.inner = inner
-        self.classes, self.category_ids = tuple(inner.classes), tuple(getattr(inner, "category_ids", ()))
-        self.name, self.keypoint_names = getattr(inner, "name", ""), getattr(inner, "keypoint_names", None)
-        self.stuff, self.strict = tuple(getattr(inner, "stuff", ())), getattr(inner, "strict", False)
-        self.positions: Sequence[int] = range(len(inner))  # of the images
-        self.labels = torch.arange(len(self.classes))  # old label -> new one; -1: such objects are left out
-        if not hasattr(inner, "areas"):
-            self.areas = None  # pyright: ignore[reportAttributeAccessIssue]  # an evaluation then takes those of the masks, and says so
+        self.inner = as_dataset(inner)
+        self.name, self.origin = self.inner.name, self.inner.origin
+        self.classes, self.category_ids = self.inner.classes, self.inner.category_ids
+        self.keypoint_names, self.stuff = self.inner.keypoint_names, self.inner.stuff
+        self.strict, self.has_areas = self.inner.strict, self.inner.has_areas
+        self.positions: Sequence[int] = range(len(self.inner))
+        self.labels = torch.arange(len(self.classes))
 
-    def order(self, labels: Tensor) -> Tensor:
-        """Which objects of an image are seen, by their old labels, and in which order."""
+    def order(self, labels: Int[Tensor, " n"]) -> Int[Tensor, " m"]:
+        """Return the positions of the objects that are kept, in their new order, from the labels of an image."""
         return (self.labels[labels] >= 0).nonzero().flatten()
 
-    def seen(self, target: Instances) -> Instances:
-        """What the view shows of a target of the inner set."""
+    def apply(self, target: Instances) -> Instances:
+        """Return the view of a target of the inner data set."""
         kept = target[self.order(target.labels)]
         return replace(kept, labels=self.labels[kept.labels])
 
@@ -44,7 +53,7 @@ class View(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.inner[self.positions[index]]
-        return replace(sample, target=self.seen(sample.target))
+        return replace(sample, target=self.apply(sample.target))
 
     def sizes(self) -> list[tuple[int, int]]:
         sizes = self.inner.sizes()
@@ -55,7 +64,7 @@ class View(Dataset):
         return [ids[p] for p in self.positions]
 
     def targets(self, index: int) -> Instances:
-        return self.seen(self.inner.targets(self.positions[index]))
+        return self.apply(self.inner.targets(self.positions[index]))
 
     def areas(self, index: int) -> np.ndarray:
         return np.asarray(self.inner.areas(self.positions[index]))[self._rows(index)]
@@ -68,8 +77,13 @@ class View(Dataset):
         return self.order(self.inner.targets(self.positions[index]).labels).tolist()
 
 
-class Chosen(View):
-    """Some images, by their positions."""
+class Subset(View):
+    """Some images of a data set.
+
+    Args:
+        inner: The data set.
+        positions: Positions of the images.
+    """
 
     def __init__(self, inner: Any, positions: Sequence[int]):
         super().__init__(inner)
@@ -77,7 +91,12 @@ class Chosen(View):
 
 
 class Renamed(View):
-    """Labels counted in another list of class names; objects of other classes are left out."""
+    """Labels of another list of class names; objects of all other classes are omitted.
+
+    Args:
+        inner: The data set.
+        classes: The new class names.
+    """
 
     def __init__(self, inner: Any, classes: Sequence[str]):
         super().__init__(inner)
@@ -85,24 +104,48 @@ class Renamed(View):
         self.labels = torch.tensor([numbers.get(name, -1) for name in self.classes], dtype=torch.int64)
         known = dict(zip(self.classes, self.category_ids, strict=False))
         self.classes = tuple(classes)
-        # A class that the file does not have gets a number that the file does not have either.
-        spare = 1 + max((i for i in known.values() if isinstance(i, int)), default=0)
-        self.category_ids = tuple(known.get(name, spare + number) for number, name in enumerate(classes))
+        # A class that the data set does not have gets an id that the data set does not have either.
+        unused = 1 + max((i for i in known.values() if isinstance(i, int)), default=0)
+        self.category_ids = tuple(known.get(name, unused + number) for number, name in enumerate(classes))
+        self.stuff = tuple(name for name in self.stuff if name in numbers)
 
 
 class ThingsOnly(Renamed):
-    """Without the stuff: for systems, and for measures, of objects alone."""
+    """Without the stuff classes: for systems and metrics of instances.
+
+    Args:
+        inner: The data set.
+    """
 
     def __init__(self, inner: Any):
+        inner = as_dataset(inner)
         super().__init__(inner, [name for name in inner.classes if name not in inner.stuff])
-        self.stuff = ()
+
+
+class WithoutKeypoints(View):
+    """Without keypoints.
+
+    Args:
+        inner: The data set.
+    """
+
+    def __init__(self, inner: Any):
+        super().__init__(inner)
+        self.keypoint_names = None
+
+    def apply(self, target: Instances) -> Instances:
+        return replace(target, keypoints=None)
 
 
 class OneClass(View):
-    """All objects have the label 0, whatever they were: for systems and measures that know no classes.
+    """All objects with label 0: for class-agnostic systems and metrics.
 
-    They come in the order of the labels they had, those of a label in their own order: where several objects answer
-    equally well for a prediction, that order decides, and pycocotools has it so where it is told to ignore classes.
+    Objects are sorted by their original label; objects of one label keep their order. If several objects match a
+    prediction equally well, the order decides, and pycocotools uses this one when it ignores classes (`useCats` 0).
+
+    Args:
+        inner: The data set.
+        name: Name of the class.
     """
 
     def __init__(self, inner: Any, name: str = "object"):
@@ -110,24 +153,32 @@ class OneClass(View):
         self.labels = torch.zeros(len(self.classes), dtype=torch.int64)
         self.classes, self.category_ids, self.stuff = (name,), (1,), ()
 
-    def order(self, labels: Tensor) -> Tensor:
+    def order(self, labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
         return labels.argsort(stable=True)
 
 
-def nameless(objects: Instances) -> Instances:
-    """Objects as `OneClass` shows them."""
+def one_class(objects: Instances) -> Instances:
+    """Return objects with label 0, in the order of `OneClass`."""
     ordered = objects[objects.labels.argsort(stable=True)]
     return replace(ordered, labels=ordered.labels * 0)
 
 
-def things_only(dataset: Any) -> Any:
-    """The same set without its stuff; itself where it has none."""
-    return ThingsOnly(dataset) if getattr(dataset, "stuff", ()) else dataset
+def things_only(dataset: Any) -> Dataset:
+    """Return a data set without its stuff classes; the same one if it has none."""
+    dataset = as_dataset(dataset)
+    return ThingsOnly(dataset) if dataset.stuff else dataset
 
 
-def spread(dataset: Any, count: int | None) -> Any:
-    """At most `count` images, evenly spread over the set, always the same ones."""
+def without_keypoints(dataset: Any) -> Dataset:
+    """Return a data set without its keypoints; the same one if it has none."""
+    dataset = as_dataset(dataset)
+    return dataset if dataset.keypoint_names is None else WithoutKeypoints(dataset)
+
+
+def evenly_spaced(dataset: Any, count: int | None) -> Dataset:
+    """Return at most `count` images, evenly spaced over the data set and the same on every call; None: all."""
+    dataset = as_dataset(dataset)
     total = len(dataset)
     if count is None or count >= total:
         return dataset
-    return Chosen(dataset, [i * total // count for i in range(count)])
+    return Subset(dataset, [i * total // count for i in range(count)])

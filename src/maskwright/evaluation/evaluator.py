@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from maskwright.data.views import OneClass, nameless
+from maskwright.data.dataset import as_dataset
+from maskwright.data.views import OneClass, one_class
 from maskwright.errors import UsageError
 from maskwright.evaluation import coco
 from maskwright.evaluation.coco import Backend, Curves, Detections, Kind, Truth
@@ -96,9 +97,10 @@ class Evaluator:
         coco.backend_of(backend)
         coco.ladder(max_detections)
         coco.ladder(keypoint_detections)
+        dataset = as_dataset(dataset)
         self.task = task
         self.given = dataset  # with its own classes
-        self.dataset = cast(Annotated, OneClass(dataset)) if task == "proposals" else dataset
+        self.dataset = OneClass(dataset) if task == "proposals" else dataset
         self.kinds = cast(tuple[Kind, ...], tuple(dict.fromkeys([*kinds, *(["boundary"] if boundary else [])])))
         self.max_detections = max_detections
         self.keypoint_detections = keypoint_detections
@@ -227,7 +229,7 @@ class Evaluator:
         return {f"{k}/{int(o * 100)}": c for k in curves for o in (0.5, 0.75) if (c := curves[k].precision_at(o))}
 
     def _protocol(self, truth: Truth, found: Detections) -> Protocol:
-        name = str(getattr(self.dataset, "name", "") or "unnamed")
+        name = self.dataset.name
         notes = []
         if "keypoints" in self.kinds:
             notes.append(f"keypoints: maxDets {self.keypoint_detections}")
@@ -239,7 +241,7 @@ class Evaluator:
                 notes.append(f"OKS with sigma {coco.OTHER_SIGMA} for each of {keypoints} keypoints")
         if self.task == "proposals":
             notes.append("average recall of objects whatever their class (useCats 0)")
-        if getattr(self.dataset, "areas", None) is None:
+        if not self.dataset.has_areas:
             notes.append("sizes of objects are those of their masks")
         return Protocol(
             images=f"{name}, {len(self._ids)} images",
@@ -304,7 +306,7 @@ class Evaluator:
     def _compact(self, image_id: Any, instances: Instances) -> _Record:
         if instances.scores is None:
             raise UsageError(f"predictions for image {image_id!r} have no scores; AP ranks by them")
-        instances = nameless(instances.to("cpu")) if self.task == "proposals" else instances.to("cpu")
+        instances = one_class(instances.to("cpu")) if self.task == "proposals" else instances.to("cpu")
         known = instances.labels >= 0
         if not bool(known.all()):
             instances = instances[known]
@@ -331,10 +333,9 @@ class Evaluator:
     def _annotations(self) -> Truth:
         if self._truth is None:
             targets = [self.dataset.targets(i) for i in self._order]
-            areas = getattr(self.dataset, "areas", None)
             self._truth = _truth(targets, self._sizes, len(self.dataset.classes))
-            if areas is not None:
-                given = [np.asarray(areas(i), np.float64).reshape(-1) for i in self._order]
+            if self.dataset.has_areas:
+                given = [np.asarray(self.dataset.areas(i), np.float64).reshape(-1) for i in self._order]
                 self._truth.areas = np.concatenate([np.zeros(0), *given])
         return self._truth
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from maskwright.data.dataset import as_dataset
 from maskwright.errors import UsageError
 from maskwright.evaluation.result import Protocol, Result
 from maskwright.structures import Panoptic
@@ -95,7 +96,7 @@ class PanopticEvaluator:
     divided among nothing. Each costs a few numbers per class once it is compared."""
 
     def __init__(self, dataset: Any):
-        self.dataset = dataset
+        self.dataset = dataset = as_dataset(dataset)
         self._position = {image_id: index for index, image_id in enumerate(dataset.image_ids())}
         self._counts: dict[Any, Counts] = {}
 
@@ -175,7 +176,7 @@ class SemanticEvaluator:
     those of an image that was not added were taken for nothing."""
 
     def __init__(self, dataset: Any):
-        self.dataset = dataset
+        self.dataset = dataset = as_dataset(dataset)
         self._position = {image_id: index for index, image_id in enumerate(dataset.image_ids())}
         self._seen: dict[Any, np.ndarray] = {}
 
@@ -254,5 +255,5 @@ class SemanticEvaluator:
 
 
 def _protocol(dataset: Any, evaluator: str, note: str) -> Protocol:
-    name = str(getattr(dataset, "name", "") or "unnamed")
+    name = dataset.name
     return Protocol(images=f"{name}, {len(dataset)} images", evaluator=evaluator, note=note)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.data import DataWarning, OneClass, open_dataset, spread, things_only
+from maskwright.data import DataWarning, OneClass, as_dataset, evenly_spaced, open_dataset, things_only
 from maskwright.errors import ImageError, UsageError
 from maskwright.evaluation import Evaluator, PanopticEvaluator, Result, SemanticEvaluator, Speed, match_classes
 from maskwright.inference.predicting import ahead
@@ -92,7 +92,7 @@ def evaluate(
     lowest = default_of(verb, "score_threshold") if score_threshold is None else score_threshold
     after = functools.partial(suppressed, kind=checked_suppression(suppression), threshold=lowest)
     place, kind = chosen_device(device), precision(dtype)
-    dataset = open_dataset(data, split, panoptic=divided) if isinstance(data, (str, Path)) else data
+    dataset = open_dataset(data, split, panoptic=divided) if isinstance(data, (str, Path)) else as_dataset(data)
     if not divided:
         dataset = things_only(dataset)
     elif not getattr(dataset, "stuff", ()):
@@ -351,7 +351,7 @@ def _kinds(asked: Sequence[str] | None, outputs: set[str], dataset: Any) -> tupl
 def _spread(dataset: Any, limit: int) -> Any:
     if limit < 1:
         raise UsageError(f"limit is {limit}; at least one image is needed")
-    return spread(dataset, limit)
+    return evenly_spaced(dataset, limit)
 
 
 def _ranks() -> tuple[int, int]:

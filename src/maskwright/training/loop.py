@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskwright.data import spread, things_only
+from maskwright.data import evenly_spaced, things_only
 from maskwright.errors import TrainingError, UsageError
 from maskwright.structures import Batch, Instances
 from maskwright.systems import System, names, presets, system_class
@@ -142,7 +142,7 @@ class Run:
 
         self.fabric, self.system, self.recipe, self.out = fabric, system, recipe, out
         self.leads = fabric.global_rank == 0
-        self.val_set = None if val_set is None else spread(val_set, recipe.val_max_images)
+        self.val_set = None if val_set is None else evenly_spaced(val_set, recipe.val_max_images)
         self.loader = make_loader(
             train_set,
             system.preprocess,

@@ -68,19 +68,20 @@ def open_sets(data: Any, val: Any, keypoints: bool, panoptic: bool = False) -> t
     `val` may be a data set, a source of its own (its split "val"), None for the "val" split of `data` where it has
     one, or False for none.
     """
-    from maskwright.data import open_dataset
+    from maskwright.data import as_dataset, has_split, open_dataset
 
+    points, stuff = keypoints or None, panoptic or None  # what is not needed is not dropped either
     if isinstance(data, (str, Path)):
-        train_set = open_dataset(data, "train", keypoints=keypoints, panoptic=panoptic)
-        if val is None and _has_val(data, keypoints, panoptic):
+        train_set = open_dataset(data, "train", keypoints=points, panoptic=stuff)
+        if val is None and has_split(data, "val", keypoints=points, panoptic=stuff):
             val = data
     else:
-        train_set = data
+        train_set = as_dataset(data)
     if val is None or val is False:
         return train_set, None
     if not isinstance(val, (str, Path)):
-        return train_set, val
-    return train_set, open_dataset(val, "val", keypoints=keypoints, panoptic=panoptic)
+        return train_set, as_dataset(val)
+    return train_set, open_dataset(val, "val", keypoints=points, panoptic=stuff)
 
 
 def make_system(
@@ -231,20 +232,6 @@ def divides(system: str | System, weights: str | Path | None) -> bool:
     from maskwright.checkpoints import load
 
     return isinstance(load(system if weights is None else weights), PanopticSystem)
-
-
-def _has_val(source: str | Path, keypoints: bool, panoptic: bool) -> bool:
-    from maskwright.data.coco import find_annotations
-
-    if str(source).split(":")[0] == "scenes":
-        return True
-    if not Path(source).is_dir():
-        return False
-    try:
-        find_annotations(Path(source), "val", keypoints, panoptic)
-    except UsageError:
-        return False
-    return True
 
 
 def _few(classes: Sequence[str]) -> str:

@@ -1,0 +1,147 @@
+"""Opening a data set: every registered format inspects the source, and the best match is read.
+
+Which data set is read when a source has several, if the caller does not ask for one kind:
+
+1. `instances_SPLIT.json` before `panoptic_SPLIT.json` before `person_keypoints_SPLIT.json`.
+2. With `keypoints=True`, `person_keypoints_SPLIT.json` before `instances_SPLIT.json`; no other.
+3. With `panoptic=True`, `panoptic_SPLIT.json`; no other.
+4. Other formats by their confidence. Formats with equal confidence are an error that lists them; the caller then names
+   the annotation file or the format.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from maskwright.data.dataset import Dataset
+from maskwright.data.formats import FORMATS, Format, Match, Request, load_format
+from maskwright.data.table import Table
+from maskwright.data.table_datasets import dataset_from_table
+from maskwright.data.views import things_only, without_keypoints
+from maskwright.errors import DataError, UsageError
+
+
+def open_dataset(
+    source: str | Path,
+    split: str = "train",
+    *,
+    strict: bool = False,
+    keypoints: bool | None = None,
+    panoptic: bool | None = None,
+    format: str | None = None,
+) -> Dataset:
+    """Open the data set at `source`.
+
+    Args:
+        source: A folder DIR with DIR/annotations/instances_{split}.json (or panoptic_{split}.json or
+            person_keypoints_{split}.json) and the images in DIR/{split}; a COCO JSON file, which is panoptic if its
+            name starts with "panoptic"; or generated images, "scenes" or
+            "scenes:count=200,size=192,seed=0,difficulty=0.5".
+        split: The split. A single annotation file serves as any split.
+        strict: Raise for damaged annotations and images instead of skipping them.
+        keypoints: True: a data set with keypoints is required. False: keypoints are dropped. None: keypoints are kept
+            if the data set has them.
+        panoptic: True: a data set with stuff classes is required. False: stuff is dropped. None: stuff is kept if
+            the data set has it.
+        format: Name of the format, one of `formats.FORMATS`; None: detected.
+
+    Returns:
+        The data set; its `origin` says what was read, and in which format.
+
+    Raises:
+        UsageError: If the source does not exist, has no such split, or has several formats.
+        AnnotationError: If the annotations cannot be used.
+        DataError: If keypoints or stuff are required and missing.
+    """
+    request = Request(split, keypoints, panoptic)
+    text = str(source)
+    name, match = _best_match(text, request, format)
+    reader = load_format(name)
+    data = reader.read(match, request)
+    dataset = dataset_from_table(data, strict) if isinstance(data, Table) else data
+    dataset.origin = f"{match.reason} ({reader.NAME})"
+    if panoptic and not dataset.stuff:
+        raise DataError(
+            f"{match.location}: has no stuff classes, which panoptic data needs; give a COCO panoptic file, "
+            "panoptic_SPLIT.json"
+        )
+    if keypoints and dataset.keypoint_names is None:
+        raise DataError(f"{match.location}: no category lists keypoints; give a data set with keypoints")
+    if panoptic is False:
+        dataset = things_only(dataset)
+    return without_keypoints(dataset) if keypoints is False else dataset
+
+
+def has_split(
+    source: str | Path,
+    split: str,
+    *,
+    keypoints: bool | None = None,
+    panoptic: bool | None = None,
+    format: str | None = None,
+) -> bool:
+    """Return whether `source` has a split of this name. False for a source that is not divided into splits.
+
+    Args:
+        source: As for `open_dataset`.
+        split: Name of the split.
+        keypoints: As for `open_dataset`.
+        panoptic: As for `open_dataset`.
+        format: As for `open_dataset`.
+    """
+    request = Request(split, keypoints, panoptic)
+    return any(match.split == split for _, match in find_matches(str(source), request, format))
+
+
+def find_matches(source: str, request: Request, format: str | None = None) -> list[tuple[str, Match]]:
+    """Return all data sets at `source` that fit the request.
+
+    Args:
+        source: A path, or a text that is no path.
+        request: What the caller wants.
+        format: Name of a format; None: every format.
+
+    Returns:
+        Pairs of the format's name and the match, highest confidence first.
+    """
+    names = FORMATS if format is None else [format]
+    matches = [(name, match) for name in names for match in load_format(name).sniff(source, request)]
+    return sorted(matches, key=lambda pair: -pair[1].confidence)
+
+
+def _best_match(source: str, request: Request, format: str | None) -> tuple[str, Match]:
+    """The match with the highest confidence; UsageError if there is none, or more than one."""
+    matches = find_matches(source, request, format)
+    if not matches:
+        raise UsageError(_no_match(source, request, format))
+    best = [(name, match) for name, match in matches if match.confidence == matches[0][1].confidence]
+    if len(best) > 1:
+        listed = ", ".join(f"{name} ({match.reason})" for name, match in best)
+        raise UsageError(
+            f"{source}: {len(best)} formats fit equally well: {listed}; name the annotation file instead of the "
+            f"folder, or give format={best[0][0]!r}"
+        )
+    return best[0]
+
+
+def _no_match(source: str, request: Request, format: str | None) -> str:
+    """The message for a source at which nothing fits the request."""
+    path = Path(source)
+    if not path.exists():
+        return f"{source}: no such file or folder; give the folder of a data set, an annotation file or 'scenes'"
+    names = list(FORMATS) if format is None else [format]
+    if path.is_file():
+        listed = ", ".join(load_format(name).NAME for name in names)
+        return f"{source}: not an annotation file of a supported format ({listed})"
+    wanted = "" if request.keypoints is None else f", {'with' if request.keypoints else 'without'} keypoints"
+    wanted += "" if request.panoptic is None else f", {'panoptic' if request.panoptic else 'not panoptic'}"
+    others = find_matches(source, Request(split=None), format)
+    if others:
+        there = ", ".join(match.reason for _, match in others)
+        return f"{source}: no annotations of split {request.split!r}{wanted}; found {there}"
+    layouts = ", ".join(_layout(load_format(name), request.split) for name in names)
+    return f"{source}: no annotations of split {request.split!r}{wanted}; expected one of {layouts}"
+
+
+def _layout(reader: Format, split: str | None) -> str:
+    return reader.LAYOUT.format(split=split or "SPLIT")
