@@ -76,7 +76,10 @@ class OptionGroup:
         return base.changed(value)
 
     def changed(self, values: Mapping[str, Any]) -> Self:
-        """Returns a copy in which the fields named by `values` are replaced."""
+        """Returns a copy in which the fields named by `values` are replaced; UsageError for one of the wrong type."""
+        hints = _hints(type(self))
+        for name, value in values.items():
+            check_option(f"{self.label}.{name}", value, hints[name])
         return replace(self, **{name: _frozen(value) for name, value in values.items()})
 
     @classmethod

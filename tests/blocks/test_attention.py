@@ -10,10 +10,7 @@ from torch import nn
 
 from maskwright.blocks import deformable_attention as deformable
 from maskwright.blocks.positions import sine_code, sine_positions
-from maskwright.blocks.swin import Swin
 from maskwright.blocks.transformer import Attention, DecoderLayer, EncoderLayer
-from maskwright.blocks.trunk import first_weight, make_trunk
-from maskwright.errors import UsageError
 
 SHAPES = [(3, 5), (6, 9), (12, 17)]
 
@@ -122,44 +119,3 @@ def test_offsets_reach_half_a_box_at_as_many_steps_as_there_are_points():
     torch.testing.assert_close(layer(torch.zeros(1, 1, 8), box, values, [(1, 16)]), torch.full((1, 1, 8), 0.25))
     point = box[..., :2]  # in cells: the fourth
     torch.testing.assert_close(layer(torch.zeros(1, 1, 8), point, values, [(1, 16)]), torch.full((1, 1, 8), 0.25))
-
-
-@pytest.mark.parametrize("size", [(64, 96), (50, 70), (20, 20)])
-def test_swin_gives_levels_of_any_size(size):
-    trunk = Swin(16, (2, 2, 2, 1), (1, 2, 2, 4), 4, drop_path=0.2).eval()
-    levels = trunk(torch.randn(2, 3, *size))
-    h, w = (-(-s // 4) for s in size)
-    for level, channels in zip(levels, trunk.channels, strict=True):
-        assert level.shape == (2, channels, h, w)
-        h, w = -(-h // 2), -(-w // 2)
-    assert trunk.strides == [4, 8, 16, 32]
-
-
-def test_shifted_windows_see_neighbours_but_not_the_other_border():
-    trunk = Swin(16, (2,), (2,), 4).eval()
-    image = torch.randn(1, 3, 48, 48, requires_grad=True)
-    trunk(image)[0][0, :, 0, 0].square().sum().backward()
-    seen = (image.grad.abs().sum((0, 1)) > 1e-12).nonzero()
-    assert int(seen.amax()) < 4 * 8  # its window and the one beside it, not those around the edge
-
-
-def test_trunks_by_their_names():
-    trunk, channels = make_trunk("swin-tiny", swin_width=12, swin_heads=(1, 2, 3, 4), frozen=2)
-    assert channels == [12, 24, 48, 96]
-    assert first_weight(trunk) in dict(trunk.named_parameters())
-    assert {n.split(".")[0] for n, p in trunk.named_parameters() if not p.requires_grad} == {
-        "stem", "stem_norm", "stages",
-    }  # fmt: skip
-    with pytest.raises(UsageError, match=r"expected resnet18 \.\.\. resnet152, swin-tiny"):
-        make_trunk("swin-huge")
-
-
-@pytest.mark.parametrize(("options", "words"), [({"deform_stages": (3,)}, "to deform"), ({"groups": 4}, "to group")])
-def test_what_a_shallow_resnet_cannot_do_is_refused(options, words):
-    with pytest.raises(UsageError, match=f"resnet18 has no bottlenecks {words}"):
-        make_trunk("resnet18", **options)
-
-
-def test_blocks_between_deformable_ones_are_counted_from_one_on():
-    with pytest.raises(UsageError, match="deform_every is 0; expected 1"):
-        make_trunk("resnet50", deform_stages=(3,), deform_every=0)

@@ -1,4 +1,4 @@
-"""Who answers for which object."""
+"""Locations, assignment and losses of FCOS."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from maskwright.ops.boxes import pairwise_iou
 pytestmark = pytest.mark.fast
 
 
-def places(size=(64, 96), strides=(8, 16)):
+def points(size=(64, 96), strides=(8, 16)):
     levels = fcos.locations([torch.zeros(1, 1, size[0] // s, size[1] // s) for s in strides], strides)
     return torch.cat(levels), fcos.per_location(levels, list(map(float, strides))), levels
 
 
-def test_places_lie_in_the_middle_of_their_cells():
-    _, _, levels = places()
+def test_locations_lie_at_the_centres_of_their_cells():
+    _, _, levels = points()
     assert levels[0][:2].tolist() == [[4, 4], [12, 4]]
     assert levels[1][0].tolist() == [8, 8]
     assert len(levels[0]) == 8 * 12
 
 
 @pytest.mark.parametrize("radius", [None, 1.5])
-def test_assignment_is_the_rule_written_out(radius):
+def test_assignment_equals_the_rule_written_out(radius):
     generator = torch.Generator().manual_seed(0)
-    spots, strides, levels = places()
+    spots, strides, levels = points()
     ranges = fcos.per_location(levels, [(-1.0, 20.0), (20.0, 1e8)])
     corners = torch.rand(200, 2, generator=generator) * torch.tensor([70.0, 40.0])
     boxes = torch.cat([corners, corners + 3 + torch.rand(200, 2, generator=generator) * 50], 1)
@@ -44,15 +44,15 @@ def test_assignment_is_the_rule_written_out(radius):
             torch.testing.assert_close(inner[index], torch.cat([spot - boxes[best, :2], boxes[best, 2:] - spot]))
 
 
-def test_without_objects_nobody_answers():
-    spots, strides, levels = places()
+def test_without_objects_no_location_is_assigned():
+    spots, strides, levels = points()
     ranges = fcos.per_location(levels, [(-1.0, 20.0), (20.0, 1e8)])
     owner, inner = fcos.assign(spots, strides, ranges, torch.zeros(0, 4))
     assert (owner == -1).all()
     assert inner.shape == (len(spots), 4)
 
 
-def test_centerness_is_one_in_the_middle_and_zero_at_the_border():
+def test_centerness_is_one_at_the_centre_and_zero_at_the_border():
     inner = torch.tensor([[5.0, 5, 5, 5], [0, 5, 10, 5], [2, 4, 8, 4]])
     torch.testing.assert_close(fcos.centerness(inner), torch.tensor([1.0, 0.0, 0.5]))
     spots = torch.tensor([[10.0, 20.0]])
@@ -75,13 +75,13 @@ def test_overlap_is_that_of_the_boxes_and_smoothing_is_an_argument():
     assert float(fcos.overlap(nothing, nothing, generalised=True, smooth=1.0)) == 1.0
 
 
-def test_losses_of_places_are_those_of_the_rule_written_out():
+def test_losses_equal_the_formulas_written_out():
     generator = torch.Generator().manual_seed(0)
     logits, central = torch.randn(2, 5, 3, generator=generator), torch.randn(2, 5, generator=generator)
     said, goal = (torch.rand(2, 5, 4, generator=generator) * 4 + 0.1 for _ in range(2))
     positive = torch.tensor([[True, False, True, False, False], [False, False, False, False, True]])
     labels = torch.tensor([0, 2, 1])
-    terms = fcos.place_losses(logits, said, central, positive, labels, goal)
+    terms = fcos.location_losses(logits, said, central, positive, labels, goal)
     middle = fcos.centerness(goal[positive])
     box = ((1 - fcos.overlap(said, goal, generalised=True, smooth=1.0))[positive] * middle).sum() / middle.sum()
     torch.testing.assert_close(terms["box"], box)
@@ -92,5 +92,5 @@ def test_losses_of_places_are_those_of_the_rule_written_out():
             q = p[place, kind] if right else 1 - p[place, kind]
             expected += (0.25 if right else 0.75) * (1 - q) ** 2 * -q.log()
     torch.testing.assert_close(terms["class"], expected / 3)
-    nothing = fcos.place_losses(logits, said, central, torch.zeros_like(positive), labels[:0], goal)
+    nothing = fcos.location_losses(logits, said, central, torch.zeros_like(positive), labels[:0], goal)
     assert float(nothing["box"]) == float(nothing["centerness"]) == 0.0

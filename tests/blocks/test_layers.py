@@ -1,4 +1,4 @@
-"""Norms at the edges of what torch takes."""
+"""Normalisation layers at the limits of what torch accepts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_group_of_a_single_value_may_be_in_half_precision():
 
 
 @pytest.mark.parametrize(("channels", "side"), [(32, 3), (64, 1), (24, 1), (5, 1)])
-def test_group_norm_is_torchs_own_elsewhere(channels, side):
+def test_group_norm_equals_torchs_elsewhere(channels, side):
     ours = group_norm(channels)
     theirs = nn.GroupNorm(ours.num_groups, channels)
     theirs.load_state_dict(ours.state_dict())
@@ -55,11 +55,11 @@ def test_group_norm_is_torchs_own_elsewhere(channels, side):
 @pytest.mark.parametrize(
     ("kind", "eps", "words"),
     [
-        ("batch", 0.0, "norm_eps is 0 with norm='batch'"),
-        ("group", -1.0, "norm_eps is -1.0"),
+        ("batch", 0.0, "norm_eps must be above 0 with norm='batch'"),
+        ("group", -1.0, "norm_eps must be at least 0, got -1.0"),
     ],
 )
-def test_norms_that_cannot_be_are_refused_in_words(kind, eps, words):
+def test_invalid_norms_are_refused(kind, eps, words):
     with pytest.raises(UsageError, match=words):
         make_norm(kind, 8, eps)
 

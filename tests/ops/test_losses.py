@@ -1,17 +1,20 @@
-"""The shared losses against definitions written out."""
+"""The shared losses against naive definitions."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.ops import sigmoid_focal_loss
 
-from maskwright.ops.losses import dice, focal_sum, lovasz_hinge
+from maskwright.ops.losses import dice, focal_sum, lovasz_hinge, smooth_l1_sum, soft_margin
+
+pytestmark = pytest.mark.fast
 
 
 @given(st.integers(0, 500))
-def test_focal_loss_is_the_known_one(seed):
+def test_focal_loss_equals_torchvisions(seed):
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(7, 5, generator=generator) * 4
     target = (torch.rand(7, 5, generator=generator) < 0.3).float()
@@ -39,3 +42,15 @@ def test_lovasz_of_many_rows_is_that_of_each():
     together = lovasz_hinge(logits, target)
     alone = torch.cat([lovasz_hinge(a[None], b[None]) for a, b in zip(logits, target, strict=True)])
     torch.testing.assert_close(together, alone)
+
+
+def test_smooth_l1_is_l1_far_away_and_with_a_beta_of_zero():
+    prediction, target = torch.tensor([0.0, 3.0, -1.0]), torch.tensor([0.25, 0.0, -1.0])
+    assert float(smooth_l1_sum(prediction, target, 0.5)) == 0.5 * 0.25**2 / 0.5 + 3 - 0.25
+    assert float(smooth_l1_sum(prediction, target, 0.0)) == 3.25
+
+
+def test_soft_margin_is_cross_entropy():
+    logits, target = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([1.0, 0.0, 0.0])
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    torch.testing.assert_close(soft_margin(logits, target), entropy)

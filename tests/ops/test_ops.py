@@ -1,4 +1,4 @@
-"""The operators against definitions written out naively."""
+"""The operators against naive definitions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from maskwright.errors import UsageError
 from maskwright.ops import boxes, interpolation, keypoints, mask_targets, matching, paste, pooling
 from maskwright.structures import Masks
 
@@ -32,6 +33,35 @@ def test_overlap_is_zero_where_nothing_overlaps_and_without_area():
     b = torch.tensor([[1.0, 1, 3, 3], [2, 0, 4, 2], [5, 5, 5, 9]])
     torch.testing.assert_close(boxes.pairwise_iou(a, b), torch.tensor([[1 / 7, 0, 0], [0, 0, 0]]))
     assert boxes.pairwise_iou(a[:0], b).shape == (0, 3)
+
+
+@given(st.integers(0, 200), st.booleans())
+def test_overlaps_of_whole_pixels_are_counts_of_pixels(seed, plus_one):
+    """Boxes of the frame of whole pixels, drawn as masks; with `plus_one` they end at their last pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    low, sides = (torch.randint(k, 9, (2, 4, 2), generator=generator) for k in (0, 1))
+    a, b = torch.cat([low, low + sides], 2).unbind(0)
+    y, x = torch.arange(20)[:, None], torch.arange(20)
+    masks = [
+        (x >= v[:, 0, None, None]) & (x < v[:, 2, None, None]) & (y >= v[:, 1, None, None]) & (y < v[:, 3, None, None])
+        for v in (a, b)
+    ]
+    first, second = (m.flatten(1).double() for m in masks)
+    both, areas = first @ second.T, [m.sum(1) for m in (first, second)]
+    last = torch.tensor([0, 0, 1, 1]) if plus_one else 0
+    ours = [(v - last).double() for v in (a, b)]
+    torch.testing.assert_close(boxes.area(ours[0], plus_one), areas[0])
+    union = areas[0][:, None] + areas[1] - both
+    torch.testing.assert_close(boxes.pairwise_iou(*ours, plus_one=plus_one), both / union)
+    torch.testing.assert_close(boxes.pairwise_ioa(*ours, plus_one=plus_one), both / areas[0][:, None])
+    inside = boxes.clip(ours[0], (6, 7), plus_one)
+    assert torch.equal(inside, torch.minimum(ours[0], torch.tensor([7.0, 6, 7, 6]) - (1 if plus_one else 0)))
+
+
+def test_intersection_over_area_is_zero_without_area():
+    a, b = torch.tensor([[0.0, 0, 4, 4], [1, 1, 1, 3]]), torch.tensor([[2.0, 0, 9, 9], [0, 0, 4, 2]])
+    torch.testing.assert_close(boxes.pairwise_ioa(a, b), torch.tensor([[0.5, 0.5], [0, 0]]))
+    assert boxes.pairwise_ioa(a[None], b[None, :0]).shape == (1, 2, 0)
 
 
 def test_suppression_keeps_groups_apart_however_many_boxes_there_are():
@@ -61,10 +91,29 @@ def test_the_best_survivors_alone_are_the_first_of_all(limit: int, steps: int):
     assert torch.equal(boxes.nms(box, scores, groups, 0.5, limit), boxes.nms(box, scores, groups, 0.5)[:limit])
 
 
-def test_matching_without_objects_makes_everything_negative():
-    nearest, matched = matching.match(torch.zeros(0, 4), 0.3, 0.7, rescue=True)
-    assert nearest.tolist() == [0] * 4
-    assert matched.tolist() == [matching.NEGATIVE] * 4
+def test_suppression_of_boxes_that_end_at_their_last_pixel():
+    box = torch.tensor([[0.0, 0, 3, 3], [2, 0, 5, 3]])  # 8 of 24 pixels, or 3 of 15 in continuous coordinates
+    scores, groups = torch.tensor([0.9, 0.8]), torch.zeros(2, dtype=torch.int64)
+    assert boxes.nms(box, scores, groups, 0.3).tolist() == [0, 1]
+    assert boxes.nms(box, scores, groups, 0.3, plus_one=True).tolist() == [0]
+
+
+@pytest.mark.parametrize(("scores", "groups"), [(2, 3), (3, 4), (0, 3)])
+@pytest.mark.parametrize("limit", [None, 0, 1])
+def test_suppression_needs_one_score_and_one_group_per_box(scores, groups, limit):
+    words = f"one entry per box, got {scores} scores and {groups} groups for 3 boxes"
+    with pytest.raises(UsageError, match=words):
+        boxes.nms(some_boxes(3), torch.rand(scores), torch.zeros(groups, dtype=torch.int64), 0.5, limit)
+
+
+@pytest.mark.parametrize("rescue", [False, True])
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+def test_matching_without_objects_or_without_boxes_has_no_positives(shape, rescue):
+    nearest, matched = matching.match(torch.zeros(shape), 0.3, 0.7, rescue=rescue)
+    assert nearest.tolist() == [0] * shape[1]
+    assert matched.tolist() == [matching.NEGATIVE] * shape[1]
+    objects, candidates = (some_boxes(count) if count else torch.zeros(0, 4) for count in shape)
+    assert matching.match_each(objects, candidates, 0.3, 0.7)[1].tolist() == [matching.NEGATIVE] * shape[1]
 
 
 def test_an_object_that_no_box_overlaps_rescues_none():

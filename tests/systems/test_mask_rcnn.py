@@ -43,11 +43,11 @@ def test_each_option_trains_and_finds(options):
         assert all(own.keypoints.shape == (len(own), 17, 3) for own in found)
 
 
-def test_a_timm_trunk_serves_under_the_pyramid():
+def test_a_timm_backbone_serves_under_the_pyramid():
     pytest.importorskip("timm", reason="timm is an extra")
     raw = build("mask-rcnn", backbone="timm:resnet18")(torch.randn(1, 3, *SIZE))
     assert [f.shape[-1] for f in raw.features] == [32, 16, 8, 4, 2]
-    with pytest.raises(UsageError, match="timm cannot give 'resnet7'"):
+    with pytest.raises(UsageError, match="timm cannot build 'resnet7'"):
         build("mask-rcnn", backbone="timm:resnet7")
 
 

@@ -1,15 +1,16 @@
 """Backbones by name: the option group, and the registry.
 
-A backbone is one file with a `FAMILY` and one line in `FAMILIES`. Its module gives a list of feature maps, finest
-first, and has their channels and strides as the attributes `channels` and `strides`.
+A backbone is one file with a `FAMILY` and one line in `FAMILIES`. Its module maps images (B, C, H, W) to a list of
+feature maps, finest first, and has their channels and strides as the attributes `channels` and `strides`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from importlib import import_module
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
 
 from torch import nn
 
@@ -17,17 +18,22 @@ from maskwright.blocks.layers import Norm
 from maskwright.errors import UsageError
 from maskwright.options import OptionGroup
 
-# Modules of this package with a `FAMILY`, in the order in which error messages name them.
+# Modules of this package with a `FAMILY`, in the order in which error messages list them.
 FAMILIES = ("resnet", "swin", "vgg", "darknet", "dla", "timm_backbone", "vit")
 
 StrideIn = Literal["1x1", "3x3"]
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Backbone(OptionGroup):
     """The network that computes features of an image, as options of a system.
 
-    A family uses some of these fields (`Family.options`); setting another one is an error.
+    A backbone uses some of these fields (`options_of`); setting another one is an error. A change of the name resets
+    the fields that the new backbone does not have, and between families also those that describe an architecture, such
+    as `width`.
 
     Attributes:
         name: "resnet18" ... "resnet152", "swin-tiny" ... "swin-large", "vgg11" ... "vgg19", "darknet53",
@@ -42,14 +48,16 @@ class Backbone(OptionGroup):
         drop_path: Stochastic depth of the last block of a Swin Transformer (arXiv 1603.09382).
         norm: Normalisation layers: "group" trains from random weights and with small batches; "frozen" (statistics and
             affine fixed) and "still" (statistics fixed) are what most published weights have; "batch"; "none".
-        norm_eps: Epsilon of the normalisation.
-        frozen: Number of parts that are not trained, counted from the stem.
+        norm_eps: Epsilon of the normalisation; None is 1e-5, or timm's own.
+        frozen: Number of parts that are not trained, counted from the stem; the statistics of their batch norms are
+            fixed too.
         groups: Groups of the 3 x 3 convolutions (ResNeXt, arXiv 1611.05431).
         group_width: Channels of each group in the first stage.
         stride_in: The convolution of a bottleneck that strides: "1x1" (Caffe's models) or "3x3" (torchvision's).
-        deform_stages: Stages (0 ... 3) whose 3 x 3 convolutions are deformable (arXiv 1703.06211).
+        deform_stages: Stages (0 ... 3) whose 3 x 3 convolutions are deformable (arXiv 1703.06211). The three fields
+            below have an effect on these only.
         deform_modulated: Whether these are modulated (arXiv 1811.11168).
-        deform_every: They are every `deform_every`-th block of a stage.
+        deform_every: They are every `deform_every`-th block of a stage, from the first on.
         deform_groups: Offset groups of each deformable convolution.
     """
 
@@ -75,27 +83,49 @@ class Backbone(OptionGroup):
     deform_every: int = 1
     deform_groups: int = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        used = options_of(self.name)
+        for field, default in _DEFAULTS.items():
+            if field not in used and getattr(self, field) != default:
+                known = ", ".join(name for name in _DEFAULTS if name in used)
+                raise UsageError(f"backbone {self.name!r} has no option {field!r}; its options are {known}")
+        for field in ("width", "depth", "depths", "heads", "window", "groups", "group_width", "deform_every",
+                      "deform_groups"):  # fmt: skip
+            self._check_range(field, 1)
+        self._check_range("frozen", 0)
+        self._check_range("deform_stages", 0, 3)
+        if not 0 <= self.drop_path < 1:
+            raise UsageError(f"backbone.drop_path must be at least 0 and below 1, got {self.drop_path}")
+        if self.norm_eps is not None and not self.norm_eps >= 0:
+            raise UsageError(f"backbone.norm_eps must be at least 0, got {self.norm_eps}")
+
+    def _check_range(self, field: str, least: int, most: int | None = None) -> None:
+        """Raises a UsageError if an integer, or one of a list of integers, is out of range; None is not."""
+        value = getattr(self, field)
+        for entry in value if isinstance(value, tuple) else () if value is None else (value,):
+            if entry < least or (most is not None and entry > most):
+                bounds = f"at least {least}" if most is None else f"between {least} and {most}"
+                raise UsageError(f"backbone.{field} must be {bounds}, got {entry}")
+
     def changed(self, values: Mapping[str, Any]) -> Self:
         name = values.get("name", self.name)
-        if isinstance(name, str):
-            used = family_of(name).options
-            for field, value in values.items():
-                if field != "name" and field not in used and value != _DEFAULTS.get(field):
-                    known = ", ".join(sorted(used))
-                    raise UsageError(f"backbone {name!r} has no option {field!r}; its options are {known}")
-            values = {**_dropped(self.name, name), **values}
+        if isinstance(name, str) and name != self.name:
+            reset = _reset_fields(self.name, name)
+            values = {**{field: default for field, default in _DEFAULTS.items() if field in reset}, **values}
         return super().changed(values)
 
     @classmethod
     def merged(cls, before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-        old, new = before.get("name"), changes.get("name")
-        if isinstance(old, str) and isinstance(new, str):
-            dropped = _dropped(old, new)
-            before = {field: value for field, value in before.items() if field not in dropped}
+        new = changes.get("name")
+        if isinstance(new, str):
+            old = before.get("name")
+            reset = _reset_fields(old if isinstance(old, str) else None, new)
+            before = {field: value for field, value in before.items() if field not in reset}
         return {**before, **changes}
 
     def to_options(self) -> dict[str, Any]:
-        used = family_of(self.name).options
+        used = options_of(self.name)
         return {name: value for name, value in super().to_options().items() if name == "name" or name in used}
 
     @property
@@ -104,8 +134,16 @@ class Backbone(OptionGroup):
         return 1e-5 if self.norm_eps is None else self.norm_eps
 
     def levels(self, use: Use | None = None) -> Levels:
-        """Channels and strides of the feature maps, without constructing the network where they are known as data."""
-        return family_of(self.name).levels(self, use or Use())
+        """Channels and strides of the feature maps, without constructing the network where they are known as data.
+
+        Args:
+            use: What the system needs beyond the options.
+
+        Raises:
+            UsageError: As `build`.
+        """
+        use = use or Use()
+        return self._family_for(use).levels(self, use)
 
     def build(self, in_channels: int = 3, use: Use | None = None) -> nn.Module:
         """Constructs the network.
@@ -115,37 +153,48 @@ class Backbone(OptionGroup):
             use: What the system needs beyond the options.
 
         Returns:
-            A module from images (B, C, H, W) to a list of feature maps, finest first; it has `channels` and `strides`.
+            A module from images (B, C, H, W) to a list of feature maps, finest first; `levels_of` reads its channels
+            and strides.
 
         Raises:
             UsageError: If the options contradict each other, or the backbone cannot be used in this way.
         """
         if in_channels < 1:
             raise UsageError(f"in_channels must be at least 1, got {in_channels}")
-        if self.frozen < 0:
-            raise UsageError(f"backbone.frozen must be at least 0, got {self.frozen}")
-        if self.width is not None and self.width < 1:
-            raise UsageError(f"backbone.width must be at least 1, got {self.width}")
+        use = use or Use()
         try:
-            return family_of(self.name).build(self, in_channels, use or Use())
+            return self._family_for(use).build(self, in_channels, use)
         except ValueError as error:
             raise UsageError(str(error)) from None
 
-
-_DEFAULTS = {field.name: field.default for field in fields(Backbone)}
-_COMMON = ("name", "pretrained", "norm", "norm_eps", "frozen")  # what means the same in every family
-
-
-def _dropped(before: str, after: str) -> dict[str, Any]:
-    """The fields, with their defaults, that a change of the name resets: those set for an architecture that is gone."""
-    old, new = family_of(before), family_of(after)
-    return {
-        field: value for field, value in _DEFAULTS.items()
-        if field != "name" and (field not in new.options or (old is not new and field not in _COMMON))
-    }  # fmt: skip
+    def _family_for(self, use: Use) -> Family:
+        """The family, if it can be used in this way."""
+        family = family_of(self.name)
+        if use.deepest not in family.deepest:
+            strides = " or ".join(map(str, family.deepest))
+            raise UsageError(
+                f"backbone {self.name!r} ends at stride {strides}; one that ends at stride {use.deepest} is needed"
+            )
+        if use.dilated and not family.dilates:
+            raise UsageError(f"backbone {self.name!r} has no dilated stages; a dilated backbone is needed")
+        return family
 
 
 BackboneLike = str | Mapping[str, Any] | Backbone
+
+_DEFAULTS = {field.name: field.default for field in fields(Backbone) if field.name != "name"}
+_COMMON = frozenset(("pretrained", "norm", "norm_eps", "frozen"))  # fields with the same meaning in every family
+
+
+def _reset_fields(old: str | None, new: str) -> set[str]:
+    """The fields that a change of the name resets; `old` is None if it is not known."""
+    kept = options_of(new)
+    if old is not None and family_of(old) is not family_of(new):
+        kept = kept & _COMMON
+    return {field for field in _DEFAULTS if field not in kept}
+
+
+# ---- what a system needs, and what a backbone gives ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -153,8 +202,8 @@ class Use:
     """How a system uses a backbone, beyond what is an option.
 
     Attributes:
-        deepest: Stride of the last level that is needed; what comes after it is left out.
-        dilated: The last stage is dilated instead of strided.
+        deepest: Stride of the last level that is needed (before dilation); later levels are left out.
+        dilated: Whether the last stage is dilated instead of strided.
         dilate_first: Whether the first block of a dilated stage is dilated too (detectron2) or not (torchvision).
         deform_bias: Whether deformable convolutions have a bias.
         size: Side of the input that tables of positions are made for, of a vision transformer, in pixels.
@@ -175,6 +224,45 @@ class Levels(NamedTuple):
     channels: tuple[int, ...]
     strides: tuple[int, ...]
 
+    def indices(self, strides: Sequence[int]) -> list[int]:
+        """The positions of the levels with these strides.
+
+        Raises:
+            UsageError: If there is no level of one of them.
+        """
+        missing = [stride for stride in strides if stride not in self.strides]
+        if missing:
+            needed, present = (", ".join(map(str, own)) for own in (strides, self.strides))
+            raise UsageError(f"a backbone with levels of strides {needed} is needed; this one has {present}")
+        return [self.strides.index(stride) for stride in strides]
+
+
+def levels_of(backbone: nn.Module) -> Levels:
+    """Channels and strides of the feature maps of a constructed backbone."""
+    module = cast(Any, backbone)
+    return Levels(tuple(module.channels), tuple(module.strides))
+
+
+def first_weight(backbone: nn.Module) -> str | None:
+    """The name, inside the backbone, of the weight that reads the image: its first convolution's."""
+    return next((name for name, value in backbone.named_parameters() if value.ndim == 4), None)
+
+
+def freeze(parts: Sequence[nn.Module], count: int | None = None) -> None:
+    """Excludes the parameters of the first `count` parts (default all) from training.
+
+    Raises:
+        UsageError: If there are fewer parts.
+    """
+    if count is not None and count > len(parts):
+        raise UsageError(f"backbone.frozen must be at most {len(parts)}, the number of its parts, got {count}")
+    for part in parts[:count]:
+        for parameter in part.parameters():
+            parameter.requires_grad_(False)
+
+
+# ---- the registry ----------------------------------------------------------------------------------------------------
+
 
 class Family(NamedTuple):
     """Backbones of one file.
@@ -183,8 +271,11 @@ class Family(NamedTuple):
         names: The names, for messages; a name that ends in ":" is a prefix.
         options: The fields of `Backbone` that apply.
         levels: From options and use to channels and strides.
-        build: From options, channels of the image and use to the network; a ValueError says what does not fit.
+        build: From options, channels of the image and use to the network; a ValueError states what does not fit.
         matches: Whether a name belongs to the family; default: it is one of `names`.
+        without: Fields among `options` that some of the names do not have.
+        deepest: Strides (`Use.deepest`) at which the backbone can end.
+        dilates: Whether its last stage can be dilated (`Use.dilated`).
     """
 
     names: tuple[str, ...]
@@ -192,42 +283,44 @@ class Family(NamedTuple):
     levels: Callable[[Backbone, Use], Levels]
     build: Callable[[Backbone, int, Use], nn.Module]
     matches: Callable[[str], bool] | None = None
+    without: Mapping[str, frozenset[str]] = {}
+    deepest: tuple[int, ...] = (32,)
+    dilates: bool = False
 
     def has(self, name: str) -> bool:
         """Whether a backbone of this name belongs to the family."""
         if self.matches is not None:
             return self.matches(name)
-        return name in self.names or any(
-            n.endswith(":") and name.startswith(n) and len(name) > len(n) for n in self.names
-        )
+        return any(name.startswith(n) and name != n if n.endswith(":") else name == n for n in self.names)
+
+
+def families() -> Iterator[Family]:
+    """All families; a module is imported when it is its turn."""
+    for module in FAMILIES:
+        yield import_module(f"maskwright.blocks.{module}").FAMILY
 
 
 def family_of(name: str) -> Family:
-    """The family of the backbone called `name`; UsageError if there is none."""
-    every = [import_module(f"maskwright.blocks.{module}").FAMILY for module in FAMILIES]
-    for family in every:
+    """The family of a backbone.
+
+    Raises:
+        UsageError: If there is no backbone of this name.
+    """
+    for family in families():
         if family.has(name):
             return family
-    known = [n + ("NAME" if n.endswith(":") else "") for family in every for n in family.names]
-    from difflib import get_close_matches
-
+    known = [n + "NAME" * n.endswith(":") for n in names()]
     close = get_close_matches(name, known, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise UsageError(f"there is no backbone {name!r}{hint}; known are {', '.join(known)}")
 
 
+def options_of(name: str) -> frozenset[str]:
+    """The fields of `Backbone` that a backbone uses, besides the name; UsageError if there is no such backbone."""
+    family = family_of(name)
+    return family.options - family.without.get(name, frozenset())
+
+
 def names() -> list[str]:
     """The names of all backbones; one that ends in ":" is a prefix."""
-    return [n for module in FAMILIES for n in import_module(f"maskwright.blocks.{module}").FAMILY.names]
-
-
-def first_weight(backbone: nn.Module) -> str | None:
-    """The name, inside the backbone, of the weight that reads the image: its first convolution's."""
-    return next((name for name, value in backbone.named_parameters() if value.ndim == 4), None)
-
-
-def freeze(parts: Sequence[nn.Module]) -> None:
-    """Excludes the parameters of `parts` from training."""
-    for part in parts:
-        for parameter in part.parameters():
-            parameter.requires_grad_(False)
+    return [name for family in families() for name in family.names]

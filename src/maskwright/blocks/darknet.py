@@ -1,4 +1,4 @@
-"""Darknet-53, the trunk of YOLOv3 (arXiv 1804.02767), and a tiny relative."""
+"""Darknet-53, the backbone of YOLOv3 (arXiv 1804.02767), and the tiny backbone of ESE-Seg (arXiv 1908.04067)."""
 
 from __future__ import annotations
 
@@ -9,24 +9,37 @@ from torch import Tensor, nn
 
 from maskwright.blocks.backbones import Backbone, Family, Levels, Use, freeze
 from maskwright.blocks.layers import ConvNorm, Norm
-from maskwright.errors import UsageError
+
+SLOPE = 0.1  # of LeakyReLU below zero
 
 
 class Residual(nn.Module):
-    """1 x 1 to half the channels, 3 x 3 back, added to the input; nothing after the sum."""
+    """1 x 1 to half the channels, 3 x 3 back, added to the input; no activation follows the sum."""
 
     def __init__(self, channels: int, norm: Norm, eps: float):
         super().__init__()
-        self.conv1 = ConvNorm(channels, channels // 2, 1, norm=norm, eps=eps, leaky=0.1)
-        self.conv2 = ConvNorm(channels // 2, channels, 3, norm=norm, eps=eps, leaky=0.1)
+        self.conv1 = ConvNorm(channels, channels // 2, 1, norm=norm, eps=eps, leaky=SLOPE)
+        self.conv2 = ConvNorm(channels // 2, channels, 3, norm=norm, eps=eps, leaky=SLOPE)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return x + self.conv2(self.conv1(x))
 
 
 class Darknet(nn.Module):
-    """A 3 x 3 stem and five stages, each a convolution of stride two and residual blocks; gives the outputs of all
-    stages (strides 2 ... 32, channels 2 ... 32 times `base`)."""
+    """A 3 x 3 stem and stages of a convolution of stride two and residual blocks; returns the outputs of all stages.
+
+    Args:
+        blocks: Residual blocks of each stage.
+        in_channels: Channels of the image.
+        base: Channels after the stem; the published network has 32. They double with each stage.
+        norm: Normalisation.
+        eps: Epsilon of the normalisation.
+        frozen: Number of parts (stem, stages) that are not trained; nor do their batch norms' statistics change.
+
+    Attributes:
+        channels: Channels of the levels.
+        strides: Strides of the levels, 2 ... 32.
+    """
 
     def __init__(
         self,
@@ -38,22 +51,21 @@ class Darknet(nn.Module):
         eps: float = 1e-5,
         frozen: int = 0,
     ):
-        """`frozen`: so many parts do not train, from the stem on, nor do their batch norms' statistics change."""
         super().__init__()
         still: Norm = "frozen" if norm in ("batch", "still") else norm
-        self.stem = ConvNorm(in_channels, base, 3, norm=still if frozen else norm, eps=eps, leaky=0.1)
+        self.stem = ConvNorm(in_channels, base, 3, norm=still if frozen else norm, eps=eps, leaky=SLOPE)
         self.stages = nn.ModuleList()
         self.channels: list[int] = []
         self.strides: list[int] = []
         channels, stride = base, 1
         for number, count in enumerate(blocks):
             own = still if number + 1 < frozen else norm
-            down = ConvNorm(channels, 2 * channels, 3, stride=2, norm=own, eps=eps, leaky=0.1)
+            down = ConvNorm(channels, 2 * channels, 3, stride=2, norm=own, eps=eps, leaky=SLOPE)
             channels, stride = 2 * channels, 2 * stride
             self.stages.append(nn.Sequential(down, *(Residual(channels, own, eps) for _ in range(count))))
             self.channels.append(channels)
             self.strides.append(stride)
-        freeze([self.stem, *self.stages][:frozen])
+        freeze([self.stem, *self.stages], frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         x = self.stem(x)
@@ -65,16 +77,26 @@ class Darknet(nn.Module):
 
 
 class DarknetTiny(nn.Module):
-    """Eleven convolutions and max pools between them; gives strides 16 and 32, both 16 times `base` channels (the tiny
-    trunk of ESE-Seg, arXiv 1908.04067)."""
+    """Convolutions with max pooling between them (ESE-Seg's tiny backbone); returns levels of strides 16 and 32.
+
+    Args:
+        in_channels: Channels of the image.
+        base: Channels of the first convolution; the published network has 16, and both levels 16 times as many.
+        norm: Normalisation.
+        eps: Epsilon of the normalisation.
+        frozen: Number of parts (one for each level) that are not trained; nor do their batch norms' statistics change.
+
+    Attributes:
+        channels: Channels of the levels.
+        strides: Strides of the levels.
+    """
 
     def __init__(
         self, *, in_channels: int = 3, base: int = 16, norm: Norm = "batch", eps: float = 1e-5, frozen: int = 0
     ):
-        """`frozen`: so many of its two parts do not train, nor do their batch norms' statistics change."""
         super().__init__()
         still: Norm = "frozen" if norm in ("batch", "still") else norm
-        # Channels in units of `base`; 0 is a pool, -1 one that keeps the size. The last convolution is 1 x 1.
+        # Channels in units of `base`; 0 is a pooling, -1 one that keeps the size. The last convolution is 1 x 1.
         plans = ((1, 0, 2, 0, 1, 8, 4, 0, 8, 0, 16), (0, 32, -1, 64, 16))
         channels, self.stages = in_channels, nn.ModuleList()
         for number, plan in enumerate(plans):
@@ -86,11 +108,11 @@ class DarknetTiny(nn.Module):
                     layers.append(nn.MaxPool2d(3, 1, 1))
                 else:
                     kernel = 1 if number == 1 and width == 16 else 3
-                    layers.append(ConvNorm(channels, width * base, kernel, norm=own, eps=eps, leaky=0.1))
+                    layers.append(ConvNorm(channels, width * base, kernel, norm=own, eps=eps, leaky=SLOPE))
                     channels = width * base
             self.stages.append(nn.Sequential(*layers))
         self.channels, self.strides = [16 * base, 16 * base], [16, 32]
-        freeze(list(self.stages)[:frozen])
+        freeze(list(self.stages), frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         fine = self.stages[0](x)
@@ -98,8 +120,6 @@ class DarknetTiny(nn.Module):
 
 
 def _build(spec: Backbone, in_channels: int, use: Use) -> nn.Module:
-    if use.dilated or use.deepest != 32:
-        raise UsageError(f"backbone {spec.name!r} ends at stride 32 and has no dilated stages")
     kind, base = (Darknet, 32) if spec.name == "darknet53" else (DarknetTiny, 16)
     return kind(base=spec.width or base, in_channels=in_channels, norm=spec.norm, eps=spec.eps, frozen=spec.frozen)
 

@@ -66,25 +66,29 @@ class DLA(nn.Module):
         frozen: int = 0,
     ):  # fmt: skip
         """`base`: channels of the stem; levels have 1, 2, 4, ... 32 times as many. `frozen`: so many parts (stem,
-        levels) do not train."""
+        levels) are not trained, nor do their batch norms' statistics change."""
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"there is no DLA of depth {depth} here; known are {', '.join(map(str, DEPTHS))}")
         depths, widths = DEPTHS[depth], [base * 2**n for n in range(6)]
-        self.stem = ConvNorm(in_channels, base, 7, norm=norm, eps=eps, relu=True)
+        still: Norm = "frozen" if norm in ("batch", "still") else norm
+        norms: list[Norm] = [still if number < frozen else norm for number in range(7)]  # of stem and levels
+        self.stem = ConvNorm(in_channels, base, 7, norm=norms[0], eps=eps, relu=True)
         self.levels = nn.ModuleList()
         for number in range(2):
             convs = [
                 ConvNorm(widths[max(0, number - 1)] if n == 0 else widths[number], widths[number], 3,
-                         stride=1 + number if n == 0 else 1, norm=norm, eps=eps, relu=True)
+                         stride=1 + number if n == 0 else 1, norm=norms[number + 1], eps=eps, relu=True)
                 for n in range(depths[number])
             ]  # fmt: skip
             self.levels.append(nn.Sequential(*convs))
         for number in range(2, 6):
             handed = widths[number - 1] if number > 2 else 0  # from the third tree on, its own input
-            self.levels.append(Tree(depths[number], widths[number - 1], widths[number], 2, handed, norm, eps))
+            self.levels.append(
+                Tree(depths[number], widths[number - 1], widths[number], 2, handed, norms[number + 1], eps)
+            )
         self.channels, self.strides = widths[2:], [4, 8, 16, 32]
-        freeze([self.stem, *self.levels][:frozen])
+        freeze([self.stem, *self.levels], frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         x = self.levels[1](self.levels[0](self.stem(x)))  # (B, 2 base, H/2, W/2)

@@ -1,8 +1,9 @@
-"""FCOS (arXiv 1904.01355; improved, 2006.09214): every place of a pyramid is one sample.
+"""FCOS (arXiv 1904.01355; improved, 2006.09214): dense detection without anchors, as parts for several systems.
 
-It is positive where it lies near the middle of an object whose size suits the level; it then regresses four distances
-and how central it is. No anchors, no proposals. What several systems share is here: the places, the towers, who answers
-for what. Each system has outputs, losses and a way to choose of its own.
+Every location of a feature pyramid is one sample. It is positive if it lies near the centre of an object whose size
+suits the level; it then regresses the distances to the four sides of the object's box and its centerness. Shared here
+are the locations, the towers of the heads, the assignment and the losses. Each system has outputs and decoding of its
+own.
 """
 
 from __future__ import annotations
@@ -19,33 +20,69 @@ from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import focal_sum
 
 STRIDES = (8, 16, 32, 64, 128)
-# The largest of the four distances decides the level; both ends belong to it.
+# Range of the largest of the four distances on each level, in pixels; both ends are included.
 RANGES = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, 1e8))
 
 
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
 def tower(channels: int, convs: int = 4, *, bias: bool = True, deformable: bool = False) -> nn.Sequential:
-    """3 x 3 convolutions with group norm and ReLU; `deformable`: each of them, modulated and with a bias."""
+    """3 x 3 convolutions with group norm and ReLU, initialised as FCOS does (normal, 0.01).
+
+    Args:
+        channels: Input and output channels.
+        convs: Number of convolutions.
+        bias: Whether they have a bias.
+        deformable: Whether they are modulated deformable convolutions (with a bias).
+    """
     layers: list[nn.Module] = []
     for _ in range(convs):
         if deformable:
-            layers.append(DeformConvNorm(channels, channels, modulated=True, norm="group", bias=True, relu=True))
+            layer = DeformConvNorm(channels, channels, modulated=True, norm="group", bias=True, relu=True)
+            nn.init.normal_(layer.weight, std=0.01)
         else:
-            layers.append(ConvNorm(channels, channels, 3, norm="group", relu=True, bias=bias))
-    for layer in layers:
-        nn.init.normal_(layer.conv.weight if isinstance(layer, ConvNorm) else layer.weight, std=0.01)  # pyright: ignore
+            layer = ConvNorm(channels, channels, 3, norm="group", relu=True, bias=bias)
+            nn.init.normal_(layer.conv.weight, std=0.01)
+        layers.append(layer)
     return nn.Sequential(*layers)
 
 
 def output_conv(channels: int, outputs: int, bias: float = 0.0) -> nn.Conv2d:
-    """A last 3 x 3 convolution with the initial values all of them have (normal 0.01)."""
+    """The last 3 x 3 convolution of a head, initialised as FCOS does (normal, 0.01).
+
+    Args:
+        channels: Input channels.
+        outputs: Output channels.
+        bias: Initial bias.
+    """
     layer = nn.Conv2d(channels, outputs, 3, padding=1)
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.constant_(layer.bias, bias)  # pyright: ignore[reportArgumentType]
     return layer
 
 
+class Scale(nn.Module):
+    """A learned factor: one for each level makes a head's outputs comparable between levels."""
+
+    def __init__(self, value: float = 1.0):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+# ---- locations -------------------------------------------------------------------------------------------------------
+
+
 def locations(features: Sequence[Tensor], strides: Sequence[int] = STRIDES) -> list[Float[Tensor, "_n 2"]]:
-    """The places x, y of each level in the input's pixels, row by row: j * stride + stride // 2."""
+    """The locations x, y of each level in pixels of the input, row by row: j * stride + stride // 2.
+
+    Args:
+        features: Maps of the levels (..., H, W), of which only the sizes are read.
+        strides: Strides of the levels.
+    """
     result = []
     for feature, stride in zip(features, strides, strict=True):
         height, width = feature.shape[-2:]
@@ -55,16 +92,40 @@ def locations(features: Sequence[Tensor], strides: Sequence[int] = STRIDES) -> l
     return result
 
 
-def per_location(places: Sequence[Tensor], values: Sequence[Sequence[float]] | Sequence[float]) -> Tensor:
-    """A value (or row) of each level, repeated for each of its places."""
-    counts = torch.tensor([len(p) for p in places], device=places[0].device)
-    table = torch.tensor(values, device=places[0].device, dtype=torch.float32)
+def per_location(levels: Sequence[Tensor], values: Sequence[Sequence[float]] | Sequence[float]) -> Tensor:
+    """Repeats a value (or row) of each level for each of its locations.
+
+    Args:
+        levels: What `locations` returned.
+        values: One entry for each level.
+    """
+    counts = torch.tensor([len(level) for level in levels], device=levels[0].device)
+    table = torch.tensor(values, device=levels[0].device, dtype=torch.float32)
     return table.repeat_interleave(counts, 0)
+
+
+def distances(points: Float[Tensor, "*n 2"], boxes: Float[Tensor, "*m 4"]) -> Float[Tensor, "*k 4"]:
+    """Distances l, t, r, b from each location to the sides of its box; negative outside of the box."""
+    return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], -1)
+
+
+def boxes_of(points: Float[Tensor, "*n 2"], inner: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
+    """The boxes x0, y0, x1, y1 whose sides lie at distances l, t, r, b from each location."""
+    return torch.cat([points - inner[..., :2], points + inner[..., 2:]], -1)
+
+
+def centerness(inner: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) (eq. 3): 1 at the centre of a box, 0 at its border."""
+    across, down = inner[..., 0::2], inner[..., 1::2]
+    return (across.amin(-1) / across.amax(-1) * (down.amin(-1) / down.amax(-1))).clamp(min=0).sqrt()
+
+
+# ---- assignment and losses -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def assign(
-    places: Float[Tensor, "n 2"],
+    points: Float[Tensor, "n 2"],
     strides: Float[Tensor, " n"],
     ranges: Float[Tensor, "n 2"],
     boxes: Float[Tensor, "g 4"],
@@ -75,35 +136,45 @@ def assign(
     plus_one: bool = False,
     at_once: int = 128,
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 4"]]:
-    """For each place the object it answers for (-1: none) and its distances l, t, r, b to that object's box.
+    """Assigns locations to objects (section 3.1; centre sampling: arXiv 2006.09214).
 
-    An object's places lie strictly inside its box and, with `radius`, inside a square of half side radius * stride
-    around its centre (of the box, or `centres`); the largest distance lies in the place's range. Of several objects
-    the one of the smallest area is taken, the first of equal ones.
+    A location is a candidate for an object if it lies strictly inside its box and, with `radius`, inside a square
+    around its centre, and if the largest distance is in the location's range. Of several objects the one of the
+    smallest area is chosen, the first of equal ones.
 
-    allowed    further places to leave out, for each object
-    plus_one   areas count sides as x1 - x0 + 1
-    at_once    objects looked at together: bounds the memory at 24 N `at_once` bytes
+    Args:
+        points: Locations x, y of all levels, in pixels.
+        strides: Stride of each location.
+        ranges: Smallest and largest distance that each location regresses.
+        boxes: Boxes of the objects.
+        centres: Centres of the squares; default those of the boxes.
+        radius: Half the side of the square, in strides; None for the whole box.
+        allowed: Which locations are allowed for each object; default all.
+        plus_one: Whether areas have sides x1 - x0 + 1.
+        at_once: Number of objects processed together; bounds the memory to 24 N `at_once` bytes.
+
+    Returns:
+        For each location the index of its object, or -1, and its distances l, t, r, b to that object's box.
     """
-    count = len(places)
-    owner = torch.full((count,), -1, dtype=torch.int64, device=places.device)
-    smallest = torch.full((count,), torch.inf, device=places.device)
+    count = len(points)
+    owner = torch.full((count,), -1, dtype=torch.int64, device=points.device)
+    smallest = torch.full((count,), torch.inf, device=points.device)
     if not len(boxes):
-        return owner, places.new_zeros(count, 4)
+        return owner, points.new_zeros(count, 4)
     last = 1.0 if plus_one else 0.0
     sides = boxes[:, 2:] - boxes[:, :2] + last
     areas = sides[:, 0] * sides[:, 1]
     middle = (boxes[:, :2] + boxes[:, 2:]) / 2 if centres is None else centres
     for first in range(0, len(boxes), at_once):
         rows = slice(first, first + at_once)
-        inner = distances(places[:, None], boxes[None, rows])  # (N, g, 4)
+        inner = distances(points[:, None], boxes[None, rows])  # (N, g, 4)
         if radius is None:
             good = inner.amin(-1) > 0
         else:
             reach = (strides * radius)[:, None, None]
             low = torch.maximum(middle[None, rows] - reach, boxes[None, rows, :2])
             high = torch.minimum(middle[None, rows] + reach, boxes[None, rows, 2:])
-            good = ((places[:, None] > low) & (places[:, None] < high)).all(-1)
+            good = ((points[:, None] > low) & (points[:, None] < high)).all(-1)
         largest = inner.amax(-1)
         good &= (largest >= ranges[:, :1]) & (largest <= ranges[:, 1:])
         if allowed is not None:
@@ -112,32 +183,19 @@ def assign(
         better = area < smallest
         owner = torch.where(better, nearest + first, owner)
         smallest = torch.where(better, area, smallest)
-    return owner, distances(places, boxes[owner.clamp(min=0)])
-
-
-def distances(places: Float[Tensor, "*n 2"], boxes: Float[Tensor, "*m 4"]) -> Float[Tensor, "*k 4"]:
-    """l, t, r, b from each place to the sides of its box; negative outside."""
-    return torch.cat([places - boxes[..., :2], boxes[..., 2:] - places], -1)
-
-
-def boxes_of(places: Float[Tensor, "*n 2"], inner: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """The boxes that lie l, t, r, b around each place."""
-    return torch.cat([places - inner[..., :2], places + inner[..., 2:]], -1)
-
-
-def centerness(inner: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
-    """sqrt(min(l, r) / max(l, r) * min(t, b) / max(t, b)) (eq. 3): 1 in the middle, 0 at the border."""
-    across, down = inner[..., 0::2], inner[..., 1::2]
-    return (across.amin(-1) / across.amax(-1) * (down.amin(-1) / down.amax(-1))).clamp(min=0).sqrt()
+    return owner, distances(points, boxes[owner.clamp(min=0)])
 
 
 def overlap(
     inner: Float[Tensor, "*n 4"], other: Float[Tensor, "*n 4"], *, generalised: bool = False, smooth: float = 0.0
 ) -> Float[Tensor, "*n"]:
-    """IoU of two boxes that lie l, t, r, b around the same place; `generalised`: GIoU (arXiv 1902.09630), less the
-    share of the hull that neither covers.
+    """IoU of two boxes given by their distances l, t, r, b from the same location.
 
-    smooth  added to intersection and union: 1 in FCOS and what descends from it, whatever the distances' unit
+    Args:
+        inner: Distances of one box.
+        other: Distances of the other box.
+        generalised: Whether to subtract the share of the enclosing box that is in neither (GIoU, arXiv 1902.09630).
+        smooth: Added to intersection and union; 1 in FCOS and its descendants, whatever the unit of the distances.
     """
     both, hull = torch.minimum(inner, other), torch.maximum(inner, other)
     shared = (both[..., 0] + both[..., 2]) * (both[..., 1] + both[..., 3])
@@ -147,44 +205,41 @@ def overlap(
     return iou - (areas[2] - union) / (areas[2] + 1e-7) if generalised else iou
 
 
-def place_losses(
+def location_losses(
     logits: Float[Tensor, "b n k"],
-    said: Float[Tensor, "b n 4"],
+    predicted: Float[Tensor, "b n 4"],
     central: Float[Tensor, "b n"],
     positive: Bool[Tensor, "b n"],
     labels: Int[Tensor, " p"],
-    goal: Float[Tensor, "b n 4"],
+    target: Float[Tensor, "b n 4"],
     *,
     smooth: float = 1.0,
 ) -> dict[str, Tensor]:
-    """`class` (focal), `box` (GIoU, weighted by how central a place is) and `centerness` (cross entropy), as the
-    improved FCOS learns them: per positive place, the boxes per sum of the weights, counted over all devices.
+    """Losses of the improved FCOS.
 
-    said, goal  distances as predicted and as they should be, in units of the stride
-    labels      of the P positive places, image by image
-    smooth      added to intersection and union: see `overlap`
+    Args:
+        logits: Class logits of each location.
+        predicted: Predicted distances, in strides.
+        central: Logits of the predicted centerness.
+        positive: Which locations are positive.
+        labels: Labels of the P positive locations, image by image.
+        target: Target distances, in strides.
+        smooth: See `overlap`.
+
+    Returns:
+        `class` (focal loss per positive location), `box` (GIoU loss weighted by centerness, per sum of the weights) and
+        `centerness` (cross entropy per positive location); counts are those of all devices.
     """
     image, place = positive.nonzero().unbind(1)
-    kinds = torch.zeros_like(logits)
-    kinds[image, place, labels] = 1
-    said, goal = said[image, place], goal[image, place]
-    middle = centerness(goal)
-    count, weight = global_mean_count(positive.sum()), global_mean_count(middle.sum(), 1e-6)
-    apart = 1 - overlap(said, goal, generalised=True, smooth=smooth)
-    unsure = functional.binary_cross_entropy_with_logits(central[image, place], middle, reduction="sum")
+    truth = torch.zeros_like(logits)
+    truth[image, place, labels] = 1
+    predicted, target = predicted[image, place], target[image, place]
+    weights = centerness(target)
+    count, weight = global_mean_count(positive.sum()), global_mean_count(weights.sum(), 1e-6)
+    box = 1 - overlap(predicted, target, generalised=True, smooth=smooth)
+    entropy = functional.binary_cross_entropy_with_logits(central[image, place], weights, reduction="sum")
     return {
-        "class": focal_sum(logits, kinds) / count,
-        "box": (apart * middle).sum() / weight,
-        "centerness": unsure / count,
+        "class": focal_sum(logits, truth) / count,
+        "box": (box * weights).sum() / weight,
+        "centerness": entropy / count,
     }
-
-
-class Scale(nn.Module):
-    """One learnt factor."""
-
-    def __init__(self, value: float = 1.0):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale

@@ -1,4 +1,4 @@
-"""Convolution with its norm, as one block: the brick of every network here."""
+"""Normalisation layers, and convolutions with their normalisation and activation as one block."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ Norm = Literal["none", "frozen", "still", "batch", "group"]
 Border = Literal["zeros", "symmetric", "reflect"]
 
 
+# ---- normalisation ---------------------------------------------------------------------------------------------------
+
+
 class FrozenBatchNorm(nn.Module):
-    """Batch norm whose statistics and affine part are fixed: x * scale + shift, with no parameter to train."""
+    """Batch normalisation whose statistics and affine part are buffers: x * scale + shift, without parameters.
+
+    Args:
+        channels: Number of channels.
+        eps: Added to the variance; may be 0.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -28,7 +36,8 @@ class FrozenBatchNorm(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
         self.eps = eps
-        self.fused = eps > 0  # torch's own batch norm where no gradient is asked for, as detectron2; it refuses 0
+        # As in detectron2, torch's own batch norm is used where no gradient is needed. It does not accept eps = 0.
+        self.fused = eps > 0
         self.register_buffer("weight", torch.ones(channels))
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -48,7 +57,7 @@ class FrozenBatchNorm(nn.Module):
         return x * scale.to(x.dtype)[:, None, None] + shift.to(x.dtype)[:, None, None]
 
     def forward_(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The same, in the memory of `x` where that is possible."""
+        """`forward`, in place where possible."""
         if self.fused and not x.requires_grad:
             return self(x)
         scale, shift = (v.to(x.dtype)[:, None, None] for v in self.affine())
@@ -56,7 +65,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class StillBatchNorm(FrozenBatchNorm):
-    """Batch norm with fixed statistics whose affine part is trained: MMDetection's `norm_eval`."""
+    """Batch normalisation with fixed statistics and a trained affine part (`norm_eval` in MMDetection)."""
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__(channels, eps)
@@ -67,22 +76,34 @@ class StillBatchNorm(FrozenBatchNorm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Torch's, also where each group has a single value (as many groups as channels, on a map of one cell): the result
-    is then the bias. Torch refuses that for an image alone, in evaluation too, and gives it but for rounding in a
-    batch."""
+    """`torch.nn.GroupNorm` that also accepts groups of a single value (one channel per group, on a map of one cell).
+
+    The result is then the bias. Torch raises an error for a single image, in evaluation mode too, and returns the bias
+    up to rounding for a batch.
+    """
 
     def forward(self, input: Float[Tensor, "b c *n"]) -> Float[Tensor, "b c *n"]:
         if math.prod(input.shape[1:]) != self.num_groups:
             return super().forward(input)
-        # A value less its mean, itself: zero, and so are its gradient and the scale's. Past torch's check of sizes.
+        # A value minus its mean, which is the value itself, is zero, and so are the gradients of value and scale.
+        # `torch.group_norm` does not check sizes.
         return torch.group_norm(input - input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 def make_norm(kind: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
-    """A norm layer. "frozen" and "still" keep their statistics, "still" trains scale and shift; "group" has 32 groups
-    (Group Normalization, arXiv 1803.08494), fewer where channels are fewer."""
+    """Constructs a normalisation layer.
+
+    Args:
+        kind: "batch"; "frozen" (statistics and affine part are fixed); "still" (statistics are fixed); "group" with 32
+            groups (Group Normalization, arXiv 1803.08494), or 8 or 1 if 32 does not divide the channels; "none".
+        channels: Number of channels.
+        eps: Added to the variance; 0 is accepted by "frozen" and "still".
+
+    Raises:
+        UsageError: If `eps` or `kind` is invalid.
+    """
     if not eps >= 0:
-        raise UsageError(f"norm_eps is {eps}; expected a number that is not below 0")
+        raise UsageError(f"norm_eps must be at least 0, got {eps}")
     if kind == "none":
         return nn.Identity()
     if kind == "frozen":
@@ -92,19 +113,32 @@ def make_norm(kind: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
     if kind == "batch":
         if eps == 0:
             raise UsageError(
-                "norm_eps is 0 with norm='batch', which torch does not train; give one above 0 (as usual 1e-5), or "
-                "norm='frozen' or 'still', which may have 0"
+                "norm_eps must be above 0 with norm='batch', for example 1e-5; norm='frozen' and 'still' accept 0"
             )
         return nn.BatchNorm2d(channels, eps)
     if kind == "group":
         return GroupNorm(32 if channels % 32 == 0 else 8 if channels % 8 == 0 else 1, channels, eps)
-    raise UsageError(f"norm is {kind!r}; expected none, frozen, still, batch or group")
+    raise UsageError(f"norm must be one of 'none', 'frozen', 'still', 'batch', 'group', got {kind!r}")
+
+
+# ---- convolutions ----------------------------------------------------------------------------------------------------
 
 
 class ConvNorm(nn.Module):
-    """`conv`, then `norm`, then ReLU if asked for, leaky with this slope below zero.
+    """A convolution, then normalisation, then optionally an activation.
 
-    bias  of the convolution; None: only without a norm
+    Args:
+        channels_in: Input channels.
+        channels: Output channels.
+        kernel: Side of the kernel; the padding keeps the size at stride 1.
+        stride: Stride.
+        dilation: Dilation.
+        groups: Groups of the convolution.
+        norm: Normalisation, see `make_norm`.
+        eps: Epsilon of the normalisation.
+        relu: Whether ReLU follows.
+        leaky: Negative slope of LeakyReLU, which then follows instead; 0 for none.
+        bias: Whether the convolution has a bias; None: only without normalisation.
     """
 
     def __init__(
@@ -134,8 +168,8 @@ class ConvNorm(nn.Module):
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
-        # A frozen norm is not folded into the weights: that is no faster, and rounds otherwise than the originals. What
-        # decides deep in a network (a ReLU's gate, a cell at a threshold) would fall to the other side here and there.
+        # A frozen norm is not folded into the weights here: that is no faster, and it rounds differently from the
+        # original implementations, which flips decisions deep in a network (a ReLU at 0, a cell at a threshold).
         if self.border == "zeros":
             x = self.conv(x)
         else:
@@ -149,8 +183,13 @@ class ConvNorm(nn.Module):
 
 
 def pad_mirrored(x: Float[Tensor, "b c h w"], around: int, border: Border) -> Float[Tensor, "b c _h _w"]:
-    """`around` more rows and columns on each side that mirror what is there: with the border itself repeated
-    ("symmetric", cba|abc) or not ("reflect", dcb|abcd)."""
+    """Pads a map by mirroring it.
+
+    Args:
+        x: Map.
+        around: Rows and columns to add on each side.
+        border: "symmetric" repeats the outermost cells (cba|abc), "reflect" does not (dcb|abcd).
+    """
     if border == "reflect":
         return functional.pad(x, (around,) * 4, mode="reflect")
     if around == 1:
@@ -163,8 +202,12 @@ def pad_mirrored(x: Float[Tensor, "b c h w"], around: int, border: Border) -> Fl
 
 
 def set_border(module: nn.Module, border: Border) -> None:
-    """All of the module's convolutions of 3 x 3 read what lies beyond the border as `border` says, larger ones as
-    "symmetric" unless that is "zeros": how Torch 7's networks were padded, and a port of them."""
+    """Sets how the 3 x 3 `ConvNorm` blocks inside a module pad: as networks of Torch 7 do, and a port of them.
+
+    Args:
+        module: Any module.
+        border: See `pad_mirrored`; "zeros" is ordinary padding. Larger kernels pad "symmetric" unless it is "zeros".
+    """
     for block in module.modules():
         if isinstance(block, ConvNorm) and block.conv.padding != (0, 0):
             large = block.conv.kernel_size[0] > 3
@@ -172,9 +215,24 @@ def set_border(module: nn.Module, border: Border) -> None:
 
 
 class DeformConvNorm(nn.Module):
-    """A deformable convolution (arXiv 1703.06211; modulated: 1811.11168) with its offset branch and norm.
+    """A deformable convolution (arXiv 1703.06211; modulated: 1811.11168) with its offset branch and normalisation.
 
-    The offset branch gives (dy, dx) of each tap, taps row by row, then with `modulated` their weights before a sigmoid.
+    The offset branch predicts (dy, dx) of each tap, row by row, group by group, then with `modulated` the logits of
+    their weights. It starts from zeros.
+
+    Args:
+        channels_in: Input channels.
+        channels: Output channels.
+        kernel: Side of the kernel; the padding keeps the size at stride 1.
+        stride: Stride.
+        dilation: Dilation.
+        groups: Groups of the convolution.
+        modulated: Whether taps are weighted.
+        norm: Normalisation, see `make_norm`.
+        eps: Epsilon of the normalisation.
+        relu: Whether ReLU follows.
+        bias: Whether the convolution has a bias; the offset branch always has one.
+        offset_groups: Groups of input channels with offsets (and weights) of their own.
     """
 
     def __init__(
@@ -195,7 +253,7 @@ class DeformConvNorm(nn.Module):
     ):
         super().__init__()
         if offset_groups < 1 or channels_in % offset_groups:
-            raise UsageError(f"{channels_in} channels cannot be divided into {offset_groups} offset groups")
+            raise UsageError(f"offset_groups must divide the {channels_in} input channels, got {offset_groups}")
         self.relu, self.taps = relu, offset_groups * kernel * kernel
         self.stride, self.dilation = (stride, stride), (dilation, dilation)
         pad = dilation * (kernel // 2)

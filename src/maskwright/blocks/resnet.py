@@ -1,4 +1,4 @@
-"""ResNet and ResNeXt backbones (arXiv 1512.03385, 1611.05431) as detection checkpoints have them."""
+"""ResNet and ResNeXt backbones (arXiv 1512.03385, 1611.05431), in the variants that detection checkpoints have."""
 
 from __future__ import annotations
 
@@ -28,13 +28,16 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
         y = self.conv2(self.conv1(x))
-        y += x if self.shortcut is None else self.shortcut(x)  # in place: a new map costs the host more than the sum
+        y += x if self.shortcut is None else self.shortcut(x)  # in place: on a CPU a new map costs more than the sum
         return functional.relu(y, inplace=True)
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3, 1 x 1 around a shortcut. Where a stage begins, the stride sits in the first 1 x 1 (as the original
-    Caffe models have it) or in the 3 x 3 (torchvision, ResNeXt)."""
+    """1 x 1, 3 x 3 and 1 x 1 convolutions around a shortcut (depths 50 and above).
+
+    The first block of a stage strides in the first 1 x 1 (the original Caffe models) or in the 3 x 3 convolution
+    (torchvision, ResNeXt), see `stride_in`.
+    """
 
     def __init__(
         self,
@@ -72,7 +75,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
         y = self.conv3(self.conv2(self.conv1(x)))
-        y += x if self.shortcut is None else self.shortcut(x)  # in place: a new map costs the host more than the sum
+        y += x if self.shortcut is None else self.shortcut(x)  # in place: on a CPU a new map costs more than the sum
         return functional.relu(y, inplace=True)
 
 
@@ -94,19 +97,39 @@ def make_stage(
     norm: Norm = "frozen",
     eps: float = 1e-5,
 ) -> tuple[nn.Sequential, int]:
-    """Stage `number` (0 ... 3, strides 4, 8, 16, 32) of a ResNet, and its channels. A dilated stage does not stride;
-    without `dilate_first` its first block is not dilated (torchvision), with it all are (detectron2).
-    Blocks of depths 18 and 34 never dilate: such a stage only does not stride.
-    `deform`: the 3 x 3 of every `deform_every`-th block, from the first on, is a deformable convolution.
-    ValueError for what cannot be, as what blocks without a bottleneck (depths 18 and 34) do not have."""
+    """Constructs one stage of a ResNet.
+
+    Args:
+        depth: Depth of the whole network: 18, 34, 50, 101 or 152.
+        number: 0 ... 3; strides 4, 8, 16 and 32.
+        channels_in: Channels of the stage before.
+        base: Channels after the stem of the whole network.
+        groups: Groups of the 3 x 3 convolutions.
+        group_width: Channels of each group in the first stage.
+        dilation: A dilated stage does not stride. Blocks of depths 18 and 34 are never dilated.
+        dilate_first: Whether the first block of a dilated stage is dilated too (detectron2) or not (torchvision).
+        stride_in: See `Bottleneck`.
+        deform: Whether the 3 x 3 convolutions are deformable, and modulated.
+        deform_every: They are in every `deform_every`-th block, from the first on.
+        deform_bias: Whether these have a bias.
+        deform_groups: Their offset groups.
+        norm: Normalisation.
+        eps: Epsilon of the normalisation.
+
+    Returns:
+        The stage and its channels.
+
+    Raises:
+        ValueError: If the options contradict each other.
+    """
     if depth not in BLOCKS:
         raise ValueError(f"there is no ResNet of depth {depth}; known are {', '.join(map(str, BLOCKS))}")
     if depth < 50 and deform != "no":
-        raise ValueError(f"resnet{depth} has no bottlenecks to deform; give deform_stages=() or a deeper trunk")
+        raise ValueError(f"resnet{depth} has no bottlenecks to deform; use deform_stages=() or a deeper backbone")
     if depth < 50 and groups != 1:
-        raise ValueError(f"resnet{depth} has no bottlenecks to group; give groups=1 or a deeper trunk")
+        raise ValueError(f"resnet{depth} has no bottlenecks to group; use groups=1 or a deeper backbone")
     if deform_every < 1:
-        raise ValueError(f"deform_every is {deform_every}; expected 1 (every block), 2 (every other) or more")
+        raise ValueError(f"deform_every must be at least 1 (every block), got {deform_every}")
     scale, blocks = 2**number, []
     for index in range(BLOCKS[depth][number]):
         stride = 2 if index == 0 and number > 0 and dilation == 1 else 1
@@ -136,7 +159,31 @@ def make_stage(
 
 
 class ResNet(nn.Module):
-    """Stem (7 x 7 stride 2, max pool) and the first `stages` stages; gives the outputs of all of them."""
+    """A stem (7 x 7 stride 2, max pooling) and the first stages; returns the outputs of all stages.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        stages: Number of stages, 1 ... 4.
+        in_channels: Channels of the image.
+        base: Channels after the stem; the published networks have 64.
+        groups: See `make_stage`, as for the following.
+        group_width: Channels of each group in the first stage.
+        stride_in: The convolution of a bottleneck that strides.
+        dilation: Dilation of the last stage.
+        dilate_first: Whether its first block is dilated too.
+        deform_stages: Stages (0 ... 3) with deformable convolutions.
+        deform_modulated: Whether these are modulated.
+        deform_every: They are in every `deform_every`-th block.
+        deform_bias: Whether these have a bias.
+        deform_groups: Their offset groups.
+        norm: Normalisation.
+        eps: Epsilon of the normalisation.
+        frozen: Number of parts (stem, four stages) that are not trained; nor do their batch norms' statistics change.
+
+    Attributes:
+        channels: Channels of the levels.
+        strides: Strides of the levels.
+    """
 
     def __init__(
         self,
@@ -159,8 +206,6 @@ class ResNet(nn.Module):
         eps: float = 1e-5,
         frozen: int = 0,
     ):
-        """`dilation` is the last stage's; `deform_stages` are numbers 0 ... 3; `frozen`: so many parts do not train,
-        counted from the stem, nor do their batch norms' statistics change."""
         super().__init__()
         still: Norm = "frozen" if norm in ("batch", "still") else norm
         self.stem = ConvNorm(in_channels, base, 7, stride=2, norm=still if frozen else norm, eps=eps, relu=True)
@@ -173,16 +218,16 @@ class ResNet(nn.Module):
             deform = ("modulated" if deform_modulated else "plain") if number in deform_stages else "no"
             stage, channels = make_stage(
                 depth, number, channels, base=base, groups=groups, group_width=group_width, dilation=widened,
-                dilate_first=dilate_first,
-                stride_in=stride_in, deform=deform, deform_every=deform_every, deform_bias=deform_bias,
-                deform_groups=deform_groups,
+                dilate_first=dilate_first, stride_in=stride_in, deform=deform, deform_every=deform_every,
+                deform_bias=deform_bias, deform_groups=deform_groups,
                 norm=still if number + 1 < frozen else norm, eps=eps,
             )  # fmt: skip
             stride *= 2 if number > 0 and widened == 1 else 1
             self.stages.append(stage)
             self.channels.append(channels)
             self.strides.append(stride)
-        freeze([self.stem, *self.stages][:frozen])
+        later = [nn.Identity()] * (4 - stages)  # left out, or part of a head (C4)
+        freeze([self.stem, *self.stages, *later], frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         x = functional.max_pool2d(self.stem(x), 3, 2, 1)  # (B, 64, H/4, W/4)
@@ -193,10 +238,19 @@ class ResNet(nn.Module):
         return outputs
 
 
-def _build(spec: Backbone, in_channels: int, use: Use) -> nn.Module:
+def _stages(use: Use) -> int:
+    """Number of stages up to the deepest level."""
+    return use.deepest.bit_length() - 2
+
+
+def _build(spec: Backbone, in_channels: int, use: Use) -> ResNet:
+    stages = _stages(use)
+    missing = [stage for stage in spec.deform_stages if stage >= stages]
+    if missing:
+        raise ValueError(f"backbone.deform_stages has {missing[0]}; only stages 0 ... {stages - 1} are used here")
     return ResNet(
-        int(spec.name[6:]), stages=use.deepest.bit_length() - 2, in_channels=in_channels, base=spec.width or 64,
-        groups=spec.groups, group_width=spec.group_width, stride_in=spec.stride_in, dilation=2 if use.dilated else 1,
+        int(spec.name[6:]), stages=stages, in_channels=in_channels, base=spec.width or 64, groups=spec.groups,
+        group_width=spec.group_width, stride_in=spec.stride_in, dilation=2 if use.dilated else 1,
         dilate_first=use.dilate_first, deform_stages=spec.deform_stages, deform_modulated=spec.deform_modulated,
         deform_every=spec.deform_every, deform_groups=spec.deform_groups, deform_bias=use.deform_bias, norm=spec.norm,
         eps=spec.eps, frozen=spec.frozen,
@@ -204,7 +258,7 @@ def _build(spec: Backbone, in_channels: int, use: Use) -> nn.Module:
 
 
 def _levels(spec: Backbone, use: Use) -> Levels:
-    stages = use.deepest.bit_length() - 2
+    stages = _stages(use)
     widths = [(spec.width or 64) * (4 if int(spec.name[6:]) >= 50 else 1) * 2**n for n in range(stages)]
     strides = [4 * 2**n for n in range(stages)]
     if use.dilated and stages == 4:
@@ -212,12 +266,18 @@ def _levels(spec: Backbone, use: Use) -> Levels:
     return Levels(tuple(widths), tuple(strides))
 
 
+_OPTIONS = frozenset(
+    ("width", "groups", "group_width", "stride_in", "deform_stages", "deform_modulated", "deform_every",
+     "deform_groups", "norm", "norm_eps", "frozen")
+)  # fmt: skip
+
 FAMILY = Family(
     names=tuple(f"resnet{depth}" for depth in BLOCKS),
-    options=frozenset(
-        ("width", "groups", "group_width", "stride_in", "deform_stages", "deform_modulated", "deform_every",
-         "deform_groups", "norm", "norm_eps", "frozen")
-    ),
+    options=_OPTIONS,
     levels=_levels,
     build=_build,
-)  # fmt: skip
+    # What describes bottlenecks.
+    without={f"resnet{depth}": _OPTIONS - {"width", "norm", "norm_eps", "frozen"} for depth in BLOCKS if depth < 50},
+    deepest=(4, 8, 16, 32),
+    dilates=True,
+)

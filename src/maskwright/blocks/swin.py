@@ -139,7 +139,7 @@ class Swin(nn.Module):
         parts: list[nn.Module] = [nn.ModuleList([self.stem, self.stem_norm])]
         for number, stage in enumerate(self.stages):
             parts.append(nn.ModuleList([stage, *([self.merges[number - 1]] if number else [])]))
-        freeze(parts[:frozen])
+        freeze(parts, frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         x = functional.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))

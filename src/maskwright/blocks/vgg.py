@@ -1,4 +1,4 @@
-"""VGG backbones (Simonyan, Zisserman, arXiv 1409.1556): 3 x 3 convolutions and nothing else, halved between stages."""
+"""VGG backbones (Simonyan, Zisserman, arXiv 1409.1556): stages of 3 x 3 convolutions with pooling between them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,21 @@ CONVS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 
 
 
 class VGG(nn.Module):
-    """Five stages with a 2 x 2 pooling between them (none after the last); gives the outputs of all.
+    """Five stages with 2 x 2 max pooling between them, and none after the last; returns the outputs of all.
 
-    dilated  the last pooling does not stride and the last stage's convolutions are dilated by 2: stride 8 instead of 16
-    norm     "none" as published
+    Args:
+        depth: 11, 13, 16 or 19.
+        in_channels: Channels of the image.
+        base: Channels of the first stage; the published networks have 64.
+        dilated: Whether the last pooling does not stride and the last stage is dilated by 2 instead: stride 8, not 16.
+        norm: Normalisation; "none" as published.
+        eps: Epsilon of the normalisation.
+        frozen: Number of stages that are not trained, counted from the first; nor do their batch norms' statistics
+            change.
+
+    Attributes:
+        channels: Channels of the levels.
+        strides: Strides of the levels.
     """
 
     def __init__(
@@ -34,24 +45,25 @@ class VGG(nn.Module):
         super().__init__()
         if depth not in CONVS:
             raise UsageError(f"there is no VGG of depth {depth}; known are {', '.join(map(str, CONVS))}")
+        still: Norm = "frozen" if norm in ("batch", "still") else norm
         self.dilated = dilated
         self.stages = nn.ModuleList()
         self.channels, self.strides = [], [1, 2, 4, 8, 8 if dilated else 16]
         before = in_channels
         for number, count in enumerate(CONVS[depth]):
-            layers, width = [], base * min(2**number, 8)
+            layers, width, own = [], base * min(2**number, 8), still if number < frozen else norm
             for _ in range(count):
                 dilation = 2 if dilated and number == 4 else 1
-                layers.append(ConvNorm(before, width, 3, dilation=dilation, norm=norm, eps=eps, relu=True))
+                layers.append(ConvNorm(before, width, 3, dilation=dilation, norm=own, eps=eps, relu=True))
                 before = width
             self.stages.append(nn.Sequential(*layers))
             self.channels.append(width)
-        freeze(list(self.stages)[:frozen])
+        freeze(list(self.stages), frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         outputs = []
         for number, stage in enumerate(self.stages):
-            if number == 4 and self.dilated:  # 2 x 2 without a stride keeps the size where one row and column are added
+            if number == 4 and self.dilated:  # 2 x 2 without a stride keeps the size if one row and column are added
                 x = functional.max_pool2d(functional.pad(x, (0, 1, 0, 1), mode="replicate"), 2, 1)
             elif number:
                 x = functional.max_pool2d(x, 2)
@@ -60,15 +72,7 @@ class VGG(nn.Module):
         return outputs
 
 
-def _check(spec: Backbone, use: Use) -> None:
-    if use.deepest not in (8, 16):
-        raise UsageError(
-            f"backbone {spec.name!r} ends at stride 8 (dilated) or 16; stride {use.deepest} is needed here"
-        )
-
-
 def _build(spec: Backbone, in_channels: int, use: Use) -> VGG:
-    _check(spec, use)
     return VGG(
         int(spec.name[3:]), in_channels=in_channels, base=spec.width or 64, dilated=use.deepest == 8, norm=spec.norm,
         eps=spec.eps, frozen=spec.frozen,
@@ -76,7 +80,6 @@ def _build(spec: Backbone, in_channels: int, use: Use) -> VGG:
 
 
 def _levels(spec: Backbone, use: Use) -> Levels:
-    _check(spec, use)
     widths = tuple((spec.width or 64) * min(2**n, 8) for n in range(5))
     return Levels(widths, (1, 2, 4, 8, use.deepest))
 
@@ -86,4 +89,5 @@ FAMILY = Family(
     options=frozenset(("width", "norm", "norm_eps", "frozen")),
     levels=_levels,
     build=_build,
+    deepest=(8, 16),  # 8: all five stages, the last one dilated
 )

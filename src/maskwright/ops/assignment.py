@@ -1,4 +1,4 @@
-"""One-to-one matching of predictions and objects at the least total cost (DETR, arXiv 2005.12872, eq. 1)."""
+"""One-to-one assignment of predictions to objects at the least total cost (DETR, arXiv 2005.12872, eq. 1)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 Pairs = tuple[Int[Tensor, "k _p"], Int[Tensor, "k _p"]]
-FORBIDDEN = 1e9  # stands for a cost that is no number
+FORBIDDEN = 1e9  # replaces costs that are not finite
 
 
 @torch.no_grad()
 def assign(costs: Sequence[Float[Tensor, "k n _m"]]) -> list[Pairs]:
-    """For each image, whose costs are (predictions made of it, queries, objects): which queries answer for which
-    objects, for each of its K predictions min(N, M) pairs in the order of the queries.
+    """Assigns queries to objects, for each image and each of its K predictions.
 
-    Costs that are not finite are as good as forbidden. The matching itself is the host's work: all images and
-    predictions go there as one tensor and come back as one, so that a device waits once a step.
+    The assignment is computed on the host: all images and predictions are transferred as one tensor, and so is the
+    result, so that a device is synchronised once per step.
+
+    Args:
+        costs: For each image (K predictions, N queries, M objects). Costs that are not finite are avoided.
+
+    Returns:
+        For each image the queries and the objects of K x min(N, M) pairs, in the order of the queries.
     """
     if not len(costs):
         return []
@@ -28,9 +33,9 @@ def assign(costs: Sequence[Float[Tensor, "k n _m"]]) -> list[Pairs]:
     device, sizes = costs[0].device, [c.shape[2] for c in costs]
     table = torch.cat([c.float() for c in costs], 2)
     table = table.nan_to_num(FORBIDDEN, FORBIDDEN, FORBIDDEN).cpu().numpy()  # (K, N, M of all)
-    found: list[np.ndarray] = []
+    pairs: list[np.ndarray] = []
     for part in np.split(table, np.cumsum(sizes)[:-1], axis=2):
-        found.append(np.stack([np.stack(linear_sum_assignment(cost)) for cost in part], 1))  # (2, K, P)
-    answer = torch.from_numpy(np.concatenate(found, 2).astype("int64")).to(device)
-    counts = [f.shape[2] for f in found]
-    return [(queries, objects) for queries, objects in (part.unbind(0) for part in answer.split(counts, 2))]
+        pairs.append(np.stack([np.stack(linear_sum_assignment(cost)) for cost in part], 1))  # (2, K, P)
+    every = torch.from_numpy(np.concatenate(pairs, 2).astype("int64")).to(device)
+    counts = [p.shape[2] for p in pairs]
+    return [(queries, objects) for queries, objects in (part.unbind(0) for part in every.split(counts, 2))]

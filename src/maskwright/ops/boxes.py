@@ -1,4 +1,8 @@
-"""Boxes x0, y0, x1, y1 in continuous coordinates (width = x1 - x0): overlap, coding, levels, suppression."""
+"""Boxes x0, y0, x1, y1: overlap, coding, pyramid levels, suppression.
+
+Coordinates are continuous, so that a box is x1 - x0 wide. Code bases that descend from Detectron count pixels instead,
+x1 - x0 + 1; functions with `plus_one` do so on request.
+"""
 
 from __future__ import annotations
 
@@ -10,59 +14,143 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Decoded sides are at most 1000 / 16 times the anchor's: the bound that Fast R-CNN's code introduced and all kept.
+from maskwright.errors import UsageError
+
+# Upper bound of dw and dh in `decode`: sides grow by a factor of at most 1000 / 16 (Fast R-CNN's code and all since).
 LARGEST_LOG_SCALE = math.log(1000 / 16)
 
 LevelRule = Literal["detectron2", "torchvision", "maskrcnn-benchmark"]
 
 
-def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
-    """Width times height; negative sides count as they are."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+# ---- areas and overlaps ----------------------------------------------------------------------------------------------
 
 
-def pairwise_iou(a: Float[Tensor, "*k n 4"], b: Float[Tensor, "*k m 4"]) -> Float[Tensor, "*k n m"]:
-    """Overlap of every box in `a` with every box in `b`; 0 where the union is empty."""
+def area(boxes: Float[Tensor, "*n 4"], plus_one: bool = False) -> Float[Tensor, "*n"]:
+    """Width times height of each box; negative sides are not clamped.
+
+    Args:
+        boxes: Boxes x0, y0, x1, y1.
+        plus_one: Whether sides are x1 - x0 + 1.
+    """
+    last = 1 if plus_one else 0
+    return (boxes[..., 2] - boxes[..., 0] + last) * (boxes[..., 3] - boxes[..., 1] + last)
+
+
+def pairwise_iou(
+    a: Float[Tensor, "*k n 4"], b: Float[Tensor, "*k m 4"], plus_one: bool = False
+) -> Float[Tensor, "*k n m"]:
+    """Intersection over union of every box in `a` with every box in `b`.
+
+    Args:
+        a: N boxes x0, y0, x1, y1; leading axes are batches.
+        b: M boxes.
+        plus_one: Whether sides are x1 - x0 + 1.
+
+    Returns:
+        IoU in [0, 1]; 0 where the union is empty.
+    """
+    if plus_one:
+        a, b = _with_last_pixel(a), _with_last_pixel(b)
+    both = _intersection(a, b)
+    union = area(a)[..., :, None] + area(b)[..., None, :] - both
+    return torch.where(both > 0, both / union, both.new_zeros(()))
+
+
+def pairwise_ioa(
+    a: Float[Tensor, "*k n 4"], b: Float[Tensor, "*k m 4"], plus_one: bool = False
+) -> Float[Tensor, "*k n m"]:
+    """Intersection over area: the share of every box in `a` that lies inside every box in `b`.
+
+    This is what COCO and most assigners compare with crowd regions (`b`).
+
+    Args:
+        a: N boxes x0, y0, x1, y1, whose areas divide; leading axes are batches.
+        b: M boxes.
+        plus_one: Whether sides are x1 - x0 + 1.
+
+    Returns:
+        Shares in [0, 1]; 0 for boxes of `a` without area.
+    """
+    if plus_one:
+        a, b = _with_last_pixel(a), _with_last_pixel(b)
+    both = _intersection(a, b)
+    return torch.where(both > 0, both / area(a)[..., :, None], both.new_zeros(()))
+
+
+def _with_last_pixel(boxes: Tensor) -> Tensor:
+    """Boxes that end at their last pixel -> boxes that end behind it."""
+    return boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
+
+
+def _intersection(a: Tensor, b: Tensor) -> Tensor:
+    """Area of the intersection of all pairs."""
     # One axis after the other: rows of M numbers are several times faster than M rows of two.
     across, down = (
         torch.minimum(a[..., :, None, i + 2], b[..., None, :, i + 2])
         - torch.maximum(a[..., :, None, i], b[..., None, :, i])
         for i in (0, 1)
     )
-    both = across.clamp(min=0) * down.clamp(min=0)
-    union = area(a)[..., :, None] + area(b)[..., None, :] - both
-    return torch.where(both > 0, both / union, both.new_zeros(()))
+    return across.clamp(min=0) * down.clamp(min=0)
 
 
 def generalised_iou(a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*n"]:
-    """GIoU of boxes with boxes, broadcast (arXiv 1902.09630): the overlap, less the share of the smallest box around
-    both that is in neither. -1 ... 1."""
+    """Generalised IoU of corresponding boxes (arXiv 1902.09630).
+
+    Args:
+        a: Boxes x0, y0, x1, y1.
+        b: Boxes, broadcast against `a`.
+
+    Returns:
+        IoU minus the share of the smallest enclosing box that is in neither, in [-1, 1].
+    """
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     both = (high - low).clamp(min=0).prod(-1)
     union = area(a) + area(b) - both
-    around = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     tiny = torch.finfo(union.dtype).tiny
-    return both / union.clamp(min=tiny) - (around - union) / around.clamp(min=tiny)
+    return both / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+# ---- other forms -----------------------------------------------------------------------------------------------------
 
 
 def corners(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """Centre x, y, width, height -> x0, y0, x1, y1."""
+    """Converts centre x, centre y, width, height to x0, y0, x1, y1."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], -1)
 
 
-def clip(boxes: Float[Tensor, "*n 4"], size: tuple[float, float]) -> Float[Tensor, "*n 4"]:
-    """Boxes cut at the borders of an image of `size` (H, W)."""
-    limit = boxes.new_tensor([size[1], size[0], size[1], size[0]])
+def clip(boxes: Float[Tensor, "*n 4"], size: tuple[float, float], plus_one: bool = False) -> Float[Tensor, "*n 4"]:
+    """Clips boxes to an image.
+
+    Args:
+        boxes: Boxes x0, y0, x1, y1.
+        size: Height and width of the image.
+        plus_one: Whether x1 and y1 are the last pixel of a box, at most W - 1 and H - 1.
+    """
+    last = 1 if plus_one else 0
+    limit = boxes.new_tensor([size[1] - last, size[0] - last] * 2)
     return boxes.clamp(min=0).minimum(limit)
 
 
 def around(boxes: Float[Tensor, "n 4"], owners: Int[Tensor, " n"], count: int) -> Float[Tensor, "d 4"]:
-    """The box around all boxes of each of `count` owners; zeros for one that has none."""
+    """The smallest box around all boxes of each owner.
+
+    Args:
+        boxes: Boxes x0, y0, x1, y1.
+        owners: The owner of each box, 0 ... `count` - 1.
+        count: Number of owners.
+
+    Returns:
+        One box per owner; zeros for an owner without boxes.
+    """
     index = owners[:, None].expand(-1, 2)
     low = boxes.new_zeros(count, 2).scatter_reduce(0, index, boxes[:, :2], "amin", include_self=False)
     high = boxes.new_zeros(count, 2).scatter_reduce(0, index, boxes[:, 2:], "amax", include_self=False)
     return torch.cat([low, high], 1)
+
+
+# ---- coding ----------------------------------------------------------------------------------------------------------
 
 
 def encode(
@@ -73,7 +161,11 @@ def encode(
 ) -> Float[Tensor, "n 4"]:
     """Deltas dx, dy, dw, dh that take `boxes` to `targets` (R-CNN, arXiv 1311.2524, appendix C).
 
-    `plus_one`: sides are x1 - x0 + 1, as maskrcnn-benchmark and Detectron count pixels.
+    Args:
+        boxes: Anchors or proposals x0, y0, x1, y1.
+        targets: The boxes that they should become.
+        weights: Factors of dx, dy, dw and dh.
+        plus_one: Whether sides are x1 - x0 + 1 (maskrcnn-benchmark, Detectron).
     """
     x, y, w, h = _centres(boxes, plus_one)
     tx, ty, tw, th = _centres(targets, plus_one)
@@ -87,7 +179,17 @@ def decode(
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     plus_one: bool = False,
 ) -> Float[Tensor, "*n 4"]:
-    """The boxes that `deltas` make of `boxes`, in float32; dw and dh are bounded from above only."""
+    """Applies deltas to boxes: the inverse of `encode`.
+
+    Args:
+        boxes: Anchors or proposals x0, y0, x1, y1.
+        deltas: dx, dy, dw, dh; dw and dh are bounded from above by `LARGEST_LOG_SCALE`, and not from below.
+        weights: Factors that the deltas were multiplied by.
+        plus_one: Whether sides are x1 - x0 + 1.
+
+    Returns:
+        Boxes x0, y0, x1, y1 in float32.
+    """
     x, y, w, h = _centres(boxes.float(), plus_one)
     dx, dy, dw, dh = (d / k for d, k in zip(deltas.float().unbind(-1), weights, strict=True))
     dw, dh = dw.clamp(max=LARGEST_LOG_SCALE), dh.clamp(max=LARGEST_LOG_SCALE)
@@ -97,6 +199,7 @@ def decode(
 
 
 def _centres(boxes: Tensor, plus_one: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centre x, centre y, width and height."""
     x0, y0, x1, y1 = boxes.unbind(-1)
     w, h = x1 - x0, y1 - y0
     if plus_one:
@@ -107,14 +210,21 @@ def _centres(boxes: Tensor, plus_one: bool) -> tuple[Tensor, Tensor, Tensor, Ten
 def pyramid_level(
     boxes: Float[Tensor, "n 4"], lowest: int = 2, highest: int = 5, rule: LevelRule = "detectron2"
 ) -> Int[Tensor, " n"]:
-    """The level k = floor(4 + log2(sqrt(w h) / 224)) that a box is read from (FPN, arXiv 1612.03144, eq. 1).
+    """The pyramid level that each box is pooled from: floor(4 + log2(sqrt(w h) / 224)) (FPN, arXiv 1612.03144, eq. 1).
 
-    The three code bases keep a box of exactly 112, 224, ... pixels from falling a level in three ways: detectron2 adds
-    1e-8 inside the logarithm, torchvision 1e-6 outside it, maskrcnn-benchmark 1e-6 inside and counts sides + 1.
+    Args:
+        boxes: Boxes x0, y0, x1, y1 in pixels of the network's input.
+        lowest: The finest level.
+        highest: The coarsest level.
+        rule: How rounding is kept from moving a box of exactly 112, 224, ... pixels down a level: "detectron2" adds
+            1e-8 inside the logarithm, "torchvision" 1e-6 outside of it, "maskrcnn-benchmark" 1e-6 inside, with sides
+            x1 - x0 + 1.
+
+    Returns:
+        Levels between `lowest` and `highest`.
     """
     if rule == "maskrcnn-benchmark":
-        ratio = torch.sqrt((boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)) / 224
-        level = torch.floor(4 + torch.log2(ratio + 1e-6))
+        level = torch.floor(4 + torch.log2(torch.sqrt(area(boxes, plus_one=True)) / 224 + 1e-6))
     elif rule == "torchvision":
         level = torch.floor(4 + torch.log2(torch.sqrt(area(boxes)) / 224) + 1e-6)
     else:
@@ -122,22 +232,45 @@ def pyramid_level(
     return level.clamp(lowest, highest).to(torch.int64)
 
 
+# ---- suppression -----------------------------------------------------------------------------------------------------
+
+
 def nms(
     boxes: Float[Tensor, "n 4"],
-    scores: Float[Tensor, " n"],
-    groups: Int[Tensor, " n"],
+    scores: Float[Tensor, " _s"],
+    groups: Int[Tensor, " _g"],
     threshold: float,
     limit: int | None = None,
+    plus_one: bool = False,
 ) -> Int[Tensor, " kept"]:
-    """Indices of the boxes that survive greedy suppression within each group, best first.
+    """Greedy non-maximum suppression within groups.
 
-    On the host each group is taken by itself, since the kernel's time grows with the square of what it is given. On an
-    accelerator all go at once: each group is shifted into a place of its own, in float64, where that does not move a
-    box by as much as a rounding step of float32 would. Neither looks at how many there are, unless there is a limit.
+    On the CPU each group is processed separately, since the time of the kernel grows with the square of its input. On
+    an accelerator all groups are processed at once: each is shifted to a region of its own, in float64, which moves no
+    box by as much as a rounding step of float32. Neither synchronises with the host unless there is a limit.
 
-    limit  so many of the survivors are wanted, the best. Only better boxes decide about a box: the best few times as
-           many are looked at first, and more only if too few of them survive
+    Args:
+        boxes: Boxes x0, y0, x1, y1.
+        scores: The score of each box.
+        groups: Boxes of different groups, such as classes or levels, do not suppress each other.
+        threshold: Boxes whose IoU with a better one is larger are suppressed.
+        limit: Number of boxes to keep at most. Only better boxes decide about a box, so that a few times as many are
+            processed first, and more if too few of them remain.
+        plus_one: Whether sides are x1 - x0 + 1.
+
+    Returns:
+        Indices of the remaining boxes, best first.
+
+    Raises:
+        UsageError: If there is not one score and one group per box.
     """
+    if not len(boxes) == len(scores) == len(groups):
+        raise UsageError(
+            f"nms: scores and groups must have one entry per box, got {len(scores)} scores and {len(groups)} groups "
+            f"for {len(boxes)} boxes"
+        )
+    if plus_one:
+        boxes = _with_last_pixel(boxes)
     if limit == 0:
         return groups.new_zeros(0, dtype=torch.int64)
     if limit is not None and len(scores) > 8 * limit:

@@ -1,4 +1,4 @@
-"""Counts over all devices, so that many small batches give the gradients of one large one."""
+"""Counts over all devices, so that many small batches have the gradients of one large one."""
 
 from __future__ import annotations
 
@@ -13,26 +13,29 @@ _LOCAL: ContextVar[bool] = ContextVar("_LOCAL", default=False)
 
 
 def global_mean_count(count: Tensor, minimum: float = 1.0, more: float = 0.0) -> Tensor:
-    """What a loss divides by: the mean over all devices of `count`, its total being at least `minimum`, plus `more`;
-    float32.
+    """The normaliser of a loss: the mean over all devices of a count.
 
-    Several devices hold one large batch in pieces, and their gradients are averaged, not added. A loss that is a sum
-    over objects divided by their number n would, with each device dividing by its own n, weigh an object on an emptier
-    device more. Divided by the mean count instead, the average over R devices is
+    Several devices hold one large batch in parts, and their gradients are averaged, not added. If each device divided
+    its sum over objects by its own number of objects n_r, an object on a device with few objects would weigh more.
+    Divided by the mean count instead, with N objects on R devices in all, the average is
 
         1/R * sum_r (sum_r / (N/R)) = sum over all objects / N,
 
-    the gradient of the whole batch in a single process. That is what "the same gradients" means here, and it holds
-    for every term of the form sum / count. So, instead of `loss.mean()` or `loss.sum() / n.clamp(min=1)`:
+    the gradient of the whole batch in a single process. This holds for every term of the form sum / count. Therefore,
+    instead of `loss.mean()` or `loss.sum() / n.clamp(min=1)`:
 
         loss.sum() / global_mean_count(positive.sum())
 
-    `count` is a tensor of any shape (several counts are one message) and is not differentiated. `minimum` holds for
-    the total over all devices, where a single process would write `clamp(min=1)`, and `more` is added to that total,
-    where it would write `+ 1`. With one process this is that clamp and that sum.
+    Every process must call this equally often and in the same order, also for images without objects: call it before
+    any branch on emptiness. With gradient accumulation the counts are those of one backward pass, not of a whole step.
 
-    Every process must call this equally often in the same order, also with an image without objects: call it before
-    any branch on emptiness. With accumulation the counts are those of one backward pass, not of the whole step.
+    Args:
+        count: The count on this device, of any shape (several counts are one message). It is not differentiated.
+        minimum: Lower bound of the total over all devices, where a single process would write `clamp(min=1)`.
+        more: Added to that total, where a single process would write `+ 1`.
+
+    Returns:
+        (max(total, minimum) + more) / number of devices, in float32.
     """
     total = count.detach().float()
     world = _world()
@@ -44,7 +47,7 @@ def global_mean_count(count: Tensor, minimum: float = 1.0, more: float = 0.0) ->
 
 @contextmanager
 def local_counts() -> Iterator[None]:
-    """Inside, `global_mean_count` counts this process alone: for validation, whose shards are of unequal length."""
+    """Inside, `global_mean_count` counts this process only: for validation, whose shards differ in length."""
     token = _LOCAL.set(True)
     try:
         yield
@@ -53,6 +56,7 @@ def local_counts() -> Iterator[None]:
 
 
 def _world() -> int:
+    """Number of devices whose counts are summed."""
     if _LOCAL.get() or not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return 1
     return torch.distributed.get_world_size()

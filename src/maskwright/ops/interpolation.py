@@ -1,8 +1,8 @@
 """Bilinear resampling as two small matrices.
 
-Reading a P x P grid at every crossing of some rows and some columns is separable: `rows @ grid @ columns.T`, where a
-row of each matrix holds the at most two weights of one sample. Next to gathering four neighbours per sample this moves
-hardly any memory, and it is a matrix product, which every device is best at.
+Sampling a P x P grid at every crossing of some rows and some columns is separable: `rows @ grid @ columns.T`, where a
+row of each matrix holds the at most two weights of one sample. Compared to gathering four neighbours per sample, this
+moves little memory, and it is a matrix product, which every device computes fast.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from torch import Tensor
 def weights(
     positions: Float[Tensor, "*n s"], length: int, outside: Literal["zeros", "border"] = "zeros"
 ) -> Float[Tensor, "*n s length"]:
-    """Weights on `length` cells of samples at `positions`, counted in cells from the centre of the first.
+    """Weights of the cells of a row for linear interpolation.
 
-    "zeros": the grid is surrounded by zeros; "border": positions beyond the outer cells' centres read those cells.
+    Args:
+        positions: Sample positions, in cells, counted from the centre of the first cell.
+        length: Number of cells.
+        outside: "zeros" if the row is surrounded by zeros; "border" if positions beyond the centres of the outer cells
+            read those cells.
     """
     if outside == "border":
         positions = positions.clamp(0, length - 1)

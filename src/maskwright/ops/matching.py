@@ -1,4 +1,4 @@
-"""Which prediction answers for which object: matching by overlap, and sampling of the matched."""
+"""Matching of boxes and objects by overlap, and sampling of the matches."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ NEGATIVE, IGNORED = -1, -2
 def match(
     iou: Float[Tensor, "m n"], low: float, high: float, rescue: bool = False
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """For each of N boxes: the object of its largest overlap, and the same where the match counts.
+    """Matches each of N boxes to the object that it overlaps most (Faster R-CNN, arXiv 1506.01497, section 3.1.2).
 
-    The second is the object's index where the overlap is at least `high`, NEGATIVE below `low`, IGNORED between.
-    With `rescue` every box that ties for an object's best overlap counts too (Faster R-CNN, arXiv 1506.01497, 3.1.2);
-    it keeps the object of its own largest overlap, as all published code has it. An object that no box overlaps rescues
-    none, where published code takes all boxes there are.
+    Args:
+        iou: Overlap of M objects with N boxes. Either number may be 0.
+        low: Boxes whose largest overlap is less are negative.
+        high: Boxes whose largest overlap is at least this are positive; those between are ignored.
+        rescue: Whether every box that ties for an object's largest overlap is positive too. As in all published code
+            it is matched to the object of its own largest overlap. An object that no box overlaps rescues none, where
+            published code takes all boxes.
+
+    Returns:
+        For each box the object of its largest overlap (0 if there are no objects), and the same where the match is
+        positive, `NEGATIVE` or `IGNORED` elsewhere.
     """
     count = iou.shape[1]
-    if not iou.shape[0]:
+    if not iou.numel():
         return iou.new_zeros(count, dtype=torch.int64), iou.new_full((count,), NEGATIVE, dtype=torch.int64)
     best, nearest = iou.max(0)
     matched = torch.where(best >= high, nearest, IGNORED)
@@ -36,11 +43,20 @@ def match(
 def match_each(
     objects: Float[Tensor, "m 4"], boxes: Float[Tensor, "n 4"], low: float, high: float, at_once: int = 64
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """As `match`, of boxes' overlap; and every object gets a box of its own, however little they overlap (SSD, YOLACT).
+    """Matches as `match` does, and every object with a box of its own, however small their overlap (SSD, YOLACT).
 
-    Of all pairs of an object and a box that have no partner yet the one of the largest overlap is joined, until every
-    object has a box; that box then answers for it alone. Equal overlaps go to the first object, then to the first box.
-    at_once  objects compared together: bounds the memory at about 60 N `at_once` bytes
+    Of all pairs of an object and a box that are both unpaired, the one of the largest overlap is paired, until every
+    object has a box; that box is then positive for this object. Ties go to the first object, then to the first box.
+
+    Args:
+        objects: M boxes of objects, x0, y0, x1, y1.
+        boxes: N boxes to match, in the same frame.
+        low: See `match`.
+        high: See `match`.
+        at_once: Number of objects compared together; bounds the memory to about 60 N `at_once` bytes.
+
+    Returns:
+        As `match`.
     """
     count, own = len(boxes), min(len(objects), len(boxes))
     best = torch.full((count,), -1.0, device=boxes.device)
@@ -52,7 +68,7 @@ def match_each(
         largest, row = iou.max(0)
         nearest = torch.where(largest > best, row + first, nearest)
         best = torch.maximum(largest, best)
-        # No object can need more candidates than there are objects. The bits of a float above 0 sort as it does.
+        # No object needs more candidates than there are objects. The bits of a positive float sort as its value does.
         rank = (iou.float().view(torch.int32).long() << 32) + later
         places.append(rank.topk(own, 1).indices)
         values.append(iou.gather(1, places[-1]))
@@ -73,7 +89,17 @@ def match_each(
 def sample(
     positive: Bool[Tensor, " n"], negative: Bool[Tensor, " n"], size: int, share: float
 ) -> tuple[Int[Tensor, " p"], Int[Tensor, " q"]]:
-    """Indices of at most `size * share` random positives, and of random negatives that fill up to `size`."""
+    """Draws a random sample of positives and negatives.
+
+    Args:
+        positive: Which of N boxes are positive.
+        negative: Which are negative.
+        size: Number of boxes to draw, if there are as many.
+        share: Largest share of positives.
+
+    Returns:
+        Indices of at most `size * share` positives, and of negatives that fill the sample up to `size`.
+    """
     candidates, others = positive.nonzero().flatten(), negative.nonzero().flatten()
     take = min(len(candidates), int(size * share))
     rest = min(len(others), size - take)

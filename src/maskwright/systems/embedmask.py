@@ -259,7 +259,7 @@ class EmbedMask(System):
         owner, goal = torch.stack(owners), torch.stack(goals)  # (B, N), (B, N, 4)
         logits, said, central = (_rows(v).float() for v in (raw.logits, raw.distances, raw.centerness))
         labels = torch.cat([t.labels[o[o >= 0]] for t, o in zip(targets, owners, strict=True)])
-        terms = fcos.place_losses(logits, said, central[..., 0], owner >= 0, labels, goal)
+        terms = fcos.location_losses(logits, said, central[..., 0], owner >= 0, labels, goal)
 
         # What an object's places say of its mask; the objects of all images are numbered through.
         counts = [len(t) for t in targets]

@@ -127,7 +127,7 @@ class System(nn.Module):
     @classmethod
     def upgraded(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         """Converts options that an earlier version wrote into a file to today's names and groups."""
-        from maskwright.blocks.backbones import family_of
+        from maskwright.blocks.backbones import options_of
 
         parameters, result = inspect.signature(cls.__init__).parameters, dict[str, Any]()
         groups = groups_of(cls.__init__)
@@ -146,9 +146,9 @@ class System(nn.Module):
                 result[group] = value
         own = result.get("backbone")
         if "backbone" in groups and isinstance(own, dict) and isinstance(own.get("name"), str):
-            used = family_of(own["name"]).options  # earlier versions kept fields that a family ignores
-            if own["name"].startswith("swin-"):
-                own["width"] = options.get("swin_width", own.get("width"))
+            used = options_of(own["name"])  # earlier versions kept fields that a family ignores
+            if own["name"].startswith("swin-") and "stem_width" in options:
+                own["width"] = options.get("swin_width")
             result["backbone"] = {k: v for k, v in own.items() if k == "name" or k in used}
         return result
 
