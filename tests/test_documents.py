@@ -18,13 +18,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import maskwright
 from maskwright import cli
 from maskwright.blocks.backbones import Backbone, Use
 from maskwright.checkpoints import list_checkpoints
-from maskwright.data import Scenes
+from maskwright.data import Scenes, formats, open_dataset
 from maskwright.systems import names, presets, system_class
 
 ROOT = Path(__file__).parents[1]
@@ -151,3 +152,30 @@ def test_the_backbone_of_the_how_to_has_the_levels_that_it_declares():
     assert [tuple(each.shape[1:]) for each in maps] == [
         (channels, 64 // stride, 96 // stride) for channels, stride in zip(*levels, strict=True)
     ]
+
+
+def test_the_data_set_of_the_how_to_is_read_and_trained_on(tmp_path):
+    page = ROOT / "docs/how-to/use-other-data.md"
+    for split, seed in (("train", 0), ("val", 1)):
+        for folder in ("images", "masks"):
+            (tmp_path / split / folder).mkdir(parents=True)
+        for index, sample in enumerate(Scenes(4, (64, 96), classes=("disc",), seed=seed, empty=0.0)):
+            planes = sample.target.masks.dense()
+            numbers = (
+                (planes * torch.arange(1, len(planes) + 1)[:, None, None]).amax(0) if len(planes) else planes.sum(0)
+            )
+            Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(tmp_path / split / f"images/{index}.png")
+            Image.fromarray(numbers.byte().numpy()).save(tmp_path / split / f"masks/{index}.png")
+    code = blocks(page, "python")
+    module = ModuleType("documents_mask_folder")
+    sys.modules[module.__name__] = module
+    exec(compile(code[0] + code[2], str(page), "exec"), module.__dict__)
+    formats.register_format("mask-folder", module.__name__)
+    try:
+        dataset = open_dataset(tmp_path, "val")
+        assert dataset.origin == "val/masks (folder of masks)"
+        assert dataset.sizes() == [(64, 96)] * 4
+        assert all(len(sample.target) and sample.target.masks.areas().gt(0).all() for sample in dataset)
+        maskwright.evaluate(maskwright.create("yolact-small", classes=("object",)), tmp_path, detections=5)
+    finally:
+        del formats.FORMATS["mask-folder"]
