@@ -307,8 +307,9 @@ def test_a_saved_system_fetches_no_pretrained_weights_again(tmp_path, monkeypatc
         return make(name, pretrained=False, **options)
 
     monkeypatch.setattr(timm, "create_model", watched)
-    small = {"neck_width": 32, "head_width": 32, "head_convs": 1, "mask_width": 32}
-    system = maskwright.systems.create("solov2", classes=("a",), backbone="timm:test_resnet", pretrained=True, **small)
+    small = {"neck_width": 32, "head": {"width": 32, "convs": 1}, "mask_width": 32}
+    backbone = {"name": "timm:test_resnet", "pretrained": True}
+    system = maskwright.systems.create("solov2", classes=("a",), backbone=backbone, **small)
     save(system, tmp_path / "own.safetensors")
     again = load(tmp_path / "own.safetensors")
     assert asked == [True, False]

@@ -73,7 +73,7 @@ def test_a_system_for_grey_learns_from_and_measures_coloured_images(tmp_path):
     scenes = Scenes(4, size=(64, 64), seed=0)
     best = mw.train(
         "solo-small", scenes, val=scenes, out=tmp_path / "run", steps=2, batch=2, short=(64,), workers=0,
-        tensorboard=False, options={"in_channels": 1, "backbone": "resnet18", "stem_width": 16, "neck_width": 64},
+        tensorboard=False, options={"in_channels": 1, "backbone": {"name": "resnet18", "width": 16}, "neck_width": 64},
     )  # fmt: skip
     system = mw.load(best)
     assert len(system.preprocess.mean) == 1

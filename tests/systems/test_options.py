@@ -24,7 +24,7 @@ pytestmark = pytest.mark.fast
         ("solo", {"neck_width": "abc"}, "solo: neck_width must be an integer, got 'abc'"),
         ("solo", {"align": "pol"}, "did you mean 'pool'"),
         ("mask-rcnn", {"anchor_sizes": 32}, "anchor_sizes must be a list of numbers, got 32"),
-        ("solo", {"ranges": [1, 2]}, "ranges must be a list of lists of numbers"),
+        ("solo", {"cells": {"ranges": [1, 2]}}, "cells.ranges must be a list of lists of numbers"),
         ("detr", {"queries": True}, "queries must be an integer, got True"),
         ("detr", {"cost": [1, "x", 2]}, "cost must be a list of numbers"),
         ("mask-rcnn", {"pretrained": 1}, "pretrained must be True or False, got 1"),

@@ -1,4 +1,4 @@
-"""What is SOLO's, Decoupled SOLO's and SOLOv2's own."""
+"""Behaviour specific to SOLO, Decoupled SOLO and SOLOv2."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from maskwright.checkpoints.origins import origins
 from maskwright.errors import UsageError
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import create
+from maskwright.systems.solov2 import SOLOv2
 from tests.systems.tiny import SIZE, build, objects
 
 LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
@@ -21,15 +22,18 @@ SMALL = (64, 96)
 OPTIONS = {
     "focal masks": ("solo", {"mask_loss": "focal"}),
     "no coordinates, pooled": ("solo", {"coordinates": False, "align": "pool", "mask_loss": "bce"}),
-    "one tower, its last convolution deformable": ("decoupled-solo", {"shared_tower": True, "head_deform": "last"}),
-    "deformable throughout": ("solov2", {"head_deform": "all", "deform_modulated": True}),
+    "one tower, its last convolution deformable": (
+        "decoupled-solo",
+        {"shared_tower": True, "head": {"deform": "last"}},
+    ),
+    "deformable throughout": ("solov2", {"head": {"deform": "all", "modulated": True}}),
     "3 x 3 kernels without coordinates": ("solov2", {"kernel_size": 3, "coordinates": False}),
-    "AdelaiDet's": ("solov2", {"rules": "adelaidet", "norm": "frozen", "stride_in": "1x1"}),
+    "rules of AdelaiDet": ("solov2", {"rules": "adelaidet", "backbone": {"norm": "frozen", "stride_in": "1x1"}}),
 }
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS.values(), ids=OPTIONS)
-def test_each_option_trains_and_finds(name, options):
+def test_each_option_trains_and_detects(name, options):
     system = build(name, **options)
     images = torch.randn(2, 3, *SMALL)
     for counts in ((3, 1), (0, 0)):
@@ -40,7 +44,7 @@ def test_each_option_trains_and_finds(name, options):
         assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
     with torch.no_grad():
         for part, values in system.named_parameters():
-            if "_output." in part and part.endswith("bias"):  # masks that are there, not one per cent sure
+            if part.startswith(("masks.", "dense.across_output", "dense.down_output")) and part.endswith("bias"):
                 values.fill_(2.0)
         raw, places = system.eval()(images), [Placement.identity(SMALL)] * 2
         for nms in (None, 0.5):
@@ -49,8 +53,8 @@ def test_each_option_trains_and_finds(name, options):
 
 
 @pytest.mark.parametrize("name", ["decoupled-solo", "solov2"])
-def test_a_grid_of_one_cell_is_looked_at_alone_as_in_a_batch(name):
-    system = build(name, grids=(4, 3, 2, 2, 1)).eval()
+def test_a_grid_of_one_cell_gives_the_same_alone_as_in_a_batch(name):
+    system = build(name, cells={"grids": (4, 3, 2, 2, 1)}).eval()
     images = torch.randn(2, 3, *SMALL)
     with torch.no_grad():
         together, alone = system(images), system(images[:1])
@@ -61,23 +65,27 @@ def test_a_grid_of_one_cell_is_looked_at_alone_as_in_a_batch(name):
 def test_masks_of_single_cells_are_channels_of_the_last_convolution():
     system = build("solo").eval()
     raw = system(torch.randn(1, 3, *SIZE))
-    cells = torch.tensor([3, 0, 200, 3])
-    whole = system.mask_output[0](raw.features[0])[0].sigmoid()
-    torch.testing.assert_close(system.masks_of(raw, 0, 0, cells), whole[cells])
+    none, cells = torch.zeros(0, dtype=torch.int64), torch.tensor([3, 0, 20, 3])
+    chosen = [none, cells, none, none, none]
+    whole = system.masks.outputs[1](raw.features[1])[0].sigmoid()
+    masks = system.cell_masks(raw, 0, chosen)
+    torch.testing.assert_close(masks[1], whole[cells])
+    assert [len(own) for own in masks] == [0, 4, 0, 0, 0]
     resized = functional.interpolate(whole[None, cells], size=(50, 60), mode="bilinear")[0]
-    torch.testing.assert_close(system.masks_of(raw, 0, 0, cells, (50, 60)), resized)
+    torch.testing.assert_close(system.cell_masks(raw, 0, chosen, (50, 60))[1], resized)
 
 
 def test_a_decoupled_mask_is_the_product_of_its_column_and_its_row():
     system = build("decoupled-solo").eval()
     raw = system(torch.randn(1, 3, *SIZE))
-    row, column, grid = 2, 5, system.grids[1]
-    found = system.masks_of(raw, 0, 1, torch.tensor([row * grid + column]))[0]
+    row, column, grid = 2, 5, system.cells.grids[1]
+    chosen = [torch.tensor([row * grid + column] if level == 1 else [], dtype=torch.int64) for level in range(5)]
+    found = system.cell_masks(raw, 0, chosen)[1][0]
     torch.testing.assert_close(found, raw.across[1][0, column].sigmoid() * raw.down[1][0, row].sigmoid())
 
 
 def painted(system, **options) -> Instances:
-    """What is decoded where a cell of the finest grid names a rectangle, and its left neighbour nearly the same."""
+    """Decodes a raw output in which a cell of the finest grid and its left neighbour have nearly the same rectangle."""
     raw = system(torch.zeros(1, 3, *SIZE))
     classes = [torch.full_like(level, -9) for level in raw.classes]
     classes[0][0, 1, 4, 5], classes[0][0, 1, 4, 4], classes[0][0, 0, 2, 3] = 3.0, 2.0, 2.5
@@ -90,7 +98,7 @@ def painted(system, **options) -> Instances:
     return system.decode(raw, [Placement.identity(SIZE)], **options)[0]
 
 
-def test_kernels_make_masks_and_scores_tell_how_sure_they_are():
+def test_kernels_give_masks_and_scores_include_their_certainty():
     system = build("solov2").eval()
     with torch.no_grad():
         found = painted(system, nms_threshold=0.5)
@@ -105,8 +113,8 @@ def test_kernels_make_masks_and_scores_tell_how_sure_they_are():
     torch.testing.assert_close(decayed.scores[2], torch.tensor(2.0).sigmoid() * sure * (-2 * iou**2).exp())
 
 
-def test_a_cell_with_two_objects_learns_both_masks_in_solov2_alone():
-    # The same place twice, the second with a hole: SOLO's channels learn the later one, SOLOv2's kernels both.
+def test_a_cell_with_two_objects_is_trained_on_both_masks_in_solov2_only():
+    # Two objects in one place, the second with a hole: SOLO trains on the later one, SOLOv2 on both.
     first = objects(1, side=(50, 50))
     x, y = first.boxes[0, :2].long().tolist()
     planes = first.masks.dense()
@@ -125,33 +133,45 @@ def test_a_cell_with_two_objects_learns_both_masks_in_solov2_alone():
             assert together == pytest.approx(expected, abs=2e-2 * abs(alone - other)), name
 
 
-def test_boxes_end_at_their_last_pixel_for_the_fork_alone():
-    # 32 pixels wide: 31 by the fork's boxes, which are of no level here, 32 by AdelaiDet's.
+def test_boxes_include_their_last_pixel_for_the_fork_only():
+    # 32 pixels wide: 31 for the fork, which is outside all ranges, 32 for AdelaiDet.
     ranges = ((32, 40), (1000, 1001), (1000, 1001), (1000, 1001), (1000, 1001))
     image, target = torch.randn(1, 3, *SIZE), objects(1, side=(32, 32))
-    terms = {rules: build("solov2", rules=rules, ranges=ranges) for rules in ("mmdet", "adelaidet")}
+    terms = {rules: build("solov2", rules=rules, cells={"ranges": ranges}) for rules in ("mmdet", "adelaidet")}
     with torch.no_grad():
         found = {rules: float(s.losses(s(image), [target])["mask"]) for rules, s in terms.items()}
     assert found["mmdet"] == 0
     assert found["adelaidet"] > 0
 
 
-def test_wrong_options_are_refused_in_words():
-    with pytest.raises(UsageError, match="grids has 4 entries, ranges 5; there are 5 levels"):
-        create("solo", grids=(9, 8, 7, 6))
+def test_invalid_options_are_refused():
+    with pytest.raises(UsageError, match=r"solo: cells.grids must have 5 entries, got 4"):
+        create("solo", cells={"grids": (9, 8, 7, 6)})
     for name in ("solo", "decoupled-solo", "solov2"):
-        with pytest.raises(UsageError, match="head_convs is 0; both branches need at least 1"):
-            create(name, head_convs=0)
-        with pytest.raises(UsageError, match=r"grids is \[9, 8, 7, 6, 0\]; .* at least 1"):
-            create(name, grids=(9, 8, 7, 6, 0))
-    with pytest.raises(UsageError, match=r"ranges is .*; expected \(lowest, highest\)"):
-        create("solo", ranges=((1, 96), (48, 192), (96, 384), (192, 768), (384,)))
-    with pytest.raises(UsageError, match="backbone is 'vgg'; expected resnet18"):
+        with pytest.raises(UsageError, match=r"head.convs must be at least 1, got 0"):
+            create(name, head={"convs": 0})
+        with pytest.raises(UsageError, match=r"cells.grids must be at least 1, got \[9, 8, 7, 6, 0\]"):
+            create(name, cells={"grids": (9, 8, 7, 6, 0)})
+    with pytest.raises(UsageError, match=r"cells.ranges must be pairs of a lowest and a highest size"):
+        create("solo", cells={"ranges": ((1, 96), (48, 192), (96, 384), (192, 768), (384,))})
+    with pytest.raises(UsageError, match="there is no backbone 'vgg'"):
         create("solov2", backbone="vgg")
-    with pytest.raises(UsageError, match="rules is 'detectron'; expected mmdet or adelaidet"):
+    with pytest.raises(UsageError, match="rules must be one of 'mmdet', 'adelaidet', got 'detectron'"):
         create("solov2", rules="detectron")
-    with pytest.raises(UsageError, match="no ResNet of depth 51"):
-        create("decoupled-solo", backbone="resnet51")
+    with pytest.raises(UsageError, match="kernel_size must be one of 1, 3, got 2"):
+        create("solov2", kernel_size=2)
+    with pytest.raises(UsageError, match=r"solov2 has no option 'head_width': it is now head.width"):
+        create("solov2", head_width=128)
+
+
+@pytest.mark.fast
+def test_options_of_earlier_versions_are_converted():
+    old = {"classes": ["a"], "backbone": "resnet18", "head_deform": "last", "head_convs": 2, "deform_modulated": True}
+    options = SOLOv2.upgraded({**old, "sigma": 0.3, "short": 320})
+    assert options["head"] == {"deform": "last", "convs": 2, "modulated": True}
+    assert options["backbone"] == {"name": "resnet18", "deform_modulated": True}
+    assert (options["cells"], options["resize"]) == ({"sigma": 0.3}, {"short": 320})
+    assert SOLOv2.upgraded(options) == options
 
 
 def test_variants_of_the_layout_that_were_never_published_are_recognised():
@@ -162,7 +182,7 @@ def test_variants_of_the_layout_that_were_never_published_are_recognised():
     shapes["bbox_head.solo_kernel.weight"] = (9 * 128, *shapes["bbox_head.solo_kernel.weight"][1:])
     shapes["bbox_head.solo_kernel.bias"] = (9 * 128,)
     shapes |= {k.replace("layer1.1.", "layer1.2."): v for k, v in shapes.items() if k.startswith("backbone.layer1.1.")}
-    assert not [o for o in origins() if o.candidates(shapes, {})]  # there is no such ResNet
+    assert not [o for o in origins() if o.candidates(shapes, {})]  # no such ResNet exists
     shapes = {k: v for k, v in shapes.items() if not k.startswith("backbone.layer1.2.")}
     found = [(o.name, c.options) for o in origins() for c in o.candidates(shapes, {})]
     assert [name for name, _ in found] == ["WXinlong/SOLO"]

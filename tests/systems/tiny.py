@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from maskwright.structures import Instances, Masks
-from maskwright.systems import System, create
+from maskwright.systems import System, create, system_class
 
 SIZE = (96, 128)
 TRUNK = {"backbone": "resnet18", "stem_width": 16, "norm": "group", "frozen": 0}
 HEADS = {"neck_width": 32, "box_width": 64, "proposals_before": (200, 100), "proposals_after": (100, 50)}
-CELLS = {"neck_width": 32, "head_width": 32, "head_convs": 2, "grids": (16, 12, 8, 6, 4)}
+BACKBONE = {"backbone": {"name": "resnet18", "width": 16}}
+CELLS = {"neck_width": 32, "head": {"width": 32, "convs": 2}, "cells": {"grids": (16, 12, 8, 6, 4)}}
 QUERIES = {"width": 64, "heads": 4, "queries": 12, "hidden": 64}
 # What makes each system of the registry small. A new system adds its line.
 TINY: dict[str, dict[str, Any]] = {
@@ -59,9 +60,9 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "polarmask": {**TRUNK, "neck_width": 64, "head_convs": 1},
     "fouriernet": {**TRUNK, "neck_width": 64, "head_convs": 1, "coefficients": 18, "rays": 60},
-    "solo": {**TRUNK, **CELLS, "head_width": 128, "head_convs": 1},
-    "decoupled-solo": {**TRUNK, **CELLS},
-    "solov2": {**TRUNK, **CELLS, "mask_width": 32},
+    "solo": {**BACKBONE, **CELLS, "head": {"width": 128, "convs": 1}},
+    "decoupled-solo": {**BACKBONE, **CELLS},
+    "solov2": {**BACKBONE, **CELLS, "mask_width": 32},
     "deepsnake": {
         **TRUNK,
         "neck_width": 16,
@@ -125,7 +126,8 @@ TINY: dict[str, dict[str, Any]] = {
 
 def build(name: str, **options: Any) -> System:
     torch.manual_seed(0)
-    return create(name, **{"classes": ("a", "b"), **TINY[name], **options})
+    tiny = {"classes": ("a", "b"), **TINY[name]}
+    return create(name, **system_class(name).with_options(tiny, options))
 
 
 def objects(

@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.blocks import solo_grid as grid_ops
 from maskwright.ops.suppression import mask_iou, matrix_nms
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import create
+from maskwright.systems.families import solo_grid as grid_ops
+from maskwright.systems.families.solo_grid import Cells
 from maskwright.systems.solo import MASK_STRIDES
 from tests.parity.ledger import Ledger, inputs, matching
 
-TIES = "cells that equal a neighbour but for rounding are left out"
+TIES = "cells equal to a neighbour up to rounding are excluded"
 
 
 def check(system: Any, layout: Path, ledger: Ledger) -> None:
     own = Check(system.eval(), ledger)
     with torch.no_grad():
-        own.losses() if "loss_ins" in ledger else own.answers()
+        own.losses() if "loss_ins" in ledger else own.outputs()
 
 
 class Check:
@@ -36,29 +37,29 @@ class Check:
 
     # ---- the network ---------------------------------------------------------------------------------------------
 
-    def answers(self) -> None:
+    def outputs(self) -> None:
         ledger, kept = self.ledger, {}
         hooks = [
             part.register_forward_hook(lambda module, given, answer, name=name: kept.update({name: answer}))
-            for name, part in (("trunk", self.system.backbone), ("neck", self.system.neck))
+            for name, part in (("backbone", self.system.dense.backbone), ("neck", self.system.dense.neck))
         ]
         images = self.images()
         raw = self.system(images)
         for hook in hooks:
             hook.remove()
         for name in ledger.names(r"(c|res)\d"):
-            ledger.compare(name, kept["trunk"][int(name[-1]) - 2])
+            ledger.compare(name, kept["backbone"][int(name[-1]) - 2])
         for name in ledger.names(r"p\d"):
             ledger.compare(name, kept["neck"][int(name[-1]) - 2])
         for name in ledger.names(r"ins\d"):
             level = int(name[-1])
-            ledger.compare(name, self.system.mask_output[level](raw.features[level]))
+            ledger.compare(name, self.system.masks.outputs[level](raw.features[level]))
         for name in ledger.names(r"ins_[xy]\d"):
             ledger.compare(name, (raw.across if name[4] == "x" else raw.down)[int(name[-1])])
         if "cate_logits" in ledger:
-            ledger.compare("cate_logits", grid_ops.flat(raw.classes)[0])
+            ledger.compare("cate_logits", grid_ops.flatten_cells(raw.classes)[0])
         if "kernels" in ledger:
-            ledger.compare("kernels", grid_ops.flat(raw.kernels)[0])
+            ledger.compare("kernels", grid_ops.flatten_cells(raw.kernels)[0])
         if "mask_feat" in ledger:
             ledger.compare("mask_feat", raw.feature)
         if "cate_scores_pointnms" in ledger:
@@ -73,11 +74,11 @@ class Check:
             second = self.second_best(level)
             tie = (level - torch.where(level == best, second, best)).abs() < 1e-6
             values.append(grid_ops.point_nms(level).masked_fill(tie, torch.nan))
-        self.ledger.compare("cate_scores_pointnms", grid_ops.flat(values)[0], note=TIES)
+        self.ledger.compare("cate_scores_pointnms", grid_ops.flatten_cells(values)[0], note=TIES)
 
     @staticmethod
     def second_best(level: Tensor) -> Tensor:
-        """The best of the upper, left and upper left neighbours."""
+        """The highest of the upper, left and upper left neighbours."""
         padded = torch.nn.functional.pad(level, (1, 0, 1, 0), value=-1)
         return torch.stack([padded[..., :-1, :-1], padded[..., :-1, 1:], padded[..., 1:, :-1]]).amax(0)
 
@@ -111,32 +112,35 @@ class Check:
             inclusive = system.rules.inclusive if dynamic else True
             strides = (4,) * 5 if dynamic else MASK_STRIDES
             own = grid_ops.read_objects(target, raw.size, strides, images.device, inclusive=inclusive)
-            claims = grid_ops.assign(own, raw.size, system.grids, system.ranges, system.sigma)
-            labels = grid_ops.class_labels([own], [claims], system.grids)[0]
+            grids = system.cells.grids
+            assigned = grid_ops.assign(own, raw.size, system.cells)
+            labels = grid_ops.class_labels([own], [assigned], grids)[0]
             none = len(system.classes) if self.adelaidet else 0
             theirs = torch.where(labels < 0, none, labels + (not self.adelaidet))
             ledger.equal(f"image{image}_cate_label", theirs)
-            for level, (claim, grid, stride) in enumerate(zip(claims, system.grids, strides, strict=True)):
-                claim = claim if dynamic else claim.once(grid * grid)
+            for level, (positives, grid, stride) in enumerate(zip(assigned, grids, strides, strict=True)):
+                positives = positives if dynamic else positives.unique(grid * grid)
                 name = f"image{image}_level{level}"
                 for kind in ("positive_cells", "grid_order"):
                     if f"{name}_{kind}" in ledger:
-                        ledger.equal(f"{name}_{kind}", claim.cells)
+                        ledger.equal(f"{name}_{kind}", positives.cells)
                 if f"{name}_positive_yx" in ledger:
-                    ledger.equal(f"{name}_positive_yx", torch.stack([claim.cells // grid, claim.cells % grid], 1))
+                    ledger.equal(
+                        f"{name}_positive_yx", torch.stack([positives.cells // grid, positives.cells % grid], 1)
+                    )
                 if f"{name}_mask_target_area" in ledger:
-                    ledger.equal(f"{name}_mask_target_area", own.planes[stride][claim.owners].sum((1, 2)))
+                    ledger.equal(f"{name}_mask_target_area", own.planes[stride][positives.owners].sum((1, 2)))
 
     def targets(self, size: tuple[int, int], count: int) -> list[Instances]:
         source = self.ledger
-        if "image0_boxes" not in source:  # AdelaiDet's learns what the fork's does
+        if "image0_boxes" not in source:  # AdelaiDet's recording has the targets of the fork's
             beside = source.path.with_name(source.path.name.replace("-adet", ""))
             if not beside.exists():
                 raise LookupError(f"needs the targets in {beside.name}, which is not beside it")
             source = Ledger(beside)
         targets = []
         for image in range(count):
-            # The fork's boxes end at their last pixel; the numbers are the same in both recordings.
+            # The fork's boxes include their last pixel; the numbers are the same in both recordings.
             boxes = source.given(f"image{image}_boxes") + torch.tensor([0, 0, 1, 1]) * (not self.adelaidet)
             shape = source.given(f"image{image}_masks_shape").tolist()
             packed = source.given(f"image{image}_masks_packbits").numpy()
@@ -147,7 +151,7 @@ class Check:
 
 
 def objects(ledger: Ledger, name: str, found: Instances) -> None:
-    """Labels, scores and masks, in the original's order where scores are equal but for rounding."""
+    """Compares labels, scores and masks, in the original's order where scores are equal up to rounding."""
     assert found.scores is not None
     assert found.masks is not None
     theirs = ledger.peek(f"{name}_scores"), ledger.peek(f"{name}_labels")
@@ -174,7 +178,7 @@ def objects(ledger: Ledger, name: str, found: Instances) -> None:
 
 
 def post(ledger: Ledger) -> None:
-    """Hand-made objects through Matrix NMS and all that follows, for each of the three."""
+    """Compares Matrix NMS and decoding of synthetic objects, for each of the three systems."""
     about = ledger.about
     logits, labels, scores, cells = (ledger.given(n) for n in ("mask_logits", "labels", "scores", "cells"))
     soft = logits.sigmoid()
@@ -190,21 +194,21 @@ def post(ledger: Ledger) -> None:
     placement = Placement.resize((image[0], image[1]), (valid[0], valid[1]))
     rules = grid_ops.Suppression(
         limits["update_thr"], limits["score_thr"], kernel=limits["kernel"], sigma=limits["sigma"],
-        before=limits["nms_pre"], detections=limits["max_per_img"],
+        pre_nms_top_k=limits["nms_pre"], detections=limits["max_per_img"],
     )  # fmt: skip
-    smallest = grid_ops.per_cell(grid_ops.GRIDS, grid_ops.STRIDES, scores.device)
+    smallest = grid_ops.per_cell(Cells().grids, grid_ops.STRIDES, scores.device)
     table = torch.zeros(len(smallest), 80)
     table[cells, labels] = scores
     row = torch.zeros(len(smallest), dtype=torch.int64)
     row[cells] = torch.arange(len(cells))
-    tiny = {"backbone": "resnet18", "stem_width": 8, "neck_width": 8, "head_width": 8, "head_convs": 1}
+    tiny: Any = {"backbone": {"name": "resnet18", "width": 8}, "neck_width": 8, "head": {"width": 8, "convs": 1}}
     dynamic: Any = create("solov2", **tiny, mask_width=8, mask_channels=len(cells))
     kernels = torch.eye(len(cells))
     profiles = ledger.given("decoupled_x_profiles"), ledger.given("decoupled_y_profiles")
 
     def profile_masks(chosen: Tensor) -> Tensor:
         parts, first = [], 0
-        for own, grid in zip(grid_ops.by_level(chosen, grid_ops.GRIDS), grid_ops.GRIDS, strict=True):
+        for own, grid in zip(grid_ops.split_by_level(chosen, Cells().grids), Cells().grids, strict=True):
             columns, rows = (p[first : first + grid] for p in profiles)
             parts.append(columns[own % grid][:, None, :] * rows[own // grid][:, :, None])
             first += grid
@@ -212,12 +216,12 @@ def post(ledger: Ledger) -> None:
 
     ways = {
         "solo": lambda chosen: soft[row[chosen]],
-        "solov2": lambda chosen: dynamic.masks_of(logits, kernels[row[chosen]]).sigmoid(),
+        "solov2": lambda chosen: dynamic.mask_logits(logits, kernels[row[chosen]]).sigmoid(),
         "decoupled": profile_masks,
     }
     for name, way in ways.items():
-        masks, values, kinds = grid_ops.find(table, smallest, way, rules, height * width)
-        objects(ledger, name, grid_ops.on_image(masks, values, kinds, placement, size, limits["mask_thr"]))
+        masks, values, kinds = grid_ops.select_objects(table, smallest, way, rules, height * width)
+        objects(ledger, name, grid_ops.to_instances(masks, values, kinds, placement, size, limits["mask_thr"]))
 
 
 SYSTEMS = {"solo": check, "decoupled-solo": check, "solov2": check}
