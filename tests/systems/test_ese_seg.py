@@ -1,4 +1,4 @@
-"""What is ESE-Seg's own: its trunks, detectors and codes, and its conventions."""
+"""ESE-Seg: backbones, detectors, codes and conventions."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ import torch
 from maskwright.errors import UsageError
 from maskwright.ops.contours import decode_chebyshev
 from maskwright.structures import Instances, Masks, Placement
+from maskwright.systems import system_class
 from maskwright.systems.ese_seg import ANCHORS, Shapes
 from tests.systems.tiny import SIZE, build, objects
 
 OPTIONS = {
-    "Darknet-53": {"backbone": "darknet53", "stem_width": 4},
-    "tiny": {"backbone": "darknet-tiny", "stem_width": 4},
+    "Darknet-53": {"backbone": {"name": "darknet53", "width": 4}},
+    "tiny": {"backbone": {"name": "darknet-tiny", "width": 4}},
+    "DLA": {"backbone": {"name": "dla34", "width": 4}, "head_norm": "batch"},
     "few coefficients": {"coefficients": 8, "shift": 0.0},
     "other anchors": {"anchors": ((8, 8), (16, 16), (32, 32), (64, 64), (96, 96), (128, 128))},
     "widths that are no multiple of four": {"head_width": 3},
-    "PolarMask's head": {"detector": "fcos", "neck_width": 64, "head_convs": 1},
+    "PolarMask's head": {"detector": "fcos", "head": {"width": 64, "convs": 1}},
+    "PolarMask's head on Darknet-53": {
+        "detector": "fcos",
+        "head": {"width": 64, "convs": 1},
+        "backbone": {"name": "darknet53", "width": 4},
+    },
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_option_trains_and_finds(options):
+def test_each_option_trains_and_decodes(options):
     system = build("ese-seg", **{"head_width": 16, **options})
     size = (64, 96)
     raw = system(torch.randn(2, 3, *size))
@@ -42,26 +49,30 @@ def test_each_option_trains_and_finds(options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"backbone": "darknet19"}, "expected darknet53, darknet-tiny"),
-        ({"backbone": "vgg"}, "expected resnet18"),
-        ({"coefficients": 0}, "coefficients is 0; expected 1 ... 360"),
-        ({"coefficients": 361}, "coefficients is 361; expected 1 ... 360"),
-        ({"head_width": 0}, "head_width is 0; at least 1"),
-        ({"anchors": ()}, "anchors has 0 entries"),
-        ({"anchors": ((10, 10), (10, 0), (10, 10))}, "anchors is .*widths and heights must be above 0"),
-        ({"detector": "fcos", "rays": 50}, "divisor of 360"),
-        ({"detector": "fcos", "backbone": "darknet-tiny"}, "needs levels of strides 8, 16 and 32"),
-        ({"anchors": ANCHORS[:4]}, "anchors has 4 entries; expected .* equally many for each of 3 levels"),
+        ({"backbone": {"name": "darknet19"}}, "no backbone 'darknet19'"),
+        ({"coefficients": 0}, "coefficients must be between 1 and 360, got 0"),
+        ({"coefficients": 361}, "coefficients must be between 1 and 360, got 361"),
+        ({"head_width": 0}, "head_width must be at least 1, got 0"),
+        ({"anchors": ()}, "anchors must be pairs .* got 0 entries"),
+        ({"anchors": ((10, 10), (10, 0), (10, 10))}, "anchors must have widths and heights above 0"),
+        ({"anchors": ANCHORS[:4]}, "equally many for each of 3 levels, got 4 entries"),
+        ({"detector": "fcos", "rays": 50}, "rays must be a divisor of 360"),
+        (
+            {"detector": "fcos", "backbone": {"name": "darknet-tiny", "width": 2}},
+            "levels of strides 8, 16, 32 is needed",
+        ),
+        ({"detector": "ssd"}, "detector must be one of 'yolo', 'fcos', got 'ssd'"),
+        ({"neck_width": 32}, "no option 'neck_width': it is now head.width"),
     ],
 )
-def test_wrong_options_are_refused_in_words(options, words):
+def test_invalid_options_are_errors(options, words):
     with pytest.raises(UsageError, match=words):
         build("ese-seg", **options)
 
 
 @pytest.mark.fast
-def test_shapes_are_those_of_the_masks_as_they_are_now():
-    """Encoded after augmentation: a mirrored image has mirrored shapes, a stretched one stretched ones."""
+def test_shapes_are_encoded_after_augmentation():
+    """A mirrored image has mirrored shapes, a stretched one stretched shapes."""
     system = build("ese-seg")
     plane = torch.zeros(SIZE, dtype=torch.bool)
     plane[20:60, 30:40] = plane[50:60, 30:80] = True
@@ -70,15 +81,15 @@ def test_shapes_are_those_of_the_masks_as_they_are_now():
     for placement in (
         Placement.identity(SIZE), Placement.identity(SIZE).then_mirror(), Placement.resize(SIZE, (192, 96)),
     ):  # fmt: skip
-        laid = target.place(placement)
-        own = system.shapes(laid, torch.device("cpu"))
+        placed = target.place(placement)
+        own = system.encode(placed)
         outlines = decode_chebyshev(own.coefficients, own.centres, own.boxes).numpy()
-        again = Masks.from_polygons([[ring] for ring in outlines], laid.image_size)
-        assert float(again.iou(laid.masks)) > 0.65
+        again = Masks.from_polygons([[ring] for ring in outlines], placed.image_size)
+        assert float(again.iou(placed.masks)) > 0.65
 
 
 @pytest.mark.fast
-def test_the_anchor_of_the_best_shape_answers_and_the_later_of_two_objects_at_a_place():
+def test_the_anchor_with_the_best_overlap_is_assigned_and_the_later_of_two_objects_at_one_row():
     system = build("ese-seg").eval()
     raw = system(torch.randn(1, 3, *SIZE))
     rows = system.rows(raw.shapes)
@@ -97,17 +108,17 @@ def test_the_anchor_of_the_best_shape_answers_and_the_later_of_two_objects_at_a_
 
 
 @pytest.mark.fast
-def test_places_that_overlap_an_object_are_not_blamed():
+def test_locations_whose_box_overlaps_an_object_have_no_objectness_loss():
     system = build("ese-seg").eval()
     raw = system(torch.randn(1, 3, *SIZE))
     boxes = system.boxes(raw, system.rows(raw.shapes))[0][0]
     target = boxes[700:701].clamp(min=0)
-    assert system._ignored(boxes, target)[700]
-    assert not system._ignored(boxes, target[:0]).any()
+    assert system.ignored(boxes, target)[700]
+    assert not system.ignored(boxes, target[:0]).any()
 
 
 @pytest.mark.fast
-def test_the_shift_is_added_to_the_first_coefficient_alone():
+def test_the_shift_is_added_to_the_first_coefficient_only():
     plain, shifted = build("ese-seg", shift=0.0), build("ese-seg", shift=0.25)
     rows = plain.rows(plain(torch.randn(1, 3, *SIZE)).shapes)
     difference = shifted.coefficients(rows) - plain.coefficients(rows)
@@ -130,16 +141,28 @@ def test_a_mirrored_placement_gives_mirrored_objects():
 
 
 @pytest.mark.fast
-@pytest.mark.parametrize("detector", ["yolo", "fcos"])
-def test_a_target_without_masks_is_refused_in_words(detector):
-    system, target = build("ese-seg", detector=detector, neck_width=64, head_convs=1), objects(2)
-    target.masks = None
-    with pytest.raises(UsageError, match="boxes but no masks"):
-        system.losses(system(torch.randn(1, 3, *SIZE)), [target])
+def test_images_are_stretched_to_a_square_or_keep_their_shape():
+    square, kept = build("ese-seg"), build("ese-seg", resize={"fit": "short"})
+    assert square.preprocess.size(300, 500) == (128, 128)
+    assert kept.preprocess.size(300, 500) == (128, 213)
+    assert kept.preprocess.size(100, 900) == (57, 512)  # a long side of four short ones
 
 
 @pytest.mark.fast
-def test_an_object_whose_mask_is_empty_teaches_its_box_alone():
+def test_options_of_earlier_versions_are_converted():
+    kind = system_class("ese-seg")
+    old = {"backbone": "resnet18", "stem_width": 16, "norm": "batch", "neck_width": 64, "short": 320, "fit": "short"}
+    assert kind.upgraded(old) == {
+        "backbone": {"name": "resnet18", "width": 16, "norm": "batch"}, "head": {"width": 64},
+        "resize": {"short": 320, "fit": "short"},
+    }  # fmt: skip
+    assert kind.upgraded({"backbone": "timm:resnet18", "stem_width": None, "norm": "batch"}) == {
+        "backbone": {"name": "timm:resnet18"}, "head_norm": "batch",
+    }  # fmt: skip
+
+
+@pytest.mark.fast
+def test_an_object_with_an_empty_mask_has_losses_for_its_box_only():
     system, target = build("ese-seg"), objects(1)
     target.masks = Masks.from_dense(torch.zeros(1, *SIZE, dtype=torch.bool))
     terms = system.losses(system(torch.randn(1, 3, *SIZE)), [target])

@@ -15,7 +15,7 @@ from maskwright.structures import Masks
 from maskwright.systems.ese_seg import ESESeg, Raw, Shapes
 from tests.parity.ledger import Ledger, matching
 
-BLOWN = "random weights put boxes at e^8 anchors: the exponential multiplies a rounding step of its argument by it"
+BLOWN = "random weights give boxes of e^8 anchors: the exponential multiplies a rounding error of its argument by that"
 LOSSES = {
     "loss_obj": "objectness", "loss_center": "place", "loss_scale": "size", "loss_coef_center": "centre",
     "loss_coef": "coefficients", "loss_cls": "class",
@@ -31,7 +31,7 @@ def check(system: ESESeg, layout: Path, ledger: Ledger) -> None:
     def keep(module: Any, given: Any, answer: Any) -> None:
         routes.extend(answer)
 
-    hook = system.eval().backbone.register_forward_hook(keep)
+    hook = system.eval().dense.backbone.register_forward_hook(keep)
     with torch.no_grad():
         raw = system(images)
     hook.remove()
@@ -57,7 +57,7 @@ def one_level(raw: Raw, level: int) -> Raw:
 
 @torch.no_grad()
 def every(system: ESESeg, raw: Raw, level: int) -> Tensor:
-    """Class, score, box, centre and coefficients of each row, class by class, before suppression."""
+    """Class, score, box, centre and coefficients of each row, class by class, before non-maximum suppression."""
     whole, system.strides = system.strides, system.strides[level : level + 1]
     table, system.anchors = system.anchors, system.anchors[level : level + 1]
     rows = system.rows(raw.shapes)
@@ -73,7 +73,7 @@ def detections(system: ESESeg, raw: Raw, ledger: Ledger) -> None:
     limits: dict[str, Any] = ledger.about["thresholds"]
     found = system.find(raw, limits["valid"], limits["nms"], limits["post"], limits["topk"])[0]
     theirs = ledger.peek("det_ids")
-    count = int((theirs >= 0).sum())  # rows that hold nothing are -1
+    count = int((theirs >= 0).sum())  # unused rows are -1
     if len(found.scores) != count:
         return ledger.fail("det_ids", f"{len(found.scores)} objects instead of {count}")
     labels = (theirs[:count, 0].long(), found.labels)
@@ -108,11 +108,11 @@ def training(system: ESESeg, raw: Raw, ledger: Ledger) -> None:
     ledger.compare("t_coef", goals.coefficients[order])
     ledger.compare("t_weight", goals.weights[order, None].expand(-1, 2))
     ledger.compare("t_class", torch.nn.functional.one_hot(goals.labels[order], len(system.classes)).float())
-    blamed = goals.ignored.clone()
-    blamed[goals.rows] = False
-    ledger.equal("t_ignore", blamed.nonzero().flatten())
+    ignored = goals.ignored.clone()
+    ignored[goals.rows] = False
+    ledger.equal("t_ignore", ignored.nonzero().flatten())
     with torch.no_grad():
-        terms = system.losses_of(raw, [shapes])
+        terms = system.shape_losses(raw, [shapes])
     for name, ours in LOSSES.items():
         ledger.compare(name, terms[ours][None])
 
@@ -148,7 +148,7 @@ def codec(ledger: Ledger) -> None:
         ledger.compare(f"enc_{name}_center", centre)
         radii = contours.degree_radii(crops, corner, given[None], reach="corner")
         gaps = int(radii.isnan().sum())
-        note = f"{gaps} degrees that no pixel covers: theirs puts the number of a degree for a radius" if gaps else ""
+        note = f"{gaps} degrees that no pixel covers: theirs stores the number of a degree as radius" if gaps else ""
         ledger.compare(f"enc_{name}_rays", radii[0], note=note)
         rays = ledger.peek(f"enc_{name}_rays").double()[None]
         diagonal = box[2:].double().norm()
@@ -167,14 +167,14 @@ def codec(ledger: Ledger) -> None:
 
 
 def _overlap(outline: Tensor, mask: np.ndarray) -> Tensor:
-    """Of the mask with the outline painted as OpenCV paints points cut to whole numbers."""
+    """IoU of the mask with the outline, filled as OpenCV fills points truncated to integers."""
     painted = fill_contours(outline[None], mask.shape).dense()[0].numpy()
     return torch.tensor((painted & mask).sum() / (painted | mask).sum())
 
 
 def _shifted_pick(crop: np.ndarray, frame: Tensor) -> Tensor:
-    """Their inner centre where the best pixel is too near to the border: the list of sums loses an entry each time one
-    is rejected, the list of pixels does not, so that what is picked next is a pixel further on than it should be."""
+    """Their inner centre where the best pixel is too close to the border: a rejected pixel is removed from the list of
+    sums but not from that of pixels, so that the next choice is off by one."""
     plane = np.pad(crop, 1)
     well = contours._well_inside(plane)
     y, x = np.nonzero(plane)

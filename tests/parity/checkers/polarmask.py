@@ -13,18 +13,24 @@ import torch
 from torch import Tensor
 
 from maskwright.blocks import fcos
-from maskwright.blocks.polar import Thresholds, polar_centerness, polar_find, polar_losses, polar_targets
 from maskwright.ops.contours import fourier_coefficients, fourier_rays, ray_points, rays_from
 from maskwright.ops.outlines import Contours, fill_contours, outer_contours
 from maskwright.structures import Instances, Masks, Placement
-from maskwright.systems.fouriernet import FourierNet
-from maskwright.systems.polarmask import PolarMask
+from maskwright.systems.fouriernet import FourierCode, FourierNet
+from maskwright.systems.polarmask import (
+    PolarMask,
+    Thresholds,
+    polar_centerness,
+    polar_detections,
+    polar_losses,
+    polar_targets,
+)
 from tests.parity.ledger import Ledger, inputs, matching
 
-# The arc tangent that the originals call is a rounding step short of 45 degrees within whole vectors of float32, and
-# exact in what is left over at the end: whether such a pixel lies in degree 44 or 45 depends on its number along the
-# border. Rays further than three degrees away never read it.
-DIAGONAL = "beside a pixel right at 45 degrees rays are left out"
+# The arc tangent of the originals is a rounding error short of 45 degrees in full vectors of float32, and exact in the
+# remainder: whether such a pixel lies in degree 44 or 45 depends on its number along the border. Rays more than three
+# degrees away are not affected.
+DIAGONAL = "rays near a pixel at exactly 45 degrees are left out"
 LOSSES = {"loss_cls": "class", "loss_bbox": "box", "loss_mask": "mask", "loss_centerness": "centerness"}
 
 
@@ -32,20 +38,20 @@ def check(system: PolarMask | FourierNet, layout: Path, ledger: Ledger) -> None:
     about = ledger.about
     images = _images(about)
     size = (images.shape[-2], images.shape[-1])
-    trunk: list[Tensor] = []
+    features: list[Tensor] = []
 
     def keep(module: Any, given: Any, answer: list[Tensor]) -> None:
-        trunk.extend(answer[-1:] if module is system.backbone else answer)
+        features.extend(answer[-1:] if module is system.dense.backbone else answer)
 
-    hooks = [part.register_forward_hook(keep) for part in (system.backbone, system.neck)]
+    hooks = [part.register_forward_hook(keep) for part in (system.dense.backbone, system.dense.neck)]
     with torch.no_grad():
         raw = system.eval()(images)
         for hook in hooks:
             hook.remove()
-        answers = {"c5": trunk[0]}
+        answers = {"c5": features[0]}
         shape = ("coef", raw.codes) if isinstance(system, FourierNet) else ("rays", [c.exp() for c in raw.codes])
         boxes = ("box", [b.exp() for b in raw.boxes])
-        for level, values in enumerate(trunk[1:]):
+        for level, values in enumerate(features[1:]):
             answers[f"p{level + 3}"] = values
             for kind, levels in (("cls", raw.classes), boxes, ("centerness", raw.centerness), shape):
                 answers |= {f"{kind}_{level}": levels[level]} if levels else {}
@@ -69,18 +75,17 @@ def _images(about: dict[str, Any]) -> Tensor:
     return inputs(about)[0]
 
 
-# ---- objects -----------------------------------------------------------------------------------------------------
+# ---- decoding -----------------------------------------------------------------------------------------------------
 
 
 def _decoder(system: PolarMask | FourierNet, raw: Any, ledger: Ledger) -> None:
-    """All places of P5, with all coefficients and with the first few."""
+    """All locations of P5, with all coefficients and with the first few."""
     values = raw.codes[2][0].flatten(1).T
-    places = fcos.locations(raw.classes)[2]
     rays = system.code.decode(values)
     ledger.compare("decode_p5_rays", rays)
-    ledger.compare("decode_p5_xy", ray_points(places, rays).transpose(1, 2))
+    ledger.compare("decode_p5_xy", ray_points(fcos.locations(raw.classes)[2], rays).transpose(1, 2))
     for name in ledger.names(r"decode_p5_rays_first\d+"):
-        assert isinstance(system, FourierNet)
+        assert isinstance(system.code, FourierCode)
         visible = replace(system.code, visible=int(name.rsplit("first", 1)[1]))
         ledger.compare(name, visible.decode(values))
 
@@ -93,7 +98,7 @@ def _detections(system: PolarMask | FourierNet, raw: Any, ledger: Ledger) -> Non
     height, width = about["ori_shape"][:2]
     placement = Placement((height, width), tuple(about["img_shape"][:2]), (scale[0], scale[1]))
     thresholds = Thresholds(limits["score_thr"], limits["nms_iou"], limits["max_per_img"], limits["nms_pre"])
-    found = polar_find(raw, 0, placement, system.code, system.rules, thresholds)
+    found = polar_detections(raw, 0, placement, system.code, system.rules, thresholds)
     rows = matching(ledger.peek("det_boxes"), found.boxes, (ledger.peek("det_labels"), found.labels))
     if rows is None:
         return ledger.fail("det_boxes", f"{len(found.boxes)} boxes instead of {len(ledger.peek('det_boxes'))}")
@@ -110,7 +115,7 @@ def _detections(system: PolarMask | FourierNet, raw: Any, ledger: Ledger) -> Non
     ledger.compare_packed_rows("det_mask_bits", final.masks.dense(), share=0)
 
 
-# ---- learning ----------------------------------------------------------------------------------------------------
+# ---- targets and losses -----------------------------------------------------------------------------------------
 
 
 def _targets(system: PolarMask | FourierNet, raw: Any, ledger: Ledger, size: tuple[int, int]) -> None:
@@ -129,24 +134,24 @@ def _targets(system: PolarMask | FourierNet, raw: Any, ledger: Ledger, size: tup
         ledger.equal("t_labels", found.labels + 1)
         ledger.compare("t_boxes", found.inner)
         ledger.equal("t_pos", found.positive)
-    places = torch.cat(fcos.locations(raw.classes))[found.positive]
-    owners = _owners(found.inner[found.positive], places, boxes)
+    points = torch.cat(fcos.locations(raw.classes))[found.positive]
+    owners = _owners(found.inner[found.positive], points, boxes)
     if "t_rays" in ledger:
-        ledger.compare("t_rays", _certain(found.rays, contours, owners, places), note=DIAGONAL)
+        ledger.compare("t_rays", _certain(found.rays, contours, owners, points), note=DIAGONAL)
         ledger.compare("t_centerness", found.centerness)
     terms = polar_losses(raw, [found], system.code, system.rules)
     for name in ledger.names(r"loss_\w+"):
         ledger.compare(name, terms[LOSSES[name]])
 
 
-def _owners(inner: Tensor, places: Tensor, boxes: Tensor) -> Tensor:
-    """Whose box these distances describe."""
-    own = torch.cat([places - inner[:, :2], places + inner[:, 2:] + 1], 1)
+def _owners(inner: Tensor, points: Tensor, boxes: Tensor) -> Tensor:
+    """The objects whose boxes these distances describe."""
+    own = torch.cat([points - inner[:, :2], points + inner[:, 2:] + 1], 1)
     return torch.cdist(own, boxes).argmin(1)
 
 
 def _certain(rays: Tensor, contours: Contours, owners: Tensor, origins: Tensor) -> Tensor:
-    """Rays with NaN for those that read degree 44 or 45 where a pixel lies right on the diagonal between them."""
+    """Rays, with NaN for those that read degree 44 or 45 where a pixel lies exactly on the diagonal."""
     degrees = torch.arange(rays.shape[1]) * (360 / rays.shape[1])
     doubtful = (degrees >= 41) & (degrees <= 48)
     result = rays.clone()
@@ -169,7 +174,7 @@ def _codes(ledger: Ledger, size: tuple[int, int], count: int) -> None:
         contours = outer_contours(Masks.from_dense(plane[None]))
         border = _followed(plane.numpy())
         if {tuple(p) for p in border.tolist()} != {tuple(p) for p in contours.points.long().tolist()}:
-            ledger.fail(f"{stem}_center", "the border's pixels are others than those that following it visits")
+            ledger.fail(f"{stem}_center", "the pixels of the border differ from those that border following visits")
         if f"{stem}_npts" in ledger:
             ledger.equal(f"{stem}_npts", torch.tensor([len(border)]))
         ledger.equal(f"{stem}_center", _their_centre(plane))
@@ -204,10 +209,10 @@ def _planes(bits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _their_centre(plane: Tensor) -> Tensor:
-    """The mass centre as the originals sum it, pixel by pixel along the border, in floats, and cut to whole pixels.
+    """The centre of mass as the originals sum it: pixel by pixel along the border, in floats, and truncated.
 
-    Where the centre is a whole number, as in symmetrical shapes, their sum may end a rounding step below it and is then
-    cut to one less. Ours is exact. It must be the same before the cut; if it is not, ours is given back."""
+    If the exact centre is an integer, as in symmetrical shapes, their sum may be a rounding error below it and is then
+    truncated to one less. Ours is exact. Both must agree before truncation; otherwise ours is returned."""
     exact = outer_contours(Masks.from_dense(plane[None])).centres[0]
     border = _followed(plane.numpy()).astype(np.float64)
     before = np.roll(border, 1, 0)
@@ -221,8 +226,7 @@ def _their_centre(plane: Tensor) -> Tensor:
 
 
 def _followed(plane: np.ndarray) -> np.ndarray:
-    """The pixels x, y that following a mask's outer border (of its largest part) visits, in order, as Suzuki and Abe
-    do it: the others never lie on it."""
+    """The pixels x, y that following a mask's outer border (of its largest part) visits, in order (Suzuki and Abe)."""
     own = outer_contours(Masks.from_dense(torch.from_numpy(plane)[None])).points.long().tolist()
     solid = {(x, y) for y, x in np.argwhere(plane).tolist()}
     around = [(1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1)]  # counter-clockwise on the screen

@@ -1,4 +1,4 @@
-"""PolarMask and FourierNet as their authors' copies of MMDetection 1.0 lay them out."""
+"""PolarMask and FourierNet in the layout of their authors' copies of MMDetection 1.0."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from maskwright.checkpoints.origins import Origin, Shapes, State
 DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 
 RENAME = [
-    (r"^backbone\.conv1\.", "backbone.stem.conv."),
-    (r"^backbone\.bn1\.", "backbone.stem.norm."),
-    (r"^backbone\.layer(\d)\.", lambda m: f"backbone.stages.{int(m[1]) - 1}."),
+    (r"^backbone\.conv1\.", "dense.backbone.stem.conv."),
+    (r"^backbone\.bn1\.", "dense.backbone.stem.norm."),
+    (r"^backbone\.layer(\d)\.", lambda m: f"dense.backbone.stages.{int(m[1]) - 1}."),
     (r"\.conv(\d)\.(?=weight)", r".conv\1.conv."),
     (r"\.conv2_offset\.", ".conv2.offset."),
     (r"\.bn(\d)\.", r".conv\1.norm."),
     (r"\.downsample\.0\.", ".shortcut.conv."),
     (r"\.downsample\.1\.", ".shortcut.norm."),
-    (r"^neck\.lateral_convs\.", "neck.lateral."),
-    (r"^neck\.fpn_convs\.([012])\.", r"neck.output.\1."),
-    (r"^neck\.fpn_convs\.(\d)\.", lambda m: f"neck.coarser.{int(m[1]) - 3}."),
-    (r"^bbox_head\.cls_convs\.", "head.class_tower."),
-    (r"^bbox_head\.reg_convs\.", "head.box_tower."),
-    (r"^bbox_head\.mask_convs\.", "head.code_tower."),
-    (r"^(head\.\w+_tower\.\d+)\.gn\.", r"\1.norm."),
-    (r"^bbox_head\.polar_cls\.", "head.classes."),
-    (r"^bbox_head\.polar_reg\.", "head.boxes."),
-    (r"^bbox_head\.polar_mask\.", "head.codes."),
-    (r"^bbox_head\.polar_centerness\.", "head.centerness."),
-    (r"^bbox_head\.scales_bbox\.", "head.box_scales."),
-    (r"^bbox_head\.scales_mask\.", "head.code_scales."),
+    (r"^neck\.lateral_convs\.", "dense.neck.lateral."),
+    (r"^neck\.fpn_convs\.([012])\.", r"dense.neck.output.\1."),
+    (r"^neck\.fpn_convs\.(\d)\.", lambda m: f"dense.neck.coarser.{int(m[1]) - 3}."),
+    (r"^bbox_head\.cls_convs\.", "dense.head.class_tower."),
+    (r"^bbox_head\.reg_convs\.", "dense.head.box_tower."),
+    (r"^bbox_head\.mask_convs\.", "dense.head.code_tower."),
+    (r"^(dense\.head\.\w+_tower\.\d+)\.gn\.", r"\1.norm."),
+    (r"^bbox_head\.polar_cls\.", "dense.head.classes."),
+    (r"^bbox_head\.polar_reg\.", "dense.head.boxes."),
+    (r"^bbox_head\.polar_mask\.", "dense.head.codes."),
+    (r"^bbox_head\.polar_centerness\.", "dense.head.centerness."),
+    (r"^bbox_head\.scales_bbox\.", "dense.head.box_scales."),
+    (r"^bbox_head\.scales_mask\.", "dense.head.code_scales."),
 ]
 OWN = re.compile(
     r"^(backbone\.(conv1|bn1|layer\d)\.|neck\.(lateral|fpn)_convs\.|bbox_head\.(cls|reg|mask)_convs\."
@@ -41,7 +41,7 @@ OWN = re.compile(
 
 
 def _common(shapes: Shapes) -> dict[str, Any] | None:
-    """What both systems read alike; None if it is neither's file."""
+    """The options that both systems read in the same way; None if the file is of neither."""
     needed = ("bbox_head.polar_cls.weight", "bbox_head.polar_mask.weight", "bbox_head.polar_centerness.weight")
     if not all(k in shapes for k in (*needed, "neck.fpn_convs.4.conv.weight", "backbone.conv1.weight")):
         return None
@@ -56,19 +56,23 @@ def _common(shapes: Shapes) -> dict[str, Any] | None:
     stem, width = shapes["backbone.conv1.weight"], shapes["backbone.layer1.0.conv2.weight"]
     grouped = width[1] != width[0]
     deform = "bbox_head.cls_convs.0.conv_offset_mask.weight" in shapes
-    options: dict[str, Any] = {
-        "backbone": f"resnet{depth}", "in_channels": stem[1], "stem_width": stem[0], "norm": "frozen", "frozen": 2,
-        "border": "pixels",
-        # Files do not say where the stride is: in the first 1 x 1 of Caffe's models, in the 3 x 3 of ResNeXt.
+    backbone: dict[str, Any] = {
+        "name": f"resnet{depth}", "norm": "frozen", "frozen": 2,
+        # Files do not contain which convolution strides: the 1 x 1 in Caffe's models, the 3 x 3 in ResNeXt.
         "stride_in": "3x3" if grouped or depth < 50 else "1x1",
         "deform_stages": [n - 1 for n in (1, 2, 3, 4) if f"backbone.layer{n}.0.conv2_offset.weight" in shapes],
-        "neck_width": shapes["neck.fpn_convs.0.conv.weight"][0],
-        "head_convs": _count(shapes, rf"^bbox_head\.cls_convs\.(\d+)\.{'conv_offset_mask' if deform else 'conv'}\."),
-        "head_deform": deform,
-        "box_branch": any(k.startswith("bbox_head.reg_convs.") for k in shapes),
     }  # fmt: skip
+    if stem[0] != 64:
+        backbone["width"] = stem[0]
     if grouped:
-        options |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
+        backbone |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
+    head = {
+        "width": shapes["neck.fpn_convs.0.conv.weight"][0],
+        "convs": _count(shapes, rf"^bbox_head\.cls_convs\.(\d+)\.{'conv_offset_mask' if deform else 'conv'}\."),
+        "deformable": deform,
+        "boxes": any(k.startswith("bbox_head.reg_convs.") for k in shapes),
+    }
+    options = {"backbone": backbone, "in_channels": stem[1], "head": head, "rules": {"border": "pixels"}}
     return options | {"classes": class_names(shapes["bbox_head.polar_cls.weight"][0])}
 
 
@@ -78,9 +82,10 @@ def _polarmask(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Non
         return None
     config = _config(about)
     canvas = re.search(r"test=dict\(.*?img_scale=\((\d+),\s*(\d+)\)", config, re.DOTALL)
-    options["canvas"] = [int(canvas[2]), int(canvas[1])] if canvas else [768, 1280]
-    options["multiple"] = 128 if re.search(r"size_divisor=128", config) else 32
-    options["colours"] = "imagenet" if "groups" in options else "caffe"
+    options["resize"] = {"canvas": [int(canvas[2]), int(canvas[1])] if canvas else [768, 1280]}
+    if re.search(r"size_divisor=128", config):
+        options["resize"]["multiple"] = 128
+    options["normalization"] = "imagenet" if "groups" in options["backbone"] else "caffe"
     return options | {"rays": shapes["bbox_head.polar_mask.weight"][0]}
 
 
@@ -90,16 +95,16 @@ def _fouriernet(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | No
         return None
     config = _config(about)
     rays = re.search(r"contour_points\s*=\s*(\d+)", config)
-    # The number of rays is nowhere in the weights: 60 in the published R-50, 90 in the ResNeXt.
-    options["rays"] = int(rays[1]) if rays else 90 if "groups" in options else 60
+    # The weights do not contain the number of rays: 60 in the published R-50, 90 in the ResNeXt.
+    options["rays"] = int(rays[1]) if rays else 90 if "groups" in options["backbone"] else 60
     if re.search(r"normalized_centerness\s*=\s*True", config):
-        options["centerness"] = "normalised"
+        options["rules"]["centerness"] = "normalised"
     return options | {"coefficients": shapes["bbox_head.polar_mask.weight"][0] // 2}
 
 
 def _is_fourier(shapes: Shapes, about: Mapping[str, Any]) -> bool:
-    """Keys and shapes are the same but for the channels of the shape: 36 rays, or 36 coefficients in 72 channels. The
-    configuration that MMDetection leaves in its files says it."""
+    """Keys and shapes differ only in the channels of the shape: 36 rays, or 36 coefficients in 72 channels. The
+    configuration that MMDetection stores in its files takes precedence."""
     config = _config(about)
     if "FourierNet" in config or "PolarMask" in config:
         return "FourierNet" in config
@@ -113,18 +118,19 @@ def _config(about: Mapping[str, Any]) -> str:
 
 
 def _finish(state: State, options: Mapping[str, Any]) -> State:
-    """Deformable convolutions hold their weight themselves, beside their offsets; in the towers such a convolution, its
-    norm and its ReLU are numbered one after the other."""
+    """Renames deformable convolutions, whose weight is a parameter of their own beside that of their offsets; in towers
+    such a convolution, its norm and its ReLU are numbered consecutively."""
     plain = {k.removesuffix("offset.weight") for k in state if k.endswith(".conv2.offset.weight")}
     moved = {f"{prefix}conv.weight": f"{prefix}weight" for prefix in plain}
+    deformable = options.get("head", {}).get("deformable", False)
     result: State = {}
     for key, value in state.items():
         name = moved.get(key, key)
-        place = re.match(r"^(head\.\w+_tower)\.(\d+)\.(.*)$", name)
-        if options.get("head_deform") and place is not None:
-            number, part = divmod(int(place[2]), 3)
-            rest = f"norm.{place[3]}" if part else place[3].replace("conv_offset_mask.", "offset.")
-            name = f"{place[1]}.{number}.{rest}"
+        layer = re.match(r"^(dense\.head\.\w+_tower)\.(\d+)\.(.*)$", name)
+        if deformable and layer is not None:
+            number, part = divmod(int(layer[2]), 3)
+            rest = f"norm.{layer[3]}" if part else layer[3].replace("conv_offset_mask.", "offset.")
+            name = f"{layer[1]}.{number}.{rest}"
         result[name] = value
     return result
 
