@@ -82,9 +82,10 @@ def _polarmask(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Non
         return None
     config = _config(about)
     canvas = re.search(r"test=dict\(.*?img_scale=\((\d+),\s*(\d+)\)", config, re.DOTALL)
-    options["resize"] = {"canvas": [int(canvas[2]), int(canvas[1])] if canvas else [768, 1280]}
+    resize: dict[str, Any] = {"canvas": [int(canvas[2]), int(canvas[1])] if canvas else [768, 1280]}
     if re.search(r"size_divisor=128", config):
-        options["resize"]["multiple"] = 128
+        resize["multiple"] = 128
+    options["resize"] = resize
     options["normalization"] = "imagenet" if "groups" in options["backbone"] else "caffe"
     return options | {"rays": shapes["bbox_head.polar_mask.weight"][0]}
 
