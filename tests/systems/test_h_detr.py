@@ -1,4 +1,4 @@
-"""What is H-DETR's own."""
+"""H-DETR: its options, two groups of queries, losses of boxes, and published files."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import pytest
 import torch
 
 from maskwright.checkpoints import load, save
+from maskwright.checkpoints.fitting import renamed
 from maskwright.checkpoints.origins import origins
 from maskwright.errors import UsageError
 from maskwright.ops import query_boxes
 from maskwright.ops.losses import focal_sum
-from maskwright.ops.query_boxes import Boxed, box_costs, focal_classes, focal_costs, inverse_sigmoid
-from maskwright.structures import Instances, Masks, Placement
-from maskwright.systems.h_detr import HDETR
+from maskwright.ops.query_boxes import BoxTargets, box_costs, focal_classes, focal_costs, inverse_sigmoid
+from maskwright.structures import Instances, Placement
+from maskwright.systems import describe
+from maskwright.systems.h_detr import HDETR, token_boxes
 from tests.systems.tiny import SIZE, build, objects
 
 LAYOUT = Path(__file__).parents[1] / "parity" / "layouts" / "mask-frozen-detr-hdetr_r50.json"
 SMALL = (64, 96)
 OPTIONS = {
     "Deformable DETR": {"many_queries": 0, "mixed_selection": False, "look_twice": False},
-    "four levels, other weights": {"levels": 4, "many_weight": 0.5, "dropout": 0.1},
+    "four levels, other weights": {"transformer": {"levels": 4, "dropout": 0.1}, "many_weight": 0.5},
 }
 
 
@@ -31,8 +33,10 @@ def random_images(count: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_option_trains_and_finds(options):
+def test_each_option_trains_and_predicts(options):
     system = build("h-detr", **options)
+    assert (system.outputs, system.needs, system.tasks) == ({"boxes"}, frozenset(), {"instances"})
+    assert list(system.networks()) == ["dense"]
     terms = system.losses(system(random_images()), [objects(n, size=SMALL) for n in (3, 0)])
     sum(terms.values(), torch.zeros(())).backward()
     assert all(torch.isfinite(v) for v in terms.values()), terms
@@ -42,67 +46,67 @@ def test_each_option_trains_and_finds(options):
     assert all(own.masks is None and len(own) == 24 for own in found)  # 12 queries, 2 classes
 
 
-def test_the_group_for_training_is_not_seen_by_the_other_one():
+def test_the_second_group_of_queries_does_not_change_the_first():
     system = build("h-detr")
     with torch.no_grad():
-        learning, finding = system.train()(random_images()), system.eval()(random_images())
-    assert learning.logits.shape[2] == 36
-    assert finding.logits.shape[2] == 12
-    torch.testing.assert_close(learning.logits[:, :, :12], finding.logits, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(learning.boxes[:, :, :12], finding.boxes, rtol=1e-4, atol=1e-5)
+        training, inference = system.train()(random_images()), system.eval()(random_images())
+    assert training.logits.shape[2] == 36
+    assert inference.logits.shape[2] == 12
+    torch.testing.assert_close(training.logits[:, :, :12], inference.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(training.boxes[:, :, :12], inference.boxes, rtol=1e-4, atol=1e-5)
 
 
 def test_objects_are_repeated_for_the_second_group_and_count_as_often():
     system = build("h-detr", repeats=3)
     raw, target = system(random_images(1)), objects(2, size=SMALL)
     terms = system.losses(raw, [target])
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     inner = system._terms
 
-    def counted(logits, boxes, goals, count):
-        seen[f"{logits.shape[2]}"] = int(count)
-        return inner(logits, boxes, goals, count)
+    def counted(logits, boxes, targets, count):
+        counts[f"{logits.shape[2]}"] = int(count)
+        return inner(logits, boxes, targets, count)
 
     system._terms = counted
     assert system.losses(raw, [target]).keys() == terms.keys()
-    assert seen == {"12": 2, "24": 6, str(raw.memory.shape[1]): 2}
+    assert counts == {"12": 2, "24": 6, str(raw.memory.shape[1]): 2}
 
 
 @pytest.mark.parametrize(("look_twice", "reached"), [(True, True), (False, False)])
-def test_a_layer_learns_through_the_box_of_the_one_before(look_twice, reached):
-    system = build("h-detr", look_twice=look_twice)
-    for head in system.box_heads:
+def test_gradients_reach_the_box_of_the_previous_layer(look_twice, reached):
+    dense = build("h-detr", look_twice=look_twice).dense
+    for head in dense.box_heads:
         torch.nn.init.normal_(head.layers[-1].weight, std=0.01)
     x = torch.randn(1, 5, 96)
     memory = torch.randn(1, 12, 96)
     ratios, padding = torch.ones(1, 3, 2), torch.zeros(1, 12, dtype=torch.bool)
     shapes = [(2, 3), (2, 2), (1, 2)]
     start = torch.full((1, 5, 4), 0.4)
-    _, boxes, _ = system._decode(x, x, start, memory, shapes, ratios, padding)
-    bias = system.box_heads[0].layers[-1].bias
+    _, boxes, _ = dense._decode(x, x, start, memory, shapes, ratios, padding)
+    bias = dense.box_heads[0].layers[-1].bias
     (gradient,) = torch.autograd.grad(boxes[1].sum(), bias, allow_unused=True)
-    # What the references of attention add is cut off in both.
+    # The gradient through the reference points of the attention is cut in both cases.
     assert (gradient is not None and bool(gradient.abs().sum() > 0)) == reached
 
 
 @pytest.mark.fast
-def test_tokens_begin_with_a_box_about_their_own_cell():
+def test_tokens_start_from_a_box_around_their_own_cell():
     shapes = [(2, 4), (1, 2), (1, 1), (1, 1), (1, 1)]
     padding = torch.zeros(1, 13, dtype=torch.bool)
     padding[0, [2, 3, 6, 7]] = True  # half of the first level
     counts = torch.tensor([[[2, 2], [1, 1], [1, 1], [1, 1], [1, 1]]])
-    boxes = HDETR.places(shapes, counts, padding)[0].sigmoid()
+    boxes = token_boxes(shapes, counts, padding)[0].sigmoid()
     torch.testing.assert_close(boxes[0], torch.tensor([0.25, 0.25, 0.05, 0.05]))
     torch.testing.assert_close(boxes[5], torch.tensor([0.75, 0.75, 0.05, 0.05]))
     torch.testing.assert_close(boxes[8], torch.tensor([0.5, 0.5, 0.1, 0.1]))
-    assert (boxes[[2, 3, 6, 7, 9]] == 1).all()  # padding, and a centre beyond the image
+    assert (boxes[[2, 3, 6, 7, 9]] == 1).all()  # padding, and a centre outside of the image
     torch.testing.assert_close(boxes[12], torch.tensor([0.5, 0.5, 0.8, 0.8]))
 
 
 @pytest.mark.fast
-def test_focal_losses_and_costs_are_those_of_the_definition():
+def test_focal_losses_and_costs_agree_with_their_definition():
     logits = torch.randn(2, 1, 6, 3)
-    own = Boxed(torch.tensor([2, 0]), Masks.empty((8, 8)), torch.rand(2, 4))
+    own = BoxTargets(torch.tensor([2, 0]), torch.rand(2, 4), (8, 8))
     pairs = (torch.tensor([[1, 4], [0, 5]]), torch.tensor([[0, 1], [1, 0]]))
     goal = torch.zeros_like(logits)
     goal[0, 0, 1, 2] = goal[0, 0, 4, 0] = goal[1, 0, 0, 0] = goal[1, 0, 5, 2] = 1
@@ -114,12 +118,12 @@ def test_focal_losses_and_costs_are_those_of_the_definition():
 
 
 @pytest.mark.fast
-def test_costs_are_the_same_a_few_objects_at_a_time(monkeypatch):
-    said, true = torch.rand(2, 7, 4), torch.rand(5, 4)
-    whole = box_costs(said, true, 5.0, 2.0)
+def test_costs_do_not_depend_on_how_many_objects_are_processed_at_once(monkeypatch):
+    predicted, true = torch.rand(2, 7, 4), torch.rand(5, 4)
+    whole = box_costs(predicted, true, 5.0, 2.0)
     monkeypatch.setattr(query_boxes, "BUDGET", 100 * 14)
-    torch.testing.assert_close(box_costs(said, true, 5.0, 2.0), whole)
-    assert box_costs(said, true[:0], 5.0, 2.0).shape == (2, 7, 0)
+    torch.testing.assert_close(box_costs(predicted, true, 5.0, 2.0), whole)
+    assert box_costs(predicted, true[:0], 5.0, 2.0).shape == (2, 7, 0)
 
 
 @pytest.mark.fast
@@ -128,20 +132,27 @@ def test_inverse_sigmoid_stays_finite_at_the_borders():
     torch.testing.assert_close(inverse_sigmoid(values).sigmoid(), torch.tensor([0.0, 0.0, 0.3, 1.0]), atol=2e-5, rtol=0)
 
 
-def test_other_classes_keep_what_says_that_there_is_an_object(tmp_path):
+def test_other_classes_keep_the_row_of_any_object(tmp_path):
     system = build("h-detr", classes=("a", "b"))
     with torch.no_grad():
-        for number, head in enumerate(system.class_heads):
+        for number, head in enumerate(system.dense.class_heads):
             head.weight[:] = torch.tensor([[10.0], [20.0]]) + number
     save(system, tmp_path / "own.safetensors")
     other = load(tmp_path / "own.safetensors", classes=["x", "b", "a"])
-    last = len(system.class_heads) - 1
-    assert other.class_heads[0].weight[:, 0].tolist()[1:] == [20.0, 10.0]
-    assert other.class_heads[last].weight[:, 0].tolist() == [10.0 + last, 20.0 + last, 10.0 + last]
+    last = len(system.dense.class_heads) - 1
+    assert other.dense.class_heads[0].weight[:, 0].tolist()[1:] == [20.0, 10.0]
+    assert other.dense.class_heads[last].weight[:, 0].tolist() == [10.0 + last, 20.0 + last, 10.0 + last]
 
 
-@pytest.mark.parametrize("options", [{"backbone": "swin-tiny"}, {"encoder_layers": 0}], ids=["Swin", "no encoder"])
-def test_what_nothing_reads_has_a_gradient_of_zero(options):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backbone": {"name": "swin-tiny", "width": 24, "heads": (1, 2, 3, 4)}},
+        {"transformer": {"encoder_layers": 0}, "mixed_selection": False},
+    ],
+    ids=["Swin", "no encoder"],
+)
+def test_unused_parameters_have_a_gradient_of_zero(options):
     system = build("h-detr", **options).train()
     sum(system.losses(system(torch.randn(1, 3, *SIZE)), [objects(2)]).values()).backward()
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
@@ -151,22 +162,44 @@ def test_what_nothing_reads_has_a_gradient_of_zero(options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"levels": 2}, r"levels is 2; expected 3 \(strides 8, 16, 32\) to 6"),
-        ({"width": 66}, "width is 66; expected a multiple of 4 and of the 6 heads"),
-        ({"queries": 0}, "queries is 0, many_queries 24 and repeats 2; expected at least 1, 0 and 1"),
-        ({"heads": 0}, "h-detr: heads is 0; expected at least 1"),
-        ({"decoder_layers": 0}, "decoder_layers is 0; expected at least 1"),
-        ({"weights": (1.0, 2.0)}, r"weights is \[1.0, 2.0\]; expected 3 numbers, none below 0: of class, box, giou"),
-        ({"cost": (1.0, 2.0, -1.0)}, r"cost is \[1.0, 2.0, -1.0\]; expected 3 numbers, none below 0"),
+        ({"transformer": {"levels": 2}}, r"transformer.levels must be from 3 \(strides 8, 16, 32\) to 6, got 2"),
+        ({"transformer": {"width": 66}}, r"transformer.width must be a multiple of 4 and of transformer.heads \(8\)"),
+        ({"transformer": {"queries": 0}}, "transformer.queries must be at least 1, got 0"),
+        ({"transformer": {"heads": 0}}, "h-detr: transformer.heads must be at least 1, got 0"),
+        ({"transformer": {"dropout": 1.0}}, "transformer.dropout must be at least 0 and less than 1, got 1.0"),
+        ({"many_queries": -1}, "many_queries must be at least 0, got -1"),
+        ({"repeats": 0}, "repeats must be at least 1, got 0"),
+        ({"cost": {"giou_weight": -1.0}}, "cost.giou_weight must be at least 0, got -1.0"),
+        ({"loss": {"mask_weight": 1.0}}, "loss has no option 'mask_weight'"),
+        ({"weights": (1.0, 2.0, 3.0)}, "h-detr has no option 'weights': it is now loss"),
     ],
 )
-def test_wrong_options_are_refused_in_words(options, words):
+def test_invalid_options_are_refused(options, words):
     with pytest.raises(UsageError, match=words):
-        build("h-detr", **options)
+        describe("h-detr", **options)
+
+
+def test_options_and_parameters_of_earlier_versions_are_converted():
+    old = {
+        "backbone": "swin-tiny", "stem_width": 64, "norm": "group", "drop_path": 0.1, "width": 32, "heads": 4,
+        "levels": 3, "points": 2, "many_queries": 0, "cost": [1.0, 2.0, 3.0], "weights": [4.0, 5.0, 6.0], "long": 96,
+    }  # fmt: skip
+    new = HDETR.upgraded(old)
+    names = ("class_weight", "box_weight", "giou_weight")
+    assert new == {
+        "cost": dict(zip(names, (1.0, 2.0, 3.0), strict=True)), "loss": dict(zip(names, (4.0, 5.0, 6.0), strict=True)),
+        "backbone": {"name": "swin-tiny", "width": None, "drop_path": 0.1}, "many_queries": 0, "resize": {"long": 96},
+        "transformer": {"width": 32, "heads": 4, "levels": 3, "points": 2},
+    }  # fmt: skip
+    with torch.device("meta"):
+        system = HDETR(**new)
+    state = {key.removeprefix("dense."): value for key, value in system.state_dict().items()}
+    assert "levels" in state
+    assert renamed(state, system).keys() == system.state_dict().keys()
 
 
 @pytest.mark.fast
-def test_unseen_variants_are_recognised_by_the_same_rule():
+def test_variants_without_a_published_file_are_recognised():
     tensors = {k: tuple(shape) for k, (shape, _) in json.loads(LAYOUT.read_text())["tensors"].items()}
     origin = next(o for o in origins() if o.system == "h-detr")
     tensors["query_embed.weight"] = (2400, 256)
@@ -176,18 +209,22 @@ def test_unseen_variants_are_recognised_by_the_same_rule():
         if "decoder.layers.5." in key or "encoder.layers.4." in key or "encoder.layers.5." in key:
             del tensors[key]
     tensors = {k.replace("class_embed.6", "class_embed.5"): s for k, s in tensors.items()}
-    (found,) = origin.candidates(tensors, {"container": {}})
-    wanted = {"queries": 900, "many_queries": 1500, "decoder_layers": 5, "encoder_layers": 4, "levels": 4, "points": 4}
-    assert {k: found.options[k] for k in wanted} == wanted
-    assert len(found.options["classes"]) == 7
+    (candidate,) = origin.candidates(tensors, {"container": {}})
+    wanted = {"queries": 900, "decoder_layers": 5, "encoder_layers": 4, "levels": 4, "points": 4}
+    assert {k: candidate.options["transformer"][k] for k in wanted} == wanted
+    assert candidate.options["many_queries"] == 1500
+    assert len(candidate.options["classes"]) == 7
     tensors["query_embed.weight"] = (300, 512)  # Deformable DETR of one stage
     assert not origin.candidates(tensors, {"container": {}})
 
 
 @pytest.mark.fast
-def test_crowd_and_missing_masks_are_no_obstacle():
+def test_targets_are_read_without_crowd_regions_and_without_masks():
     target = Instances((8, 8), torch.tensor([[0.0, 0, 4, 8], [1, 1, 2, 2]]), torch.tensor([1, 0]))
     target.crowd = torch.tensor([False, True])
-    own = Boxed.of(target, torch.device("cpu"))
+    own = BoxTargets.from_instances(target, torch.device("cpu"))
     assert own.boxes.tolist() == [[0.25, 0.5, 0.5, 1.0]]
     assert own.repeated(3).labels.tolist() == [1, 1, 1]
+    assert own.masks is None
+    with pytest.raises(UsageError, match="targets have boxes but no masks"):
+        own.required_masks()

@@ -1,27 +1,33 @@
-"""What is Mask Frozen-DETR's own: what stays still, what is remembered, and what it stands on."""
+"""Mask Frozen-DETR: the frozen detector, the feature cache, and weights of detectors."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskwright as mw
+from maskwright.blocks.backbones import Backbone
+from maskwright.checkpoints.fitting import renamed
 from maskwright.data import Scenes
 from maskwright.errors import UsageError
-from maskwright.structures import Instances, Masks, Placement
-from maskwright.systems import System, create
+from maskwright.structures import Masks, Placement
+from maskwright.systems import System, describe
+from maskwright.systems.mask_frozen_detr import FeatureCache, MaskFrozenDETR
 from tests.systems.tiny import TINY, build, objects
 
 SMALL = (64, 96)
 OPTIONS = {
-    "a query looks at everything": {"query_parts": ("objects", "box", "feed_forward")},
-    "no score, boxes as in old code": {"scoring": False, "aligned": False},
-    "the detector learns too": {"joint": True},
-    "on DETR": {"detector": "detr", "detector_options": TINY["detr"]},
+    "all query parts": {"query_parts": ("objects", "box", "feed_forward")},
+    "no score, boxes not aligned": {"scoring": False, "aligned": False},
+    "the detector is trained too": {"joint": True, "image_layers": 0},
+    "on DETR, both trained": {"joint": True, "detector": "detr", "detector_options": TINY["detr"]},
 }
+ON_DETR = {"detector": "detr", "detector_options": {**TINY["detr"], "masks": "none"}}
 LIGHT = {k: v for k, v in TINY["mask-frozen-detr"].items() if k != "detector_options"}
 
 
@@ -30,31 +36,61 @@ def random_images(count: int = 2, size: tuple[int, int] = SMALL) -> torch.Tensor
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_option_trains_and_finds(options):
+def test_each_option_trains_and_predicts(options):
     system = build("mask-frozen-detr", **options).train()
     terms = system.losses(system(random_images()), [objects(n, size=SMALL) for n in (3, 0)])
     sum(terms.values(), torch.zeros(())).backward()
     assert ("score" in terms) == options.get("scoring", True)
     assert any(name.startswith("detector_") for name in terms) == options.get("joint", False)
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+    assert (system.outputs, system.needs, system.tasks) == ({"boxes", "masks"}, {"masks"}, {"instances"})
     with torch.no_grad():
         found = system.eval().decode(system(random_images()), [Placement.identity(SMALL)] * 2)
-    # 12 queries; of H-DETR each may be of both classes.
+    # 12 queries; a query of H-DETR may give an object of each class.
     count = 12 if options.get("detector") == "detr" else 24
     assert all(len(own) == count and own.masks is not None for own in found)
 
 
-def test_what_is_frozen_stays_still_whatever_train_says():
-    system = build(
-        "mask-frozen-detr", detector_options={**TINY["mask-frozen-detr"]["detector_options"], "dropout": 0.5}
-    )
+@pytest.mark.parametrize(
+    ("options", "detectors"),
+    [({}, ["detector.dense"]), (ON_DETR, ["detector.dense"]), ({**ON_DETR, "detector_options": TINY["detr"]},
+     ["detector.dense", "detector.masks"])],
+    ids=["H-DETR", "DETR", "DETR with masks"],
+)  # fmt: skip
+def test_parameters_are_read_inside_calls_of_one_network_each(options, detectors):
+    system = build("mask-frozen-detr", **options).eval()
+    networks = system.networks()
+    assert list(networks) == [*detectors, "image_encoder", "query_encoder", "masks"]
+    assert all(system.get_submodule(name) is network for name, network in networks.items())
+    owners = {id(p): name for name, network in networks.items() for p in network.parameters()}
+    assert len(owners) == len(list(system.parameters()))
+    running: list[str] = []
+    for name, network in networks.items():
+        network.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+        network.register_forward_hook(lambda *_: running.pop() and None)
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            for value in args:
+                if id(value) in owners:
+                    assert running == [owners[id(value)]], (function, running)
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Reads():
+        raw = system(random_images())
+        system.losses(raw, [objects(n, size=SMALL) for n in (3, 0)])
+        system.losses(raw, [objects(0, size=SMALL)] * 2)
+        system.decode(raw, [Placement.identity(SMALL)] * 2)
+
+
+def test_a_frozen_detector_never_changes():
+    system = build("mask-frozen-detr", detector_options={"transformer": {"dropout": 0.5}})
     assert not any(module.training for module in system.train().detector.modules())
-    assert system.box_network.training
+    assert system.masks.training
     assert system.detector.training is False
     assert not any(p.requires_grad for p in system.detector.parameters())
     before = {k: v.clone() for k, v in system.detector.state_dict().items()}
-    learning = [p for p in system.parameters() if p.requires_grad]
-    step = torch.optim.SGD(learning, lr=0.1)
+    step = torch.optim.SGD([p for p in system.parameters() if p.requires_grad], lr=0.1)
     raw = system(random_images())
     assert not raw.boxes.requires_grad
     sum(system.losses(raw, [objects(2, size=SMALL)] * 2).values(), torch.zeros(())).backward()
@@ -64,8 +100,8 @@ def test_what_is_frozen_stays_still_whatever_train_says():
     assert build("mask-frozen-detr", joint=True).train().detector.training
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS["on DETR"]], ids=["H-DETR", "DETR"])
-def test_what_the_cache_holds_is_what_the_detector_says(options):
+@pytest.mark.parametrize("options", [{}, ON_DETR], ids=["H-DETR", "DETR"])
+def test_cached_features_are_those_of_the_detector(options):
     plain, caching = (build("mask-frozen-detr", **options, cache=cache).train() for cache in (0, 100))
     images = random_images()
     expected, first, again = plain(images), caching(images), caching(images.flip(0))
@@ -78,7 +114,7 @@ def test_what_the_cache_holds_is_what_the_detector_says(options):
     assert caching.cache.hits == 2  # only in training
 
 
-def test_the_cache_knows_a_image_whatever_it_is_padded_to():
+def test_an_image_is_found_in_the_cache_with_any_padding():
     system = build("mask-frozen-detr", cache=100).train()
     wide = torch.zeros(2, 3, 96, 128)
     wide[:, :, :50, :70] = random_images(2, (50, 70))
@@ -91,11 +127,11 @@ def test_the_cache_knows_a_image_whatever_it_is_padded_to():
     assert first.features.shape[2:] == (24, 32)
     assert again.features.shape[2:] == (16, 24)
     assert torch.equal(first.boxes[:1], again.boxes)
-    # Shares are of the image, not of the canvas.
+    # Boxes are relative to the image, not to the padded input.
     assert bool((first.boxes[1, :, 1::2].mean(1) < 40).all())
 
 
-def test_a_full_cache_keeps_what_it_has_and_a_copy_begins_empty():
+def test_a_full_cache_keeps_its_entries_and_a_copy_is_empty():
     system = build("mask-frozen-detr", cache=100).train()
     system(random_images(1))
     system.cache.budget = system.cache.used
@@ -105,12 +141,12 @@ def test_a_full_cache_keeps_what_it_has_and_a_copy_begins_empty():
     assert not copy.deepcopy(system).cache.entries
     system.load_state_dict(system.state_dict())
     assert not system.cache.entries
-    system.cache.put(b"", system._ask(random_images(1), torch.tensor([SMALL]))[1])
+    system.cache.put(b"", system._detect(random_images(1), torch.tensor([SMALL]))[1])
     assert system.cache.used <= system.cache.budget
 
 
-@pytest.mark.parametrize("way", ["the detector", "its trunk", "in place", "moved"])
-def test_what_another_detector_said_is_forgotten(way: str):
+@pytest.mark.parametrize("way", ["the detector", "its backbone", "in place", "moved"])
+def test_features_of_other_weights_are_removed_from_the_cache(way: str):
     system, other = build("mask-frozen-detr", cache=100).train(), build("mask-frozen-detr").train()
     with torch.no_grad():
         for parameter in other.detector.parameters():
@@ -118,11 +154,11 @@ def test_what_another_detector_said_is_forgotten(way: str):
     system(random_images(1))
     if way == "the detector":
         system.detector.load_state_dict(other.detector.state_dict())
-    elif way == "its trunk":
-        system.detector.backbone.load_state_dict(other.detector.backbone.state_dict())
+    elif way == "its backbone":
+        system.detector.dense.backbone.load_state_dict(other.detector.dense.backbone.state_dict())
     elif way == "in place":
         with torch.no_grad():
-            system.detector.project[0].conv.weight.mul_(2)
+            system.detector.dense.project[0].conv.weight.mul_(2)
     else:
         system.double()
     kind = next(system.parameters()).dtype
@@ -144,7 +180,7 @@ def test_a_system_with_a_cache_is_copied_and_pickled():
         assert (other.cache.hits, other.cache.misses) == (0, 1)
 
 
-def test_a_random_detector_is_told_when_it_stays_as_it_is():
+def test_a_frozen_random_detector_gives_a_warning():
     with pytest.warns(UserWarning, match=r"mask-frozen-detr: the detector is frozen .* random.*joint=True"):
         build("mask-frozen-detr").on_progress(0.0)
     system = build("mask-frozen-detr")
@@ -159,15 +195,15 @@ def test_a_random_detector_is_told_when_it_stays_as_it_is():
 
 
 @pytest.mark.fast
-def test_images_of_other_bytes_or_shapes_are_others():
-    key = build("mask-frozen-detr", cache=1).cache.key
+def test_images_of_other_values_or_shapes_have_other_keys():
+    key = FeatureCache.key
     image = torch.arange(24.0).view(1, 4, 6)
     assert key(image) == key(image.clone())
     assert len({key(image), key(image.view(1, 6, 4)), key(image + 1e-6), key(image.flip(2))}) == 4
 
 
-def test_it_learns_on_top_of_a_detectors_file(tmp_path):
-    detector = build("h-detr", classes=("disc", "box"), short=64, long=96)
+def test_it_is_trained_on_top_of_a_detectors_file(tmp_path):
+    detector = build("h-detr", classes=("disc", "box"), resize={"short": 64, "long": 96})
     mw.save(detector, tmp_path / "detector.safetensors")
     data = Scenes(4, size=SMALL, classes=("disc", "box"), seed=0)
     best = mw.train(
@@ -176,11 +212,11 @@ def test_it_learns_on_top_of_a_detectors_file(tmp_path):
     )  # fmt: skip
     system = mw.load(best)
     assert (system.name, system.options["detector"], system.classes) == ("mask-frozen-detr", "h-detr", ("disc", "box"))
-    assert system.options["detector_options"]["short"] == 64
+    assert system.options["detector_options"]["resize"]["short"] == 64
     assert system.preprocess == detector.preprocess
     own = detector.state_dict()
     assert all(torch.equal(v, own[k]) for k, v in system.detector.state_dict().items())
-    # Its own file goes on where it was, with other classes in the data or not.
+    # Training continues from a file of its own, whatever the classes of the data.
     again = mw.train(
         "mask-frozen-detr", Scenes(4, size=SMALL, classes=("disc", "star"), seed=1), val=False, out=tmp_path / "more",
         weights=best, steps=1, batch=2, workers=0, tensorboard=False,
@@ -191,12 +227,17 @@ def test_it_learns_on_top_of_a_detectors_file(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "system", "options", "words"),
     [
-        ("mask-rcnn", "mask-frozen-detr", {}, r"holds? a mask-rcnn; mask-frozen-detr stands on a detector of queries"),
-        ("h-detr", "solov2", {}, r"holds a h-detr, not a solov2"),
-        ("h-detr", "mask-frozen-detr", {"detector": "detr"}, r"detector is what the detector's file says it is \(h-de"),
+        (
+            "mask-rcnn",
+            "mask-frozen-detr",
+            {},
+            r"mask-rcnn; .* needs a detector of queries \(detr or h-detr\)",
+        ),
+        ("h-detr", "solov2", {}, r"h-detr, not .*solov2"),
+        ("h-detr", "mask-frozen-detr", {"detector": "detr"}, r"detector is determined by the weights .* \(h-detr\)"),
     ],
 )
-def test_weights_that_it_cannot_stand_on_are_refused_in_words(weights, system, options, words, tmp_path):
+def test_unsuitable_weights_are_refused(weights, system, options, words, tmp_path):
     mw.save(build(weights), tmp_path / "weights.safetensors")
     with pytest.raises(UsageError, match=words):
         mw.train(
@@ -206,39 +247,69 @@ def test_weights_that_it_cannot_stand_on_are_refused_in_words(weights, system, o
 
 
 @pytest.mark.fast
-def test_other_systems_adopt_nothing():
-    with pytest.raises(UsageError, match="the weights hold a h-detr, not a solov2"):
-        type(build("solov2")).adopt(build("h-detr"))
-
-
-@pytest.mark.fast
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"detector": "mask-rcnn", "detector_options": {}}, "gives no boxes with queries; expected .*h-detr"),
-        ({"detector_options": {"in_channels": 4}}, "detector_options holds in_channels; give it to the system itself"),
-        ({"detector_options": {"depth": 50}}, "h-detr: .*'depth'"),
-        ({"query_parts": ("boxes",)}, "query_parts holds 'boxes'; expected some of objects, box, feed_forward"),
-        ({"heads": 5}, "width is 32; expected a multiple of 4 and of the 5 heads"),
-        ({"heads": 0}, "mask-frozen-detr: heads is 0; expected at least 1"),
-        ({"weights": (1.0, 1.0)}, "weights is .*; expected 3 numbers, none below 0: of mask, dice, score"),
-        ({"cost": ()}, r"mask-frozen-detr: cost is \[\]; expected 3 numbers"),
+        ({"detector": "mask-rcnn", "detector_options": {}}, "detector must be detr or h-detr, got 'mask-rcnn'"),
+        ({"detector_options": {"in_channels": 4}}, "detector_options must not have in_channels"),
+        ({"detector_options": {"depth": 50}}, "h-detr has no option 'depth'"),
+        ({"detector_options": {"norm": "group"}}, "h-detr has no option 'norm': it is now backbone.norm"),
+        ({"query_parts": ("boxes",)}, "query_parts must be a list of"),
+        ({"heads": 5}, r"width must be a multiple of 4 and of heads \(5\), got 32"),
+        ({"heads": 0}, "mask-frozen-detr: heads must be at least 1, got 0"),
+        ({"side": 3}, "side must be at least 4, got 3"),
+        ({"points": 64}, "mask-frozen-detr has no option 'points': it is now loss.points"),
+        ({"loss": {"important": 1.5}}, r"loss.important must be in \[0, 1\], got 1.5"),
+        ({"cost": {"class_weight": -1.0}}, "cost.class_weight must be at least 0, got -1.0"),
+        ({"norm": "group"}, "mask-frozen-detr has no option 'norm'; its options are"),
     ],
 )
-def test_wrong_options_are_refused_in_words(options, words):
-    with pytest.raises(UsageError, match=words):
+def test_invalid_options_are_refused(options, words):
+    with pytest.raises(UsageError, match=words), torch.device("meta"):
         build("mask-frozen-detr", **options)
 
 
 @pytest.mark.fast
-def test_targets_without_masks_are_refused():
-    system = build("mask-frozen-detr")
-    target = Instances(SMALL, torch.tensor([[0.0, 0, 9, 9]]), torch.tensor([0]))
-    with pytest.raises(UsageError, match="targets have boxes but no masks"):
-        system.losses(system(random_images(1)), [target])
+def test_options_of_the_detector_are_merged_unless_it_is_another():
+    kind = MaskFrozenDETR
+    base = {"detector_options": {"backbone": "resnet18", "transformer": {"width": 128, "levels": 3}}}
+    merged = kind.with_options(
+        base, {"detector_options": {"backbone": {"norm": "frozen"}, "transformer": {"points": 2}}}
+    )
+    assert merged["detector_options"] == {
+        "backbone": {"name": "resnet18", "norm": "frozen"}, "transformer": {"width": 128, "levels": 3, "points": 2},
+    }  # fmt: skip
+    assert kind.with_options(base, {"width": 64}) == {**base, "width": 64}
+    other = kind.with_options(base, {"detector": "detr", "detector_options": {"masks": "none"}})
+    assert other["detector_options"] == {"masks": "none"}
 
 
 @pytest.mark.fast
+def test_options_and_parameters_of_earlier_versions_are_converted():
+    old = {
+        "detector_options": {"backbone": "resnet18", "stem_width": 16, "levels": 3, "short": 64}, "points": 64,
+        "important": 0.5, "weights": [1.0, 2.0, 3.0], "cost": [1.0, 2.0, 3.0], "width": 32, "query_parts": ["box"],
+    }  # fmt: skip
+    new = MaskFrozenDETR.upgraded(old)
+    assert new == {
+        "cost": {"class_weight": 1.0, "box_weight": 2.0, "giou_weight": 3.0}, "width": 32, "query_parts": ["box"],
+        "loss": {"mask_weight": 1.0, "dice_weight": 2.0, "score_weight": 3.0, "points": 64, "important": 0.5},
+        "detector_options": {
+            "backbone": {"name": "resnet18", "width": 16}, "transformer": {"levels": 3}, "resize": {"short": 64},
+        },
+    }  # fmt: skip
+    with torch.device("meta"):
+        system = MaskFrozenDETR(**new)
+    keys = system.state_dict().keys()
+    state = {
+        key.replace("detector.dense.", "detector.").replace("query_encoder.mapper.", "query_mapper.")
+        .replace("masks.box_attention.", "box_network.look.").replace("masks.", "box_network."): torch.zeros(0)
+        for key in keys
+    }  # fmt: skip
+    assert {"detector.levels", "box_network.look.norm.weight"} <= state.keys()
+    assert renamed(state, system).keys() == keys
+
+
 def test_quality_is_the_overlap_with_the_whole_object():
     system = build("mask-frozen-detr")
     planes = torch.zeros(1, 64, 96, dtype=torch.bool)
@@ -249,7 +320,7 @@ def test_quality_is_the_overlap_with_the_whole_object():
     torch.testing.assert_close(overlaps, torch.tensor([0.5, 1.0]))
 
 
-def test_masks_lie_in_their_boxes_on_a_mirrored_image_too():
+def test_masks_lie_in_their_boxes_on_mirrored_images_too():
     system = build("mask-frozen-detr").eval()
     with torch.no_grad():
         raw = system(random_images(1))
@@ -261,22 +332,24 @@ def test_masks_lie_in_their_boxes_on_a_mirrored_image_too():
     torch.testing.assert_close(mirrored.boxes, torch.stack([192 - x1, y0, 192 - x0, y1], 1), rtol=1e-4, atol=1e-2)
 
 
-def test_a_detector_with_pretrained_weights_fetches_them_once_alone(monkeypatch, tmp_path):
-    options = {**TINY["mask-frozen-detr"]["detector_options"]}
+def test_pretrained_weights_of_the_detector_are_not_downloaded_again(tmp_path, monkeypatch):
+    options = {"backbone": {"name": "timm:resnet18", "pretrained": True}}
+    built: list[bool] = []
+    inner = Backbone.build
+
+    def spy(self: Backbone, *arguments, **keywords):
+        built.append(self.pretrained)
+        return inner(replace(self, pretrained=False), *arguments, **keywords)
+
+    monkeypatch.setattr(Backbone, "build", spy)
     system = build("mask-frozen-detr", detector_options=options)
-    system.options["detector_options"]["pretrained"] = True
     mw.save(system, tmp_path / "own.safetensors")
-    asked: list[bool] = []
-    from maskwright.systems import h_detr
-
-    inner = h_detr.make_trunk
-    monkeypatch.setattr(h_detr, "make_trunk", lambda *a, **k: (asked.append(k["pretrained"]), inner(*a, **k))[1])
     again: System = mw.load(tmp_path / "own.safetensors")
-    assert asked == [False]
-    assert again.options["detector_options"]["pretrained"] is True
+    assert built == [True, False]
+    assert again.options["detector_options"]["backbone"]["pretrained"] is True
 
 
-def test_all_may_begin_with_random_weights():
-    system = create("mask-frozen-detr-small", classes=("a",))
+def test_everything_can_be_trained_from_random_weights():
+    system = describe("mask-frozen-detr-small", classes=("a",))
     assert system.options["joint"]
     assert all(p.requires_grad for p in system.parameters())

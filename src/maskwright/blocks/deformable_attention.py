@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, section 4.1) in plain PyTorch.
 
-Instead of comparing itself with every cell of a map, a query names a few points around its reference, on every level,
-and how much each of them counts.
+A query is not compared with every cell of a feature map: it predicts a few sampling locations around its reference
+point, on every level, and their weights.
 """
 
 from __future__ import annotations
@@ -18,68 +18,77 @@ from torch.nn import functional
 from maskwright.blocks.transformer import FeedForward, SelfAttention
 
 Shapes = Sequence[tuple[int, int]]
-MARGIN = 2  # empty cells around each level: what is read beyond the border is zero
+MARGIN = 2  # empty cells around each level, so that zeros are read beyond the border
 
 
 def deformable_sample(
     values: Float[Tensor, "b s g d"],
     shapes: Shapes,
-    places: Float[Tensor, "b q g l p 2"],
+    locations: Float[Tensor, "b q g l p 2"],
     weights: Float[Tensor, "b q g l p"],
 ) -> Float[Tensor, "b q c"]:
-    """Weighted sums of `values`, which are L maps of `shapes` (h, w) one after the other, read bilinearly at `places`
-    (x, y in [0, 1] of each level, zeros outside), for each of G heads; C = G x D.
+    """Computes weighted sums of bilinear samples, for each of G heads.
 
-    On the host this is a sum of rows of a table of cells, 5 times as fast forwards as reading maps channel by channel
-    and 1.5 times as fast with the backward pass (22,000 queries, 3 levels, one core); elsewhere maps are read.
+    On the CPU the sums are taken over rows of a table of cells: 5 times as fast in the forward pass as sampling maps
+    channel by channel, and 1.5 times as fast with the backward pass (22,000 queries, 3 levels, one core). On other
+    devices maps are sampled.
+
+    Args:
+        values: The cells of L feature maps, one map after the other, each row by row.
+        shapes: Height and width of each map, in cells.
+        locations: x, y in [0, 1] of each level; zeros are read outside.
+        weights: Weight of each location.
+
+    Returns:
+        The sums, with the heads concatenated: C = G * D.
     """
-    return (_by_rows if values.device.type == "cpu" else _by_maps)(values, shapes, places, weights)
+    return (_by_rows if values.device.type == "cpu" else _by_maps)(values, shapes, locations, weights)
 
 
-def _by_maps(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
-    """Level by level. Half precision is read in float32: eight bits of a place are too few."""
+def _by_maps(values: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """Level by level, with `grid_sample`; half precision in float32, because 8 bits are too few for a location."""
     batch, _, heads, width = values.shape
-    kind = values.dtype if values.dtype == torch.float64 else torch.float32
-    grid = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # (B G, Q, L, P, 2)
+    dtype = values.dtype if values.dtype == torch.float64 else torch.float32
+    grid = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B G, Q, L, P, 2)
     share = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B G, 1, Q, L, P)
     total: Tensor | float = 0.0
     for level, (part, (h, w)) in enumerate(zip(values.split([h * w for h, w in shapes], 1), shapes, strict=True)):
-        maps = part.permute(0, 2, 3, 1).reshape(batch * heads, width, h, w).to(kind)
-        read = functional.grid_sample(maps, grid[:, :, level].to(kind), align_corners=False)  # (B G, D, Q, P)
-        total = total + (read * share[:, :, :, level]).sum(-1)
+        maps = part.permute(0, 2, 3, 1).reshape(batch * heads, width, h, w).to(dtype)
+        samples = functional.grid_sample(maps, grid[:, :, level].to(dtype), align_corners=False)  # (B G, D, Q, P)
+        total = total + (samples * share[:, :, :, level]).sum(-1)
     assert isinstance(total, Tensor)
     return total.view(batch, heads * width, -1).transpose(1, 2).to(values.dtype)
 
 
-def _by_rows(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) -> Tensor:
-    """Every sample is four cells; a bag holds those of one query and head, on all levels."""
+def _by_rows(values: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+    """With `embedding_bag`: a sample is a sum of four cells, and a bag holds those of one query and head."""
     batch, _, heads, width = values.shape
-    kind = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
+    dtype = values.dtype if values.dtype in (torch.float32, torch.float64) else torch.float32
     starts = [0]
     for h, w in shapes:
         starts.append(starts[-1] + (h + 2 * MARGIN) * (w + 2 * MARGIN))
     cells = starts.pop()
     maps = [
-        functional.pad(part.to(kind).reshape(batch, h, w, -1), (0, 0, MARGIN, MARGIN, MARGIN, MARGIN)).flatten(1, 2)
+        functional.pad(part.to(dtype).reshape(batch, h, w, -1), (0, 0, MARGIN, MARGIN, MARGIN, MARGIN)).flatten(1, 2)
         for part, (h, w) in zip(values.split([h * w for h, w in shapes], 1), shapes, strict=True)
     ]
     table = torch.cat(maps, 1).reshape(-1, width)  # a row is a head of a cell
-    size = torch.tensor([[w, h] for h, w in shapes], dtype=kind)[:, None]  # (L, 1, 2)
-    place = ((2 * places.to(kind) - 1 + 1) * size - 1) / 2  # rounded as grid_sample rounds it
-    low = place.detach().floor()
-    across, down = (place - low).unbind(-1)
+    size = torch.tensor([[w, h] for h, w in shapes], dtype=dtype)[:, None]  # (L, 1, 2)
+    position = ((2 * locations.to(dtype) - 1 + 1) * size - 1) / 2  # rounded as grid_sample rounds it
+    low = position.detach().floor()
+    across, down = (position - low).unbind(-1)
     low = (low.clamp(min=-MARGIN).minimum(size) + MARGIN).to(torch.int32)
-    wide = torch.tensor([w + 2 * MARGIN for _, w in shapes], dtype=torch.int32)[:, None]  # (L, 1)
-    first = (low[..., 1] * wide + low[..., 0] + torch.tensor(starts, dtype=torch.int32)[:, None]) * heads
+    row = torch.tensor([w + 2 * MARGIN for _, w in shapes], dtype=torch.int32)[:, None]  # (L, 1)
+    first = (low[..., 1] * row + low[..., 0] + torch.tensor(starts, dtype=torch.int32)[:, None]) * heads
     first = first + torch.arange(heads, dtype=torch.int32)[:, None, None]
     first = first + (torch.arange(batch, dtype=torch.int32) * (cells * heads))[:, None, None, None, None]
-    ones = torch.ones_like(wide)
-    steps = torch.stack([0 * ones, ones, wide, wide + 1], -1) * heads  # (L, 1, 4)
-    lower = weights.to(kind) * down
-    upper = weights.to(kind) - lower
+    ones = torch.ones_like(row)
+    steps = torch.stack([0 * ones, ones, row, row + 1], -1) * heads  # (L, 1, 4)
+    lower = weights.to(dtype) * down
+    upper = weights.to(dtype) - lower
     upper_right, lower_right = upper * across, lower * across
     share = torch.stack([upper - upper_right, upper_right, lower - lower_right, lower_right], -1)
-    bags = places.shape[1] * batch * heads
+    bags = locations.shape[1] * batch * heads
     sums = functional.embedding_bag(
         (first[..., None] + steps).view(bags, -1), table, per_sample_weights=share.view(bags, -1), mode="sum"
     )
@@ -87,12 +96,19 @@ def _by_rows(values: Tensor, shapes: Shapes, places: Tensor, weights: Tensor) ->
 
 
 class DeformableAttention(nn.Module):
-    """Each of `heads` heads reads `points` points on each of `levels` levels."""
+    """Attention to `points` sampling locations per head and level (equation 3).
+
+    Args:
+        width: Channels, a multiple of `heads`.
+        heads: Attention heads.
+        levels: Number of feature maps.
+        points: Sampling locations of each head on each level.
+    """
 
     def __init__(self, width: int = 256, heads: int = 8, levels: int = 3, points: int = 4):
         super().__init__()
         if width % heads:
-            raise ValueError(f"a width of {width} cannot be shared by {heads} heads")
+            raise ValueError(f"width must be a multiple of heads ({heads}), got {width}")
         self.heads, self.levels, self.points = heads, levels, points
         self.offsets = nn.Linear(width, heads * levels * points * 2)
         self.weights = nn.Linear(width, heads * levels * points)
@@ -103,13 +119,13 @@ class DeformableAttention(nn.Module):
         for layer in (self.offsets, self.weights):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        # At first each head looks in a direction of its own, point k at k + 1 cells away.
+        # Each head starts with a direction of its own, in which point k is k + 1 cells away.
         angles = torch.arange(heads) * (2 * math.pi / heads)
-        compass = torch.stack([angles.cos(), angles.sin()], -1)
-        compass = compass / compass.abs().amax(-1, keepdim=True)
-        reach = torch.arange(1, points + 1)[:, None]
+        direction = torch.stack([angles.cos(), angles.sin()], -1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1, points + 1)[:, None]
         with torch.no_grad():
-            self.offsets.bias.copy_((compass[:, None, None] * reach).expand(heads, levels, points, 2).flatten())
+            self.offsets.bias.copy_((direction[:, None, None] * distance).expand(heads, levels, points, 2).flatten())
 
     def forward(
         self,
@@ -119,11 +135,15 @@ class DeformableAttention(nn.Module):
         shapes: Shapes,
         padding: Bool[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b q c"]:
-        """
-        references  of each query on each level (or one for all), in [0, 1] of the level: points x, y, from which
-                    offsets count cells, or boxes cx, cy, w, h, of which P offsets reach half the size
-        values      the levels' tokens one after the other, `shapes` (h, w) of each
-        padding     True for tokens that are padding, which are read as zeros
+        """Computes the attention.
+
+        Args:
+            query: Queries, with their positions added.
+            references: Reference of each query on each level (or one for all levels), in [0, 1] of the level: points x,
+                y, from which offsets count cells, or boxes cx, cy, w, h, of which `points` offsets reach half the size.
+            values: The cells of the levels, one level after the other.
+            shapes: Height and width of each level, in cells.
+            padding: True for cells that are padding, which are read as zeros.
         """
         batch, count, _ = query.shape
         value = self.value(values)
@@ -135,16 +155,25 @@ class DeformableAttention(nn.Module):
         weights = weights.view(batch, count, self.heads, self.levels, self.points)
         centres = references[:, :, None, :, None, :2]
         if references.shape[-1] == 2:
-            places = centres + offsets / offsets.new_tensor([[w, h] for h, w in shapes])[:, None]
+            locations = centres + offsets / offsets.new_tensor([[w, h] for h, w in shapes])[:, None]
         else:
-            places = centres + offsets / self.points * references[:, :, None, :, None, 2:] * 0.5
-        return self.output(deformable_sample(value, shapes, places, weights))
+            locations = centres + offsets / self.points * references[:, :, None, :, None, 2:] * 0.5
+        return self.output(deformable_sample(value, shapes, locations, weights))
 
 
 def cell_centres(
     shapes: Shapes, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "s 2"]:
-    """x, y in [0, 1] of every cell of the levels one after the other: what an encoder's tokens refer to."""
+    """Centres of the cells of all levels, one level after the other: the reference points of an encoder's tokens.
+
+    Args:
+        shapes: Height and width of each level, in cells.
+        device: Device of the result.
+        dtype: Data type of the result.
+
+    Returns:
+        x, y in [0, 1] of the level.
+    """
     levels = []
     for h, w in shapes:
         y = (torch.arange(h, device=device, dtype=dtype) + 0.5) / h
@@ -174,12 +203,13 @@ class DeformableEncoderLayer(nn.Module):
         shapes: Shapes,
         padding: Bool[Tensor, "b s"] | None = None,
     ) -> Float[Tensor, "b s c"]:
-        found = self.attention(x + positions, references, x, shapes, padding)
-        return self.feed_forward(self.norm(x + self.drop(found)))
+        """Updates the tokens `x`, whose position codes are `positions`; see `DeformableAttention.forward`."""
+        update = self.attention(x + positions, references, x, shapes, padding)
+        return self.feed_forward(self.norm(x + self.drop(update)))
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Queries look at each other, then at a few points of a memory of several levels, then feed-forward; post-norm."""
+    """Self-attention of the queries, deformable attention to a memory of several levels, feed-forward; post-norm."""
 
     def __init__(
         self, width: int = 256, hidden: int = 1024, heads: int = 8, levels: int = 4, points: int = 4,
@@ -202,7 +232,10 @@ class DeformableDecoderLayer(nn.Module):
         padding: Bool[Tensor, "b s"] | None = None,
         allowed: Bool[Tensor, "_b _h _n n"] | None = None,
     ) -> Float[Tensor, "b n c"]:
-        """`allowed` says which query may look at which."""
+        """Updates the queries `x`, whose position codes are `positions`; see `DeformableAttention.forward`.
+
+        `allowed` is True where a query (row) may attend to another one (column).
+        """
         x = self.self_attention(x, positions, allowed)
-        found = self.cross_attention(x + positions, references, memory, shapes, padding)
-        return self.feed_forward(self.norm(x + self.drop(found)))
+        update = self.cross_attention(x + positions, references, memory, shapes, padding)
+        return self.feed_forward(self.norm(x + self.drop(update)))

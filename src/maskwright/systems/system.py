@@ -95,9 +95,10 @@ class System(nn.Module):
 
     def __new__(cls, *args: Any, **keywords: Any) -> Self:
         self = super().__new__(cls)
+        known = inspect.signature(cls.__init__).parameters
         for name in keywords:
             new = cls.renamed_options.get(name, COMMON_RENAMES.get(name, name))
-            if new != name and name not in inspect.signature(cls.__init__).parameters:
+            if name not in known and new != name and (new is None or new.partition(".")[0] in known):
                 hint = "it no longer exists" if new is None else f"it is now {new}"
                 raise UsageError(f"{cls.name} has no option {name!r}: {hint}")
         try:

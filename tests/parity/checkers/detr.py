@@ -1,4 +1,4 @@
-"""DETR with its mask head and without, as its authors and as transformers lay it out."""
+"""DETR with its mask head and without, in the layouts of its authors and of transformers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maskwright.checkpoints.origins.detr import OFFICIAL
 from maskwright.ops.assignment import assign
+from maskwright.ops.query_boxes import BoxTargets
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import detr
 from maskwright.systems.detr import Raw
@@ -23,7 +24,7 @@ from tests.parity.ledger import LARGEST, Ledger, placed
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
-    """No file says whether its trunk is dilated; the outputs do."""
+    """The variant: whether the backbone is dilated is not in the file of weights, but in the outputs."""
     source, variant, layout = (str(about.get(word, "")) for word in ("source", "variant", "layout"))
     named = re.match(r"DETR\b", variant) or Path(layout).name.startswith("detr-")
     if "facebookresearch/detr@" not in source and not named:
@@ -40,7 +41,7 @@ def check(system: Any, layout: Path, ledger: Ledger) -> None:
         raw = own.network()
         own.detections(raw)
         own.post()
-    own.learning()
+    own.training()
 
 
 class Check:
@@ -53,7 +54,7 @@ class Check:
 
     def network(self) -> Raw:
         ledger, system, kept = self.ledger, self.system, {}
-        hook = system.backbone.register_forward_hook(lambda module, given, answer: kept.update(levels=answer))
+        hook = system.dense.backbone.register_forward_hook(lambda module, inputs, levels: kept.update(levels=levels))
         raw = system(self.images, self.valid)
         hook.remove()
         for name in ledger.names(r"backbone_layer\d"):
@@ -80,19 +81,18 @@ class Check:
             if name in ledger:
                 shape = ledger.arrays.get(f"{name}__shape", np.shape(ledger.arrays.get(name)))
                 ledger.compare(name, ours if len(shape) == 4 else ours[:, 0])
-        if system.mask_head is not None:
-            every = torch.arange(raw.queries.shape[1])
-            maps = [
-                system.mask_head.attention(*planes) for planes in zip(raw.queries, raw.memory, raw.padding, strict=True)
-            ]
+        if system.masks is not None:
+            every, maps = torch.arange(raw.queries.shape[1]), list[Tensor]()
+            hook = system.masks.attention.register_forward_hook(lambda module, inputs, weights: maps.append(weights))
+            masks = torch.stack([system.masks_of(raw, image, every) for image in range(len(self.images))])
+            hook.remove()
             if "bbox_attention" in ledger:
                 ledger.compare("bbox_attention", torch.stack(maps))
-            masks = torch.stack([system.masks_of(raw, image, every) for image in range(len(self.images))])
             if "pred_masks" in ledger:
                 ledger.compare("pred_masks", masks)
         return raw
 
-    # ---- finished objects ----------------------------------------------------------------------------------------
+    # ---- objects -------------------------------------------------------------------------------------------------
 
     def detections(self, raw: Raw) -> None:
         ledger = self.ledger
@@ -100,20 +100,20 @@ class Check:
             return
         height, width = ledger.about["original_size"]
         placement = Placement.resize((height, width), self.size)
-        # The original takes the largest image of a batch for the whole canvas. Where the canvas is larger still, as
-        # here, it shrinks the padding's part of the masks into the image; of real batches this is never so.
+        # The original takes the largest image of a batch for the whole canvas. Here the canvas is larger, which never
+        # happens in real batches; the original then resizes masks with their padding to the image.
         self.finished("det_", replace(raw, size=self.size), placement)
 
     def finished(self, prefix: str, raw: Raw, placement: Placement) -> None:
-        """Every query's answer, in the queries' order; and that `decode` gives the same, best first."""
+        """The predictions of all queries in their order; and that `decode` returns the same, best first."""
         ledger, system = self.ledger, self.system
         scores, labels = raw.logits[-1, 0].softmax(-1)[:, :-1].max(-1)
         ledger.compare(f"{prefix}scores", scores)
         ledger.equal(f"{prefix}labels", labels)
-        boxes = system.boxes_on(raw, 0, placement)
+        boxes = system.image_boxes(raw, 0, placement)
         ledger.compare(f"{prefix}boxes", boxes)
-        if system.mask_head is not None and f"{prefix}masks" in ledger:
-            planes = system.masks_on(raw, 0, placement, torch.arange(len(scores))).dense()
+        if system.masks is not None and f"{prefix}masks" in ledger:
+            planes = system.image_masks(raw, 0, placement, torch.arange(len(scores))).dense()
             ledger.compare_bits(f"{prefix}masks", planes[:, None])
             if f"{prefix}mask_area" in ledger:
                 theirs, mine = ledger.peek(f"{prefix}mask_area"), planes.sum((1, 2))
@@ -121,14 +121,14 @@ class Check:
                 # A pixel at the threshold may fall to either side.
                 ledger.seen.add(f"{prefix}mask_area")
                 ledger._line(f"{prefix}mask_area", f"at most {apart} pixels apart", apart <= 2)
-        found: Instances = system.decode(raw, [placement])[0]
+        objects: Instances = system.decode(raw, [placement])[0]
         order = scores.argsort(descending=True, stable=True)
         order = order[system.thing_classes()[labels[order]]]
-        same = len(found) == len(order) and found.scores is not None and torch.equal(found.scores, scores[order])
-        ledger._line(f"{prefix}decode", f"{len(found)} things, best first", bool(same))
+        same = len(objects) == len(order) and objects.scores is not None and torch.equal(objects.scores, scores[order])
+        ledger._line(f"{prefix}decode", f"{len(objects)} things, best first", bool(same))
 
     def post(self) -> None:
-        """Hand-made answers through what follows the network."""
+        """Hand-made raw outputs through decoding."""
         ledger = self.ledger
         if "post/scores" not in ledger:
             return
@@ -168,9 +168,9 @@ class Check:
         else:
             ledger.equal("post/pan_info", torch.stack(own, 1))
 
-    # ---- learning ------------------------------------------------------------------------------------------------
+    # ---- training ------------------------------------------------------------------------------------------------
 
-    def learning(self) -> None:
+    def training(self) -> None:
         ledger, system = self.ledger, self.system
         if "target_boxes" not in ledger:
             return
@@ -178,7 +178,7 @@ class Check:
             parameter.grad = None
         raw = system(self.images, self.valid)
         target = self.target()
-        objects = [system._objects(target, raw.logits.device)]
+        objects = [BoxTargets.from_instances(target, raw.logits.device)]
         cost = system.costs(raw, objects)
         queries, which = assign(cost)[0]
         forced: list[ties.Choice] = []
@@ -189,25 +189,24 @@ class Check:
         with ties.choosing(detr, forced):
             terms = system.losses(raw, [target])
         total = sum(terms.values(), torch.zeros(()))
-        weights = dict(zip(("class", "box", "giou", "mask", "dice"), system.weights, strict=True))
         theirs = {"class": "ce", "box": "bbox", "giou": "giou", "mask": "mask", "dice": "dice"}
         for name, value in terms.items():
             kind, number, layer = name.partition("_")
-            ledger.compare(f"loss/loss_{theirs[kind]}{number}{layer}", value / weights[kind])
+            ledger.compare(f"loss/loss_{theirs[kind]}{number}{layer}", value / getattr(system.loss, f"{kind}_weight"))
         ledger.compare("loss/total_weighted", total)
         self.logged(raw, target, queries, which)
         if "grad_keys" in ledger:
             self.gradients(raw, target, forced, ties.alternatives(cost[0], torch.stack([queries, which])))
 
     def logged(self, raw: Raw, target: Instances, queries: Tensor, which: Tensor) -> None:
-        """What the original only logs: how many matched queries have another class, how many objects are seen."""
+        """What the original only logs: the share of matched queries with a wrong class, and the number of objects."""
         ledger = self.ledger
         right = raw.logits[-1, 0, queries[-1]].argmax(-1) == target.labels[which[-1]]
         ledger.compare("loss/class_error", 100 - 100 * right.float().mean())
-        seen = (raw.logits[:, 0].argmax(-1) != raw.logits.shape[-1] - 1).sum(1)
+        counts = (raw.logits[:, 0].argmax(-1) != raw.logits.shape[-1] - 1).sum(1)
         for name in ledger.names(r"loss/cardinality_error(_\d)?"):
             layer = int(name[-1]) if name[-1].isdigit() else -1
-            ledger.compare(name, (seen[layer] - len(target)).abs().float())
+            ledger.compare(name, (counts[layer] - len(target)).abs().float())
 
     def target(self) -> Instances:
         ledger, (height, width) = self.ledger, self.size
@@ -221,22 +220,22 @@ class Check:
         return Whole((height, width), boxes, ledger.given("target_labels"), planes).instances()
 
     def gradients(self, raw: Raw, target: Instances, forced: list[ties.Choice], spare: list[ties.Choice]) -> None:
-        """Only the last layer's matching is recorded: where that of an earlier one is a tie, the choice is theirs that
-        brings the norms nearest."""
-        ledger, learnt = self.ledger, {n: p for n, p in self.system.named_parameters() if p.requires_grad}
+        """Norms of the gradients. Only the matching of the last layer is recorded: for ties in an earlier one, the
+        choice whose norms are closest to the recorded ones is used."""
+        ledger, trained = self.ledger, {n: p for n, p in self.system.named_parameters() if p.requires_grad}
         choices = [*itertools.product(*([None, c] for c in spare[:4])), *((c,) for c in spare[4:12])]
         best: tuple[float, Tensor, int] | None = None
         for tried in choices:
             own = [c for c in tried if c is not None]
             with ties.choosing(detr, forced + own):
                 total = torch.stack(list(self.system.losses(raw, [target]).values())).sum()
-            gradients = torch.autograd.grad(total, list(learnt.values()), retain_graph=True, allow_unused=True)
-            found = self.norms(dict(zip(learnt, gradients, strict=True)))
-            if isinstance(found, str):
-                return ledger.fail("grad_norms", found)
-            error = ledger.error("grad_norms", found)
+            gradients = torch.autograd.grad(total, list(trained.values()), retain_graph=True, allow_unused=True)
+            norms = self.norms(dict(zip(trained, gradients, strict=True)))
+            if isinstance(norms, str):
+                return ledger.fail("grad_norms", norms)
+            error = ledger.error("grad_norms", norms)
             if isinstance(error, float) and (best is None or error < best[0]):
-                best = error, found, len(own)
+                best = error, norms, len(own)
             if isinstance(error, float) and error <= LARGEST:
                 break
         if best is None:
@@ -245,7 +244,7 @@ class Check:
         ledger.compare("grad_norms", best[1], LARGEST, "sums of many float32 terms, in another order", note)
 
     def norms(self, gradients: Mapping[str, Tensor | None]) -> Tensor | str:
-        """By the original's names: the three parts of its joined projections are one."""
+        """By the names of the original, whose projections of queries, keys and values are one matrix."""
         named = {name: g for name, g in gradients.items() if g is not None}
         norms: list[Tensor] = []
         for key in map(str, self.ledger.arrays["grad_keys"]):
@@ -262,8 +261,8 @@ class Check:
 
 
 class Whole:
-    """Objects whose masks reach over the padding, as the original's recorded targets do: they are drawn on the whole
-    canvas, though the image ends before."""
+    """Objects whose masks extend into the padding, like the recorded targets: drawn on the whole canvas, although the
+    image is smaller."""
 
     def __init__(self, size: tuple[int, int], boxes: Tensor, labels: Tensor, planes: Tensor):
         self.size, self.boxes, self.labels, self.planes = size, boxes, labels, planes

@@ -1,4 +1,4 @@
-"""H-Deformable-DETR, the frozen detector of Mask Frozen-DETR, as its authors' code answers at inference."""
+"""H-Deformable-DETR, the frozen detector of Mask Frozen-DETR: outputs of its authors' code in inference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check(system: Any, layout: Path, ledger: Ledger) -> None:
     images, valid = placed(ledger.about)
     size = (int(valid[0, 0]), int(valid[0, 1]))
     kept: dict[str, Any] = {}
-    hook = system.backbone.register_forward_hook(lambda module, given, answer: kept.update(levels=answer))
+    hook = system.dense.backbone.register_forward_hook(lambda module, inputs, levels: kept.update(levels=levels))
     with torch.no_grad():
         raw = system.eval()(images, valid)
     hook.remove()
@@ -39,9 +39,9 @@ def check(system: Any, layout: Path, ledger: Ledger) -> None:
         ledger.compare("det_scores", scores)
         ledger.equal("det_labels", labels)
         ledger.compare("det_boxes", boxes)
-        found = system.decode(raw, [placement], score_threshold=0.0, detections=count)[0]
-        same = torch.equal(found.scores, scores) and torch.equal(found.boxes, clip(boxes, (height, width)))
-        ledger._line("det_decode", f"{len(found)} objects, clipped to the image", same)
+        objects = system.decode(raw, [placement], score_threshold=0.0, detections=count)[0]
+        same = torch.equal(objects.scores, scores) and torch.equal(objects.boxes, clip(boxes, (height, width)))
+        ledger._line("det_decode", f"{len(objects)} objects, clipped to the image", same)
 
 
 SYSTEMS = {"h-detr": check}

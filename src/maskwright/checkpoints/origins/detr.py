@@ -1,7 +1,7 @@
-"""DETR as its authors lay it out, and as transformers does; with the mask head or without.
+"""DETR in the layouts of its authors and of transformers, with the mask head or without.
 
-Trunks of stride 32 and dilated ones (DC5) have the same keys and shapes: loading asks for the variant, unless a
-folder's config.json says.
+Backbones of stride 32 and dilated ones (DC5) have the same keys and shapes: the variant must be given, unless the
+config.json of a folder contains it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STUFF_IDS = (
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
-TRUNK = [
+RESNET = [
     (r"^backbone\.conv1\.", "backbone.stem.conv."),
     (r"^backbone\.bn1\.", "backbone.stem.norm."),
     (r"^backbone\.layer(\d)\.", lambda m: f"backbone.stages.{int(m[1]) - 1}."),
@@ -34,22 +34,24 @@ TRUNK = [
     (r"^(backbone\.stages\..*\.conv\d)\.weight$", r"\1.conv.weight"),
 ]
 MASKS = [
-    (r"^bbox_attention\.q_linear\.", "mask_head.query."),
-    (r"^bbox_attention\.k_linear\.", "mask_head.key."),
-    (r"^mask_head\.lay(\d)\.", lambda m: f"mask_head.convs.{int(m[1]) - 1}."),
-    (r"^mask_head\.gn(\d)\.", lambda m: f"mask_head.norms.{int(m[1]) - 1}."),
-    (r"^mask_head\.adapter(\d)\.", lambda m: f"mask_head.adapters.{int(m[1]) - 1}."),
-    (r"^mask_head\.out_lay\.", "mask_head.output."),
+    (r"^bbox_attention\.q_linear\.", "masks.attention.query."),
+    (r"^bbox_attention\.k_linear\.", "masks.attention.key."),
+    (r"^mask_head\.lay(\d)\.", lambda m: f"masks.convs.{int(m[1]) - 1}."),
+    (r"^mask_head\.gn(\d)\.", lambda m: f"masks.norms.{int(m[1]) - 1}."),
+    (r"^mask_head\.adapter(\d)\.", lambda m: f"masks.adapters.{int(m[1]) - 1}."),
+    (r"^mask_head\.out_lay\.", "masks.output."),
 ]
 LAYERS = [
     (r"^(encoder|decoder)\.(\d+)\.self_attn\.", r"\1.\2.self_attention.attention."),
     (r"\.out_proj\.", ".output."),
     (r"\.in_proj_(weight|bias)$", r".in_proj.\1"),
 ]
+# The last rule of each table: everything but the mask head belongs to the network "dense".
+DENSE = [(r"^(?!masks\.)", "dense.")]
 OFFICIAL = [
     (r"^detr\.", ""),
     (r"^backbone\.0\.body\.", "backbone."),
-    *TRUNK,
+    *RESNET,
     (r"^input_proj\.", "project."),
     (r"^query_embed\.", "queries."),
     (r"^class_embed\.", "class_head."),
@@ -65,12 +67,13 @@ OFFICIAL = [
     (r"\.linear1\.", ".feed_forward.expand."),
     (r"\.linear2\.", ".feed_forward.reduce."),
     *MASKS,
+    *DENSE,
 ]
 TRANSFORMERS = [
     (r"^detr\.", ""),
     (r"^model\.", ""),
     (r"^backbone\.conv_encoder\.model\.(?:_backbone\.)?", "backbone."),
-    *TRUNK,
+    *RESNET,
     (r"^input_projection\.", "project."),
     (r"^query_position_embeddings\.", "queries."),
     (r"^class_labels_classifier\.", "class_head."),
@@ -88,10 +91,11 @@ TRANSFORMERS = [
     (r"\.fc1\.", ".feed_forward.expand."),
     (r"\.fc2\.", ".feed_forward.reduce."),
     *MASKS,
+    *DENSE,
 ]
 
-# transformers 5 writes the names above, but its networks have others, which torch.save and save_original_format=False
-# put into files; and the trunk may be transformers' own ResNet instead of timm's.
+# transformers 5 writes the names above, but its modules have others, which torch.save and save_original_format=False
+# write into files; and the backbone may be transformers' own ResNet instead of timm's.
 ALIASES = [
     (r"^((?:detr\.)?model\.backbone\.)model\.", r"\1conv_encoder.model."),
     (r"\.embedder\.embedder\.convolution\.", ".conv1."),
@@ -114,7 +118,7 @@ ALIASES = [
 
 
 def split(state: State, options: Mapping[str, Any]) -> State:
-    """torch's attention keeps the projections of queries, keys and values in one matrix."""
+    """Splits the matrix in which torch's attention keeps the projections of queries, keys and values."""
     ours: State = {}
     for key, value in state.items():
         before, joined, kind = key.rpartition(".in_proj.")
@@ -130,8 +134,11 @@ def split(state: State, options: Mapping[str, Any]) -> State:
 
 
 def names(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of the rows of a head, and which of them are stuff. The authors' rows are COCO's own ids, used or not: 91
-    (0 ... 90) for boxes, 250 for panoptic segmentation, where ids up to 90 are things."""
+    """Names of the rows of a head, and which of them are stuff.
+
+    The rows of the authors' heads are COCO's category ids, used or not: 91 (0 ... 90) for boxes, 250 for panoptic
+    segmentation, where ids up to 90 are things.
+    """
     known = dict(zip(COCO_IDS, COCO, strict=True))
     if count == 91:
         return tuple(known.get(i, "N/A") for i in range(count)), ()
@@ -143,41 +150,47 @@ def names(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
+    """Number of different values of the first group of `pattern` among the keys."""
     return len({m[1] for k in shapes if (m := re.match(pattern, k))})
 
 
 def _options(
-    shapes: Shapes, trunk: str, layers: str, feed: str, project: str, queries: str, classes: str, masks: bool
+    shapes: Shapes, backbone: str, layers: str, feed: str, project: str, queries: str, classes: str, masks: bool
 ) -> dict[str, Any] | None:
-    stem = shapes.get(f"{trunk}conv1.weight")
-    depth = BLOCKS.get(tuple(count(shapes, rf"^{re.escape(trunk)}layer{n}\.(\d+)\.") for n in range(1, 5)))
+    """Options by keys and shapes; the arguments are the layout's names of each part. None for another network."""
+    stem = shapes.get(f"{backbone}conv1.weight")
+    depth = BLOCKS.get(tuple(count(shapes, rf"^{re.escape(backbone)}layer{n}\.(\d+)\.") for n in range(1, 5)))
     needed = [shapes.get(f"{name}.weight") for name in (project, queries, classes)]
     first = shapes.get(f"{layers}encoder.layers.0.{feed}.weight") or shapes.get(
         f"{layers}decoder.layers.0.{feed}.weight"
     )
     if stem is None or depth is None or first is None or any(s is None for s in needed):
         return None
-    read, asked, said = (s for s in needed if s is not None)
-    width = read[0]
-    if len(read) != 4 or asked[1] != width:  # its successors have several projections, and queries twice as wide
+    projection, embeddings, rows = (s for s in needed if s is not None)
+    width = projection[0]
+    # Later systems have several projections, and queries of twice the width.
+    if len(projection) != 4 or embeddings[1] != width:
         return None
-    if f"{trunk}layer1.0.conv3.weight" not in shapes:
+    if f"{backbone}layer1.0.conv3.weight" not in shapes:
         depth = {50: 34}.get(depth, depth)
-    rows, stuff = names(said[0] - 1)
+    labels, stuff = names(rows[0] - 1)
     heads = shapes["mask_head.lay1.weight"][0] - width if masks else 8
     return {
-        "classes": rows, "stuff": stuff, "masks": "keypoint" if masks else "none", "backbone": f"resnet{depth}",
-        "in_channels": stem[1], "stem_width": stem[0], "norm": "frozen", "frozen": 2, "width": width, "heads": heads,
-        "hidden": first[0], "queries": asked[0],
-        "encoder_layers": count(shapes, rf"^{re.escape(layers)}encoder\.layers\.(\d+)\."),
-        "decoder_layers": count(shapes, rf"^{re.escape(layers)}decoder\.layers\.(\d+)\."),
+        "classes": labels, "stuff": stuff, "masks": "joint" if masks else "none", "in_channels": stem[1],
+        "backbone": {"name": f"resnet{depth}", "width": stem[0], "norm": "frozen", "frozen": 2},
+        "transformer": {
+            "width": width, "heads": heads, "hidden": first[0], "queries": embeddings[0],
+            "encoder_layers": count(shapes, rf"^{re.escape(layers)}encoder\.layers\.(\d+)\."),
+            "decoder_layers": count(shapes, rf"^{re.escape(layers)}decoder\.layers\.(\d+)\."),
+        },
     }  # fmt: skip
 
 
 def _variants(options: dict[str, Any] | None, dilated: bool | None = None) -> Sequence[Candidate] | None:
+    """The published variants with these keys and shapes."""
     if options is None:
         return None
-    depth = options["backbone"].removeprefix("resnet")
+    depth = options["backbone"]["name"].removeprefix("resnet")
     kind = "-panoptic" if options["masks"] != "none" and options["stuff"] else ""
     both = [
         Candidate(f"detr-r{depth}{kind}", {**options, "dilated": False}),
@@ -204,27 +217,29 @@ def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candidat
     masks = "mask_head.lay1.weight" in shapes
     own = "detr." if masks else ""
     model = f"{own}model."
-    trunk = f"{model}backbone.conv_encoder.model."
-    trunk = f"{trunk}_backbone." if f"{trunk}_backbone.conv1.weight" in shapes else trunk
+    backbone = f"{model}backbone.conv_encoder.model."
+    backbone = f"{backbone}_backbone." if f"{backbone}_backbone.conv1.weight" in shapes else backbone
     options = _options(
-        shapes, trunk, model, "fc1", f"{model}input_projection", f"{model}query_position_embeddings",
+        shapes, backbone, model, "fc1", f"{model}input_projection", f"{model}query_position_embeddings",
         f"{own}class_labels_classifier", masks,
     )  # fmt: skip
     if options is None:
         return None
-    said = folders.heads(
-        about, options["width"], "encoder_attention_heads", "decoder_attention_heads", "num_attention_heads"
+    sizes: dict[str, Any] = options["transformer"]
+    heads = folders.heads(
+        about, sizes["width"], "encoder_attention_heads", "decoder_attention_heads", "num_attention_heads"
     )
-    if masks and said not in (None, options["heads"]):
+    if masks and heads not in (None, sizes["heads"]):
         raise CheckpointError(
-            f"{about.get('path')}/config.json: it says {said} attention heads, and the mask head beside it is of "
-            f"{options['heads']}; put the config.json there that belongs to the weights"
+            f"{about.get('path')}/config.json: it has {heads} attention heads, but the mask head in the weights has "
+            f"{sizes['heads']}; use the config.json that belongs to the weights"
         )
-    options |= {"heads": said or options["heads"], **folders.images(about, "detr", options["in_channels"])}
+    sizes["heads"] = heads or sizes["heads"]
+    options["resize"] = folders.images(about, "detr", options["in_channels"])
     config = about.get("config", {})
-    dilated, trunk_config = config.get("dilation"), config.get("backbone_config")
-    if not isinstance(dilated, bool) and isinstance(trunk_config, Mapping):
-        dilated = trunk_config.get("output_stride") == 16
+    dilated, backbone_config = config.get("dilation"), config.get("backbone_config")
+    if not isinstance(dilated, bool) and isinstance(backbone_config, Mapping):
+        dilated = backbone_config.get("output_stride") == 16
     return _variants(options, dilated if isinstance(dilated, bool) else None)
 
 

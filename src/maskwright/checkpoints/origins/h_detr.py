@@ -1,4 +1,4 @@
-"""H-Deformable-DETR as its authors lay it out: two stages, boxes refined by each layer, a learnt content per query."""
+"""H-Deformable-DETR in the layout of its authors: two stages, box refinement, a learned content of each query."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from maskwright.checkpoints.names import class_names, coco_by_id
 from maskwright.checkpoints.origins import Origin, Shapes
-from maskwright.checkpoints.origins.detr import BLOCKS, LAYERS, TRUNK, count, split
+from maskwright.checkpoints.origins.detr import BLOCKS, LAYERS, RESNET, count, split
 
-MANY = 1500  # of all queries, those of the second group, in every published file
+MANY = 1500  # queries of the second group, in every published file
 
 OFFICIAL = [
     (r"^backbone\.0\.body\.", "backbone."),
-    *TRUNK,
+    *RESNET,
     (r"^input_proj\.(\d+)\.0\.", r"project.\1.conv."),
     (r"^input_proj\.(\d+)\.1\.", r"project.\1.norm."),
     (r"^query_embed\.", "queries."),
@@ -39,35 +39,41 @@ OFFICIAL = [
     (r"^decoder\.(\d+)\.norm3\.", r"decoder.\1.feed_forward.norm."),
     (r"\.linear1\.", ".feed_forward.expand."),
     (r"\.linear2\.", ".feed_forward.reduce."),
+    (r"^", "dense."),
 ]
 
 
 def _options(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Options by keys and shapes; None for another network."""
     body = "backbone.0.body."
     stem, levels = shapes.get(f"{body}conv1.weight"), shapes.get("transformer.level_embed")
     queries, hidden = shapes.get("query_embed.weight"), shapes.get("transformer.encoder.layers.0.linear1.weight")
     sampled = shapes.get("transformer.encoder.layers.0.self_attn.attention_weights.weight")
     depth = BLOCKS.get(tuple(count(shapes, rf"^backbone\.0\.body\.layer{n}\.(\d+)\.") for n in range(1, 5)))
     layers = count(shapes, r"^transformer\.decoder\.layers\.(\d+)\.")
-    said = shapes.get(f"class_embed.{layers}.weight")
-    needed = (stem, levels, queries, hidden, sampled, depth, said, shapes.get("transformer.pos_trans.weight"))
+    rows = shapes.get(f"class_embed.{layers}.weight")
+    needed = (stem, levels, queries, hidden, sampled, depth, rows, shapes.get("transformer.pos_trans.weight"))
     if any(n is None for n in needed):
         return None
     assert stem is not None and levels is not None and queries is not None and hidden is not None  # noqa: PT018
-    assert sampled is not None and depth is not None and said is not None  # noqa: PT018
-    if queries[1] != levels[1]:  # a position and a content each: not of two stages
+    assert sampled is not None and depth is not None and rows is not None  # noqa: PT018
+    if queries[1] != levels[1]:  # a position and a content each: one stage
         return None
     if f"{body}layer1.0.conv3.weight" not in shapes:
         depth = {50: 34}.get(depth, depth)
     many = MANY if queries[0] > MANY else 0
     return {
-        # The authors' rows are COCO's own ids, used or not, from 0 on.
-        "classes": ("N/A", *coco_by_id()) if said[0] == 91 else class_names(said[0]),
-        "backbone": f"resnet{depth}", "in_channels": stem[1], "stem_width": stem[0], "norm": "frozen", "frozen": 2,
-        "width": levels[1], "heads": 8, "hidden": hidden[0], "levels": levels[0],
-        "points": sampled[0] // (8 * levels[0]), "decoder_layers": layers,
-        "encoder_layers": count(shapes, r"^transformer\.encoder\.layers\.(\d+)\."),
-        "queries": queries[0] - many, "many_queries": many,
+        # The rows of the authors' heads are COCO's category ids, used or not, from 0 on.
+        "classes": ("N/A", *coco_by_id()) if rows[0] == 91 else class_names(rows[0]),
+        "backbone": {"name": f"resnet{depth}", "width": stem[0], "norm": "frozen", "frozen": 2},
+        "in_channels": stem[1],
+        "transformer": {
+            "width": levels[1], "heads": 8, "hidden": hidden[0], "levels": levels[0],
+            "points": sampled[0] // (8 * levels[0]), "decoder_layers": layers,
+            "encoder_layers": count(shapes, r"^transformer\.encoder\.layers\.(\d+)\."),
+            "queries": queries[0] - many,
+        },
+        "many_queries": many,
     }  # fmt: skip
 
 
@@ -78,7 +84,7 @@ ORIGINS = [
         rename=OFFICIAL,
         recognise=_options,
         finish=split,
-        # The decoder holds the heads once more under names of its own.
+        # The decoder holds the heads a second time.
         ignore=(r"^transformer\.decoder\.(class|bbox)_embed\.", r"\.num_batches_tracked$"),
         code_licence="MIT",
         weights_licence="MIT",

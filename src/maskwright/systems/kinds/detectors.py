@@ -1,15 +1,120 @@
-"""Detectors of queries, on whose features another system may be trained."""
+"""Detectors of queries: each query predicts a class and a box. Other systems may be trained on their features."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from maskwright.errors import UsageError
+from maskwright.options import OptionGroup
 from maskwright.systems.system import System
+
+# ---- option groups ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Transformer(OptionGroup):
+    """The encoder and decoder of a detector of queries, as options of a system.
+
+    Attributes:
+        width: Channels of everything after the backbone, a multiple of 4 and of `heads`.
+        heads: Attention heads.
+        hidden: Width inside the feed-forward layers.
+        encoder_layers: Number of encoder layers.
+        decoder_layers: Number of decoder layers.
+        queries: Number of queries.
+        dropout: Dropout of attention and feed-forward layers.
+    """
+
+    label: ClassVar[str] = "transformer"
+
+    width: int = 256
+    heads: int = 8
+    hidden: int = 2048
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    queries: int = 100
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "width", "heads", "hidden", "decoder_layers", "queries")
+        check_least(self, 0, "encoder_layers")
+        if self.width % 4 or self.width % self.heads:
+            raise UsageError(
+                f"{self.label}.width must be a multiple of 4 and of {self.label}.heads ({self.heads}), got {self.width}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"{self.label}.dropout must be at least 0 and less than 1, got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class BoxCost(OptionGroup):
+    """The cost of matching a query with an object, as options of a system (DETR, arXiv 2005.12872, section 3.1).
+
+    Attributes:
+        class_weight: Weight of the class.
+        box_weight: Weight of the L1 distance of the boxes.
+        giou_weight: Weight of their generalised IoU.
+    """
+
+    label: ClassVar[str] = "cost"
+
+    class_weight: float = 1.0
+    box_weight: float = 5.0
+    giou_weight: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 0, "class_weight", "box_weight", "giou_weight")
+
+
+@dataclass(frozen=True)
+class BoxLoss(BoxCost):
+    """The loss of queries with boxes, as options of a system.
+
+    Attributes:
+        class_weight: Weight of the class loss.
+        box_weight: Weight of the L1 distance of the boxes.
+        giou_weight: Weight of 1 - their generalised IoU.
+    """
+
+    label: ClassVar[str] = "loss"
+
+
+def check_least(group: OptionGroup, least: int, *names: str) -> None:
+    """Raises a UsageError for the first field of `names` that is less than `least`, or not finite."""
+    for name in names:
+        value = getattr(group, name)
+        if not least <= value < math.inf:
+            raise UsageError(f"{group.label}.{name} must be at least {least}, got {value}")
+
+
+def named_weights(options: Mapping[str, Any], lists: Mapping[str, tuple[str, Sequence[str]]]) -> dict[str, Any]:
+    """Converts lists of weights, in options of an earlier version, to groups of named weights.
+
+    Args:
+        options: Options as a file holds them.
+        lists: For the name of each list, the group and the fields that its entries became.
+
+    Returns:
+        The options, groups first.
+    """
+    rest, groups = dict(options), dict[str, Any]()
+    for name, (group, fields) in lists.items():
+        if isinstance(rest.get(name), Sequence):
+            groups[group] = dict(zip(fields, rest.pop(name), strict=True))
+    return {**groups, **rest}
+
+
+# ---- the kind --------------------------------------------------------------------------------------------------------
 
 
 class FrozenLayout(NamedTuple):
