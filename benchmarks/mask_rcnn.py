@@ -169,7 +169,7 @@ def training_step(
             return sum(network(floats, goals).values(), torch.zeros((), device=device))
     else:
         system = system.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        laid = [system.preprocess.lay(s.image) for s in samples]
+        laid = [system.preprocess.apply(s.image) for s in samples]
         targets = [s.target.place(p) for s, (_, p) in zip(samples, laid, strict=True)]
         batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], targets).to(device)
         parameters = [p for p in system.parameters() if p.requires_grad]

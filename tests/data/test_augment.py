@@ -130,11 +130,11 @@ def test_resizing_alone_equals_what_preprocessing_does():
     image = Scenes(3)[1].image
     for resample in ("pillow", "tensor"):
         rule = Preprocess(short=131, long=400, resample=resample)
-        laid, placement = rule.lay(image)
+        laid, placement = rule.apply(image)
         augment = Augment(flip=0)
         drawn = augment.draw(np.random.default_rng(0), (192, 192), rule)
         assert drawn.placement == placement
-        ours = rule.normalise(place_image(image, drawn.placement, resample))
+        ours = rule.normalize(place_image(image, drawn.placement, resample))
         torch.testing.assert_close(ours, laid, atol=1e-5, rtol=0)
 
 
@@ -206,7 +206,7 @@ def test_colour_operations_change_only_the_image():
     assert (other - laid.image.float()).abs().mean() < 2
 
 
-# ---- copy-paste --------------------------------------------------------------------------------------------------
+# ---- copy-paste ----------------------------------------------------------------------------------------------------
 
 
 def overlaid(augment: Augment, below: Sample, above: Sample, seed: int = 0) -> Placed:
@@ -270,7 +270,7 @@ def test_either_image_of_copy_paste_may_have_no_objects():
     assert len(overlaid(Augment(), empty, below).target) == 1
 
 
-# ---- options -----------------------------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------------------------
 
 
 def test_options_accept_values_from_json():

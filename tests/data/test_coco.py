@@ -41,7 +41,7 @@ def plane(x0: int = 35, y0: int = 20, x1: int = 55, y1: int = 35, size: tuple[in
     return result
 
 
-# ---- intact data --------------------------------------------------------------------------------------------------
+# ---- intact data ---------------------------------------------------------------------------------------------------
 
 
 def test_an_intact_data_set_is_read_exactly(tmp_path: Path):
@@ -185,7 +185,7 @@ def test_keypoints_are_shifted_by_half_a_pixel(tmp_path: Path):
         assert len(read_coco(write(tmp_path, data)).targets(0)) == 2
 
 
-# ---- annotations that are repaired or skipped -------------------------------------------------------------------
+# ---- annotations that are repaired or skipped ----------------------------------------------------------------------
 
 SKIPPED = {
     "two points": ({"segmentation": [[10, 10, 50, 30]]}, "a polygon of 2 points; at least 3 are needed"),
@@ -330,7 +330,7 @@ def test_a_warning_about_many_findings_is_short(tmp_path: Path):
     assert str(caught[0].message).count("\n") == 3
 
 
-# ---- unusable data sets ------------------------------------------------------------------------------------
+# ---- unusable data sets --------------------------------------------------------------------------------------------
 
 
 def test_classes_with_the_same_name_are_kept_apart(tmp_path: Path):

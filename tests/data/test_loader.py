@@ -189,7 +189,7 @@ def test_evaluation_uses_the_order_of_the_data_set():
     shards = [loader(7, 3, training=False, rank=r, world=2) for r in range(2)]
     assert sorted(i for s in shards for b in s.indices() for i in b) == list(range(7))
     batch = next(iter(found))
-    image, placement = RULE.lay(Scenes(7, (48, 48))[0].image)
+    image, placement = RULE.apply(Scenes(7, (48, 48))[0].image)
     assert torch.equal(batch.images[0, :, :64, :64], image), "not augmented"
     assert batch.placements[0] == placement
 

@@ -163,7 +163,7 @@ def test_a_single_bad_image_is_an_error(system, folder):
         (torch.zeros(3, 8, 8), "a tensor is uint8"),
         (np.zeros((8, 8, 3)), "an array is uint8, 0 ... 255; this one is float64"),
         (torch.zeros(50, 40, 3, dtype=torch.uint8), "channels first"),
-        (torch.zeros(5, 8, 8, dtype=torch.uint8), "has 5 channels, the system was made for 3"),
+        (torch.zeros(5, 8, 8, dtype=torch.uint8), "has 5 channels, but the system expects 3"),
         (np.zeros((0, 8, 3), np.uint8), "has no pixels"),
         (np.zeros(8, np.uint8), r"\(H, W, C\)"),
     ],

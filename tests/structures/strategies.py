@@ -1,4 +1,4 @@
-"""Random masks and placements, with a liking for what is awkward: holes, parts, borders, emptiness, single pixels."""
+"""Random masks and placements, with many edge cases: holes, parts, borders, empty masks, single pixels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _plane(draw, kind: str, size: tuple[int, int]) -> torch.Tensor:
         return torch.from_numpy(draw(arrays.arrays(np.bool_, size)))
     if kind == "full":
         return ~plane
-    if kind == "checks":  # every pixel touches the next by a corner only
+    if kind == "checks":  # pixels touch only at corners
         return (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0
     if kind == "empty":
         return plane
@@ -39,13 +39,13 @@ def _plane(draw, kind: str, size: tuple[int, int]) -> torch.Tensor:
     plane[y0:y1, x0:x1] = True
     if kind == "ring":
         plane[y0 + 1 : y1 - 1, x0 + 1 : x1 - 1] = False
-        plane[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2] = True  # an island in the hole
+        plane[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2] = True  # an island inside the hole
     return plane
 
 
 @st.composite
 def placements(draw, image: tuple[int, int] | None = None) -> Placement:
-    """Up to four steps of cropping, resizing, mirroring."""
+    """Up to four crops, resizes and flips."""
     placement = Placement.identity(image or draw(SIZES))
     for _ in range(draw(st.integers(0, 4))):
         placement = step(draw, placement)

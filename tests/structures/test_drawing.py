@@ -1,4 +1,4 @@
-"""What is drawn lies where the objects are, can be told apart and read, and costs little."""
+"""Drawing: pixels, colours, labels, keypoints, unusual input, and memory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def grey(size=(120, 160)) -> torch.Tensor:
     return torch.full((3, *size), 90, dtype=torch.uint8)
 
 
-def test_only_the_masks_pixels_change():
+def test_only_pixels_of_masks_change():
     drawn = np.asarray(scene().draw(grey(), **PLAIN))
     changed = (drawn != 90).any(2)
     inside = scene().masks.union().dense()[0].numpy()  # pyright: ignore
@@ -47,7 +47,7 @@ def test_only_the_masks_pixels_change():
     assert not changed[~soft].any(), "the soft edge is one pixel wide"
 
 
-def test_alpha_is_the_share_of_colour_and_the_border_is_opaque():
+def test_alpha_is_the_opacity_and_the_border_is_opaque():
     drawn = np.asarray(scene()[:1].draw(grey(), alpha=0.25, line_width=3, **PLAIN)).astype(float)
     expected = 90 * 0.75 + np.array(colour(0)) * 0.25
     assert np.abs(drawn[60, 100] - expected).max() <= 2
@@ -56,14 +56,14 @@ def test_alpha_is_the_share_of_colour_and_the_border_is_opaque():
     assert np.abs(bare[22, 80] - expected).max() <= 2
 
 
-def test_a_small_object_stays_visible_on_a_large_one_whatever_their_order():
+def test_a_small_object_stays_visible_on_a_large_one_in_any_order():
     for order in ([0, 1], [1, 0]):
         drawn = np.asarray(scene()[order].draw(grey(), alpha=1.0, colour_by="class", **PLAIN))
         assert drawn[50, 55].tolist() == list(colour(0))
         assert drawn[80, 80].tolist() == list(colour(1))
 
 
-def test_a_crowd_is_grey_and_hatched():
+def test_crowd_regions_are_grey_and_hatched():
     drawn = np.asarray(scene()[2:].draw(torch.zeros(3, 120, 160, dtype=torch.uint8), alpha=0.8, **PLAIN)).astype(int)
     region = drawn[70:110, 132:150]
     assert (np.ptp(region, axis=2) == 0).all(), "no hue"
@@ -76,11 +76,11 @@ def test_colours_by_object_and_by_class():
     two.labels = torch.tensor([4, 4])
     by_class = np.asarray(two.draw(grey(), colour_by="class", alpha=1.0, **PLAIN))
     assert by_class[50, 55].tolist() == list(colour(4))
-    with pytest.raises(UsageError, match=r"alpha is 1\.5; expected 0"):
+    with pytest.raises(UsageError, match=r"`alpha` must be in .0, 1., got 1\.5"):
         two.draw(grey(), alpha=1.5)
 
 
-def test_every_kind_of_image_gives_the_same_drawing_and_is_left_alone():
+def test_all_types_of_images_give_the_same_drawing_and_are_not_modified():
     tensor = torch.randint(0, 256, (3, 120, 160), dtype=torch.uint8)
     before = tensor.clone()
     array = tensor.permute(1, 2, 0).numpy()
@@ -104,22 +104,22 @@ def test_every_kind_of_image_gives_the_same_drawing_and_is_left_alone():
     ("image", "says"),
     [
         (torch.zeros(3, 120, 160), "uint8"),
-        (np.zeros((120, 160, 3)), "uint8, 0 ... 255; this one is float64"),
+        (np.zeros((120, 160, 3)), "uint8, 0 ... 255, got float64"),
         (torch.zeros(120, 160, 3, dtype=torch.uint8), r"\(3, H, W\)"),
-        ("photo.jpg", "this is a str"),
+        ("photo.jpg", "must be a tensor, an array or a PIL image, got str"),
     ],
 )
-def test_a_wrong_image_is_told(image, says):
+def test_an_invalid_image_is_an_error(image, says):
     with pytest.raises(UsageError, match=says):
         draw(image, scene())
 
 
-def test_labels_can_be_read():
+def test_labels_are_legible():
     plain = np.asarray(scene().draw(grey(), ["cat", "dog"], boxes=False, labels=False))
     named = np.asarray(scene().draw(grey(), ["cat", "dog"], boxes=False))
     where = (plain != named).any(2)
     assert where.sum() > 300
-    assert not where[101:, :120].any(), "above the box where there is room"
+    assert not where[101:, :120].any(), "above the box if there is space"
     for number in range(100):
         paint = np.array(colour(number)) / 255
         linear = np.where(paint <= 0.04045, paint / 12.92, ((paint + 0.055) / 1.055) ** 2.4)
@@ -129,20 +129,20 @@ def test_labels_can_be_read():
         assert contrast >= 4.5, f"colour {number}: WCAG AA"
 
 
-def test_any_class_name_can_be_written():
+def test_any_class_name_can_be_drawn():
     for name in ("", "a\nb", "Öl 猫 ж", "x" * 300, "\x00\x07"):
         scene().draw(grey(), [name, name])
     scene().draw(grey(), [])  # fewer names than labels
 
 
-def test_the_first_colours_are_far_apart():
+def test_the_first_colours_are_distinct():
     values = np.array([colour(n) for n in range(8)], float)
     for a, b in itertools.combinations(range(8), 2):
         assert np.abs(values[a] - values[b]).max() > 60
     assert len({colour(n) for n in range(3 * len(PALETTE))}) == 3 * len(PALETTE)
 
 
-def test_a_skeleton_and_its_unseen_keypoints():
+def test_a_skeleton_and_its_unlabelled_keypoints():
     person = scene()[:1]
     person.keypoints = torch.zeros(1, 17, 3)
     person.masks = None
@@ -150,14 +150,14 @@ def test_a_skeleton_and_its_unseen_keypoints():
     person.keypoints[0, 7] = torch.tensor([90.0, 90, 1])
     drawn = np.asarray(person.draw(grey(), boxes=False, labels=False))
     changed = (drawn != 90).any(2)
-    assert changed[[30, 60, 90], [30, 60, 90]].all(), "two keypoints and the limb between"
-    assert not changed[:15, :15].any(), "keypoints that are not labelled are not at the corner"
+    assert changed[[30, 60, 90], [30, 60, 90]].all(), "two keypoints and the line between them"
+    assert not changed[:15, :15].any(), "unlabelled keypoints are not drawn at the corner"
     person.scores = torch.tensor([0.9])
     person.keypoints[0, 7, 2] = 0.01
     hidden = np.asarray(person.draw(grey(), boxes=False, labels=False))
-    assert not (hidden != 90).any(2)[90, 90], "an unsure keypoint is not drawn"
+    assert not (hidden != 90).any(2)[90, 90], "a keypoint with a low score is not drawn"
     person.keypoints = torch.full((1, 4, 3), 50.0)
-    person.draw(grey())  # another set of keypoints has no limbs
+    person.draw(grey())  # other keypoints have no lines
     assert np.array_equal(
         np.asarray(person.draw(grey(), keypoints=False, boxes=False, labels=False)), np.full((120, 160, 3), 90)
     )
@@ -165,7 +165,7 @@ def test_a_skeleton_and_its_unseen_keypoints():
 
 @settings(max_examples=settings.default.max_examples // 2)
 @given(planes(0, 3))
-def test_no_mask_is_too_odd_to_draw(dense):
+def test_all_masks_can_be_drawn(dense):
     size = (dense.shape[1], dense.shape[2])
     masks = Masks.from_dense(dense)
     objects = Instances(size, masks.boxes(), torch.zeros(len(dense), dtype=torch.int64), masks, torch.ones(len(dense)))
@@ -173,14 +173,14 @@ def test_no_mask_is_too_odd_to_draw(dense):
     assert objects.draw(torch.zeros(3, *size, dtype=torch.uint8), ["thing"]).size == (size[1], size[0])
 
 
-def test_boxes_that_are_not_finite_or_outside_are_no_harm():
+def test_boxes_that_are_not_finite_or_outside_the_image():
     boxes = torch.tensor([[float("nan")] * 4, [-50.0, -50, 500, 500], [5.0, 5, 5, 5], [200.0, 200, 300, 300]])
     found = Instances((120, 160), boxes, torch.zeros(4, dtype=torch.int64), scores=torch.ones(4))
     assert found.draw(grey()).size == (160, 120)
 
 
 def test_a_hundred_objects_on_a_large_image():
-    """Memory by count of bytes; time only against a bound that no machine misses unless whole planes are made."""
+    """The time limit is only exceeded if full planes are made."""
     y, x = np.mgrid[:300, :400]
     disc = (x - 200) ** 2 / 200**2 + (y - 150) ** 2 / 150**2 < 1
     corners = torch.stack([torch.arange(100) * 36, torch.arange(100) * 27], 1)
@@ -188,10 +188,10 @@ def test_a_hundred_objects_on_a_large_image():
     found = Instances((3000, 4000), masks.boxes(), torch.zeros(100, dtype=torch.int64), masks, torch.ones(100))
     image = np.zeros((3000, 4000, 3), np.uint8)
     tracemalloc.start()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     drawn = found.draw(image, ["thing"])
-    seconds, peak = time.perf_counter() - begun, tracemalloc.get_traced_memory()[1]
+    seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert drawn.size == (4000, 3000)
-    assert peak < 2.5 * image.nbytes, "the copy of the image and little else"
+    assert peak < 2.5 * image.nbytes, "little more than the copy of the image"
     assert seconds < 60

@@ -1,9 +1,11 @@
-"""Objects of an image stay together: whatever is selected, joined, moved or written, all their parts are."""
+"""Selecting, joining, placing and exporting objects with all their fields."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,12 +14,13 @@ from pycocotools import mask as coco
 
 from maskwright.errors import UsageError
 from maskwright.structures import Batch, Instances, Masks, Placement
+from maskwright.structures.drawing import draw
 
 pytestmark = pytest.mark.fast
 
 
 def objects(count: int, size=(12, 16)) -> Instances:
-    """Object k: label k % 3, score 1 / (k + 1), a 2 x 3 block that wanders."""
+    """Object k: label k % 3, score 1 / (k + 1), a 2 x 3 block at its own position."""
     k = torch.arange(count)
     planes = torch.zeros(count, *size, dtype=torch.bool)
     for number in range(count):
@@ -36,7 +39,7 @@ def same(a: Instances, b: Instances) -> bool:
 
 
 @given(st.integers(0, 6), st.data())
-def test_selecting_takes_every_part_along(count, data):
+def test_selection_applies_to_all_fields(count, data):
     all_of_them = objects(count)
     numbers = data.draw(st.lists(st.integers(0, count - 1), max_size=4)) if count else []
     flags = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)), dtype=torch.bool)
@@ -54,7 +57,7 @@ def test_selecting_takes_every_part_along(count, data):
         assert chosen.image_size == all_of_them.image_size
 
 
-def test_one_object_by_its_number():
+def test_one_object_by_position():
     assert objects(3)[-1].ids.tolist() == [102]  # pyright: ignore
     assert len(objects(3)[1]) == 1
     with pytest.raises(IndexError):
@@ -62,12 +65,12 @@ def test_one_object_by_its_number():
 
 
 @given(st.integers(0, 5), st.integers(0, 5))
-def test_taken_apart_and_joined(count, cut):
+def test_splitting_and_joining(count, cut):
     whole = objects(count)
     assert same(Instances.join([whole[:cut], whole[cut:]]), whole)
 
 
-def test_a_part_that_one_lacks_is_left_out_of_the_whole():
+def test_a_field_that_a_part_lacks_is_dropped_when_joining():
     first, second = objects(2), objects(2)
     second.scores = None
     joined = Instances.join([first, second])
@@ -76,14 +79,81 @@ def test_a_part_that_one_lacks_is_left_out_of_the_whole():
     assert joined.ids is not None
 
 
-def test_parts_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="masks has 0 rows, boxes 1"):
+def test_empty_parts_do_not_change_which_fields_are_joined():
+    whole = objects(2)
+    boxes = Instances(whole.image_size, whole.boxes, whole.labels, scores=whole.scores)
+    bare = Instances.empty(whole.image_size, masks=False, scores=False)
+    full = Instances.empty(whole.image_size, keypoints=4)
+    assert same(Instances.join([bare, whole, full]), whole)
+    joined = Instances.join([full, boxes])
+    assert joined.masks is None
+    assert joined.keypoints is None
+    assert joined.scores is not None
+    assert Instances.join([whole, boxes]).masks is None, "not all objects have masks"
+    assert Instances.join([full, full]).masks is not None
+    assert Instances.join([full, bare]).masks is None
+
+
+def test_parts_that_cannot_be_joined():
+    with pytest.raises(ValueError, match="at least one part"):
+        Instances.join([])
+    with pytest.raises(ValueError, match=r"images of different sizes cannot be joined: \[\(12, 16\), \(13, 16\)\]"):
+        Instances.join([objects(1), objects(1, (13, 16))])
+    other = replace(objects(1), keypoints=torch.zeros(1, 5, 3))
+    with pytest.raises(ValueError, match=r"different numbers of keypoints cannot be joined: \[4, 5\]"):
+        Instances.join([objects(1), other])
+
+
+def test_empty_results_have_only_the_fields_that_are_asked_for():
+    none = Instances.empty((5, 7), masks=False, scores=False)
+    assert (none.masks, none.scores, none.keypoints) == (None, None, None)
+    full = Instances.empty((5, 7), keypoints=17)
+    assert full.masks is not None
+    assert full.scores is not None
+    assert full.keypoints is not None
+    assert full.keypoints.shape == (0, 17, 3)
+
+
+def test_objects_without_masks():
+    whole = objects(3)
+    boxes = replace(whole, masks=None)
+    assert "segmentation" not in boxes.to_coco(1)[0]
+    assert [r["bbox"] for r in boxes.to_coco(1)] == [r["bbox"] for r in whole.to_coco(1)]
+    assert boxes[[True, False, True]].masks is None
+    assert Instances.join([boxes, boxes[:1]]).masks is None
+    assert boxes.place(Placement.resize((12, 16), (24, 32))).masks is None
+    image = torch.full((3, 12, 16), 90, dtype=torch.uint8)
+    assert boxes.draw(image).size == (16, 12)
+    assert draw(image, boxes, things=torch.tensor([True, False, True])).size == (16, 12)
+    assert boxes.to("cpu").masks is None
+
+
+def test_indices_of_numpy_and_python():
+    whole = objects(4)
+    for index, ids in (
+        ([True, False, False, True], [100, 103]),
+        (np.array([False, True, False, False]), [101]),
+        (np.array([-1, 0]), [103, 100]),
+        (np.int64(2), [102]),
+        (slice(None, None, -2), [103, 101]),
+        ([], []),
+    ):
+        chosen = whole[index].ids
+        assert chosen is not None
+        assert chosen.tolist() == ids
+    for index in ([True], [4], np.array([1.0]), True):
+        with pytest.raises(IndexError, match=r"for each of 4 objects|out of range for 4 objects|must be an integer"):
+            whole[index]
+
+
+def test_inconsistent_fields_are_an_error():
+    with pytest.raises(ValueError, match="`masks` has 0 rows, but `boxes` has 1"):
         Instances((4, 4), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), Masks.empty((4, 4)))
-    with pytest.raises(ValueError, match=r"masks are \(5, 4\), the image is \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"`masks` have size \(5, 4\), but the image has \(4, 4\)"):
         Instances((4, 4), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), Masks.empty((5, 4)))
 
 
-def test_no_objects_are_objects_too():
+def test_empty_results():
     none = Instances.empty((5, 7))
     assert len(none) == 0
     assert none.to_coco(1) == []
@@ -96,7 +166,7 @@ def test_no_objects_are_objects_too():
     assert none.to("cpu").scores is not None
 
 
-def test_coco_records_are_what_pycocotools_reads():
+def test_coco_records_are_read_by_pycocotools():
     found = objects(3)
     records = json.loads(json.dumps(found.to_coco("a.jpg", category_ids=[7, 90, 1])))
     assert [r["category_id"] for r in records] == [7, 90, 1]
@@ -106,10 +176,10 @@ def test_coco_records_are_what_pycocotools_reads():
         assert coco.toBbox(record["segmentation"]).tolist() == pytest.approx(record["bbox"])
         assert record["score"] == pytest.approx(score)
         assert len(record["keypoints"]) == 12
-    assert [r["category_id"] for r in found.to_coco(5)] == [1, 2, 3], "by default labels count from one"
+    assert [r["category_id"] for r in found.to_coco(5)] == [1, 2, 3], "the default category id is label + 1"
 
 
-def test_supervision_gets_the_same_objects():
+def test_conversion_to_supervision():
     pytest.importorskip("supervision")
     found = objects(3)
     theirs = found.to_supervision()
@@ -118,10 +188,10 @@ def test_supervision_gets_the_same_objects():
     assert theirs.class_id.tolist() == [0, 1, 2]
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------------------------
 
 
-def test_images_of_different_sizes_share_a_grid():
+def test_images_of_different_sizes_in_a_batch():
     images = [torch.full((3, 40, 20), 1.0), torch.full((3, 33, 50), 2.0)]
     placements = [Placement.identity((40, 20)), Placement.identity((33, 50))]
     batch = Batch.collate(images, placements, multiple=32, value=9.0, names=["a", "b"])
@@ -138,26 +208,26 @@ def test_images_of_different_sizes_share_a_grid():
     assert moved.targets is None
 
 
-def test_targets_go_with_their_batch():
+def test_targets_move_with_their_batch():
     batch = Batch.collate([torch.zeros(3, 12, 16)], [Placement.identity((12, 16))], [objects(2)])
     assert batch.to("cpu").targets is not None
     assert len(batch.to("cpu").targets[0]) == 2
 
 
-# ---- shapes ----------------------------------------------------------------------------------------------------------
+# ---- shapes --------------------------------------------------------------------------------------------------------
 
 
-def test_a_wrong_shape_is_caught_in_the_test_run():
+def test_wrong_shapes_are_detected_in_the_test_run():
     from tests.shapes import ENABLED
 
     if not ENABLED:
-        pytest.skip("the checker of shapes is off")
+        pytest.skip("shape checking is disabled")
     with pytest.raises(Exception, match="points_to_input"):
         Placement.identity((4, 4)).points_to_input(torch.zeros(3, 2, dtype=torch.int64))
     with pytest.raises(Exception, match="from_dense"):
         Masks.from_dense(torch.zeros(4, 4, dtype=torch.bool))
 
 
-def test_drawing_on_another_image_is_refused():
-    with pytest.raises(UsageError, match=r"the image is 5 x 5, the objects are on a grid of 12 x 16"):
+def test_drawing_on_an_image_of_another_size_is_an_error():
+    with pytest.raises(UsageError, match=r"the image is 5 x 5, but the objects belong to an image of 12 x 16"):
         objects(1).draw(torch.zeros(3, 5, 5, dtype=torch.uint8))

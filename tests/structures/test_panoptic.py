@@ -1,4 +1,4 @@
-"""An image divided among segments: a map of numbers and a list of segments say the same."""
+"""Panoptic segments: conversion from and to maps, files and drawings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.fast
 
 @st.composite
 def maps(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A map of numbers 0 ... N, made of blobs, with labels and which are things."""
+    """A map of numbers 0 ... N in blocks, with labels and whether they are things."""
     height, width = draw(SIZES)
     count = draw(st.integers(0, 5))
     rng = np.random.default_rng(draw(st.integers(0, 10_000)))
@@ -30,7 +30,7 @@ def maps(draw) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def segments(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, Panoptic]:
-    """The map again, and its segments with scores and ids."""
+    """The map, and its segments with scores and ids."""
     plane, labels, things = case
     count = len(labels)
     return plane, Panoptic.from_map(
@@ -39,7 +39,7 @@ def segments(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[tor
 
 
 @given(maps())
-def test_a_map_and_its_segments_say_the_same(case):
+def test_a_map_and_its_segments_are_equivalent(case):
     plane, panoptic = segments(case)
     assert torch.equal(panoptic.map().long(), plane)
     assert panoptic.map().dtype == torch.int32
@@ -58,7 +58,7 @@ def test_every_pixel_has_the_label_of_its_segment(case):
 
 
 @given(maps())
-def test_numbers_of_segments_may_be_any(case):
+def test_segments_may_have_any_numbers(case):
     plane, panoptic = segments(case)
     numbers = torch.tensor([0, 900_000, 3, 17_000_000, 12, 5])[: len(panoptic) + 1]
     same = Panoptic.from_map(numbers[plane].int(), panoptic.segments.labels, panoptic.things, numbers=numbers[1:])
@@ -66,13 +66,13 @@ def test_numbers_of_segments_may_be_any(case):
 
 
 @given(maps())
-def test_a_png_and_a_record_hold_it_all(case):
+def test_the_png_and_the_record_describe_all_segments(case):
     plane, panoptic = segments(case)
     record = panoptic.to_coco("a", [label * 10 for label in range(9)])
     ids = colours_to_ids(np.asarray(panoptic.to_png()))
     assert np.array_equal(ids, np.where(plane > 0, plane + 6, 0))
     areas = dict(zip(*np.unique(ids, return_counts=True), strict=True))
-    assert {s["id"] for s in record["segments_info"]} == set(areas) - {0}, "segments without a pixel are left out"
+    assert {s["id"] for s in record["segments_info"]} == set(areas) - {0}, "segments without pixels are omitted"
     for segment in record["segments_info"]:
         assert segment["area"] == areas[segment["id"]]
         assert segment["category_id"] == 10 * int(panoptic.segments.labels[segment["id"] - 7])
@@ -84,7 +84,7 @@ def test_a_png_and_a_record_hold_it_all(case):
 
 
 @given(maps())
-def test_things_alone_are_instances(case):
+def test_instances_are_the_things(case):
     _, panoptic = segments(case)
     things = panoptic.instances()
     assert isinstance(things, Instances)
@@ -94,13 +94,13 @@ def test_things_alone_are_instances(case):
 
 
 @given(st.integers(0, 2**24 - 1))
-def test_colours_and_numbers_are_each_other(number):
+def test_encoding_and_decoding_colours(number):
     colours = ids_to_colours(np.array([[number]]))
     assert colours[0, 0].tolist() == [number % 256, number // 256 % 256, number // 65536]
     assert colours_to_ids(colours)[0, 0] == number
 
 
-def test_ids_that_no_colour_can_say_become_running_numbers():
+def test_ids_that_cannot_be_encoded_are_replaced():
     plane = torch.tensor([[1, 2]])
     labels, things = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool)
     for ids in ([5, 5], [0, 4], [3, 2**24]):
@@ -109,26 +109,26 @@ def test_ids_that_no_colour_can_say_become_running_numbers():
     assert Panoptic.from_map(plane, labels, things).numbers() == [1, 2]
 
 
-def test_segments_that_overlap_are_no_division():
+def test_invalid_segments_are_an_error():
     planes = torch.ones(2, 4, 4, dtype=torch.bool)
     masks = Masks.from_dense(planes)
     both = Instances((4, 4), masks.boxes(), torch.tensor([0, 1]), masks)
-    with pytest.raises(ValueError, match="no pixel belongs to two"):
+    with pytest.raises(ValueError, match="segments overlap; the masks of panoptic segments must be disjoint"):
         Panoptic(both, torch.tensor([True, False])).map()
-    with pytest.raises(ValueError, match="without masks"):
+    with pytest.raises(ValueError, match="`segments` must have masks"):
         Panoptic(Instances((4, 4), masks.boxes(), torch.tensor([0, 1])), torch.tensor([True, False]))
-    with pytest.raises(ValueError, match="1 rows, there are 2"):
+    with pytest.raises(ValueError, match="`things` has 1 rows, but there are 2 segments"):
         Panoptic(both, torch.tensor([True]))
 
 
-def test_many_segments_of_a_large_image_cost_little():
+def test_many_segments_of_a_large_image_need_little_memory():
     plane = torch.arange(300, dtype=torch.int32).reshape(15, 20).repeat_interleave(200, 0).repeat_interleave(200, 1)
     panoptic = Panoptic.from_map(plane, torch.zeros(299, dtype=torch.int64), torch.ones(299, dtype=torch.bool))
     assert panoptic.segments.masks.nbytes < 1 << 20
     assert torch.equal(panoptic.map(), plane)
 
 
-def test_an_empty_one_draws_and_answers():
+def test_no_segments():
     panoptic = Panoptic.empty((6, 8))
     assert panoptic.map().eq(0).all()
     assert panoptic.semantic().eq(-1).all()
@@ -143,9 +143,9 @@ def test_regions_are_drawn_without_a_box_and_named_inside():
     image = panoptic.draw(np.full((120, 200, 3), 200, np.uint8), ("cat", "grass"), labels=False, contours=False)
     assert isinstance(image, Image.Image)
     corner, inside = image.getpixel((3, 3)), image.getpixel((150, 60))
-    assert corner == inside, "no border where the region meets the image's"
+    assert corner == inside, "no border at the edge of the image"
     assert image.getpixel((20, 60)) != image.getpixel((40, 60)), "the object has a box"
     named = np.asarray(panoptic.draw(np.full((120, 200, 3), 200, np.uint8), ("cat", "grass"), contours=False))
     changed = (named != np.asarray(image)).any(-1)
-    assert changed[:, 100:].any(), "the region's name stands inside it"
+    assert changed[:, 100:].any(), "the name is inside the region"
     assert not changed[:10].any()

@@ -1,4 +1,4 @@
-"""A placement says in one step what several steps did, for points, boxes, masks and keypoints alike."""
+"""Composed placements equal their steps, for points, boxes, masks and keypoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.fast
 
 
 @given(placements(), st.lists(st.tuples(st.floats(-50, 50), st.floats(-50, 50)), min_size=1, max_size=5))
-def test_points_go_there_and_back(placement, points):
+def test_mapping_points_is_invertible(placement, points):
     points = torch.tensor(points, dtype=torch.float64)
     there = placement.points_to_input(points)
     assert torch.allclose(placement.points_to_image(there), points, atol=1e-9)
@@ -23,11 +23,11 @@ def test_points_go_there_and_back(placement, points):
 
 
 @given(placements(), st.data())
-def test_boxes_stay_boxes(placement, data):
+def test_mapped_boxes_are_valid_boxes(placement, data):
     low = [data.draw(st.floats(-20, 20)) for _ in range(2)]
     box = torch.tensor([[*low, low[0] + data.draw(st.floats(0, 20)), low[1] + data.draw(st.floats(0, 20))]]).double()
     there = placement.boxes_to_input(box)
-    assert (there[:, 2:] >= there[:, :2]).all(), "also in the mirror"
+    assert (there[:, 2:] >= there[:, :2]).all(), "also after a flip"
     assert torch.allclose(placement.boxes_to_image(there), box, atol=1e-9)
     area = (there[:, 2:] - there[:, :2]).prod()
     scale = placement.scale[0] * placement.scale[1]
@@ -35,7 +35,7 @@ def test_boxes_stay_boxes(placement, data):
 
 
 @given(placements(), st.data())
-def test_each_step_is_what_its_name_says(placement, data):
+def test_flip_resize_and_crop(placement, data):
     points = torch.tensor([[data.draw(st.floats(-20, 20)), data.draw(st.floats(-20, 20))]]).double()
     x, y = placement.points_to_input(points)[0].tolist()
     height, width = placement.size
@@ -55,7 +55,7 @@ def test_each_step_is_what_its_name_says(placement, data):
 
 
 @given(placements())
-def test_the_mirror_of_the_mirror(placement):
+def test_two_flips_are_the_identity(placement):
     twice = placement.then_mirror().then_mirror()
     assert twice.mirrored == placement.mirrored
     assert twice.size == placement.size
@@ -65,14 +65,14 @@ def test_the_mirror_of_the_mirror(placement):
 
 @settings(max_examples=settings.default.max_examples // 2)
 @given(planes(1, 2), st.data())
-def test_masks_in_one_step_as_in_several(dense, data):
-    """Whole-pixel steps lose nothing, so that one map over all of them must give the very same masks."""
+def test_placing_masks_in_one_step_equals_several_steps(dense, data):
+    """Steps by integers are exact, so that the composed placement must give identical masks."""
     masks, placement = Masks.from_dense(dense), Placement.identity((dense.shape[1], dense.shape[2]))
     step_by_step = masks
     for _ in range(data.draw(st.integers(1, 4))):
         identity, kind = Placement.identity(step_by_step.size), data.draw(st.sampled_from(["crop", "mirror", "double"]))
         if kind == "crop":
-            # Inside: what a first crop cut off, a later one cannot bring back, and one map would.
+            # Inside the image, because later steps cannot restore what an earlier crop has removed.
             height, width = step_by_step.size
             x, y = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
             size = (data.draw(st.integers(1, height - y)), data.draw(st.integers(1, width - x)))
@@ -88,7 +88,7 @@ def test_masks_in_one_step_as_in_several(dense, data):
 
 @settings(max_examples=settings.default.max_examples // 2)
 @given(planes(1, 2), placements())
-def test_masks_lie_under_their_placed_boxes(dense, placement):
+def test_placed_masks_are_inside_their_placed_boxes(dense, placement):
     assume(placement.image_size != (0, 0))
     masks = Masks.from_dense(dense).resize(placement.image_size)
     placed = masks.place(placement)
@@ -96,13 +96,13 @@ def test_masks_lie_under_their_placed_boxes(dense, placement):
     reach = placement.boxes_to_input(masks.boxes().double())
     boxes = placed.boxes().double()
     there = placed.areas() > 0
-    assert (boxes[there, :2] >= reach[there, :2] - 0.501).all(), "centres decide: half a pixel at most"
+    assert (boxes[there, :2] >= reach[there, :2] - 0.501).all(), "at most half a pixel, as pixel centers decide"
     assert (boxes[there, 2:] <= reach[there, 2:] + 0.501).all()
 
 
 @settings(max_examples=settings.default.max_examples // 3)
 @given(placements(), st.data())
-def test_everything_of_an_object_moves_together(placement, data):
+def test_all_fields_of_an_object_are_placed(placement, data):
     height, width = placement.image_size
     dense = data.draw(planes(1, 3, size=(height, width)))
     masks = Masks.from_dense(dense)
@@ -114,7 +114,7 @@ def test_everything_of_an_object_moves_together(placement, data):
     placed = objects.place(placement)
 
     assert placed.image_size == placement.size
-    assert len(placed) == len(objects), "whoever crops drops what is gone; nobody else"
+    assert len(placed) == len(objects), "objects outside are kept"
     limits = torch.tensor([placement.size[1], placement.size[0]] * 2)
     assert (placed.boxes >= 0).all()
     assert (placed.boxes <= limits).all()
@@ -122,12 +122,12 @@ def test_everything_of_an_object_moves_together(placement, data):
     assert torch.equal(placed.masks.dense(), masks.place(placement).dense())
     assert placed.keypoints is not None
     seen = placed.keypoints[..., 2] > 0
-    assert not placed.keypoints[~seen].any(), "a keypoint outside is not labelled, and nowhere"
+    assert not placed.keypoints[~seen].any(), "keypoints outside are unlabelled, with coordinates 0"
     assert (placed.keypoints[..., :2] <= limits[:2]).all()
     assert (placed.keypoints >= 0).all()
 
 
-def test_a_mirrored_person_has_left_and_right_exchanged():
+def test_a_flip_swaps_left_and_right_keypoints():
     keypoints = torch.zeros(1, 17, 3)
     keypoints[0, 5] = torch.tensor([2.0, 3.0, 2.0])  # the left shoulder
     person = Instances(
@@ -135,14 +135,14 @@ def test_a_mirrored_person_has_left_and_right_exchanged():
     )
     mirrored = person.place(Placement.identity((10, 10)).then_mirror()).keypoints
     assert mirrored is not None
-    assert mirrored[0, 6].tolist() == [8, 3, 2], "is a right one in the mirror"
+    assert mirrored[0, 6].tolist() == [8, 3, 2], "the right shoulder after the flip"
     assert not mirrored[0, 5].any()
     other = person.place(Placement.identity((10, 10)).then_mirror(), mirrored_keypoints=None).keypoints
     assert other is not None
     assert other[0, 5].tolist() == [8, 3, 2]
 
 
-def test_a_stretched_image_by_hand():
+def test_a_resize_with_known_values():
     placement = Placement.resize((100, 50), (50, 100))
     assert placement.scale == (2.0, 0.5)
     assert placement.points_to_input(torch.tensor([[25.0, 50.0]])).tolist() == [[50.0, 25.0]]

@@ -34,18 +34,18 @@ def test_every_system_takes_images_of_fewer_channels(name, channels):
 def test_colour_becomes_grey_as_pillow_has_it():
     rules, rgb = normalization_for(Preprocess(), 1), image(3)
     expected = np.asarray(Image.fromarray(rgb.permute(1, 2, 0).numpy()).convert("L"))
-    assert np.array_equal(rules.fitted(rgb)[0].numpy(), expected)
+    assert np.array_equal(rules.match_channels(rgb)[0].numpy(), expected)
     grey = image(1)
-    assert torch.equal(rules.fitted(grey.expand(3, -1, -1)), grey), "a grey image in RGB stays what it is"
-    assert torch.equal(Preprocess().fitted(grey), grey.expand(3, -1, -1))
-    assert torch.equal(Preprocess().fitted(image(4)), image(4)[:3]), "alpha is dropped"
+    assert torch.equal(rules.match_channels(grey.expand(3, -1, -1)), grey), "a grey image in RGB stays what it is"
+    assert torch.equal(Preprocess().match_channels(grey), grey.expand(3, -1, -1))
+    assert torch.equal(Preprocess().match_channels(image(4)), image(4)[:3]), "alpha is dropped"
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize(("have", "want"), [(2, 3), (3, 2), (3, 4), (1, 5)])
 def test_what_nobody_can_know_is_refused(have, want):
-    with pytest.raises(UsageError, match=rf"has {have} channels, the system was made for {want} \(in_channels\)"):
-        normalization_for(Preprocess(), want).fitted(image(have))
+    with pytest.raises(UsageError, match=rf"has {have} channels, but the system expects {want} \(in_channels\)"):
+        normalization_for(Preprocess(), want).match_channels(image(have))
 
 
 @pytest.mark.fast
@@ -81,5 +81,5 @@ def test_a_system_for_grey_learns_from_and_measures_coloured_images(tmp_path):
     path = tmp_path / "grey.png"
     Image.fromarray(image(1)[0].numpy()).save(path)
     assert mw.predict(system, path).instances.image_size == (40, 60)
-    with pytest.raises(ImageError, match=r"the image.* has 2 channels, the system was made for 1"):
+    with pytest.raises(ImageError, match=r"the image.* has 2 channels, but the system expects 1"):
         mw.predict(system, image(2))

@@ -130,7 +130,7 @@ class Augment:
         if not holds:
             raise UsageError(f"augmentation `{name}` must be {what}, got {getattr(self, name)!r}")
 
-    # ---- drawing parameters --------------------------------------------------------------------------------------
+    # ---- drawing parameters -----------------------------------------------------------------------------------------
 
     def draw(self, rng: np.random.Generator, size: tuple[int, int], preprocess: Preprocess | None = None) -> Drawn:
         """Draw the augmentation of one image.
@@ -188,7 +188,7 @@ class Augment:
                 drawn.append((name, float(rng.uniform(-reach, reach)) + (0.0 if name == "hue" else 1.0)))
         return tuple(drawn)
 
-    # ---- applying parameters -------------------------------------------------------------------------------------
+    # ---- applying parameters ----------------------------------------------------------------------------------------
 
     def apply(
         self,

@@ -143,7 +143,7 @@ def check(
     return report
 
 
-# ---- inspection ------------------------------------------------------------------------------------------------------
+# ---- inspection ----------------------------------------------------------------------------------------------------
 
 
 def _read_tables(matches: Sequence[tuple[str, Match]], request: Request) -> list[tuple[str, Table]]:
@@ -227,7 +227,7 @@ def _as_error(finding: Finding) -> Finding:
     return Finding("error", finding.kind, finding.file, finding.sentence, finding.advice)
 
 
-# ---- the repaired copy -----------------------------------------------------------------------------------------------
+# ---- the repaired copy ---------------------------------------------------------------------------------------------
 
 
 def _write_copy(

@@ -23,7 +23,7 @@ NAME = "COCO"
 LAYOUT = "annotations/instances_{split}.json (COCO)"
 
 
-# ---- the format ------------------------------------------------------------------------------------------------------
+# ---- the format ----------------------------------------------------------------------------------------------------
 
 
 def sniff(source: str, request: Request) -> list[Match]:
@@ -110,7 +110,7 @@ def read_coco(
     return dataset
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_table(path: Path, images: Path | None = None, verify: Verify | None = None) -> Table:
@@ -278,7 +278,7 @@ def _about(table: Table, index: int) -> dict[str, int | str]:
     return {"image": table.image_ids[int(table.image_index[index])], "annotation": table.ids[index]}
 
 
-# ---- a repaired copy -------------------------------------------------------------------------------------------------
+# ---- a repaired copy -----------------------------------------------------------------------------------------------
 
 
 def repaired(table: Table, skipped: set[int], folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _OTHER_KINDS = ("captions", "stuff", "image_info")  # files of COCO without obje
 _EXPECTED = "expected a COCO data set with the keys images, annotations and categories"
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------------------------
 
 
 def annotation_file(folder: Path, kind: str, split: str) -> Path | None:
@@ -55,7 +55,7 @@ def is_panoptic(path: Path) -> bool:
     return path.stem.startswith("panoptic")
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def start_table(
@@ -227,7 +227,7 @@ def _find_folder(path: Path, files: list[str]) -> Path:
     return next((c for c in candidates if c.is_dir()), path.parent)
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------------------------
 
 
 def coco_categories(

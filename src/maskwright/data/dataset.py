@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -171,11 +171,11 @@ class AdaptedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
-        item = self.inner[index]
+        item: Any = self.inner[index]
         if isinstance(item, Sample):
             return item
         if isinstance(item, tuple | list):
-            image, target = item
+            image, target = cast(Sequence[Any], item)
             return Sample(image, target, index + 1)
         return Sample(item.image, item.target, getattr(item, "id", index + 1), getattr(item, "path", None))
 

@@ -187,7 +187,7 @@ class _Plan:
             self.tall[:] = False  # all images have one canvas, so that sorting does not reduce padding
         self._orders: dict[int, np.ndarray] = {}
 
-    # ---- order ---------------------------------------------------------------------------------------------------
+    # ---- order ------------------------------------------------------------------------------------------------------
 
     def order(self, epoch: int) -> np.ndarray:
         """The image at each position of an epoch, over all ranks."""
@@ -206,7 +206,7 @@ class _Plan:
         mine = range(self.rank, self.total, self.world)
         return mine[number * self.batch_size : (number + 1) * self.batch_size]
 
-    # ---- building ------------------------------------------------------------------------------------------------
+    # ---- building ---------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: tuple[int, int]) -> _Packed | DataError:
         """A packed batch; an error is returned, not raised, so that its message reaches the main process unchanged."""
@@ -235,7 +235,7 @@ class _Plan:
         if sample is None:
             return None
         if self.augment is None:
-            image, placement = self.preprocess.lay(sample.image)
+            image, placement = self.preprocess.apply(sample.image)
             target = place_target(sample.target, placement, self.mirrored)
             return image, Placed(sample.image, target, placement), sample.name
         placed = self._augmented(sample, rng)
@@ -243,7 +243,7 @@ class _Plan:
             other = self._sample(int(rng.integers(self.total)), notes)
             if other is not None:
                 placed = self.augment.overlay(rng, placed, self._augmented(other, rng))
-        image = self.preprocess.normalise(placed.image)
+        image = self.preprocess.normalize(placed.image)
         if self.augment.canvas is not None:
             height, width = (max(side, own) for side, own in zip(self.augment.canvas, image.shape[1:], strict=True))
             image = torch.nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]))
@@ -267,7 +267,7 @@ class _Plan:
                 if not self.training:
                     return None
                 continue
-            sample = replace(sample, image=self.preprocess.fitted(sample.image))
+            sample = replace(sample, image=self.preprocess.match_channels(sample.image))
             target = sample.target
             if not ((target.labels >= 0) & (target.labels < self.kinds)).all():
                 raise DataError(

@@ -125,7 +125,7 @@ class Scenes(Dataset):
         index = range(self.count)[index]
         return self._target(index, self._layout(index))
 
-    # ---- layout --------------------------------------------------------------------------------------------------
+    # ---- layout -----------------------------------------------------------------------------------------------------
 
     def _layout(self, index: int) -> _Layout:
         rng = np.random.default_rng((self.seed, index))
@@ -227,7 +227,7 @@ class Scenes(Dataset):
             points[row] = torch.from_numpy(np.concatenate([keypoints * inside[:, None], mark[:, None]], 1))
         return points
 
-    # ---- appearance ----------------------------------------------------------------------------------------------
+    # ---- appearance -------------------------------------------------------------------------------------------------
 
     def _paint(self, index: int, layout: _Layout) -> np.ndarray:
         rng = np.random.default_rng((self.seed, index, 1))
@@ -244,7 +244,7 @@ class Scenes(Dataset):
         canvas += _piece(rng, grain, self.size)[..., None] * np.float32(2 + 10 * hard * rng.random())
         return np.clip(canvas, 0, 255).astype(np.uint8)
 
-    # ---- writing -------------------------------------------------------------------------------------------------
+    # ---- writing ----------------------------------------------------------------------------------------------------
 
     def write(self, folder: str | Path, split: str = "train") -> Path:
         """Write a COCO data set: FOLDER/SPLIT/*.png and FOLDER/annotations/instances_SPLIT.json.
@@ -297,7 +297,7 @@ class Scenes(Dataset):
         return records
 
 
-# ---- painting --------------------------------------------------------------------------------------------------------
+# ---- painting ------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -453,7 +453,7 @@ def _cut(plane: np.ndarray, stamp: Stamp, size: tuple[int, int]) -> tuple[np.nda
     return part, (slice(y0, y1), slice(x0, x1))
 
 
-# ---- the format ------------------------------------------------------------------------------------------------------
+# ---- the format ----------------------------------------------------------------------------------------------------
 
 _OPTIONS = ("count", "size", "seed", "difficulty", "classes", "empty", "keypoints", "stuff", "val")
 

@@ -264,7 +264,7 @@ def _polygon_problem(rings: Sequence[np.ndarray], size: tuple[int, int]) -> str 
     high = np.max([r.max(0) for r in rings], 0)
     if (high <= 0).any() or (low >= (size[1], size[0])).any():
         return f"has a polygon outside its image of {size[1]} x {size[0]}"
-    if not rle.area(outlines.fill(outlines.checked(rings, size), size, "union")):
+    if not rle.area(outlines.fill(outlines.validated(rings, size), size, "union")):
         return "has a polygon that covers no pixel of its image"
     return None
 

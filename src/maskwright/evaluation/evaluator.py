@@ -293,7 +293,7 @@ class Evaluator:
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=85)
         record = self._records.get(score.id)
-        found = Instances.empty((height, width)) if record is None else _instances(record, (height, width))
+        found = Instances.empty((height, width), masks=False) if record is None else _instances(record, (height, width))
         assert found.scores is not None
         found = found[found.scores >= self.score_threshold]
         placement = Placement.resize((height, width), size)

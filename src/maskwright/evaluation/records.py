@@ -69,7 +69,7 @@ def instances_from_records(
     A record needs "bbox" or "segmentation"; boxes that are not there are taken from the masks.
     """
     if not records:
-        return Instances.empty(size)
+        return Instances.empty(size, masks=False)
     scored, masked, jointed, boxed = (
         _all_or_none(records, key) for key in ("score", "segmentation", "keypoints", "bbox")
     )

@@ -142,7 +142,7 @@ def evaluate(
     result.protocol = replace(
         result.protocol,
         threshold=lowest,
-        input_size=(tile_words(tile, overlap) if tile else "") + preprocess.words,
+        input_size=(tile_words(tile, overlap) if tile else "") + preprocess.description,
         precision=dtype,
         device=_device_name(place),
         batch=batch,
@@ -245,7 +245,7 @@ def _run_tiled(
     for index, image in _read(dataset, indices, lambda image: image, workers, workers):
         if image is not None:
             with watch.one_image():
-                objects = find_tiled(lambda crops: find([system.preprocess.lay(c) for c in crops]), image)
+                objects = find_tiled(lambda crops: find([system.preprocess.apply(c) for c in crops]), image)
             yield index, objects
 
 

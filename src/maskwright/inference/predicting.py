@@ -215,7 +215,7 @@ class _Runner:
 def _batches(run: _Runner, wanted: Iterable[Item], batch: int, workers: int) -> Iterator[Prediction]:
     def lay(item: Item) -> tuple[Item, tuple[Tensor, Placement] | ImageError]:
         try:
-            return item, run.system.preprocess.lay(read(item, run.system.preprocess))
+            return item, run.system.preprocess.apply(read(item, run.system.preprocess))
         except ImageError as error:
             return item, error
 
@@ -253,6 +253,6 @@ def _tiles(run: _Runner, wanted: Iterable[Item], batch: int, tile: int, overlap:
             continue
         start = time.perf_counter()
         objects = predict_tiled(
-            lambda crops: run([run.system.preprocess.lay(c) for c in crops]), image, tile, overlap, batch
+            lambda crops: run([run.system.preprocess.apply(c) for c in crops]), image, tile, overlap, batch
         )
         yield run.prediction(item, objects, time.perf_counter() - start)

@@ -67,7 +67,7 @@ def items(source: Any, recursive: bool) -> list[Item] | Iterator[Item]:
 def read(item: Item, preprocess: Preprocess) -> Tensor:
     """The image as (C, H, W) uint8 with the channels that the network takes. ImageError says what is wrong."""
     try:
-        return preprocess.fitted(_loaded(item))
+        return preprocess.match_channels(_loaded(item))
     except UsageError as error:
         raise ImageError(f"{item.name}: {error}") from None
 

@@ -106,11 +106,9 @@ def join_tiles(found: Sequence[Instances], tiles: Sequence[Tile], size: tuple[in
     groups = _grouped(len(members), links)
     objects = [_joined([members[m] for m in group], size) for group in groups]
     if not objects:
-        template = next((f for f in found if f.masks is None), None)
-        empty = Instances.empty(size)
-        if template is not None:
-            empty.masks = None
-        return empty
+        first = found[0]
+        points = None if first.keypoints is None else first.keypoints.shape[1]
+        return Instances.empty(size, masks=first.masks is not None, scores=first.scores is not None, keypoints=points)
     everything = Instances.join(objects)
     if everything.scores is None:
         return everything

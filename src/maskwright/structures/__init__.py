@@ -1,4 +1,4 @@
-"""What flows through the library: objects, their masks, and how an image was laid into a network's input."""
+"""The data structures of the library: objects, masks, batches, and the placement of images in a network's input."""
 
 from maskwright.structures.batch import Batch
 from maskwright.structures.instances import Instances

@@ -1,17 +1,20 @@
-"""Objects drawn over their image.
+"""Drawing objects over an image.
 
-Masks are blended one by one on the pixels of their own frame, so that a hundred objects on a large image need little
-more memory than the image itself. Every measure (line, text, keypoint) grows with the image.
+Masks are blended one by one within their bounding windows, so that many objects on a large image need little more
+memory than the image. Sizes of lines, text and keypoints scale with the image.
 """
 
+# Tensor.tolist has no type.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,8 +24,8 @@ from maskwright.structures.instances import Instances
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Chosen one after the other, each as far as possible from all before it in OKLab, as seen by normal, protan and deutan
-# eyes: the first eight are told apart by anyone, most by lightness too. sRGB.
+# sRGB. Each colour has the largest possible distance from all before it in OKLab, for normal, protanopic and
+# deuteranopic vision. The first eight are distinguishable for all three, most of them also by lightness.
 PALETTE = (
     "#0390ff", "#cbee0a", "#d52707", "#fcbbfb", "#14b884", "#9751a8", "#db8b11", "#20f5b2", "#cc8bc9", "#258659",
     "#e7c56e", "#6159eb", "#81affc", "#fa8177", "#ca5680", "#ca5ad5", "#4fd2c9", "#82d602", "#d56106", "#ec4ca9",
@@ -30,7 +33,7 @@ PALETTE = (
 )  # fmt: skip
 GREY = (150, 150, 150)
 
-# COCO's 17 keypoints: which are joined by a limb.
+# Pairs of COCO's 17 keypoints that are connected by a line.
 LIMBS = (
     (0, 1), (0, 2), (1, 3), (2, 4), (5, 6), (5, 7), (7, 9), (6, 8), (8, 10), (5, 11), (6, 12), (11, 12), (11, 13),
     (13, 15), (12, 14), (14, 16),
@@ -38,7 +41,7 @@ LIMBS = (
 
 
 def draw(
-    image: Tensor | np.ndarray | Image,
+    image: Tensor | npt.NDArray[np.uint8] | Image,
     instances: Instances,
     classes: Sequence[str] | None = None,
     *,
@@ -54,19 +57,32 @@ def draw(
     keypoint_threshold: float = 0.05,
     things: Tensor | None = None,
 ) -> Image:
-    """The image (a new one, RGB) with the objects over it: large ones first, so that small ones stay visible.
-
-    image       uint8: a (3, H, W) or (1, H, W) tensor, an (H, W, 3) or (H, W) array, or a PIL image of any mode
-    classes     names; without them a label is drawn as its number
-    alpha       how much of a mask's colour covers the image, 0 ... 1; the contour is always opaque
-    labels      class names; `scores` adds the score. A label that would have to cover other ones, or other objects of
-                its own size and less, is left out
-    keypoints      of predictions those that score above `keypoint_threshold`, of annotations the labelled ones
-    things      (N,) bool where some objects are regions (False): these get no box, the darker tone of their class, and
-                their label in their middle
-    line_width, text_height  in pixels; by default they follow the image's size
+    """Draw objects over an image, large ones first, so that small ones stay visible.
 
     Crowd regions are grey and hatched.
+
+    Args:
+        image: uint8: a tensor (3, H, W) or (1, H, W), an array (H, W, 3) or (H, W), or a PIL image of any mode.
+        instances: Objects in the frame of the image. Parts they do not have, such as masks, are not drawn.
+        classes: Class names; None: labels are drawn as numbers.
+        alpha: Opacity of masks, 0 ... 1; contours are opaque.
+        boxes: Draw boxes.
+        labels: Draw class names. A label is omitted if it would cover other labels, or objects of at most its size.
+        contours: Draw contours of masks.
+        scores: Add scores to the labels.
+        keypoints: Draw keypoints: predicted ones with scores above `keypoint_threshold`, annotated ones if labelled.
+        colour_by: Colour by object or by class.
+        line_width: In pixels; None: scales with the image.
+        text_height: In pixels; None: scales with the image.
+        keypoint_threshold: Smallest score of predicted keypoints.
+        things: (N,) bool, False for regions, which have no box, a darker colour of their class, and their label
+            inside; None: all are objects.
+
+    Returns:
+        A new RGB image.
+
+    Raises:
+        UsageError: If the image has another size than the objects or an unsupported type, or an option is invalid.
     """
     from PIL import Image as pillow
     from PIL import ImageDraw
@@ -75,40 +91,40 @@ def draw(
     height, width = pixels.shape[:2]
     if (height, width) != tuple(instances.image_size):
         raise UsageError(
-            f"the image is {height} x {width}, the objects are on a grid of "
-            f"{instances.image_size[0]} x {instances.image_size[1]} (height x width); draw them on their own image"
+            f"the image is {height} x {width}, but the objects belong to an image of "
+            f"{instances.image_size[0]} x {instances.image_size[1]} (height x width)"
         )
     if colour_by not in ("object", "class"):
-        raise UsageError(f"colour_by is {colour_by!r}; expected 'object' or 'class'")
+        raise UsageError(f"`colour_by` must be 'object' or 'class', got {colour_by!r}")
     if not 0 <= alpha <= 1:
-        raise UsageError(f"alpha is {alpha}; expected 0 (clear) ... 1 (opaque)")
+        raise UsageError(f"`alpha` must be in [0, 1], got {alpha}")
     instances = instances.to("cpu")
     count = len(instances)
     line = line_width or max(1, round(math.sqrt(height * width) / 350))
-    keys = instances.labels.tolist() if colour_by == "class" else list(range(count))
-    crowd = [False] * count if instances.crowd is None else instances.crowd.tolist()
-    regions = [False] * count if things is None else (~things.cpu()).tolist()
+    keys: list[int] = instances.labels.tolist() if colour_by == "class" else list(range(count))
+    crowd: list[bool] = [False] * count if instances.crowd is None else instances.crowd.tolist()
+    regions: list[bool] = [False] * count if things is None else (~things.cpu()).tolist()
     colours = [GREY if crowded else colour(key) for key, crowded in zip(keys, crowd, strict=True)]
     for number in (n for n in range(count) if regions[n] and not crowd[n]):
         colours[number] = colour(int(instances.labels[number]) % len(PALETTE) + 2 * len(PALETTE))
     frames = instances.boxes.detach().double()
-    whole = torch.isfinite(frames).all(1)
-    frames = torch.where(whole[:, None], frames, 0).clamp(min=0)
+    finite = torch.isfinite(frames).all(1)
+    frames = torch.where(finite[:, None], frames, 0).clamp(min=0)
     frames = frames.minimum(frames.new_tensor([width, height, width, height]))
     sizes = (frames[:, 2] - frames[:, 0]) * (frames[:, 3] - frames[:, 1])
-    order = torch.argsort(sizes, descending=True, stable=True).tolist()
+    order: list[int] = torch.argsort(sizes, descending=True, stable=True).tolist()
 
     canvas = pillow.fromarray(pixels)
     if instances.masks is not None:
-        for number in sorted(order, key=lambda n: not crowd[n]):  # crowds lie below everything
+        for number in sorted(order, key=lambda n: not crowd[n]):  # crowd regions below all objects
             corners, crops = instances.masks[number].crops()
-            x, y = corners[0, :2].tolist()
+            x, y = int(corners[0, 0]), int(corners[0, 1])
             _blend(canvas, crops[0].numpy(), (x, y), colours[number], alpha, line if contours else 0, crowd[number])
     pen = ImageDraw.Draw(canvas)
     if boxes:
         for number in order:
             if not crowd[number] and not regions[number] and sizes[number] > 0:
-                x0, y0, x1, y1 = (round(v) for v in frames[number].tolist())
+                x0, y0, x1, y1 = (round(float(v)) for v in frames[number])
                 pen.rectangle(
                     (x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)), outline=colours[number], width=max(1, line * 2 // 3)
                 )
@@ -121,13 +137,13 @@ def draw(
     if labels:
         texts = _texts(instances, classes, scores, crowd)
         size = text_height or max(11, round(math.sqrt(height * width) / 48))
-        middles = {n: _middle(instances, n) for n in range(count) if regions[n]}
-        _write_labels(pen, texts, frames.tolist(), colours, size, (height, width), middles)
+        centers = {n: _center(instances, n) for n in range(count) if regions[n]}
+        _write_labels(pen, texts, frames.tolist(), colours, size, (height, width), centers)
     return canvas
 
 
 def colour(number: int) -> tuple[int, int, int]:
-    """The palette's colour of an object or class; from the 25th on the same ones again, a little lighter or darker."""
+    """Return the RGB colour of an object or class; from the 25th on, colours repeat in lighter and darker versions."""
     text = PALETTE[number % len(PALETTE)]
     red, green, blue = int(text[1:3], 16), int(text[3:5], 16), int(text[5:7], 16)
     turn = number // len(PALETTE) % 3
@@ -138,45 +154,47 @@ def colour(number: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _rgb(image: Any) -> np.ndarray:
-    """A copy of the image as (H, W, 3) uint8, in one piece."""
+def _rgb(image: Any) -> npt.NDArray[np.uint8]:
+    """A contiguous copy of the image as (H, W, 3) uint8."""
     if isinstance(image, Tensor):
         if image.ndim == 2:
             image = image[None]
         if image.ndim != 3 or image.shape[0] not in (1, 3):
-            raise UsageError(f"an image tensor is (3, H, W) or (1, H, W); this one is {tuple(image.shape)}")
-        array = image.detach().cpu().permute(1, 2, 0).numpy()
+            raise UsageError(f"an image tensor must be (3, H, W) or (1, H, W), got {tuple(image.shape)}")
+        array: npt.NDArray[Any] = image.detach().cpu().permute(1, 2, 0).numpy()
     elif isinstance(image, np.ndarray):
-        array = image
+        array = cast(npt.NDArray[Any], image)
         if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
-            raise UsageError(f"an image array is (H, W, 3) or (H, W); this one is {array.shape}")
+            raise UsageError(f"an image array must be (H, W, 3) or (H, W), got {array.shape}")
     elif hasattr(image, "convert"):
         array = np.asarray(image.convert("RGB"))
     else:
-        raise UsageError(f"an image is a tensor, an array or a PIL image; this is a {type(image).__name__}")
+        raise UsageError(f"an image must be a tensor, an array or a PIL image, got {type(image).__name__}")
     if array.dtype != np.uint8:
-        raise UsageError(f"an image to draw on is uint8, 0 ... 255; this one is {array.dtype}")
+        raise UsageError(f"an image to draw on must be uint8, 0 ... 255, got {array.dtype}")
     array = array[..., None] if array.ndim == 2 else array[..., :3]
     height, width = array.shape[:2]
     copy = np.empty((height, width, 3), np.uint8)
-    copy[...] = array  # a single channel becomes three
+    copy[...] = array  # repeats a single channel
     return copy
 
 
-# ---- masks -----------------------------------------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------------------------
 
 
 def _blend(
     canvas: Image,
-    crop: np.ndarray,
+    crop: npt.NDArray[np.bool_],
     corner: tuple[int, int],
     paint: tuple[int, int, int],
     alpha: float,
     line: int,
     crowd: bool,
 ) -> None:
-    """Puts one mask into the image, in place: a soft edge, an opaque border `line` wide on its inside, and `alpha`
-    of its colour within. Scratch: five bytes per pixel of the crop."""
+    """Blend one mask into the image in place: with a soft edge and, inside, an opaque border of width `line`.
+
+    Needs five bytes of memory for each pixel of the crop.
+    """
     from PIL import Image as pillow
     from PIL import ImageChops, ImageFilter
 
@@ -186,8 +204,8 @@ def _blend(
     edge = plane.filter(ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 4, 2, 1, 2, 1), 16))
     core = edge
     if line:
-        # A straight edge blurred by a Gaussian of `line` pixels has risen to 0.841 at that depth, by 0.242 / line per
-        # pixel: a ramp one pixel wide around this value is the soft inner side of the border.
+        # A straight edge blurred by a Gaussian of `line` pixels has the value 0.841 at this depth and the slope
+        # 0.242 / line: a ramp of one pixel around this value is the soft inner edge of the border.
         values = (np.arange(256) / 255 - 0.841) * line / 0.242 + 0.5
         core = plane.filter(ImageFilter.GaussianBlur(line)).point(
             (values.clip(0, 1) * 255).round().astype(int).tolist()
@@ -202,11 +220,11 @@ def _blend(
     canvas.paste(paint, (corner[0] - 2, corner[1] - 2), ImageChops.subtract(edge, inside))
 
 
-# ---- keypoints -------------------------------------------------------------------------------------------------------
+# ---- keypoints -----------------------------------------------------------------------------------------------------
 
 
 def _draw_keypoints(
-    canvas: Image, points: np.ndarray, paint: tuple[int, int, int], line: int, threshold: float
+    canvas: Image, points: npt.NDArray[np.float64], paint: tuple[int, int, int], line: int, threshold: float
 ) -> None:
     from PIL import Image as pillow
     from PIL import ImageDraw
@@ -220,7 +238,7 @@ def _draw_keypoints(
     x0, y0 = np.maximum(0, np.floor(points[seen, :2].min(0)).astype(int) - margin)
     x1, y1 = np.minimum(canvas.size, np.ceil(points[seen, :2].max(0)).astype(int) + margin)
     width, height = int(x1 - x0), int(y1 - y0)
-    # Drawn larger and shrunk, so that slanted lines are smooth; large figures are smooth enough by themselves.
+    # Oversampled for smooth lines; large figures need less.
     fine = 4 if width * height < 1 << 18 else 2 if width * height < 1 << 21 else 1
     xy = (points[:, :2] - (x0, y0)) * fine
 
@@ -232,7 +250,7 @@ def _draw_keypoints(
                 pen.line((*xy[a], *xy[b]), fill=255, width=max(1, round(1.3 * line * fine)))
     outer, rim, centre = radius * fine, (radius + max(1.0, line * 0.5)) * fine, radius * 0.45 * fine
     discs_pen, hollow_pen = ImageDraw.Draw(discs), ImageDraw.Draw(hollow)
-    for number in np.flatnonzero(seen):
+    for number in np.flatnonzero(seen).tolist():
         x, y = xy[number]
         pen.ellipse((x - outer, y - outer, x + outer, y + outer), fill=255)
         discs_pen.ellipse((x - rim, y - rim, x + rim, y + rim), fill=255)
@@ -241,13 +259,14 @@ def _draw_keypoints(
         canvas.paste(tone, (int(x0), int(y0)), mask.resize((width, height), pillow.Resampling.BOX))
 
 
-# ---- text ------------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------------------------
 
 
 def _texts(instances: Instances, classes: Sequence[str] | None, scores: bool, crowd: list[bool]) -> list[str]:
-    values = instances.scores.tolist() if scores and instances.scores is not None else None
-    texts = []
-    for number, label in enumerate(instances.labels.tolist()):
+    values: list[float] | None = instances.scores.tolist() if scores and instances.scores is not None else None
+    texts: list[str] = []
+    names: list[int] = instances.labels.tolist()
+    for number, label in enumerate(names):
         text = str(classes[label]) if classes is not None and 0 <= label < len(classes) else str(label)
         text = "".join(c if c.isprintable() else " " for c in text)
         if crowd[number]:
@@ -258,14 +277,16 @@ def _texts(instances: Instances, classes: Sequence[str] | None, scores: bool, cr
     return texts
 
 
-def _middle(instances: Instances, number: int) -> tuple[float, float]:
-    """The point x, y of a region that lies deepest inside it, on a coarse grid."""
+def _center(instances: Instances, number: int) -> tuple[float, float]:
+    """The point x, y of a region that is farthest from its border, on a coarse grid; without masks, that of its box."""
     from PIL import Image as pillow
     from PIL import ImageFilter
 
-    assert instances.masks is not None
+    if instances.masks is None:
+        x0, y0, x1, y1 = (float(v) for v in instances.boxes[number])
+        return (x0 + x1) / 2, (y0 + y1) / 2
     corners, crops = instances.masks[number].crops()
-    x0, y0, x1, y1 = corners[0].tolist()
+    x0, y0, x1, y1 = (int(v) for v in corners[0])
     if x1 <= x0:
         return 0.0, 0.0
     width, height = (max(1, min(64, side)) for side in (x1 - x0, y1 - y0))
@@ -275,7 +296,7 @@ def _middle(instances: Instances, number: int) -> tuple[float, float]:
     left.paste(coarse, (1, 1))
     depth = np.zeros((height, width), np.int32)
     values = np.asarray(left)[1:-1, 1:-1]
-    while values.any():  # at most 32 times: the border moves inwards by a cell each time
+    while values.any():  # at most 32 times, since the border moves inwards by one cell each time
         depth += values
         left = left.filter(ImageFilter.MinFilter(3))
         left.paste(0, (0, 0, width + 2, 1))
@@ -294,10 +315,12 @@ def _write_labels(
     colours: list[tuple[int, int, int]],
     size: int,
     image: tuple[int, int],
-    middles: dict[int, tuple[float, float]],
+    centers: dict[int, tuple[float, float]],
 ) -> None:
-    """Each label above its box, else inside or below it, wherever it covers least; best objects choose first. Those of
-    regions around the point that `middles` gives."""
+    """Write each label above, inside or below its box, where it covers least, or around the center of a region.
+
+    Objects with higher scores come first.
+    """
     placed = np.zeros((0, 4))
     boxes = np.array(frames).reshape(-1, 4)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
@@ -308,15 +331,15 @@ def _write_labels(
         width, height = math.ceil(font.getlength(text)) + 2 * pad, ascent + descent + pad
         right = max(0, image[1] - width)
         places = [(x0, y0 - height), (x0, y0), (x1 - width, y0 - height), (x0, y1), (x0, y1 - height), (x1 - width, y1)]
-        if number in middles:
-            x, y = middles[number][0] - width / 2, middles[number][1] - height / 2
+        if number in centers:
+            x, y = centers[number][0] - width / 2, centers[number][1] - height / 2
             places = [(x, y), (x, y - height), (x, y + height), (x - width, y), (x + width, y)]
         fitting = [(min(max(0, x), right), y) for x, y in places if 0 <= y <= image[0] - height]
         fitting = np.array(fitting or [(min(max(0, x0), right), max(0.0, min(y0, image[0] - height)))])
         rows = np.hstack([fitting, fitting + np.array([width, height])]).round()
         small = areas < 2 * width * height
         small[number] = False
-        small[list(middles)] = False
+        small[list(centers)] = False
         hidden = np.concatenate([placed, boxes[small]])
         low = np.maximum(rows[:, None, :2], hidden[None, :, :2])
         high = np.minimum(rows[:, None, 2:], hidden[None, :, 2:])
@@ -339,7 +362,7 @@ def _ink(paint: tuple[int, int, int]) -> tuple[int, int, int]:
 
 @functools.lru_cache(16)
 def _font(size: int, ascii_only: bool) -> Any:
-    """Pillow's own font; for other scripts one of the system's that knows many, if there is one."""
+    """Pillow's default font; for other than ASCII text a system font with many scripts, if one is found."""
     from PIL import ImageFont
 
     if not ascii_only:

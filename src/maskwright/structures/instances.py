@@ -1,5 +1,7 @@
 """The objects in an image, annotated or predicted: one type for both."""
 
+# Tensor.tolist has no type.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -11,29 +13,37 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from maskwright.errors import MissingExtraError
+from maskwright.structures.indexing import Index, selection
 from maskwright.structures.masks import Masks
 from maskwright.structures.placement import Placement
 
 if TYPE_CHECKING:
     import numpy as np
+    import numpy.typing as npt
     from PIL.Image import Image
 
-# COCO's order: nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left before right. What a mirrored
-# person's keypoints are called is found by this permutation.
+# The permutation of COCO's person keypoints (nose, eyes, ears, shoulders, elbows, wrists, hips, knees, ankles; left
+# before right) under a left-right flip.
 PERSON_KEYPOINTS_MIRRORED = (0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15)
 
 
 @dataclass
 class Instances:
-    """N objects on an image of `image_size` (H, W).
+    """N objects in an image.
 
-    boxes     (N, 4)     x0, y0, x1, y1, continuous: width = x1 - x0
-    labels    (N,)       0 ... K - 1, no background
-    masks     N masks of `image_size`; None where a system predicts none
-    scores    (N,)       predictions only
-    keypoints (N, J, 3)  x, y and visibility (annotated: 0 not labelled, 1 hidden, 2 seen) or score (predicted)
-    crowd     (N,)       regions that are neither right nor wrong; annotations only
-    ids       (N,)       the annotations' own ids
+    Attributes:
+        image_size: H, W of the image.
+        boxes: (N, 4), x0, y0, x1, y1 in the continuous frame: the width is x1 - x0.
+        labels: (N,), 0 ... K - 1; there is no background label.
+        masks: N masks of `image_size`; None for boxes without masks.
+        scores: (N,); predictions only.
+        keypoints: (N, J, 3), x, y and, for annotations, visibility (0 unlabelled, 1 hidden, 2 visible) or, for
+            predictions, score.
+        crowd: (N,), regions that are ignored by the evaluation; annotations only.
+        ids: (N,), ids of the annotations.
+
+    Raises:
+        ValueError: If the fields have different lengths, or the masks another size.
     """
 
     image_size: tuple[int, int]
@@ -50,51 +60,108 @@ class Instances:
         for name in _PER_OBJECT:
             value = getattr(self, name)
             if value is not None and len(value) != count:
-                raise ValueError(f"{name} has {len(value)} rows, boxes {count}")
+                raise ValueError(f"`{name}` has {len(value)} rows, but `boxes` has {count}")
         if self.masks is not None and self.masks.size != tuple(self.image_size):
-            raise ValueError(f"masks are {self.masks.size}, the image is {tuple(self.image_size)}")
+            raise ValueError(f"`masks` have size {self.masks.size}, but the image has {tuple(self.image_size)}")
 
     @classmethod
-    def empty(cls, image_size: tuple[int, int], device: torch.device | str | None = None) -> Instances:
-        """No objects; masks and scores are there, empty."""
+    def empty(
+        cls,
+        image_size: tuple[int, int],
+        device: torch.device | str | None = None,
+        *,
+        masks: bool = True,
+        scores: bool = True,
+        keypoints: int | None = None,
+    ) -> Instances:
+        """Return no objects, with the fields that a result with objects would have.
+
+        Args:
+            image_size: H, W of the image.
+            device: Device of the tensors.
+            masks: Whether there are masks; False for systems and data sets with boxes only.
+            scores: Whether there are scores; False for annotations.
+            keypoints: Number of keypoints of an object; None: no keypoints.
+
+        Returns:
+            The empty result.
+        """
         boxes = torch.zeros(0, 4, device=device)
-        labels = torch.zeros(0, dtype=torch.int64, device=device)
-        return cls(image_size, boxes, labels, Masks.empty(image_size), boxes.new_zeros(0))
+        return cls(
+            image_size,
+            boxes,
+            torch.zeros(0, dtype=torch.int64, device=device),
+            Masks.empty(image_size) if masks else None,
+            boxes.new_zeros(0) if scores else None,
+            None if keypoints is None else boxes.new_zeros(0, keypoints, 3),
+        )
 
     @classmethod
     def join(cls, parts: Sequence[Instances]) -> Instances:
-        """All objects of `parts`, which are of one image. A field that one of them lacks is left out."""
-        first = parts[0]
-        merged: dict[str, Any] = {}
+        """Return all objects of several parts of one image.
+
+        Args:
+            parts: At least one part, all with the same `image_size`.
+
+        Returns:
+            The objects in order. A field is kept if all parts with objects have it (if no part has objects: if all
+            parts have it), so that an empty part does not remove or add masks or keypoints.
+
+        Raises:
+            ValueError: If there are no parts, or they differ in image size or number of keypoints.
+        """
+        if not parts:
+            raise ValueError("there must be at least one part to join")
+        sizes = {tuple(part.image_size) for part in parts}
+        if len(sizes) > 1:
+            raise ValueError(f"parts of images of different sizes cannot be joined: {sorted(sizes)}")
+        kept = [part for part in parts if len(part)] or list(parts)
+        counts = {part.keypoints.shape[1] for part in kept if part.keypoints is not None}
+        if len(counts) > 1:
+            raise ValueError(f"parts with different numbers of keypoints cannot be joined: {sorted(counts)}")
+        joined: dict[str, Any] = {}
         for name in _PER_OBJECT:
-            values = [getattr(p, name) for p in parts]
-            if any(v is None for v in values):
-                merged[name] = None
+            values: list[Any] = [getattr(part, name) for part in kept]
+            if any(value is None for value in values):
+                joined[name] = None
             else:
-                merged[name] = Masks.join(values) if isinstance(values[0], Masks) else torch.cat(values)
-        return cls(first.image_size, **merged)
+                joined[name] = Masks.join(values) if isinstance(values[0], Masks) else torch.cat(values)
+        return cls(parts[0].image_size, **joined)
 
     def __len__(self) -> int:
+        """Return the number of objects."""
         return len(self.boxes)
 
-    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Instances:
-        if isinstance(index, int):
-            index = [range(len(self))[index]]
-        if not isinstance(index, (slice, Tensor)):
-            index = torch.as_tensor(list(index), dtype=torch.int64)
-        return replace(self, **{n: None if (v := getattr(self, n)) is None else v[_on(index, v)] for n in _PER_OBJECT})
+    def __getitem__(self, index: Index) -> Instances:
+        """Select objects as NumPy does: by position, slice, positions or bools. The result is always `Instances`.
+
+        Raises:
+            IndexError: If a position is out of range, the number of bools is wrong, or the index has another type.
+        """
+        chosen = selection(index, len(self))
+
+        def part(value: Any) -> Any:
+            return None if value is None else value[_on_device(chosen, value)]
+
+        return replace(self, **{name: part(getattr(self, name)) for name in _PER_OBJECT})
 
     def to(self, device: torch.device | str) -> Instances:
-        """Tensors on `device`. Masks in a compact form stay on the host."""
+        """Move tensors to `device`; masks in a compact form stay on the host."""
         return replace(self, **{n: None if (v := getattr(self, n)) is None else v.to(device) for n in _PER_OBJECT})
 
     def place(
         self, placement: Placement, mirrored_keypoints: Sequence[int] | None = PERSON_KEYPOINTS_MIRRORED
     ) -> Instances:
-        """The same objects on the network's input: boxes clipped to it, masks cut at it, keypoints outside unlabelled.
+        """Map objects from the image to the network's input.
 
-        All N stay, also those that left the input: whoever crops drops what has no area left. Where the placement
-        mirrors, keypoint j becomes `mirrored_keypoints[j]` if there are as many.
+        Args:
+            placement: How the image is placed in the input.
+            mirrored_keypoints: Permutation of the keypoints under a flip, used if there are as many keypoints; None:
+                they are not permuted.
+
+        Returns:
+            All N objects. Boxes and masks are clipped to the input, keypoints outside become unlabelled. Objects
+            outside the input are kept, with empty boxes and masks.
         """
         height, width = placement.size
         boxes = placement.boxes_to_input(self.boxes)
@@ -103,7 +170,7 @@ class Instances:
         if points is not None:
             xy = placement.points_to_input(points[..., :2])
             inside = (xy >= 0).all(-1) & (xy <= xy.new_tensor([width, height])).all(-1)
-            if self.scores is None:  # annotations: what is not labelled is nowhere, also in a mirror
+            if self.scores is None:  # unlabelled annotated keypoints stay at 0, 0, also after a flip
                 inside &= points[..., 2] > 0
             points = torch.cat([xy, points[..., 2:] * inside[..., None]], -1) * inside[..., None]
             if placement.mirrored and mirrored_keypoints is not None and points.shape[1] == len(mirrored_keypoints):
@@ -112,15 +179,23 @@ class Instances:
         return replace(self, image_size=placement.size, boxes=boxes, masks=masks, keypoints=points)
 
     def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """COCO's result records: `category_ids[label]` (default: label + 1), boxes as x, y, width, height, RLE text.
+        """Return COCO result records.
 
-        COCO's keypoints count pixels, from the centre of the first: 0.5 less than the continuous frame here.
+        Args:
+            image_id: Id of the image.
+            category_ids: Category id of each label; None: label + 1.
+
+        Returns:
+            One record for each object: boxes as x, y, width, height, masks as run-length strings, and keypoints in
+            COCO's frame, which counts pixels from the center of the first one: 0.5 less than here. Fields that the
+            objects do not have are absent.
         """
         x0, y0, x1, y1 = self.boxes.detach().cpu().double().unbind(1) if len(self) else [torch.zeros(0)] * 4
-        boxes = torch.stack([x0, y0, x1 - x0, y1 - y0], 1).tolist()
+        boxes: list[list[float]] = torch.stack([x0, y0, x1 - x0, y1 - y0], 1).tolist()
+        labels: list[int] = self.labels.tolist()
         codes = self.masks.rle() if self.masks is not None else None
-        records = []
-        for number, label in enumerate(self.labels.tolist()):
+        records: list[dict[str, Any]] = []
+        for number, label in enumerate(labels):
             record: dict[str, Any] = {
                 "image_id": image_id,
                 "category_id": int(category_ids[label]) if category_ids is not None else label + 1,
@@ -132,16 +207,20 @@ class Instances:
                 record["score"] = float(self.scores[number])
             if self.keypoints is not None:
                 keypoints = self.keypoints[number].detach().cpu().double()
-                seen = keypoints[:, 2:] > 0 if self.scores is None else torch.ones_like(keypoints[:, 2:])
-                keypoints[:, :2] -= 0.5 * seen
+                labelled = keypoints[:, 2:] > 0 if self.scores is None else torch.ones_like(keypoints[:, 2:])
+                keypoints[:, :2] -= 0.5 * labelled
                 record["keypoints"] = keypoints.flatten().tolist()
             records.append(record)
         return records
 
     def to_supervision(self) -> Any:
-        """As `supervision.Detections`, with masks as bool planes (N * H * W bytes)."""
+        """Return `supervision.Detections`, with masks as bool planes (N * H * W bytes).
+
+        Raises:
+            MissingExtraError: If supervision is not installed.
+        """
         try:
-            import supervision
+            import supervision  # pyright: ignore[reportMissingTypeStubs]
         except ImportError:
             raise MissingExtraError("supervision", "viz") from None
         return supervision.Detections(
@@ -151,8 +230,10 @@ class Instances:
             class_id=self.labels.cpu().numpy(),
         )
 
-    def draw(self, image: Tensor | np.ndarray | Image, classes: Sequence[str] | None = None, **options: Any) -> Image:
-        """The image with the objects drawn over it; see `structures.drawing.draw` for the options."""
+    def draw(
+        self, image: Tensor | npt.NDArray[np.uint8] | Image, classes: Sequence[str] | None = None, **options: Any
+    ) -> Image:
+        """Return the image with the objects drawn over it; see `structures.drawing.draw` for the options."""
         from maskwright.structures.drawing import draw
 
         return draw(image, self, classes, **options)
@@ -161,5 +242,5 @@ class Instances:
 _PER_OBJECT = tuple(f.name for f in fields(Instances) if f.name != "image_size")
 
 
-def _on(index: slice | Tensor, value: Tensor | Masks) -> slice | Tensor:
-    return index.to(value.device) if isinstance(index, Tensor) else index
+def _on_device(chosen: slice | Tensor, value: Tensor | Masks) -> slice | Tensor:
+    return chosen.to(value.device) if isinstance(chosen, Tensor) else chosen

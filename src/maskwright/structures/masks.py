@@ -1,4 +1,7 @@
-"""N masks of one size, held compactly: the most important type of the library."""
+"""N masks of one size in a compact form."""
+
+# Tensor.tolist has no type.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
@@ -11,8 +14,10 @@ from jaxtyping import Bool, Float, Int
 from pycocotools import mask as coco
 from torch import Tensor
 
+from maskwright.errors import UsageError
 from maskwright.structures import polygons as outlines
 from maskwright.structures import rle
+from maskwright.structures.indexing import Index, pick, selection
 from maskwright.structures.placement import Placement
 
 Kind = Literal["rle", "polygon", "dense"]
@@ -20,40 +25,68 @@ Fill = Literal["union", "even-odd"]
 
 
 class Masks:
-    """N masks of one size (H, W) behind one face, whatever they are made of.
+    """N masks of one size (H, W), with one interface for all representations.
 
-    Held as COCO run-length strings ("rle"), polygons ("polygon") or, only where a computation needs it, bool planes
-    ("dense"). 100 objects on a 4000 x 3000 image are about 1 MB as "rle" and 1,200 MB as "dense": whoever makes
-    planes makes few at a time and calls `pack`. "rle" and "polygon" live on the host; only "dense" has a device.
+    Masks are stored as COCO run-length strings ("rle"), polygons ("polygon") or bool planes ("dense"), which are used
+    only where a computation needs them: 100 objects in a 4000 x 3000 image take about 1 MB as "rle" and 1,200 MB as
+    "dense". Code that makes planes makes a few at a time and calls `pack`. "rle" and "polygon" are on the host; only
+    "dense" has a device. Masks are immutable. They are made by `from_rle`, `from_polygons`, `from_dense`,
+    `from_crops`, `empty` and `join`.
 
-    Indexing selects (int, slice, index or bool tensor). Nothing changes in place.
+    Attributes:
+        kind: The representation.
+        size: H, W.
+        fill: How rings of one polygon object are combined; see `from_polygons`.
     """
 
     __slots__ = ("_data", "fill", "kind", "size")
 
     def __init__(self, kind: Kind, data: Any, size: tuple[int, int], fill: Fill = "union"):
-        """Not for callers: use `from_rle`, `from_polygons`, `from_dense`, `from_crops`, `empty` or `join`."""
+        """For internal use: `data` is a list of strings, a list of tuples of rings, or planes, unchecked."""
         self.kind: Kind = kind
         self.size = (int(size[0]), int(size[1]))
         self.fill: Fill = fill
         self._data = data
 
-    # ---- making --------------------------------------------------------------------------------------------------
+    # ---- construction -----------------------------------------------------------------------------------------------
 
     @classmethod
     def empty(cls, size: tuple[int, int]) -> Masks:
+        """Return no masks, of size H, W."""
         return cls("rle", [], size)
 
     @classmethod
     def from_dense(cls, planes: Bool[Tensor, "n h w"] | Int[Tensor, "n h w"]) -> Masks:
-        """Planes as they are, on their device; anything non-zero is foreground. `pack` makes them small."""
+        """Make masks of planes, which stay on their device; `pack` makes them compact.
+
+        Args:
+            planes: (N, H, W); non-zero values are foreground.
+
+        Returns:
+            The masks, of kind "dense". Bool planes are not copied.
+
+        Raises:
+            UsageError: If the planes do not have three axes.
+        """
+        if planes.ndim != 3:
+            advice = "; remove the channel axis, for example by planes[:, 0]" if planes.ndim == 4 else ""
+            raise UsageError(f"planes must have shape (N, H, W), got {tuple(planes.shape)}{advice}")
         return cls("dense", planes if planes.dtype == torch.bool else planes != 0, (planes.shape[1], planes.shape[2]))
 
     @classmethod
     def from_rle(cls, codes: Iterable[dict[str, Any] | bytes | str], size: tuple[int, int] | None = None) -> Masks:
-        """COCO RLE: dictionaries `{"size": [H, W], "counts": ...}` of either kind, or bare compressed strings.
+        """Make masks of COCO run-length codes.
 
-        ValueError names the first entry (by position) that is garbled, of another size, or does not fill H * W.
+        Args:
+            codes: Dictionaries `{"size": [H, W], "counts": ...}`, compressed or not, or compressed strings.
+            size: H, W; None: that of the first dictionary.
+
+        Returns:
+            The masks, of kind "rle".
+
+        Raises:
+            ValueError: If a code is invalid, has another size, or does not cover H * W pixels (the message gives its
+                position); or if no size is known.
         """
         strings: list[bytes] = []
         for number, code in enumerate(codes):
@@ -65,7 +98,7 @@ class Masks:
                     raise ValueError(f"mask {number} is {own[0]} x {own[1]}, expected {size[0]} x {size[1]}")
                 counts = code["counts"]
             if size is None:
-                raise ValueError("bare run-length strings need a size")
+                raise ValueError("run-length strings without `size` need the argument `size`")
             try:
                 if isinstance(counts, (bytes, str)):
                     text = counts.encode("ascii") if isinstance(counts, str) else counts
@@ -74,45 +107,73 @@ class Masks:
                     lengths = np.asarray(counts, np.int64)
                     text = None
                     if (lengths < 0).any():
-                        raise ValueError("it holds a negative run")
+                        raise ValueError("it contains a negative run")
             except (ValueError, TypeError, OverflowError) as error:
-                raise ValueError(f"mask {number} is not a run-length code: {error}") from None
-            # A single run beyond the image first: a sum of such could wrap round to the right number.
+                raise ValueError(f"mask {number} is not a valid run-length code: {error}") from None
+            # Single runs are checked first, because the sum of very long ones could overflow to the right number.
             if lengths.max(initial=0) > size[0] * size[1] or lengths.sum() != size[0] * size[1]:
                 raise ValueError(
-                    f"the runs of mask {number} cover {lengths.sum()} pixels, its image has {size[0] * size[1]}"
+                    f"the runs of mask {number} cover {lengths.sum()} pixels, but its image has {size[0] * size[1]}"
                 )
             strings.append(text if text is not None else rle.encode_counts(lengths))
         if size is None:
-            raise ValueError("no masks and no size given")
+            raise ValueError("without masks, the argument `size` is needed")
         return cls("rle", strings, size)
 
     @classmethod
     def from_polygons(cls, objects: Iterable[Sequence[Any]], size: tuple[int, int], fill: Fill = "union") -> Masks:
-        """Each object is a list of rings; a ring is flat `x, y, x, y, ...` or (P, 2), in continuous coordinates.
+        """Make masks of polygons.
 
-        `fill="union"` is COCO's reading (rings are parts, a hole cannot be said); `"even-odd"` lets a ring inside
-        another cut a hole, which is what `polygons()` returns. ValueError for rings of fewer than three points or
-        with coordinates that are not finite (the common rasteriser dies on those).
+        Args:
+            objects: For each object a list of rings; a ring is flat `x, y, x, y, ...` or (P, 2), in continuous
+                coordinates.
+            size: H, W.
+            fill: "union", as in COCO: the rings are parts of the object, holes cannot be expressed. "even-odd": a
+                ring inside another is a hole, as in the result of `polygons`.
+
+        Returns:
+            The masks, of kind "polygon".
+
+        Raises:
+            ValueError: If a ring has fewer than three points, or a coordinate is not finite (the rasterizer of
+                pycocotools would crash).
         """
-        return cls("polygon", [outlines.checked(rings, size) for rings in objects], size, fill)
+        return cls("polygon", [outlines.validated(rings, size) for rings in objects], size, fill)
 
     @classmethod
     def from_crops(
-        cls, crops: Sequence[Bool[Tensor, "_h _w"] | np.ndarray], corners: Int[Tensor, "n 2"], size: tuple[int, int]
+        cls, crops: Sequence[Bool[Tensor, "_h _w"] | rle.Bools], corners: Int[Tensor, "n 2"], size: tuple[int, int]
     ) -> Masks:
-        """Small bool masks, each with its upper left corner at `corners` (x, y), on planes of `size`, never made.
+        """Make masks of small bool arrays, without making planes.
 
-        What reaches beyond the plane is cut off.
+        Args:
+            crops: (h, w) for each object.
+            corners: (N, 2), x, y of the upper left corner of each crop in the image.
+            size: H, W of the image; crops are clipped to it.
+
+        Returns:
+            The masks, of kind "rle".
         """
-        places = corners.tolist()
+        places: list[list[int]] = corners.tolist()
         arrays = (c.cpu().numpy() if isinstance(c, Tensor) else c for c in crops)
         edges = [rle.edges(c, int(x), int(y), size) for c, (x, y) in zip(arrays, places, strict=True)]
         return cls("rle", rle.from_edges(edges, size[0] * size[1]), size)
 
     @classmethod
     def join(cls, parts: Sequence[Masks]) -> Masks:
-        """All masks of `parts` in order; they are of one size. Mixed kinds become "rle"."""
+        """Return all masks of several parts in order.
+
+        Args:
+            parts: At least one part, all of one size.
+
+        Returns:
+            The masks; of kind "rle" if the kinds differ.
+
+        Raises:
+            ValueError: If there are no parts, or their sizes differ.
+        """
+        if not parts:
+            raise ValueError("there must be at least one part to join")
         if len({p.size for p in parts}) > 1:
             raise ValueError(f"masks of different sizes cannot be joined: {sorted({p.size for p in parts})}")
         parts = [p for p in parts if len(p)] or list(parts[:1])
@@ -126,57 +187,61 @@ class Masks:
             return cls("dense", torch.cat([p._data for p in parts]), first.size)
         return cls(first.kind, [item for p in parts for item in p._data], first.size, first.fill)
 
-    # ---- looking -------------------------------------------------------------------------------------------------
+    # ---- selection --------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
+        """Return the number of masks."""
         return len(self._data)
 
     def __iter__(self) -> Iterator[Masks]:
+        """Iterate over the masks, each as `Masks` of length 1."""
         return (self[i : i + 1] for i in range(len(self)))
 
     def __repr__(self) -> str:
         return f"Masks({len(self)} x {self.size[0]} x {self.size[1]}, {self.kind})"
 
-    def __getitem__(self, index: int | slice | Tensor | Sequence[int]) -> Masks:
-        if isinstance(index, int):
-            index = [range(len(self))[index]]
+    def __getitem__(self, index: Index) -> Masks:
+        """Select masks as NumPy does: by position, slice, positions or bools. The result is always `Masks`.
+
+        Raises:
+            IndexError: If a position is out of range, the number of bools is wrong, or the index has another type.
+        """
+        chosen = selection(index, len(self))
         if self.kind == "dense":
             planes = self._data
-            return Masks("dense", planes[index.to(planes.device) if isinstance(index, Tensor) else index], self.size)
-        if isinstance(index, slice):
-            return Masks(self.kind, self._data[index], self.size, self.fill)
-        chosen = torch.as_tensor(index)
-        if chosen.dtype == torch.bool:
-            if len(chosen) != len(self):
-                raise IndexError(f"{len(chosen)} flags cannot select among {len(self)} masks")
-            chosen = chosen.nonzero().flatten()
-        return Masks(self.kind, [self._data[i] for i in chosen.tolist()], self.size, self.fill)
+            return Masks("dense", planes[chosen.to(planes.device) if isinstance(chosen, Tensor) else chosen], self.size)
+        return Masks(self.kind, pick(self._data, chosen), self.size, self.fill)
 
     @property
     def device(self) -> torch.device:
+        """The device of dense masks; the host for the others."""
         return self._data.device if self.kind == "dense" else torch.device("cpu")
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, without Python's own overhead."""
+        """Size of the data in bytes, without Python's overhead."""
         if self.kind == "dense":
             return self._data.nbytes
         if self.kind == "rle":
-            return sum(map(len, self._data))
+            return sum(len(text) for text in self._data)
         return sum(ring.nbytes for rings in self._data for ring in rings)
 
-    # ---- the three forms -----------------------------------------------------------------------------------------
+    # ---- conversion -------------------------------------------------------------------------------------------------
 
     def pack(self) -> Masks:
-        """The same masks as "rle", on the host."""
+        """Return the masks as "rle", on the host."""
         return self if self.kind == "rle" else Masks("rle", self._strings(), self.size)
 
     def rle(self) -> list[dict[str, Any]]:
-        """COCO's dictionaries `{"size": [H, W], "counts": bytes}`."""
+        """Return COCO's dictionaries `{"size": [H, W], "counts": bytes}`."""
         return [{"size": list(self.size), "counts": text} for text in self._strings()]
 
     def dense(self, device: torch.device | str | None = None) -> Bool[Tensor, "n h w"]:
-        """Bool planes: N * H * W bytes. For a few masks, or small ones."""
+        """Return bool planes, which take N * H * W bytes; for a few masks or small ones.
+
+        Args:
+            device: Device of the planes; None: where the masks are.
+        """
         if self.kind != "dense":
             planes = torch.zeros(len(self), *self.size, dtype=torch.bool)
             for plane, ((x0, y0, x1, y1), crop) in zip(planes.numpy(), self._crops(), strict=True):
@@ -184,23 +249,29 @@ class Masks:
             return planes if device is None else planes.to(device)
         return self._data if device is None else self._data.to(device)
 
-    def polygons(self) -> list[list[np.ndarray]]:
-        """Outlines as rings (P, 2) of x, y. Polygon masks give their own rings; others are traced along the borders
-        of their pixels, exactly: filled "even-odd" they give the same mask, holes and parts included."""
+    def polygons(self) -> list[list[rle.Floats]]:
+        """Return the outlines of each mask as rings (P, 2) of x, y.
+
+        Polygons are returned unchanged. Other masks are traced exactly along pixel borders, including holes and
+        separate parts: filled "even-odd", the rings give the same mask.
+        """
         if self.kind == "polygon":
             return [list(rings) for rings in self._data]
         return [outlines.trace(crop, x0, y0) for (x0, y0, _, _), crop in self._crops()]
 
     def crops(self) -> tuple[Int[Tensor, "n 4"], list[Bool[Tensor, "_h _w"]]]:
-        """The tightest frames x0, y0, x1, y1 (exclusive) and the mask inside each; empty masks have empty crops."""
+        """Return the tightest pixel windows (N, 4), x0, y0, x1, y1 (exclusive), and the mask inside each.
+
+        Empty masks have empty crops.
+        """
         pairs = list(self._crops())
         frames = torch.tensor([frame for frame, _ in pairs], dtype=torch.int64).reshape(-1, 4)
         return frames, [torch.from_numpy(np.ascontiguousarray(crop)) for _, crop in pairs]
 
-    # ---- measuring -----------------------------------------------------------------------------------------------
+    # ---- measurement ------------------------------------------------------------------------------------------------
 
     def areas(self) -> Int[Tensor, " n"]:
-        """Foreground pixels of each mask."""
+        """Return the number of foreground pixels of each mask."""
         if self.kind == "dense":
             return self._data.sum((1, 2))
         starts, ends, owner = rle.runs_all(self._strings())
@@ -209,7 +280,10 @@ class Masks:
         return torch.from_numpy(areas)
 
     def boxes(self) -> Float[Tensor, "n 4"]:
-        """The tightest boxes x0, y0, x1, y1; zeros for empty masks. Polygons: of their points inside the image."""
+        """Return the tightest boxes (N, 4), x0, y0, x1, y1; zeros for empty masks.
+
+        Boxes of polygons are those of their points, clipped to the image.
+        """
         if self.kind == "polygon":
             return torch.from_numpy(outlines.boxes(self._data, self.size)).float()
         if self.kind == "dense":
@@ -217,43 +291,61 @@ class Masks:
         return torch.tensor(rle.frames(self._data, self.size[0]), dtype=torch.float32).reshape(-1, 4)
 
     def iou(self, others: Masks, crowd: Bool[Tensor, " m"] | None = None) -> Float[Tensor, "n m"]:
-        """Overlap of each mask with each of `others`; where `crowd`, over this mask's own area (COCO's rule)."""
+        """Return the intersection over union of each mask with each of `others`.
+
+        Args:
+            others: M masks of the same size.
+            crowd: (M,), crowd regions, for which the intersection is divided by the area of this mask instead (COCO).
+
+        Returns:
+            (N, M), on the host.
+        """
         if not len(self) or not len(others):
             return torch.zeros(len(self), len(others))
-        flags = [0] * len(others) if crowd is None else crowd.int().tolist()
+        flags: list[int] = [0] * len(others) if crowd is None else crowd.int().tolist()
         return torch.from_numpy(coco.iou(cast(Any, self.rle()), cast(Any, others.rle()), flags)).float()
 
-    # ---- moving --------------------------------------------------------------------------------------------------
+    # ---- transformation ---------------------------------------------------------------------------------------------
 
     def to(self, device: torch.device | str) -> Masks:
-        """Planes move; compact forms stay on the host (`dense(device)` puts planes where they are needed)."""
+        """Move planes to `device`; compact masks stay on the host (`dense(device)` makes planes on a device)."""
         return Masks("dense", self._data.to(device), self.size) if self.kind == "dense" else self
 
     def place(self, placement: Placement) -> Masks:
-        """The same masks on the network's input of `placement.size`: exactly for polygons, at the nearest pixel
-        (by pixel centres, without bias) for the others."""
+        """Map masks from the image to the network's input.
+
+        Args:
+            placement: How the image is placed in the input.
+
+        Returns:
+            Masks of `placement.size`: exact for polygons, nearest-neighbor (of pixel centers) for the others.
+
+        Raises:
+            ValueError: If the placement is for images of another size.
+        """
         if placement.image_size != self.size:
-            raise ValueError(f"a placement of a {placement.image_size} image cannot lay masks of {self.size}")
+            raise ValueError(f"masks of size {self.size} do not fit a placement of images of {placement.image_size}")
         if self.kind == "polygon":
-            objects = [tuple(outlines.placed(ring, placement) for ring in rings) for rings in self._data]
+            objects = [tuple(outlines.place_ring(ring, placement) for ring in rings) for rings in self._data]
             return Masks("polygon", objects, placement.size, self.fill)
         edges = [_placed_edges(frame, crop, placement) for frame, crop in self._crops()]
         return Masks("rle", rle.from_edges(edges, placement.size[0] * placement.size[1]), placement.size)
 
     def resize(self, size: tuple[int, int]) -> Masks:
-        """The same masks on a grid of `size` (H, W)."""
+        """Return the masks resized to `size` (H, W)."""
         return self if size == self.size else self.place(Placement.resize(self.size, size))
 
     def union(self) -> Masks:
-        """One mask: all of them together."""
+        """Return the union of all masks, as `Masks` of length 1."""
         merged = coco.merge(cast(Any, self.rle())) if len(self) else None
         return Masks(
             "rle", [merged["counts"]] if merged else [rle.from_crop(np.zeros((0, 0), bool), 0, 0, self.size)], self.size
         )
 
-    # ---- inside --------------------------------------------------------------------------------------------------
+    # ---- internal ---------------------------------------------------------------------------------------------------
 
     def _strings(self) -> list[bytes]:
+        """Run-length strings."""
         if self.kind == "rle":
             return self._data
         if self.kind == "polygon":
@@ -263,10 +355,11 @@ class Masks:
         edges = [rle.edges(crop, frame[0], frame[1], self.size) for frame, crop in self._crops()]
         return rle.from_edges(edges, self.size[0] * self.size[1])
 
-    def _crops(self) -> Iterator[tuple[rle.Frame, np.ndarray]]:
+    def _crops(self) -> Iterator[tuple[rle.Frame, rle.Bools]]:
+        """The tightest pixel window of each mask and the mask inside it."""
         if self.kind == "dense":
             planes = self._data.cpu()
-            frames = _dense_boxes(planes).long().tolist()
+            frames: list[list[int]] = _dense_boxes(planes).long().tolist()
             for plane, (x0, y0, x1, y1) in zip(planes, frames, strict=True):
                 yield (x0, y0, x1, y1), plane[y0:y1, x0:x1].numpy()
         else:
@@ -274,7 +367,8 @@ class Masks:
 
 
 def _dense_boxes(planes: Tensor) -> Tensor:
-    def extent(hits: Tensor) -> tuple[Tensor, Tensor]:  # (n, length) -> first, last + 1
+    def extent(hits: Tensor) -> tuple[Tensor, Tensor]:
+        """(n, length) -> first and last + 1 hit."""
         length = hits.shape[1]
         steps = torch.arange(length, device=hits.device)
         first = torch.where(hits, steps, length).amin(1)
@@ -288,7 +382,7 @@ def _dense_boxes(planes: Tensor) -> Tensor:
 
 
 def _dense_strings(planes: Tensor) -> list[bytes]:
-    """Strings of planes on an accelerator: only where the mask changes crosses to the host."""
+    """Run-length strings of planes on an accelerator; only the positions of changes are copied to the host."""
     count, height, width = planes.shape
     if not count:
         return []
@@ -300,14 +394,15 @@ def _dense_strings(planes: Tensor) -> list[bytes]:
     return rle.from_edges(np.split(position, cuts), height * width)
 
 
-def _placed_edges(frame: rle.Frame, crop: np.ndarray, placement: Placement) -> np.ndarray:
-    """Where the runs of a mask begin and end, in column order, on the network's input."""
+def _placed_edges(frame: rle.Frame, crop: rle.Bools, placement: Placement) -> rle.Ints:
+    """Starts and ends of the runs of a mask on the network's input, in column order."""
     (height, width), (scale_x, scale_y), (offset_x, offset_y) = placement.size, placement.scale, placement.offset
     x0, y0, x1, y1 = frame
     if placement.mirrored:
         x0, x1, crop = placement.image_size[1] - x1, placement.image_size[1] - x0, crop[:, ::-1]
 
-    def source(low: int, high: int, scale: float, offset: float, limit: int) -> tuple[int, np.ndarray]:
+    def source(low: int, high: int, scale: float, offset: float, limit: int) -> tuple[int, rle.Ints]:
+        """First output position on one axis, and the input position of it and those that follow."""
         first = max(0, int(np.floor(low * scale + offset)))
         last = min(limit, int(np.ceil(high * scale + offset)))
         at = np.floor((np.arange(first, max(first, last)) + 0.5 - offset) / scale + 1e-9).astype(np.int64)

@@ -1,4 +1,6 @@
-"""From an image to the network's input: data, not code, so that it travels inside a checkpoint."""
+"""Preprocessing of images for a network, as data that is stored in checkpoints."""
+
+# pyright: reportUnknownMemberType=false
 
 from __future__ import annotations
 
@@ -19,22 +21,32 @@ from maskwright.structures.placement import Placement
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The resize rule, normalisation and padding that a system was published with.
+    """The resizing, normalization and padding that a system was published with.
 
-    fit           "short": the short side becomes `short` unless the long side would then exceed `long`;
-                  "stretch": every image becomes `canvas`, its shape not kept (YOLACT, PolarMask);
-                  "letterbox": the largest that fits into `canvas`, in its middle, black around it (CenterNet's heirs);
-                  with `corner` at its upper left instead (EoMT);
-                  "own": as it is;
-                  "pad": as it is, in the middle of a black canvas that is a multiple of `multiple` and always larger
-    canvas        height and width; used by "stretch" and "letterbox" alone
-    resample      "pillow": 8-bit bilinear with anti-aliasing, before normalising (detectron2);
-                  "tensor": float bilinear without anti-aliasing, after normalising (torchvision);
-                  "opencv": 8-bit bilinear without anti-aliasing, before normalising (MMDetection's first versions)
-    sizes         how "short" makes whole numbers: "rounded" half up; "floored"; "benchmark": the long side cut to a
-                  whole number (maskrcnn-benchmark). None: floored with "tensor", else rounded
-    mean, std     per channel in the order of `channels`, of values divided by `divide`
-    multiple      the padded batch is a multiple of this; padding is 0 after normalising, that is the mean colour
+    Attributes:
+        short: Length of the short side in pixels, for the rule "short".
+        long: Upper bound of the long side in pixels, for the rule "short".
+        resample: "pillow": 8-bit bilinear with anti-aliasing, before normalization (detectron2). "tensor": float
+            bilinear without anti-aliasing, after normalization (torchvision). "opencv": 8-bit bilinear without
+            anti-aliasing, before normalization (early versions of MMDetection).
+        mean: Mean per channel in the order of `channels`, of values divided by `divide`.
+        std: Standard deviation per channel, likewise.
+        divide: Divisor of the 8-bit values.
+        channels: Order of the first three channels of the input.
+        multiple: Height and width of a batch are rounded up to a multiple of this; the padding is 0 after
+            normalization, that is the mean colour.
+        fit: The resize rule. "short": the short side becomes `short`, unless the long side would then exceed `long`.
+            "stretch": the image becomes `canvas`, without keeping its aspect ratio (YOLACT, PolarMask). "letterbox":
+            the largest size that fits into `canvas`, centred and padded with black (CenterNet and systems based on
+            it), or at the upper left with `corner` (EoMT). "own": no resizing. "pad": no resizing, centred on a black
+            canvas, the next larger multiple of `multiple`.
+        canvas: Height and width, for "stretch" and "letterbox".
+        sizes: How "short" computes integers. "rounded": half up. "floored": down. "benchmark": the long side down, as
+            in maskrcnn-benchmark. None: "floored" if `resample` is "tensor", otherwise "rounded".
+        corner: Place the image of "letterbox" at the upper left.
+
+    Raises:
+        ValueError: If a rule needs a canvas and there is none.
     """
 
     short: int = 800
@@ -52,23 +64,28 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.fit in ("stretch", "letterbox") and self.canvas is None:
-            raise ValueError(f"fit={self.fit!r} needs a canvas (height, width)")
+            raise ValueError(f"fit={self.fit!r} needs `canvas` (height, width)")
 
     @property
-    def words(self) -> str:
-        """The size rule in words, for protocols: what a number measured with it means."""
+    def description(self) -> str:
+        """The size rule in words, for evaluation protocols."""
         if self.fit == "short":
             return f"short side {self.short}, long side at most {self.long}"
         if self.fit == "own":
-            return "its own size"
+            return "original size"
         if self.fit == "pad":
-            return f"its own size, padded to a larger multiple of {self.multiple}"
+            return f"original size, padded to a larger multiple of {self.multiple}"
         height, width = self.canvas or (0, 0)
         return f"{self.fit} to {height} x {width}"
 
     def at(self, short: int | None = None, long: int | None = None) -> Preprocess:
-        """The same rule at another size. A canvas keeps its shape and gets this short side; images of their own size
-        get one."""
+        """Return the same rule for another size.
+
+        Args:
+            short: New length of the short side, also of a canvas, which keeps its aspect ratio; the rule "own" becomes
+                "short". None: unchanged.
+            long: New upper bound of the long side; None: unchanged.
+        """
         if self.canvas is not None and short:
             ratio = short / min(self.canvas)
             return replace(self, canvas=(round(self.canvas[0] * ratio), round(self.canvas[1] * ratio)))
@@ -77,14 +94,16 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocess:
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        """Return the preprocessing that `to_dict` has described."""
+        fields: dict[str, Any] = {k: tuple(cast(list[Any], v)) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**fields)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON values."""
         return asdict(self)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """The size (h, w) that an image of this size is resized to; never less than one pixel."""
+        """Return the size (h, w), at least one pixel, that an image of H, W is resized to."""
         if self.fit == "stretch":
             return cast(tuple[int, int], self.canvas)
         if self.fit in ("pad", "own"):
@@ -109,48 +128,69 @@ class Preprocess:
             new = (new[0] * shrink, new[1] * shrink)
         return max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))
 
-    def lay(self, image: UInt8[Tensor, "_c h w"]) -> tuple[Float[Tensor, "c _h _w"], Placement]:
-        """One image, RGB, 0 ... 255 -> its place in the network's input and how it got there."""
-        image = self.fitted(image)
+    def apply(self, image: UInt8[Tensor, "_c h w"]) -> tuple[Float[Tensor, "c _h _w"], Placement]:
+        """Preprocess one image.
+
+        Args:
+            image: (C, H, W), RGB, 0 ... 255.
+
+        Returns:
+            The normalized image, float32, and how it is placed in the input.
+
+        Raises:
+            UsageError: If the number of channels does not fit the network.
+        """
+        image = self.match_channels(image)
         size = (image.shape[1], image.shape[2])
         target = self.size(*size)
         if self.resample == "tensor":
-            values = _interpolate(self.normalise(image), target)
+            values = _interpolate(self.normalize(image), target)
         elif self.resample == "opencv":
-            values = self.normalise(_interpolate(image.float(), target).round())
+            values = self.normalize(_interpolate(image.float(), target).round())
         else:
-            values = self.normalise(_pillow(image, target))
+            values = self.normalize(_pillow(image, target))
         placement = Placement.resize(size, target)
         if self.fit not in ("letterbox", "pad"):
             return values, placement
         larger = cast(tuple[int, int], tuple((side // self.multiple + 1) * self.multiple for side in size))
         canvas = larger if self.fit == "pad" else cast(tuple[int, int], self.canvas)
         top, left = (0, 0) if self.corner else ((canvas[0] - target[0]) // 2, (canvas[1] - target[1]) // 2)
-        black = self.normalise(torch.zeros(len(image), 1, 1))
+        black = self.normalize(torch.zeros(len(image), 1, 1))
         plane = black.expand(len(image), *canvas).clone()
         plane[:, top : top + target[0], left : left + target[1]] = values
         return plane, placement.then_crop(-left, -top, canvas)
 
-    def fitted(self, image: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "d h w"]:
-        """The image with as many channels as the network takes: RGB becomes grey (its luminance, ITU-R BT.601, as
-        Pillow has it) or grey RGB, and alpha is dropped. UsageError where nobody can know what is meant."""
+    def match_channels(self, image: UInt8[Tensor, "c h w"]) -> UInt8[Tensor, "d h w"]:
+        """Convert an image to the number of channels of the network.
+
+        RGB becomes grey (luminance by ITU-R BT.601, as in Pillow), grey is repeated, and alpha is dropped.
+
+        Args:
+            image: (C, H, W).
+
+        Returns:
+            The image with as many channels as `mean` has entries.
+
+        Raises:
+            UsageError: If no conversion between the numbers of channels is defined.
+        """
         have, want = len(image), len(self.mean)
         if have == want:
             return image
         if want == 1 and have in (3, 4):
-            shares = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)  # of 65536
-            return ((image[:3] * shares).sum(0, keepdim=True) + 32768 >> 16).to(torch.uint8)
+            weights = torch.tensor([19595, 38470, 7471]).view(3, 1, 1)  # of 65536
+            return ((image[:3] * weights).sum(0, keepdim=True) + 32768 >> 16).to(torch.uint8)
         if want == 3 and have == 1:
             return image.expand(3, -1, -1)
         if want == 3 and have == 4:
             return image[:3]
         raise UsageError(
-            f"the image has {have} channels, the system was made for {want} (in_channels); images from files have "
-            f"three, RGB: give tensors or arrays of {want}, or a system made for {have}"
+            f"the image has {have} channels, but the system expects {want} (in_channels); image files are read as RGB: "
+            f"give tensors or arrays with {want} channels, or a system with in_channels={have}"
         )
 
-    def normalise(self, image: Tensor) -> Float[Tensor, "c h w"]:
-        """RGB 0 ... 255 of any dtype -> the network's channels and scale, float32. Further channels follow."""
+    def normalize(self, image: Tensor) -> Float[Tensor, "c h w"]:
+        """Convert an image, RGB 0 ... 255 of any dtype, to the channel order and scale of the network, float32."""
         values = image.float()
         if self.channels == "BGR" and len(values) >= 3:
             values = torch.cat([values[:3].flip(0), values[3:]])
@@ -160,9 +200,14 @@ class Preprocess:
         return (values - mean) / std
 
     def collate(self, images: Sequence[UInt8[Tensor, "_c _h _w"]], names: Sequence[str] | None = None) -> Batch:
-        """Images as they are -> a batch without targets."""
-        laid = [self.lay(p) for p in images]
-        return Batch.collate([v for v, _ in laid], [p for _, p in laid], names=names, multiple=self.multiple)
+        """Preprocess images and make a batch without targets.
+
+        Args:
+            images: (C, H, W) each, RGB, 0 ... 255.
+            names: Name of each image, for messages.
+        """
+        done = [self.apply(image) for image in images]
+        return Batch.collate([v for v, _ in done], [p for _, p in done], names=names, multiple=self.multiple)
 
 
 def _pillow(image: Tensor, size: tuple[int, int]) -> Tensor:

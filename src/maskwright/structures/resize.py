@@ -86,7 +86,7 @@ def normalization_for(
     """
     if in_channels < 1:
         raise UsageError(f"in_channels must be at least 1, got {in_channels}")
-    rows = []
+    rows: list[tuple[float, ...]] = []
     for name, given, own in (("mean", mean, preprocess.mean), ("std", std, preprocess.std)):
         row = own if given is None else tuple(float(v) for v in given)
         if given is not None and len(row) != in_channels and not len(row) == 3 < in_channels:

@@ -139,12 +139,12 @@ def preprocessing(ledger: Ledger) -> None:
         number = name.split("_")[1]
         image = ledger.given(name).permute(2, 0, 1).contiguous()
         own = replace(PREPROCESS["detectron2"], short=short, long=long)
-        values, placement = own.lay(image)
+        values, placement = own.apply(image)
         resized = values + torch.tensor(own.mean)[:, None, None]
         ledger.compare(f"d2_resized_bgr_{number}", resized.round().permute(1, 2, 0))
         ledger.compare(f"d2_input_{number}", own.collate([image]).images)
         own = replace(PREPROCESS["torchvision"], short=short, long=long)
-        values, placement = own.lay(image)
+        values, placement = own.apply(image)
         ledger.equal(f"tv_size_{number}", torch.tensor(placement.size))
         ledger.compare(f"tv_input_{number}", own.collate([image]).images)
 
