@@ -97,8 +97,8 @@ def test_deepmask_is_the_simple_natural_head():
     system = build("deepmask").eval()
     with torch.no_grad():
         system.masks.weight.zero_()
-        system.masks.weight[:, :32] = head.mask_outputs[0].weight
-        system.masks.bias.copy_(head.mask_outputs[0].bias)
+        system.masks.weight[:, :32] = head.masks.outputs[0].weight
+        system.masks.bias.copy_(head.masks.outputs[0].bias)
         x = head(torch.randn(1, 3, *SIZE)).masks[0]
         (natural,) = head.whole_masks(type(head(torch.zeros(1, 3, *SIZE)))((), (), (x,), SIZE), 0)
         features = functional.pad(x, (0, 0, 0, 0, 0, 64 - x.shape[1]))

@@ -1,4 +1,4 @@
-"""What is TensorMask's own: its heads, its windows, and masks made only where they are needed."""
+"""Behaviour specific to TensorMask: its heads, its windows, and masks of single windows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HEADS = {
 
 
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-def test_each_head_trains_and_finds(options):
+def test_each_head_trains_and_detects(options):
     system = build("tensormask", **options)
     images = torch.randn(1, 3, *SIZE)
     for target in (objects(2), objects(0)):
@@ -45,10 +45,10 @@ def test_masks_of_single_windows_are_those_of_the_dense_tensor(name):
     system = build("tensormask", **HEADS[name]).eval()
     with torch.no_grad():
         raw = system(torch.randn(2, 3, *SIZE))
-        _, places = system.layout(raw)
+        places = system.layout(raw).places
         chosen = torch.cat([(places[:, 0] == level).nonzero().flatten()[:7] for level in range(3)])
         rows = torch.cat([torch.arange(len(chosen))[:, None] % 2, places[chosen]], 1)
-        for own, logits in system.masks_of(raw, rows):
+        for own, logits in system.window_masks(raw, rows):
             level, number = int(rows[own[0], 1]), int(rows[own[0], 4])
             dense = system.whole_masks(raw, level)[number]
             image, y, x = rows[own][:, [0, 2, 3]].unbind(1)
@@ -56,17 +56,17 @@ def test_masks_of_single_windows_are_those_of_the_dense_tensor(name):
 
 
 @pytest.mark.parametrize("mode", ["nearest", "floor"])
-def test_a_bipyramid_upsamples_as_it_is_told(mode):
+def test_a_bipyramid_upsamples_by_the_given_mode(mode):
     system = build("tensormask", windows=(7,), mode=mode).eval()
     smooth = build("tensormask", windows=(7,)).eval()
     with torch.no_grad():
         raw = system(torch.randn(1, 3, *SIZE))
         rows = torch.tensor([[0, 0, 3, 4, 0], [0, 1, 2, 3, 0], [0, 2, 1, 1, 0]])
-        for own, logits in system.masks_of(raw, rows):
+        for own, logits in system.window_masks(raw, rows):
             level, y, x = rows[own[0], 1:4].tolist()
             dense, other = (s.whole_masks(raw, level)[0] for s in (system, smooth))
             torch.testing.assert_close(logits[0], dense[0, :, :, y, x], rtol=1e-4, atol=1e-4)
-            assert torch.allclose(dense, other) == (level == 0), "only the finest level is as fine as predicted"
+            assert torch.allclose(dense, other) == (level == 0), "only the finest level is not upsampled"
 
 
 def test_a_bipyramid_has_finer_masks_on_coarser_levels():
@@ -77,38 +77,39 @@ def test_a_bipyramid_has_finer_masks_on_coarser_levels():
     assert shapes == [(7, 7, 24, 32), (14, 14, 12, 16), (28, 28, 6, 8)]
 
 
-def test_windows_learn_from_what_they_contain_and_only_from_one():
+def test_positive_windows_contain_their_object_and_have_only_one():
     system = build("tensormask", windows=(11,))
     raw = system(torch.randn(1, 3, *SIZE))
-    windows, places = system.layout(raw)
+    layout = system.layout(raw)
+    windows = layout.boxes
     inside = torch.tensor([[30.0, 30, 70, 60]])  # 40 x 30 around (50, 45)
     target = Instances(SIZE, inside, torch.tensor([0]))
-    own = system.assign(windows, places[:, 0], target)
+    own = system.assign(layout, target)
     assert len(own.windows)
     for box in windows[own.windows]:
         assert (box[:2] <= inside[0, :2]).all()
         assert (box[2:] >= inside[0, 2:]).all()
     twice = Instances(SIZE, inside.repeat(2, 1), torch.tensor([0, 1]))
-    assert not len(system.assign(windows, places[:, 0], twice).windows), "for two objects is for none"
+    assert not len(system.assign(layout, twice).windows), "windows of two objects are assigned to none"
     system.rule = "paper"
-    fewer = system.assign(windows, places[:, 0], target)
+    fewer = system.assign(layout, target)
     assert set(fewer.windows.tolist()) <= set(own.windows.tolist())
 
 
-def test_heads_that_cannot_be_are_refused_in_words():
-    with pytest.raises(UsageError, match="a bipyramid is predicted in aligned representation"):
+def test_invalid_options_are_refused():
+    with pytest.raises(UsageError, match="bipyramid=True requires aligned=True and factor=1"):
         build("tensormask", aligned=False)
-    with pytest.raises(UsageError, match="a window of 11 cells cannot be predicted 3 times coarser"):
+    with pytest.raises(UsageError, match="windows must be multiples of factor 3, got 11"):
         build("tensormask", bipyramid=False, factor=3.0)
-    with pytest.raises(UsageError, match="expected code or paper"):
+    with pytest.raises(UsageError, match="rule must be one of 'code', 'paper'"):
         build("tensormask", rule="neither")
     for windows in ((), (0, 15), (-3,)):
-        with pytest.raises(UsageError, match=r"windows is \(.*\); expected at least one size, each of 1 cell"):
+        with pytest.raises(UsageError, match=r"windows must be one or more sizes of at least 1, got"):
             build("tensormask", windows=windows)
     for factor in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match=r"factor is .*; expected a number above 0"):
+        with pytest.raises(UsageError, match="factor must be a finite number above 0"):
             build("tensormask", bipyramid=False, factor=factor)
-    with pytest.raises(UsageError, match=r"a window of 11 cells cannot be predicted 1e\+09 times coarser"):
+    with pytest.raises(UsageError, match=r"windows must be multiples of factor 1e\+09, got 11"):
         build("tensormask", bipyramid=False, factor=1e9)
-    with pytest.raises(UsageError, match="convs is 0; each tower has at least 1"):
+    with pytest.raises(UsageError, match="convs must be at least 1, got 0"):
         build("tensormask", convs=0)

@@ -47,7 +47,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "mask-rcnn": {**TRUNK, **HEADS, "mask_width": 32},
     "keypoint-rcnn": {**TRUNK, **HEADS, "keypoint_width": 32, "keypoint_convs": 2},
-    "tensormask": {**TRUNK, "neck_width": 32, "convs": 1, "class_width": 32, "box_width": 32, "mask_width": 32},
+    "tensormask": {**BACKBONE, "neck_width": 32, "convs": 1, "class_width": 32, "box_width": 32, "mask_width": 32},
     # Places in a crowd region are left out, which changes what is learnt beside it; here they are not.
     "yolact": {**TRUNK, "neck_width": 32, "prototypes": 8, "crowd_overlap": 1.0},
     "yolact-plus": {

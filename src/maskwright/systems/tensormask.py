@@ -1,33 +1,32 @@
 """TensorMask: A Foundation for Dense Object Segmentation (Chen, Girshick, He, Dollár, ICCV 2019, arXiv 1903.12174).
 
-A window of several sizes stands at every place of a feature pyramid, and for each the network says a class, a box and
-a whole mask: no crop, no second stage. The masks form a 4-D tensor (V, U, H, W) of two spatial domains, and the paper
-asks in which representation a network should predict it. *Natural*: the channels of a place are the mask of the window
-there. *Aligned*: they are what every window that covers this place says of it, so that features and what they predict
-lie at one point. In the *tensor bipyramid* the finer the mask, the coarser the grid: (2^k V, 2^k U, H / 2^k, W / 2^k),
-up to 480 x 480 for the largest windows, made from coarse aligned predictions on the finest level by `swap_align2nat`.
+At every location of a feature pyramid there are windows of several sizes, and the network predicts a class, a box and a
+whole mask for each: there is no cropping and no second stage. The masks form a 4-D tensor (V, U, H, W) with two spatial
+domains, and the paper asks in which representation a network should predict it. *Natural*: the channels of a location
+are the mask of the window there. *Aligned*: they are the values at this location of the masks of all windows that cover
+it, so that features and predictions are at the same point. In the *tensor bipyramid* finer masks are on coarser grids:
+(2^k V, 2^k U, H / 2^k, W / 2^k), up to 480 x 480 for the largest windows, computed from coarse aligned predictions on
+the finest level by `swap_align2nat`.
 
-Masks are made only where they are needed, for the windows that learn and for those that survive scoring: the dense
-tensor never exists.
+Masks are computed only for the windows that are trained and for those that remain after suppression; the dense tensor
+is never constructed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskwright.blocks.backbones import Backbone, BackboneLike
 from maskwright.blocks.fpn import FPN
-from maskwright.blocks.layers import ConvNorm, Norm
-from maskwright.blocks.resnet import StrideIn
-from maskwright.blocks.rpn import Anchors
-from maskwright.blocks.trunk import make_trunk, normalization_for
+from maskwright.blocks.layers import ConvNorm
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
@@ -42,36 +41,179 @@ from maskwright.ops.window_tensors import (
     swap_windows,
     up_align2nat,
     upsample,
-)  # fmt: skip
+)
 from maskwright.structures import Instances, Masks, Placement, Preprocess
-from maskwright.systems.base import Ablation, Card, ClassRows, Preset, Score, System
+from maskwright.structures.resize import Resize, ResizeLike
+from maskwright.systems.card import Ablation, Card, Preset, Score
+from maskwright.systems.system import ClassRows, System
 
-FINEST = 4  # pixels: stride of the first level, and the unit of its masks
+BACKBONE = Backbone("resnet50")
+RESIZE = Resize()
+PREPROCESS = Preprocess(
+    resample="pillow", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), divide=1.0, channels="BGR"
+)
+FINEST = 4  # stride of the first level in pixels, and the size of a cell of its masks
 STRIDES = (4, 8, 16, 32, 64, 128)
 BOX_WEIGHTS = (1.5, 1.5, 0.75, 0.75)
 
 
 @dataclass(frozen=True)
 class Raw:
-    """What the network says of every window but its mask, and the features that masks are made of."""
+    """The raw output: everything about the windows except their masks, and the features that masks are computed from.
 
-    logits: tuple[Float[Tensor, "b a _h _w"], ...]  # K per window size, window by window
-    deltas: tuple[Float[Tensor, "b d _h _w"], ...]  # 4 per window size; () without a box head
-    masks: tuple[Float[Tensor, "b c _h _w"], ...]  # the mask tower on each level
-    size: tuple[int, int]  # H, W of the input
+    Attributes:
+        logits: Class logits of each level, a = sizes * K, in the order window size, class.
+        deltas: Encoded boxes of each level, d = sizes * 4; empty without a box head.
+        masks: Features of the mask tower on each level.
+        size: Height and width of the input, padding included.
+    """
+
+    logits: tuple[Float[Tensor, "b a _h _w"], ...]
+    deltas: tuple[Float[Tensor, "b d _h _w"], ...]
+    masks: tuple[Float[Tensor, "b c _h _w"], ...]
+    size: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Assigned:
-    """The windows that learn from an object: where they are in the list of all windows, and which object it is."""
+class Layout(NamedTuple):
+    """All windows, in the order level, row, column, size.
+
+    Attributes:
+        boxes: In pixels of the input; they may extend beyond it.
+        places: Level, y, x and index of the size.
+    """
+
+    boxes: Float[Tensor, "n 4"]
+    places: Int[Tensor, "n 4"]
+
+
+class Assigned(NamedTuple):
+    """The positive windows.
+
+    Attributes:
+        windows: Rows of the layout.
+        owners: The object of each.
+    """
 
     windows: Int[Tensor, " p"]
     owners: Int[Tensor, " p"]
 
 
+class Selected(NamedTuple):
+    """The windows of one image that remain after suppression, in descending order of scores.
+
+    Attributes:
+        windows: Rows of the layout.
+        boxes: In pixels of the input.
+        scores: Probability of the class.
+        labels: The class.
+    """
+
+    windows: Int[Tensor, " d"]
+    boxes: Float[Tensor, "d 4"]
+    scores: Float[Tensor, " d"]
+    labels: Int[Tensor, " d"]
+
+    def take(self, rows: Tensor) -> Selected:
+        """The windows of some rows."""
+        return Selected(self.windows[rows], self.boxes[rows], self.scores[rows], self.labels[rows])
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """Backbone, feature pyramid, class and box heads, and the convolutions of the mask head.
+
+    Args:
+        backbone: The backbone.
+        classes: Number of classes.
+        sizes: Number of window sizes.
+        neck_width: Channels of the pyramid.
+        convs: 3 x 3 convolutions of each tower.
+        class_width: Channels of the class tower.
+        box_width: Channels of the box tower.
+        mask_width: Channels of the mask tower.
+        boxes: Whether there is a box head.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        classes: int,
+        sizes: int,
+        *,
+        neck_width: int,
+        convs: int,
+        class_width: int,
+        box_width: int,
+        mask_width: int,
+        boxes: bool,
+    ):
+        super().__init__()
+        channels: Any = backbone.channels
+        self.backbone = backbone
+        self.neck = FPN(channels, neck_width, extra="input", relu="between", merge="mean")
+        self.class_tower = _tower(neck_width, class_width, convs)
+        self.logits = _output(class_width, sizes * classes, 3, bias=-4.595)  # an initial probability of 0.01
+        self.box_tower = _tower(neck_width, box_width, convs) if boxes else None
+        self.deltas = _output(box_width, sizes * 4, 3) if boxes else None
+        self.mask_tower = _tower(neck_width, mask_width, convs)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
+        levels = self.neck(self.backbone(images))  # strides 4 ... 128
+        logits = tuple(self.logits(self.class_tower(x)) for x in levels)
+        deltas = ()
+        if self.box_tower is not None and self.deltas is not None:
+            deltas = tuple(self.deltas(self.box_tower(x)) for x in levels)
+        masks = tuple(self.mask_tower(x) for x in levels)
+        return Raw(logits, deltas, masks, (images.shape[-2], images.shape[-1]))
+
+
+class MaskOutputs(nn.Module):
+    """The last layers of the mask head: with `fuse` a 3 x 3 convolution, then a 1 x 1 for each window size.
+
+    Args:
+        width: Channels of the features.
+        sides: Cells along a side of the predicted masks, for each window size.
+        fuse: Whether there is a 3 x 3 convolution, as in a bipyramid.
+    """
+
+    def __init__(self, width: int, sides: Sequence[int], fuse: bool):
+        super().__init__()
+        self.sides = tuple(sides)
+        self.fuse = ConvNorm(width, width, 3, relu=True) if fuse else None
+        self.outputs = nn.ModuleList(_output(width, side**2, 1) for side in sides)
+        if self.fuse is not None:
+            nn.init.normal_(self.fuse.conv.weight, std=0.01)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b _v _v h w"], ...]:
+        """Predicts the mask logits of each window size."""
+        if self.fuse is not None:
+            x = self.fuse(x)
+        return tuple(layer(x).unflatten(1, (side, side)) for layer, side in zip(self.outputs, self.sides, strict=True))
+
+
+def _tower(channels: int, width: int, convs: int) -> nn.Sequential:
+    """3 x 3 convolutions with ReLU."""
+    layers = [ConvNorm(channels if n == 0 else width, width, 3, relu=True) for n in range(convs)]
+    for layer in layers:
+        nn.init.normal_(layer.conv.weight, std=0.01)
+    return nn.Sequential(*layers)
+
+
+def _output(channels: int, outputs: int, kernel: int, bias: float = 0.0) -> nn.Conv2d:
+    """A last convolution."""
+    layer = nn.Conv2d(channels, outputs, kernel, padding=kernel // 2)
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.constant_(layer.bias, bias)  # pyright: ignore[reportArgumentType]
+    return layer
+
+
+# ---- system ----------------------------------------------------------------------------------------------------------
+
+
 class TensorMask(System):
-    """See the module's text. `decode` takes `score_threshold`, `nms_threshold`, `detections`, `mask_threshold`,
-    `candidates`."""
+    """TensorMask; see the docstring of the module."""
 
     name = "tensormask"
     card = Card(
@@ -81,19 +223,22 @@ class TensorMask(System):
         code="facebookresearch/detectron2, projects/TensorMask",
         code_licence="Apache-2.0",
     )
+    renamed_parameters: ClassVar[Mapping[str, str]] = {
+        **{
+            f"{name}.": f"dense.{name}."
+            for name in ("backbone", "neck", "class_tower", "logits", "box_tower", "deltas", "mask_tower")
+        },
+        "mask_fuse.": "masks.fuse.",
+        "mask_outputs.": "masks.outputs.",
+    }
 
     def __init__(
         self,
         classes: Sequence[str] = ("object",),
         *,
-        backbone: str = "resnet50",
-        pretrained: bool = False,
+        backbone: BackboneLike = BACKBONE,
         in_channels: int = 3,
-        stem_width: int = 64,
-        stride_in: StrideIn = "3x3",
-        norm: Norm = "group",
-        norm_eps: float = 1e-5,
-        frozen: int = 0,
+        resize: ResizeLike = RESIZE,
         neck_width: int = 256,
         convs: int = 4,
         class_width: int = 256,
@@ -105,106 +250,81 @@ class TensorMask(System):
         aligned: bool = True,
         factor: float = 1.0,
         mode: Mode = "bilinear",
-        rule: str = "code",
-        short: int = 800,
-        long: int = 1333,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        rule: Literal["code", "paper"] = "code",
     ):
         """
-        backbone ... frozen   the trunk, see `blocks.trunk.make_trunk`
-        convs        3 x 3 convolutions in each of the towers for class, box and mask
-        boxes        a head for boxes; without one they are those of the masks (section 5, table 3's note: -0.4 AP)
-        windows      sizes of the windows in cells of 4 pixels on the first level; they double from level to level
-        bipyramid    masks on a tensor bipyramid (section 4.2); otherwise V x U at every level
-        aligned      what the last layer predicts is in aligned representation (figure 6b, 6d), else natural (6a, 6c)
-        factor       without a bipyramid: masks are predicted so many times coarser, then upsampled (figure 6c, 6d)
-        mode         how they are upsampled (table 2b), those of a bipyramid too
-        rule         which windows learn from an object: as the published code has it or as the paper says, see
-                     `assign`
-        short, long, mean, std   preprocessing
+        Args:
+            classes: Class names.
+            backbone: The backbone. Published weights have `norm` "frozen", `frozen` 2 and `stride_in` "1x1".
+            in_channels: Channels of the image.
+            resize: Size and normalisation of the input.
+            neck_width: Channels of the pyramid.
+            convs: 3 x 3 convolutions of each of the towers for class, box and mask.
+            class_width: Channels of the class tower.
+            box_width: Channels of the box tower.
+            mask_width: Channels of the mask tower.
+            boxes: Whether there is a box head; otherwise the boxes are those of the masks (note of table 3: -0.4 AP).
+            windows: Sizes of the windows on the first level, in cells of 4 pixels; they double from level to level.
+            bipyramid: Whether masks form a tensor bipyramid (section 4.2); otherwise they are V x U at every level.
+            aligned: Whether the last layer predicts the aligned representation (figures 6b and 6d) or the natural one
+                (6a and 6c).
+            factor: Without a bipyramid: masks are predicted coarser by this factor and upsampled (figures 6c and 6d).
+            mode: Interpolation of the upsampling (table 2b), also in a bipyramid.
+            rule: Assignment of windows to objects as in the published code or as in the paper, see `assign`.
         """
         super().__init__()
+        spec = Backbone.read(backbone, BACKBONE)
         if bipyramid and (not aligned or factor != 1):
-            raise UsageError("a bipyramid is predicted in aligned representation and has a factor of its own per level")
-        if rule not in ("code", "paper"):
-            raise UsageError(f"rule is {rule!r}; expected code or paper")
+            raise UsageError(f"{self.name}: bipyramid=True requires aligned=True and factor=1")
         if not windows or min(windows) < 1:
-            raise UsageError(f"windows is {tuple(windows)}; expected at least one size, each of 1 cell or more")
+            raise UsageError(f"{self.name}: windows must be one or more sizes of at least 1, got {list(windows)}")
         if not (math.isfinite(factor) and factor > 0):
-            raise UsageError(f"factor is {factor}; expected a number above 0: 1 predicts masks as fine as they are")
+            raise UsageError(f"{self.name}: factor must be a finite number above 0, got {factor}")
         if convs < 1:
-            raise UsageError(f"convs is {convs}; each tower has at least 1")
+            raise UsageError(f"{self.name}: convs must be at least 1, got {convs}")
+        for side in windows:
+            if abs(side / factor - round(side / factor)) > 1e-6 or round(side / factor) < 1:
+                raise UsageError(f"{self.name}: windows must be multiples of factor {factor:g}, got {side}")
         self.classes = tuple(classes)
         self.windows = tuple(windows)
-        self.bipyramid, self.aligned, self.factor, self.rule = bipyramid, aligned, factor, rule
+        self.bipyramid, self.aligned, self.factor = bipyramid, aligned, factor
         self.mode: Mode = mode
-        for side in self.windows:
-            if abs(side / factor - round(side / factor)) > 1e-6 or round(side / factor) < 1:
-                raise UsageError(f"a window of {side} cells cannot be predicted {factor:g} times coarser")
-
-        self.backbone, channels = make_trunk(
-            backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width, stride_in=stride_in,
-            norm=norm, norm_eps=norm_eps, frozen=frozen,
+        self.rule: Literal["code", "paper"] = rule
+        self.preprocess = Resize.read(resize, RESIZE).apply(PREPROCESS, in_channels)
+        self.dense = Dense(
+            spec.build(in_channels), len(self.classes), len(self.windows), neck_width=neck_width, convs=convs,
+            class_width=class_width, box_width=box_width, mask_width=mask_width, boxes=boxes,
         )  # fmt: skip
-        self.neck = FPN(channels, neck_width, extra="input", relu="between", merge="mean")
-        sizes = len(self.windows)
-        self.class_tower = _tower(neck_width, class_width, convs)
-        self.logits = nn.Conv2d(class_width, sizes * len(self.classes), 3, padding=1)
-        self.box_tower = _tower(neck_width, box_width, convs) if boxes else None
-        self.deltas = nn.Conv2d(box_width, sizes * 4, 3, padding=1) if boxes else None
-        self.mask_tower = _tower(neck_width, mask_width, convs)
-        self.mask_fuse = ConvNorm(mask_width, mask_width, 3, relu=True) if bipyramid else None
-        self.mask_outputs = nn.ModuleList(nn.Conv2d(mask_width, round(side / factor) ** 2, 1) for side in self.windows)
-        for layer in (self.logits, self.deltas, self.mask_fuse and self.mask_fuse.conv, *self.mask_outputs):
-            if isinstance(layer, nn.Conv2d):
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
-        nn.init.constant_(self.logits.bias, -4.595)  # pyright: ignore[reportArgumentType] - a score of 0.01
-        self.anchors = Anchors(
-            [[side * FINEST * 2**level for side in self.windows] for level in range(len(STRIDES))], STRIDES, (1.0,)
-        )
-        self.preprocess = normalization_for(
-            Preprocess(
-                short=short, long=long, resample="pillow", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0),
-                divide=1.0, channels="BGR",
-            ), in_channels, mean, std,
-        )  # fmt: skip
-
-    # ---- network -------------------------------------------------------------------------------------------------
+        self.masks = MaskOutputs(mask_width, [round(side / factor) for side in self.windows], fuse=bipyramid)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
-        levels = self.neck(self.backbone(images))  # strides 4 ... 128
-        logits = tuple(self.logits(self.class_tower(x)) for x in levels)
-        deltas = ()
-        if self.box_tower is not None and self.deltas is not None:
-            deltas = tuple(self.deltas(self.box_tower(x)) for x in levels)
-        masks = tuple(self.mask_tower(x) for x in levels)
-        return Raw(logits, deltas, masks, (images.shape[-2], images.shape[-1]))
+        return self.dense(images)
 
-    def mask_tensors(self, raw: Raw, level: int, sizes: Iterable[int] | None = None) -> list[MaskTensor]:
-        """What is predicted of the masks of one level, per window size (of some, if given): aligned or natural, before
-        any change of coordinates or size. A bipyramid predicts every level on the grid of the finest."""
+    # ---- masks ---------------------------------------------------------------------------------------------------
+
+    def mask_tensors(self, raw: Raw, level: int) -> list[MaskTensor]:
+        """Predicts the masks of one level, for each window size.
+
+        Returns:
+            Aligned or natural tensors, before any change of representation or resolution. A bipyramid predicts every
+            level on the grid of the finest.
+        """
         x, cell = raw.masks[level], STRIDES[level]
-        if self.mask_fuse is not None:
+        if self.bipyramid:
             finest = raw.masks[0]
             if level:
                 x = functional.interpolate(x, scale_factor=2.0**level, mode="bilinear", align_corners=False)
                 x = x[..., : finest.shape[-2], : finest.shape[-1]]
-            x = self.mask_fuse(x + finest)  # as coded, the finest level is added to itself
+            x = x + finest  # as in the published code, the finest level is added to itself
             cell = FINEST
-        result = []
-        for size in range(len(self.windows)) if sizes is None else sizes:
-            few = round(self.windows[size] / self.factor)
-            values = self.mask_outputs[size](x)
-            values = values.unflatten(1, (few, few))
-            step = FINEST * 2**level * self.factor  # a window spans as many pixels whatever it is predicted on
-            result.append(MaskTensor(values, self.aligned, float(cell), float(step)))
-        return result
+        step = FINEST * 2**level * self.factor  # the extent of a window in pixels does not depend on the factor
+        return [MaskTensor(values, self.aligned, float(cell), float(step)) for values in self.masks(x)]
 
     def whole_masks(self, raw: Raw, level: int) -> list[Float[Tensor, "b v u _h _w"]]:
-        """The dense natural tensors of one level, per window size: what the paper describes. Large: each level of a
-        bipyramid holds V U H W values."""
+        """Computes the dense natural tensors of one level, for each window size, as the paper describes them.
+
+        Each has V U H W values; `window_masks` computes the masks of some windows only.
+        """
         result = []
         for tensor in self.mask_tensors(raw, level):
             if self.bipyramid:
@@ -216,20 +336,29 @@ class TensorMask(System):
                 result.append(align2nat(tensor).values if self.aligned else tensor.values)
         return result
 
-    def masks_of(self, raw: Raw, windows: Int[Tensor, "p 5"]) -> list[tuple[Tensor, Float[Tensor, "_k _v _v"]]]:
-        """Mask logits of some windows, rows of (image, level, y, x, size): for each level and size that occurs, which
-        rows they are and their V x V logits."""
+    def window_masks(self, raw: Raw, windows: Int[Tensor, "p 5"]) -> list[tuple[Tensor, Float[Tensor, "_k _v _v"]]]:
+        """Computes the masks of some windows.
+
+        Args:
+            raw: The raw output.
+            windows: Image, level, y, x and index of the size of each window.
+
+        Returns:
+            For each level and size that occurs: rows of `windows`, and their V x V mask logits.
+        """
         result = []
         for level in range(len(STRIDES)):
             here = [
                 ((windows[:, 1] == level) & (windows[:, 4] == n)).nonzero().flatten() for n in range(len(self.windows))
             ]
-            asked = [number for number, rows in enumerate(here) if len(rows)]
-            for number, tensor in zip(asked, self.mask_tensors(raw, level, asked) if asked else [], strict=True):
-                result.append((here[number], self._at(tensor, level, windows[here[number]][:, [0, 2, 3]])))
+            if any(len(rows) for rows in here):
+                for rows, tensor in zip(here, self.mask_tensors(raw, level), strict=True):
+                    if len(rows):
+                        result.append((rows, self._at(tensor, level, windows[rows][:, [0, 2, 3]])))
         return result
 
     def _at(self, tensor: MaskTensor, level: int, places: Int[Tensor, "k 3"]) -> Float[Tensor, "k v v"]:
+        """The masks at places (image, y, x) of one level and size."""
         if self.aligned:
             if self.bipyramid:
                 return swap_windows(tensor, 2**level, places, mode=self.mode)
@@ -242,60 +371,75 @@ class TensorMask(System):
 
     # ---- windows -------------------------------------------------------------------------------------------------
 
-    def layout(self, raw: Raw) -> tuple[Float[Tensor, "n 4"], Int[Tensor, "n 4"]]:
-        """All windows in the order level, row, column, size: their boxes, and (level, y, x, size) of each."""
-        boxes = self.anchors(raw.logits, raw.size)
-        index = []
-        for level, logits in enumerate(raw.logits):
+    def layout(self, raw: Raw) -> Layout:
+        """The windows of the raw output; each is centred on the upper left corner of its cell."""
+        boxes, places = [], []
+        for level, (logits, stride) in enumerate(zip(raw.logits, STRIDES, strict=True)):
             height, width = logits.shape[-2:]
             axes = [torch.arange(n, device=logits.device) for n in (height, width, len(self.windows))]
-            places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
-            index.append(functional.pad(places, (1, 0), value=level))
-        return torch.cat(boxes), torch.cat(index)
+            own = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)  # y, x, size
+            side = own.new_tensor([side * FINEST * 2**level for side in self.windows], dtype=torch.float32)
+            corner = own[:, [1, 0]].float() * stride
+            half = side[own[:, 2], None] / 2
+            boxes.append(torch.cat([corner - half, corner + half], 1))
+            places.append(functional.pad(own, (1, 0), value=level))
+        return Layout(torch.cat(boxes), torch.cat(places))
 
-    def assign(self, windows: Float[Tensor, "n 4"], levels: Int[Tensor, " n"], target: Instances) -> Assigned:
-        """The windows that an object is for. All three hold: the window contains the object's box; its side suits the
-        object's longer side; the centres of both are near. A window that would be for several is for none.
+    def assign(self, layout: Layout, target: Instances) -> Assigned:
+        """Assigns windows to objects.
 
-        "code" (detectron2): window side - stride <= max(2 * longer side, smallest window's side - smallest stride), and
-        centres at most one stride of the level apart. "paper" (section 5): longer side at least half the window's, or
-        the window is of the smallest; centres at most one cell of the mask apart (4 pixels with a bipyramid).
+        A window is positive for an object if it contains the object's box, if its side suits the longer side of the
+        box, and if their centres are close. A window that is positive for several objects is assigned to none.
+
+        With `rule` "code" (detectron2), window side - stride <= max(2 * longer side, side - stride of the smallest
+        window), and centres are at most one stride of the level apart. With "paper" (section 5), the longer side is at
+        least half the window's or the window is of the smallest size, and centres are at most one cell of the mask
+        apart (4 pixels in a bipyramid).
         """
+        windows, levels = layout.boxes, layout.places[:, 0]
         boxes = target.boxes.to(windows)
         if not len(boxes):
             none = levels.new_zeros(0)
             return Assigned(none, none)
         strides = torch.tensor(STRIDES, device=windows.device, dtype=windows.dtype)[levels]
         side = windows[:, 2] - windows[:, 0]
-        low = ((boxes[None, :, :2] >= windows[:, None, :2]) & (boxes[None, :, 2:] <= windows[:, None, 2:])).all(-1)
+        contains = ((boxes[None, :, :2] >= windows[:, None, :2]) & (boxes[None, :, 2:] <= windows[:, None, 2:])).all(-1)
         longest = (boxes[:, 2:] - boxes[:, :2]).amax(1)
         centres, middles = (windows[:, :2] + windows[:, 2:]) / 2, (boxes[:, :2] + boxes[:, 2:]) / 2
         distance = (centres[:, None] - middles[None]).square().sum(-1).sqrt()
         smallest = min(self.windows) * FINEST
         if self.rule == "code":
             suits = (side - strides)[:, None] <= (2 * longest).clamp(min=smallest - FINEST)[None]
-            near = distance <= strides[:, None]
+            close = distance <= strides[:, None]
         else:
             suits = (side[:, None] <= 2 * longest[None]) | (side <= smallest)[:, None]
             unit = torch.full_like(strides, FINEST) if self.bipyramid else strides
-            near = distance <= unit[:, None]
-        fits = low & suits & near  # (N, G)
-        alone = fits.sum(1) == 1
-        chosen = alone.nonzero().flatten()
-        return Assigned(chosen, fits[chosen].long().argmax(1))
+            close = distance <= unit[:, None]
+        positive = contains & suits & close  # (N, G)
+        chosen = (positive.sum(1) == 1).nonzero().flatten()
+        return Assigned(chosen, positive[chosen].long().argmax(1))
 
-    # ---- learning ------------------------------------------------------------------------------------------------
+    @staticmethod
+    def rows(maps: Sequence[Tensor], values: int) -> Float[Tensor, "b n v"]:
+        """Rearranges maps (B, sizes * values, H, W) of each level to (B, windows, values), in float32."""
+        parts = [m.float().unflatten(1, (-1, values)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps]
+        return torch.cat(parts, 1)
+
+    # ---- losses --------------------------------------------------------------------------------------------------
 
     def losses(self, raw: Raw, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        """`class` (focal, of all windows), `box` (L1) and `mask` (cross entropy, foreground weighs 1.5, twice) of the
-        windows that are for an object; each divided by their number. Crowd regions are not learnt from."""
+        """Computes the losses (section 5), each divided by the number of positive windows.
+
+        Returns:
+            `class`: focal loss of all windows. `box`, with a box head: L1 of positive windows. `mask`: twice the binary
+            cross entropy of their masks, with weight 1.5 for foreground. Crowd regions are ignored.
+        """
         device = raw.logits[0].device
         targets = [(t if t.crowd is None else t[~t.crowd]).to(device) for t in targets]
-        windows, places = self.layout(raw)
-        assigned = [self.assign(windows, places[:, 0], t) for t in targets]
-        found = sum(len(a.windows) for a in assigned)
+        layout = self.layout(raw)
+        assigned = [self.assign(layout, t) for t in targets]
         logits = self.rows(raw.logits, len(self.classes))  # (B, N, K)
-        count = global_mean_count(logits.new_tensor(float(found)))
+        count = global_mean_count(logits.new_tensor(float(sum(len(a.windows) for a in assigned))))
         truth = torch.zeros_like(logits)
         for image, (own, target) in enumerate(zip(assigned, targets, strict=True)):
             truth[image, own.windows, target.labels[own.owners]] = 1
@@ -304,43 +448,36 @@ class TensorMask(System):
             deltas = self.rows(raw.deltas, 4)
             total = deltas.sum() * 0
             for image, (own, target) in enumerate(zip(assigned, targets, strict=True)):
-                goal = box_ops.encode(windows[own.windows], target.boxes[own.owners].to(windows), BOX_WEIGHTS)
+                goal = box_ops.encode(layout.boxes[own.windows], target.boxes[own.owners].to(layout.boxes), BOX_WEIGHTS)
                 total = total + smooth_l1_sum(deltas[image, own.windows], goal, 0.0)
             terms["box"] = total / count
-        return terms | {"mask": self._mask_loss(raw, windows, places, assigned, targets) / count}
+        return terms | {"mask": self._mask_loss(raw, layout, assigned, targets) / count}
 
     def _mask_loss(
-        self, raw: Raw, windows: Tensor, places: Tensor, assigned: Sequence[Assigned], targets: Sequence[Instances]
+        self, raw: Raw, layout: Layout, assigned: Sequence[Assigned], targets: Sequence[Instances]
     ) -> Tensor:
+        """Sum of the mask loss over positive windows."""
         images = torch.cat([torch.full_like(a.windows, n) for n, a in enumerate(assigned)])
         chosen = torch.cat([a.windows for a in assigned])
-        rows = torch.cat([images[:, None], places[chosen]], 1)
         owners = torch.cat([a.owners for a in assigned])
-        total = sum((x.sum() for x in raw.masks), raw.masks[0].new_zeros(())) * 0  # every parameter has a gradient
-        unused = [p for m in (self.mask_fuse, self.mask_outputs) if m is not None for p in m.parameters()]
-        total = total + sum((p.sum() for p in unused), total) * 0
-        for own, logits in self.masks_of(raw, rows):
+        # A gradient for every parameter, whatever levels and sizes are positive: zero, from a single cell.
+        idle = [*raw.masks, *self.masks(raw.masks[0][..., :1, :1])]
+        total = sum((x.sum() for x in idle), raw.masks[0].new_zeros(())) * 0
+        for own, logits in self.window_masks(raw, torch.cat([images[:, None], layout.places[chosen]], 1)):
             side, weight = logits.shape[-1], logits.new_tensor(1.5)
             for image, target in enumerate(targets):
                 mine = (images[own] == image).nonzero().flatten()
                 if not len(mine):
                     continue
-                if target.masks is None:
-                    raise UsageError("a target has boxes but no masks; this system learns masks")
-                truth = mask_targets(target.masks, owners[own[mine]], windows[chosen[own[mine]]], side)
+                assert target.masks is not None  # `System.needs`
+                truth = mask_targets(target.masks, owners[own[mine]], layout.boxes[chosen[own[mine]]], side)
                 cross = functional.binary_cross_entropy_with_logits(
                     logits[mine].float(), truth, pos_weight=weight.float(), reduction="none"
                 )
                 total = total + 2 * cross.mean((1, 2)).sum()
         return total
 
-    @staticmethod
-    def rows(maps: Sequence[Tensor], values: int) -> Float[Tensor, "b n v"]:
-        """(B, sizes * values, H, W) of each level -> (B, all windows, values), float32."""
-        parts = [m.float().unflatten(1, (-1, values)).permute(0, 3, 4, 1, 2).flatten(1, 3) for m in maps]
-        return torch.cat(parts, 1)
-
-    # ---- objects -------------------------------------------------------------------------------------------------
+    # ---- decoding ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def decode(
@@ -354,21 +491,33 @@ class TensorMask(System):
         mask_threshold: float = 0.5,
         candidates: int = 6000,
     ) -> list[Instances]:
-        """`candidates`: best (window, class) pairs of an image that are looked at."""
-        windows, _ = self.layout(raw)
-        found = self.find(raw, score_threshold, nms_threshold, detections, candidates)
+        """Converts the raw output to objects.
+
+        Args:
+            raw: The raw output.
+            placements: How each image was placed in the network's input.
+            score_threshold: Lowest score of an object.
+            nms_threshold: Box IoU above which the object of lower score is removed within a class.
+            detections: Maximum number of objects of an image.
+            mask_threshold: Probability from which a pixel belongs to a mask.
+            candidates: Number of (window, class) pairs of an image that are kept before suppression.
+        """
+        layout = self.layout(raw)
+        selected = self.select(raw, layout, score_threshold, nms_threshold, detections, candidates)
         return [
-            self._on_image(raw, image, windows, *own, placement, mask_threshold)
-            for image, (own, placement) in enumerate(zip(found, placements, strict=True))
+            self._to_instances(raw, image, layout, own, placement, mask_threshold)
+            for image, (own, placement) in enumerate(zip(selected, placements, strict=True))
         ]
 
     @torch.no_grad()
-    def find(
-        self, raw: Raw, score_threshold: float, nms_threshold: float, detections: int, candidates: int
-    ) -> list[tuple[Int[Tensor, " d"], Float[Tensor, "d 4"], Float[Tensor, " d"], Int[Tensor, " d"]]]:
-        """For each image the windows of what was found, boxes in the input's pixels, scores and labels, best first.
-        Without a box head the boxes are the windows: three times as many are kept, for the masks to decide."""
-        windows, _ = self.layout(raw)
+    def select(
+        self, raw: Raw, layout: Layout, score_threshold: float, nms_threshold: float, detections: int, candidates: int
+    ) -> list[Selected]:
+        """Selects the windows of each image.
+
+        Without a box head the boxes are the windows; three times as many windows are kept then, and a second
+        suppression uses the boxes of their masks.
+        """
         scores = self.rows(raw.logits, len(self.classes)).sigmoid_()
         deltas = self.rows(raw.deltas, 4) if raw.deltas else None
         result = []
@@ -376,98 +525,90 @@ class TensorMask(System):
             window, label = (own > score_threshold).nonzero().unbind(1)
             best, rows = own[window, label].topk(min(candidates, len(window)))
             window, label = window[rows], label[rows]
-            boxes = windows[window]
+            boxes = layout.boxes[window]
             if deltas is not None:
                 boxes = box_ops.decode(boxes, deltas[image, window], BOX_WEIGHTS)
             kept = box_ops.nms(boxes, best, label, nms_threshold if deltas is not None else 0.7)
             kept = kept[: detections if deltas is not None else 3 * detections]
-            result.append((window[kept], boxes[kept], best[kept], label[kept]))
-        if deltas is None:
-            result = [self._by_masks(raw, n, windows, own, nms_threshold, detections) for n, own in enumerate(result)]
+            selected = Selected(window, boxes, best, label).take(kept)
+            if deltas is None:
+                selected = self._with_mask_boxes(raw, image, layout, selected, nms_threshold, detections)
+            result.append(selected)
         return result
 
-    def _by_masks(
-        self, raw: Raw, image: int, windows: Tensor, found: tuple[Tensor, ...], threshold: float, detections: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The boxes of the masks instead of the windows; what has none is gone, and duplicates are suppressed."""
-        chosen, boxes, scores, labels = found
-        boxes = boxes.clone()
-        for rows, logits in self.masks_of(raw, self._places(raw, image, chosen)):
-            hits = logits > 0
-            tight = Masks.from_dense(hits).boxes().to(boxes)
-            own = windows[chosen[rows]]
+    def _with_mask_boxes(
+        self, raw: Raw, image: int, layout: Layout, selected: Selected, threshold: float, detections: int
+    ) -> Selected:
+        """Replaces windows by the boxes of their masks, drops empty masks and suppresses duplicates."""
+        boxes = selected.boxes.clone()
+        for rows, logits in self.window_masks(raw, _of_image(layout, image, selected.windows)):
+            tight = Masks.from_dense(logits > 0).boxes().to(boxes)
+            own = layout.boxes[selected.windows[rows]]
             scale = ((own[:, 2:] - own[:, :2]) / logits.shape[-1]).repeat(1, 2)
             boxes[rows] = own[:, :2].repeat(1, 2) + tight * scale
-        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-        chosen, boxes, scores, labels = chosen[solid], boxes[solid], scores[solid], labels[solid]
-        kept = box_ops.nms(boxes, scores, labels, threshold, detections)
-        return chosen[kept], boxes[kept], scores[kept], labels[kept]
+        selected = selected._replace(boxes=boxes).take(_solid(boxes))
+        return selected.take(box_ops.nms(selected.boxes, selected.scores, selected.labels, threshold, detections))
 
-    def _places(self, raw: Raw, image: int, chosen: Tensor) -> Int[Tensor, "k 5"]:
-        _, places = self.layout(raw)
-        return functional.pad(places[chosen], (1, 0), value=image)
-
-    def _on_image(
-        self, raw: Raw, image: int, windows: Tensor, chosen: Tensor, boxes: Tensor, scores: Tensor, labels: Tensor,
-        placement: Placement, threshold: float,
-    ) -> Instances:  # fmt: skip
-        """A mask is pasted into its window, which may reach beyond the image, not into its box."""
+    def _to_instances(
+        self, raw: Raw, image: int, layout: Layout, selected: Selected, placement: Placement, threshold: float
+    ) -> Instances:
+        """Pastes each mask into its window, which may extend beyond the image, not into its box."""
         size = placement.image_size
-        boxes = box_ops.clip(placement.boxes_to_image(boxes), size)
-        solid = ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-        chosen, boxes, scores, labels = chosen[solid], boxes[solid], scores[solid], labels[solid]
+        boxes = box_ops.clip(placement.boxes_to_image(selected.boxes), size)
+        selected = selected._replace(boxes=boxes).take(_solid(boxes))
         parts, order = [Masks.empty(size)], []
-        for rows, logits in self.masks_of(raw, self._places(raw, image, chosen)):
+        for rows, logits in self.window_masks(raw, _of_image(layout, image, selected.windows)):
             grids = logits.float().sigmoid()
             grids = grids.flip(-1) if placement.mirrored else grids
-            frames = placement.boxes_to_image(windows[chosen[rows]])
+            frames = placement.boxes_to_image(layout.boxes[selected.windows[rows]])
             parts.append(paste_masks(grids, frames, size, threshold=threshold))
             order.append(rows)
         masks = Masks.join(parts)
         if order:
             masks = masks[torch.cat(order).argsort().cpu()]
-        return Instances(size, boxes, labels, masks, scores)
+        return Instances(size, selected.boxes, selected.labels, masks, selected.scores)
 
     # ---- for loading and training --------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, list[nn.Module]]:
-        heads = [
-            self.class_tower, self.logits, self.box_tower, self.deltas, self.mask_tower, self.mask_fuse,
-            self.mask_outputs,
-        ]  # fmt: skip
-        return {"backbone": [self.backbone], "neck": [self.neck], "heads": [m for m in heads if m is not None]}
+        parts = dict(self.dense.named_children())
+        return {
+            "backbone": [parts.pop("backbone")], "neck": [parts.pop("neck")], "heads": [*parts.values(), self.masks],
+        }  # fmt: skip
 
     def class_rows(self) -> dict[str, ClassRows]:
-        return {f"logits.{kind}": ClassRows(repeats=len(self.windows)) for kind in ("weight", "bias")}
+        return {f"dense.logits.{kind}": ClassRows(repeats=len(self.windows)) for kind in ("weight", "bias")}
 
-    _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2, "stride_in": "1x1"}
+    # ---- presets -------------------------------------------------------------------------------------------------
+
+    _PUBLISHED: ClassVar[dict[str, Any]] = {"name": "resnet50", "norm": "frozen", "frozen": 2, "stride_in": "1x1"}
     _README = "detectron2, projects/TensorMask/README.md"
     _HOW = "COCO val2017, short side 800, pycocotools"
     presets: ClassVar[Mapping[str, Preset]] = {
         "tensormask-r50": Preset(
-            _PUBLISHED,
+            {"backbone": _PUBLISHED},
             (Score(41.4, "box AP", _HOW, _README), Score(35.8, "mask AP", _HOW, _README)),
             "bipyramid, two windows; figures of the 6x schedule (1x: 37.6 / 32.4)",
         ),
         "tensormask-r101": Preset(
-            {**_PUBLISHED, "backbone": "resnet101"},
+            {"backbone": {**_PUBLISHED, "name": "resnet101"}},
             (Score(37.1, "mask AP", "COCO test-dev, short side 800", "the paper, table 3, first version"),),
             "no weights were published",
         ),
         "tensormask-r50-one-window": Preset(
-            {**_PUBLISHED, "windows": (15,)},
+            {"backbone": _PUBLISHED, "windows": (15,)},
             (Score(33.8, "mask AP", _HOW, "the paper, table 2d"),),
             "table 2d, first row; no weights were published",
         ),
         "tensormask-r50-pyramid": Preset(
-            {**_PUBLISHED, "windows": (15,), "bipyramid": False, "factor": 1.5},
+            {"backbone": _PUBLISHED, "windows": (15,), "bipyramid": False, "factor": 1.5},
             (Score(29.7, "mask AP", _HOW, "the paper, table 2c"),),
             "the best head without a bipyramid: upscale aligned, factor 1.5 (table 2a); no weights were published",
         ),
         "tensormask-small": Preset(
             {
                 "backbone": "resnet18", "neck_width": 128, "class_width": 128, "box_width": 64, "mask_width": 64,
-                "convs": 2, "windows": (7, 11), "short": 320, "long": 512,
+                "convs": 2, "windows": (7, 11), "resize": {"short": 320, "long": 512},
             },
             note="for a few hundred images and no GPU; trains from random weights",
         ),
@@ -481,10 +622,10 @@ class TensorMask(System):
             "decay_biases": True, "augment": {"flip": 0.5, "sampling": "range"},
         },
     }  # fmt: skip
-    # Small enough for a CPU, and large smooth shapes beside small ones, so that upsampled masks matter.
+    # Small enough for a CPU; large smooth shapes and small ones, for which the resolution of masks matters.
     _ABLATED: ClassVar[dict[str, Any]] = {
-        "backbone": "resnet18", "stem_width": 32, "neck_width": 64, "class_width": 64, "box_width": 64,
-        "mask_width": 64, "convs": 2, "windows": (15,), "bipyramid": False, "short": 128, "long": 128,
+        "backbone": {"name": "resnet18", "width": 32}, "neck_width": 64, "class_width": 64, "box_width": 64,
+        "mask_width": 64, "convs": 2, "windows": (15,), "bipyramid": False, "resize": {"short": 128, "long": 128},
     }  # fmt: skip
     _SCENES: ClassVar[dict[str, Any]] = {"size": (128, 128), "classes": ("disc", "star", "heart"), "difficulty": 0.3}
     _TRAINED: ClassVar[dict[str, Any]] = {"lr": 1e-3, "warmup": 50, "ema": 0.99, "weight_decay": 1e-4}
@@ -543,17 +684,20 @@ class TensorMask(System):
     }  # fmt: skip
 
 
-def _tower(channels: int, width: int, convs: int) -> nn.Sequential:
-    layers = [ConvNorm(channels if n == 0 else width, width, 3, relu=True) for n in range(convs)]
-    for layer in layers:
-        nn.init.normal_(layer.conv.weight, std=0.01)
-    return nn.Sequential(*layers)
+def _of_image(layout: Layout, image: int, windows: Int[Tensor, " d"]) -> Int[Tensor, "d 5"]:
+    """Image, level, y, x and index of the size of some windows of the layout."""
+    return functional.pad(layout.places[windows], (1, 0), value=image)
+
+
+def _solid(boxes: Float[Tensor, "d 4"]) -> Tensor:
+    """Whether each box has an area."""
+    return ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
 
 
 def _focal_star(
     logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"], alpha: float = 0.3, gamma: float = 3.0
 ) -> Float[Tensor, ""]:
-    """Sum of FL* (RetinaNet, arXiv 1708.02002, appendix A): -log sigmoid(gamma x_t) / gamma, x_t the logit of the
-    truth; ones weigh alpha, zeros 1 - alpha."""
+    """Sum of FL* (RetinaNet, arXiv 1708.02002, appendix A): -log sigmoid(gamma x_t) / gamma, where x_t is the logit of
+    the true value, with weight alpha for ones and 1 - alpha for zeros."""
     toward = functional.logsigmoid(gamma * (2 * truth - 1) * logits)
     return -((alpha * truth + (1 - alpha) * (1 - truth)) * toward).sum() / gamma

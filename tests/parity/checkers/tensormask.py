@@ -1,4 +1,4 @@
-"""TensorMask and its operators, as detectron2's project answered."""
+"""TensorMask and its operators, by detectron2's project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maskwright.ops import boxes as box_ops
 from maskwright.ops.mask_targets import mask_targets
 from maskwright.ops.window_tensors import MaskTensor, align2nat, nat2align, swap_align2nat, up_align2nat, upsample
 from maskwright.structures import Instances, Masks, Placement
-from maskwright.systems.tensormask import BOX_WEIGHTS, TensorMask
+from maskwright.systems.tensormask import BOX_WEIGHTS, Layout, Raw, TensorMask
 from tests.parity.ledger import Ledger, input_seed
 
 
@@ -26,16 +26,16 @@ def stated(about: dict[str, Any]) -> dict[str, Any]:
 
 def check(system: TensorMask, layout: Path, ledger: Ledger) -> None:
     system.eval()
-    about = ledger.about
+    about, network = ledger.about, system.dense
 
     def drawn(seed: int) -> Tensor:
         return torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(about["input"])).astype("float32"))
 
     with torch.no_grad():
-        images = drawn(input_seed(ledger, "fpn_p5", lambda seed: system.neck(system.backbone(drawn(seed)))[3]))
+        images = drawn(input_seed(ledger, "fpn_p5", lambda seed: network.neck(network.backbone(drawn(seed)))[3]))
     height, width = images.shape[-2:]
     kept: list[list[Tensor]] = []
-    hook = system.neck.register_forward_hook(lambda module, given, answer: kept.append(list[Any](answer)))
+    hook = network.neck.register_forward_hook(lambda module, given, output: kept.append(list[Any](output)))
     with torch.no_grad():
         raw = system(images)
     hook.remove()
@@ -48,7 +48,8 @@ def check(system: TensorMask, layout: Path, ledger: Ledger) -> None:
         with torch.no_grad():
             for side, whole in zip(system.windows, system.whole_masks(raw, level), strict=True):
                 ledger.compare(f"masks_l{level}_w{side}", whole.flatten(1, 2))
-    windows, places = system.layout(raw)
+    window_layout = system.layout(raw)
+    windows, places = window_layout
     ledger.compare("anchors_all", windows)
     strides = torch.tensor([4.0, 8, 16, 32, 64, 128])[places[:, 0]]
     ledger.compare("units_all", strides)
@@ -56,18 +57,19 @@ def check(system: TensorMask, layout: Path, ledger: Ledger) -> None:
     ledger.compare("anchor_index_LIHWA", index)
 
     limits = (about["score_threshold"], about["nms"], about["detections"], about["topk"])
-    chosen, boxes, scores, labels = system.find(raw, *limits)[0]
+    with torch.no_grad():
+        chosen, boxes, scores, labels = system.select(raw, window_layout, *limits)[0]
     ledger.compare("det_boxes_net", boxes)
     ledger.compare("det_scores", scores)
     ledger.equal("det_classes", labels)
     ledger.compare("det_windows_net", windows[chosen])
     with torch.no_grad():
-        found = system.masks_of(raw, torch.nn.functional.pad(places[chosen], (1, 0)))
+        found = system.window_masks(raw, torch.nn.functional.pad(places[chosen], (1, 0)))
     grids = {int(row): grid.sigmoid() for rows, group in found for row, grid in zip(rows, group, strict=True)}
     ledger.equal("det_mask_side", torch.tensor([len(grids[n]) for n in range(len(chosen))]))
     for name in ledger.names(r"det_mask_prob_\d+"):
         ledger.compare(name, grids[int(name.rsplit("_", 1)[1])])
-    # Their image is 8 rows and 4 columns smaller than the input, which they were not told to clip boxes to.
+    # Their image is 8 rows and 4 columns smaller than the input, to which boxes were not clipped.
     out = tuple(about["output_size"])
     placement = Placement.resize(out, (height - 8, width - 4))
     objects = system.decode(
@@ -79,19 +81,18 @@ def check(system: TensorMask, layout: Path, ledger: Ledger) -> None:
     ledger.equal("final_classes", objects.labels)
     assert objects.masks is not None
     ledger.compare_bits("final_masks", objects.masks.dense())
-    training(system, raw, windows, places, ledger, (height, width))
+    training(system, raw, window_layout, ledger, (height, width))
 
 
-def training(
-    system: TensorMask, raw: Any, windows: Tensor, places: Tensor, ledger: Ledger, size: tuple[int, int]
-) -> None:
+def training(system: TensorMask, raw: Any, layout: Layout, ledger: Ledger, size: tuple[int, int]) -> None:
     about = ledger.about
     if "polygons" not in about:
         return
     masks = Masks.from_polygons(about["polygons"], size)
     boxes, labels = ledger.given("gt_boxes"), ledger.given("gt_classes")
     target = Instances(size, boxes, labels, masks)
-    own = system.assign(windows, places[:, 0], target)
+    windows, places = layout
+    own = system.assign(layout, target)
     ledger.equal("num_fg", torch.tensor(len(own.windows)))
     ledger.equal("fg_index", own.windows)
     ledger.equal("fg_class", labels[own.owners])
@@ -158,19 +159,19 @@ def check_heads(ledger: Ledger) -> None:
 
 
 def check_assignment(ledger: Ledger) -> None:
-    """The published configuration's windows for an image of the size that the feature maps' sizes say."""
+    """Compares the windows of the published configuration, for an image whose size follows from the feature maps."""
     smallest = int(ledger.about.get("min_anchor_size", 40)) + 4
-    system = TensorMask(backbone="resnet18", stem_width=8, neck_width=8, windows=(smallest // 4, 15))
+    backbone = {"name": "resnet18", "width": 8}
+    system = TensorMask(backbone=backbone, neck_width=8, windows=(smallest // 4, 15))
     sizes = ledger.given("feature_sizes").tolist()
     levels = [torch.zeros(1, 2, *size) for size in sizes]
-    from maskwright.systems.tensormask import Raw
-
     size = (sizes[0][0] * 4, sizes[0][1] * 4)
-    windows, places = system.layout(Raw(tuple(levels), (), (), size))
+    layout = system.layout(Raw(tuple(levels), (), (), size))
+    windows = layout.boxes
     ledger.equal("num_anchors", torch.tensor(len(windows)))
     boxes = ledger.given("gt_boxes")
     target = Instances(size, boxes, torch.zeros(len(boxes), dtype=torch.int64))
-    own = system.assign(windows, places[:, 0], target)
+    own = system.assign(layout, target)
     ledger.equal("positive_anchor", own.windows)
     ledger.equal("positive_gt", own.owners)
     ledger.compare("deltas", box_ops.encode(windows[own.windows], boxes[own.owners], BOX_WEIGHTS))

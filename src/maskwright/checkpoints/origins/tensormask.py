@@ -1,4 +1,4 @@
-"""TensorMask as detectron2's project lays it out."""
+"""TensorMask in the layout of detectron2's project."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from maskwright.checkpoints.origins.mask_rcnn import DEPTHS, DETECTRON2
 
 
 def _halved(pattern: str, target: str) -> tuple[str, Any]:
-    """Numbers count the ReLUs between the convolutions too."""
+    """A rule for a tower, whose numbers count the ReLUs between the convolutions too."""
     return pattern, lambda m: target.format(int(m[1]) // 2)
 
 
 RENAME = [
+    (r"^backbone\.top_block\.p6\.", "dense.neck.coarser.0.conv."),
+    (r"^backbone\.top_block\.p7\.", "dense.neck.coarser.1.conv."),
     *DETECTRON2,
-    (r"^backbone\.top_block\.p6\.", "neck.coarser.0.conv."),
-    (r"^backbone\.top_block\.p7\.", "neck.coarser.1.conv."),
-    _halved(r"^head\.cls_subnet\.(\d)\.", "class_tower.{}.conv."),
-    _halved(r"^head\.bbox_subnet\.(\d)\.", "box_tower.{}.conv."),
-    _halved(r"^head\.mask_subnet\.(\d)\.", "mask_tower.{}.conv."),
-    (r"^head\.cls_score\.", "logits."),
-    (r"^head\.bbox_pred\.", "deltas."),
-    (r"^head\.mask_fuse\.0\.", "mask_fuse.conv."),
+    (r"^(backbone|neck)\.", r"dense.\1."),
+    _halved(r"^head\.cls_subnet\.(\d)\.", "dense.class_tower.{}.conv."),
+    _halved(r"^head\.bbox_subnet\.(\d)\.", "dense.box_tower.{}.conv."),
+    _halved(r"^head\.mask_subnet\.(\d)\.", "dense.mask_tower.{}.conv."),
+    (r"^head\.cls_score\.", "dense.logits."),
+    (r"^head\.bbox_pred\.", "dense.deltas."),
+    (r"^head\.mask_fuse\.0\.", "masks.fuse.conv."),
 ]
 
 
@@ -42,9 +43,11 @@ def _options(shapes: Shapes, about: Mapping[str, Any]) -> Mapping[str, Any] | Se
     if "backbone.bottom_up.res2.0.conv3.weight" not in shapes:
         depth = {50: 34}.get(depth, depth)
     stem = shapes["backbone.bottom_up.stem.conv1.weight"]
-    options = {
-        "backbone": f"resnet{depth}", "in_channels": stem[1], "stem_width": stem[0], "stride_in": "1x1",
-        "norm": "frozen", "frozen": 2, "neck_width": shapes["backbone.fpn_output2.weight"][0],
+    options: dict[str, Any] = {
+        "backbone": {
+            "name": f"resnet{depth}", "width": stem[0], "stride_in": "1x1", "norm": "frozen", "frozen": 2,
+        },
+        "in_channels": stem[1], "neck_width": shapes["backbone.fpn_output2.weight"][0],
         "convs": sum(bool(re.fullmatch(r"head\.cls_subnet\.\d\.weight", k)) for k in shapes),
         "class_width": shapes["head.cls_score.weight"][1],
         "mask_width": shapes[f"head.mask_pred_{windows[0]}.weight"][1],
@@ -55,7 +58,7 @@ def _options(shapes: Shapes, about: Mapping[str, Any]) -> Mapping[str, Any] | Se
         options["box_width"] = shapes["head.bbox_pred.weight"][1]
     if "head.mask_fuse.0.weight" in shapes:
         return options
-    # The two simple heads have the same tensors; what they mean differs.
+    # The two simple heads have the same tensors with different meanings.
     return [
         Candidate("simple-aligned", {**options, "bipyramid": False, "aligned": True}),
         Candidate("simple-natural", {**options, "bipyramid": False, "aligned": False}),
@@ -63,8 +66,8 @@ def _options(shapes: Shapes, about: Mapping[str, Any]) -> Mapping[str, Any] | Se
 
 
 def _outputs(state: dict[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Output layers are numbered by size there, by position here."""
-    moved = {f"head.mask_pred_{side}.": f"mask_outputs.{n}." for n, side in enumerate(options["windows"])}
+    """Output layers are named by window size in the file, by position here."""
+    moved = {f"head.mask_pred_{side}.": f"masks.outputs.{n}." for n, side in enumerate(options["windows"])}
     result = {}
     for key, value in state.items():
         for theirs, ours in moved.items():
