@@ -1,10 +1,11 @@
-"""Mask2Former beside Hugging Face's: the whole network and its deformable attention alone, in inference and training.
+"""Mask2Former compared with that of transformers: inference of the network, and deformable attention with and without
+gradients.
 
     PYTHONPATH=folder-with-transformers python benchmarks/queries.py --height 320 --width 480
 
-transformers is no dependency: install it elsewhere (`pip install --no-deps --target FOLDER transformers tokenizers
-huggingface_hub ...`). Both hold the same random weights and get the same input; how far their answers are apart is
-printed too. Times are the best of `--runs`, taken in turn: the processor's seconds on the host, the clock's elsewhere.
+transformers is not a dependency: install it elsewhere (`pip install --no-deps --target FOLDER transformers tokenizers
+huggingface_hub ...`). Both have the same random weights and the same input; the relative difference of their outputs is
+printed too. Times are the best of `--runs`, measured alternately: CPU seconds on the CPU, wall-clock seconds elsewhere.
 """
 
 from __future__ import annotations
@@ -22,36 +23,37 @@ from maskwright.checkpoints.origins import origins
 from maskwright.systems import create
 
 
-def best_of(runs: int, device: str, *ways: Callable[[], Any]) -> list[float]:
-    """Seconds of each way, the best of so many runs in turn."""
-    best, clock = [float("inf")] * len(ways), time.process_time if device == "cpu" else time.perf_counter
-    for _ in range(runs + 1):  # the first warms up
-        for index, way in enumerate(ways):
+def best_of(runs: int, device: str, *functions: Callable[[], Any]) -> list[float]:
+    """Seconds of each function, the best of several runs; the functions take turns."""
+    best, clock = [float("inf")] * len(functions), time.process_time if device == "cpu" else time.perf_counter
+    for _ in range(runs + 1):  # the first run is a warm-up
+        for index, function in enumerate(functions):
             if device == "cuda":
                 torch.cuda.synchronize()
             start = clock()
-            way()
+            function()
             if device == "cuda":
                 torch.cuda.synchronize()
             best[index] = min(best[index], clock() - start)
     return best
 
 
-def whole(height: int, width: int, runs: int, device: str) -> dict[str, Any]:
+def network(height: int, width: int, runs: int, device: str) -> dict[str, Any]:
+    """Mask2Former with Swin-T, in inference."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-    trunk = SwinConfig(
+    backbone = SwinConfig(
         embed_dim=96, depths=[2, 2, 6, 2], num_heads=[3, 6, 12, 24], window_size=7, drop_path_rate=0.0,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
     torch.manual_seed(0)
-    config = Mask2FormerConfig(backbone_config=trunk, num_labels=80, use_auxiliary_loss=True)
+    config = Mask2FormerConfig(backbone_config=backbone, num_labels=80, use_auxiliary_loss=True)
     theirs = Mask2FormerForUniversalSegmentation(config).eval().to(device)
     state = theirs.state_dict()
     shapes = {k: tuple(v.shape) for k, v in state.items()}
-    origin, found = next((o, o.candidates(shapes, {})[0]) for o in origins() if o.candidates(shapes, {}))
-    ours = create(origin.system, **found.options).eval().to(device)
-    ours.load_state_dict(origin.translate(dict(state), found.options))
+    origin, candidate = next((o, o.candidates(shapes, {})[0]) for o in origins() if o.candidates(shapes, {}))
+    ours = create(origin.system, **candidate.options).eval().to(device)
+    ours.load_state_dict(origin.translate(dict(state), candidate.options))
     images = torch.randn(1, 3, height, width, device=device)
     with torch.no_grad():
         mine, other = ours(images), theirs(images)
@@ -69,29 +71,30 @@ def whole(height: int, width: int, runs: int, device: str) -> dict[str, Any]:
 
 
 def attention(height: int, width: int, runs: int, device: str, gradient: bool) -> dict[str, Any]:
+    """Deformable attention alone, of three levels."""
     from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
     shapes = [(-(-height // s), -(-width // s)) for s in (32, 16, 8)]
     tokens, heads, points = sum(h * w for h, w in shapes), 8, 4
     values = torch.randn(1, tokens, heads, 32, device=device, requires_grad=gradient)
-    near = torch.randn(1, tokens, heads, len(shapes), points, 2, device=device) * 3
+    offsets = torch.randn(1, tokens, heads, len(shapes), points, 2, device=device) * 3  # in cells
     size = torch.tensor([[w, h] for h, w in shapes], device=device)[:, None]
-    places = (cell_centres(shapes, device)[None, :, None, None, None] + near / size).requires_grad_(gradient)
+    locations = (cell_centres(shapes, device)[None, :, None, None, None] + offsets / size).requires_grad_(gradient)
     weights = torch.rand(1, tokens, heads, len(shapes), points, device=device).flatten(3).softmax(-1)
     weights = weights.view(1, tokens, heads, len(shapes), points).requires_grad_(gradient)
     theirs_shapes = torch.tensor(shapes, device=device) if device == "cuda" else shapes
 
     def ours() -> torch.Tensor:
-        return deformable_sample(values, shapes, places, weights)
+        return deformable_sample(values, shapes, locations, weights)
 
     def theirs() -> torch.Tensor:
-        return multi_scale_deformable_attention(values, theirs_shapes, places, weights)
+        return multi_scale_deformable_attention(values, theirs_shapes, locations, weights)
 
     apart = (ours() - theirs()).detach().norm() / theirs().detach().norm()
-    ways = [(lambda way=way: way().sum().backward() if gradient else way()) for way in (ours, theirs)]
-    seconds = best_of(runs, device, *ways)
+    functions = [(lambda f=f: f().sum().backward() if gradient else f()) for f in (ours, theirs)]
+    seconds = best_of(runs, device, *functions)
     return {
-        "what": "deformable attention, " + ("with gradients" if gradient else "forwards"), "tokens": tokens,
+        "what": "deformable attention, " + ("with gradients" if gradient else "forward"), "tokens": tokens,
         "ours s": round(seconds[0], 4), "transformers s": round(seconds[1], 4),
         "times as fast": round(seconds[1] / seconds[0], 2), "apart": f"{float(apart):.1e}",
     }  # fmt: skip
@@ -105,7 +108,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     arguments = parser.parse_args()
     size = (arguments.height, arguments.width, arguments.runs, arguments.device)
-    for row in (attention(*size, False), attention(*size, True), whole(*size)):
+    for row in (attention(*size, False), attention(*size, True), network(*size)):
         print(json.dumps(row), flush=True)
 
 

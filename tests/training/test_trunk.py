@@ -47,7 +47,7 @@ def test_another_network_is_refused_by_name(giver: Path):
     with pytest.raises(
         UsageError, match=r"giver.safetensors: the trunk of this solov2 is another .* of the detr .*stem"
     ):
-        take_trunk(build("detr", stem_width=8), giver)
+        take_trunk(build("detr", backbone={"width": 8}), giver)
 
 
 @pytest.mark.parametrize("system", ["detr", "mask2former"])
