@@ -1,4 +1,4 @@
-"""What every test runs under: shapes checked, one thread per core, repeatable random examples."""
+"""The setting of all tests: shape checks, number of threads, reproducible random examples."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """`-n auto`: every worker holds a torch of its own, so that more than four gain nothing but memory use."""
+    """`-n auto`: at most four workers, because each imports torch, and more take memory without saving time."""
     return min(4, os.cpu_count() or 1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Workers share the cores; a single process may use two. Results do not depend on it, times do.
+    # Workers share the cores; a single process uses two. This affects times, not results.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A test is fast or slow, not both; long ones start first, so that the last worker is not left alone with one."""
+    """Refuse tests marked both fast and slow, and start slow tests first, to balance the workers."""
     both = [item.nodeid for item in items if item.get_closest_marker("fast") and item.get_closest_marker("slow")]
     if both:
         raise pytest.UsageError(f"marked fast and slow at once: {', '.join(both)}")
@@ -47,5 +47,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _repeatable():
-    """The same random numbers whatever ran before."""
+    """Seed torch before every test."""
     torch.manual_seed(0)

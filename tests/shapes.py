@@ -1,7 +1,7 @@
-"""The checker of shapes and types that the test run switches on; users never pay for it.
+"""Shape and type checks of the test run; they are not active for users.
 
-jaxtyping puts `checked` on every function of maskwright while it is imported, so that an annotation such as
-`Float[Tensor, "n 4"]` is held against what really arrives. MASKWRIGHT_CHECK_SHAPES=0 turns it off.
+jaxtyping applies `checked` to every function of maskwright on import, so that annotations such as
+`Float[Tensor, "n 4"]` are compared with the actual arguments. MASKWRIGHT_CHECK_SHAPES=0 disables the checks.
 """
 
 from __future__ import annotations
@@ -17,21 +17,24 @@ from beartype.roar import BeartypeDecorHintException
 
 ENABLED = os.environ.get("MASKWRIGHT_CHECK_SHAPES", "1") != "0"
 
-# The rooms. The command line stays as it is: its signatures are read, and a checker would stand before them.
+# Not the command line, whose signatures are inspected and would be hidden by the checks.
 MODULES = [
     f"maskwright.{name}"
-    for name in ["structures", "ops", "blocks", "systems", "data", "checkpoints", "evaluation", "training", "inference"]
+    for name in [
+        *("files", "structures", "ops", "blocks", "systems", "data"),
+        *("checkpoints", "evaluation", "training", "inference"),
+    ]
 ]
 
-# Constant time: one element of a container is looked at, not all; a tensor's shape is always looked at.
+# Constant time: one element of a container is checked, and the shape of every tensor.
 _check = beartype(conf=BeartypeConf(strategy=BeartypeStrategy.O1, is_pep484_tower=True))
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with its annotations enforced; itself where one of them has no meaning at run time.
+    """Return `function` with its annotations enforced, or unchanged if one of them cannot be evaluated.
 
-    Names imported for the type checker alone (numpy in a signature, say) cannot be looked up, and a function is then
-    left as it is: the alternative would be imports that cost every user time.
+    Names that are imported only for the type checker do not exist at run time; importing them would cost every user
+    time.
     """
     names = vars(sys.modules[function.__module__])
     for annotation in getattr(function, "__annotations__", {}).values():
@@ -43,4 +46,4 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     try:
         return _check(function)
     except BeartypeDecorHintException:
-        return function  # `Self` outside of its class, a protocol that cannot be asked for at run time
+        return function  # `Self` outside of a class, or a protocol without run-time checks

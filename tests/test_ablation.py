@@ -81,7 +81,7 @@ def test_every_table_is_of_known_options_and_rows():
 
 
 def test_an_unknown_table_is_named(tmp_path):
-    with pytest.raises(UsageError, match="there is no table of tensormask '2f'; known are 2a, 2b, 2c, 2d"):
+    with pytest.raises(UsageError, match="unknown table of tensormask '2f'; expected one of 2a, 2b, 2c, 2d"):
         ablate("tensormask", "2f", out=tmp_path)
     with pytest.raises(UsageError, match="keypoint-rcnn has no tables"):
         ablate("keypoint-rcnn", "1", out=tmp_path)

@@ -1,46 +1,51 @@
-"""What can go wrong, as a tree.
+"""The exceptions of this library.
 
-    MaskwrightError                 one sentence: what, where, why, what next
-    ├── UsageError                  an option or argument that cannot be
-    │   ├── MissingExtraError       an optional part is not installed
-    │   └── UnknownSystemError      no system or preset of this name
+    MaskwrightError                 base class; one sentence: what, where, why, what to do
+    ├── UsageError                  invalid option or argument
+    │   ├── MissingExtraError       an optional dependency is not installed
+    │   └── UnknownSystemError      no system or preset with this name
     ├── DataError                   an image, an annotation file, a data set
-    │   ├── ImageError            an image that cannot be read
-    │   └── AnnotationError         an annotation file or one of its entries
+    │   ├── ImageError              an image that cannot be read
+    │   └── AnnotationError         an annotation file, or one of its entries, that cannot be read
     ├── CheckpointError             a file of weights
-    │   ├── UnsafeCheckpointError   it wants to run code, or is no such file at all
-    │   ├── UnknownLayoutError      its keys match no system we know
-    │   └── DownloadError           it could not be fetched whole (worth trying again)
-    └── TrainingError               a run that must not go on (a NaN, no objects to learn from)
+    │   ├── UnsafeCheckpointError   loading it would execute code, or it is not a checkpoint
+    │   ├── UnknownLayoutError      its keys match no supported system
+    │   └── DownloadError           it could not be downloaded completely; a retry may help
+    └── TrainingError               a training run that cannot continue (NaN, no annotated objects)
 
-Every message names the file, annotation or key at fault and what to do. The command line prints the message alone
-and exits with 2; anything else that is raised is a defect of ours and keeps its traceback.
+Every message names the file, annotation or key and says what to do. The command line prints the message and exits with
+code 2. Any other exception is a bug of this library and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 class MaskwrightError(Exception):
-    """Root of everything this library raises on purpose."""
+    """Base class of all exceptions that this library raises intentionally."""
 
 
 class UsageError(MaskwrightError):
-    """An option or argument that cannot be."""
+    """An invalid option or argument."""
 
 
 class MissingExtraError(UsageError):
-    """An optional part is not installed; the message holds the command that adds it."""
+    """An optional dependency is not installed; the message contains the command that installs it.
+
+    Args:
+        need: What is missing.
+        extra: The extra of this package that installs it.
+    """
 
     def __init__(self, need: str, extra: str):
         super().__init__(f"{need} is not installed; run: pip install 'maskwright[{extra}]'")
 
 
 class UnknownSystemError(UsageError):
-    """No system or preset of this name."""
+    """There is no system or preset with this name."""
 
 
 class DataError(MaskwrightError):
-    """A data set that cannot be used."""
+    """A data set that cannot be used, or a file that cannot be written."""
 
 
 class ImageError(DataError):
@@ -48,7 +53,7 @@ class ImageError(DataError):
 
 
 class AnnotationError(DataError):
-    """An annotation file, or one annotation in it, that cannot be read."""
+    """An annotation file, or one of its entries, that cannot be read."""
 
 
 class CheckpointError(MaskwrightError):
@@ -56,16 +61,16 @@ class CheckpointError(MaskwrightError):
 
 
 class UnsafeCheckpointError(CheckpointError):
-    """The file would run code when unpickled; it was refused, nothing was executed."""
+    """Loading the file would execute code; it was not loaded, and nothing was executed."""
 
 
 class UnknownLayoutError(CheckpointError):
-    """The keys in the file match no system we know."""
+    """The keys of the file match no supported system."""
 
 
 class DownloadError(CheckpointError):
-    """A download that did not arrive whole; what arrived is kept for resuming unless it is wrong."""
+    """An incomplete or failed download; what was received is kept for resuming, unless it is wrong."""
 
 
 class TrainingError(MaskwrightError):
-    """A training run that must not go on."""
+    """A training run that cannot start or continue."""

@@ -1,4 +1,4 @@
-"""Between a shell and a function: options from a signature, mistakes as one sentence, progress bars."""
+"""The command line's terminal: options from signatures, errors as one sentence, progress bars."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from typing import Any, TypeVar
 import tyro
 
 from maskwright.errors import MaskwrightError, UsageError
+from maskwright.files import describe_os_error
 
 T = TypeVar("T")
 
 
 def say(text: str) -> None:
-    """One line (or more) for the person, on stdout."""
+    """Print `text` to stdout, and flush."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 
 def complain(text: str) -> None:
-    """One line for the person, on stderr."""
+    """Print `text` to stderr, and flush."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
@@ -38,9 +39,19 @@ def complain(text: str) -> None:
 
 
 def parse(verb: Callable[..., int], arguments: Sequence[str], program: str) -> Callable[[], int]:
-    """`verb` with its parameters filled from the arguments, not yet called. UsageError names what does not fit.
+    """Bind command-line arguments to the parameters of a function.
 
-    `--help` prints and leaves by SystemExit(0).
+    Args:
+        verb: The function of a command; its signature and docstring define the options.
+        arguments: The arguments of the command.
+        program: Name of the command, for messages.
+
+    Returns:
+        `verb` with its parameters, not called yet.
+
+    Raises:
+        UsageError: If the arguments do not match the signature.
+        SystemExit: With code 0, after `--help` has been printed.
     """
 
     @functools.wraps(verb)
@@ -48,37 +59,45 @@ def parse(verb: Callable[..., int], arguments: Sequence[str], program: str) -> C
         return functools.partial(verb, *values, **named)
 
     about = re.split(r"\n\s*Args:\n", inspect.getdoc(verb) or "")[0]
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             filled, unknown = tyro.cli(
                 fill, prog=program, description=about, args=list(arguments), return_unknown_args=True
             )
     except SystemExit as leave:
         if not leave.code:
             raise
-        # What is misspelt is the reason for what is missing: say that first.
-        raise UsageError(_misspelt(fill, arguments, program) or _sentence(said.getvalue(), program)) from None
+        # A misspelt option is often why another one is missing, so it is reported first.
+        raise UsageError(_misspelt(fill, arguments, program) or _sentence(printed.getvalue(), program)) from None
     if unknown:
         raise UsageError(
-            _misspelt(fill, unknown, program) or f"{unknown[0]!r} is one argument too many; see {program} --help"
+            _misspelt(fill, unknown, program) or f"unexpected argument {unknown[0]!r}; see {program} --help"
         )
     return filled
 
 
 def choose(name: str, known: Iterable[str], what: str) -> str:
-    """`name` if it is one of `known`; otherwise UsageError with the nearest."""
+    """Return `name` if it is one of `known`.
+
+    Args:
+        name: The name.
+        known: All valid names.
+        what: What they name, for the message.
+
+    Raises:
+        UsageError: If it is not; the message suggests the most similar name, or lists all.
+    """
     known = list(known)
     if name in known:
         return name
-    near = get_close_matches(name, known, 1)
-    raise UsageError(
-        f"there is no {what} {name!r}; {f'did you mean {near[0]!r}?' if near else 'known are ' + ', '.join(known)}"
-    )
+    similar = get_close_matches(name, known, 1)
+    hint = f"did you mean {similar[0]!r}?" if similar else f"expected one of {', '.join(known)}"
+    raise UsageError(f"unknown {what} {name!r}; {hint}")
 
 
 def _misspelt(verb: Callable[..., Any], arguments: Sequence[str], program: str) -> str | None:
-    """The sentence about the first argument that looks like an option and is none."""
+    """The message about the first argument that looks like an option but is none; None if there is no such."""
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         tyro.cli(verb, prog=program, args=["--help"])
@@ -88,14 +107,14 @@ def _misspelt(verb: Callable[..., Any], arguments: Sequence[str], program: str) 
             break
         option = argument.split("=")[0].replace("_", "-")
         if re.match(r"--?[A-Za-z]", option) and option not in known:
-            near = get_close_matches(option, [k for k in known if k.startswith("--")], 1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"see {program} --help"
+            similar = get_close_matches(option, [k for k in known if k.startswith("--")], 1, cutoff=0.5)
+            hint = f"did you mean {similar[0]}?" if similar else f"see {program} --help"
             return f"{program} has no option {argument.split('=')[0]}; {hint}"
     return None
 
 
 def _sentence(box: str, program: str) -> str:
-    """What tyro says in a frame, as one sentence."""
+    """The message that tyro prints in a box, as one sentence."""
     lines = [line.strip("│").rstrip() for line in box.splitlines() if line.startswith("│")]
     first = []
     for line in lines:
@@ -103,19 +122,23 @@ def _sentence(box: str, program: str) -> str:
             break
         first.append(line)
     if first and first[0].strip().startswith("Missing from"):
-        # Names stand four deep, what they mean eight deep.
+        # Names are indented by four, their descriptions by eight.
         missing = [line.strip() for line in first[1:] if re.match(r" {5}\S", line)]
         return f"{program} also needs {' and '.join(missing)}; see {program} --help"
-    text = " ".join(line.strip() for line in first).rstrip(".") or "the arguments do not fit"
+    text = " ".join(line.strip() for line in first).rstrip(".") or "invalid arguments"
     text = re.sub(r"Missing value for argument '(.+?)'.*", r"\1 needs a value", text)
     return f"{program}: {text}; see {program} --help"
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """The exit code of `action`. What a person can do something about becomes a sentence on stderr and 2."""
+    """Run a command and return its exit code.
+
+    Errors that the user can resolve are printed as one sentence, with code 2; an interruption is code 130. Warnings
+    are printed as one line each. Other exceptions propagate.
+    """
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _mention
@@ -124,7 +147,7 @@ def guarded(action: Callable[[], int]) -> int:
         complain(str(stop) or "interrupted")
         return 130
     except BrokenPipeError:
-        # Whoever read our output (`| head`) has gone; Python would complain once more when it closes stdout.
+        # The reader of stdout (`| head`) has exited; Python would report that again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -136,46 +159,39 @@ def guarded(action: Callable[[], int]) -> int:
 
 
 def _mention(message: Warning | str, *about: Any) -> None:
-    """A warning as one line, without the place in the code it comes from."""
+    """Print a warning as one line, without its location in the code."""
     complain(f"note: {' '.join(str(message).split())}")
 
 
 def explain(error: BaseException) -> str | None:
-    """The sentence for an error that the surroundings cause; None for a defect of ours, which keeps its traceback."""
+    """Return the message for an error that the user can resolve; None for a bug, which keeps its traceback."""
     if isinstance(error, MaskwrightError):
         return str(error)
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        where = f"{error.filename}: " if error.filename else ""
-        advice = _ADVICE.get(error.errno, "")
-        return f"{where}{(error.strerror or text).lower()}{'; ' + advice if advice else ''}"
-    # Libraries that write by themselves lose the number, not the words.
+        return f"{error.filename}: {describe_os_error(error)}" if error.filename else describe_os_error(error)
+    # Libraries that write files themselves do not keep the error number.
     if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
-        return f"no space left on device; {_ADVICE[errno.ENOSPC]}"
+        return describe_os_error(OSError(errno.ENOSPC, ""))
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
         return "out of memory; use smaller images (--short, --tile), a smaller --batch, or another --device"
     return None
-
-
-_ADVICE = {
-    errno.ENOSPC: "free some, or give a folder on another disk; no file is half-written under its final name",
-    errno.EDQUOT: "your share of the disk is used up; free some, or give another output folder",
-    errno.EACCES: "give a place you may read or write, or change its permissions",
-    errno.EPERM: "give a place you may read or write, or change its permissions",
-    errno.EROFS: "give an output folder that can be written",
-    errno.ENOENT: "check the spelling of the path",
-    errno.ENOTDIR: "a file stands where a folder is needed; give another path",
-    errno.EISDIR: "a folder stands where a file is needed; give a file",
-    errno.EEXIST: "give another path, or move what is there",
-    errno.EMFILE: "too many files are open at once; use fewer --workers",
-}
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------
 
 
 def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
-    """`items` one by one with a progress bar on stderr; no bar where stderr is no terminal."""
+    """Iterate over `items` with a progress bar on stderr, if stderr is a terminal.
+
+    Args:
+        items: What to iterate over.
+        what: Description of the bar.
+        total: Number of items; None: `len(items)`, if it has a length.
+
+    Yields:
+        The items.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

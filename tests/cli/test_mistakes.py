@@ -74,10 +74,10 @@ def test_a_defect_of_ours_keeps_its_traceback():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("evalute x", ["no command 'evalute'", "did you mean 'evaluate'?"]),
+        ("evalute x", ["unknown command 'evalute'", "did you mean 'evaluate'?"]),
         ("--verbose", ["a command comes first"]),
         ("predict a.jpg", ["--weights"]),
-        ("checkpoints --system mask-rcn", ["no system 'mask-rcn'", "mask-rcnn"]),
+        ("checkpoints --system mask-rcn", ["unknown system 'mask-rcn'", "mask-rcnn"]),
         ("train mask-rcnn --data x --recipe tiny", ["no recipe 'tiny'", "detectron2-1x"]),
         ("train mask-rcnn --data x --recipe none.json", ["none.json", "no such file"]),
         ("train mask-rcnn --data x --epochs 0", ["epochs is 0", "at least 1"]),

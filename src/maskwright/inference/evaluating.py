@@ -223,7 +223,7 @@ def _run(
 ) -> Any:
     group: list[tuple[int, tuple[Tensor, Placement]]] = []
     left = len(indices)
-    for index, laid in _read(dataset, indices, system.preprocess.lay, workers, batch + workers):
+    for index, laid in _read(dataset, indices, system.preprocess.apply, workers, batch + workers):
         left -= 1
         if laid is not None:
             group.append((index, laid))
