@@ -1,8 +1,8 @@
-"""The command line: one thin function per verb, whose typed signature is its options.
+"""The command line: one function per command, whose typed signature defines its options.
 
-Nothing heavy is imported before the options are understood, so that `--help` and a misspelt option answer at once.
-Exit codes: 0 done; 1 done, but something was found wrong (images skipped, a data set with errors); 2 not done, with
-one sentence on stderr; 130 interrupted.
+Nothing heavy is imported before the options are parsed, so that `--help` and a misspelt option answer at once.
+Exit codes: 0 success; 1 finished, but with problems (images skipped, a data set with errors); 2 failed, with one
+sentence on stderr; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tyro.conf import Positional, arg
 
 from maskwright._version import __version__
 from maskwright.errors import UsageError
+from maskwright.options import nested
 from maskwright.terminal import choose, complain, guarded, parse, progress, say
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
@@ -29,7 +30,8 @@ _LATEST = Path("runs/latest")
 Weights = Annotated[str | None, arg(aliases=("-w",), metavar="FILE|NAME")]
 
 
-# ---- the verbs -------------------------------------------------------------------------------------------------------
+# ---- the commands
+# -------------------------------------------------------------------------------------------------------
 
 
 def train(
@@ -39,7 +41,7 @@ def train(
     data: Annotated[str, arg(metavar="DIR")],
     out: Output = _LATEST,
     weights: Weights = None,
-    trunk: Annotated[str | None, arg(metavar="FILE|NAME")] = None,
+    backbone_weights: Annotated[str | None, arg(metavar="FILE|NAME")] = None,
     recipe: Annotated[str | None, arg(metavar="NAME|FILE")] = None,
     resume: bool = False,
     option: KeyValues = (),
@@ -48,24 +50,25 @@ def train(
 ) -> int:
     """Train a system on your own images.
 
-    DIR holds annotations/instances_train.json with its images in train/ (COCO format), and the same with val to
-    measure on. OUT then holds best.safetensors, last.safetensors, recipe.json, log.csv and tensorboard/.
+    DIR has annotations/instances_train.json with its images in train/ (COCO format), and the same for val to validate
+    on. OUT then has best.safetensors, last.safetensors, recipe.json, log.csv and tensorboard/.
 
     Examples:
       maskwright train mask-rcnn --data my-images --out runs/first
       maskwright train mask-rcnn --data my-images --weights torchvision.pth --epochs 20 --freeze backbone
-      maskwright train mask-rcnn --data scenes --option backbone=resnet18 frozen=0 --short 192 --epochs 5
+      maskwright train mask-rcnn --data scenes --option backbone=resnet18 backbone.norm=group --epochs 5
       maskwright train mask-rcnn --data my-images --out runs/first --resume
 
     Args:
-        system: A system or preset (see `maskwright systems`), or weights to go on from.
+        system: A system or preset (see `maskwright systems`), or weights to continue from.
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
         out: The run folder.
         weights: Start from these weights; rows of the head whose class names match are kept.
-        trunk: Start with the trunk of these weights, of whatever system, and random weights for the rest.
+        backbone_weights: Start with the backbone of these weights, of any system, and random weights for the rest.
         recipe: A published recipe (its values become the defaults below: add --help to see them) or a recipe.json.
-        resume: Go on from OUT/last.ckpt, as if there had been no interruption.
-        option: Options of the network, as JSON values: backbone=resnet18 (see `maskwright systems NAME`).
+        resume: Continue from OUT/last.ckpt as if there had been no interruption.
+        option: Options of the network, as JSON values: backbone=resnet18 backbone.norm=frozen resize.short=640 (see
+            `maskwright systems NAME`).
         augment: Options of the augmentation: flip=0.5 jitter=[0.1,2.0] paste=0.5.
         choices: The recipe.
     """
@@ -82,11 +85,11 @@ def train(
         out=out,
         resume=resume,
         weights=weights,
-        trunk=trunk,
-        options=_values(option),
+        backbone_weights=backbone_weights,
+        options=nested(_values(option).items()),
         **changes,
     )
-    say(f"{best}\nnext: maskwright report {out} -o report.html; maskwright predict PICTURES --weights {best} -o found")
+    say(f"{best}\nnext: maskwright report {out} -o report.html; maskwright predict IMAGES --weights {best} -o found")
     return 0
 
 
@@ -110,10 +113,10 @@ def evaluate(
     compile: bool = False,
     commercial_ok: bool = False,
 ) -> int:
-    """Measure weights on a data set with annotations: AP of masks and boxes, as COCO counts it, or panoptic quality.
+    """Evaluate weights on a data set with annotations: AP of masks and boxes as defined by COCO, or panoptic quality.
 
     Classes are matched by name. With --out, OUT/result.json and the page OUT/report.html are written too; in a run
-    folder the page then shows the curves of the training as well.
+    folder the page also shows the training curves.
 
     Examples:
       maskwright evaluate runs/first/best.safetensors --data my-images --out runs/first
@@ -126,19 +129,19 @@ def evaluate(
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
         split: The part of it: annotations/instances_SPLIT.json (panoptic_SPLIT.json).
         out: Folder for result.json and report.html.
-        task: instances: AP; panoptic: PQ of images divided among things and stuff; semantic: IoU of labels over all
-            pixels; proposals: average recall of objects whatever their class, at 10, 100 and 1000 per image.
-        detections: At most so many per image; as many per class are counted. 100, of proposals 1000.
-        suppression: Matrix NMS on the finished masks too, with any system: scores decay by overlap with better objects.
-        boundary: Boundary AP too.
-        limit: At most so many images, evenly spread over the set.
+        task: instances: AP; panoptic: PQ of images segmented into things and stuff; semantic: IoU of labels over all
+            pixels; proposals: average recall of objects regardless of class, at 10, 100 and 1000 per image.
+        detections: Maximum objects per image; as many per class are counted. 100, for proposals 1000.
+        suppression: Apply Matrix NMS to the finished masks too: scores decay with the overlap with better objects.
+        boundary: Measure boundary AP too.
+        limit: Maximum number of images, evenly spread over the data set.
         batch: Images per forward pass.
-        tile: Measure what predict --tile finds: side of the tiles that large images are cut into.
+        tile: Evaluate with tiles as predict --tile does: side of the tiles that large images are cut into.
         overlap: Share of a tile that it has in common with its neighbour.
-        device: Where to compute; auto takes a GPU where there is one.
+        device: Where to compute; auto takes a GPU if there is one.
         dtype: Precision of the network.
         compile: Compile the network first: slower to start, faster per image.
-        commercial_ok: Of the catalogue, take only weights whose licence allows commercial use.
+        commercial_ok: Use only catalogue weights whose licence allows commercial use.
     """
     from maskwright.checkpoints import load
     from maskwright.evaluation import report as write_report
@@ -169,7 +172,7 @@ def evaluate(
 
 
 def predict(
-    images: Annotated[list[str], arg(metavar="PICTURES")],
+    images: Annotated[list[str], arg(metavar="IMAGES")],
     /,
     *,
     out: Output = Path("found"),
@@ -190,16 +193,17 @@ def predict(
     compile: bool = False,
     commercial_ok: bool = False,
 ) -> int:
-    """Find the objects in images, or divide them among things and stuff: files, folders, globs.
+    """Predict the objects in images, or segment whole images into things and stuff. IMAGES are files, folders, globs.
 
     OUT/drawn/NAME.jpg       the image with its objects drawn over it
-    OUT/results.json         COCO results; OUT/pictures.json says which image and class their ids mean
+    OUT/results.json         COCO results; OUT/pictures.json lists the images and classes that their ids refer to
     OUT/masks/NAME.png       16 bits: 0 background, k the k-th best object (the better one where two overlap)
 
-    With --task panoptic or semantic, OUT/panoptic.json and OUT/panoptic/NAME.png (COCO panoptic) for results.json.
+    With --task panoptic or semantic, OUT/panoptic.json and OUT/panoptic/NAME.png (COCO panoptic) replace results.json.
 
-    An image that cannot be read is skipped and the rest goes on; skipped ones are listed at the end, and the exit code
-    is then 1.
+    Objects that score below 0.5 are left out (the Python function `predict` and `evaluate` use the system's own
+    threshold, 0.05 for most systems); --score-threshold changes it. An image that cannot be read is skipped; skipped
+    images are listed at the end, and the exit code is then 1.
 
     Examples:
       maskwright predict photo.jpg --weights runs/first/best.safetensors
@@ -208,31 +212,32 @@ def predict(
 
     Args:
         images: Image files, folders, globs.
-        out: Folder for what is found.
+        out: Folder for the results.
         weights: A checkpoint of ours, an official file, or a name of the catalogue (`maskwright checkpoints`).
-        variant: The published variant, where an official file's keys fit more than one.
-        task: Objects; images divided among things and stuff; a label for every pixel (systems that have stuff).
+        variant: The published variant, if an official file's keys fit more than one.
+        task: Objects; images segmented into things and stuff; a label for every pixel (systems that support it).
         format: What to write, one or more.
-        score_threshold: What scores below it is left out; default: 0.5 for objects, else the system's.
-        nms_threshold: Overlap above which the weaker of two boxes of a class is dropped; default: the system's.
-        suppression: Matrix NMS on the finished masks too, with any system: scores decay by overlap with better objects.
-        detections: At most so many objects per image; default: the system's.
+        score_threshold: Objects that score less are left out; default: 0.5 for objects, otherwise the system's.
+        nms_threshold: Overlap above which the lower-scoring of two boxes of a class is dropped; default: the system's.
+        suppression: Apply Matrix NMS to the finished masks too: scores decay with the overlap with better objects.
+        detections: Maximum objects per image; default: the system's.
         batch: Images per forward pass.
         tile: For large images: side of the tiles they are cut into; objects are joined across seams.
         overlap: Share of a tile that it has in common with its neighbour.
-        recursive: Search the folders' own folders too.
-        device: Where to compute; auto takes a GPU where there is one.
+        recursive: Search sub-folders too.
+        device: Where to compute; auto takes a GPU if there is one.
         dtype: Precision of the network.
         compile: Compile the network first: slower to start, faster per image.
-        commercial_ok: Of the catalogue, take only weights whose licence allows commercial use.
+        commercial_ok: Use only catalogue weights whose licence allows commercial use.
     """
     from maskwright.checkpoints import load
     from maskwright.inference import predict as run
     from maskwright.inference.writer import PredictionWriter
+    from maskwright.systems import stuff_of
 
     if weights is None:
         raise UsageError(
-            "predict needs --weights: a file, or a name of the catalogue (`maskwright checkpoints` lists them)"
+            "predict requires --weights: a file, or a name in the catalogue (`maskwright checkpoints` lists them)"
         )
     network = load(weights, commercial_ok=commercial_ok, variant=variant)
     found = run(
@@ -253,26 +258,29 @@ def predict(
             detections=detections,
         ),
     )
-    stuff = network.classes if task == "semantic" else getattr(network, "stuff", ())
+    stuff = network.classes if task == "semantic" else stuff_of(network)
     writer = PredictionWriter(out, format, network.classes, images, stuff, task == "semantic")
     try:
         for prediction in progress(found, "images"):
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
-            writer.add(prediction.path, found_there, prediction.error)
+            writer.add(prediction.path or "image", found_there, prediction.error)
     finally:
         writer.close()
     what = "objects" if task == "instances" else "segments"
-    say(f"{writer.objects} {what} in {len(writer.images)} images: {out}")
+    limit = (
+        " with a score of at least 0.5 (--score-threshold)" if score_threshold is None and task == "instances" else ""
+    )
+    say(f"{writer.objects} {what}{limit} in {len(writer.images)} images: {out}")
     for path, reason in writer.skipped:
         complain(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
     return 1 if writer.skipped else 0
 
 
 def report(run: Annotated[Path, arg(metavar="RUN")], /, *, out: Output = Path("report.html")) -> int:
-    """Write the report page of a run folder or of a result.json: one HTML file that opens without a network.
+    """Write the report page of a run folder or of a result.json: one HTML file that needs no network.
 
-    Curves of the training, AP tables, the confusion of classes, the best and worst images with what is there beside
-    what was found.
+    It has training curves, AP tables, a confusion matrix, and the best and worst images, annotations beside
+    predictions.
 
     Examples:
       maskwright report runs/first -o first.html
@@ -293,9 +301,9 @@ def check(
     *,
     fix: Annotated[Path | None, arg(metavar="OUT")] = None,
 ) -> int:
-    """Check a data set before anything long starts; every finding names its file and annotation.
+    """Check a data set before training; every finding names its file and annotation.
 
-    The exit code is 0 when nothing is wrong, 1 when something is. The data set itself is never changed.
+    The exit code is 0 if nothing is wrong and 1 otherwise. The data set itself is never changed.
 
     Examples:
       maskwright check my-images
@@ -319,9 +327,9 @@ def convert(
     out: Annotated[Path, arg(aliases=("-o",), metavar="FILE")],
     variant: str | None = None,
 ) -> int:
-    """Convert an official checkpoint (.pth, .pkl, a catalogue name) into one .safetensors file of ours.
+    """Convert an official checkpoint (.pth, .pkl, a catalogue name) to a .safetensors file of maskwright.
 
-    Only tensors are read; a file that wants to run code is refused.
+    Only tensors are read; a file that would execute code is refused.
 
     Examples:
       maskwright convert mask_rcnn_R_50_FPN_3x.pkl -o mask-rcnn.safetensors
@@ -329,7 +337,7 @@ def convert(
     Args:
         source: The official file.
         out: The new file.
-        variant: The published variant, where the file's keys fit more than one.
+        variant: The published variant, if the file's keys fit more than one.
     """
     from maskwright.checkpoints import convert as run
 
@@ -339,7 +347,7 @@ def convert(
 
 
 def systems(name: Annotated[str | None, Positional, arg(metavar="NAME")] = None) -> int:
-    """List the systems and their presets; with a NAME, what is known about it and all its options.
+    """List the systems and their presets; with a NAME, its publication, capabilities and options.
 
     Examples:
       maskwright systems
@@ -348,7 +356,8 @@ def systems(name: Annotated[str | None, Positional, arg(metavar="NAME")] = None)
     Args:
         name: A system or preset.
     """
-    from maskwright.systems import names, presets, system_class
+    from maskwright.options import groups_of, parameters_of, plain
+    from maskwright.systems import describe, find, names, system_class
 
     if name is None:
         for each in names():
@@ -359,24 +368,29 @@ def systems(name: Annotated[str | None, Positional, arg(metavar="NAME")] = None)
                 say(f"  {preset:34} {scores or known.note}")
         say("more: maskwright systems NAME; weights to start from: maskwright checkpoints")
         return 0
-    kind = system_class(presets().get(name, name))
+    kind, _ = find(name)
     card = kind.card
     say(f"{kind.name}: {card.title}\n  paper: {card.paper}, arXiv {card.arxiv}")
     say(f"  code:  {card.code} ({card.code_licence})")
-    chosen = kind.presets[name].options if name in kind.presets else {}
+    system = describe(name)
+    predicts, needs = ", ".join(sorted(system.outputs)), ", ".join(sorted({"boxes", *system.needs}))
+    say(f"  predicts {predicts}; needs {needs} in training; tasks: {', '.join(sorted(system.tasks))}")
     say("options (train --option KEY=VALUE):")
-    for parameter in list(inspect.signature(kind.__init__).parameters.values())[1:]:
-        if parameter.name != "classes":
-            value = chosen.get(parameter.name, parameter.default)
-            shown = "needed" if value is inspect.Parameter.empty else json.dumps(value, default=str)
-            say(f"  {parameter.name}={shown}    {parameter.annotation}")
+    groups = groups_of(kind.__init__)
+    for option, parameter in parameters_of(kind.__init__).items():
+        value = system.options[option]
+        if option in groups and isinstance(value, dict):
+            for field, own in value.items():
+                say(f"  {option}.{field}={json.dumps(own, default=str)}")
+        elif option != "classes":
+            say(f"  {option}={json.dumps(value, default=str)}    {parameter.annotation}")
     for recipe, changes in kind.recipes.items():
         say(f"recipe {recipe} (train --recipe {recipe}): {json.dumps(dict(changes))}")
     for table, ablation in kind.ablations.items():
         say(f"table {table} (maskwright ablate {kind.name} {table}): {ablation.title}")
     for preset, known in kind.presets.items():
         if name in (preset, kind.name):
-            say(f"preset {preset}: {json.dumps(dict(known.options), default=str)} {known.note}".rstrip())
+            say(f"preset {preset}: {json.dumps(plain(known.options), default=str)} {known.note}".rstrip())
             for score in known.published:
                 say(f"  {score.what} {score.value:g}: {score.protocol} ({score.source})")
     return 0
@@ -390,8 +404,8 @@ def checkpoints(
 ) -> int:
     """List the published weights that can be named instead of a file, and their licences.
 
-    With a NAME: its address, terms and published scores. Nothing is downloaded here; when a verb does, the terms are
-    shown first, the download resumes where it was cut off, and it is checked.
+    With a NAME: its address, terms and published scores. Nothing is downloaded here. When a command downloads a file,
+    the terms are shown first, an interrupted download resumes, and the file is verified.
 
     Examples:
       maskwright checkpoints --commercial-ok
@@ -399,9 +413,9 @@ def checkpoints(
       maskwright predict photo.jpg --weights mask-rcnn-r50-fpn-3x
 
     Args:
-        name: One entry of the list.
-        system: Only those of this system.
-        commercial_ok: Only those whose licence allows commercial use.
+        name: One entry of the catalogue.
+        system: Only entries of this system.
+        commercial_ok: Only entries whose licence allows commercial use.
     """
     from maskwright.checkpoints.catalogue import list_checkpoints
     from maskwright.systems import names
@@ -421,16 +435,16 @@ def checkpoints(
 
 
 def demo(*, out: Output = Path("demo"), seed: int = 0, epochs: int = 5) -> int:
-    """Show the whole way offline in a few minutes: train on generated scenes, measure, segment unseen ones, report.
+    """Demonstrate everything offline in a few minutes: train on generated scenes, evaluate, predict, report.
 
     Examples:
       maskwright demo
       maskwright demo -o somewhere --epochs 20
 
     Args:
-        out: The folder for everything it makes; an earlier demo in it is replaced.
-        seed: Another one gives other scenes.
-        epochs: How often each scene is learnt from; more is better and takes longer.
+        out: The output folder; an earlier demo in it is replaced.
+        seed: Seed of the scenes.
+        epochs: Number of epochs; more give better results and take longer.
     """
     from maskwright.demo import run
 
@@ -453,10 +467,9 @@ def ablate(
 ) -> int:
     """Rerun a table of a system's paper on small generated data.
 
-    Every variant is trained and measured with every seed, on the same scenes in the same order. OUT then holds
-    table-TABLE.md, .csv and .svg, the published numbers beside the measured ones; run again, it goes on where it
-    stopped, and tables of one OUT share the rows that they have in common. `maskwright systems SYSTEM` lists the
-    tables.
+    Every variant is trained and evaluated with every seed, on the same scenes in the same order. OUT then has
+    table-TABLE.md, .csv and .svg, published figures beside measured ones. Run again, it continues where it stopped, and
+    tables in one OUT share the rows that they have in common. `maskwright systems SYSTEM` lists the tables.
 
     Examples:
       maskwright ablate tensormask 2a --out ablation
@@ -464,12 +477,12 @@ def ablate(
 
     Args:
         system: A system's name.
-        table: One of its paper's tables.
-        out: The folder for everything it makes.
-        seeds: One run of each variant for each.
-        steps: Of training, in each run.
-        images: Generated scenes to learn from.
-        unseen: Further scenes to measure on.
+        table: A table of its paper.
+        out: The output folder.
+        seeds: Each variant is trained once per seed.
+        steps: Training steps of each run.
+        images: Number of generated scenes to train on.
+        unseen: Number of further scenes to evaluate on.
         batch: Images per step.
         device: Where to compute.
     """
@@ -488,8 +501,12 @@ VERBS: dict[str, Callable[..., int]] = {
 }
 
 
+# Options of earlier versions and what they are called now.
+RENAMED = {"--trunk": "--backbone-weights", "--pictures": "--images"}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line (default: this process's own) and give its exit code."""
+    """Runs a command line (default: that of this process) and returns its exit code."""
     return guarded(functools.partial(_run, list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -504,8 +521,14 @@ def _run(arguments: list[str]) -> int:
         say(f"maskwright {__version__}")
         return 0
     if first.startswith("-"):
-        raise UsageError(f"a command comes first: maskwright {{{','.join(VERBS)}}}; see maskwright --help")
+        raise UsageError(
+            f"the first argument must be a command: maskwright {{{','.join(VERBS)}}}; see maskwright --help"
+        )
     verb = VERBS[choose(first, VERBS, "command")]
+    for argument in arguments[1:]:
+        option = argument.split("=")[0].replace("_", "-")
+        if option in RENAMED:
+            raise UsageError(f"maskwright {first}: {option} is now {RENAMED[option]}")
     if verb is train:
         verb = _spelled_out(arguments[1:])
     return parse(verb, arguments[1:], f"maskwright {first}")()
@@ -521,7 +544,7 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "Each explains itself: maskwright COMMAND --help. To begin: maskwright demo",
+            "Help on a command: maskwright COMMAND --help. To begin: maskwright demo",
         ]
     )
 
@@ -530,9 +553,10 @@ def _overview() -> str:
 
 
 def _spelled_out(arguments: Sequence[str]) -> Callable[..., int]:
-    """`train` with every choice of the recipe as an option, its default that of the recipe the arguments name.
+    """`train` with every field of the recipe as an option; the defaults are those of the recipe that the arguments
+    name.
 
-    Only now, because the recipe's home imports torch, which no other verb needs before its options are understood.
+    Done late because `training.recipe` imports torch, which no other command needs before its options are parsed.
     """
     from maskwright.training.recipe import Recipe
 
@@ -552,7 +576,7 @@ def _spelled_out(arguments: Sequence[str]) -> Callable[..., int]:
 
 
 def _recipe(name: str | None) -> Any:
-    """The published recipe or the recipe.json of this name; None for None."""
+    """The published recipe or the recipe.json with this name; None for None."""
     from maskwright.training.recipe import Recipe, named_recipe
 
     if name is None or not name.endswith(".json"):
@@ -561,13 +585,13 @@ def _recipe(name: str | None) -> Any:
 
 
 def _saved_recipe(out: Path) -> Any:
-    """The recipe of an interrupted run; None where it has not come so far."""
+    """The recipe of an interrupted run; None if it has none yet."""
     path = out / "recipe.json"
     return _recipe(str(path)) if path.exists() else None
 
 
 def _value(arguments: Sequence[str], *names: str) -> str | None:
-    """What follows the option on the command line, before it is really parsed."""
+    """The value of an option on the command line, before the line is parsed."""
     for position, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name in names:
@@ -576,7 +600,7 @@ def _value(arguments: Sequence[str], *names: str) -> str | None:
 
 
 def _values(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE, the values as JSON where they are JSON and as text where they are not."""
+    """KEY=VALUE pairs; values are JSON if they parse as JSON, otherwise text."""
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -590,7 +614,7 @@ def _values(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """The options that have a value: what is left out is for the system to choose."""
+    """The options that have a value; for the others the system's default applies."""
     return {name: value for name, value in options.items() if value is not None}
 
 

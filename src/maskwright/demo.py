@@ -98,7 +98,7 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
     say(f"report:   {page.absolute().as_uri()}")
     say(f"drawings: {out / 'found' / 'drawn'}")
     say("now try it on images of your own:")
-    say(f"  {_command()} predict PICTURES --weights {best} -o found")
+    say(f"  {_command()} predict IMAGES --weights {best} -o found")
     say("or train on them (their classes, COCO format):")
     say(f"  {_command()} train mask-rcnn --data MY-DATA --out runs/first")
     return page

@@ -14,8 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from maskwright.structures import Instances, Masks, Preprocess
-from maskwright.systems import System
-from maskwright.systems.base import Card
+from maskwright.systems import Card, System
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,17 @@ class Raw:
     images: Tensor
 
 
+class Dense(nn.Module):
+    """Passes images through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Raw:
+        return Raw(images * self.scale)
+
+
 class Painted(System):
     name = "painted"
     card = Card("Painted", "none", "0000.00000", "here", "Apache-2.0")
@@ -43,12 +53,16 @@ class Painted(System):
         super().__init__()
         self.classes, self.masks = tuple(classes), masks
         self.preprocess = AsItIs(multiple=16)
-        self.scale = nn.Parameter(torch.ones(1))
+        self.dense = Dense()
         self.batches: list[int] = []
+
+    @property
+    def outputs(self):
+        return frozenset({"boxes", "masks"} if self.masks else {"boxes"})
 
     def forward(self, images: Tensor) -> Raw:
         self.batches.append(len(images))
-        return Raw(images * self.scale)
+        return self.dense(images)
 
     def losses(self, raw, targets):
         return {"none": raw.images.sum() * 0}

@@ -81,7 +81,7 @@ def test_who_sees_everything_scores_one(system, batch):
     assert facts["full-size decoding"] == "inside the timer"
     assert "not stated" not in facts.values()
     speed = result.speed
-    assert set(speed.stages) == {"network", "decoding"}
+    assert set(speed.stages) == {"dense", "arithmetic"}
     assert 0 < speed.milliseconds <= speed.milliseconds_p90
     assert speed.images_per_second > 0
     assert speed.peak_memory > 1 << 20
@@ -95,12 +95,12 @@ def test_who_sees_everything_scores_one_in_tiles_too(system, batch):
     facts = dict(result.protocol.facts())
     assert facts["input size"].startswith("tiles of 32 pixels, 50 % in common, each: ")
     assert facts["batch"] == str(batch)
-    assert set(result.speed.stages) == {"network", "decoding"}
+    assert set(result.speed.stages) == {"dense", "arithmetic"}
     assert 0 < result.speed.milliseconds <= result.speed.milliseconds_p90
 
 
 def test_a_broken_image_among_tiled_ones(system):
-    with pytest.warns(DataWarning, match=r"image-2\.jpg: is cut off \(it counts as an image without predictions"):
+    with pytest.warns(DataWarning, match=r"image-2\.jpg: is cut off \(counted as an image without predictions"):
         result = evaluate(system, Gallery(4, broken=(2,)), tile=32, examples=0)
     assert result.missing == 1
     gallery = Gallery(4, broken=(2,))
@@ -133,7 +133,7 @@ def test_boxes_alone():
     result = evaluate(Painted(masks=False).eval(), Gallery(), boundary=True)
     assert result.kinds == ("bbox",)
     assert result["bbox/AP"] == pytest.approx(1)
-    with pytest.raises(UsageError, match="kinds holds 'segm', which this system does not predict; it gives bbox"):
+    with pytest.raises(UsageError, match="kinds has 'segm', which painted does not predict; it predicts bbox"):
         evaluate(Painted(masks=False).eval(), Gallery(), kinds=("segm",))
 
 
@@ -145,7 +145,7 @@ def test_the_kinds_that_were_asked_for(system):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("broken", [(2,), (6,), (0, 5, 6)])
 def test_a_broken_image_counts_as_one_without_predictions(system, batch, broken):
-    says = r"image-\d\.jpg: is cut off \(it counts as an image without predictions"
+    says = r"image-\d\.jpg: is cut off \(counted as an image without predictions"
     with pytest.warns(DataWarning, match=says):
         result = evaluate(system, Gallery(broken=broken), batch=batch, examples=0)
     assert result.missing == len(broken)
@@ -162,15 +162,15 @@ def test_a_strict_set_stops_at_a_broken_image(system, limit):
 
 def test_what_cannot_be(system):
     for options, says in [
-        ({"batch": 0}, "batch is 0"),
-        ({"limit": 0}, "limit is 0"),
+        ({"batch": 0}, "must be at least 1, got 0"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"tile": 8}, "tile is 8"),
         ({"tile": 32, "overlap": 0.95}, "overlap is 0.95"),
         ({"iou": 0.5}, "no option 'iou'"),
     ]:
         with pytest.raises(UsageError, match=says):
             evaluate(system, Gallery(), **options)
-    with pytest.raises(UsageError, match="no images in this data set"):
+    with pytest.raises(UsageError, match="the data set has no images"):
         evaluate(system, Gallery(0))
 
 

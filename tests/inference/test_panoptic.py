@@ -17,11 +17,11 @@ from maskwright.inference import evaluate, predict
 from maskwright.structures import Instances, Panoptic
 from maskwright.structures.panoptic import colours_to_ids
 from maskwright.systems import PanopticSystem
-from tests.inference.painted import AsItIs, Painted, Raw
+from tests.inference.painted import AsItIs, Dense, Painted
 
 
 class Divider(PanopticSystem):
-    """Knows the scenes by heart: finds an image again and gives what is annotated there."""
+    """Recognises images of a data set and predicts their annotations."""
 
     name, card = "divider", Painted.card
     sees_padding = True
@@ -31,13 +31,13 @@ class Divider(PanopticSystem):
         self.classes = tuple(classes)
         self.stuff = self.checked_stuff(stuff)
         self.preprocess = AsItIs(multiple=16)
-        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.dense = Dense()
         self.scenes: list = []
         self.sizes: list = []
 
     def forward(self, images, valid=None):
         self.sizes.append(None if valid is None else valid.tolist())
-        return Raw(images * self.scale)
+        return self.dense(images)
 
     def losses(self, raw, targets):
         return {"none": raw.images.sum() * 0}
@@ -124,15 +124,15 @@ def test_a_prediction_holds_both_and_can_be_saved(tmp_path):
 
 def test_tasks_that_a_system_lacks_are_refused():
     image = scenes()[0].image
-    with pytest.raises(UsageError, match="finds objects alone"):
+    with pytest.raises(UsageError, match="does not support task 'panoptic'; it supports instances"):
         predict(Painted(), image, task="panoptic")
     with pytest.raises(UsageError, match="leave tile out"):
         predict(divider(), image, task="panoptic", tile=64)
     with pytest.raises(UsageError, match=r"has no option 'nms_threshold'.*score_threshold, overlap_threshold"):
         predict(divider(), image, task="panoptic", nms_threshold=0.5)
-    with pytest.raises(UsageError, match="divided among things and stuff"):
+    with pytest.raises(UsageError, match="needs a data set with things and stuff"):
         evaluate(divider(), Scenes(1, (48, 48)), task="panoptic")
-    with pytest.raises(UsageError, match="stuff names 'lava'"):
+    with pytest.raises(UsageError, match="stuff has 'lava'"):
         Divider(("a",), ("lava",))
 
 

@@ -184,18 +184,18 @@ def test_grey_and_alpha_become_three_channels(system):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"score_treshold": 0.5}, "has no option 'score_treshold' for predicting; its thresholds are score_threshold"),
-        ({"batch": 0}, "batch is 0"),
-        ({"dtype": "int8"}, "expected float32, bfloat16, float16"),
+        ({"score_treshold": 0.5}, "has no option 'score_treshold' for predicting; its options are score_threshold"),
+        ({"batch": 0}, "batch and workers must be at least 1, got 0"),
+        ({"dtype": "int8"}, "dtype must be one of 'float32', 'bfloat16', 'float16'"),
         ({"device": "tpu9"}, "there is no device 'tpu9'"),
         ({"device": "cuda:77"}, "use cpu"),
         ({"tile": 3}, "tile is 3"),
         ({"tile": 64, "overlap": 1.5}, "overlap is 1.5"),
-        ({"detections": -1}, "detections is -1; expected a whole number from 0 on"),
-        ({"detections": 2.5}, "detections is 2.5; expected a whole number"),
-        ({"score_threshold": "high"}, "score_threshold is 'high'; expected a number"),
-        ({"score_threshold": float("nan")}, "score_threshold is nan; expected a number"),
-        ({"score_threshold": True}, "score_threshold is True; expected a number"),
+        ({"detections": -1}, "detections must be an integer of at least 0, got -1"),
+        ({"detections": 2.5}, "detections must be an integer, got 2.5"),
+        ({"score_threshold": "high"}, "score_threshold must be a number, got 'high'"),
+        ({"score_threshold": float("nan")}, "score_threshold must be a finite number, got nan"),
+        ({"score_threshold": True}, "score_threshold must be a number, got True"),
     ],
 )
 def test_options_that_cannot_be(system, options, says):

@@ -180,9 +180,9 @@ def test_a_prepared_system_is_taken_as_it_is():
 def test_what_cannot_be_chosen():
     system = small()
     for options, says in [
-        ({"dtype": "double"}, "dtype is 'double'; expected float32, bfloat16, float16"),
+        ({"dtype": "double"}, "dtype must be one of 'float32', 'bfloat16', 'float16', got 'double'"),
         ({"device": "nonsense"}, "there is no device 'nonsense'"),
-        ({"device": "cuda:99"}, "'cuda:99' is not there"),
+        ({"device": "cuda:99"}, "'cuda:99' is not available"),
     ]:
         with pytest.raises(UsageError, match=says):
             prepare(system, **options)

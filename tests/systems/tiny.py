@@ -143,6 +143,11 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
+def tiny_options(name: str) -> dict[str, Any]:
+    """The options that make the system called `name` small."""
+    return TINY[name]
+
+
 def build(name: str, **options: Any) -> System:
     torch.manual_seed(0)
     tiny = {"classes": ("a", "b"), **TINY[name]}

@@ -149,8 +149,8 @@ def validated_alone(folder: Path) -> dict[str, float]:
 def test_a_batch_is_shared_evenly_or_not_at_all():
     from maskwright.training.setup import launch
 
-    with pytest.raises(UsageError, match="batch is 3 images over all devices; it must be a multiple of the 2 devices"):
+    with pytest.raises(UsageError, match="batch must be a multiple of the number of devices, 2, got 3"):
         launch(Recipe(batch=3, devices=2, device="cpu"))
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="device 'cuda' is not there; this machine has cpu"):
+        with pytest.raises(UsageError, match="device 'cuda' is not available; this machine has cpu"):
             launch(Recipe(device="cuda"))

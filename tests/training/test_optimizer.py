@@ -73,7 +73,7 @@ def test_what_names_nothing_is_an_error():
         freeze(Tiny(("a",)), ("neck",))
     with pytest.raises(UsageError, match="rates: 'bone' is neither"):
         build_optimizer(Tiny(("a",)), Recipe(rates={"bone": 0.1}))
-    with pytest.raises(UsageError, match=r"freeze=\* leaves nothing to learn"):
+    with pytest.raises(UsageError, match=r"freeze=\* leaves nothing to train"):
         freeze(Tiny(("a",)), ("*",))
 
 

@@ -103,7 +103,7 @@ def heard():
 
 @pytest.mark.usefixtures("heard")
 def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 8; .*run goes on with resume"):
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after step 8; resume the run in .*run with resume=True"):
         fit(tmp_path / "run", logger=Interrupting(), save_minutes=60)
     assert "stopping after this step; once more to stop at once" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -176,7 +176,9 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path):
 
 def test_a_run_folder_is_not_overwritten(tmp_path: Path):
     fit(tmp_path / "run", epochs=1)
-    with pytest.raises(UsageError, match=r"run holds a run already; go on with it \(resume\) or give another folder"):
+    with pytest.raises(
+        UsageError, match=r"run already holds a run; resume it \(resume=True, --resume\) or give another folder"
+    ):
         fit(tmp_path / "run")
 
 
@@ -191,7 +193,7 @@ def test_resuming_what_never_saved_starts_anew_with_its_recipe(tmp_path: Path):
 
 def test_a_network_cannot_change_within_a_run(tmp_path: Path):
     fit(tmp_path / "run", epochs=1)
-    with pytest.raises(UsageError, match="the run is of a tiny with other options; resume it with the same system"):
+    with pytest.raises(UsageError, match="the run trains tiny with other options; resume it with the same system"):
         fit(tmp_path / "run", resume=True, system=Tiny(("red", "green"), width=4))
 
 
@@ -228,7 +230,9 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path: Path):
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        with pytest.raises(TrainingError, match=r"last.ckpt: could not be written .*what was there before is intact"):
+        with pytest.raises(
+            TrainingError, match=r"last.ckpt: cannot be written: .*An existing file of this name is unchanged"
+        ):
             fit(tmp_path / "run", logger=Filling())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -195,12 +195,12 @@ def test_sizes_of_the_recipe_travel_with_the_system(tmp_path: Path):
 def test_classes_in_another_order_are_renamed_and_others_left_out(tmp_path: Path):
     fit(tmp_path / "run", system=Tiny(("green", "blue", "red")), epochs=8, data=Shapes(24), lr=3e-2, val_every=4)
     assert max(v for _, _, n, v in rows(tmp_path / "run") if n == "val/segm/AP") > 0.5
-    with pytest.raises(UsageError, match="the system knows cat, the data red, green: no class in common"):
+    with pytest.raises(UsageError, match="the system has the classes cat, the data red, green: none in common"):
         fit(tmp_path / "none", system=Tiny(("cat",)))
 
 
 def test_data_without_objects_stop_before_anything_starts(tmp_path: Path):
-    with pytest.raises(TrainingError, match="training set shapes has 6 images and not one object of the classes red"):
+    with pytest.raises(TrainingError, match="training set shapes has 6 images and no objects of the classes red"):
         fit(tmp_path / "run", data=Shapes(6, empty=1))
     with pytest.raises(TrainingError, match="training set shapes has no images"):
         fit(tmp_path / "run", data=Shapes(0))
@@ -212,7 +212,7 @@ def test_options_that_cannot_be(tmp_path: Path):
         fit(tmp_path / "run", learning_rate=1)
     with pytest.raises(UsageError, match="no augmentation 'warp'; known are"):
         fit(tmp_path / "run", augment={"warp": 1})
-    with pytest.raises(UsageError, match="weights and options go with a system's name"):
+    with pytest.raises(UsageError, match="weights and options apply to a system's name"):
         fit(tmp_path / "run", weights="x.safetensors")
     assert not (tmp_path / "run").exists()
 
@@ -289,5 +289,5 @@ def test_mask_rcnn_by_name_on_generated_scenes(tmp_path: Path):
     assert again.name == "mask-rcnn"
     assert again.preprocess.short == 64
     assert mw.train("mask-rcnn", "scenes:count=6,size=64", out=tmp_path / "run", resume=True) == best
-    with pytest.raises(UsageError, match="the run is of a mask-rcnn, not a keypoint-rcnn"):
+    with pytest.raises(UsageError, match="the run trains mask-rcnn, not keypoint-rcnn"):
         mw.train("keypoint-rcnn", "scenes:count=6,size=64", out=tmp_path / "run", resume=True)

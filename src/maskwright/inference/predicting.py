@@ -1,4 +1,4 @@
-"""From images to objects: one image, many, or a stream of them."""
+"""Prediction: from one image, many, or a stream of them to objects."""
 
 from __future__ import annotations
 
@@ -8,37 +8,44 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from maskwright.errors import ImageError, UsageError
-from maskwright.inference.preparing import chosen_device, precision, prepare, run_network
-from maskwright.inference.sources import Item, for_eyes, is_single, items, read
+from maskwright.evaluation.measuring import run_network
+from maskwright.evaluation.tasks import checked_options, default_of, on_host, task_called
+from maskwright.inference.preparing import chosen_device, precision, prepare
+from maskwright.inference.sources import Item, displayed, is_single, items, read
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
-from maskwright.inference.tasks import Task, checked_thresholds, default_of, on_host, verb_of
 from maskwright.inference.tiles import check_tiles, predict_tiled
 from maskwright.structures import Batch, Instances, Panoptic, Placement
-from maskwright.systems import System
+from maskwright.systems import System, stuff_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Task = Literal["instances", "panoptic", "semantic"]
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What was found in one image.
+    """The prediction for one image.
 
-    path       where it came from; None for images in memory
-    instances  the objects, best first, on the image's own grid, on the host; None where `error` says why
-    panoptic   what the image is divided among, where that was asked for (`task`); `instances` are its things then
-    size       H, W; None where the image could not be read
-    error      one sentence, where the image was skipped
-    seconds    network and decoding, this image's share of its batch
+    Attributes:
+        path: The image file; None for images in memory.
+        instances: The objects, best first, on the image's own grid, on the host; None if the image was skipped.
+        size: Height and width of the image; None if it could not be read.
+        error: Why the image was skipped; None if it was not.
+        seconds: Time of networks and decoding, this image's share of its batch.
+        classes: Class names; label k is `classes[k]`.
+        given: The image, if it came from memory.
+        panoptic: The segments of the image, if a task asked for them; `instances` are its things then.
+        stuff: Those of `classes` that are regions.
     """
 
     path: Path | None
@@ -47,25 +54,41 @@ class Prediction:
     error: str | None = None
     seconds: float = 0.0
     classes: tuple[str, ...] = field(default=(), repr=False)
-    given: Any = field(default=None, repr=False, compare=False)  # the image, where it came from memory
+    given: Any = field(default=None, repr=False, compare=False)
     panoptic: Panoptic | None = None
     stuff: tuple[str, ...] = field(default=(), repr=False)
 
     def found(self) -> Instances:
-        """The objects; ImageError where the image was skipped."""
+        """The objects.
+
+        Raises:
+            ImageError: If the image was skipped.
+        """
         if self.instances is None:
             raise ImageError(self.error or "this image was skipped")
         return self.instances
 
     def draw(self, **options: Any) -> Image:
-        """The image with what was found drawn over it (an image from a file is read again); see `Instances.draw`."""
+        """Draws the prediction over the image; an image from a file is read again.
+
+        Args:
+            **options: See `Instances.draw`.
+        """
         found = self.panoptic if self.panoptic is not None else self.found()
-        return found.draw(for_eyes(Item(self.path, self.given)), self.classes, **options)
+        return found.draw(displayed(Item(self.path, self.given)), self.classes, **options)
 
     def save(self, path: str | Path, **options: Any) -> Path:
-        """Writes one file, by its suffix: .json COCO records, .npz run-length masks with boxes, labels and scores,
-        any image's suffix the drawn image (`options` as for `draw`). Written beside and renamed. The .json of a
-        divided image is COCO panoptic, and its map a .png of the same name."""
+        """Writes one file, atomically.
+
+        Args:
+            path: The suffix decides the format: ".json" COCO records (COCO panoptic, with a map as PNG of the same
+                name, for segments), ".npz" run-length masks with boxes, labels and scores, an image suffix the drawn
+                image.
+            **options: For a drawn image, see `draw`.
+
+        Returns:
+            The path.
+        """
         from maskwright.inference.outputs import save_objects, save_panoptic, write_image
 
         path = Path(path)
@@ -79,9 +102,12 @@ class Prediction:
 
 
 class Predictions:
-    """Predictions one by one as they are made, in the order of the images; can be gone through once.
+    """An iterator over predictions, in the order of the images, computed as they are asked for.
 
-    An image that cannot be read is skipped: its prediction has an `error`, and it is listed in `skipped`.
+    An image that cannot be read is skipped: its prediction has an `error`.
+
+    Attributes:
+        skipped: The predictions of skipped images so far.
     """
 
     def __init__(self, stream: Iterator[Prediction]):
@@ -99,7 +125,7 @@ class Predictions:
 
 
 class CountedPredictions(Predictions):
-    """Predictions whose number is known beforehand: `len`."""
+    """`Predictions` of a known number of images: `len`."""
 
     def __init__(self, stream: Iterator[Prediction], total: int):
         super().__init__(stream)
@@ -107,6 +133,22 @@ class CountedPredictions(Predictions):
 
     def __len__(self) -> int:
         return self._total
+
+
+@overload
+def predict(system: System, source: Image, **options: Any) -> Prediction: ...
+
+
+@overload
+def predict(system: System, source: str | Path | np.ndarray | Tensor, **options: Any) -> Any: ...
+
+
+@overload
+def predict(system: System, source: Sequence[Any], **options: Any) -> CountedPredictions: ...
+
+
+@overload
+def predict(system: System, source: Iterable[Any], **options: Any) -> Predictions: ...
 
 
 def predict(
@@ -125,32 +167,44 @@ def predict(
     task: Task = "instances",
     **thresholds: Any,
 ) -> Any:
-    """The objects in one image (a `Prediction`) or in many (`Predictions`, an iterator of them).
+    """Predicts the objects in one image or in many.
 
-    source      one image: a path, a PIL image, an array (H, W, 3) uint8 RGB, a tensor (3, H, W) uint8 RGB.
-                Many: a folder, a glob, a list, a batch (4 dimensions), a generator of any of these
-    batch       images (or tiles) per forward pass; images of different sizes are padded to the largest
-    tile        side, in the image's pixels, of the tiles that larger images are cut into; `overlap` is the share a
-                tile has in common with the next. Objects are joined across seams, see `inference.tiles`
-    recursive   search sub-folders too
-    device, dtype, compile  see `prepare`. Call that yourself to pay for it once, not with every call
-    workers     threads that read and resize images while the network works
-    suppression "matrix": Matrix NMS on the finished masks, after what the system does itself: scores decay by how much
-                better objects of the class overlap. `nms_threshold=1` turns most systems' own off
-    task        "panoptic": the image divided among things and stuff, "semantic": a label for every pixel (as
-                regions), both as `Prediction.panoptic`, of systems that can
-    thresholds  of the system's `decode` (`decode_panoptic`, ...): score_threshold, nms_threshold, detections (per
-                image; per tile), ...
+    Args:
+        system: The system.
+        source: One image: a path, a PIL image, an array (H, W, 3) uint8 RGB, or a tensor (3, H, W) uint8 RGB. Many: a
+            folder, a glob, a list, a batch (4 dimensions), or a generator of any of these.
+        batch: Images (or tiles) per forward pass; images of different sizes are padded to the largest.
+        tile: Side of the tiles that larger images are cut into, in pixels. Objects are joined across seams, see
+            `inference.tiles`.
+        overlap: Share of a tile that it has in common with the next.
+        recursive: Search sub-folders too.
+        device: Where to compute; None: a GPU if there is one, otherwise the CPU.
+        dtype: Type of weights and activations, see `prepare`.
+        compile: Compile the networks, see `prepare`. Call `prepare` yourself to pay for it once.
+        workers: Threads that read and resize images while the network computes.
+        suppression: "matrix" applies Matrix NMS to the finished masks, after the system's own suppression: scores decay
+            with the overlap with better objects of the class. `nms_threshold=1` turns most systems' own off.
+        task: "instances"; "panoptic": the image segmented into things and stuff; "semantic": a label for every pixel
+            (as regions). The last two give `Prediction.panoptic` and need a system that supports them.
+        **thresholds: Options of the system's decoding: score_threshold, nms_threshold, detections (per image; per
+            tile), ... The defaults are the system's: objects that score at least 0.05 for most systems. The command
+            `maskwright predict` has a default score threshold of 0.5, for drawing.
 
-    Among many, an image that cannot be read is skipped, see `Prediction.error`; one alone raises ImageError.
+    Returns:
+        A `Prediction` for one image, an iterator of them (`Predictions`) for many.
+
+    Raises:
+        UsageError: If an option is invalid, the system does not support the task, or there are no images.
+        ImageError: If a single image cannot be read. Among many, such an image is skipped, see `Prediction.error`.
     """
     if batch < 1 or workers < 1:
-        raise UsageError(f"batch is {batch}, workers is {workers}; both are at least 1")
+        raise UsageError(f"batch and workers must be at least 1, got {batch} and {workers}")
     check_tiles(tile, overlap, task)
-    verb = verb_of(system, task)
-    if task != "instances" and suppression is not None:
-        raise UsageError(f"suppression is for objects; with task {task!r} leave it out")
-    options = checked_thresholds(verb, system.name, thresholds)
+    asked = task_called(task)
+    verb = asked.of(system)
+    if asked.segments and suppression is not None:
+        raise UsageError(f"suppression does not apply to task {task!r}")
+    options = checked_options(verb, system.name, thresholds)
     place, kind = chosen_device(device), precision(dtype)
     wanted = items(source, recursive)
     ready = prepare(system, place, dtype, compile)
@@ -165,7 +219,7 @@ def predict(
 
 
 def ahead(function: Callable[[A], B], inputs: Iterable[A], workers: int, depth: int) -> Iterator[B]:
-    """`function` of each input, in order, computed by threads up to `depth` inputs ahead of the one asked for."""
+    """`function` of each input, in order, computed by threads up to `depth` inputs ahead of the consumer."""
     pool = ThreadPoolExecutor(workers, thread_name_prefix="maskwright-read")
     waiting: deque[Future[B]] = deque()
     try:
@@ -181,7 +235,7 @@ def ahead(function: Callable[[A], B], inputs: Iterable[A], workers: int, depth: 
 
 @dataclass(frozen=True)
 class _Runner:
-    """A prepared system with everything a call needs."""
+    """A prepared system with the options of one call of `predict`."""
 
     system: System
     device: torch.device
@@ -195,17 +249,17 @@ class _Runner:
         return self.thresholds.get("score_threshold", default_of(self.system.decode, "score_threshold"))
 
     def __call__(self, laid: Sequence[tuple[Tensor, Placement]]) -> list[Any]:
-        """Objects of each image (or the image divided), on the host, masks packed."""
+        """Objects (or segments) of each image, on the host, masks packed."""
         batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], multiple=self.system.preprocess.multiple)
-        with torch.no_grad():  # not inference mode: results may be changed in place by whoever gets them
+        with torch.no_grad():  # not inference mode: the caller may change results in place
             raw = run_network(self.system, batch, self.device, self.dtype)
-            found = verb_of(self.system, self.task)(raw, batch.placements, **self.thresholds)
+            found = task_called(self.task).of(self.system)(raw, batch.placements, **self.thresholds)
         return [on_host(objects) for objects in found]
 
     def prediction(self, item: Item, found: Instances | Panoptic, seconds: float) -> Prediction:
         classes = tuple(self.system.classes)
         if isinstance(found, Panoptic):
-            stuff = classes if self.task == "semantic" else tuple(getattr(self.system, "stuff", ()))
+            stuff = classes if self.task == "semantic" else stuff_of(self.system)
             things, size = found.instances(), found.image_size
             return Prediction(item.path, things, size, None, seconds, classes, item.given, found, stuff)
         objects = suppressed(found, self.suppression, self.score_threshold)

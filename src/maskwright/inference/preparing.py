@@ -1,4 +1,4 @@
-"""A system made ready to be used: norms folded into convolutions, memory laid out for the device, precision chosen."""
+"""Preparing a system for inference: normalisation folded into convolutions, memory format, precision, compilation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from maskwright.blocks.layers import DeformConvNorm, FrozenBatchNorm, StillBatchNorm
 from maskwright.errors import UsageError
-from maskwright.structures import Batch
 from maskwright.systems import System
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -20,23 +19,32 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": t
 def prepare(
     system: System, device: torch.device | str | None = None, dtype: str = "float32", compile: bool = False
 ) -> System:
-    """A copy of `system` for inference; the original stays as it is. Call it once, then `predict` many times.
+    """Prepares a copy of `system` for inference; the original is not changed. Call it once, then `predict` many times.
 
-    device   where to compute; None: a GPU where there is one, else the CPU
-    dtype    of the network's weights and activations: "float32", "bfloat16", "float16". Boxes, scores and masks are
-             always made in float32
-    compile  `torch.compile` the network: the first image of each size takes long, the next ones less
+    Batch norms that follow a convolution are folded into it (computed in float64), weights are laid out channels-last,
+    and nothing requires a gradient. `predict` and `evaluate` call this themselves; a prepared system is returned as it
+    is.
 
-    Batch norms that follow their convolution are folded into it (in float64, so that nothing is lost), weights are
-    laid out channels last, nothing needs a gradient. `predict` and `evaluate` do this by themselves; a system that was
-    prepared already is taken as it is.
+    Args:
+        system: The system.
+        device: Where to compute; None: a GPU if there is one, otherwise the CPU.
+        dtype: Type of weights and activations: "float32", "bfloat16" or "float16". Boxes, scores and masks are always
+            computed in float32.
+        compile: Compile each of `system.networks()` with `torch.compile`: the first image of each size takes long, the
+            following ones less.
+
+    Returns:
+        The prepared copy.
+
+    Raises:
+        UsageError: If the device is not available or the dtype is not one of the three.
     """
     place, kind = chosen_device(device), precision(dtype)
     if is_prepared(system, place, dtype, compile):
         return system
     ready = copy.deepcopy(system).eval().requires_grad_(False)
     fold(ready)
-    # Tables that are no part of the checkpoint (anchors, positions) count pixels: bfloat16 has no digits for them.
+    # Tables that are not part of the checkpoint (anchors, positions) hold pixels, which bfloat16 cannot represent.
     for module in ready.modules():
         for name, value in module._parameters.items():
             if value is not None:
@@ -47,16 +55,21 @@ def prepare(
     ready.to(place)
     ready.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if compile:
-        ready.compile()
+        for network in ready.networks().values():
+            # The bound method rather than the module, so that hooks (measuring time) stay outside of what is compiled.
+            network.forward = torch.compile(network.forward)
     ready.__dict__["_prepared"] = (str(place), dtype, compile)
     return ready
 
 
 def fold(module: nn.Module) -> int:
-    """Folds, in place, every batch norm into the convolution before it, and says how many.
+    """Folds every batch norm into the convolution before it, in place.
 
-    Known are blocks with a `conv` and then a `norm`, our deformable ones, and neighbours in a `Sequential`. Group norm
-    and the like depend on the image and stay. The module must be in eval mode.
+    Covers blocks with a `conv` followed by a `norm`, deformable blocks, and neighbours in a `Sequential`. Norms whose
+    statistics depend on the image, such as group norm, are not changed. The module must be in eval mode.
+
+    Returns:
+        The number of norms folded.
     """
     count = 0
     for child in module.modules():
@@ -87,35 +100,33 @@ def fold(module: nn.Module) -> int:
 
 
 def chosen_device(device: torch.device | str | None) -> torch.device:
-    """The device of this name; None: a GPU where there is one, else the CPU. UsageError where it is not there."""
-    if device is None:
+    """The device of this name; None or "auto": a GPU if there is one, otherwise the CPU.
+
+    Raises:
+        UsageError: If there is no such device.
+    """
+    if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
     except RuntimeError:
-        raise UsageError(f"there is no device {device!r}; expected cpu, cuda, cuda:1, mps, ...") from None
+        raise UsageError(f"there is no device {device!r}; expected auto, cpu, cuda, cuda:1, mps, ...") from None
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(place.type, lambda: True)()
     if not there or (place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"the device {str(place)!r} is not there (or torch was built without it); use cpu")
+        raise UsageError(f"device {str(place)!r} is not available (or torch was built without it); use cpu")
     return place
 
 
 def precision(dtype: str) -> torch.dtype:
-    """The torch type of this name."""
+    """The torch type of this name; UsageError if there is none."""
     if dtype not in PRECISIONS:
-        raise UsageError(f"dtype is {dtype!r}; expected {', '.join(PRECISIONS)}")
+        raise UsageError(f"dtype must be one of {', '.join(map(repr, PRECISIONS))}, got {dtype!r}")
     return PRECISIONS[dtype]
 
 
 def is_prepared(system: System, device: torch.device, dtype: str, compile: bool) -> bool:
-    """Whether `system` came out of `prepare` with these very choices."""
+    """Whether `system` was returned by `prepare` with the same choices."""
     return system.__dict__.get("_prepared") == (str(device), dtype, compile)
-
-
-def run_network(system: System, batch: Batch, device: torch.device, dtype: torch.dtype) -> Any:
-    """The raw output for a batch that lies on the host in float32."""
-    images = batch.images.to(device, non_blocking=True).to(dtype=dtype, memory_format=torch.channels_last)
-    return system(*system.inputs(images, [placement.size for placement in batch.placements]))
 
 
 def _converted(value: Tensor, kind: torch.dtype) -> Tensor:
@@ -123,7 +134,7 @@ def _converted(value: Tensor, kind: torch.dtype) -> Tensor:
 
 
 def _follows(norm: Any, conv: Any) -> bool:
-    """Whether `norm` is a batch norm for what `conv` gives. Subclasses may do more than normalise, and are left."""
+    """Whether `norm` is a batch norm over the output of `conv`. Subclasses are kept: they may do more."""
     if not isinstance(conv, nn.Conv2d) or type(norm) not in (
         nn.BatchNorm2d,
         nn.SyncBatchNorm,

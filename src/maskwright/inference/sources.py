@@ -72,7 +72,7 @@ def read(item: Item, preprocess: Preprocess) -> Tensor:
         raise ImageError(f"{item.name}: {error}") from None
 
 
-def for_eyes(item: Item) -> Tensor:
+def displayed(item: Item) -> Tensor:
     """The image as (3, H, W) uint8, to be drawn on: of many channels the first three, of two the first."""
     image = _loaded(item)
     return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)

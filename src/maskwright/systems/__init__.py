@@ -60,6 +60,7 @@ __all__ = [
     "find",
     "names",
     "presets",
+    "stuff_of",
     "system_class",
 ]
 
@@ -117,6 +118,11 @@ def create(name: str, **options: Any) -> System:
     """
     kind, preset = find(name)
     return kind(**kind.with_options(preset, options))
+
+
+def stuff_of(system: System) -> tuple[str, ...]:
+    """Those of the system's classes that are regions; empty for systems of objects alone."""
+    return tuple(system.stuff) if isinstance(system, PanopticSystem) else ()
 
 
 def describe(name: str, **options: Any) -> System:

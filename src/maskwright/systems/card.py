@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,13 @@ class Preset:
         options: Arguments of the constructor.
         published: Figures that its authors reported.
         note: What distinguishes it.
+        task: What it was trained for: "panoptic" presets learn from images segmented into things and stuff.
     """
 
     options: Mapping[str, Any]
     published: tuple[Score, ...] = ()
     note: str = ""
+    task: Literal["instances", "panoptic", "semantic", "proposals"] = "instances"
 
 
 @dataclass(frozen=True)

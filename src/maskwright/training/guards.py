@@ -1,4 +1,4 @@
-"""What stops a run, and what is kept when it does: a NaN, too little memory, a signal."""
+"""What stops a run, and what is saved then: a loss that is not finite, too little memory, a signal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from maskwright.training.state import save_state, seed_step
 def keep_batch(
     path: Path, system: System, batch: Batch, terms: Mapping[str, Tensor], place: Sequence[int], amp: bool = False
 ) -> None:
-    """Save everything that `replay` needs to compute the same losses again: images, targets, weights, seed."""
+    """Saves what `replay` needs to compute the same losses again: images, targets, weights, seed."""
     state = {
         "format": "maskwright-batch",
         "system": system.name,
@@ -41,9 +41,14 @@ def keep_batch(
 
 
 def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
-    """The losses of a batch that stopped a run, computed again on the CPU with the weights of that moment.
+    """Computes the losses of a batch that stopped a run again, on the CPU, with the weights of that moment.
 
-    `system` is only needed for one that is not in the registry; its weights are replaced. Nothing is executed.
+    Args:
+        path: The saved batch. Nothing in it is executed.
+        system: Needed only for a system that is not in the registry; its weights are replaced.
+
+    Returns:
+        The loss terms by name.
     """
     state = _kept(path)
     if system is None:
@@ -59,27 +64,27 @@ def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
 
 
 def load_batch(path: Path) -> Batch:
-    """The images and targets of a batch that stopped a run, to look at."""
+    """Reads the images and targets of a batch that stopped a run."""
     state = _kept(path)
     placements = [Placement(**p) for p in state["placements"]]
     return Batch(state["images"], placements, [_instances(t) for t in state["targets"]], state["names"])
 
 
 def not_finite(path: Path, step: int, terms: Mapping[str, Tensor], names: Sequence[str] | None) -> TrainingError:
-    """The error that stops a run whose loss or gradient is not a number."""
+    """The error for a loss or gradient that is not finite."""
     bad = [f"{name} = {float(v.detach())}" for name, v in terms.items() if not torch.isfinite(v).all()]
     what = ", ".join(bad) if bad else "the gradient (every loss term is finite)"
     images = ", ".join(names or []) or "unnamed images"
     return TrainingError(
-        f"step {step}: not a finite number: {what}, on {images}. The weights were not changed. The batch is in "
+        f"step {step}: not a finite number: {what}, on {images}. The weights were not changed. The batch was saved to "
         f"{path}; maskwright.training.replay computes its losses again. Try a lower learning rate, a longer warm-up or "
-        "clipping."
+        "gradient clipping."
     )
 
 
 @contextmanager
 def memory_advice(batch: int, step: Callable[[], int]) -> Iterator[None]:
-    """Turn an allocation that failed into a sentence that says what to change."""
+    """Turns a failed allocation into a TrainingError that says what to change."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -97,8 +102,13 @@ def memory_advice(batch: int, step: Callable[[], int]) -> Iterator[None]:
 
 
 class Stop:
-    """Notices an interrupt (Ctrl-C) or a polite kill, so that the loop ends after a whole step; a second one is not
-    waited for. Only the main thread can listen; elsewhere this does nothing."""
+    """Catches SIGINT (Ctrl-C) and SIGTERM, so that the loop ends after a complete step; a second signal stops at once.
+
+    Signals can be handled in the main thread only; in others this does nothing.
+
+    Attributes:
+        asked: Whether a signal has arrived.
+    """
 
     def __init__(self, say: Callable[[str], None]):
         self.asked = False
@@ -119,7 +129,7 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        self._say("stopping after this step; once more to stop at once")
+        self._say("stopping after this step; press Ctrl-C again to stop at once")
 
 
 def _kept(path: Path) -> dict[str, Any]:
@@ -127,7 +137,7 @@ def _kept(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file") from None
-    except Exception:  # no archive, a foreign pickle: torch raises many kinds
+    except Exception:  # not an archive, a foreign pickle: torch raises many types
         state = None
     if not isinstance(state, dict) or state.get("format") != "maskwright-batch":
         raise CheckpointError(f"{path}: not a batch that a training run saved")
@@ -135,7 +145,7 @@ def _kept(path: Path) -> dict[str, Any]:
 
 
 def _plain(target: Instances) -> dict[str, Any]:
-    """An annotation as tensors, numbers and text."""
+    """An annotation as tensors, numbers and strings."""
     tensors = ("boxes", "labels", "scores", "keypoints", "crowd", "ids")
     plain: dict[str, Any] = {
         name: None if (value := getattr(target, name)) is None else value.detach().cpu() for name in tensors

@@ -1,4 +1,4 @@
-"""What a run tells: rows in log.csv, TensorBoard, the user's own logger, and a bar on the terminal."""
+"""Logging of a run: rows in log.csv, TensorBoard, a user's logger, and a progress bar on the terminal."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from maskwright.errors import MissingExtraError
-from maskwright.training.state import writing
+from maskwright.errors import MissingExtraError, TrainingError
+from maskwright.files import write_errors_as
 
 HEADER = "step,epoch,name,value\n"
 
 
 class Logger(Protocol):
-    """Where else numbers go: Weights & Biases, MLflow, a list. Called on the first process only."""
+    """A further destination of figures: Weights & Biases, MLflow, a list. Called on the first process only."""
 
-    def log(self, step: int, values: dict[str, float]) -> None: ...
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Receives the figures of a step by name."""
+        ...
 
 
 class Logs:
-    """The run folder's logs, on the first process; elsewhere (`active=False`) every method does nothing.
+    """The logs in the run folder, written by the first process; on others (`active=False`) every method does nothing.
 
-    log.csv has the columns step, epoch, name, value. Its length is part of a checkpoint, so that a resumed run cuts
-    off what was written after it and no row is lost or told twice.
+    log.csv has the columns step, epoch, name, value. Its length is part of a checkpoint: a resumed run truncates what
+    was written later, so that no row is lost or repeated.
     """
 
     def __init__(
@@ -60,17 +62,17 @@ class Logs:
         self.flush()
 
     def _open(self, name: str, path: Path, kept: int) -> None:
-        with writing(path):
+        with write_errors_as(TrainingError, path):
             path.touch()
             if path.stat().st_size > kept:
                 os.truncate(path, kept)
             self._files[name] = path.open("a", encoding="utf-8", newline="")
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
-        """One row per value, everywhere."""
+        """Writes one row per value to every log."""
         if not self.active:
             return
-        with writing(self.csv):
+        with write_errors_as(TrainingError, self.csv):
             rows = csv.writer(self._files["csv"], lineterminator="\n")
             rows.writerows((step, epoch, name, repr(float(value))) for name, value in values.items())
             if "jsonl" in self._files:
@@ -84,18 +86,20 @@ class Logs:
             self.logger.log(step, dict(values))
 
     def flush(self) -> None:
+        """Passes everything written to the operating system."""
         for file in self._files.values():
             file.flush()
 
     def lengths(self) -> dict[str, int]:
-        """Bytes in each file, all of them on the disk: what a checkpoint keeps."""
-        with writing(self.csv):
+        """The length of each file in bytes, after flushing to disk; stored in checkpoints."""
+        with write_errors_as(TrainingError, self.csv):
             for file in self._files.values():
                 file.flush()
                 os.fsync(file.fileno())
         return {name: file.tell() for name, file in self._files.items()}
 
     def close(self) -> None:
+        """Closes all logs."""
         for file in self._files.values():
             file.close()
         if self.board is not None:
@@ -103,14 +107,14 @@ class Logs:
 
 
 class Display:
-    """A bar with loss, learning rate and time left on a terminal; elsewhere a line every so often."""
+    """A progress bar with loss, learning rate and remaining time on a terminal; otherwise a line every few seconds."""
 
     def __init__(
         self, total: int, *, start: int = 0, active: bool = True, every: float = 15.0, console: Console | None = None
     ):
         self.console = console or Console(stderr=True)
         self.active, self.total, self.every, self.start = active, total, every, start
-        self.begun = self.told = time.monotonic()
+        self.begun = self.shown = time.monotonic()
         self.bar: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -132,12 +136,12 @@ class Display:
             self.bar.stop()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line above the progress bar."""
         if self.active:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, step: int, epoch: int, loss: float, rate: float) -> None:
-        """After step number `step`."""
+        """Shows the state after step number `step`."""
         if not self.active:
             return
         if self.bar is not None:
@@ -146,8 +150,8 @@ class Display:
             )
             return
         now = time.monotonic()
-        if now - self.told >= self.every or step == self.total:
-            self.told = now
+        if now - self.shown >= self.every or step == self.total:
+            self.shown = now
             left = (now - self.begun) / max(1, step - self.start) * (self.total - step)
             self.say(
                 f"step {step}/{self.total}  epoch {epoch + 1}  loss {loss:.4f}  lr {rate:.2e}  {_clock(left)} left"
@@ -165,5 +169,5 @@ def _board(folder: Path, step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise MissingExtraError("tensorboard", "train") from None
-    # What the interrupted run wrote after its last checkpoint is hidden from view.
+    # Hides what the interrupted run wrote after its last checkpoint.
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

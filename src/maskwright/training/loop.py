@@ -1,7 +1,7 @@
-"""The training loop, from top to bottom.
+"""The training loop.
 
-Lightning Fabric moves things to the device, casts, averages gradients over devices and clips them; everything else that
-happens in a step stands in `Run.step`, everything around it in `Run.fit`.
+Lightning Fabric moves tensors to the device, casts, averages gradients over devices and clips them. Everything else
+that happens in a step is in `Run.step`, everything around it in `Run.fit`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskwright.data import evenly_spaced, things_only
+from maskwright.checkpoints.fitting import renamed
+from maskwright.data import Dataset, evenly_spaced
 from maskwright.errors import TrainingError, UsageError
+from maskwright.files import remove_stale_parts, write_errors_as, write_text
+from maskwright.options import plain
 from maskwright.structures import Batch, Instances
 from maskwright.systems import System, names, presets, system_class
-from maskwright.systems.base import plain
 from maskwright.training import setup
 from maskwright.training.guards import Stop, keep_batch, memory_advice, not_finite
 from maskwright.training.logs import Display, Logger, Logs
@@ -34,7 +36,7 @@ from maskwright.training.optimizer import (
     set_rate,
 )
 from maskwright.training.recipe import Recipe, named_recipe
-from maskwright.training.state import LAST, Progress, load_state, save_state, seed_step, write_text, writing
+from maskwright.training.state import LAST, Progress, load_state, save_state, seed_step
 from maskwright.training.validation import score, term_name, validate
 
 
@@ -47,7 +49,7 @@ def train(
     resume: bool = False,
     classes: Sequence[str] | None = None,
     weights: str | Path | None = None,
-    trunk: str | Path | None = None,
+    backbone_weights: str | Path | None = None,
     val: Any = None,
     logger: Logger | None = None,
     options: Mapping[str, Any] | None = None,
@@ -55,49 +57,55 @@ def train(
     panoptic: bool | None = None,
     **changes: Any,
 ) -> Path:
-    """Train a system and give the path of its best checkpoint, `out/best.safetensors`.
+    """Trains a system.
 
-    system    a name or preset ("mask-rcnn"), a file of weights to go on from, or a `System` (trained in place)
-    data      a data set, or what `open_dataset` takes; its split "train" is learnt from
-    out       the run folder: recipe.json, log.csv, tensorboard/, last.ckpt, last.safetensors, best.safetensors
-    recipe    a `Recipe` or a published one's name; `changes` replace single fields of it
-    resume    go on from out/last.ckpt, as if there had been no interruption; options that differ are applied and said
-    classes   the names to learn; default the data set's
-    weights   start from this file (or catalogue name) instead of random weights
-    trunk     start with the trunk of this file, of whatever system, and random weights for the rest
-    val       see `setup.open_sets`: default the split "val" where there is one; False for none
-    logger    gets every number too
-    options   the constructor's arguments, where `system` is a name
-    keypoints whether keypoints are read; default: if the system's name says so
-    panoptic  whether images divided among things and stuff are read (panoptic_train.json); default: if the name says
-              so, or there is nothing else. Systems that find objects alone learn from the things of such a set
+    "Best" is by PQ for panoptic data, otherwise by keypoint AP, mask AP or box AP, whichever the system predicts first;
+    by the validation loss if no AP can be measured; and the last weights if there is no validation set.
 
-    "Best" is by mask AP (keypoints' AP for keypoint systems, box AP where there are no masks), by validation loss where
-    no AP can be measured, and simply the last where there is no validation set.
+    Args:
+        system: The name of a system or preset ("mask-rcnn"), a file of weights to continue from, or a `System` (trained
+            in place).
+        data: A data set, or what `open_dataset` takes; its split "train" is used.
+        out: The run folder: recipe.json, log.csv, tensorboard/, last.ckpt, last.safetensors, best.safetensors.
+        recipe: A `Recipe` or the name of a published one.
+        resume: Continue from out/last.ckpt as if there had been no interruption; options that differ are applied and
+            reported.
+        classes: The names to learn; default: the data set's.
+        weights: Start from this file (or catalogue name) instead of random weights.
+        backbone_weights: Start with the backbone of this file, of any system, and random weights for the rest.
+        val: A validation set or its source; default: the split "val" of `data` if there is one; False for none.
+        logger: Receives every figure too.
+        options: Arguments of the constructor, if `system` is a name.
+        keypoints: Whether annotations with keypoints are read; default: if the system needs them.
+        panoptic: Whether images segmented into things and stuff are read; default: if the preset is a panoptic one, or
+            there is nothing else. Systems that support instance segmentation only learn from the things of such a set.
+        **changes: Fields of the recipe to replace.
+
+    Returns:
+        The path of the best checkpoint, `out/best.safetensors`.
+
+    Raises:
+        UsageError: If an option is invalid or contradicts another.
+        TrainingError: If there is nothing to learn from, a loss is not finite, or a file cannot be written.
     """
     out = Path(out)
     state = _saved_run(out, resume)
     recipe, changed = _settle(recipe, changes, out if resume else None, state)
     fabric = setup.launch(recipe)
-    if keypoints is None:
-        keypoints = "keypoint" in (system.name if isinstance(system, System) else str(system))
-    if panoptic is None:
-        panoptic = "panoptic" in str(system) if isinstance(system, str) else bool(getattr(system, "stuff", ()))
-    train_set, val_set = setup.open_sets(data, val, keypoints, panoptic)
-    if getattr(train_set, "stuff", ()) and not setup.divides(system, weights):
-        train_set = things_only(train_set)
+    kind = setup.settle_kind(system, weights, options, keypoints, panoptic)
+    train_set, val_set = setup.open_sets(data, val, kind)
     seed_step(recipe.seed)
     if state is None:
-        stuff = getattr(train_set, "stuff", ())
-        if trunk is not None and weights is not None:
-            raise UsageError("weights bring their own trunk; give weights or trunk, not both")
+        if backbone_weights is not None and weights is not None:
+            raise UsageError("weights include a backbone; give weights or backbone_weights, not both")
+        stuff = train_set.stuff if kind.takes_stuff else ()
         system = setup.make_system(system, classes or train_set.classes, weights, options, stuff)
-        if trunk is not None:
-            setup.take_trunk(system, trunk)
+        if backbone_weights is not None:
+            setup.take_backbone(system, backbone_weights)
     else:
         system = _same_system(system, state, options)
     train_set = setup.fit_classes(train_set, system)
-    setup.check_data(train_set, "training")
+    setup.check_data(train_set, "training", system)
     setup.fit_sizes(system, recipe)
     run = Run(fabric, system, train_set, val_set, out, recipe, state, logger)
     for line in changed:
@@ -109,10 +117,10 @@ def train(
 
 
 class Objective(nn.Module):
-    """What is differentiated: images and targets in, named losses out, in float32.
+    """What is differentiated: from images and targets to loss terms, in float32.
 
-    It is this module that is wrapped for several devices, so that whatever parameters `losses` uses (the second
-    stage's heads) are seen by the hooks that average gradients.
+    This module is wrapped for several devices, so that the hooks that average gradients see the parameters of all
+    networks, also of those that only `losses` calls.
     """
 
     def __init__(self, system: System):
@@ -125,14 +133,14 @@ class Objective(nn.Module):
 
 
 class Run:
-    """One training run: what it holds, and how far it has come."""
+    """A training run: system, data, optimizer, logs and progress."""
 
     def __init__(
         self,
         fabric: Any,
         system: System,
-        train_set: Any,
-        val_set: Any | None,
+        train_set: Dataset,
+        val_set: Dataset | None,
         out: Path,
         recipe: Recipe,
         state: dict[str, Any] | None,
@@ -157,13 +165,11 @@ class Run:
         )
         self.passes = len(self.loader)  # per epoch
         if not self.passes:
-            raise TrainingError(
-                f"{len(train_set)} images do not fill one batch of {recipe.batch}; give a smaller batch"
-            )
+            raise TrainingError(f"{len(train_set)} images do not fill a batch of {recipe.batch}; use a smaller batch")
         per_epoch = math.ceil(self.passes / recipe.accumulate)
         self.total = recipe.steps or recipe.epochs * per_epoch
 
-        # The order matters: weights before the optimizer sees them, devices before the mean is copied, compiling last.
+        # The order matters: weights before the optimizer, the device before the mean is copied, compilation last.
         self.still = freeze(system, recipe.freeze)
         if recipe.sync_norm and fabric.world_size > 1:
             nn.SyncBatchNorm.convert_sync_batchnorm(system)
@@ -178,14 +184,14 @@ class Run:
         if state is not None:
             self._restore(state)
         if recipe.compile:
-            system.compile()
+            for network in system.networks().values():
+                network.compile()
 
         if self.leads:
-            with writing(out):
+            with write_errors_as(TrainingError, out):
                 out.mkdir(parents=True, exist_ok=True)
-                for torn in (p for p in out.iterdir() if p.suffix == ".part"):  # what a kill left half written
-                    torn.unlink()
-            write_text(out / "recipe.json", recipe.to_json())
+            remove_stale_parts(out)
+            write_text(out / "recipe.json", recipe.to_json(), TrainingError)
         self.logs = Logs(
             out,
             active=self.leads,
@@ -199,30 +205,32 @@ class Run:
 
     @property
     def chosen(self) -> System:
-        """The weights that are evaluated and kept: the running mean where there is one."""
+        """The weights that are evaluated and saved: the running mean if there is one."""
         return self.system if self.average is None else self.average.system
 
     # ---- the loop ------------------------------------------------------------------------------------------------
 
     def fit(self) -> Path:
-        """Run to the end, or to the last validation that patience allows."""
+        """Trains to the end, or until patience runs out; returns the path of the best checkpoint."""
         here, recipe = self.progress, self.recipe
         self.saved = time.monotonic()
         with self.display, Stop(self.display.say) as self.stop:
             if here.step:
-                self.display.say(f"going on from step {here.step} of {self.total}")
+                self.display.say(f"resuming from step {here.step} of {self.total}")
             while (here.step < self.total or here.validated != here.step) and not self._out_of_patience():
                 self._learn()
                 for batches, size in self._groups():
                     self._timed_step(batches, size)
                     if self._asked_to_stop():
                         self._save()
-                        raise KeyboardInterrupt(f"stopped after step {here.step}; {self.out} goes on with resume")
+                        raise KeyboardInterrupt(
+                            f"stopped after step {here.step}; resume the run in {self.out} with resume=True (--resume)"
+                        )
                     if self.leads and time.monotonic() - self.saved >= 60 * recipe.save_minutes:
                         self._save()
                 ended = here.seen >= self.passes * recipe.batch
                 if here.step >= self.total or (ended and (here.epoch + 1) % recipe.val_every == 0):
-                    self._save()  # validation may take long, and be what is interrupted
+                    self._save()  # validation may take long and be interrupted
                     self._validate()
                 if ended:
                     here.epoch, here.seen = here.epoch + 1, 0
@@ -233,7 +241,7 @@ class Run:
         return self.out / "best.safetensors"
 
     def step(self, batches: Iterator[Batch], size: int) -> dict[str, float]:
-        """One change of the weights, from the mean gradient of `size` batches; the mean of every loss term."""
+        """One update of the weights from the mean gradient of `size` batches; returns the means of the loss terms."""
         recipe, here = self.recipe, self.progress
         rate = recipe.learning_rate * recipe.factor(here.step, self.total)
         set_rate(self.optimizer, rate)
@@ -251,7 +259,7 @@ class Run:
                 total = torch.stack(list(terms.values())).sum()
                 self.fabric.backward(total / size)
             norm = self._clip() if last else total.new_zeros(())
-            # The one wait for the device in a step: everything is already queued by now.
+            # The only wait for the device in a step, when everything has been queued.
             values = torch.stack([total.detach(), norm, *(t.detach() for t in terms.values())]).tolist()
             self._check(batch, terms, values, place)
             for name, value in zip(("loss", "gradient", *map(term_name, terms)), values, strict=True):
@@ -278,7 +286,7 @@ class Run:
         self.display.update(here.step, here.epoch, means["loss"], means["lr"])
 
     def _groups(self) -> Iterator[tuple[Iterator[Batch], int]]:
-        """What is left of this epoch in groups of `accumulate` batches, the last perhaps shorter, and their sizes."""
+        """The rest of this epoch in groups of `accumulate` batches, with their sizes; the last may be smaller."""
         here, recipe = self.progress, self.recipe
         position = min(self.passes, math.ceil(here.seen / recipe.batch))
         here.seen = position * recipe.batch
@@ -291,13 +299,13 @@ class Run:
             yield islice(batches, size), size
 
     def _learn(self) -> None:
-        """Training mode, but for what is frozen."""
+        """Sets training mode, except for frozen modules."""
         self.objective.train()
         for module in self.still:
             module.eval()
 
     def _clip(self) -> Tensor:
-        """The norm of the whole gradient, which is clipped to `recipe.clip`."""
+        """Clips the gradient to `recipe.clip`; returns its norm before."""
         if self.recipe.clip is None:
             gradients = [p.grad for p in self.system.parameters() if p.grad is not None]
             return torch.nn.utils.get_total_norm(gradients)
@@ -306,7 +314,7 @@ class Run:
         )
 
     def _check(self, batch: Batch, terms: dict[str, Tensor], values: list[float], place: tuple[int, ...]) -> None:
-        """Stop all processes, before the weights change, where a loss or the gradient is not a finite number."""
+        """Stops all processes, before the weights change, if a loss or the gradient is not finite."""
         bad = not all(map(math.isfinite, values))
         anywhere = bad
         if self.fabric.world_size > 1:
@@ -318,10 +326,10 @@ class Run:
         if bad:
             keep_batch(path, self.system, batch, terms, place, amp=self.recipe.amp == "bf16")
             raise not_finite(path, self.progress.step, terms, batch.names)
-        raise TrainingError(f"step {self.progress.step}: another process met a loss that is not a finite number")
+        raise TrainingError(f"step {self.progress.step}: a loss on another process is not finite")
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was asked to; all stop after the same step."""
+        """Whether any process received a signal; all stop after the same step."""
         if self.fabric.world_size == 1:
             return self.stop.asked
         flag = torch.tensor(float(self.stop.asked), device=self.fabric.device)
@@ -346,7 +354,7 @@ class Run:
         here.sums, here.terms = {}, 0
 
     def _validate(self) -> None:
-        """Measure the chosen weights, keep them as the last, and as the best where they are."""
+        """Evaluates the chosen weights and saves them as the last, and as the best if they are."""
         here, recipe = self.progress, self.recipe
         here.validated = here.step
         values: dict[str, float] = {}
@@ -360,7 +368,6 @@ class Run:
                     batch=max(1, recipe.batch // self.fabric.world_size),
                     workers=recipe.workers,
                     seed=recipe.seed,
-                    channels_last=recipe.channels_last,
                 )
             self.logs.write(here.step, here.epoch, {**values, "time/validation": time.perf_counter() - began})
             measure, value = score(values)
@@ -383,11 +390,10 @@ class Run:
         if self.leads:
             path = self.out / f"{name}.safetensors"
             extra = {"step": self.progress.step, "epoch": self.progress.epoch, "measured": values}
-            with writing(path):
-                save(self.chosen, path, extra=extra)
+            save(self.chosen, path, extra=extra)
 
     def _save(self) -> None:
-        """Write last.ckpt: all that an uninterrupted run would have in memory now, and how long the logs are."""
+        """Writes last.ckpt: everything that an uninterrupted run has in memory, and the lengths of the logs."""
         self.saved = time.monotonic()
         if not self.leads:
             return
@@ -417,25 +423,39 @@ class Run:
 
 
 def _saved_run(out: Path, resume: bool) -> dict[str, Any] | None:
-    """The state to go on from, or None for a new run."""
+    """The state to resume from, or None for a new run."""
     path = out / LAST
     if not path.exists():
         return None
     if not resume:
-        raise UsageError(f"{out} holds a run already; go on with it (resume) or give another folder")
-    return load_state(path)
+        raise UsageError(f"{out} already holds a run; resume it (resume=True, --resume) or give another folder")
+    return _upgraded(load_state(path))
+
+
+def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
+    """A state that an earlier version may have written, with today's option and parameter names."""
+    kind = system_class(state["system"])
+    options = kind.upgraded(state["options"])
+    if plain(options) == plain(state["options"]):
+        return state
+    system = kind.rebuild(options)
+    state |= {"options": system.options, "model": renamed(state["model"], system)}
+    state["optimizer"] |= {"state": renamed(state["optimizer"]["state"], system)}
+    if state["average"] is not None:
+        state["average"] |= {"model": renamed(state["average"]["model"], system)}
+    return state
 
 
 def _settle(
     recipe: Recipe | str | None, changes: Mapping[str, Any], folder: Path | None, state: dict[str, Any] | None
 ) -> tuple[Recipe, list[str]]:
-    """The recipe that holds, and what differs from the one that the run began with."""
+    """The recipe to use, and how it differs from the one that the run started with."""
     before = None if state is None else Recipe.from_dict(state["recipe"])
     if isinstance(recipe, str):
         recipe = named_recipe(recipe)
     if recipe is None:
         recipe = before or Recipe()
-        # Killed before its first checkpoint, a run has only its recipe.
+        # A run that was killed before its first checkpoint has only its recipe.
         if before is None and folder is not None and (folder / "recipe.json").exists():
             recipe = Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8"))
     recipe = recipe.with_changes(changes)
@@ -443,23 +463,27 @@ def _settle(
 
 
 def _same_system(system: str | System, state: dict[str, Any], options: Mapping[str, Any] | None) -> System:
-    """The system of an interrupted run; what the caller says must not contradict it."""
+    """The system of an interrupted run; UsageError if the caller's arguments contradict it."""
     if isinstance(system, System):
         if (system.name, system.options) != (state["system"], state["options"]):
-            raise UsageError(f"the run is of a {state['system']} with other options; resume it with the same system")
+            raise UsageError(f"the run trains {state['system']} with other options; resume it with the same system")
     else:
         asked = system if system in names() else presets().get(system)
         if asked not in (None, state["system"]):
-            raise UsageError(f"the run is of a {state['system']}, not a {system}; resume it with the same system")
-        other = [k for k, v in plain(dict(options or {})).items() if state["options"].get(k) != v]
+            raise UsageError(f"the run trains {state['system']}, not {system}; resume it with the same system")
+        kind = system_class(state["system"])
+        wanted = kind.with_options(state["options"], plain(dict(options or {})))
+        other = [name for name, value in wanted.items() if state["options"].get(name) != value]
         if other:
-            raise UsageError(f"a run's network cannot change when it is resumed: {', '.join(other)}")
-        system = system_class(state["system"]).rebuild(state["options"])
+            raise UsageError(f"the network of a run cannot change when it is resumed: {', '.join(other)}")
+        system = kind.rebuild(state["options"])
     system.preprocess = type(system.preprocess).from_dict(state["preprocess"])
     system.source = state["source"]
     return system
 
 
 def _sentence(values: dict[str, float]) -> str:
-    told = [n for n in ("val/panoptic/PQ", "val/segm/AP", "val/keypoints/AP", "val/bbox/AP", "val/loss") if n in values]
-    return ", ".join(f"{name.removeprefix('val/')} {values[name]:.4f}" for name in told)
+    shown = [
+        n for n in ("val/panoptic/PQ", "val/segm/AP", "val/keypoints/AP", "val/bbox/AP", "val/loss") if n in values
+    ]
+    return ", ".join(f"{name.removeprefix('val/')} {values[name]:.4f}" for name in shown)

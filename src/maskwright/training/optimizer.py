@@ -1,4 +1,4 @@
-"""Which parameters learn, how fast, and the running mean of them."""
+"""Which parameters are trained, at which learning rate, and their running mean."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instanc
 
 
 def freeze(system: System, names: tuple[str, ...]) -> list[nn.Module]:
-    """Take parts out of learning; `names` are parts or globs of parameter names.
+    """Excludes parts from training.
 
-    Gives the modules that must stay in eval mode: a batch normalisation that does not learn, whether it was named here
-    or built so (`frozen`), must not keep counting either, or its statistics drift away from its frozen weights.
+    Args:
+        system: The system; changed in place.
+        names: Parts (see `System.groups`) or globs of parameter names.
+
+    Returns:
+        The modules that must stay in evaluation mode: the running statistics of a batch normalisation that is not
+        trained, whether named here or constructed frozen, must not change, or they drift away from its weights.
+
+    Raises:
+        UsageError: If a name matches nothing, or nothing is left to train.
     """
     for name in names:
         for parameter in _named(system, name, "freeze").values():
@@ -32,12 +40,15 @@ def freeze(system: System, names: tuple[str, ...]) -> list[nn.Module]:
         if isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
             still.append(module)
     if not any(p.requires_grad for p in system.parameters()):
-        raise UsageError(f"freeze={', '.join(names)} leaves nothing to learn")
+        raise UsageError(f"freeze={', '.join(names)} leaves nothing to train")
     return still
 
 
 def build_optimizer(system: System, recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters that learn. Each group holds `names`, and `scale`, its factor on the rate."""
+    """SGD or AdamW over the trainable parameters.
+
+    Each parameter group has `names` and `scale`, its factor on the learning rate.
+    """
     scales: dict[str, float] = {}
     for part, scale in recipe.rates.items():
         scales.update(dict.fromkeys(_named(system, part, "rates"), scale))
@@ -56,13 +67,13 @@ def build_optimizer(system: System, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its share of the learning rate."""
+    """Sets the learning rate of every group, times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["scale"]
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-    """What the optimizer remembers of each parameter, by the parameter's name."""
+    """The optimizer's state by parameter name."""
     return {
         name: dict(optimizer.state[parameter])
         for group in optimizer.param_groups
@@ -72,7 +83,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, Any]]) -> None:
-    """The way back, by name: what is newly frozen is left out, what newly learns begins with no memory."""
+    """Restores a state by parameter name; newly trained parameters start without state."""
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if name in saved:
@@ -82,8 +93,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, dict
 class Average:
     """The running mean of a system's weights: `mean += (1 - decay) * (weights - mean)` after every step.
 
-    The decay is warmed up, min(decay, (1 + n) / (10 + n)), so that a short run's mean is not of its random start.
-    Buffers are taken as they are. `system` is a whole system and may be evaluated and saved.
+    The decay is warmed up, min(decay, (1 + n) / (10 + n)), so that the mean of a short run does not include its random
+    start. Buffers are copied.
+
+    Attributes:
+        system: The averaged system, which can be evaluated and saved.
+        updates: Number of updates so far.
     """
 
     def __init__(self, system: System, decay: float):
@@ -93,6 +108,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, system: System) -> None:
+        """Includes the weights after one more step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         mean, now = self.system.state_dict(), system.state_dict()
@@ -103,12 +119,12 @@ class Average:
 
 
 def _named(system: System, name: str, option: str) -> dict[str, nn.Parameter]:
-    """The parameters of a part, or those whose names match a glob: at least one."""
+    """The parameters of a part, or those whose names match a glob; UsageError if there are none."""
     found = _matching(system, name)
     if not found:
         parts = ", ".join(system.groups())
         raise UsageError(
-            f"{option}: {name!r} is neither a part of {system.name} ({parts}) nor matches a parameter's name"
+            f"{option}: {name!r} is neither a part of {system.name} ({parts}) nor does it match a parameter name"
         )
     return found
 
@@ -123,7 +139,7 @@ def _matching(system: System, name: str) -> dict[str, nn.Parameter]:
 
 
 def _decays(system: System, recipe: Recipe) -> dict[str, bool]:
-    """Whether weight decay acts on each parameter."""
+    """Whether weight decay applies to each parameter."""
     decays = {}
     for prefix, module in system.named_modules():
         for name, _ in module.named_parameters(recurse=False):

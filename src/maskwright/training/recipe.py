@@ -1,4 +1,4 @@
-"""How to train: one frozen record of every choice, and the recipes that were published."""
+"""Training recipes: all choices of a run as one frozen dataclass, and published recipes."""
 
 from __future__ import annotations
 
@@ -14,65 +14,67 @@ from maskwright.errors import UsageError
 
 @dataclass(frozen=True)
 class Recipe:
-    """Every choice of a training run. The defaults are the `small` recipe: a few hundred images, one device.
+    """All choices of a training run. The defaults are the recipe "small": a few hundred images, one device.
 
-    A *step* is one change of the weights; it sees `batch * accumulate` images. Fractions are of the whole run, so
-    that a recipe keeps its shape when it is made shorter.
+    A *step* is one update of the weights, from `batch * accumulate` images. Fractions are of the whole run, so that a
+    recipe keeps its shape when the run is made shorter.
     """
 
     # how long, and how much at once
-    epochs: int = 40  # passes over the data; not used where `steps` is given
-    steps: int | None = None  # steps in all, instead of epochs
-    batch: int = 4  # images per forward and backward pass, over all devices together
+    epochs: int = 40  # passes over the data; not used if `steps` is given
+    steps: int | None = None  # total steps, instead of epochs
+    batch: int = 4  # images per forward and backward pass, over all devices
     accumulate: int = 1  # passes whose gradients are averaged into one step
 
     # optimizer
-    optimizer: Literal["sgd", "adamw"] = "adamw"  # how weights follow their gradients
+    optimizer: Literal["sgd", "adamw"] = "adamw"  # SGD with momentum, or AdamW
     lr: float = 2e-4  # learning rate at the end of the warm-up
     lr_per_image: float | None = None  # linear scaling rule: lr = this * batch * accumulate, instead of `lr`
-    momentum: float = 0.9  # of SGD: share of the last step kept in the next
-    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW: decay of the running means of gradient and square
-    weight_decay: float = 0.05  # pull of the weights towards zero, per step and learning rate
-    decay_norms: bool = False  # whether weight decay also acts on normalisation layers
-    decay_biases: bool = False  # whether weight decay also acts on biases
-    no_decay: tuple[str, ...] = ()  # parts or globs of parameter names on which it does not act, whatever they are
+    momentum: float = 0.9  # of SGD
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    weight_decay: float = 0.05  # decoupled with AdamW, added to the gradient with SGD
+    decay_norms: bool = False  # whether weight decay also applies to normalisation layers
+    decay_biases: bool = False  # whether weight decay also applies to biases
+    no_decay: tuple[str, ...] = ()  # parts or globs of parameter names to which it never applies
     rates: dict[str, float] = field(default_factory=dict)  # part (see System.groups) or glob of names -> factor on lr
-    clip: float | None = 1.0  # largest norm of all gradients together
+    clip: float | None = 1.0  # maximum norm of all gradients together
 
     # learning rate over the run
-    schedule: Literal["constant", "steps", "cosine", "poly"] = "cosine"  # how the learning rate falls after warm-up
-    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # "steps": where the rate falls, fractions of the run
-    gamma: float = 0.1  # "steps": what the rate is multiplied by there
+    schedule: Literal["constant", "steps", "cosine", "poly"] = "cosine"  # of the learning rate after warm-up
+    milestones: tuple[float, ...] = (2 / 3, 8 / 9)  # "steps": when the rate drops, as fractions of the run
+    gamma: float = 0.1  # "steps": factor on the rate at each drop
     power: float = 0.9  # "poly": rate * (1 - t) ** power
     final: float = 0.01  # "cosine": factor on lr at the end
-    warmup: int = 100  # steps of linear warm-up; at most a quarter of the run is taken
+    warmup: int = 100  # steps of linear warm-up, at most a quarter of the run
     warmup_from: float = 0.01  # factor on lr at step 0
 
     # averaging and precision
-    ema: float | None = 0.998  # decay of the running mean of the weights, which is what is evaluated and kept
+    ema: float | None = 0.998  # decay of the running mean of the weights, which is evaluated and saved
     amp: Literal["no", "bf16"] = "no"  # bf16: automatic mixed precision, half the memory of activations
-    channels_last: bool = False  # images in memory with channels last: faster in bf16 on GPUs
-    compile: bool = False  # torch.compile the network's forward
+    channels_last: bool = False  # channels-last memory format: faster in bf16 on GPUs
+    compile: bool = False  # torch.compile each network
     sync_norm: bool = False  # batch normalisation over all devices (needs GPUs)
 
-    # what is learnt
+    # what is trained
     freeze: tuple[str, ...] = ()  # parts (see System.groups) or globs of parameter names
 
     # images
     augment: dict[str, Any] = field(default_factory=lambda: {"flip": 0.5})  # options of data.Augment
-    short: tuple[int, ...] = ()  # short sides drawn from in training; the largest for validation; () the system's own
-    long: int | None = None  # the long side's bound; None: the system's own
+    short: tuple[
+        int, ...
+    ] = ()  # short sides to draw from in training, the largest for validation; (): the system's own
+    long: int | None = None  # upper bound of the long side; None: the system's own
     workers: int = 2  # processes that read images, per device
 
     # validation
     val_every: int = 1  # epochs between validations; there is always one at the end
-    val_max_images: int | None = None  # images validated on, spread evenly over the set
-    patience: int | None = None  # stop after so many validations without a better one
+    val_max_images: int | None = None  # images to validate on, evenly spread over the set
+    patience: int | None = None  # stop after this many validations without improvement
 
     # the machine
-    seed: int = 0  # of weights, order, augmentation and sampling
+    seed: int = 0  # of initialisation, order, augmentation and sampling
     device: str = "auto"  # "auto", "cpu", "cuda", "mps"
-    devices: int = 1  # processes per node, one per device; torchrun's numbers win where it started the processes
+    devices: int = 1  # processes per node, one per device; under torchrun its numbers apply
     nodes: int = 1  # machines
 
     # the run folder
@@ -86,7 +88,7 @@ class Recipe:
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("steps", "val_max_images", "patience", "long"):
             value = getattr(self, name)
-            self._expect(name, value is None or value >= 1, "at least 1, or nothing")
+            self._expect(name, value is None or value >= 1, "at least 1 or None")
         for name in ("lr", "lr_per_image", "clip"):
             value = getattr(self, name)
             self._expect(name, value is None or (math.isfinite(value) and value > 0), "above 0")
@@ -99,18 +101,18 @@ class Recipe:
 
     def _expect(self, name: str, holds: bool, what: str) -> None:
         if not holds:
-            raise UsageError(f"{name} is {getattr(self, name)!r}; it must be {what}")
+            raise UsageError(f"{name} must be {what}, got {getattr(self, name)!r}")
 
     @property
     def learning_rate(self) -> float:
-        """The rate at the end of the warm-up, by the linear scaling rule where `lr_per_image` is given."""
+        """The learning rate at the end of the warm-up, by the linear scaling rule if `lr_per_image` is given."""
         return self.lr if self.lr_per_image is None else self.lr_per_image * self.batch * self.accumulate
 
     def factor(self, step: int, total: int) -> float:
-        """What `learning_rate` is multiplied by at step `step` of 0 ... total - 1."""
+        """The factor on `learning_rate` at step `step` of 0 ... total - 1."""
         done = step / total
         if self.schedule == "steps":
-            # Rounded to whole steps: 60000 / 90000 of 90000 steps is step 60000, not 60001.
+            # Rounded to integers: 60000 / 90000 of 90000 steps is step 60000, not 60001.
             value = self.gamma ** sum(step >= round(m * total) for m in self.milestones)
         elif self.schedule == "cosine":
             value = self.final + (1 - self.final) * (1 + math.cos(math.pi * done)) / 2
@@ -124,7 +126,12 @@ class Recipe:
         return value
 
     def with_changes(self, changes: Mapping[str, Any]) -> Self:
-        """This recipe with some fields replaced; UsageError names an unknown one and its nearest neighbour."""
+        """Returns a copy with some fields replaced.
+
+        Raises:
+            UsageError: If a field does not exist or a value is invalid.
+        """
+        changes = {_RENAMED.get(name, name): value for name, value in changes.items()}
         known = [f.name for f in fields(self)]
         for name in changes:
             if name not in known:
@@ -137,33 +144,35 @@ class Recipe:
             _choose(name, changes[name])
         try:
             return replace(self, **{name: _frozen(name, value) for name, value in changes.items()})
-        except TypeError as error:  # a comparison in __post_init__ with a value of another kind
-            raise UsageError(f"a training option has a value of the wrong kind: {error}") from None
+        except TypeError as error:  # a comparison in __post_init__ with a value of another type
+            raise UsageError(f"a training option has a value of the wrong type: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The fields as JSON values."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The recipe that `to_dict` gave; missing fields take their defaults."""
+        """The recipe from `to_dict`; missing fields take their defaults."""
         return cls().with_changes(values)
 
     def to_json(self) -> str:
+        """The fields as JSON text."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
+        """The recipe from `to_json`; UsageError if the text is not a JSON object."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise UsageError(f"a recipe is a JSON object, this text is none: {error}") from None
+            raise UsageError(f"a recipe must be a JSON object: {error}") from None
         if not isinstance(values, dict):
-            raise UsageError(f"a recipe is a JSON object, this is a {type(values).__name__}")
+            raise UsageError(f"a recipe must be a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
 
     def differences(self, other: Recipe) -> list[str]:
-        """What changes from this recipe to `other`, as "name: before -> after"."""
+        """The fields in which `other` differs, as "name: before -> after"."""
         before, after = self.to_dict(), other.to_dict()
         return [f"{name}: {before[name]} -> {after[name]}" for name in after if before[name] != after[name]]
 
@@ -178,8 +187,10 @@ _CHOICES = {
 
 def _choose(name: str, value: Any) -> None:
     if value not in _CHOICES[name]:
-        raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(_CHOICES[name])}")
+        raise UsageError(f"{name} must be one of {', '.join(map(repr, _CHOICES[name]))}, got {value!r}")
 
+
+_RENAMED = {"lr_per_picture": "lr_per_image"}  # fields of earlier versions, in files
 
 _TUPLES = ("betas", "milestones", "freeze", "short", "no_decay")
 
@@ -190,7 +201,7 @@ def _frozen(name: str, value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-# What most published recipes have in common; those of the systems (`System.recipes`) say what they change of it.
+# What most published recipes have in common; those of the systems (`System.recipes`) are changes of it.
 _PUBLISHED = Recipe(
     batch=16,
     optimizer="sgd",
@@ -205,7 +216,8 @@ _PUBLISHED = Recipe(
 )
 
 RECIPES: Mapping[str, Recipe] = {
-    # A few hundred images, from scratch or fine-tuned: AdamW forgives a learning rate, the running mean a short run.
+    # A few hundred images, from scratch or fine-tuned: AdamW is tolerant of the learning rate, the running mean helps
+    # short runs.
     "small": Recipe(),
     # detectron2's 1x: 90k steps of 16 images, about 12 epochs of COCO. Mask R-CNN R50-FPN: mask AP 35.2.
     "detectron2-1x": replace(_PUBLISHED, steps=90_000, decay_biases=True, short=tuple(range(640, 801, 32)), long=1333),
@@ -219,7 +231,7 @@ RECIPES: Mapping[str, Recipe] = {
         long=1333,
     ),
     # detectron2's "new baselines", from scratch with large-scale jitter, 100 epochs. Mask R-CNN R50-FPN: mask AP 40.3
-    # with synchronised batch normalisation everywhere. Warm-up and milestones are written down from memory.
+    # with synchronised batch normalisation everywhere. Warm-up and milestones are from memory, not verified.
     "detectron2-lsj": replace(
         _PUBLISHED,
         epochs=100,
@@ -248,7 +260,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def named_recipe(name: str) -> Recipe:
-    """The published recipe called `name`."""
+    """The published recipe called `name`; UsageError if there is none."""
     if name in RECIPES:
         return RECIPES[name]
     own = _of_systems()
@@ -256,14 +268,14 @@ def named_recipe(name: str) -> Recipe:
         near = get_close_matches(name, own, 3)
         raise UsageError(
             f"there is no recipe {name!r}; known are {', '.join(RECIPES)}"
-            + (f", near it {', '.join(near)}" if near else "")
-            + "; `maskwright systems NAME` lists those of a system"
+            + (f"; similar: {', '.join(near)}" if near else "")
+            + "; `maskwright systems NAME` lists the recipes of a system"
         )
     return _PUBLISHED.with_changes(own[name])
 
 
 def _of_systems() -> dict[str, Mapping[str, Any]]:
-    """What the systems' own recipes change of `_PUBLISHED`; they are only looked up where a name is not general."""
+    """The systems' recipes as changes of `_PUBLISHED`."""
     from maskwright.systems import names, system_class
 
     return {name: changes for system in names() for name, changes in system_class(system).recipes.items()}

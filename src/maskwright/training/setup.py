@@ -1,26 +1,30 @@
-"""What has to be there before the first step: the devices, the data, the system."""
+"""Preparation of a training run: devices, data, system."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskwright.data import OneClass, Renamed, things_only
+from maskwright.data import Augment, Dataset, OneClass, Renamed, as_dataset, has_split, open_dataset, things_only
 from maskwright.errors import MissingExtraError, TrainingError, UsageError
-from maskwright.systems import PanopticSystem, ProposalSystem, System, create, names, presets, system_class
+from maskwright.options import parameters_of
+from maskwright.systems import ProposalSystem, System, create, describe, find, names, presets, stuff_of
 from maskwright.training.recipe import Recipe
 
 
 def launch(recipe: Recipe) -> Any:
-    """Lightning Fabric on the recipe's devices; with several, the other processes exist when this returns.
+    """Starts Lightning Fabric on the recipe's devices; with several, the other processes exist when this returns.
 
-    Started by torchrun, its numbers of devices and nodes hold. Otherwise the running script is started once more per
+    Under torchrun, its numbers of devices and nodes apply. Otherwise the running script is started once more for each
     further device.
+
+    Raises:
+        UsageError: If the batch cannot be divided among the devices, or there are fewer devices.
     """
     try:
         from lightning_fabric import Fabric
@@ -31,12 +35,10 @@ def launch(recipe: Recipe) -> Any:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     if recipe.batch % (devices * nodes):
-        raise UsageError(
-            f"batch is {recipe.batch} images over all devices; it must be a multiple of the {devices * nodes} devices"
-        )
+        raise UsageError(f"batch must be a multiple of the number of devices, {devices * nodes}, got {recipe.batch}")
     kind = device_kind(recipe.device)
     if kind == "cuda" and devices > torch.cuda.device_count():
-        raise UsageError(f"devices is {devices}, this machine has {torch.cuda.device_count()}")
+        raise UsageError(f"devices is {devices}, but this machine has {torch.cuda.device_count()}")
     fabric = Fabric(
         accelerator=kind,
         devices=devices,
@@ -51,37 +53,86 @@ def launch(recipe: Recipe) -> Any:
 
 
 def device_kind(wish: str) -> str:
-    """ "cuda", "mps" or "cpu": what `wish` ("auto" takes the fastest) means on this machine."""
+    """The kind of device that `wish` stands for on this machine: "cuda", "mps" or "cpu"; "auto" takes the fastest."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wish == "auto":
         return next(kind for kind, is_there in there.items() if is_there)
     if not there[wish]:
         raise UsageError(
-            f"device {wish!r} is not there; this machine has {', '.join(k for k, t in there.items() if t)}"
+            f"device {wish!r} is not available; this machine has {', '.join(k for k, t in there.items() if t)}"
         )
     return wish
 
 
-def open_sets(data: Any, val: Any, keypoints: bool, panoptic: bool = False) -> tuple[Any, Any | None]:
-    """The set to learn from and the one to validate on, None where there is none.
+@dataclass(frozen=True)
+class Kind:
+    """What kind of data a run reads, settled once before anything is opened.
 
-    `val` may be a data set, a source of its own (its split "val"), None for the "val" split of `data` where it has
-    one, or False for none.
+    Attributes:
+        keypoints: Whether annotations with keypoints are read; None: whatever the data set holds.
+        panoptic: Whether images segmented into things and stuff are read; None: whatever the data set holds.
+        regions: Whether the system learns regions; otherwise it learns from the things of such a set.
+        takes_stuff: Whether the constructor takes the names of regions.
     """
-    from maskwright.data import as_dataset, has_split, open_dataset
 
-    points, stuff = keypoints or None, panoptic or None  # what is not needed is not dropped either
+    keypoints: bool | None
+    panoptic: bool | None
+    regions: bool
+    takes_stuff: bool
+
+
+def settle_kind(
+    system: str | System, weights: str | Path | None, options: Mapping[str, Any] | None, keypoints: bool | None,
+    panoptic: bool | None,
+) -> Kind:  # fmt: skip
+    """What kind of data the system learns from; `keypoints` and `panoptic` are the caller's wishes."""
+    named = isinstance(system, str) and (system in names() or system in presets())
+    if isinstance(system, System):
+        described, wants_panoptic = system, bool(stuff_of(system))
+    elif named:
+        kind, _ = find(system)
+        changes = {k: v for k, v in (options or {}).items() if k != "variant"}
+        described = describe(system, **changes)
+        wants_panoptic = system in kind.presets and kind.presets[system].task in ("panoptic", "semantic")
+    else:
+        from maskwright.checkpoints import load
+
+        described = load(system if weights is None else weights)
+        wants_panoptic = bool(stuff_of(described))
+    takes_stuff = "stuff" in parameters_of(type(described).__init__)
+    regions = "panoptic" in described.tasks and (not isinstance(system, System) or bool(stuff_of(system)))
+    return Kind(
+        keypoints=True if keypoints is None and "keypoints" in described.needs else keypoints,
+        panoptic=True if panoptic is None and wants_panoptic else panoptic,
+        regions=regions,
+        takes_stuff=takes_stuff,
+    )
+
+
+def open_sets(data: Any, val: Any, kind: Kind) -> tuple[Dataset, Dataset | None]:
+    """Opens the training set and the validation set.
+
+    Args:
+        data: A data set, or a source whose split "train" is used.
+        val: A data set, a source whose split "val" is used, None for the "val" split of `data` if it has one, or False
+            for no validation.
+        kind: What kind of data is read.
+
+    Returns:
+        The training set and the validation set, None if there is none.
+    """
     if isinstance(data, (str, Path)):
-        train_set = open_dataset(data, "train", keypoints=points, panoptic=stuff)
-        if val is None and has_split(data, "val", keypoints=points, panoptic=stuff):
+        train_set: Any = open_dataset(data, "train", keypoints=kind.keypoints, panoptic=kind.panoptic)
+        if val is None and _has_val(data, kind):
             val = data
     else:
-        train_set = as_dataset(data)
-    if val is None or val is False:
-        return train_set, None
-    if not isinstance(val, (str, Path)):
-        return train_set, as_dataset(val)
-    return train_set, open_dataset(val, "val", keypoints=points, panoptic=stuff)
+        train_set = data
+    if isinstance(val, (str, Path)):
+        val = open_dataset(val, "val", keypoints=kind.keypoints, panoptic=kind.panoptic)
+    train_set = as_dataset(train_set)
+    if train_set.stuff and not kind.regions:
+        train_set = things_only(train_set)
+    return train_set, None if val is None or val is False else as_dataset(val)
 
 
 def make_system(
@@ -91,52 +142,63 @@ def make_system(
     options: Mapping[str, Any] | None,
     stuff: Sequence[str] = (),
 ) -> System:
-    """The system to train: one given, one by name with random weights, or one that starts from `weights`.
+    """The system to train: a given one, one by name with random weights, or one that starts from `weights`.
 
-    Weights of other classes keep the rows of the head whose class names match; a system of proposals has no classes.
-    `stuff` are the classes that are regions: a system that can divides images among both then.
+    Args:
+        system: A system, the name of a system or preset, or a file of weights.
+        classes: The classes to learn. Weights for other classes keep the rows of the head whose class names match;
+            proposal systems have a single class and keep it.
+        weights: Weights to start from.
+        options: Options of the constructor.
+        stuff: Those of `classes` that are regions.
     """
     if isinstance(system, System):
         if weights is not None or options:
-            raise UsageError("weights and options go with a system's name; here a finished system was given")
+            raise UsageError("weights and options apply to a system's name, not to a constructed system")
         return system
     options = dict(options or {})
     if stuff:
         options = {"stuff": [name for name in stuff if name in classes], **options}
-    if weights is None and (system in names() or system in presets()):
-        if issubclass(system_class(presets().get(system, system)), ProposalSystem):
-            return create(system, **options)
-        return create(system, **{**options, "classes": tuple(classes)})
+    named = system in names() or system in presets()
+    if weights is None and named:
+        kind, _ = find(system)
+        return create(system, **options if issubclass(kind, ProposalSystem) else {**options, "classes": tuple(classes)})
     from maskwright.checkpoints import load
 
     source = system if weights is None else weights
-    wanted = presets().get(system, system)
-    if weights is not None and wanted in names() and _adopts(wanted):
+    wanted = find(system)[0] if named else None
+    if weights is not None and wanted is not None and _adopts(wanted):
         return _adopted(system, wanted, weights, options)
     loaded = load(source, classes=tuple(classes), **options)
-    if weights is not None and loaded.name != wanted:
-        raise UsageError(f"{weights} holds a {loaded.name}, not a {wanted}")
+    if weights is not None and loaded.name != (wanted.name if wanted else system):
+        raise UsageError(f"{weights} holds the weights of {loaded.name}, not of {wanted.name if wanted else system}")
     return loaded
 
 
-def take_trunk(system: System, source: str | Path) -> None:
-    """Put the trunk of another system into `system`, in place, with the normalisation of images that it knows.
+def take_backbone(system: System, source: str | Path) -> None:
+    """Copies the backbone of another system's weights into `system`, with the image normalisation it was trained with.
 
-    A system that needs long to learn from random weights (one with queries, above all) begins with the trunk of one
-    that does not, trained on the same images. `source` is a file of any system, or a name of the catalogue.
-    UsageError names what differs where the two trunks are not the same network.
+    A system that takes long to train from random weights (one with queries above all) can start from the backbone of
+    one that does not, trained on the same images.
+
+    Args:
+        system: The system; changed in place.
+        source: A file of any system, or a name in the catalogue.
+
+    Raises:
+        UsageError: If the two backbones are not the same network; the message names what differs.
     """
     from maskwright.checkpoints import load
 
     giver = load(source)
     own, theirs = (torch.nn.ModuleList(each.groups()["backbone"]) for each in (system, giver))
-    wanted, given = ({k: tuple(v.shape) for k, v in trunk.state_dict().items()} for trunk in (own, theirs))
+    wanted, given = ({k: tuple(v.shape) for k, v in part.state_dict().items()} for part in (own, theirs))
     for name in wanted | given:
         if wanted.get(name) != given.get(name) and not name.endswith("num_batches_tracked"):
             raise UsageError(
-                f"{source}: the trunk of this {giver.name} is another than that of the {system.name} to be trained: "
-                f"{name} is {given.get(name, 'missing')} there and {wanted.get(name, 'missing')} here; give the "
-                "options that its trunk was made with (backbone, norm, stem_width, in_channels)"
+                f"{source}: the backbone of this {giver.name} differs from that of the {system.name} to be trained: "
+                f"{name} is {given.get(name, 'missing')} there and {wanted.get(name, 'missing')} here; use the same "
+                "backbone options (name, norm, width) and in_channels"
             )
     own.load_state_dict(theirs.state_dict(), strict=False)
     there = giver.preprocess
@@ -145,38 +207,38 @@ def take_trunk(system: System, source: str | Path) -> None:
     )
 
 
-def _adopts(name: str) -> bool:
-    """Whether a system can stand on one of another kind."""
-    return system_class(name).adopt.__func__ is not System.adopt.__func__  # pyright: ignore[reportFunctionMemberAccess]
+def _adopts(kind: type[System]) -> bool:
+    """Whether a system can be built on one of another kind."""
+    return kind.adopt.__func__ is not System.adopt.__func__  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _adopted(system: str, wanted: str, weights: str | Path, options: dict[str, Any]) -> System:
-    """A system that stands on what `weights` hold, or goes on from them where they are its own. It keeps their classes:
-    what is frozen learns no others."""
+def _adopted(system: str, kind: type[System], weights: str | Path, options: dict[str, Any]) -> System:
+    """A system built on what `weights` hold, or continued from them if they are its own. It keeps their classes: frozen
+    parts cannot learn others."""
     from maskwright.checkpoints import load
 
     variant = {"variant": options.pop("variant")} if "variant" in options else {}
     loaded = load(weights, **variant)
-    if loaded.name == wanted:
+    if loaded.name == kind.name:
         return load(weights, **variant, **options) if options else loaded
-    kind = system_class(wanted)
-    chosen = kind.presets[system].options if system in kind.presets else {}
     try:
-        return kind.adopt(loaded, **{**chosen, **options})
+        return kind.adopt(loaded, **kind.with_options(find(system)[1], options))
     except UsageError as error:
         raise UsageError(f"{weights}: {error}") from None
 
 
 def fit_sizes(system: System, recipe: Recipe) -> None:
-    """Give the system the recipe's sizes for test time, so that what is trained is what is evaluated and saved."""
+    """Sets the recipe's image sizes for evaluation too, so that the system is evaluated and saved as it was trained."""
     if recipe.short or recipe.long:
         system.preprocess = system.preprocess.at(max(recipe.short) if recipe.short else None, recipe.long)
 
 
-def make_augment(recipe: Recipe) -> Any:
-    """The recipe's augmentation, an `Augment` of the data room. What it does not name does not happen."""
-    from maskwright.data import Augment
+def make_augment(recipe: Recipe) -> Augment:
+    """The augmentation of a recipe. What the recipe does not name is not done.
 
+    Raises:
+        UsageError: If an augmentation does not exist or has an invalid value.
+    """
     options = {"flip": 0.0, **recipe.augment}
     if recipe.short:
         options.setdefault("short", recipe.short)
@@ -188,50 +250,61 @@ def make_augment(recipe: Recipe) -> Any:
             raise UsageError(f"there is no augmentation {name!r}; known are {', '.join(known)}")
     try:
         return Augment(**options)
-    except TypeError as error:  # a comparison with a value of another kind
-        raise UsageError(f"an augmentation has a value of the wrong kind: {error}") from None
+    except TypeError as error:  # comparison with a value of another type
+        raise UsageError(f"an augmentation has a value of the wrong type: {error}") from None
 
 
-def fit_classes(dataset: Any, system: System) -> Any:
-    """The data set with labels as the system counts them; objects of classes the system does not know are left out."""
-    if not getattr(system, "stuff", ()):
+def fit_classes(dataset: Dataset, system: System) -> Dataset:
+    """The data set with the labels of the system; objects of other classes are left out.
+
+    Raises:
+        UsageError: If the two have no class in common.
+    """
+    if not stuff_of(system):
         dataset = things_only(dataset)
     if tuple(dataset.classes) == tuple(system.classes):
         return dataset
-    if isinstance(system, ProposalSystem):
+    if "proposals" in system.tasks:
         return OneClass(dataset, system.classes[0])
     if not set(dataset.classes) & set(system.classes):
         raise UsageError(
-            f"the system knows {_few(system.classes)}, the data {_few(dataset.classes)}: no class in common; "
+            f"the system has the classes {_few(system.classes)}, the data {_few(dataset.classes)}: none in common; "
             "give classes= the names to learn"
         )
     return Renamed(dataset, system.classes)
 
 
-def check_data(dataset: Any, split: str) -> None:
-    """TrainingError where there is nothing to learn from. Stops at the first object; images are not read."""
+def check_data(dataset: Dataset, split: str, system: System) -> None:
+    """Checks that a data set has objects, with what the system needs of them. Images are not read.
+
+    Raises:
+        TrainingError: If there is nothing to learn from, or the objects lack masks or keypoints that the system needs.
+    """
     total = len(dataset)
     if not total:
         raise TrainingError(f"the {split} set {dataset.name} has no images")
     for index in range(total):
         target = dataset.targets(index)
         if bool((~target.crowd).any()) if target.crowd is not None else len(target) > 0:
-            return
-    raise TrainingError(
-        f"the {split} set {dataset.name} has {total} images and not one object of the classes "
-        f"{_few(dataset.classes)} to learn from; `maskwright check` says what its annotations hold"
-    )
+            break
+    else:
+        raise TrainingError(
+            f"the {split} set {dataset.name} has {total} images and no objects of the classes "
+            f"{_few(dataset.classes)}; `maskwright check` reports what its annotations hold"
+        )
+    for need in sorted(system.needs):
+        if (target.masks if need == "masks" else target.keypoints) is None:
+            has = [n for n, v in (("boxes", target.boxes), ("masks", target.masks), ("keypoints", target.keypoints))
+                   if v is not None]  # fmt: skip
+            raise TrainingError(
+                f"the {split} set {dataset.name} has {' and '.join(has)} but no {need}, which {system.name} needs; "
+                f"annotate {need}, or train a system that needs none (`maskwright systems` lists what each needs)"
+            )
 
 
-def divides(system: str | System, weights: str | Path | None) -> bool:
-    """Whether the system can divide images among things and stuff: whose sets may keep their regions."""
-    if isinstance(system, System):
-        return bool(getattr(system, "stuff", ()))
-    if system in names() or system in presets():
-        return issubclass(system_class(presets().get(system, system)), PanopticSystem)
-    from maskwright.checkpoints import load
-
-    return isinstance(load(system if weights is None else weights), PanopticSystem)
+def _has_val(source: str | Path, kind: Kind) -> bool:
+    """Whether a source has a split "val"."""
+    return has_split(source, "val", keypoints=kind.keypoints, panoptic=kind.panoptic)
 
 
 def _few(classes: Sequence[str]) -> str:

@@ -1,0 +1,62 @@
+"""Every system's learned parameters belong to named networks, and nothing reads them outside of a network's call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from maskwright.structures import Placement
+from maskwright.systems import describe, names
+from tests.systems.networks import not_plain, watched
+from tests.systems.tiny import SIZE, build, objects
+
+EVERY = pytest.mark.parametrize("name", names())
+
+
+@EVERY
+def test_parameters_are_read_inside_of_networks_alone(name):
+    system = build(name).train()
+    images = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    places = [Placement.identity(SIZE)] * 2
+    with watched(system) as reads:
+        raw = system(images)
+        losses = system.losses(raw, [objects(3), objects(1)])
+        with torch.no_grad():
+            system.eval()
+            system.decode(system(images), places, score_threshold=0.0)
+            if "panoptic" in system.tasks:
+                system.decode_panoptic(system(images), places)
+                system.decode_semantic(system(images), places)
+    assert all(torch.isfinite(value) for value in losses.values())
+    assert not reads.outside
+    assert all(reads.calls.values()), f"never called: {[n for n, c in reads.calls.items() if not c]}"
+    assert not not_plain(raw)
+
+
+@EVERY
+def test_every_parameter_belongs_to_exactly_one_network(name):
+    system = build(name)
+    owners = [id(p) for network in system.networks().values() for p in network.parameters()]
+    assert sorted(owners) == sorted(id(p) for p in system.parameters())
+    assert "dense" in system.networks() or len(system.networks()) > 1
+
+
+@EVERY
+def test_capabilities_are_known_without_weights(name):
+    described, system = describe(name), build(name)
+    assert all(p.device.type == "meta" for p in described.parameters())
+    assert system.outputs >= {"boxes"}
+    assert system.needs <= system.outputs
+    assert system.tasks & {"instances", "proposals", "semantic"}
+
+
+@EVERY
+def test_decoding_gives_the_outputs_it_announces(name):
+    system = build(name).eval()
+    with torch.no_grad():
+        raw = system(torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1)))
+        for threshold in (0.0, 1.1):
+            found = system.decode(raw, [Placement.identity(SIZE)], score_threshold=threshold)[0]
+            assert (found.masks is not None) == ("masks" in system.outputs)
+            if len(found):
+                assert (found.keypoints is not None) == ("keypoints" in system.outputs)
