@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from maskwright.systems import System
 
-
 # What tells of a parameter without reading its values.
 ATTRIBUTES = ("__get__", "size", "dim", "stride", "numel", "is_floating_point")
 
