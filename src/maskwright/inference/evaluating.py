@@ -165,7 +165,7 @@ def _batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     group: list[tuple[int, tuple[Tensor, Placement]]] = []
     left = len(indices)
-    for index, laid in _read(dataset, indices, system.preprocess.place, workers, batch + workers):
+    for index, laid in _read(dataset, indices, system.preprocess.apply, workers, batch + workers):
         left -= 1
         if laid is not None:
             group.append((index, laid))
@@ -186,7 +186,7 @@ def _measure_tiles(
     system = measurement.system
 
     def find(crops: Sequence[Tensor]) -> list[Instances]:
-        laid = _collated(system, [system.preprocess.place(crop) for crop in crops])
+        laid = _collated(system, [system.preprocess.apply(crop) for crop in crops])
         ((_, found),) = answers(laid, [measurement], device=device, dtype=dtype, watch=watch)
         return [each for each in found if isinstance(each, Instances)]
 
