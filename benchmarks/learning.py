@@ -71,11 +71,11 @@ def weights_of(theirs: Any, classes: tuple[str, ...], short: int) -> MaskRCNN:
     with tempfile.TemporaryDirectory() as folder:
         torch.save(theirs.state_dict(), Path(folder) / "theirs.pth")
         system = mw.load(
-            Path(folder) / "theirs.pth", anchor_sizes=SIZES, frozen=0, short=short, long=short * 2,
-            proposals_before=(PROPOSALS[0], 1000), proposals_after=(PROPOSALS[1], 1000),
+            Path(folder) / "theirs.pth", backbone={"frozen": 0}, resize={"short": short, "long": short * 2},
+            proposals={"anchor_sizes": SIZES, "before": (PROPOSALS[0], 1000), "after": (PROPOSALS[1], 1000)},
         )  # fmt: skip
     assert isinstance(system, MaskRCNN)
-    system.roi_rules = replace(system.roi_rules, sample=SAMPLE)
+    system.box_rules = replace(system.box_rules, sample=SAMPLE)
     system.classes = classes
     return system
 

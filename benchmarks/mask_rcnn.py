@@ -1,14 +1,14 @@
-"""Mask R-CNN with a pyramid, of this library beside torchvision's own, in one run, on the same weights and images.
+"""Mask R-CNN with a pyramid, of this library and of torchvision, in one run with the same weights and images.
 
     python benchmarks/mask_rcnn.py                      # R50: latency and a training step
     python benchmarks/mask_rcnn.py --short 400 --rounds 2 --skip-training
-    python benchmarks/mask_rcnn.py --trunk resnet101 --short 800 --batch 1 --skip-training
+    python benchmarks/mask_rcnn.py --backbone resnet101 --short 800 --batch 1 --skip-training
 
-Weights are random, so every image is decoded to the full 100 objects (score threshold 0): the heaviest case. What is
-timed runs from an 8-bit image to finished masks on the image's own grid, preprocessing included; torchvision's is
-its whole `model(images)`, which ends with float planes, ours ends with run-length codes. Rounds alternate between the
-two; the fastest round of each is shown, and with it how far the found boxes and masks agree. On two quiet cores the
-whole takes about ten minutes.
+Weights are random, so every image is decoded to the full 100 objects (score threshold 0), the most expensive case. The
+time is from an 8-bit image to masks on the image's grid, preprocessing included; torchvision's is that of
+`model(images)`, which returns float planes, where ours returns run-length codes. Rounds alternate between the two; the
+fastest round of each is shown, and the differences of the detected boxes and masks. On two idle cores the whole takes
+about ten minutes.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from maskwright.inference import prepare
 from maskwright.structures import Batch, Instances
 
 
-def theirs(short: int, trunk: str) -> Any:
-    """torchvision's network as its COCO weights have it: frozen norms, all classes."""
+def theirs(short: int, backbone: str) -> Any:
+    """torchvision's network in the configuration of its COCO weights: frozen norms, all classes."""
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.ops.misc import FrozenBatchNorm2d
 
     torch.manual_seed(0)
-    body = resnet_fpn_backbone(backbone_name=trunk, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3)
+    body = resnet_fpn_backbone(backbone_name=backbone, weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3)
     for name, scale in body.named_buffers():
         if name.endswith("bn3.weight"):
-            scale.fill_(0.5)  # or random weights grow with the depth beyond all numbers
+            scale.fill_(0.5)  # otherwise activations of random weights overflow with depth
     return MaskRCNN(body, 91, min_size=short, max_size=short * 5 // 3, box_score_thresh=0.0).eval()
 
 
@@ -50,7 +50,9 @@ def ours(network: Any, short: int) -> mw.System:
     """The same weights through the public checkpoint path."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(network.state_dict(), Path(folder) / "theirs.pth")
-        return mw.load(Path(folder) / "theirs.pth", norm_eps=1e-5, short=short, long=short * 5 // 3)
+        return mw.load(
+            Path(folder) / "theirs.pth", backbone={"norm_eps": 1e-5}, resize={"short": short, "long": short * 5 // 3}
+        )
 
 
 def images(count: int, size: tuple[int, int] = (600, 800)) -> list[torch.Tensor]:
@@ -58,7 +60,7 @@ def images(count: int, size: tuple[int, int] = (600, 800)) -> list[torch.Tensor]
 
 
 def fastest(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Seconds of the fastest round of each, rounds alternating; one round before is not counted."""
+    """Seconds of the fastest round of each, rounds alternating, after one warm-up round."""
     best = dict.fromkeys(runs, float("inf"))
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -78,8 +80,8 @@ def find(system: mw.System, shots: list[torch.Tensor], dtype: torch.dtype, devic
         return system.decode(system(images), batch.placements, score_threshold=0.0)
 
 
-def latency(short: int, count: int, rounds: int, device: str, trunk: str) -> dict[str, Any]:
-    network = theirs(short, trunk).to(device)
+def latency(short: int, count: int, rounds: int, device: str, backbone: str) -> dict[str, Any]:
+    network = theirs(short, backbone).to(device)
     single = ours(network, short)
     halved = prepare(single, device, "bfloat16")
     folded = prepare(single, device, "float32")
@@ -111,7 +113,7 @@ def latency(short: int, count: int, rounds: int, device: str, trunk: str) -> dic
 
 
 def agreement(them: list[dict[str, torch.Tensor]], us: list[Instances]) -> str:
-    """Largest distance of partner boxes, and the share of mask pixels that differ."""
+    """Largest difference of matched boxes, and the share of mask pixels that differ."""
     far, wrong, total, missing = 0.0, 0, 0, 0
     for a, b in zip(them, us, strict=True):
         distance = torch.cdist(a["boxes"].cpu(), b.boxes.cpu(), p=float("inf")) + 1e3 * (
@@ -125,12 +127,12 @@ def agreement(them: list[dict[str, torch.Tensor]], us: list[Instances]) -> str:
         own = b.masks[partner[good]].dense() if b.masks is not None else planes
         wrong += int((planes != own).sum())
         total += planes.numel()
-    return f"{missing} without a partner, boxes within {far:.3f} px, {wrong / max(1, total):.1e} of mask pixels differ"
+    return f"{missing} unmatched, boxes within {far:.3f} px, {wrong / max(1, total):.1e} of mask pixels differ"
 
 
-def share_in_convolutions(short: int, device: str, trunk: str) -> dict[str, float]:
-    """Where our float32 time goes, by operator, as shares."""
-    system = prepare(ours(theirs(short, trunk), short), device, "float32")
+def share_in_convolutions(short: int, device: str, backbone: str) -> dict[str, float]:
+    """Shares of operators in our float32 time."""
+    system = prepare(ours(theirs(short, backbone), short), device, "float32")
     shots = images(1)
     find(system, shots, torch.float32, device)
     with torch.profiler.profile() as profile:
@@ -148,10 +150,10 @@ def share_in_convolutions(short: int, device: str, trunk: str) -> dict[str, floa
 
 
 def training_step(
-    side: str, short: int, count: int, rounds: int, device: str, half: bool, trunk: str, pipe: Any
+    side: str, short: int, count: int, rounds: int, device: str, half: bool, backbone: str, pipe: Any
 ) -> None:
-    """Sends the fastest step's seconds and the peak of memory above the start, in MiB; in a process of its own."""
-    network = theirs(short, trunk).to(device)
+    """Sends the seconds of the fastest step and the peak memory above the start in MiB; runs in its own process."""
+    network = theirs(short, backbone).to(device)
     system = ours(network, short).to(device).train()
     scenes = Scenes(count, size=(600, 800), seed=7)
     samples = [scenes[i] for i in range(count)]
@@ -194,17 +196,19 @@ def training_step(
 
 
 def held() -> float:
-    """MiB that this process holds now."""
+    """Memory of this process in MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
-def training(short: int, count: int, rounds: int, device: str, half: bool, trunk: str) -> dict[str, Any]:
+def training(short: int, count: int, rounds: int, device: str, half: bool, backbone: str) -> dict[str, Any]:
     result: dict[str, Any] = {"short": short, "batch": count, "precision": "bf16 autocast" if half else "float32"}
     context = multiprocessing.get_context("spawn")
     for side in ("torchvision", "ours"):
         here, there = context.Pipe()
-        process = context.Process(target=training_step, args=(side, short, count, rounds, device, half, trunk, there))
+        process = context.Process(
+            target=training_step, args=(side, short, count, rounds, device, half, backbone, there)
+        )
         process.start()
         seconds, memory = here.recv()
         process.join()
@@ -217,11 +221,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", type=int, nargs="*", default=[400, 800], help="short sides")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 4], help="images at once")
-    parser.add_argument("--trunk", default="resnet50", help="torchvision's name of it")
+    parser.add_argument("--backbone", default="resnet50", help="name in torchvision")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--skip-training", action="store_true")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args()
     figures: dict[str, Any] = {
         "torch": torch.__version__,
@@ -234,16 +238,16 @@ def main() -> None:
     print(json.dumps({k: v for k, v in figures.items() if k != "latency"}))
     for short in arguments.short:
         for count in arguments.batch:
-            row = latency(short, count, arguments.rounds, arguments.device, arguments.trunk)
+            row = latency(short, count, arguments.rounds, arguments.device, arguments.backbone)
             figures["latency"].append(row)
             print(json.dumps(row), flush=True)
-        figures[f"shares at {short}"] = share_in_convolutions(short, arguments.device, arguments.trunk)
+        figures[f"shares at {short}"] = share_in_convolutions(short, arguments.device, arguments.backbone)
         print(f"shares at {short}:", json.dumps(figures[f"shares at {short}"]), flush=True)
     if not arguments.skip_training:
         cases = [(max(arguments.short), half) for half in (False, True)]
         cases = cases if arguments.device == "cuda" else [(min(arguments.short), False)]
         figures["training"] = [
-            training(s, 2, arguments.rounds, arguments.device, half, arguments.trunk) for s, half in cases
+            training(s, 2, arguments.rounds, arguments.device, half, arguments.backbone) for s, half in cases
         ]
         for row in figures["training"]:
             print("training step:", json.dumps(row), flush=True)

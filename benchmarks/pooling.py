@@ -1,9 +1,9 @@
-"""RoIAlign on the host, ours beside torchvision's kernel: forwards, and forwards with backwards.
+"""RoIAlign on the CPU, compared with torchvision's kernel: forward, and forward with backward.
 
     python benchmarks/pooling.py
     python benchmarks/pooling.py --boxes 500 --rounds 5 --json pooling.json
 
-Boxes of many sizes on one map as a pyramid's finest level has it; the fastest round of each, in one run.
+Boxes of many sizes on one map of the size of a pyramid's finest level; the fastest round of each, in one run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--map", type=int, nargs=2, default=(100, 152), metavar=("H", "W"))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     chosen = parser.parse_args()
     values, rois = inputs(chosen.boxes, chosen.channels, (chosen.map[0], chosen.map[1]))
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}))

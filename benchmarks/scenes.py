@@ -17,8 +17,8 @@ ranking.
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,18 +26,13 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import maskwright as mw
+from benchmarks.narrow import narrow
 from maskwright.data import Scenes, open_dataset
 from maskwright.systems import ProposalSystem, presets, system_class
 
-NARROW = {
-    "stem_width": 32,
-    "neck_width": 64,
-    "box_width": 256,
-    "mask_width": 64,
-    "head_width": 64,
-    "keypoint_width": 64,
-}
 RECALLS = ("segm/AR10", "segm/AR100")
 MEASURES = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50", "keypoints/AP", "keypoints/AP50")
 CLASSES = ("disc", "ring", "star", "box")
@@ -57,8 +52,7 @@ def learn(
         unseen = Scenes(60, size=(size, size), classes=CLASSES, seed=seed + 1000, keypoints=keypoints)
     else:
         train, unseen = (open_dataset(data, part) for part in ("train", "val"))
-    known = inspect.signature(system_class(presets()[preset]).__init__).parameters
-    options = {name: value for name, value in NARROW.items() if name in known} | given
+    options = system_class(presets()[preset]).with_options(narrow(preset), given)
     start, begun = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         best = mw.train(

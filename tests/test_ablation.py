@@ -17,12 +17,13 @@ from maskwright.systems.mask_rcnn import MaskRCNN
 
 TINY = Ablation(
     "two ways to make a mask",
-    {"softmax": {"mask_loss": "softmax"}, "sigmoid": {}},
+    {"softmax": {"masks": {"loss": "softmax"}}, "sigmoid": {}},
     {"sigmoid": {"AP": 30.3}},
     "somewhere",
     {
-        "backbone": "resnet18", "stem_width": 8, "neck_width": 16, "box_width": 16, "mask_width": 16, "mask_convs": 1,
-        "proposals_before": (50, 50), "proposals_after": (20, 20), "short": 64, "long": 64,
+        "backbone": {"name": "resnet18", "width": 8}, "resize": {"short": 64, "long": 64}, "neck_width": 16,
+        "boxes": {"width": 16}, "masks": {"width": 16, "convs": 1},
+        "proposals": {"before": (50, 50), "after": (20, 20)},
     },
     {"size": (64, 64), "classes": ("disc",)},
     {"batch": 2},

@@ -124,7 +124,7 @@ def _run(
     from maskwright.inference import evaluate
     from maskwright.training import train
 
-    options = {**plan.base, **plan.variants[variant]}
+    options = system_class(system).with_options(plan.base, plan.variants[variant])
     whole = create(system, **options).options  # two ways to write one variant are one run
     promise = {"system": system, "options": whole, "scenes": dict(plan.scenes), "recipe": dict(plan.recipe), **budget}
     text = json.dumps({**promise, "seed": seed}, sort_keys=True)

@@ -17,19 +17,12 @@ SIDE = 192  # pixels of a scene
 # A Mask R-CNN cut down to what two CPU cores learn in minutes: half the channels of ResNet-18, trained from scratch and
 # therefore with group normalisation, anchors for small images, and as many proposals as such scenes need.
 OPTIONS: dict[str, Any] = {
-    "backbone": "resnet18",
-    "stem_width": 32,
-    "norm": "group",
-    "frozen": 0,
+    "backbone": {"name": "resnet18", "width": 32, "norm": "group"},
+    "resize": {"short": SIDE, "long": SIDE},
     "neck_width": 64,
-    "anchor_sizes": (16, 32, 64, 96, 128),
-    "proposals_before": (200, 100),
-    "proposals_after": (64, 50),
-    "box_width": 256,
-    "mask_convs": 2,
-    "mask_width": 64,
-    "short": SIDE,
-    "long": SIDE,
+    "proposals": {"anchor_sizes": (16, 32, 64, 96, 128), "before": (200, 100), "after": (64, 50)},
+    "boxes": {"width": 256},
+    "masks": {"convs": 2, "width": 64},
 }
 
 # What training does with them; whatever is not said is the `small` recipe.

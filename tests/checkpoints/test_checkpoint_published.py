@@ -38,7 +38,7 @@ def test_torchvisions_file_is_recognised_and_its_background_moved_last(original:
     assert system.source["weights_licence"] == "BSD-3-Clause"
     state, theirs = system.state_dict(), original.state_dict()
     rows = theirs["roi_heads.box_predictor.cls_score.weight"]
-    assert torch.equal(state["box_head.classes.weight"], torch.cat([rows[1:], rows[:1]]))
+    assert torch.equal(state["boxes.classes.weight"], torch.cat([rows[1:], rows[:1]]))
     # Converted, it says the same and still knows where it comes from.
     convert(tmp_path / name, tmp_path / "x.safetensors")
     assert read_metadata(tmp_path / "x.safetensors")["source"]["url"].endswith(name)
@@ -53,10 +53,10 @@ def test_fine_tuning_keeps_the_rows_of_classes_with_the_same_name(original: Any,
     assert system.source is not None
     assert system.source["classes_kept"] == ["Person"]
     new, old = system.state_dict(), whole.state_dict()
-    assert torch.equal(new["box_head.classes.weight"][[1, 2]], old["box_head.classes.weight"][[0, -1]])
-    assert torch.equal(new["box_head.deltas.weight"][4:8], old["box_head.deltas.weight"][:4])
-    assert torch.equal(new["mask_head.logits.weight"][1], old["mask_head.logits.weight"][0])
-    assert torch.equal(new["backbone.stem.conv.weight"], old["backbone.stem.conv.weight"])
+    assert torch.equal(new["boxes.classes.weight"][[1, 2]], old["boxes.classes.weight"][[0, -1]])
+    assert torch.equal(new["boxes.deltas.weight"][4:8], old["boxes.deltas.weight"][:4])
+    assert torch.equal(new["masks.logits.weight"][1], old["masks.logits.weight"][0])
+    assert torch.equal(new["dense.backbone.stem.conv.weight"], old["dense.backbone.stem.conv.weight"])
 
 
 def test_a_detectron2_pickle_of_arrays_is_the_same_network(original: Any, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from maskwright.evaluation import Result
 pytestmark = pytest.mark.slow
 
 TINY = [
-    "backbone=resnet18", "stem_width=8", "norm=group", "frozen=0", "neck_width=16", "anchor_sizes=[16,32,48,64,96]",
-    "proposals_before=[60,40]", "proposals_after=[20,20]", "box_width=32", "mask_convs=1", "mask_width=16",
+    "backbone=resnet18", "backbone.width=8", "backbone.norm=group", "neck_width=16",
+    "proposals.anchor_sizes=[16,32,48,64,96]", "proposals.before=[60,40]", "proposals.after=[20,20]", "boxes.width=32",
+    "masks.convs=1", "masks.width=16",
 ]  # fmt: skip
 
 

@@ -16,8 +16,9 @@ from maskwright.inference.preparing import fold
 from maskwright.systems import System
 
 SMALL = {
-    "classes": ("cat", "dog"), "backbone": "resnet18", "stem_width": 8, "neck_width": 16, "box_width": 32,
-    "mask_width": 16, "short": 96, "long": 128, "proposals_before": (100, 50), "proposals_after": (50, 20),
+    "classes": ("cat", "dog"), "backbone": {"name": "resnet18", "width": 8}, "resize": {"short": 96, "long": 128},
+    "neck_width": 16, "boxes": {"width": 32}, "masks": {"width": 16},
+    "proposals": {"before": (100, 50), "after": (50, 20)},
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.fast
 
 
 def test_scores_of_mask_rcnn_decay_and_are_sorted_again():
-    system = build("mask-rcnn", short=96, long=128).eval()
+    system = build("mask-rcnn", resize={"short": 96, "long": 128}).eval()
     image = torch.randint(0, 255, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     options = {"score_threshold": 0.0, "nms_threshold": 1.0, "detections": 30, "device": "cpu"}
     plain = predict(system, image, **options).found()

@@ -41,16 +41,16 @@ def first_in_order():
 
 def stated(ledger: Ledger) -> dict[str, Any]:
     """Options that no file of weights holds and that the outputs state: the epsilon of torchvision's frozen norms, 0 or
-    1e-5 whichever way they were made; how much of the trunk was frozen while gradients were taken."""
-    options: dict[str, Any] = {}
+    1e-5 whichever way they were made; how much of the backbone was frozen while gradients were taken."""
+    backbone: dict[str, Any] = {}
     epsilon = ledger.about.get("frozen_bn_eps")
     if isinstance(epsilon, int | float):
-        options["norm_eps"] = float(epsilon)
+        backbone["norm_eps"] = float(epsilon)
     if "no_grad_names" in ledger.arrays:
         frozen = frozen_parts([str(n) for n in ledger.arrays["no_grad_names"]])
         if frozen is not None:
-            options["frozen"] = frozen
-    return options | checkers.stated(ledger.about)
+            backbone["frozen"] = frozen
+    return ({"backbone": backbone} if backbone else {}) | checkers.stated(ledger.about)
 
 
 def frozen_parts(names: list[str]) -> int | None:
@@ -72,7 +72,10 @@ def load(layout: Path, ledger: Ledger, folder: Path) -> System:
     overrides = about.get("overrides") or about.get("weights_override") or {}
     path = write_checkpoint(layout, folder, int(about.get("seed", about.get("weights_seed")) or 0), overrides)
     torch.manual_seed(0)
-    return maskwright.load(path, **options)
+    try:
+        return maskwright.load(path, **options)
+    except maskwright.errors.UsageError:  # of a system whose options are not grouped yet
+        return maskwright.load(path, **options.pop("backbone", {}), **options)
 
 
 def run(layout: Path | None, outputs: Path, system: System | None = None) -> Ledger:

@@ -37,6 +37,11 @@ def pairs(folder: Path, layouts: Path) -> list[str]:
     return sorted(names, key=lambda n: (layout_of(layouts, n).stem, n))
 
 
+def frozen_of(system: System) -> int | None:
+    own = system.options.get("backbone")
+    return own.get("frozen") if isinstance(own, dict) else system.options.get("frozen")
+
+
 class Loaded:
     """The last system that was loaded: outputs of one layout and seed share it."""
 
@@ -47,14 +52,14 @@ class Loaded:
     def __call__(self, layout: Path, outputs: Path, folder: Path) -> System:
         ledger = Ledger(outputs)
         stated = runner.stated(ledger)
-        frozen = stated.pop("frozen", None)  # only where gradients were taken; it changes nothing else
+        frozen = stated.get("backbone", {}).pop("frozen", None)  # only where gradients were taken; no number changes
         key = (
             layout,
             ledger.about.get("seed", ledger.about.get("weights_seed")),
             json.dumps(ledger.about.get("overrides")),
             str(stated),
         )
-        if self.system is None or key != self.key or frozen not in (None, self.system.options.get("frozen")):
+        if self.system is None or key != self.key or frozen not in (None, frozen_of(self.system)):
             self.system = None  # so that two are never held
             self.key, self.system = key, runner.load(layout, ledger, folder)
         return self.system
@@ -250,7 +255,7 @@ def test_old_and_present_names_of_torchvision_are_one_network(kind: str, tmp_pat
         state = {k: torch.full(shape, float(i)) for i, (k, (shape, _)) in enumerate(tensors.items())}
         torch.save(state, tmp_path / "weights.pth")
         system = maskwright.load(tmp_path / "weights.pth")
-        assert system.options["norm_eps"] == 0.0
+        assert system.options["backbone"]["norm_eps"] == 0.0
         places.append({k: float(v.flatten()[0]) for k, v in system.state_dict().items()})
     assert places[0] == places[1]
     assert len(set(places[0].values())) == len(places[0])

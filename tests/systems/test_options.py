@@ -23,11 +23,11 @@ pytestmark = pytest.mark.fast
         ),
         ("solo", {"neck_width": "abc"}, "solo: neck_width must be an integer, got 'abc'"),
         ("solo", {"align": "pol"}, "did you mean 'pool'"),
-        ("mask-rcnn", {"anchor_sizes": 32}, "anchor_sizes must be a list of numbers, got 32"),
+        ("mask-rcnn", {"proposals": {"anchor_sizes": 32}}, "proposals.anchor_sizes must be a list of numbers, got 32"),
         ("solo", {"cells": {"ranges": [1, 2]}}, "cells.ranges must be a list of lists of numbers"),
         ("detr", {"transformer": {"queries": True}}, "transformer.queries must be an integer, got True"),
         ("detr", {"cost": {"box_weight": "x"}}, "cost.box_weight must be a number, got 'x'"),
-        ("mask-rcnn", {"pretrained": 1}, "pretrained must be True or False, got 1"),
+        ("mask-rcnn", {"backbone": {"frozen": 1.5}}, "backbone.frozen must be an integer, got 1.5"),
         ("embedmask", {"mask_convs": 1.5}, "mask_convs must be an integer or None, got 1.5"),
         ("embedmask", {"generation": 4}, "generation must be one of 1, 2, 3, got 4"),
         ("yolact", {"classes": "cat"}, "classes must be a list of strings, got 'cat'"),
@@ -48,6 +48,5 @@ def test_presets_and_defaults_are_of_the_kinds_that_are_announced(name: str):
 
 
 def test_whole_numbers_are_numbers():
-    resolve(
-        system_class("mask-rcnn").__init__, {"norm_eps": 0, "anchor_sizes": [1, 2.5], "box_beta": None}, "mask-rcnn"
-    )
+    options = {"backbone": {"norm_eps": 0}, "proposals": {"anchor_sizes": [1, 2.5]}, "boxes": {"beta": None}}
+    resolve(system_class("mask-rcnn").__init__, options, "mask-rcnn")

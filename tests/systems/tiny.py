@@ -14,8 +14,13 @@ from maskwright.systems import System, create, system_class
 
 SIZE = (96, 128)
 TRUNK = {"backbone": "resnet18", "stem_width": 16, "norm": "group", "frozen": 0}
-HEADS = {"neck_width": 32, "box_width": 64, "proposals_before": (200, 100), "proposals_after": (100, 50)}
 BACKBONE = {"backbone": {"name": "resnet18", "width": 16}}
+BOXES = {
+    **BACKBONE,
+    "neck_width": 32,
+    "boxes": {"width": 64},
+    "proposals": {"before": (200, 100), "after": (100, 50)},
+}
 CELLS = {"neck_width": 32, "head": {"width": 32, "convs": 2}, "cells": {"grids": (16, 12, 8, 6, 4)}}
 QUERIES = {"width": 64, "heads": 4, "queries": 12, "hidden": 64}
 # What makes each system of the registry small. A new system adds its line.
@@ -45,8 +50,8 @@ TINY: dict[str, dict[str, Any]] = {
         "scales": (0.5, 1.0),
         "short": 96,
     },
-    "mask-rcnn": {**TRUNK, **HEADS, "mask_width": 32},
-    "keypoint-rcnn": {**TRUNK, **HEADS, "keypoint_width": 32, "keypoint_convs": 2},
+    "mask-rcnn": {**BOXES, "masks": {"width": 32}},
+    "keypoint-rcnn": {**BOXES, "keypoints": {"width": 32, "convs": 2}},
     "tensormask": {**BACKBONE, "neck_width": 32, "convs": 1, "class_width": 32, "box_width": 32, "mask_width": 32},
     # Places in a crowd region are left out, which changes what is learnt beside it; here they are not.
     "yolact": {**TRUNK, "neck_width": 32, "prototypes": 8, "crowd_overlap": 1.0},
@@ -72,9 +77,15 @@ TINY: dict[str, dict[str, Any]] = {
         "contour_width": 64,
         "canvas": SIZE,
     },
-    "pointrend": {**TRUNK, **HEADS, "mask_width": 32, "mask_fc_width": 64, "point_width": 32},
+    "pointrend": {**BOXES, "masks": {"width": 32, "fc_width": 64}, "points": {"width": 32}},
     # As published, so that a crowd region is left out like what nothing covers.
-    "pointrend-semantic": {**TRUNK, "neck_width": 32, "coarse_width": 32, "point_width": 32, "background": False},
+    "pointrend-semantic": {
+        **BACKBONE,
+        "neck_width": 32,
+        "coarse_width": 32,
+        "points": {"width": 32},
+        "background": False,
+    },
     "detr": {
         **BACKBONE,
         "transformer": {

@@ -267,12 +267,13 @@ def test_time_left(seconds: float, shown: str):
 def test_mask_rcnn_by_name_on_generated_scenes(tmp_path: Path):
     import maskwright as mw
 
-    narrow = {"backbone": "resnet18", "stem_width": 8, "neck_width": 16, "box_width": 32, "mask_width": 16, "frozen": 0}
+    backbone = {"name": "resnet18", "width": 8, "norm": "batch"}
+    narrow = {"backbone": backbone, "neck_width": 16, "boxes": {"width": 32}, "masks": {"width": 16}}
     best = mw.train(
         "mask-rcnn",
         "scenes:count=6,size=64",
         out=tmp_path / "run",
-        options={**narrow, "norm": "batch"},
+        options=narrow,
         epochs=1,
         batch=2,
         short=64,

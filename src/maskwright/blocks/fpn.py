@@ -13,16 +13,22 @@ from maskwright.blocks.layers import ConvNorm, Norm
 
 
 class FPN(nn.Module):
-    """A level for each input, finest first, and coarser ones after them.
+    """Feature pyramid: one level for each input, finest first, and coarser levels after them.
 
-    upsample  "double": by exactly two, which needs inputs of a multiple of 32 (detectron2, MMDetection);
-              "fit": to the size of the finer level (torchvision); "bilinear": likewise, not the nearest (YOLACT)
-    extra     "pool": one more level, the coarsest sub-sampled by two (Mask R-CNN, SOLO);
-              "output": two more, 3 x 3 convolutions of stride two from the coarsest level on (FCOS);
-              "input": the same from the trunk's last features on (RetinaNet); "none"
-    relu      "outputs": after the levels that have an input (YOLACT); "between": before the second extra convolution
-              (FCOS, RetinaNet); "none"
-    merge     "sum" of a level and what comes from above, or their "mean" (TensorMask)
+    Args:
+        channels_in: Channels of the inputs, finest first.
+        channels: Channels of every level.
+        norm: Normalisation after each convolution of the inputs.
+        eps: Its epsilon.
+        upsample: How a coarser level is added to a finer one. "double": nearest neighbour by exactly two, for which the
+            sides of the image must be multiples of 32 (detectron2, MMDetection). "fit": nearest neighbour to the size
+            of the finer level (torchvision). "bilinear": bilinear to that size (YOLACT).
+        extra: Coarser levels. "pool": one, the coarsest level subsampled by two (Mask R-CNN, SOLO). "output": two 3 x 3
+            convolutions of stride two from the coarsest level on (FCOS). "input": likewise, from the backbone's last
+            features on (RetinaNet). "none".
+        relu: "outputs": after the levels that have an input (YOLACT). "between": before the second extra convolution
+            (FCOS, RetinaNet). "none".
+        merge: "sum" of a level and the coarser one, or their "mean" (TensorMask).
     """
 
     def __init__(
@@ -50,6 +56,7 @@ class FPN(nn.Module):
             nn.init.kaiming_uniform_(layer.conv.weight, a=1)
 
     def forward(self, features: Sequence[Float[Tensor, "b _c _h _w"]]) -> list[Tensor]:
+        """Computes the levels, finest first."""
         top = self.lateral[-1](features[-1])
         levels = [self.output[-1](top)]
         for lateral, output, feature in zip(

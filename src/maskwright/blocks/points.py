@@ -1,16 +1,17 @@
-"""Point refinement of coarse masks (PointRend, arXiv 1912.08193): a small network that is asked of single points.
+"""Refinement of coarse masks at single points (PointRend, arXiv 1912.08193).
 
-It reads a fine feature of the image and the coarse prediction at a point, and says what is there. In training it is
-asked where the coarse prediction is unsure; at test a mask is doubled again and again, and only the cells that are
-unsure are asked for. It works for masks of boxes (`BoxPoints`) and for masks of whole images (`PlanePoints`).
+A small network predicts the mask at a point from a fine feature of the image and the coarse prediction there. In
+training the points are drawn where the coarse prediction is uncertain. At test time a mask is upsampled repeatedly, and
+only its most uncertain cells are predicted anew. `BoxRefinement` does this for masks inside boxes, `PlaneRefinement`
+for masks of whole images; both are arithmetic around the network, a `PointHead`, that is passed to them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -29,43 +30,61 @@ from maskwright.ops.points import (
     subdivide,
     uncertain_points,
 )
+from maskwright.options import OptionGroup
 from maskwright.structures import Instances
 
-ClassAxes = tuple[
-    tuple[int, int], ...
-]  # of a parameter: axes with rows per class, and how many entries come before them
+ClassAxes = tuple[tuple[int, int], ...]  # of a parameter: (axis with rows per class, number of entries before them)
 
 
 @dataclass(frozen=True)
-class PointRules:
-    """How points are chosen; UsageError where that cannot be, in the words of systems' options.
+class PointOptions(OptionGroup):
+    """Width of the point network, and how points are chosen, as options of a system.
 
-    count, candidates, important  in training, of each mask: see `ops.points.uncertain_points`
-    steps, points                 at test: doublings, and cells asked for after each
+    Attributes:
+        width: Channels of the layers of the point network.
+        count: Points per mask in training.
+        candidates: Uniform points that are drawn for each point that is kept (section 3.2: 3).
+        important: Share of the points that are the most uncertain candidates; the others are uniform. 0.75 is "mildly
+            biased"; `candidates` 1 and `important` 0 give uniform points.
+        steps: Number of upsampling steps at test time; 0 leaves the coarse mask as it is.
+        per_step: Cells that are predicted anew after each step.
     """
 
+    label: ClassVar[str] = "points"
+
+    width: int = 256
     count: int = 196
     candidates: float = 3.0
     important: float = 0.75
     steps: int = 5
-    points: int = 784
+    per_step: int = 784
 
     def __post_init__(self) -> None:
-        if not 0 <= self.important <= 1 or not 1 <= self.candidates < math.inf:
-            raise UsageError(
-                f"candidates is {self.candidates}, important {self.important}; at least 1 and a share are needed"
-            )
-        if self.count < 1:
-            raise UsageError(f"point_count is {self.count}; expected at least 1")
-        if self.steps < 0:
-            raise UsageError(f"refine_steps is {self.steps}; expected 0, which refines nothing, or more")
-        if self.points < 1:
-            raise UsageError(f"refine_points is {self.points}; expected at least 1; refine_steps=0 refines nothing")
+        super().__post_init__()
+        if not 0 <= self.important <= 1:
+            raise UsageError(f"points.important must be between 0 and 1, got {self.important}")
+        if not 1 <= self.candidates < math.inf:
+            raise UsageError(f"points.candidates must be at least 1, got {self.candidates}")
+        for name, least in (("width", 1), ("count", 1), ("steps", 0), ("per_step", 1)):
+            if getattr(self, name) < least:
+                hint = "; points.steps=0 disables refinement" if name == "per_step" else ""
+                raise UsageError(f"points.{name} must be at least {least}, got {getattr(self, name)}{hint}")
+
+
+PointsLike = Mapping[str, Any] | PointOptions
 
 
 class PointHead(nn.Module):
-    """The same few layers at each point: fine features and coarse logits in, logits out (section 3.3). With `each` the
-    coarse logits are put in again before every layer."""
+    """The same layers at every point: fine features and coarse logits to logits (section 3.3).
+
+    Args:
+        channels: Channels of the fine features.
+        coarse: Number of coarse logits.
+        outputs: Number of output logits.
+        width: Channels of the hidden layers.
+        layers: Number of hidden layers.
+        each: Whether the coarse logits are concatenated again before every layer (detectron2's instance head).
+    """
 
     def __init__(
         self, channels: int, coarse: int, outputs: int, *, width: int = 256, layers: int = 3, each: bool = True
@@ -84,19 +103,32 @@ class PointHead(nn.Module):
         nn.init.normal_(self.logits.weight, std=0.001)
         nn.init.zeros_(self.logits.bias)  # pyright: ignore[reportArgumentType]
 
-    def forward(self, fine: Float[Tensor, "n c p"], coarse: Float[Tensor, "n k p"]) -> Float[Tensor, "n o p"]:
-        return self.logits(self._read(fine, coarse))
+    def forward(
+        self, fine: Float[Tensor, "n c p"], coarse: Float[Tensor, "n k p"], labels: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n o p"]:
+        """Computes logits at points.
 
-    def of(
-        self, fine: Float[Tensor, "n c p"], coarse: Float[Tensor, "n k p"], labels: Int[Tensor, " n"]
-    ) -> Float[Tensor, "n 1 p"]:
-        """Each row's logits of its own label alone: the others decide nothing."""
+        Args:
+            fine: Fine features at the points.
+            coarse: Coarse logits at the points.
+            labels: Compute the logits of one output per row only, which saves the other outputs.
+
+        Returns:
+            Logits (n, outputs, p); (n, 1, p) with `labels`.
+        """
+        coarse = coarse.to(fine.dtype)
+        x = torch.cat([fine, coarse], 1)
+        for layer in self.fcs:
+            x = functional.relu(layer(x), inplace=True)
+            x = torch.cat([x, coarse], 1) if self.each else x
+        if labels is None:
+            return self.logits(x)
         bias = self.logits.bias
         assert bias is not None
-        return self.logits.weight[labels].mT @ self._read(fine, coarse) + bias[labels, None, None]
+        return self.logits.weight[labels].mT @ x + bias[labels, None, None]
 
     def class_rows(self) -> dict[str, ClassAxes]:
-        """Where the classes' rows are, if there is a coarse logit and an output for each."""
+        """Where parameters hold rows per class, if there is a coarse logit and an output for each class."""
         rows: dict[str, ClassAxes] = {"logits.bias": ((0, 0),), "logits.weight": ((0, 0),)}
         for number, layer in enumerate([*self.fcs, self.logits]):
             name = f"fcs.{number}.weight" if number < len(self.fcs) else "logits.weight"
@@ -105,57 +137,43 @@ class PointHead(nn.Module):
                 rows[name] = (*rows.get(name, ()), (1, own))  # pyright: ignore[reportArgumentType]
         return rows
 
-    def _read(self, fine: Tensor, coarse: Tensor) -> Tensor:
-        coarse = coarse.to(fine.dtype)
-        x = torch.cat([fine, coarse], 1)
-        for layer in self.fcs:
-            x = functional.relu(layer(x), inplace=True)
-            x = torch.cat([x, coarse], 1) if self.each else x
-        return x
 
+@dataclass(frozen=True)
+class BoxRefinement:
+    """Refines masks inside boxes. The fine feature is the finest pyramid level, whatever the size of the box.
 
-class BoxPoints(nn.Module):
-    """Refines masks of boxes. `feature` is the pyramid's finest level, for boxes of every size.
-
-    coarse  what the coarse head says of each box: K masks
-    start   "grid": the first mask is asked for at every cell of a regular grid, and the coarse one is only read
-            (PointRend, whose coarse mask is tiny); "coarse": the coarse mask is the first one
+    Attributes:
+        options: How points are chosen.
+        stride: Stride of the fine feature.
+        start: The first mask at test time. "coarse": the coarse mask itself. "grid": every cell of a regular grid is
+            predicted, and the coarse mask is only an input (detectron2, whose coarse mask has 7 x 7 cells).
+        side: Side of the grid from which upsampling steps are counted, if there is no coarse mask.
     """
 
-    side = 7  # of the grid that doublings are counted from, where there is no coarse mask
+    options: PointOptions = PointOptions()
+    stride: int = 4
+    start: Literal["grid", "coarse"] = "coarse"
+    side: int = 7
 
-    def __init__(
-        self,
-        channels: int,
-        kinds: int,
-        *,
-        width: int = 256,
-        stride: int = 4,
-        rules: PointRules | None = None,
-        start: Literal["grid", "coarse"] = "coarse",
-    ):
-        super().__init__()
-        self.rules = rules or PointRules()
-        self.stride, self.start = stride, start
-        self.head = PointHead(channels, kinds, kinds, width=width)
+    def predict(
+        self, network: nn.Module, feature: Tensor, coarse: Tensor, boxes: Sequence[Tensor], labels: Tensor,
+        points: Float[Tensor, "r p 2"],
+    ) -> Float[Tensor, "r 1 p"]:  # fmt: skip
+        """Logits of each box's label at points inside the box."""
+        fine = sample_in_boxes(feature, boxes, points, self.stride)
+        return network(fine, point_sample(coarse, points), labels)
 
-    def answer(
-        self, feature: Tensor, coarse: Tensor, boxes: Sequence[Tensor], labels: Tensor, points: Float[Tensor, "r p 2"]
-    ) -> Float[Tensor, "r 1 p"]:
-        """Logits of each box's label at points of its inside."""
-        fine = read_in_boxes(feature, boxes, points, self.stride)
-        return self.head.of(fine, point_sample(coarse, points), labels)
-
-    def choose(self, coarse: Tensor, labels: Tensor) -> Float[Tensor, "r p 2"]:
-        """Points to learn from."""
-        unsure = coarse.detach()[torch.arange(len(labels), device=labels.device), labels]
+    def training_points(self, coarse: Tensor, labels: Tensor) -> Float[Tensor, "r p 2"]:
+        """Draws the points of each box for training."""
+        own = coarse.detach()[torch.arange(len(labels), device=labels.device), labels]
         return uncertain_points(
-            unsure[:, None].float(), self.rules.count, mask_uncertainty,
-            candidates=self.rules.candidates, important=self.rules.important,
+            own[:, None].float(), self.options.count, mask_uncertainty,
+            candidates=self.options.candidates, important=self.options.important,
         )  # fmt: skip
 
     def loss(
         self,
+        network: nn.Module,
         feature: Float[Tensor, "b c h w"],
         coarse: Float[Tensor, "r k *s"],
         boxes: Sequence[Float[Tensor, "_n 4"]],
@@ -164,62 +182,94 @@ class BoxPoints(nn.Module):
         owners: Sequence[Int[Tensor, " _n"]],
         points: Float[Tensor, "r p 2"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Cross entropy, mean over all points. What is true of a point is read bilinearly from the object's mask, so it
-        may lie between 0 and 1. `points`: these instead of drawn ones."""
-        points = self.choose(coarse, labels) if points is None else points
-        logits = self.answer(feature, coarse, boxes, labels, points)[:, 0].float()
-        truth = []
-        for target, own, inside, row in zip(targets, boxes, points.split([len(b) for b in boxes]), owners, strict=True):
-            if target.masks is not None:
-                truth.append(mask_sample(target.masks, box_points(own, inside), row))
-            elif len(row):
-                raise UsageError("a target has boxes but no masks; points are learnt from masks, give them")
-        truth = torch.cat(truth) if truth else logits.new_zeros(logits.shape)
-        count = global_mean_count(logits.new_tensor(float(truth.numel())))
-        return functional.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / count
+        """Computes the binary cross entropy at points, averaged over all points.
+
+        The target of a point is the object's mask interpolated bilinearly, a value between 0 and 1.
+
+        Args:
+            network: The point network.
+            feature: The fine feature.
+            coarse: Coarse logits of each box.
+            boxes: Boxes of each image, in pixels of the input.
+            labels: The output of the network that each box uses.
+            targets: Objects of each image, with masks.
+            owners: The object that each box is matched to.
+            points: Points to use; default: drawn by `training_points`.
+        """
+        points = self.training_points(coarse, labels) if points is None else points
+        logits = self.predict(network, feature, coarse, boxes, labels, points)[:, 0].float()
+        truth = [
+            mask_sample(target.masks, box_points(own, inside), row)  # pyright: ignore[reportArgumentType]
+            for target, own, inside, row in zip(
+                targets, boxes, points.split([len(b) for b in boxes]), owners, strict=True
+            )
+            if len(row)
+        ]
+        count = global_mean_count(logits.new_tensor(float(logits.numel())))
+        known = torch.cat(truth) if truth else torch.zeros_like(logits)
+        return functional.binary_cross_entropy_with_logits(logits, known, reduction="sum") / count
 
     @torch.no_grad()
     def refine(
         self,
+        network: nn.Module,
         feature: Float[Tensor, "b c h w"],
         coarse: Float[Tensor, "r k *s"],
         boxes: Sequence[Float[Tensor, "_n 4"]],
         labels: Int[Tensor, " r"],
         budget: int = 64 << 20,
     ) -> Float[Tensor, "r s s"]:
-        """Fine masks as logits; so many at a time as need `budget` bytes."""
-        # Where every cell would be asked for after a doubling, the doubling itself is not needed.
-        side, steps, most = coarse.shape[-1] if coarse.dim() == 4 else self.side, self.rules.steps, self.rules.points
+        """Computes fine masks as logits.
+
+        Args:
+            network: The point network.
+            feature: The fine feature.
+            coarse: Coarse logits of each box.
+            boxes: Boxes of each image, in pixels of the input.
+            labels: The output of the network that each box uses.
+            budget: Upper bound of the scratch memory in bytes; boxes are processed in chunks that fit.
+        """
+        # A step that would predict every cell anew need not upsample first.
+        side = coarse.shape[-1] if coarse.dim() == 4 else self.side
+        steps, most = self.options.steps, self.options.per_step
         while self.start == "grid" and steps and 4 * side * side <= most:
             side, steps = 2 * side, steps - 1
         last = side << steps
-        asked = max(most, side * side) * 4 * (2 * feature.shape[1] + sum(coarse.shape[1:2]))
-        at_once, parts, counts = max(1, budget // (asked + 16 * last * last)), [], [len(b) for b in boxes]
+        per_box = max(most, side * side) * 4 * (2 * feature.shape[1] + sum(coarse.shape[1:2])) + 16 * last * last
+        at_once, parts, counts = max(1, budget // per_box), [], [len(b) for b in boxes]
         rows = zip(boxes, coarse.split(counts), labels.split(counts), strict=True)
-        for image, (own, said, kinds) in enumerate(rows):
-            for some, read, label in zip(own.split(at_once), said.split(at_once), kinds.split(at_once), strict=True):
-                if not len(some):
+        for image, image_rows in enumerate(rows):
+            for own, own_coarse, own_labels in zip(*(v.split(at_once) for v in image_rows), strict=True):
+                if not len(own):
                     continue
 
-                def answer(
-                    points: Tensor, feature: Tensor = feature[image : image + 1], read: Tensor = read,
-                    some: Tensor = some, label: Tensor = label,
+                def predict(
+                    points: Tensor, feature: Tensor = feature[image : image + 1], coarse: Tensor = own_coarse,
+                    own: Tensor = own, labels: Tensor = own_labels,
                 ) -> Tensor:  # fmt: skip
-                    return self.answer(feature, read, [some], label, points).float()
+                    return self.predict(network, feature, coarse, [own], labels, points).float()
 
                 if self.start == "grid":
-                    first = answer(grid_points(len(some), side, side, some.device)).unflatten(2, (side, side))
+                    first = predict(grid_points(len(own), side, side, own.device)).unflatten(2, (side, side))
                 else:
-                    first = read[torch.arange(len(label), device=label.device), label][:, None].float()
-                parts.append(subdivide(first, answer, mask_uncertainty, steps=steps, points=most)[:, 0])
+                    rows_of = torch.arange(len(own_labels), device=own_labels.device)
+                    first = own_coarse[rows_of, own_labels][:, None].float()
+                parts.append(subdivide(first, predict, mask_uncertainty, steps=steps, points=most)[:, 0])
         return torch.cat(parts) if parts else feature.new_zeros(0, last, last, dtype=torch.float32)
 
 
-def read_in_boxes(
+def sample_in_boxes(
     feature: Float[Tensor, "b c h w"], boxes: Sequence[Float[Tensor, "_n 4"]], points: Float[Tensor, "r p 2"],
     stride: int,
 ) -> Float[Tensor, "r c p"]:  # fmt: skip
-    """A feature of `stride` at points of the insides of boxes, which are in the input's pixels."""
+    """Samples a feature map at points inside boxes.
+
+    Args:
+        feature: Feature maps of the images.
+        boxes: Boxes of each image, in pixels of the input.
+        points: Points of each box, as fractions of its width and height.
+        stride: Stride of the feature map.
+    """
     extent = points.new_tensor([feature.shape[3] * stride, feature.shape[2] * stride])
     parts = []
     for level, own, inside in zip(feature.split(1), boxes, points.split([len(b) for b in boxes]), strict=True):
@@ -228,67 +278,97 @@ def read_in_boxes(
     return torch.cat(parts)
 
 
-class PlanePoints(nn.Module):
-    """Refines masks of whole images, one logit map per object, whatever its class.
+@dataclass(frozen=True)
+class PlaneRefinement:
+    """Refines masks of whole images: one logit map per object, whatever its class.
 
-    feature  fine, of the image: the same for all its objects, so that the coarse logit alone says which is meant
+    The fine feature is the same for all objects of an image, so the coarse logit alone says which object is meant. The
+    network is `PointHead(channels, 1, 1)`.
+
+    Attributes:
+        options: How points are chosen.
     """
 
-    def __init__(self, channels: int, *, width: int = 256, rules: PointRules | None = None):
-        super().__init__()
-        self.rules = rules or PointRules(count=1024, steps=2, points=8192)
-        self.head = PointHead(channels, 1, 1, width=width)
+    options: PointOptions = field(default_factory=lambda: PointOptions(count=1024, steps=2, per_step=8192))
 
-    def answer(
-        self, feature: Float[Tensor, "1 c h w"], coarse: Float[Tensor, "n _h _w"], points: Float[Tensor, "n p 2"]
-    ) -> Float[Tensor, "n 1 p"]:
-        """Logits of each of one image's masks at points of the image."""
+    def predict(
+        self, network: nn.Module, feature: Float[Tensor, "1 c h w"], coarse: Float[Tensor, "n _h _w"],
+        points: Float[Tensor, "n p 2"],
+    ) -> Float[Tensor, "n 1 p"]:  # fmt: skip
+        """Logits of each mask of one image at points of the image."""
         fine = point_sample(feature, points.flatten(0, 1)[None])[0].unflatten(1, points.shape[:2]).transpose(0, 1)
-        return self.head(fine, point_sample(coarse[:, None], points))
+        return network(fine, point_sample(coarse[:, None], points))
 
     def loss_sum(
         self,
+        network: nn.Module,
         feature: Float[Tensor, "1 c h w"],
         coarse: Float[Tensor, "n _h _w"],
         truth: Callable[[Float[Tensor, "n p 2"]], Float[Tensor, "n p"]],
         budget: int = 64 << 20,
     ) -> Float[Tensor, ""]:
-        """Sum over one image's masks of the mean cross entropy over their points; `truth` reads the objects'.
+        """Sums the mean binary cross entropy of each mask's points over the masks of one image.
 
-        budget  bytes of what the points read: with more masks than fit, each part is computed once more on the way back
-                instead of being kept
+        Args:
+            network: The point network.
+            feature: The fine feature of the image.
+            coarse: Coarse logits of each mask.
+            truth: Gives the values of the objects' masks at points.
+            budget: Bytes of what the points read. With more masks than fit, each chunk is computed again in the
+                backward pass instead of being kept.
         """
         points = uncertain_points(
-            coarse.detach()[:, None].float(), self.rules.count, mask_uncertainty,
-            candidates=self.rules.candidates, important=self.rules.important,
+            coarse.detach()[:, None].float(), self.options.count, mask_uncertainty,
+            candidates=self.options.candidates, important=self.options.important,
         )  # fmt: skip
         known = truth(points)
 
         def part(coarse: Tensor, points: Tensor, known: Tensor) -> Tensor:
-            logits = self.answer(feature, coarse, points)[:, 0].float()
+            logits = self.predict(network, feature, coarse, points)[:, 0].float()
             return functional.binary_cross_entropy_with_logits(logits, known, reduction="sum")
 
-        step = max(1, budget // (4 * self.rules.count * (feature.shape[1] + 1)))
+        step = max(1, budget // (4 * self.options.count * (feature.shape[1] + 1)))
         if len(coarse) <= step:
-            return part(coarse, points, known) / self.rules.count
+            return part(coarse, points, known) / self.options.count
         parts = zip(coarse.split(step), points.split(step), known.split(step), strict=True)
         sums: list[Any] = [checkpoint(part, *own, use_reentrant=False) for own in parts]
-        return torch.stack(sums).sum() / self.rules.count
+        return torch.stack(sums).sum() / self.options.count
 
     @torch.no_grad()
     def refine(
-        self, feature: Float[Tensor, "1 c h w"], coarse: Float[Tensor, "n _h _w"], budget: int = 256 << 20
+        self,
+        network: nn.Module,
+        feature: Float[Tensor, "1 c h w"],
+        coarse: Float[Tensor, "n _h _w"],
+        budget: int = 256 << 20,
     ) -> Float[Tensor, "n _p _q"]:
-        """Fine masks as logits; so many at a time as need `budget` bytes."""
-        cells = coarse.shape[1] * coarse.shape[2] << (2 * self.rules.steps)
-        asked = min(self.rules.points, cells) * 4 * 2 * (feature.shape[1] + 256)
+        """Computes fine masks of one image as logits; `budget` bounds the scratch memory in bytes."""
+        cells = coarse.shape[1] * coarse.shape[2] << (2 * self.options.steps)
+        per_mask = min(self.options.per_step, cells) * 4 * 2 * (feature.shape[1] + 256) + 16 * cells
         parts = [
             subdivide(
-                some[:, None].float(), lambda points, some=some: self.answer(feature, some, points).float(),
-                mask_uncertainty, steps=self.rules.steps, points=self.rules.points,
+                some[:, None].float(), lambda points, some=some: self.predict(network, feature, some, points).float(),
+                mask_uncertainty, steps=self.options.steps, points=self.options.per_step,
             )[:, 0]
-            for some in coarse.split(max(1, budget // (asked + 16 * cells)))
+            for some in coarse.split(max(1, budget // per_mask))
             if len(some)
         ]  # fmt: skip
-        empty = coarse.new_zeros(0, *(n << self.rules.steps for n in coarse.shape[1:]), dtype=torch.float32)
+        empty = coarse.new_zeros(0, *(n << self.options.steps for n in coarse.shape[1:]), dtype=torch.float32)
         return torch.cat(parts) if parts else empty
+
+
+class PlanePoints(nn.Module):
+    """Temporary: a point network with its `PlaneRefinement`, for systems that hold both as one module."""
+
+    def __init__(self, channels: int, *, width: int = 256):
+        super().__init__()
+        self.rules = PlaneRefinement()
+        self.head = PointHead(channels, 1, 1, width=width)
+
+    def loss_sum(self, feature: Tensor, coarse: Tensor, truth: Callable[[Tensor], Tensor]) -> Tensor:
+        """See `PlaneRefinement.loss_sum`."""
+        return self.rules.loss_sum(self.head, feature, coarse, truth)
+
+    def refine(self, feature: Tensor, coarse: Tensor) -> Tensor:
+        """See `PlaneRefinement.refine`."""
+        return self.rules.refine(self.head, feature, coarse)

@@ -1,4 +1,4 @@
-"""Region proposals (Faster R-CNN, arXiv 1506.01497), on one level or on a pyramid."""
+"""Region proposal network (Faster R-CNN, arXiv 1506.01497), on one level or on a pyramid."""
 
 from __future__ import annotations
 
@@ -18,71 +18,107 @@ from maskwright.ops.losses import smooth_l1_sum
 from maskwright.ops.matching import NEGATIVE, match, sample
 from maskwright.structures import Instances
 
+AnchorRule = Literal["detectron2", "torchvision", "maskrcnn-benchmark"]
+
 
 @dataclass(frozen=True)
 class ProposalRules:
-    """Where the published code bases differ.
+    """Conventions of the proposal network, in which the published code bases differ.
 
-    rounded        anchors' half sides are whole numbers, and strides are the input's size over the map's (torchvision);
-                   otherwise real-valued anchors at multiples of the nominal stride (detectron2)
-    loss           "fixed": both terms are divided by images * sample size (detectron2); "sampled": by the sampled
-    beta           of the smooth-L1 box loss; 0 is L1
-    smallest_side  proposals with a side at or below it are dropped; exactly at it they stay if `inclusive`
-    by             proposals are ranked over all levels by their "logit" or their "probability"
+    Attributes:
+        anchors: The rule for anchors, see `Anchors`.
+        anchor_offset: Position of the anchors in a cell, see `Anchors`.
+        loss: Divisor of both terms. "fixed": images times `sample` (detectron2); "sampled": the number of sampled
+            anchors.
+        beta: Beta of the smooth L1 loss; 0 is L1.
+        smallest_side: Proposals with a side at or below it are dropped.
+        inclusive: Proposals with a side of exactly `smallest_side` are kept.
+        rank_by: Proposals of all levels are ranked by "logit" or by "probability", which differ where float32
+            probabilities are equal.
+        before: Best proposals per level that are kept before non-maximum suppression, in training and at test time.
+        after: Best proposals of all levels that are kept after it, in training and at test time.
+        nms_threshold: IoU threshold of the non-maximum suppression within a level.
+        sample: Anchors per image in the loss.
+        positives: Largest share of positive anchors among them.
     """
 
-    rounded: bool = False
+    anchors: AnchorRule = "detectron2"
+    anchor_offset: float = 0.0
     loss: Literal["fixed", "sampled"] = "fixed"
     beta: float = 0.0
     smallest_side: float = 0.0
     inclusive: bool = False
-    by: Literal["logit", "probability"] = "logit"
-    before: tuple[int, int] = (2000, 1000)  # best of each level kept before suppression, in training and at test
-    after: tuple[int, int] = (1000, 1000)  # best of all levels kept after it
-    overlap: float = 0.7
+    rank_by: Literal["logit", "probability"] = "logit"
+    before: tuple[int, int] = (2000, 1000)
+    after: tuple[int, int] = (1000, 1000)
+    nms_threshold: float = 0.7
     sample: int = 256
     positives: float = 0.5
 
 
 class Anchors(nn.Module):
-    """Boxes of A shapes around the corner of every cell; order y, x, shape."""
+    """Anchor boxes of A shapes at every cell of each level, in the order y, x, shape.
+
+    Args:
+        sizes: For each level the square roots of the areas, in pixels.
+        strides: Stride of each level.
+        ratios: Height divided by width.
+        rule: "detectron2": real-valued shapes around multiples of the stride. "torchvision": half sides rounded to
+            integers, around multiples of the input's size divided by the map's. "maskrcnn-benchmark": Detectron's
+            rule, in which a box from pixel 0 to pixel stride - 1 is scaled, with the sides of each ratio rounded; sides
+            include their last pixel.
+        offset: Position of the anchors in a cell as a fraction of the stride: 0 is the corner, 0.5 the centre.
+    """
 
     def __init__(
         self,
         sizes: Sequence[Sequence[float]],
         strides: Sequence[int],
         ratios: Sequence[float] = (0.5, 1.0, 2.0),
-        rounded: bool = False,
+        rule: AnchorRule = "detectron2",
+        offset: float = 0.0,
     ):
-        """`sizes` per level are square roots of areas in pixels, `ratios` are height / width."""
         super().__init__()
-        self.strides, self.rounded = list(strides), rounded
+        self.strides, self.rule, self.offset = list(strides), rule, offset
         self.count = len(sizes[0]) * len(ratios)
-        for level, own in enumerate(sizes):
-            self.register_buffer(f"shapes{level}", _shapes(own, ratios, rounded), persistent=False)
+        for level, (own, stride) in enumerate(zip(sizes, strides, strict=True)):
+            self.register_buffer(f"shapes{level}", anchor_shapes(own, ratios, rule, stride), persistent=False)
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> list[Float[Tensor, "_n 4"]]:
-        """Anchors (H W A, 4) of each level for an input of `size` (H, W), padding included."""
+        """Anchors (H W A, 4) of each level, for an input of `size` (height, width), padding included."""
         result = []
         for level, feature in enumerate(features):
             height, width = feature.shape[-2:]
             shapes = getattr(self, f"shapes{level}").to(feature.device)
             stride = self.strides[level]
-            down, across = (size[0] // height, size[1] // width) if self.rounded else (stride, stride)
-            y = torch.arange(height, device=feature.device, dtype=torch.float32) * down
-            x = torch.arange(width, device=feature.device, dtype=torch.float32) * across
+            torchvision = self.rule == "torchvision"
+            down, across = (size[0] // height, size[1] // width) if torchvision else (stride, stride)
+            y = (torch.arange(height, device=feature.device, dtype=torch.float32) + self.offset) * down
+            x = (torch.arange(width, device=feature.device, dtype=torch.float32) + self.offset) * across
             corners = torch.stack([x.repeat(height), y.repeat_interleave(width)] * 2, 1)
             result.append((corners[:, None] + shapes).reshape(-1, 4))
         return result
 
 
-def _shapes(sizes: Sequence[float], ratios: Sequence[float], rounded: bool) -> Tensor:
-    if rounded:  # in float32 throughout, as the original
+def anchor_shapes(
+    sizes: Sequence[float], ratios: Sequence[float], rule: AnchorRule = "detectron2", stride: int = 16
+) -> Float[Tensor, "a 4"]:
+    """Anchor boxes at the origin; the arguments are those of `Anchors` for one level."""
+    if rule == "torchvision":  # in float32 throughout, as the original
         roots = torch.tensor(ratios).sqrt()
         widths = ((1 / roots)[:, None] * torch.tensor(sizes, dtype=torch.float32)).flatten()
         heights = (roots[:, None] * torch.tensor(sizes, dtype=torch.float32)).flatten()
         return (torch.stack([-widths, -heights, widths, heights], 1) / 2).round()
     rows = []
+    if rule == "maskrcnn-benchmark":
+        centre = 0.5 * (stride - 1)
+        for ratio in ratios:
+            width = round(math.sqrt(stride * stride / ratio))
+            height = round(width * ratio)
+            for size in sizes:
+                x, y = 0.5 * (width * size / stride - 1), 0.5 * (height * size / stride - 1)
+                rows.append([centre - x, centre - y, centre + x, centre + y])
+        return torch.tensor(rows)
     for size in sizes:
         for ratio in ratios:
             width = math.sqrt(size**2 / ratio)
@@ -92,13 +128,21 @@ def _shapes(sizes: Sequence[float], ratios: Sequence[float], rounded: bool) -> T
 
 
 class RPNHead(nn.Module):
-    """3 x 3 convolutions shared by all levels, then objectness (A) and deltas (A blocks of 4) of each anchor."""
+    """3 x 3 convolutions shared by all levels, then objectness (A) and deltas (A blocks of 4) of each anchor.
 
-    def __init__(self, channels: int, anchors: int, convs: int = 1):
+    Args:
+        channels: Channels of every level.
+        anchors: Anchors per location.
+        convs: Number of 3 x 3 convolutions.
+        width: Channels of the convolutions; default `channels`.
+    """
+
+    def __init__(self, channels: int, anchors: int, convs: int = 1, width: int | None = None):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convs))
-        self.objectness = nn.Conv2d(channels, anchors, 1)
-        self.deltas = nn.Conv2d(channels, 4 * anchors, 1)
+        width = width or channels
+        self.convs = nn.ModuleList(nn.Conv2d(width if n else channels, width, 3, padding=1) for n in range(convs))
+        self.objectness = nn.Conv2d(width if convs else channels, anchors, 1)
+        self.deltas = nn.Conv2d(width if convs else channels, 4 * anchors, 1)
         for layer in [*self.convs, self.objectness, self.deltas]:
             nn.init.normal_(layer.weight, std=0.01)  # pyright: ignore[reportArgumentType]
             nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
@@ -131,7 +175,19 @@ def propose(
     rules: ProposalRules,
     training: bool = False,
 ) -> list[tuple[Float[Tensor, "_p 4"], Float[Tensor, " _p"]]]:
-    """For each image of valid size (h, w) its proposals and their logits, best first, without gradient."""
+    """Converts the output of the proposal network to boxes.
+
+    Args:
+        objectness: Logits of each level.
+        deltas: Box deltas of each level.
+        anchors: Anchors of each level.
+        sizes: Height and width of the valid part of each image in the input, to which boxes are clipped.
+        rules: Conventions and numbers.
+        training: Whether the numbers of proposals are those of training.
+
+    Returns:
+        Boxes and their logits for each image, best first, without gradient.
+    """
     before, after = (rules.before[0], rules.after[0]) if training else (rules.before[1], rules.after[1])
     chosen_boxes, chosen_logits, levels = [], [], []
     with torch.no_grad():
@@ -150,8 +206,8 @@ def propose(
             large = sides >= rules.smallest_side if rules.inclusive else sides > rules.smallest_side
             good = large.all(1) & torch.isfinite(own).all(1) & torch.isfinite(score)
             own, score, group = own[good], score[good], level[good]
-            ranked = score.sigmoid() if rules.by == "probability" else score
-            kept = box_ops.nms(own, ranked, group, rules.overlap, after)
+            ranked = score.sigmoid() if rules.rank_by == "probability" else score
+            kept = box_ops.nms(own, ranked, group, rules.nms_threshold, after)
             result.append((own[kept], score[kept]))
     return result
 
@@ -163,7 +219,19 @@ def proposal_losses(
     targets: Sequence[Instances],
     rules: ProposalRules,
 ) -> dict[str, Tensor]:
-    """`rpn_objectness`: cross entropy over a sample of anchors; `rpn_box`: smooth L1 of the positives' deltas."""
+    """Computes the losses of the proposal network (Faster R-CNN, section 3.1.2).
+
+    Args:
+        objectness: Logits of each level.
+        deltas: Box deltas of each level.
+        anchors: Anchors of each level.
+        targets: Objects of each image, in the frame of the input.
+        rules: Conventions and numbers.
+
+    Returns:
+        "rpn_objectness": binary cross entropy over sampled anchors. "rpn_box": smooth L1 loss of the deltas of the
+        positive ones.
+    """
     logits = torch.cat(_rows(objectness, 1), 1)[..., 0]  # (B, N)
     shifts = torch.cat(_rows(deltas, 4), 1)  # (B, N, 4)
     every = torch.cat(list(anchors))

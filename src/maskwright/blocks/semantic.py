@@ -1,4 +1,4 @@
-"""Semantic segmentation on a pyramid (Panoptic Feature Pyramid Networks, arXiv 1901.02446, section 3)."""
+"""Semantic segmentation on a feature pyramid (Panoptic Feature Pyramid Networks, arXiv 1901.02446, section 3)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ from torch.nn import functional
 from maskwright.blocks.layers import ConvNorm, Norm
 from maskwright.ops.distributed import global_mean_count
 
-VOID = -1  # the label of pixels that are not learnt from
+VOID = -1  # label of pixels that the loss ignores
 
 
 class SemanticFPN(nn.Module):
-    """Logits of every class at stride 4, from levels of strides 4, 8, 16 ...: each level goes through as many 3 x 3
-    convolutions as it is doublings away from stride 4 (the first through one), each followed by its doubling; all are
-    added."""
+    """Predicts logits of every class at stride 4 from pyramid levels of strides 4, 8, 16, ...
+
+    Each level passes through as many 3 x 3 convolutions as there are doublings between its stride and 4 (the first
+    level through one), each followed by bilinear upsampling by two. The results are added.
+
+    Args:
+        channels: Channels of every level.
+        outputs: Number of output maps.
+        width: Channels of the convolutions.
+        norm: Normalisation after each convolution.
+        levels: Number of levels that are used.
+    """
 
     def __init__(self, channels: int, outputs: int, *, width: int = 128, norm: Norm = "group", levels: int = 4):
         super().__init__()
@@ -33,7 +42,7 @@ class SemanticFPN(nn.Module):
         nn.init.zeros_(self.output.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, features: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "b k h w"]:
-        """From as many of the features, finest first, as there are levels."""
+        """Computes logits from the first `levels` of the features, finest first."""
         parts = []
         for number, convs in enumerate(self.levels):
             x = features[number]
@@ -46,7 +55,12 @@ class SemanticFPN(nn.Module):
 
 
 def semantic_loss(logits: Float[Tensor, "b k h w"], truth: Int[Tensor, "b _h _w"]) -> Float[Tensor, ""]:
-    """Cross entropy of the logits, enlarged bilinearly to the map's size, mean over the pixels that are not VOID."""
+    """Computes the cross entropy of bilinearly upsampled logits, averaged over the pixels that are not VOID.
+
+    Args:
+        logits: Logits of each class.
+        truth: Label maps; the logits are upsampled to their size.
+    """
     large = functional.interpolate(logits.float(), size=truth.shape[1:], mode="bilinear", align_corners=False)
     count = global_mean_count((truth != VOID).sum())
     return functional.cross_entropy(large, truth, ignore_index=VOID, reduction="sum") / count
@@ -55,7 +69,7 @@ def semantic_loss(logits: Float[Tensor, "b k h w"], truth: Int[Tensor, "b _h _w"
 def label_maps(
     planes: Sequence[Int[Tensor, "_h _w"]], size: tuple[int, int], device: torch.device
 ) -> Int[Tensor, "b h w"]:
-    """Label maps of images of different sizes on one input of `size` (H, W): VOID in the padding."""
+    """Pads label maps of images to the `size` (height, width) of the network's input, with VOID."""
     result = torch.full((len(planes), *size), VOID, dtype=torch.int64, device=device)
     for own, plane in zip(result, planes, strict=True):
         own[: plane.shape[0], : plane.shape[1]] = plane.to(device)

@@ -14,8 +14,17 @@ Scoring = Literal["probability", "logit"]
 def encode(
     keypoints: Float[Tensor, "r j 3"], boxes: Float[Tensor, "r 4"], side: int
 ) -> tuple[Int[Tensor, "r j"], Bool[Tensor, "r j"]]:
-    """The cell y * side + x that each keypoint falls in on the box's side x side map, and whether it counts: labelled
-    (visibility > 0) and inside the box. A keypoint exactly on the right or lower edge belongs to the last cell."""
+    """Converts keypoints to cells of a map inside each box.
+
+    Args:
+        keypoints: x, y and visibility of the keypoints of each box's object, in the frame of the boxes.
+        boxes: Boxes x0, y0, x1, y1.
+        side: Side of the map.
+
+    Returns:
+        The cell `y * side + x` of each keypoint, and whether it is used: labelled (visibility > 0) and inside the box.
+        A keypoint exactly on the right or lower edge belongs to the last cell.
+    """
     scale = side / (boxes[:, 2:] - boxes[:, :2])
     place = (keypoints[..., :2] - boxes[:, None, :2]) * scale[:, None]
     cell = place.floor().long()
@@ -27,11 +36,18 @@ def encode(
 def decode(
     maps: Float[Tensor, "r j s s"], boxes: Float[Tensor, "r 4"], scoring: Scoring = "probability"
 ) -> Float[Tensor, "r j 3"]:
-    """x, y and score of each keypoint: the largest cell of the map after bicubic resizing to the box's size in pixels.
+    """Finds the peak of each map after bicubic resizing to the size of the box in pixels.
 
-    scoring  "probability" (detectron2): exp of the peak over the sum on the map as predicted, which can exceed 1;
-             "logit" (torchvision): the resized logit at the peak
-    The sizes differ from box to box, so boxes are taken one at a time; no batching is exact.
+    The sizes differ between boxes, so boxes are processed one at a time; batching would not be exact.
+
+    Args:
+        maps: Logits on a grid inside each box.
+        boxes: Boxes x0, y0, x1, y1 in pixels.
+        scoring: The score. "probability" (detectron2): exp of the peak divided by the sum over the map before resizing,
+            which can exceed 1. "logit" (torchvision): the resized logit at the peak.
+
+    Returns:
+        x, y and score of each keypoint, in the frame of the boxes.
     """
     maps, boxes = maps.float(), boxes.float()
     result = maps.new_zeros(*maps.shape[:2], 3)

@@ -1,4 +1,4 @@
-"""What a mask head shall predict inside a box: the object's mask cut out and brought to P x P."""
+"""Targets of mask heads: the mask of an object cropped to a box and resized to P x P, and related label maps."""
 
 from __future__ import annotations
 
@@ -20,10 +20,19 @@ Rule = Literal["binary", "soft"]
 def mask_targets(
     masks: Masks, owners: Int[Tensor, " r"], boxes: Float[Tensor, "r 4"], side: int, *, rule: Rule = "binary"
 ) -> Float[Tensor, "r side side"]:
-    """For each of R boxes (in the masks' frame) the mask `owners[r]` inside it, on side x side, on the boxes' device.
+    """Crops masks to boxes and resizes them to side x side.
 
-    "binary" (detectron2): polygons are rasterised on the small grid itself; other masks are read with aligned RoIAlign
-    and thresholded at >= 0.5. "soft" (torchvision): un-aligned RoIAlign of the raster mask, values between 0 and 1.
+    Args:
+        masks: Masks of the objects.
+        owners: Index of the mask that each box is cropped from.
+        boxes: Boxes in the frame of the masks.
+        side: Side of the grid.
+        rule: "binary" (detectron2): polygons are rasterised on the small grid itself; other masks are cropped with
+            aligned RoIAlign and thresholded at 0.5. "soft" (torchvision): RoIAlign that is not aligned, of the raster
+            mask, with values between 0 and 1.
+
+    Returns:
+        One grid per box, on the device of the boxes.
     """
     if not len(boxes):
         return boxes.new_zeros(0, side, side)
@@ -43,10 +52,14 @@ def mask_targets(
 
 
 def plane_targets(masks: Masks, grid: tuple[int, int], size: tuple[int, int]) -> Float[Tensor, "n h w"]:
-    """Whole masks on a coarse `grid` (h, w) that covers the network's input of `size` (H, W), on the host.
+    """Resizes whole masks to a coarse grid, on the CPU.
 
-    Bilinear, by pixel centres and without anti-aliasing: a cell reads the four pixels around its centre. Masks may end
-    before the input does; beyond them lies background.
+    Bilinear, by pixel centres and without anti-aliasing: a cell reads the four pixels around its centre.
+
+    Args:
+        masks: Masks, which may be smaller than the input; beyond them is background.
+        grid: Height and width of the grid, which covers the input.
+        size: Height and width of the network's input.
     """
     down, across = (
         ((torch.arange(cells) + 0.5) * (length / cells) - 0.5).clamp(0, length - 1)
@@ -61,8 +74,8 @@ def plane_targets(masks: Masks, grid: tuple[int, int], size: tuple[int, int]) ->
 
 
 def _with_margin(crop: Tensor, frame: list[int], size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """The crop with three empty cells around it, except where the image ends: there sampling clamps to the border,
-    and must find it."""
+    """The crop and its corner with three empty cells around it, except at the border of the image, to which sampling
+    clamps."""
     x0, y0, x1, y1 = frame
     left, top, right, bottom = min(3, x0), min(3, y0), min(3, size[1] - x1), min(3, size[0] - y1)
     return torch.nn.functional.pad(crop.float(), (left, right, top, bottom)), (x0 - left, y0 - top)
@@ -70,8 +83,8 @@ def _with_margin(crop: Tensor, frame: list[int], size: tuple[int, int]) -> tuple
 
 def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int) -> Tensor:
     outlines = masks.polygons()
-    # The scale is rounded to float32 before it meets the points, as in detectron2 under NumPy 2: a ring that passes
-    # through the middle of cells (a box as high as the image, say) falls to one side or the other by that rounding.
+    # The scale is rounded to float32 before it is multiplied, as in detectron2 under NumPy 2: for a polygon through the
+    # middle of cells (in a box as high as the image, for example) that rounding decides which cells are covered.
     corners, sides = boxes[:, :2].double().numpy(), (boxes[:, 2:] - boxes[:, :2]).float().numpy()
     scales = (np.float32(side) / np.maximum(sides, np.float32(0.1))).astype("float64")
     cut = [
@@ -82,11 +95,18 @@ def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int) -> Tenso
 
 
 def label_target(
-    masks: Masks, labels: Int[Tensor, " n"], *, nothing: int, crowd: Bool[Tensor, " n"] | None = None, void: int = -1
+    masks: Masks, labels: Int[Tensor, " n"], *, background: int, crowd: Bool[Tensor, " n"] | None = None, void: int = -1
 ) -> Int[Tensor, "h w"]:
-    """The label of each pixel, on the host: `nothing` where no mask is. Where masks overlap the smaller one lies on
-    top; crowd regions are `void`, below all others."""
-    plane = np.full(masks.size, nothing, np.int64)
+    """Paints masks into a label map, on the CPU. Where masks overlap, the smaller one is on top.
+
+    Args:
+        masks: Masks of the objects.
+        labels: Label of each object.
+        background: Label of pixels that no mask covers.
+        crowd: Objects that are crowd regions; they are painted as `void`, below all others.
+        void: Label of pixels without a label.
+    """
+    plane = np.full(masks.size, background, np.int64)
     areas = masks.areas().cpu().double()
     if crowd is not None:
         areas = areas + crowd.cpu() * (1.0 + areas.max() if len(areas) else 1.0)
@@ -101,9 +121,19 @@ def label_target(
 def seen_at(
     masks: Masks | None, places: Float[Tensor, "n 2"], grid: tuple[int, int], cell: int, budget: int = 64 << 20
 ) -> tuple[Bool[Tensor, "n g"], Bool[Tensor, "g h w"]]:
-    """Whether each place (x, y in pixels) lies on each object's mask; and the masks on `grid` cells of `cell` pixels a
-    side, an even number: a cell counts if one of the four pixels in its middle does, for that is where halving it again
-    and again bilinearly reads. `budget` bytes of planes."""
+    """Whether points are on masks, and the masks downsampled to a grid.
+
+    Args:
+        masks: Masks of the objects.
+        places: x and y of points in pixels.
+        grid: Height and width of the grid.
+        cell: Side of a cell in pixels, an even number. A cell is covered if one of the four pixels in its middle is:
+            repeated bilinear halving reads these.
+        budget: Scratch memory in bytes.
+
+    Returns:
+        For each point and each object whether the point is on the mask; for each object the covered cells.
+    """
     if masks is None or not len(masks):
         return places.new_zeros(len(places), 0, dtype=torch.bool), places.new_zeros(0, *grid, dtype=torch.bool)
     height, width = masks.size
@@ -113,8 +143,8 @@ def seen_at(
     on_mask, cells, step = [], [], max(1, budget // (2 * cell * cell * grid[0] * grid[1]))
     for start in range(0, len(masks), step):
         planes = masks[start : start + step].dense(places.device)
-        planes = functional.pad(planes, (0, right, 0, below))  # as large as the finest level reaches
-        seen = (y < planes.shape[1]) & (x < planes.shape[2])  # a coarse level's last places lie beyond
+        planes = functional.pad(planes, (0, right, 0, below))  # the extent of the grid
+        seen = (y < planes.shape[1]) & (x < planes.shape[2])  # the last points of a coarse level are outside
         chosen = planes[:, y.clamp(max=planes.shape[1] - 1), x.clamp(max=planes.shape[2] - 1)]
         on_mask.append((chosen & seen).T)
         inner = planes.unflatten(2, (-1, cell)).unflatten(1, (-1, cell))[:, :, middle, :, middle]

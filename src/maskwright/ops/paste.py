@@ -1,4 +1,4 @@
-"""Putting P x P masks of boxes onto the image's grid, by each published convention."""
+"""Pasting of P x P masks predicted inside boxes onto the pixel grid of the image, by each published convention."""
 
 from __future__ import annotations
 
@@ -24,16 +24,24 @@ def paste_masks(
     strict: bool = False,
     budget: int = 64 << 20,
 ) -> Masks:
-    """Masks of `size` (H, W) from what was predicted on a P x Q grid inside each box (in the image's pixels).
+    """Converts masks predicted inside boxes to masks of the image.
 
-    rule      "continuous" (detectron2): the centre of each pixel is looked up in the box's grid, zeros around it;
-              "padded" (torchvision, maskrcnn-benchmark): the grid gets a border of zeros, the grown box is cut to
-              whole pixels and counts its last one, and the grid is resized to it;
-              "corners" (DeepMask): as many whole pixels as the box's sides hold, from the pixel of its corner on, and
-              the grid is resized to them with the outer cells on the outer pixels
-    threshold kept are values >= threshold, > with `strict`
-    budget    bytes of scratch on an accelerator. There whole planes are made, as many at a time as fit; on the host
-              each mask is made on the pixels of its box alone, and nothing of the image's size ever exists
+    Args:
+        probabilities: Probabilities on a P x Q grid inside each box.
+        boxes: Boxes x0, y0, x1, y1 in pixels of the image.
+        size: Height and width of the image.
+        rule: The convention. "continuous" (detectron2): bilinear interpolation at the centre of each pixel, zeros
+            outside the grid. "padded" (torchvision, maskrcnn-benchmark): the grid is padded with a border of zeros, the
+            enlarged box is truncated to integers and includes its last pixel, and the grid is resized to it. "corners"
+            (DeepMask): the grid is resized to the integer size of the box, beginning at the pixel of its corner, with
+            the outer cells on the outer pixels.
+        threshold: A pixel belongs to the mask if its value is at least the threshold.
+        strict: The value must exceed the threshold instead.
+        budget: Scratch memory in bytes on an accelerator, where whole planes are computed in chunks that fit. On a CPU
+            each mask is computed on the pixels of its box only.
+
+    Returns:
+        Masks of `size`, in the order of the boxes.
     """
     probabilities, boxes = probabilities.float(), boxes.float()
     if not len(boxes):
@@ -60,7 +68,7 @@ def paste_values(
     *,
     rule: Rule = "continuous",
 ) -> Float[Tensor, "n h w"]:
-    """The same before thresholding, as whole planes: N * H * W * 4 bytes."""
+    """Computes what `paste_masks` thresholds, as whole planes of N * H * W * 4 bytes; the arguments are the same."""
     return _planes(probabilities.float(), boxes.float(), size, rule)
 
 
@@ -80,7 +88,7 @@ def _crop(
     grid: Tensor, box: Tensor, size: tuple[int, int], rule: Rule, threshold: float, strict: bool
 ) -> tuple[Tensor, tuple[int, int]]:
     x0, y0, x1, y1 = box.tolist()
-    margin_x, margin_y = (x1 - x0) / grid.shape[1] + 2, (y1 - y0) / grid.shape[0] + 2  # what a border cell can reach
+    margin_x, margin_y = (x1 - x0) / grid.shape[1] + 2, (y1 - y0) / grid.shape[0] + 2  # reach of a border cell
     left, right = max(0, int(x0 - margin_x)), min(size[1], int(x1 + margin_x) + 1)
     top, bottom = max(0, int(y0 - margin_y)), min(size[0], int(y1 + margin_y) + 1)
     columns = torch.arange(left, max(left, right), dtype=torch.float32)
@@ -94,11 +102,11 @@ def _axis(low: Tensor, high: Tensor, pixels: Tensor, cells: int, rule: Rule) -> 
     """Weights (..., pixels, cells) along one axis for boxes from `low` to `high`."""
     low, high = low[..., None], high[..., None]
     if rule == "continuous":
-        # A box without extent maps every pixel to infinity or nowhere; both read zeros.
+        # An empty box maps pixels to infinity or NaN; both read zeros.
         place = (pixels + 0.5 - low) / (high - low) * cells - 0.5
         return weights(torch.nan_to_num(place, nan=-9.0, posinf=-9.0, neginf=-9.0), cells)
     if rule == "corners":
-        # What should be a whole number may be off by rounding once a placement was applied to it.
+        # Integers may be off by rounding after a placement was applied to them.
         first, length = torch.floor(low + 1e-3), torch.floor(high - low + 1e-3)
         place = (pixels - first) * ((cells - 1) / (length - 1).clamp(min=1))
         inside = (pixels >= first) & (pixels < first + length)
@@ -109,5 +117,5 @@ def _axis(low: Tensor, high: Tensor, pixels: Tensor, cells: int, rule: Rule) -> 
     length = (last - first + 1).clamp(min=1)
     place = (pixels - first + 0.5) * ((cells + 2) / length) - 0.5
     inside = (pixels >= first) & (pixels < first + length)
-    # Clamped to the padded grid, whose outer cells are zeros: dropping their columns is the same.
+    # Clamped to the padded grid, whose outer cells are zeros, so their columns can be dropped.
     return weights(place.clamp(0, cells + 1) - 1, cells) * inside[..., None]

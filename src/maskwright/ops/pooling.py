@@ -1,6 +1,7 @@
-"""Cutting a feature map along a box, in the ways that the field's papers compare.
+"""Features of boxes cropped from a feature map (RoIs), in the ways that papers compare.
 
-A RoI is (index in the batch, x0, y0, x1, y1) in the image's pixels; `scale` is 1 / stride.
+A RoI is (index in the batch, x0, y0, x1, y1) in pixels of the image; `scale` is 1 / stride of the feature map. All
+functions return the dtype of the features.
 """
 
 from __future__ import annotations
@@ -11,60 +12,84 @@ from torch import Tensor
 
 from maskwright.ops.interpolation import weights
 
-FEW_CHANNELS = 16  # below, reading whole cells does not pay
+Side = int | tuple[int, int]  # of the output grid: one number, or height and width
+
+FEW_CHANNELS = 16  # below this, gathering whole rows of channels is slower than torchvision's kernel
+
+
+def grid_size(side: Side) -> tuple[int, int]:
+    """Height and width of an output grid."""
+    return (side, side) if isinstance(side, int) else (int(side[0]), int(side[1]))
 
 
 def kernel_type(values: Tensor) -> torch.dtype:
-    """In which type torchvision's kernels read `values`: they have no bfloat16, and float16 on GPUs alone."""
+    """The dtype in which torchvision's kernels can read `values`: no bfloat16, and float16 only on GPUs."""
     known = values.dtype in (torch.float32, torch.float64) or (values.is_cuda and values.dtype == torch.float16)
     return values.dtype if known else torch.float32
+
+
+def _computed(features: Tensor) -> Tensor:
+    """Features in the dtype that RoIs are cropped in: half precision would round coordinates to whole pixels."""
+    return features if features.dtype == torch.float64 else features.float()
 
 
 def roi_align(
     features: Float[Tensor, "b c h w"],
     rois: Float[Tensor, "r 5"],
-    side: int,
+    side: Side,
     scale: float = 1.0,
     samples: int = 0,
     aligned: bool = True,
-) -> Float[Tensor, "r c side side"]:
-    """Mean of bilinear samples in each of side x side real-valued bins (Mask R-CNN, arXiv 1703.06870).
+) -> Float[Tensor, "r c _h _w"]:
+    """Averages bilinear samples in each bin of a grid, without rounding (Mask R-CNN, arXiv 1703.06870, section 3).
 
-    samples  points per bin and axis; 0 for as many as the bin has cells, different for each box
-    aligned  cell centres lie at half coordinates; without, they lie at whole ones and boxes are at least one cell wide
+    Args:
+        features: Feature maps of the images.
+        rois: Batch index and box in pixels of the image.
+        side: Side of the output grid, or its height and width.
+        scale: 1 / stride of the feature map.
+        samples: Samples per bin and axis; 0: the number of cells that a bin covers, rounded up, which differs between
+            boxes.
+        aligned: Whether cell centres are at half coordinates (detectron2). Otherwise they are at integers, and boxes
+            are at least one cell wide and high (Detectron, torchvision).
+
+    Returns:
+        One grid per RoI.
     """
+    size = grid_size(side)
     if features.device.type == "cpu" and features.shape[1] >= FEW_CHANNELS and not torch.compiler.is_compiling():
-        return _roi_align_by_rows(features, rois, side, scale, samples, aligned)
+        return _roi_align_by_rows(features, rois, size, scale, samples, aligned)
     from torchvision.ops import roi_align as align
 
-    values = features.to(kernel_type(features))
-    return align(values, rois.to(values.dtype), side, scale, samples, aligned)
+    values = _computed(features)
+    return align(values, rois.to(values.dtype), size, scale, samples, aligned).to(features.dtype)
 
 
 def _roi_align_by_rows(
-    features: Tensor, rois: Tensor, side: int, scale: float, samples: int, aligned: bool
-) -> Float[Tensor, "r c side side"]:
-    """RoIAlign as weighted sums of rows of a table of cells: what the host does fastest.
+    features: Tensor, rois: Tensor, size: tuple[int, int], scale: float, samples: int, aligned: bool
+) -> Float[Tensor, "r c _h _w"]:
+    """RoIAlign as weighted sums of rows of a table of cells, which is fastest on CPUs.
 
     The mean of bilinear samples in a bin is separable, so every cell of the bin's small window has one weight, the
-    product of one per row and one per column; each cell's C channels, side by side in memory, are then read once, and
-    written once in the backward pass. Against a loop over samples and channels this is several times faster forwards
-    and more than ten times backwards. Result and features are channels-last.
+    product of one per row and one per column. The C channels of a cell are adjacent in memory and are read once, and
+    written once in the backward pass. Compared to a loop over samples and channels this is several times faster
+    forwards and more than ten times backwards. Result and features are channels-last.
     """
     _, channels, height, width = features.shape
     boxes = rois[:, 1:].float() * scale - (0.5 if aligned else 0.0)
     low, span = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     if not aligned:
         span = span.clamp(min=1)
-    left, columns, across = _bins(low[:, 0], span[:, 0], side, samples, width)
-    top, rows, down = _bins(low[:, 1], span[:, 1], side, samples, height)
+    left, columns, across = _bins(low[:, 0], span[:, 0], size[1], samples, width)
+    top, rows, down = _bins(low[:, 1], span[:, 1], size[0], samples, height)
 
     # A bag is one bin: rows x columns cells, beginning at `corner` in the table.
-    corner = ((rois[:, :1].long() * height + top) * width)[:, :, None] + left[:, None, :]  # (R, side, side)
+    corner = ((rois[:, :1].long() * height + top) * width)[:, :, None] + left[:, None, :]  # (R, h, w)
     cells = (rows[:, :, None] * columns[:, None, :]).flatten()
     first = cells.cumsum(0) - cells
     bins = torch.arange(len(cells), device=rois.device)
-    row_of, column_of = bins // side * down.shape[-1], (bins // side**2 * side + bins % side) * across.shape[-1]
+    roi, column = bins // (size[0] * size[1]), bins % size[1]
+    row_of, column_of = bins // size[1] * down.shape[-1], (roi * size[1] + column) * across.shape[-1]
     wide = columns[:, None, :].expand_as(corner).flatten()
     facts = torch.stack([first, wide, corner.flatten(), row_of, column_of], 1)
     first_, wide_, corner_, row_, column_ = facts.repeat_interleave(cells, 0).unbind(1)
@@ -76,18 +101,18 @@ def _roi_align_by_rows(
     sums = torch.nn.functional.embedding_bag(
         corner_ + y * width + x, table, first, mode="sum", per_sample_weights=weight.to(table.dtype)
     )
-    return sums.view(len(rois), side, side, channels).permute(0, 3, 1, 2)
+    return sums.view(len(rois), *size, channels).permute(0, 3, 1, 2)
 
 
 def _bins(low: Tensor, span: Tensor, side: int, samples: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis of `length` cells: each bin's first cell (R, side), how many it reads, and their weights
+    """Along one axis of `length` cells: each bin's first cell (R, side), its number of cells, and their weights
     (R, side, most). Samples further than a cell outside count as zeros, nearer ones read the border."""
     width = (span / side)[:, None, None]
     count = torch.full_like(span, samples) if samples else (span / side).ceil().clamp(min=0)
     count = count[:, None, None]  # (R, 1, 1)
     number = torch.arange(max(1, int(count.max())) if len(low) else 1, device=low.device, dtype=low.dtype)
     bins = torch.arange(side, device=low.device, dtype=low.dtype)[:, None]
-    # In this order, as the common kernel rounds it.
+    # In this order of operations, because the reference kernel rounds so.
     place = low[:, None, None] + bins * width + (number + 0.5) * width / count.clamp(min=1)  # (R, side, samples)
     taken = number < count
     share = (taken & (place >= -1) & (place <= length)) / count.clamp(min=1)
@@ -103,32 +128,37 @@ def _bins(low: Tensor, span: Tensor, side: int, samples: int, length: int) -> tu
 
 
 def roi_pool(
-    features: Float[Tensor, "b c h w"], rois: Float[Tensor, "r 5"], side: int, scale: float = 1.0
-) -> Float[Tensor, "r c side side"]:
-    """Largest value among the cells of each bin; the box and its bins are rounded to whole cells
-    (Fast R-CNN, arXiv 1504.08083)."""
+    features: Float[Tensor, "b c h w"], rois: Float[Tensor, "r 5"], side: Side, scale: float = 1.0
+) -> Float[Tensor, "r c _h _w"]:
+    """Takes the maximum over the cells of each bin; the box and its bins are rounded to cells (Fast R-CNN, arXiv
+    1504.08083). The arguments are those of `roi_align`."""
     from torchvision.ops import roi_pool as pool
 
-    values = features.to(kernel_type(features))
-    return pool(values, rois.to(values.dtype), side, scale)
+    values = _computed(features)
+    return pool(values, rois.to(values.dtype), grid_size(side), scale).to(features.dtype)
 
 
 def roi_warp(
-    features: Float[Tensor, "b c h w"], rois: Float[Tensor, "r 5"], side: int, scale: float = 1.0
-) -> Float[Tensor, "r c side side"]:
-    """The box rounded to whole cells, then warped: two bilinear samples per bin and axis, the largest is kept.
+    features: Float[Tensor, "b c h w"], rois: Float[Tensor, "r 5"], side: Side, scale: float = 1.0
+) -> Float[Tensor, "r c _h _w"]:
+    """Rounds the box to cells and takes the maximum of two bilinear samples per bin and axis.
 
-    RoIWarp (MNC, arXiv 1512.04412) as section 3 of Mask R-CNN describes it. Unlike its relatives it has a gradient to
-    the box; rounding lets it pass unchanged. Costs R * C * (2 side)^2 values.
+    RoIWarp (MNC, arXiv 1512.04412) as section 3 of Mask R-CNN describes it. Unlike RoIPool and RoIAlign it has a
+    gradient with respect to the box; rounding passes it on unchanged. Costs R * C * 4 * h * w values. The arguments are
+    those of `roi_align`.
     """
     batch, channels, height, width = features.shape
+    rows_out, columns_out = grid_size(side)
     boxes = rois[:, 1:] * scale
     boxes = boxes + (boxes.round() - boxes).detach()
     low, span = boxes[:, :2], (boxes[:, 2:] - boxes[:, :2]).clamp(min=1)
-    steps = (torch.arange(2 * side, device=rois.device, dtype=boxes.dtype) + 0.5) / (2 * side)
-    down = weights(low[:, 1:] + span[:, 1:] * steps - 0.5, height, "border")  # (R, 2 side, H)
-    across = weights(low[:, :1] + span[:, :1] * steps - 0.5, width, "border")  # (R, 2 side, W)
-    result = features.new_zeros(len(rois), channels, side, side)
+    y, x = (
+        (torch.arange(2 * count, device=rois.device, dtype=boxes.dtype) + 0.5) / (2 * count)
+        for count in (rows_out, columns_out)
+    )
+    down = weights(low[:, 1:] + span[:, 1:] * y - 0.5, height, "border")  # (R, 2 h, H)
+    across = weights(low[:, :1] + span[:, :1] * x - 0.5, width, "border")  # (R, 2 w, W)
+    result = features.new_zeros(len(rois), channels, rows_out, columns_out)
     for index in range(batch):
         mine = (rois[:, 0] == index).nonzero().flatten()
         rows = torch.einsum("rph,chw->rcpw", down[mine].to(features), features[index])
@@ -138,7 +168,9 @@ def roi_warp(
 
 
 def as_rois(boxes: list[Float[Tensor, "_n 4"]]) -> Float[Tensor, "r 5"]:
-    """Boxes of each image -> RoIs of the batch, in order."""
+    """Converts boxes of each image to RoIs of the batch, in the same order."""
+    if not boxes:
+        return torch.zeros(0, 5)
     return torch.cat([torch.cat([b.new_full((len(b), 1), i), b], 1) for i, b in enumerate(boxes)])
 
 

@@ -27,7 +27,7 @@ REGISTRY = {
     "polarmask": "polarmask:PolarMask",
     "embedmask": "embedmask:EmbedMask",
     "pointrend": "pointrend:PointRend",
-    "pointrend-semantic": "pointrend:PointRendSemantic",
+    "pointrend-semantic": "pointrend_semantic:PointRendSemantic",
     "deepsnake": "deepsnake:DeepSnake",
     "solo": "solo:SOLO",
     "decoupled-solo": "solo:DecoupledSOLO",

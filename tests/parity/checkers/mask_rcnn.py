@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskwright.blocks.box_stage import sample_boxes
 from maskwright.blocks.rpn import propose
 from maskwright.ops.paste import paste_masks, paste_values
 from maskwright.structures import Instances, Masks, Placement
-from maskwright.systems.mask_rcnn import MaskRCNN, Raw
+from maskwright.systems.families.two_stage import Raw
+from maskwright.systems.mask_rcnn import MaskRCNN
 from tests.parity.ledger import LARGEST, RAW, Ledger, inputs, matching
 
 LOSSES = {
@@ -49,7 +51,7 @@ class Check:
             def keep(module: Any, given: Any, answer: Any) -> None:
                 stages.extend(answer)
 
-            hook = self.system.backbone.register_forward_hook(keep)
+            hook = self.system.dense.backbone.register_forward_hook(keep)
             raw = self.system(images)
             hook.remove()
             if "sizes" in about:
@@ -64,12 +66,12 @@ class Check:
 
     # ---- the network ---------------------------------------------------------------------------------------------
 
-    def network(self, raw: Raw, trunk: list[Tensor]) -> None:
+    def network(self, raw: Raw, stages: list[Tensor]) -> None:
         ledger = self.ledger
         for name in ledger.names(r"backbone_res\d"):
-            ledger.compare(name, trunk[int(name[-1]) - 2])
+            ledger.compare(name, stages[int(name[-1]) - 2])
         for name in ledger.names(r"body_\d"):
-            ledger.compare(name, trunk[int(name[-1])])
+            ledger.compare(name, stages[int(name[-1])])
         for kind, values in (("fpn", raw.features), ("rpn_logits", raw.objectness), ("rpn_deltas", raw.deltas)):
             for position, name in enumerate(ledger.names(rf"{kind}_\w+")):
                 ledger.compare(name, values[_level(name, position)])
@@ -146,15 +148,15 @@ class Check:
         pooled = system.pooler(raw.features, [boxes], system.box_side)
         if "given_box_pooled_first2" in ledger:
             ledger.compare("given_box_pooled_first2", pooled[:2])
-        logits, deltas = system.box_head(system.pooled(raw, [boxes], system.box_side))
+        logits, deltas = system.boxes(system.pooled(raw, [boxes], system.box_side))
         ledger.compare("given_cls_logits", self.their_classes(logits))
         ledger.compare("given_box_deltas", self.their_rows(deltas, 4), note=self.dropped)
         labels = torch.arange(len(boxes)) % self.classes
         masks, keypoints = system.read_boxes(raw, [boxes], [labels])
         out = tuple(ledger.given("out_size").tolist()) if "out_size" in ledger else size
         scaled = boxes * torch.tensor([out[1] / size[1], out[0] / size[0]] * 2)
-        if system.mask_head is not None:
-            values = system.mask_head(system.pooled(raw, [boxes], system.mask_side))
+        if system.masks is not None:
+            values = system.masks(system.pooled(raw, [boxes], system.mask_side))
             ledger.compare("given_mask_logits", self.their_rows(values, 1), note=self.dropped)
             assert masks[0] is not None
             if "given_mask_probs" in ledger:
@@ -165,7 +167,7 @@ class Check:
             if "given_masks_pasted" in ledger:
                 planes = paste_masks(masks[0], scaled, out, rule=rule).dense()
                 ledger.compare_bits("given_masks_pasted", planes[:, None] if self.torchvision else planes)
-        if system.keypoint_head is not None:
+        if system.keypoints is not None:
             from maskwright.ops.keypoints import decode
 
             assert keypoints[0] is not None
@@ -287,9 +289,7 @@ class Check:
             self.terms("train_loss_", self.losses(raw, target), EDGES)
             proposals = [found[0]]
             if "train_sampled_boxes" in ledger:
-                from maskwright.blocks.roi_heads import sample_proposals
-
-                sampled = sample_proposals(proposals[0], target, self.classes, system.roi_rules)
+                sampled = sample_boxes(proposals[0], target, self.classes, system.box_rules)
                 self.boxes("train_sampled_boxes", sampled.boxes, {}, ("train_sampled_classes", sampled.labels))
             given = [ledger.given("given_boxes")]
             self.terms("train_given_loss_", system.roi_losses(raw, given, [target]))
@@ -369,7 +369,7 @@ class Check:
 def second_stage_once(system: MaskRCNN) -> Iterator[None]:
     """Inside, what was read of the same boxes of the one image is not computed twice: one recording asks for the
     same losses of several targets, and hundreds of boxes through a stage or head are most of its time."""
-    pooled, head, read, answers = system.pooled, system.box_head, {}, {}
+    pooled, head, read, answers = system.pooled, system.boxes, {}, {}
     plain = head.forward
 
     def pooled_once(raw: Raw, boxes: Sequence[Tensor], side: int) -> Tensor:

@@ -6,10 +6,10 @@ import re
 
 import torch
 
-from maskwright.blocks.rpn import _shapes
+from maskwright.blocks.rpn import anchor_shapes
 from maskwright.ops import boxes, keypoints, mask_targets, matching, paste, pooling
 from maskwright.structures import Masks
-from maskwright.systems.mask_rcnn import PREPROCESS
+from maskwright.systems.families.two_stage import PREPROCESS
 from tests.parity.ledger import Ledger
 
 FAMILIES = {"detectron2": "detectron2", "torchvision": "torchvision", "maskrcnn_benchmark": "maskrcnn-benchmark"}
@@ -105,27 +105,9 @@ def _coder(ledger: Ledger) -> None:
 
 
 def _anchors(ledger: Ledger, name: str) -> None:
-    size = float(name.split("_")[-1])
-    if "maskrcnn_benchmark" in name:
-        # Detectron's old recipe, kept for the systems that stand on it: a base window of whole pixels, widths rounded.
-        stride = int(re.findall(r"stride(\d+)", name)[0])
-        rows = []
-        for ratio in (0.5, 1.0, 2.0):
-            width = round((stride * stride / ratio) ** 0.5)
-            height = round(width * ratio)
-            width, height = width * size / stride, height * size / stride
-            centre = 0.5 * (stride - 1)
-            rows.append(
-                [
-                    centre - 0.5 * (width - 1),
-                    centre - 0.5 * (height - 1),
-                    centre + 0.5 * (width - 1),
-                    centre + 0.5 * (height - 1),
-                ]
-            )
-        ledger.compare(name, torch.tensor(rows, dtype=torch.float64), note="the rule alone; no system here uses it yet")
-    else:
-        ledger.compare(name, _shapes([size], (0.5, 1.0, 2.0), "torchvision" in name))
+    size, stride = float(name.split("_")[-1]), re.search(r"stride(\d+)", name)
+    family = next((own for key, own in FAMILIES.items() if key in name), "detectron2")
+    ledger.compare(name, anchor_shapes([size], (0.5, 1.0, 2.0), family, int(stride[1]) if stride else 16))  # pyright: ignore[reportArgumentType]
 
 
 def preprocessing(ledger: Ledger) -> None:

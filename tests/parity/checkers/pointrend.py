@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from maskwright.blocks.points import read_in_boxes
+from maskwright.blocks.points import sample_in_boxes
 from maskwright.blocks.rpn import propose
 from maskwright.ops.mask_targets import mask_targets
 from maskwright.ops.points import box_points, class_uncertainty, mask_sample
 from maskwright.structures import Instances, Masks, Placement
-from maskwright.systems.mask_rcnn import Raw
-from maskwright.systems.pointrend import PointRend, PointRendSemantic
+from maskwright.systems.families.two_stage import Raw
+from maskwright.systems.pointrend import PointRend
+from maskwright.systems.pointrend_semantic import PointRendSemantic
 from tests.parity.checkers.mask_rcnn import Check as BoxCheck
 from tests.parity.ledger import LARGEST, RAW, Ledger, input_seed, inputs
 
@@ -38,8 +39,8 @@ def images_of(system: PointRend | PointRendSemantic, ledger: Ledger) -> Tensor:
         return torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype("float32"))
 
     def coarsest(seed: int) -> Tensor:
-        assert system.neck is not None
-        return system.neck(system.backbone(drawn(seed)))[3]
+        assert system.dense.neck is not None
+        return system.dense.neck(system.dense.backbone(drawn(seed)))[3]
 
     return drawn(input_seed(ledger, "fpn_p5", coarsest))
 
@@ -89,8 +90,8 @@ class Check(BoxCheck):
         pooled = system.pooler(raw.features, [inside], system.box_side)
         ledger.compare("box_pooled", pooled)
         read = []
-        hook = system.box_head.fcs[-1].register_forward_hook(lambda module, given, answer: read.append(answer))
-        logits, deltas = system.box_head(pooled)
+        hook = system.boxes.fcs[-1].register_forward_hook(lambda module, given, answer: read.append(answer))
+        logits, deltas = system.boxes(pooled)
         hook.remove()
         ledger.compare("box_head", read[0].relu())
         ledger.compare("box_scores", logits)
@@ -100,24 +101,20 @@ class Check(BoxCheck):
         ledger, system = self.ledger, self.system
         pooled = system.mask_features(raw, [boxes])
         ledger.compare("coarse_pooled", pooled)
-        coarse = system.mask_head(pooled)  # of the implicit variant: each box's own network
+        assert system.masks is not None
+        coarse = system.masks(pooled)  # of the implicit variant: the parameters of each box's network
         for name in ledger.names("coarse_logits|parameters"):
             ledger.compare(name, coarse)
-        refiner = system.points
-        assert refiner is not None
         asked: list[tuple[Tensor, Tensor]] = []
-        answer = refiner.answer
 
-        def recorded(feature: Tensor, coarse: Tensor, boxes: Any, labels: Tensor, points: Tensor) -> Tensor:
-            found = answer(feature, coarse, boxes, labels, points)
-            asked.append((points, found))
-            return found
+        class Recorded(type(system.refinement)):  # pyright: ignore[reportGeneralTypeIssues]
+            def predict(self, network: Any, feature: Any, coarse: Any, boxes: Any, labels: Any, points: Tensor) -> Any:
+                found = super().predict(network, feature, coarse, boxes, labels, points)
+                asked.append((points, found))
+                return found
 
-        refiner.answer = recorded
-        try:
-            final = refiner.refine(raw.features[0], coarse, [boxes], labels, budget=1 << 40)
-        finally:
-            del refiner.answer
+        refiner = Recorded(**vars(system.refinement))
+        final = refiner.refine(system.points, raw.features[0], coarse, [boxes], labels, budget=1 << 40)  # pyright: ignore[reportArgumentType]
         for step, (places, found) in enumerate(asked):
             tied = torch.zeros(places.shape[:2], dtype=torch.bool)
             name = f"step{step}_indices"
@@ -131,7 +128,7 @@ class Check(BoxCheck):
                 compare_cells(ledger, name, cells, tied)
             lost, note = tied[..., None].expand_as(places), TIES if tied.any() else ""
             ledger.compare(f"step{step}_point_coords", places.masked_fill(lost, torch.nan), note=note)
-            fine = read_in_boxes(raw.features[0], [boxes], places, 4)
+            fine = sample_in_boxes(raw.features[0], [boxes], places, 4)
             lost = tied[:, None].expand_as(fine)
             ledger.compare(f"step{step}_fine_features", fine.masked_fill(lost, torch.nan), note=note)
             near = found[:, 0].masked_fill(tied, torch.nan)
@@ -195,9 +192,11 @@ class Check(BoxCheck):
         ledger, system = self.ledger, self.system
         points = ledger.given("train_points")
         boxes, labels = boxes[: len(points)], labels[: len(points)]
-        coarse = system.mask_head(system.mask_features(raw, [boxes]))
-        refiner = system.points
+        refiner, network = system.refinement, system.points
+        assert system.masks is not None
         assert refiner is not None
+        assert network is not None
+        coarse = system.masks(system.mask_features(raw, [boxes]))
         implicit = system.options["implicit"]
         own = coarse if implicit else coarse[torch.arange(len(labels)), labels]
         if implicit:
@@ -205,7 +204,7 @@ class Check(BoxCheck):
         if "train_gt_masks__packbits__sampled" in ledger.arrays:  # an input of which only a part was kept
             ledger.seen |= {n for n in ledger.arrays if n.startswith("train_gt_masks")}
             truth = ledger.given("train_point_labels")
-            found = refiner.answer(raw.features[0], coarse, [boxes], labels, points)[:, 0]
+            found = refiner.predict(network, raw.features[0], coarse, [boxes], labels, points)[:, 0]
             ledger.compare("loss_mask_point", functional.binary_cross_entropy_with_logits(found, truth))
             if not implicit:
                 small = ledger.given("train_gt_coarse7").float()
@@ -215,7 +214,7 @@ class Check(BoxCheck):
         owners = torch.arange(len(labels))
         ledger.compare("train_point_labels", mask_sample(masks, box_points(boxes, points), owners))
         target = Instances(size, masks.boxes(), labels, masks)
-        term = refiner.loss(raw.features[0], coarse, [boxes], labels, [target], [owners], points=points)
+        term = refiner.loss(network, raw.features[0], coarse, [boxes], labels, [target], [owners], points=points)
         ledger.compare("loss_mask_point", term)
         if not implicit:
             small = mask_targets(masks, owners, boxes, own.shape[-1])
@@ -228,24 +227,24 @@ def semantic(system: PointRendSemantic, layout: Path, ledger: Ledger) -> None:
     system.eval()
     images = images_of(system, ledger)
     levels: list[Tensor] = []
-    hook = system.neck.register_forward_hook(lambda module, given, answer: levels.extend(list[Any](answer)))
+    hook = system.dense.neck.register_forward_hook(lambda module, given, answer: levels.extend(list[Any](answer)))
     raw = system(images)
     hook.remove()
     for name in ledger.names(r"fpn_p\d"):
         ledger.compare(name, levels[int(name[-1]) - 2])
     ledger.compare("coarse_logits", raw.coarse)
     asked: list[Tensor] = []
-    answer = system.answer
+    predict = system.predict_points
 
     def recorded(raw: Any, points: Tensor) -> Tensor:
         asked.append(points)
-        return answer(raw, points)
+        return predict(raw, points)
 
-    system.answer = recorded
+    system.predict_points = recorded
     try:
         final = system.refined(raw)
     finally:
-        del system.answer
+        del system.predict_points
     height, width = raw.coarse.shape[-2:]
     for step, points in enumerate(asked, 1):
         name = f"step{step}_indices_sorted"

@@ -1,4 +1,4 @@
-"""Mask R-CNN and Keypoint R-CNN as detectron2 and torchvision lay them out."""
+"""Layouts of Mask R-CNN and Keypoint R-CNN in detectron2 and torchvision."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from maskwright.checkpoints.names import class_names, coco_by_id
 from maskwright.checkpoints.origins import Origin, Shapes, State
 
 DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
-X101_STD = (57.375, 57.12, 58.395)  # detectron2's ResNeXt models divide by it; all its others do not
+X101_STD = (57.375, 57.12, 58.395)  # only detectron2's ResNeXt models divide by it
+DENSE = (r"^(backbone|neck|rpn)\.", r"dense.\1.")  # parts of the dense network
 
 
 def _minus(pattern: str, target: str, start: int) -> tuple[str, Any]:
-    """A rule that renames `pattern`, whose group 1 is a number, to `target` with that number counted from `start`."""
+    """A rule that renames `pattern`, whose group 1 is a number, to `target` with that number less `start`."""
     return pattern, lambda m: target.format(int(m[1]) - start)
 
 
@@ -28,7 +29,7 @@ DETECTRON2 = [
     (r"^backbone\.stem\.conv1\.", "backbone.stem.conv."),
     _minus(r"^backbone\.res(\d)\.", "backbone.stages.{}.", 2),
     (r"^roi_heads\.res5\.", "roi_stage."),
-    # A deformable 3 x 3 keeps its offsets beside it; ours holds them inside.
+    # The offsets of a deformable convolution are beside it in detectron2, inside it here.
     (r"\.conv2_offset\.", ".conv2.offset."),
     (r"^((?:backbone\.stages|roi_stage)\..*\.(?:conv\d|shortcut))\.weight$", r"\1.conv.weight"),
     _minus(r"^backbone\.fpn_lateral(\d)\.(?=norm)", "neck.lateral.{}.", 2),
@@ -39,23 +40,23 @@ DETECTRON2 = [
     (r"^proposal_generator\.rpn_head\.conv\.", "rpn.convs.0."),
     (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.objectness."),
     (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.deltas."),
-    _minus(r"^roi_heads\.box_head\.conv(\d)\.(?=norm)", "box_head.convs.{}.", 1),
-    _minus(r"^roi_heads\.box_head\.conv(\d)\.", "box_head.convs.{}.conv.", 1),
-    _minus(r"^roi_heads\.box_head\.fc(\d)\.", "box_head.fcs.{}.", 1),
-    (r"^roi_heads\.box_predictor\.cls_score\.", "box_head.classes."),
-    (r"^roi_heads\.box_predictor\.bbox_pred\.", "box_head.deltas."),
-    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.(?=norm)", "mask_head.convs.{}.", 1),
-    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "mask_head.convs.{}.conv.", 1),
-    (r"^roi_heads\.mask_head\.deconv\.", "mask_head.upsample."),
-    (r"^roi_heads\.mask_head\.predictor\.", "mask_head.logits."),
-    _minus(r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.", "keypoint_head.convs.{}.conv.", 1),
-    (r"^roi_heads\.keypoint_head\.score_lowres\.", "keypoint_head.logits."),
+    _minus(r"^roi_heads\.box_head\.conv(\d)\.(?=norm)", "boxes.convs.{}.", 1),
+    _minus(r"^roi_heads\.box_head\.conv(\d)\.", "boxes.convs.{}.conv.", 1),
+    _minus(r"^roi_heads\.box_head\.fc(\d)\.", "boxes.fcs.{}.", 1),
+    (r"^roi_heads\.box_predictor\.cls_score\.", "boxes.classes."),
+    (r"^roi_heads\.box_predictor\.bbox_pred\.", "boxes.deltas."),
+    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.(?=norm)", "masks.convs.{}.", 1),
+    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "masks.convs.{}.conv.", 1),
+    (r"^roi_heads\.mask_head\.deconv\.", "masks.upsample."),
+    (r"^roi_heads\.mask_head\.predictor\.", "masks.logits."),
+    _minus(r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.", "keypoints.convs.{}.conv.", 1),
+    (r"^roi_heads\.keypoint_head\.score_lowres\.", "keypoints.logits."),
 ]
 DETECTRON2_IGNORE = [r"^proposal_generator\.anchor_generator\.", r"^pixel_(mean|std)$"]
 
 
 def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
-    # Other systems of the same code base share most keys and have more: those belong to them.
+    # Other systems of the same code base have these keys and further ones.
     own = re.compile(
         r"^(backbone\.(bottom_up\.)?(stem|res\d)\.|backbone\.fpn_|proposal_generator\.|pixel_|roi_heads\.res5\."
         r"|roi_heads\.box_head\.(conv\d|fc\d)\.|roi_heads\.box_predictor\.(cls_score|bbox_pred)\."
@@ -68,10 +69,10 @@ def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
     mask = "roi_heads.mask_head.predictor.weight" in shapes
     if not mask and not keypoints:
         return None
-    options = detectron2_trunk(shapes)
+    options = detectron2_backbone(shapes)
     if options is None:
         return None
-    trunk = "backbone.bottom_up." if any(k.startswith("backbone.bottom_up.") for k in shapes) else "backbone."
+    prefix = _prefix(shapes)
     if "neck_width" not in options:
         if keypoints:
             return None
@@ -79,71 +80,73 @@ def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
     count = shapes["roi_heads.box_predictor.cls_score.weight"][0] - 1
     boxes = shapes["roi_heads.box_predictor.bbox_pred.weight"][0]
     fcs = _count(shapes, r"^roi_heads\.box_head\.fc(\d)\.")
-    if fcs:
-        options |= {"box_width": shapes["roi_heads.box_head.fc1.weight"][0]}
+    box: dict[str, Any] = {"width": shapes["roi_heads.box_head.fc1.weight"][0]} if fcs else {}
     if keypoints:
-        convs = _count(shapes, r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.")
-        options |= {
-            "keypoints": shapes["roi_heads.keypoint_head.score_lowres.weight"][1], "keypoint_convs": convs,
-            "keypoint_width": shapes["roi_heads.keypoint_head.conv_fcn1.weight"][0], "box_beta": 0.5,
-            "proposals_after": (1500, 1000),
-        }  # fmt: skip
+        options["keypoints"] = {
+            "count": shapes["roi_heads.keypoint_head.score_lowres.weight"][1],
+            "convs": _count(shapes, r"^roi_heads\.keypoint_head\.conv_fcn(\d)\."),
+            "width": shapes["roi_heads.keypoint_head.conv_fcn1.weight"][0],
+        }
+        options |= {"boxes": {**box, "beta": 0.5}, "proposals": {"after": (1500, 1000)}}
     else:
-        deform = [n for n in range(4) if f"{trunk}res{n + 2}.0.conv2_offset.weight" in shapes]
+        deform = [n for n in range(4) if f"{prefix}res{n + 2}.0.conv2_offset.weight" in shapes]
         if deform:
-            offsets = shapes[f"{trunk}res{deform[0] + 2}.0.conv2_offset.weight"][0]
-            options |= {"deform_stages": deform, "deform_modulated": offsets == 27}
-        convs = _count(shapes, r"^roi_heads\.box_head\.conv(\d)\.")
-        options |= {
-            "rpn_convs": max(1, _count(shapes, r"^proposal_generator\.rpn_head\.conv\.conv(\d)\.")),
-            "box_convs": convs, "box_fcs": fcs, "box_norm": _norm(shapes, "roi_heads.box_head.conv1.norm."),
-            "agnostic_boxes": boxes == 4 and count > 1,
-            "mask_convs": _count(shapes, r"^roi_heads\.mask_head\.mask_fcn(\d)\."),
-            "mask_width": shapes["roi_heads.mask_head.deconv.weight"][1],
-            "mask_norm": _norm(shapes, "roi_heads.mask_head.mask_fcn1.norm."),
-            "agnostic_masks": shapes["roi_heads.mask_head.predictor.weight"][0] == 1 and count > 1,
+            offsets = shapes[f"{prefix}res{deform[0] + 2}.0.conv2_offset.weight"][0]
+            options["backbone"] |= {"deform_stages": deform, "deform_modulated": offsets == 27}
+        convs = max(1, _count(shapes, r"^proposal_generator\.rpn_head\.conv\.conv(\d)\."))
+        options["proposals"] = {"convs": convs}
+        options["boxes"] = {
+            **box, "convs": _count(shapes, r"^roi_heads\.box_head\.conv(\d)\."), "fcs": fcs,
+            "norm": _norm(shapes, "roi_heads.box_head.conv1.norm."), "agnostic": boxes == 4 and count > 1,
         }  # fmt: skip
+        options["masks"] = {
+            "convs": _count(shapes, r"^roi_heads\.mask_head\.mask_fcn(\d)\."),
+            "width": shapes["roi_heads.mask_head.deconv.weight"][1],
+            "norm": _norm(shapes, "roi_heads.mask_head.mask_fcn1.norm."),
+            "agnostic": shapes["roi_heads.mask_head.predictor.weight"][0] == 1 and count > 1,
+        }
     return options | {"classes": class_names(count)}
 
 
-def detectron2_trunk(shapes: Shapes) -> dict[str, Any] | None:
-    """Options of a ResNet, and of the pyramid on it if there is one, that every system of this code base shares; None
-    for another trunk."""
-    trunk = "backbone.bottom_up." if any(k.startswith("backbone.bottom_up.") for k in shapes) else "backbone."
+def _prefix(shapes: Shapes) -> str:
+    """The prefix of the backbone's keys: with a pyramid they are one level deeper."""
+    return "backbone.bottom_up." if any(k.startswith("backbone.bottom_up.") for k in shapes) else "backbone."
+
+
+def detectron2_backbone(shapes: Shapes) -> dict[str, Any] | None:
+    """Options of a ResNet, and of the pyramid on it, that all systems of this code base share; None for another
+    backbone."""
+    prefix = _prefix(shapes)
     c4 = any(k.startswith("roi_heads.res5.") for k in shapes)
-    last = "roi_heads.res5." if c4 else f"{trunk}res5."
-    blocks = [
-        _count(shapes, rf"^{re.escape(prefix)}(\d+)\.") for prefix in (*(f"{trunk}res{n}." for n in (2, 3, 4)), last)
-    ]
-    depth = DEPTHS.get(tuple(blocks))
+    last = "roi_heads.res5." if c4 else f"{prefix}res5."
+    stages = [*(f"{prefix}res{n}." for n in (2, 3, 4)), last]
+    depth = DEPTHS.get(tuple(_count(shapes, rf"^{re.escape(stage)}(\d+)\.") for stage in stages))
     if depth is None:
         return None
-    if f"{trunk}res2.0.conv3.weight" not in shapes:
+    if f"{prefix}res2.0.conv3.weight" not in shapes:
         depth = {50: 34}.get(depth, depth)
-    options: dict[str, Any] = {"backbone": f"resnet{depth}", "rules": "detectron2"}
-    stem = shapes[f"{trunk}stem.conv1.weight"]
-    width = shapes[f"{trunk}res2.0.conv2.weight"]
-    options |= {"in_channels": stem[1], "stem_width": stem[0]}
-    norm = _norm(shapes, f"{trunk}res3.0.conv1.norm.")
-    # Files do not say what was trained. Batch norm everywhere and a two-layer RPN is the large-scale-jitter recipe,
-    # from scratch; the others start from ImageNet and leave the stem and the first stage as they are.
+    stem = shapes[f"{prefix}stem.conv1.weight"]
+    width = shapes[f"{prefix}res2.0.conv2.weight"]
+    norm = _norm(shapes, f"{prefix}res3.0.conv1.norm.")
+    grouped = width[1] != width[0]
+    # Files do not say what was trained. Batch norm and a proposal head of two layers is the large-scale-jitter recipe,
+    # which starts from random weights; the others freeze the stem and the first stage of an ImageNet model.
     scratch = norm == "batch" and "proposal_generator.rpn_head.conv.conv1.weight" in shapes
-    stride_in = "1x1"
-    if width[1] != width[0]:
-        options |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0], "std": X101_STD}
-        stride_in = "3x3"
-    if norm == "group":
-        stride_in = "3x3"
-    options |= {"norm": norm, "stride_in": stride_in, "frozen": 0 if scratch else 2}
-    fpn = "backbone.fpn_lateral2.weight" in shapes
-    if fpn:
-        options |= {"neck_width": shapes["backbone.fpn_output2.weight"][0]}
-        options |= {"neck_norm": _norm(shapes, "backbone.fpn_output2.norm.")}
+    backbone = {"name": f"resnet{depth}", "width": stem[0], "norm": norm, "frozen": 0 if scratch else 2}
+    if depth >= 50:
+        backbone["stride_in"] = "3x3" if grouped or norm == "group" else "1x1"
+    options: dict[str, Any] = {"backbone": backbone, "rules": "detectron2", "in_channels": stem[1]}
+    if grouped:
+        backbone |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
+        options["resize"] = {"std": X101_STD}
+    if "backbone.fpn_lateral2.weight" in shapes:
+        options["neck_width"] = shapes["backbone.fpn_output2.weight"][0]
+        options["neck_norm"] = _norm(shapes, "backbone.fpn_output2.norm.")
     return options
 
 
 def _deformable_weights(state: State, options: Mapping[str, Any]) -> State:
-    """A deformable convolution's weight lies beside its offsets, one level higher than that of a plain one."""
+    """Moves the weight of a deformable convolution beside its offsets, one level above that of a plain one."""
     deformable = {k.removesuffix("offset.weight") for k in state if k.endswith(".conv2.offset.weight")}
     moved = {f"{prefix}conv.weight": f"{prefix}weight" for prefix in deformable}
     return {moved.get(k, k): v for k, v in state.items()}
@@ -176,26 +179,26 @@ TORCHVISION = [
     (r"^backbone\.fpn\.layer_blocks\.", "neck.output."),
     (r"^(neck\.\w+\.\d)\.0\.", r"\1.conv."),
     (r"^(neck\.\w+\.\d)\.1\.", r"\1.norm."),
-    (r"^(neck\.\w+\.\d)\.(weight|bias)$", r"\1.conv.\2"),  # the published v1 files are older than these numbers
+    (r"^(neck\.\w+\.\d)\.(weight|bias)$", r"\1.conv.\2"),  # published v1 files lack these numbers
     (r"^rpn\.head\.conv\.(\d)\.0\.", r"rpn.convs.\1."),
     (r"^rpn\.head\.conv\.(weight|bias)$", r"rpn.convs.0.\1"),
     (r"^rpn\.head\.cls_logits\.", "rpn.objectness."),
     (r"^rpn\.head\.bbox_pred\.", "rpn.deltas."),
-    (r"^roi_heads\.box_head\.fc6\.", "box_head.fcs.0."),
-    (r"^roi_heads\.box_head\.fc7\.", "box_head.fcs.1."),
-    (r"^roi_heads\.box_head\.(\d)\.0\.", r"box_head.convs.\1.conv."),
-    (r"^roi_heads\.box_head\.(\d)\.1\.", r"box_head.convs.\1.norm."),
-    (r"^roi_heads\.box_head\.\d\.(weight|bias)$", r"box_head.fcs.0.\1"),
-    (r"^roi_heads\.box_predictor\.cls_score\.", "box_head.classes."),
-    (r"^roi_heads\.box_predictor\.bbox_pred\.", "box_head.deltas."),
-    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "mask_head.convs.{}.conv.", 1),
-    (r"^roi_heads\.mask_head\.(\d)\.0\.", r"mask_head.convs.\1.conv."),
-    (r"^roi_heads\.mask_head\.(\d)\.1\.", r"mask_head.convs.\1.norm."),
-    (r"^roi_heads\.mask_predictor\.conv5_mask\.", "mask_head.upsample."),
-    (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_head.logits."),
-    # Even numbers only: the ReLUs between them are counted.
-    (r"^roi_heads\.keypoint_head\.(\d+)\.", lambda m: f"keypoint_head.convs.{int(m[1]) // 2}.conv."),
-    (r"^roi_heads\.keypoint_predictor\.kps_score_lowres\.", "keypoint_head.logits."),
+    (r"^roi_heads\.box_head\.fc6\.", "boxes.fcs.0."),
+    (r"^roi_heads\.box_head\.fc7\.", "boxes.fcs.1."),
+    (r"^roi_heads\.box_head\.(\d)\.0\.", r"boxes.convs.\1.conv."),
+    (r"^roi_heads\.box_head\.(\d)\.1\.", r"boxes.convs.\1.norm."),
+    (r"^roi_heads\.box_head\.\d\.(weight|bias)$", r"boxes.fcs.0.\1"),
+    (r"^roi_heads\.box_predictor\.cls_score\.", "boxes.classes."),
+    (r"^roi_heads\.box_predictor\.bbox_pred\.", "boxes.deltas."),
+    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "masks.convs.{}.conv.", 1),
+    (r"^roi_heads\.mask_head\.(\d)\.0\.", r"masks.convs.\1.conv."),
+    (r"^roi_heads\.mask_head\.(\d)\.1\.", r"masks.convs.\1.norm."),
+    (r"^roi_heads\.mask_predictor\.conv5_mask\.", "masks.upsample."),
+    (r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "masks.logits."),
+    # The numbers count the ReLUs too.
+    (r"^roi_heads\.keypoint_head\.(\d+)\.", lambda m: f"keypoints.convs.{int(m[1]) // 2}.conv."),
+    (r"^roi_heads\.keypoint_predictor\.kps_score_lowres\.", "keypoints.logits."),
 ]
 
 
@@ -215,36 +218,40 @@ def _torchvision(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
     tracked = "backbone.body.bn1.num_batches_tracked" in shapes
     fpn = "backbone.fpn.inner_blocks.0.1.weight" in shapes
     merged = next(v for k, v in shapes.items() if k.startswith("backbone.fpn.inner_blocks.0.") and len(v) == 4)
-    options: dict[str, Any] = {
-        "backbone": f"resnet{depth}", "rules": "torchvision", "in_channels": stem[1], "stem_width": stem[0],
-        "norm": "batch" if tracked else "frozen",
-        # torchvision sets the epsilon of its published v1 weights, all of depth 50, to 0 after loading them. v2 has
-        # batch norm's own, and so have frozen norms that nobody sets.
+    backbone: dict[str, Any] = {
+        "name": f"resnet{depth}", "width": stem[0], "norm": "batch" if tracked else "frozen",
+        # torchvision sets the epsilon of its published v1 weights, all of depth 50, to 0 after loading them. v2 has the
+        # default of batch norm, as have frozen norms elsewhere.
         "norm_eps": 0.0 if depth == 50 and not grouped and not tracked else 1e-5,
-        "frozen": 0 if tracked else 2, "neck_norm": "batch" if fpn else "none", "neck_width": merged[0],
+        "frozen": 0 if tracked else 2,
     }  # fmt: skip
     if grouped:
-        options |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
+        backbone |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
+    options: dict[str, Any] = {
+        "backbone": backbone, "rules": "torchvision", "in_channels": stem[1],
+        "neck_norm": "batch" if fpn else "none", "neck_width": merged[0],
+    }  # fmt: skip
     count = shapes["roi_heads.box_predictor.cls_score.weight"][0] - 1
     if keypoints:
-        options |= {
-            "keypoints": shapes["roi_heads.keypoint_predictor.kps_score_lowres.weight"][1],
-            "keypoint_convs": _count(shapes, r"^roi_heads\.keypoint_head\.(\d+)\."),
-            "keypoint_width": shapes["roi_heads.keypoint_head.0.weight"][0],
-            "box_width": shapes["roi_heads.box_head.fc7.weight"][0],
-        }  # fmt: skip
+        options["boxes"] = {"width": shapes["roi_heads.box_head.fc7.weight"][0]}
+        options["keypoints"] = {
+            "count": shapes["roi_heads.keypoint_predictor.kps_score_lowres.weight"][1],
+            "convs": _count(shapes, r"^roi_heads\.keypoint_head\.(\d+)\."),
+            "width": shapes["roi_heads.keypoint_head.0.weight"][0],
+        }
         return options | {"classes": class_names(count)}
     convs = _count(shapes, r"^roi_heads\.box_head\.(\d)\.0\.")
     last = f"roi_heads.box_head.{convs + 1}.weight" if convs else "roi_heads.box_head.fc7.weight"
     numbered = any(k.startswith("roi_heads.mask_head.0.") for k in shapes)
-    options |= {
-        "rpn_convs": max(1, _count(shapes, r"^rpn\.head\.conv\.(\d)\.0\.")),
-        "box_convs": convs, "box_fcs": 1 if convs else 2, "box_width": shapes[last][0],
-        "box_norm": "batch" if convs else "none",
-        "mask_convs": _count(shapes, rf"^roi_heads\.mask_head\.{'' if numbered else 'mask_fcn'}(\d)\."),
-        "mask_width": shapes["roi_heads.mask_predictor.conv5_mask.weight"][1],
-        "mask_norm": "batch" if "roi_heads.mask_head.0.1.weight" in shapes else "none",
+    options["proposals"] = {"convs": max(1, _count(shapes, r"^rpn\.head\.conv\.(\d)\.0\."))}
+    options["boxes"] = {
+        "convs": convs, "fcs": 1 if convs else 2, "width": shapes[last][0], "norm": "batch" if convs else "none",
     }  # fmt: skip
+    options["masks"] = {
+        "convs": _count(shapes, rf"^roi_heads\.mask_head\.{'' if numbered else 'mask_fcn'}(\d)\."),
+        "width": shapes["roi_heads.mask_predictor.conv5_mask.weight"][1],
+        "norm": "batch" if "roi_heads.mask_head.0.1.weight" in shapes else "none",
+    }
     return options | {"classes": _named(count)}
 
 
@@ -253,13 +260,13 @@ def _named(count: int) -> tuple[str, ...]:
 
 
 def _background_last(state: State, options: Mapping[str, Any]) -> State:
-    """Background is torchvision's first class and our last; its box and mask rows, which nothing reads, are dropped."""
+    """Moves background from torchvision's first row to the last, and drops its unused box and mask rows."""
     result = dict(state)
     for kind in ("weight", "bias"):
-        result[f"box_head.classes.{kind}"] = torch.roll(state[f"box_head.classes.{kind}"], -1, 0)
-        result[f"box_head.deltas.{kind}"] = state[f"box_head.deltas.{kind}"][4:]
-        if f"mask_head.logits.{kind}" in state:
-            result[f"mask_head.logits.{kind}"] = state[f"mask_head.logits.{kind}"][1:]
+        result[f"boxes.classes.{kind}"] = torch.roll(state[f"boxes.classes.{kind}"], -1, 0)
+        result[f"boxes.deltas.{kind}"] = state[f"boxes.deltas.{kind}"][4:]
+        if f"masks.logits.{kind}" in state:
+            result[f"masks.logits.{kind}"] = state[f"masks.logits.{kind}"][1:]
     return result
 
 
@@ -276,7 +283,10 @@ ORIGINS = [
     )
     for system, keypoints in (("mask-rcnn", False), ("keypoint-rcnn", True))
     for name, rename, read, finish, ignore, code, weights in (
-        ("detectron2", DETECTRON2, _detectron2, _deformable_weights, DETECTRON2_IGNORE, "Apache-2.0", "CC-BY-SA-3.0"),
-        ("torchvision", TORCHVISION, _torchvision, _background_last, [], "BSD-3-Clause", "BSD-3-Clause"),
+        (
+            "detectron2", [*DETECTRON2, DENSE], _detectron2, _deformable_weights, DETECTRON2_IGNORE, "Apache-2.0",
+            "CC-BY-SA-3.0",
+        ),
+        ("torchvision", [*TORCHVISION, DENSE], _torchvision, _background_last, [], "BSD-3-Clause", "BSD-3-Clause"),
     )
-]
+]  # fmt: skip
