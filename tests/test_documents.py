@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import inspect
 import io
 import itertools
+import json
 import os
 import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -26,6 +27,7 @@ from maskwright import cli
 from maskwright.blocks.backbones import Backbone, Use
 from maskwright.checkpoints import list_checkpoints
 from maskwright.data import Scenes, formats, open_dataset
+from maskwright.options import nested, resolve
 from maskwright.systems import names, presets, system_class
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +46,7 @@ def commands(path: Path) -> list[list[str]]:
     """The words of each maskwright command in a document's code blocks."""
     text = "".join(blocks(path)).replace("\\\n", " ")
     lines = re.findall(r"^ *(?:\$ )?(?:\.venv/bin/)?maskwright (.+)$", text, re.MULTILINE)
-    return [line.split(" #")[0].split() for line in lines if not line.startswith("--help")]
+    return [shlex.split(line, comments=True) for line in lines if not line.startswith("--help")]
 
 
 @functools.cache
@@ -87,17 +89,21 @@ def test_every_system_and_published_checkpoint_in_a_command_exists(path):
 
 @pytest.mark.fast
 @every_document
-def test_every_network_option_in_a_command_exists(path):
+def test_every_network_option_in_a_command_exists_and_takes_the_value(path):
     for verb, *rest in commands(path):
-        if verb != "train" or "--option" not in rest or rest[0] not in {*names(), *presets()}:
+        if verb != "train" or rest[0] not in {*names(), *presets()}:
             continue
+        pairs, given = [], False
+        for word in rest[1:]:
+            given = word == "--option" or (given and not word.startswith("-"))
+            if given and word != "--option":
+                key, _, text = word.partition("=")
+                with contextlib.suppress(ValueError):
+                    text = json.loads(text)
+                pairs.append((key, text))
         kind = system_class(presets().get(rest[0], rest[0]))
-        accepted = set(inspect.signature(kind.__init__).parameters)
-        for word in rest[rest.index("--option") + 1 :]:
-            key = word.strip("'\"").split("=")[0].split(".")[0]
-            if key.startswith("-"):
-                break
-            assert key in accepted, f"{path.name}: {rest[0]} has no option {key}"
+        base = kind.presets[rest[0]].options if rest[0] in kind.presets else {}
+        resolve(kind.__init__, kind.with_options(base, nested(pairs)), f"{path.name}: {rest[0]}")
 
 
 @pytest.mark.fast
