@@ -355,20 +355,3 @@ class PlaneRefinement:
         ]  # fmt: skip
         empty = coarse.new_zeros(0, *(n << self.options.steps for n in coarse.shape[1:]), dtype=torch.float32)
         return torch.cat(parts) if parts else empty
-
-
-class PlanePoints(nn.Module):
-    """Temporary: a point network with its `PlaneRefinement`, for systems that hold both as one module."""
-
-    def __init__(self, channels: int, *, width: int = 256):
-        super().__init__()
-        self.rules = PlaneRefinement()
-        self.head = PointHead(channels, 1, 1, width=width)
-
-    def loss_sum(self, feature: Tensor, coarse: Tensor, truth: Callable[[Tensor], Tensor]) -> Tensor:
-        """See `PlaneRefinement.loss_sum`."""
-        return self.rules.loss_sum(self.head, feature, coarse, truth)
-
-    def refine(self, feature: Tensor, coarse: Tensor) -> Tensor:
-        """See `PlaneRefinement.refine`."""
-        return self.rules.refine(self.head, feature, coarse)

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from maskwright.blocks.backbones import Backbone, BackboneLike
 from maskwright.blocks.fpn import FPN
-from maskwright.blocks.points import PlanePoints
+from maskwright.blocks.points import PlaneRefinement, PointHead
 from maskwright.blocks.solo_grid import PRIOR, GridBranch, Head, HeadLike, conv_norm, coordinates, prepare_levels
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.points import mask_sample
@@ -196,7 +196,8 @@ class SOLOv2(GridSystem):
         code_licence="BSD-2-Clause text, titled non-commercial; commercial use by contact with the authors (both)",
     )
     renamed_parameters: ClassVar[Mapping[str, str]] = {
-        f"{name}.": f"dense.{name}." for name in ("backbone", "neck", "category", "kernel", "mask_feature")
+        **{f"{name}.": f"dense.{name}." for name in ("backbone", "neck", "category", "kernel", "mask_feature")},
+        "points.head.": "points.",
     }
 
     def __init__(
@@ -247,7 +248,8 @@ class SOLOv2(GridSystem):
             spec.build(in_channels), len(self.classes), cells.grids, head, neck_width=neck_width,
             mask_width=mask_width, mask_channels=mask_channels, kernel_size=kernel_size, coords=coordinates,
         )  # fmt: skip
-        self.points = PlanePoints(mask_channels, width=mask_width) if points else None
+        self.points = PointHead(mask_channels, 1, 1, width=mask_width) if points else None
+        self.refinement = PlaneRefinement()
 
     def mask_logits(self, feature: Float[Tensor, "e h w"], kernels: Float[Tensor, "n d"]) -> Float[Tensor, "n h w"]:
         """Applies kernels to the mask feature of one image: the dynamic convolution."""
@@ -308,7 +310,7 @@ class SOLOv2(GridSystem):
             return mask_sample(masks, points * extent, owners)
 
         coarse = self.mask_logits(raw.feature[image], kernels[image][positives.cells[first]])
-        return self.points.loss_sum(raw.feature[image : image + 1], coarse, truth)
+        return self.refinement.loss_sum(self.points, raw.feature[image : image + 1], coarse, truth)
 
     # ---- decoding ------------------------------------------------------------------------------------------------
 
@@ -353,7 +355,7 @@ class SOLOv2(GridSystem):
 
         def finer(image: int, masks: Tensor) -> Tensor:
             assert self.points is not None
-            return self.points.refine(raw.feature[image : image + 1], masks.logit(1e-6)).sigmoid()
+            return self.refinement.refine(self.points, raw.feature[image : image + 1], masks.logit(1e-6)).sigmoid()
 
         return solo_grid.decode_cells(
             raw.classes, self.cells.grids, masks_of, plane, placements, raw.size, suppression, mask_threshold,
