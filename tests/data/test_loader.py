@@ -130,7 +130,7 @@ def test_augmentation_depends_only_on_seed_epoch_and_position():
 
 def test_workers_do_not_change_batches():
     alone, helped = loader(), loader(workers=2)
-    for epoch, start in ((0, 0), (1, 2), (0, 4)):
+    for epoch, start in ((0, 2), (1, 3), (0, 4)):
         alone.set_epoch(epoch, start)
         helped.set_epoch(epoch, start)
         state = torch.random.get_rng_state()
@@ -149,13 +149,13 @@ def test_an_interrupted_epoch_does_not_affect_the_next():
     assert all(same(a, b) for a, b in zip(found, other, strict=True))
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_the_batches_of_one_process(world: int):
-    alone = loader(14, 6)
-    shards = [loader(14, 6 // world, rank=r, world=world) for r in range(world)]
-    assert {len(s) for s in shards} == {len(alone)}
-    for whole, parts in zip(alone, zip(*shards, strict=True), strict=True):
-        assert torch.equal(whole.images, torch.cat([p.images for p in parts]))
+def test_ranks_share_the_batches_of_one_process():
+    alone = list(loader(10, 6))
+    for world in (2, 3):
+        shards = [loader(10, 6 // world, rank=r, world=world) for r in range(world)]
+        assert {len(s) for s in shards} == {len(alone)} == {2}
+        for whole, parts in zip(alone, zip(*shards, strict=True), strict=True):
+            assert torch.equal(whole.images, torch.cat([p.images for p in parts]))
 
 
 @pytest.mark.fast
@@ -257,9 +257,9 @@ def test_a_data_set_without_readable_images_is_an_error(tmp_path: Path):
 
 @pytest.mark.fast
 def test_keypoints_are_flipped_by_their_names():
-    scenes = Scenes(6, (96, 96), keypoints=True, empty=0)
+    scenes = Scenes(3, (96, 96), keypoints=True, empty=0)
     rule = Preprocess(short=96, long=96)
-    found = make_loader(scenes, rule, batch_size=6, training=True, augment=Augment(flip=1.0))
+    found = make_loader(scenes, rule, batch_size=3, training=True, augment=Augment(flip=1.0))
     batch = next(iter(found))
     order = found.indices()[0]
     for target, index in zip(batch.targets or (), order, strict=True):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+import maskwright.data
 from maskwright.data import Scenes, has_split, open_dataset, register_format
 from maskwright.data.formats import CERTAIN, FORMATS, Match, Request, load_format
 from maskwright.data.opening import find_matches
@@ -152,3 +155,16 @@ def test_json_files_are_recognized_by_their_start(tmp_path: Path):
         (tmp_path / f"{name}.json").write_text(text)
         matches = find_matches(str(tmp_path / f"{name}.json"), Request())
         assert [(format_name, match.confidence) for format_name, match in matches] == [("coco", confidence)]
+
+
+def test_modules_of_the_package_do_not_import_each_other_in_circles():
+    folder = Path(maskwright.data.__file__).parent
+    imports: dict[str, set[str]] = {}
+    for path in folder.glob("[!_]*.py"):
+        found = imports.setdefault(path.stem, set())
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("maskwright.data"):
+                module = (node.module or "").removeprefix("maskwright.data").removeprefix(".")
+                found |= {module} if module else {alias.name for alias in node.names}
+    assert imports["opening"] >= {"formats", "table_datasets"}
+    TopologicalSorter(imports).prepare()  # raises CycleError

@@ -96,7 +96,7 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         raise NotImplementedError
 
     def panoptic(self, index: int) -> Panoptic:
-        """Return the segments of one image, with things and stuff told apart.
+        """Return the segments of one image, things and stuff.
 
         Raises:
             ValueError: If the targets have no masks.
