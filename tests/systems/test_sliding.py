@@ -1,4 +1,4 @@
-"""What is DeepMask's and InstanceFCN's own: two points of TensorMask's design space, on a pyramid, without classes."""
+"""Behaviour specific to DeepMask and InstanceFCN, which are two points in the design space of TensorMask."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.nn import functional
 
 import maskwright as mw
 from maskwright.blocks.layers import pad_mirrored
-from maskwright.blocks.sliding import assign, own_places, reachable, windows_of
 from maskwright.blocks.vgg import VGG
 from maskwright.data import Scenes
 from maskwright.errors import UsageError
@@ -23,6 +22,7 @@ from maskwright.ops.window_tensors import MaskTensor, up_align2nat
 from maskwright.structures import Batch, Instances, Placement
 from maskwright.systems import create
 from maskwright.systems.deepmask import Raw as Patches
+from maskwright.systems.families.sliding import Assignment, assign, lay_windows, own_windows, reachable
 from maskwright.systems.instancefcn import Raw as Maps
 from maskwright.systems.instancefcn import assemble
 from tests.parity.weights import value
@@ -32,18 +32,18 @@ LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
 OPTIONS = {
     "the network of 2015": (
         "deepmask",
-        {"backbone": "vgg11", "norm": "none", "score_pooled": True, "context": 0, "stem_width": 8},
+        {"backbone": {"name": "vgg11", "norm": "none", "width": 8}, "score_pooled": True, "context": 0},
     ),
-    "borders mirrored": ("deepmask", {"border": "symmetric", "norm": "frozen"}),
-    "borders reflected": ("deepmask", {"border": "reflect", "norm": "batch"}),
+    "borders mirrored": ("deepmask", {"border": "symmetric", "backbone": {"norm": "frozen"}}),
+    "borders reflected": ("deepmask", {"border": "reflect", "backbone": {"norm": "batch"}}),
     "a finer grid": ("deepmask", {"stride": 8, "window": 32}),
     "parts by their upper edge": ("instancefcn", {"parts": 4, "side": 9, "bins": "floor"}),
-    "a residual trunk": ("instancefcn", {"backbone": "resnet18", "stem_width": 16}),
+    "a residual backbone": ("instancefcn", {"backbone": {"name": "resnet18", "width": 16}}),
 }
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS.values(), ids=OPTIONS)
-def test_each_option_trains_and_finds(name, options):
+def test_each_option_trains_and_detects(name, options):
     system = build(name, **options)
     images = torch.randn(2, 3, *SIZE)
     for counts in ((3, 1), (0, 0)):
@@ -62,25 +62,24 @@ def test_each_option_trains_and_finds(name, options):
 # ---- points of the design space --------------------------------------------------------------------------------------
 
 
-def test_deepmask_is_a_linear_layer_per_window_in_natural_representation():
+def test_masks_of_deepmask_are_linear_and_in_natural_representation():
     system = build("deepmask").eval()
     with torch.no_grad():
         raw = system(torch.randn(2, 3, *SIZE))
         tensor = system.mask_tensor(raw, 1)
         places = torch.tensor([[1, 0, 0], [1, 3, 2], [0, 1, 1], [1, 6, 8]])
-        grids = system.grids_of(raw, 1, places)
+        grids = system.window_masks(raw, 1, places)
     assert not tensor.aligned
     for row in (0, 1, 3):
         _, y, x = places[row].tolist()
         torch.testing.assert_close(grids[row], tensor.values[1, :, :, y, x], rtol=1e-4, atol=1e-4)
-    # Every mask value is a linear function of what the window shows.
     a, b = raw.features[1][0, :, 0, 0], raw.features[1][0, :, 3, 3]
-    zero, one, two, both = system._grids(torch.stack([a * 0, a, b, a + b]))
+    zero, one, two, both = system.mask_logits(torch.stack([a * 0, a, b, a + b]))
     torch.testing.assert_close(one + two - zero, both, rtol=1e-4, atol=1e-4)
 
 
 def test_instancefcn_is_the_aligned_head_upsampled_by_the_nearest_cell():
-    """The same maps in TensorMask's head of figure 6d with the factor 5, and in ours."""
+    """The same maps in TensorMask's head of figure 6d with a factor of 5, and in InstanceFCN's."""
     head = build("tensormask", bipyramid=False, windows=(15,), factor=5.0, mode="nearest", boxes=False).eval()
     with torch.no_grad():
         raw = head(torch.randn(1, 3, *SIZE))
@@ -92,7 +91,7 @@ def test_instancefcn_is_the_aligned_head_upsampled_by_the_nearest_cell():
 
 
 def test_deepmask_is_the_simple_natural_head():
-    """A 1 x 1 convolution whose channels are the mask of the window at that place: figure 6a, in both."""
+    """Both are a 1 x 1 convolution whose channels are the mask of the window at that location: figure 6a."""
     head = build("tensormask", bipyramid=False, aligned=False, windows=(14,), boxes=False).eval()
     system = build("deepmask").eval()
     with torch.no_grad():
@@ -108,7 +107,7 @@ def test_deepmask_is_the_simple_natural_head():
 
 @pytest.mark.parametrize(("parts", "side"), [(3, 9), (5, 21), (4, 7)])
 @pytest.mark.parametrize("bins", ["nearest", "floor"])
-def test_a_mask_is_copied_from_the_map_of_each_part(parts, side, bins):
+def test_masks_are_copied_from_the_map_of_each_part(parts, side, bins):
     maps = torch.randn(1, parts**2, 6, 8)
     ours = assemble(maps, parts, side, bins, pad=0.0)[0]
     shift = 0.5 if bins == "nearest" else 0.0
@@ -122,7 +121,7 @@ def test_a_mask_is_copied_from_the_map_of_each_part(parts, side, bins):
                 assert ours[i, j, y, x] == expected
 
 
-def test_bins_of_two_kinds():
+def test_cells_per_part():
     sizes = {}
     for bins in ("nearest", "floor"):
         each = torch.arange(5.0).view(1, 5, 1, 1, 1).expand(1, 5, 5, 43, 43)
@@ -131,11 +130,11 @@ def test_bins_of_two_kinds():
     assert sizes == {"nearest": [4, 4, 5, 4, 4], "floor": [5, 4, 4, 4, 4]}
 
 
-def test_neighbouring_windows_say_the_same_of_a_pixel_in_the_same_part():
+def test_neighbouring_windows_share_the_values_of_a_part():
     windows = assemble(torch.randn(1, 25, 30, 30), 5, 21)[0]
     # (i, j) of the window around (y, x) is (i - 1, j) of the one around (y + 1, x): the middle part has five rows.
     torch.testing.assert_close(windows[9:13, :, 15, 15], windows[8:12, :, 16, 15], rtol=0, atol=0)
-    assert not torch.equal(windows[13:17, :, 15, 15], windows[12:16, :, 16, 15])  # row 13 has another part's map
+    assert not torch.equal(windows[13:17, :, 15, 15], windows[12:16, :, 16, 15])  # row 13 is in another part
 
 
 def test_masks_of_single_windows_are_those_of_the_assembled_tensor():
@@ -143,14 +142,14 @@ def test_masks_of_single_windows_are_those_of_the_assembled_tensor():
     with torch.no_grad():
         raw = system(torch.randn(2, 3, *SIZE))
         places = torch.tensor([[1, 0, 0], [0, 2, 3], [1, 11, 15], [1, 5, 6]])
-        grids = system.grids_of(raw, 1, places)
+        grids = system.window_masks(raw, 1, places)
         for row, (level, y, x) in enumerate(places.tolist()):
             whole = assemble(raw.maps[level], 3, 9)[1, :, :, y, x]
             torch.testing.assert_close(grids[row], whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["deepmask", "instancefcn"])
-def test_windows_lie_where_the_units_of_their_tensors_say(name):
+def test_windows_agree_with_the_units_of_the_mask_tensors(name):
     system = build(name).eval()
     with torch.no_grad():
         raw = system(torch.randn(1, 3, *SIZE))
@@ -169,32 +168,32 @@ def test_windows_lie_where_the_units_of_their_tensors_say(name):
 
 
 class Pool(nn.Module):
-    """A trunk that sees nothing beyond its place, so that a patch and an image show it the same."""
+    """A backbone without a receptive field beyond its location, so that a patch and an image give the same features."""
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         return [functional.avg_pool2d(x, 16).repeat(1, 86, 1, 1)[:, :64]]
 
 
 @pytest.mark.parametrize("pooled", [False, True], ids=["shared feature", "2015"])
-def test_patches_and_images_are_two_forms_of_the_same_network(pooled):
-    options = {"score_pooled": pooled, "backbone": "resnet18", "stem_width": 16, "stride": 16, "window": 128}
-    system = build("deepmask", **options).eval()
-    system.squeeze = nn.Conv2d(64, 16, 1)
-    system.backbone = Pool()
+def test_patches_and_images_give_the_same(pooled):
+    system = build("deepmask", score_pooled=pooled, stride=16, window=128).eval()
+    network = system.dense.window
+    network.squeeze = nn.Conv2d(64, 16, 1)
+    network.backbone = Pool()
     canvas = torch.randn(1, 3, 224, 256)
     with torch.no_grad():
-        feature, score = system.dense(canvas)
-        for y, x in ((1, 1), (3, 5)):  # windows of 128 with one place of context
+        feature, score = network(canvas)
+        for y, x in ((1, 1), (3, 5)):  # windows of 128 with one location of context
             patch = canvas[:, :, 16 * y - 16 : 16 * y + 144, 16 * x - 16 : 16 * x + 144]
             mask, own = system.patches(patch)
             torch.testing.assert_close(own[0], score[0, 0, y, x], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(mask[0], system._grids(feature[:, :, y, x])[0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mask[0], system.mask_logits(feature[:, :, y, x])[0], rtol=1e-4, atol=1e-5)
 
 
-def test_grey_lies_around_a_image():
+def test_images_are_padded_with_grey():
     system = build("deepmask", scales=(1.0,)).eval()
     seen = []
-    system.backbone.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    system.dense.window.backbone.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     system(torch.zeros(1, 3, 64, 96))
     assert tuple(seen[0].shape) == (1, 3, 128, 160)
     expected = (0.5 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
@@ -204,7 +203,7 @@ def test_grey_lies_around_a_image():
 
 @pytest.mark.parametrize(("border", "name"), [("symmetric", "symmetric"), ("reflect", "reflect")])
 @pytest.mark.parametrize("around", [1, 3])
-def test_mirrored_borders_are_numpys(border, name, around):
+def test_mirrored_borders_equal_numpys(border, name, around):
     x = torch.randn(2, 3, 5, 7)
     expected = np.pad(x.numpy(), ((0, 0), (0, 0), (around, around), (around, around)), mode=name)
     assert np.array_equal(pad_mirrored(x, around, border).numpy(), expected)
@@ -212,31 +211,31 @@ def test_mirrored_borders_are_numpys(border, name, around):
 
 def test_a_dilated_vgg_keeps_its_size():
     for dilated, strides in ((False, [1, 2, 4, 8, 16]), (True, [1, 2, 4, 8, 8])):
-        trunk = VGG(11, base=4, dilated=dilated)
-        shapes = [y.shape[-1] for y in trunk(torch.zeros(1, 3, 64, 64))]
+        backbone = VGG(11, base=4, dilated=dilated)
+        shapes = [y.shape[-1] for y in backbone(torch.zeros(1, 3, 64, 64))]
         assert shapes == [64 // s for s in strides]
-        assert trunk.strides == strides
+        assert backbone.strides == strides
 
 
-# ---- what learns -----------------------------------------------------------------------------------------------------
+# ---- assignment ------------------------------------------------------------------------------------------------------
 
 
-def test_windows_learn_from_the_object_that_is_centred_in_them_and_fits():
+def test_windows_are_positive_for_objects_that_are_centred_and_fit():
     maps = [torch.zeros(1, 1, 20, 20)]
-    windows = windows_of(maps, (0.5,), 16, 160)  # 320 pixels of the input, 32 apart
-    rule = {"canonical": 92, "shift": 16, "octaves": 0.25, "margin": 48, "far": 1}
+    windows = lay_windows(maps, (0.5,), 16, 160)  # 320 pixels of the input, 32 apart
+    rules = Assignment(canonical=92, shift=16, octaves=0.25, margin=48)
 
-    def found(*boxes):
+    def assigned(*boxes):
         target = Instances(
             (640, 640),
             torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
             torch.zeros(len(boxes), dtype=torch.int64),
         )
-        return assign(windows, target, **rule)
+        return assign(windows, target, rules)
 
     side = 92 / 0.5
     centre = [320 - side / 2, 320 - side / 4, 320 + side / 2, 320 + side / 4]
-    own = found(centre)
+    own = assigned(centre)
     middle = 10 * 20 + 10
     assert windows.centres[middle].tolist() == [320, 320]
     assert sorted(own.positive.nonzero().flatten().tolist()) == [
@@ -244,65 +243,64 @@ def test_windows_learn_from_the_object_that_is_centred_in_them_and_fits():
     ]
     assert not own.negative.view(20, 20)[8:13, 8:13].any()
     assert own.negative.sum() == 400 - 25
-    larger = found([320 - 0.8 * side, 300, 320 + 0.8 * side, 340])
+    larger = assigned([320 - 0.8 * side, 300, 320 + 0.8 * side, 340])
     assert not larger.positive.any()
     assert larger.negative.sum() == 400 - 25
-    assert found([320 - 1.1 * side, 300, 320 + 1.1 * side, 340]).negative.all()
+    assert assigned([320 - 1.1 * side, 300, 320 + 1.1 * side, 340]).negative.all()
     shifted = [v + 40 * (n % 2 == 0) for n, v in enumerate(centre)]
-    two = found(shifted, centre)
+    two = assigned(shifted, centre)
     assert two.owners[middle] == 1
     assert two.owners[middle + 1] == 0
-    assert found().negative.all()
+    assert assigned().negative.all()
 
 
-def test_windows_on_a_batchs_padding_find_nothing():
-    windows = windows_of([torch.zeros(1, 1, 5, 9)], (1.0,), 16, 64)
-    there = reachable(windows, (40, 60), 16).view(5, 9)
-    assert there.sum(0).tolist() == [4, 4, 4, 4, 4, 0, 0, 0, 0]  # at 0 ... 48 and 0 ... 64, less than a place beyond
+def test_windows_on_padding_are_not_reachable():
+    windows = lay_windows([torch.zeros(1, 1, 5, 9)], (1.0,), 16, 64)
+    inside = reachable(windows, (40, 60), 16).view(5, 9)
+    assert inside.sum(0).tolist() == [4, 4, 4, 4, 4, 0, 0, 0, 0]  # at 0 ... 48 and 0 ... 64, less than a stride beyond
 
 
 @pytest.mark.parametrize("name", ["deepmask", "instancefcn"])
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_a_threshold_that_is_no_probability_is_refused(name, threshold):
+def test_a_mask_threshold_outside_of_0_and_1_is_refused(name, threshold):
     system = build(name).eval()
     with torch.no_grad():
         raw = system(torch.zeros(1, 3, *SIZE))
-    with pytest.raises(UsageError, match=f"mask_threshold is {threshold}; expected a probability"):
+    with pytest.raises(UsageError, match=f"mask_threshold must be between 0 and 1, got {threshold}"):
         system.decode(raw, [Placement.identity(SIZE)], mask_threshold=threshold)
 
 
 @pytest.mark.parametrize("name", ["deepmask", "instancefcn"])
-def test_windows_on_a_batchs_padding_learn_nothing(name):
-    system = build(name, sampled=10_000) if name == "instancefcn" else build(name)
+def test_windows_on_padding_are_not_trained(name):
+    system = build(name, assignment={"sampled": 10_000})
     target = Instances.empty((48, 64))
     with torch.no_grad():
         raw = system(torch.zeros(1, 3, *SIZE))
-    windows, stride = system.windows(raw), getattr(system, "stride", 8)
-    there = reachable(windows, target.image_size, stride)
-    parts = (~there).split([s[0].numel() for s in raw.scores])
+    windows = system.windows(raw)
+    parts = (~reachable(windows, target.image_size, system.stride)).split([s[0].numel() for s in raw.scores])
     assert any(p.any() for p in parts)
-    sure = tuple(s + 9.0 * p.view_as(s) for s, p in zip(raw.scores, parts, strict=True))  # of objects in the padding
+    sure = tuple(s + 9.0 * p.view_as(s) for s, p in zip(raw.scores, parts, strict=True))  # objects in the padding
     assert float(system.losses(replace(raw, scores=sure), [target])["score"]) == pytest.approx(
         float(system.losses(raw, [target])["score"])
     )
 
 
 ALONE = {
-    "a frozen norm": ("deepmask", {"norm": "frozen"}),
+    "a frozen norm": ("deepmask", {"backbone": {"norm": "frozen"}}),
     "a norm of the whole plane, borders mirrored": ("deepmask", {"border": "symmetric", "scales": (0.6, 1.4)}),
-    "scales that round": ("instancefcn", {"side": 11, "scales": (0.6, 1.0, 1.4), "norm": "frozen"}),
+    "scales that round": ("instancefcn", {"side": 11, "scales": (0.6, 1.0, 1.4), "backbone": {"norm": "frozen"}}),
 }
 
 
 def in_planes(system, images):
-    """A batch through the network, its images in planes as large as the largest."""
+    """The raw output of a batch whose images are padded to the size of the largest."""
     sizes = [(p.shape[-2], p.shape[-1]) for p in images]
     batch = Batch.collate(images, [Placement.identity(s) for s in sizes], multiple=system.preprocess.multiple)
     return system(*system.inputs(batch.images, sizes)), batch.placements
 
 
 @pytest.mark.parametrize(("name", "options"), ALONE.values(), ids=ALONE)
-def test_a_image_beside_a_larger_one_gives_what_it_gives_alone(name, options):
+def test_an_image_in_a_batch_gives_the_same_as_alone(name, options):
     system = build(name, **options).double().eval()
     images = [torch.randn(3, 45, 70).double(), torch.randn(3, 90, 61).double()]
     with torch.no_grad():
@@ -310,7 +308,7 @@ def test_a_image_beside_a_larger_one_gives_what_it_gives_alone(name, options):
         together = system.decode(raw, places, detections=1000, nms_threshold=0.9)
         for image, own in zip(images, together, strict=True):
             raw, places = in_planes(system, [image])
-            assert raw.there == ()
+            assert raw.inside == ()
             alone = system.decode(raw, places, detections=1000, nms_threshold=0.9)[0]
             assert len(alone) == len(own) > 10
             torch.testing.assert_close(alone.scores, own.scores)
@@ -318,28 +316,28 @@ def test_a_image_beside_a_larger_one_gives_what_it_gives_alone(name, options):
 
 
 @pytest.mark.parametrize(("name", "options"), ALONE.values(), ids=ALONE)
-def test_a_image_beside_a_larger_one_learns_what_it_learns_alone(name, options):
-    system = build(name, **options, sampled=10_000).double()  # all windows, so that none is drawn
+def test_the_losses_of_an_image_in_a_batch_are_the_same_as_alone(name, options):
+    system = build(name, **options, assignment={"sampled": 10_000}).double()  # all windows, without sampling
     images = [torch.randn(3, 45, 70).double(), torch.randn(3, 90, 61).double()]
     targets = [Instances.empty((45, 70)), Instances.empty((90, 61))]
-    stride, sums, counts = getattr(system, "stride", 8), [], []
+    sums, counts = [], []
     for chosen in ([0], [1], [0, 1]):
         raw, _ = in_planes(system, [images[n] for n in chosen])
         windows = system.windows(raw)
-        learning = [
-            own_places(raw.there, row, windows) & reachable(windows, targets[n].image_size, stride)
+        trained = [
+            own_windows(raw.inside, row, windows) & reachable(windows, targets[n].image_size, system.stride)
             for row, n in enumerate(chosen)
         ]
-        counts.append(sum(int(own.sum()) for own in learning))
-        sums.append(counts[-1] * system.losses(raw, [targets[n] for n in chosen])["score"])  # that is a mean
+        counts.append(sum(int(own.sum()) for own in trained))
+        sums.append(counts[-1] * system.losses(raw, [targets[n] for n in chosen])["score"])  # which is a mean
     assert counts[0] + counts[1] == counts[2]
     torch.testing.assert_close(sums[0] + sums[1], sums[2])
 
 
-def test_where_batch_norms_learn_a_batch_is_seen_at_once():
-    system = build("deepmask", norm="batch").train()
+def test_a_batch_is_processed_at_once_if_batch_norms_are_trained():
+    system = build("deepmask", backbone={"norm": "batch"}).train()
     seen = []
-    system.backbone.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
+    system.dense.window.backbone.register_forward_pre_hook(lambda module, given: seen.append(tuple(given[0].shape)))
     images = [torch.randn(3, 48, 64), torch.randn(3, 90, 60)]
     in_planes(system, images)
     assert seen == [(2, 3, 45 + 64, 32 + 64), (2, 3, 90 + 64, 64 + 64)]
@@ -349,11 +347,11 @@ def test_where_batch_norms_learn_a_batch_is_seen_at_once():
     assert len(seen) == 4
 
 
-# ---- what is found ---------------------------------------------------------------------------------------------------
+# ---- decoding --------------------------------------------------------------------------------------------------------
 
 
 def planted(system, place, level=1):
-    """A DeepMask that is sure of one window and says of every mask: the left half."""
+    """The raw output of one window with a high score; every mask is the left half of its window."""
     with torch.no_grad():
         system.masks.weight.zero_()
         side = system.mask_side
@@ -366,7 +364,7 @@ def planted(system, place, level=1):
 
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("double", [False, True])
-def test_a_mask_is_laid_into_its_window_on_the_image(mirrored, double):
+def test_masks_are_pasted_into_their_windows(mirrored, double):
     system = build("deepmask").eval()
     raw = planted(system, (3, 4))  # the window around (64, 48), 64 pixels wide: x 32 ... 96, y 16 ... 80
     size = (192, 256) if double else SIZE
@@ -376,26 +374,26 @@ def test_a_mask_is_laid_into_its_window_on_the_image(mirrored, double):
     assert len(found) == 1
     left, right = (64, 96) if mirrored else (32, 64)
     expected = torch.tensor([[left, 16, right, 80]]) * (2.0 if double else 1.0)
-    # Half a cell of the mask, where it is resized between the two halves and the threshold is 0.2, not a half.
+    # Half a cell of the mask: it is interpolated between the two halves, and the threshold is 0.2.
     assert (found.boxes - expected).abs().max() <= (5 if double else 3)
     assert found.boxes[0, 1] == expected[0, 1]
     assert found.boxes[0, 3] == expected[0, 3]
     assert torch.equal(found.boxes, found.masks.boxes())
 
 
-def test_duplicates_are_kept_as_published_or_suppressed():
+def test_duplicates_are_kept_by_default_and_suppressed_on_request():
     system = build("deepmask").eval()
     raw = planted(system, (3, 4))
-    raw.scores[1][0, 0, 3, 5] = 8.0  # overlaps a half
+    raw.scores[1][0, 0, 3, 5] = 8.0  # overlaps by half
     for nms, count in ((None, 2), (0.2, 1), (0.9, 2)):
         found = system.decode(raw, [Placement.identity(SIZE)], score_threshold=0.5, nms_threshold=nms)[0]
         assert len(found) == count
 
 
-def test_masks_of_instancefcn_are_suppressed_by_their_tight_boxes():
+def test_instancefcn_suppresses_by_the_boxes_of_masks():
     system = build("instancefcn").eval()
     maps = torch.full((1, 9, 12, 16), -9.0)
-    maps[:, :, 3:6, 4:8] = 9.0  # every part says the same: all windows that see it have the same mask
+    maps[:, :, 3:6, 4:8] = 9.0  # all parts are equal, so that all windows there have the same mask
     scores = torch.full((1, 1, 12, 16), -9.0)
     scores[0, 0, 4, 5:8] = torch.tensor([1.0, 3.0, 2.0])
     small = torch.full((1, 1, 6, 8), -9.0)
@@ -406,7 +404,7 @@ def test_masks_of_instancefcn_are_suppressed_by_their_tight_boxes():
     assert (found.boxes[0] - torch.tensor([32.0, 24, 64, 48])).abs().max() <= 1
 
 
-def test_a_grid_is_resized_with_its_corners_on_the_outer_pixels():
+def test_corners_of_a_grid_are_aligned_with_the_outer_pixels():
     grid = torch.randn(1, 5, 5)
     plane = functional.interpolate(grid[None], size=(17, 23), mode="bilinear", align_corners=True)[0, 0]
     masks = paste_masks(grid, torch.tensor([[4.0, 6, 27, 23]]), (40, 50), rule="corners", threshold=0.0, strict=True)
@@ -419,11 +417,11 @@ def test_a_grid_is_resized_with_its_corners_on_the_outer_pixels():
 
 
 @pytest.mark.slow
-def test_a_set_of_any_classes_is_learnt_and_measured(tmp_path):
+def test_data_with_any_classes_is_used_for_training_and_evaluation(tmp_path):
     data = Scenes(6, size=(64, 64), classes=("disc", "star", "box"), difficulty=0.2)
     options = {
-        "stem_width": 8, "feature_width": 32, "score_width": 16, "neck_width": 8, "mask_side": 8, "label_side": 16,
-        "scales": (0.7,),
+        "backbone": {"width": 8}, "feature_width": 32, "score_width": 16, "neck_width": 8, "mask_side": 8,
+        "label_side": 16, "scales": (0.7,),
     }  # fmt: skip
     best = mw.train(
         "deepmask-small", data, val=data, out=tmp_path / "run", steps=2, batch=2, epochs=1, workers=0,
@@ -441,32 +439,34 @@ def test_a_set_of_any_classes_is_learnt_and_measured(tmp_path):
     assert again.classes == ("object",)
 
 
-def test_what_cannot_be_is_refused_in_words():
-    with pytest.raises(UsageError, match="window is 72 pixels; it must be a multiple of two places, 32 pixels"):
+def test_invalid_options_are_refused():
+    with pytest.raises(UsageError, match=r"deepmask: window must be a multiple of 2 \* stride = 32, got 72"):
         build("deepmask", window=72)
-    with pytest.raises(UsageError, match="window is 0 pixels; it must be a multiple"):
+    with pytest.raises(UsageError, match=r"window must be a multiple of .*, got 0"):
         build("deepmask", window=0)
-    with pytest.raises(UsageError, match=r"dropout is 1.5; expected a share between 0 and 1"):
+    with pytest.raises(UsageError, match=r"dropout must be between 0 and 1, got 1.5"):
         build("deepmask", dropout=1.5)
     for name in ("deepmask", "instancefcn"):
         for scales in ((), (1.0, 0.0), (-0.5,), (float("nan"),)):
-            with pytest.raises(UsageError, match=r"scales is \(.*\); expected at least one number, all above 0"):
+            with pytest.raises(UsageError, match="scales must be one or more finite numbers above 0, got"):
                 build(name, scales=scales)
-    with pytest.raises(UsageError, match="side is 8, parts 3; expected an odd side"):
+    with pytest.raises(UsageError, match=r"side must be an odd number.*, got 8"):
         build("instancefcn", side=8)
-    with pytest.raises(UsageError, match="backbone is 'alexnet' at stride 16; expected resnet18"):
+    with pytest.raises(UsageError, match="parts must be between 1 and side = 9, got 10"):
+        build("instancefcn", parts=10)
+    with pytest.raises(UsageError, match="there is no backbone 'alexnet'"):
         build("deepmask", backbone="alexnet")
-    with pytest.raises(UsageError, match="there is no VGG of depth 12"):
+    with pytest.raises(UsageError, match="there is no backbone 'vgg12'"):
         build("instancefcn", backbone="vgg12")
-    with pytest.raises(UsageError, match="there is no ResNet of depth 20"):
-        build("deepmask", backbone="resnet20")
+    with pytest.raises(UsageError, match=r"deepmask has no option 'shift': it is now assignment.shift"):
+        create("deepmask", shift=3.0)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def filled(layout, narrow, **changes):
-    """A layout's tensors with every width divided by `narrow`, as far as it is one, and some shapes changed."""
+    """The tensors of a layout with all widths divided by `narrow` and some shapes changed."""
     tensors = json.loads((LAYOUTS / f"{layout}.json").read_text())["tensors"]
     state = {}
     for key, (shape, kind) in tensors.items():
@@ -475,7 +475,7 @@ def filled(layout, narrow, **changes):
     return state
 
 
-def test_narrower_networks_with_smaller_windows_and_masks_load_from_both_layouts(tmp_path):
+def test_narrow_networks_load_from_both_layouts(tmp_path):
     shared = {"masks": [784, 512], "bias": [784], "cells": 128 * 36 // 8}
     torch7 = filled(
         "deepmask-r50", 8, **{"maskBranch.1.1.weight": shared["masks"], "maskBranch.1.1.bias": shared["bias"],
@@ -489,12 +489,13 @@ def test_narrower_networks_with_smaller_windows_and_masks_load_from_both_layouts
         torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / f"{name}.pth")
         system = mw.load(tmp_path / f"{name}.pth")
         assert system.name == "deepmask"
-        wanted = {"stem_width": 8, "window": 96, "mask_side": 28, "label_side": 56, "neck_width": 16, "border": border,
+        wanted = {"window": 96, "mask_side": 28, "label_side": 56, "neck_width": 16, "border": border,
                   "feature_width": 64, "score_width": 128}  # fmt: skip
         assert {k: system.options[k] for k in wanted} == wanted
+        assert system.options["backbone"]["width"] == 8
 
 
-def test_norms_of_torch_7_may_have_other_shapes_and_biases_before_them(tmp_path):
+def test_norms_of_torch_7_have_several_shapes_and_optional_biases(tmp_path):
     state = filled("deepmask-r50", 8, **{"trunk.12.weight": [512, 1600]})
     images = torch.randn(1, 3, 192, 192)
     torch.save(state, tmp_path / "plain.pth")
@@ -516,6 +517,6 @@ def test_presets_are_the_published_networks():
     system = create("deepmask-vgg")
     assert round(sum(p.numel() for p in system.parameters()) / 1e6) in (75, 76)
     assert system.window == 224
-    assert system.canonical == 128
-    assert create("deepmask").canonical == 92
+    assert system.assignment.canonical == 128
+    assert create("deepmask").assignment.canonical == 92
     assert create("instancefcn-vgg16-k5").side * 8 == 168

@@ -26,7 +26,7 @@ QUERIES = {"width": 64, "heads": 4, "queries": 12, "hidden": 64}
 # What makes each system of the registry small. A new system adds its line.
 TINY: dict[str, dict[str, Any]] = {
     "deepmask": {
-        **TRUNK,
+        **BACKBONE,
         "classes": ("object",),
         "stride": 16,
         "window": 64,
@@ -40,15 +40,13 @@ TINY: dict[str, dict[str, Any]] = {
         "scales": (0.5, 1.0),
     },
     "instancefcn": {
-        **TRUNK,
         "classes": ("object",),
-        "backbone": "vgg11",
-        "stem_width": 8,
+        "backbone": {"name": "vgg11", "width": 8},
         "head_width": 32,
         "parts": 3,
         "side": 9,
         "scales": (0.5, 1.0),
-        "short": 96,
+        "resize": {"short": 96},
     },
     "mask-rcnn": {**BOXES, "masks": {"width": 32}},
     "keypoint-rcnn": {**BOXES, "keypoints": {"width": 32, "convs": 2}},

@@ -1,4 +1,4 @@
-"""DeepMask in both of its forms, as the released code and its port answered; how InstanceFCN puts masks together."""
+"""DeepMask in both of its forms, by the released code and its port, and the assembly of InstanceFCN's masks."""
 
 from __future__ import annotations
 
@@ -18,29 +18,28 @@ from tests.parity.ledger import Ledger
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
-    """The dense form was run on one image as it is."""
+    """The dense form was recorded for one image at its own size."""
     return {"scales": (1.0,)} if "deepmask" in str(about.get("source", "")) else {}
 
 
 def check(system: DeepMask, layout: Path, ledger: Ledger) -> None:
     system.eval()
-    seed = int(ledger.about.get("seed") or 0)
+    seed, window = int(ledger.about.get("seed") or 0), system.dense.window
     patches, canvas = (
         torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(ledger.about[name])).astype("float32"))
         for name in ("patch_input", "dense_input")
     )
     with torch.no_grad():
-        trunk = system.backbone(patches)[-1]
+        features = window.backbone(patches)[-1]
         grids, scores = system.patches(patches)
         raw = _dense(system, canvas)
-        masks = system.masks(raw.features[0])
+        masks = system.mask_tensor(raw, 0).values.flatten(1, 2)
     for name in ("patch_res4", "patch_trunk"):
         if name in ledger:
-            ledger.compare(name, trunk if name == "patch_res4" else trunk[:, :64])
+            ledger.compare(name, features if name == "patch_res4" else features[:, :64])
     if "patch_feature512" in ledger:
         with torch.no_grad():
-            x = torch.nn.functional.pad(trunk, [-system.context] * 4)
-            ledger.compare("patch_feature512", system.feature(system.squeeze(x).relu())[:, :, 0, 0])
+            ledger.compare("patch_feature512", window(patches, system.context)[0][:, :, 0, 0])
     if "patch_mask56_logits" in ledger:
         ledger.compare("patch_mask56_logits", grids.flatten(1))
     large = system.enlarged(grids)
@@ -66,14 +65,14 @@ def check(system: DeepMask, layout: Path, ledger: Ledger) -> None:
 
 
 def _dense(system: DeepMask, canvas: Tensor) -> Raw:
-    """Of an image that has half a window around it already."""
-    feature, score = system.dense(canvas)
+    """The raw output for an image that is padded by half a window already."""
+    feature, score = system.dense.window(canvas)
     height, width = canvas.shape[-2:]
     return Raw((score,), (feature,), (height - system.window, width - system.window))
 
 
 def signs(ledger: Ledger, name: str, seed: int) -> Tensor:
-    """A target of 1 and -1. Where only a sample of it was kept, it is drawn again: uniform numbers above a half."""
+    """A target of 1 and -1. If only a sample of it was kept, it is drawn again: whether uniform numbers exceed 0.5."""
     if f"{name}__sampled" not in ledger.arrays:
         return ledger.given(name).float()
     shape = tuple(int(n) for n in ledger.arrays[f"{name}__shape"])
@@ -115,7 +114,7 @@ def check_assembling(ledger: Ledger) -> None:
             if sampled in ledger.arrays:
                 ours = ours[np.random.RandomState(0).randint(0, len(ours), len(theirs))]
             if not np.array_equal(np.isnan(ours), np.isnan(theirs.reshape(-1))):
-                ledger.fail(windows, "other entries lie outside of the map")
+                ledger.fail(windows, "different entries lie outside of the map")
                 continue
             ledger.compare(windows, answer, note="nan is outside of the map, in both")
 
