@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import maskwright
 from maskwright.blocks import backbones
 from maskwright.blocks.backbones import (
     Backbone,
@@ -25,6 +26,8 @@ from maskwright.blocks.backbones import (
 from maskwright.blocks.layers import ConvNorm
 from maskwright.blocks.swin import Swin
 from maskwright.errors import UsageError
+from maskwright.systems import create
+from tests.systems.tiny import SIZE, objects
 
 # One narrow backbone of each kind. A new family adds a line.
 NARROW = {
@@ -339,6 +342,19 @@ def test_a_new_family_is_one_module_and_one_entry(toy):
         Backbone(toy, norm="batch")
     with pytest.raises(UsageError, match="no backbone 'tyo'; did you mean 'toy'"):
         Backbone("tyo")
+
+
+def test_a_system_is_trained_saved_and_loaded_on_a_new_family(toy, tmp_path):
+    options = {"classes": ("a", "b"), "neck_width": 16, "prototypes": 4}
+    system = create("yolact", backbone={"name": toy, "width": 8}, **options)
+    assert system.input_weight() == "dense.backbone.stem.weight"
+    terms = system.losses(system(torch.randn(1, 3, *SIZE)), [objects(2)])
+    sum(terms.values(), torch.zeros(())).backward()
+    assert all(value.grad is not None for value in system.dense.backbone.parameters())
+    maskwright.save(system, tmp_path / "toy.safetensors")
+    again = maskwright.load(tmp_path / "toy.safetensors", backbone={"frozen": 4})
+    assert again.options["backbone"] == {"name": "toy", "width": 8, "frozen": 4}
+    assert not any(value.requires_grad for value in again.dense.backbone.parameters())
 
 
 # ---- ResNet ----------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def test_centerness_is_one_at_the_centre_and_zero_at_the_border():
     torch.testing.assert_close(fcos.centerness(inner), torch.tensor([1.0, 0.0, 0.5]))
     spots = torch.tensor([[10.0, 20.0]])
     box = torch.tensor([[5.0, 15, 20, 22]])
-    assert torch.equal(fcos.boxes_of(spots, fcos.distances(spots, box)), box)
+    assert torch.equal(fcos.boxes_from_distances(spots, fcos.distances(spots, box)), box)
 
 
 def test_overlap_is_that_of_the_boxes_and_smoothing_is_an_argument():
@@ -66,7 +66,7 @@ def test_overlap_is_that_of_the_boxes_and_smoothing_is_an_argument():
     generator = torch.Generator().manual_seed(0)
     inner, other = (torch.rand(50, 4, generator=generator) * 9 + 0.1 for _ in range(2))
     spots = torch.zeros(50, 2)
-    boxes, others = fcos.boxes_of(spots, inner), fcos.boxes_of(spots, other)
+    boxes, others = fcos.boxes_from_distances(spots, inner), fcos.boxes_of(spots, other)
     torch.testing.assert_close(fcos.overlap(inner, other), pairwise_iou(boxes, others).diagonal())
     whole = generalized_box_iou(boxes, others).diagonal()
     torch.testing.assert_close(fcos.overlap(inner, other, generalised=True), whole)

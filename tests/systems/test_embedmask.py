@@ -1,4 +1,4 @@
-"""What is EmbedMask's own: three generations, embeddings that become masks, and what an image costs."""
+"""EmbedMask: three generations, masks from embeddings, and the memory of an image."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ OPTIONS = {
     "generation 1 without smoothing": {"generation": 1, "smooth_weight": 0.0, "crop": -1.0},
     "fixed margins": {"fixed_margin": True},
     "smoothing, few dimensions, a crop": {"smooth_weight": 0.1, "dimensions": 4, "crop": 0.1},
-    "boxes instead of middles": {"radius": None, "in_mask": False},
+    "boxes instead of centres": {"radius": None, "in_mask": False},
     "inclusive boxes": {"inclusive": True, "splits": (32, 64, 128, 256)},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_option_trains_and_finds(options):
+def test_each_option_trains_and_detects(options):
     system = build("embedmask", **options)
     images = torch.randn(2, 3, *SIZE)
     raw = system(images)
@@ -46,26 +46,20 @@ def test_each_option_trains_and_finds(options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"splits": (64, 128)}, "splits has 2 entries"),
-        ({"prior_margin": 0.0}, "prior_margin is 0.0; expected a distance above 0"),
-        ({"dimensions": 2}, "dimensions is 2; generation 3 needs 3"),
-        ({"backbone": "resnet51"}, "no ResNet of depth 51"),
+        ({"splits": (64, 128)}, r"embedmask: splits must be 4 numbers, for five levels, got \[64, 128\]"),
+        ({"prior_margin": 0.0}, "embedmask: prior_margin must be above 0, got 0.0"),
+        ({"dimensions": 2}, "embedmask of generation 3: dimensions must be at least 3, got 2"),
+        ({"backbone": "resnet51"}, "there is no backbone 'resnet51'"),
+        ({"stride_in": "1x1"}, "embedmask has no option 'stride_in': it is now backbone.stride_in"),
     ],
 )
-def test_wrong_options_are_refused_in_words(options, words):
+def test_invalid_options_are_refused(options, words):
     with pytest.raises(UsageError, match=words):
         build("embedmask", **options)
 
 
-def test_a_target_without_masks_is_refused_in_words():
-    system, target = build("embedmask"), objects(2)
-    target.masks = None
-    with pytest.raises(UsageError, match="boxes but no masks"):
-        system.losses(system(torch.randn(1, 3, *SIZE)), [target])
-
-
 def planted(system, size: tuple[int, int], boxes: torch.Tensor) -> tuple[Raw, torch.Tensor]:
-    """An answer in which every box's place finds it, with an ellipse inside that alone lies near its embedding."""
+    """An output in which every box is detected, with an ellipse inside that is near its embedding."""
     height, width = size
     levels = [(height // s, width // s) for s in (8, 16, 32, 64, 128)]
     y, x = torch.meshgrid(torch.arange(height // 8) * 8 + 3.5, torch.arange(width // 8) * 8 + 3.5, indexing="ij")
@@ -73,7 +67,7 @@ def planted(system, size: tuple[int, int], boxes: torch.Tensor) -> tuple[Raw, to
     for box in boxes:
         middle, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
         near.append(((x - middle[0]) / half[0]) ** 2 + ((y - middle[1]) / half[1]) ** 2 < 1)
-    dimensions = system.proposal_embedding.out_channels
+    dimensions = system.dense.proposal_embedding.out_channels
     pixels = torch.zeros(1, dimensions, height // 8, width // 8)
     logits, distances, centerness, embeddings, margins = [], [], [], [], []
     for level, (h, w) in enumerate(levels):
@@ -126,26 +120,26 @@ def test_the_lowest_and_the_highest_mask_threshold_leave_the_region_and_nothing(
     assert (lowest.areas() > usual.areas()).all()
 
 
-def test_a_mask_threshold_that_is_no_probability_is_refused():
+def test_a_mask_threshold_that_is_not_a_probability_is_refused():
     system = build("embedmask")
     raw, _ = planted(system, (128, 192), torch.tensor([[16.0, 16, 112, 80]]))
     for threshold in (-0.1, 1.5, math.nan):
-        with pytest.raises(UsageError, match=f"mask_threshold is {threshold}; expected a probability"):
+        with pytest.raises(UsageError, match=f"mask_threshold must be a probability between 0 and 1, got {threshold}"):
             system.decode(raw, [Placement.identity((128, 192))], mask_threshold=threshold)
 
 
-def test_the_score_asked_for_is_that_of_the_object_above_the_published_bound_of_its_class():
+def test_the_score_threshold_is_of_the_class_up_to_the_published_value_and_of_the_object_above():
     system = build("embedmask")
     raw, _ = planted(system, (128, 192), torch.tensor([[16.0, 16, 112, 80], [120, 8, 184, 120]]))
     half = tuple(torch.full_like(v, 0.0) for v in raw.centerness)  # 0.98 * 0.5
     raw = replace(raw, centerness=half)
-    counts = [len(system.find(raw, [(128, 192)], t, 0.6, 100)[0].boxes) for t in (0.05, 0.3, 0.6)]
+    counts = [len(system.detect(raw, [(128, 192)], t, 0.6, 100)[0].boxes) for t in (0.05, 0.3, 0.6)]
     assert counts == [2, 2, 0]
     low = replace(raw, logits=tuple(v.clamp(max=-2.5) for v in raw.logits))  # 0.076 * 0.5
-    assert len(system.find(low, [(128, 192)], 0.05, 0.6, 100)[0].boxes) == 2
+    assert len(system.detect(low, [(128, 192)], 0.05, 0.6, 100)[0].boxes) == 2
 
 
-def test_published_boxes_end_with_their_last_pixel_which_is_the_images():
+def test_inclusive_boxes_end_at_their_last_pixel():
     boxes, place = torch.tensor([[16.0, 16, 112, 80]]), Placement.resize((256, 384), (128, 192))
     system = build("embedmask", inclusive=True)
     raw, _ = planted(system, (128, 192), boxes)
@@ -195,15 +189,15 @@ def test_a_masks_cells_are_what_bilinear_shrinking_leaves():
     assert not on_mask[2].any()
 
 
-def test_good_places_are_those_that_overlap_or_else_the_best():
+def test_good_locations_are_those_that_overlap_or_else_the_best():
     iou = torch.tensor([0.6, 0.7, 0.7, 0.2, 0.4, 0.4])
     group = torch.tensor([0, 0, 0, 0, 2, 2])
-    good, best = embedmask.good_places(iou, group, 3)
+    good, best = embedmask.good_locations(iou, group, 3)
     assert good.tolist() == [True, True, True, False, True, True]
     assert best.tolist() == [False, True, False, False, True, False]
 
 
-def test_objects_on_a_large_image_cost_megabytes():
+def test_masks_on_a_large_image_need_megabytes():
     system = build("embedmask")
     generator = torch.Generator().manual_seed(0)
     corners = torch.rand(30, 2, generator=generator) * torch.tensor([900.0, 600.0])

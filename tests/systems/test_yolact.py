@@ -1,4 +1,4 @@
-"""What is YOLACT's and YOLACT++'s own: their options and conventions, and the operators that came with them."""
+"""Options, conventions and operators of YOLACT and YOLACT++."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from maskwright.ops import boxes as box_ops
 from maskwright.ops.mask_targets import plane_targets
 from maskwright.ops.matching import match_each
 from maskwright.ops.planes import place_planes
-from maskwright.ops.suppression import fast_nms
+from maskwright.ops.suppression import fast_nms, fast_nms_by_class
 from maskwright.structures import Instances, Masks, Placement
-from maskwright.systems import create
-from maskwright.systems.yolact import Detections, _choose_fast, assemble, near
+from maskwright.systems import create, describe
+from maskwright.systems.yolact import Anchors, Detections, assemble, crop_window
 from tests.systems.tiny import SIZE, build, objects
 
 LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
 OPTIONS = {
-    "Darknet": {"backbone": "darknet53", "stem_width": 8},
-    "several sizes of real ratios": {"anchor_octaves": 2, "square_anchors": False},
-    "other sides": {"anchor_sides": (32, 64, 128, 256, 512), "size": 400},
-    "few masks": {"masks_per_image": 2},
-    "masks learnt everywhere": {"crop_learnt": False},
+    "Darknet": {"backbone": {"name": "darknet53", "width": 4}},
+    "several sizes of real ratios": {"anchors": {"octaves": 2, "square": False}},
+    "other sides": {"anchors": {"sides": (32, 64, 128, 256, 512)}, "resize": {"short": 400}},
+    "few masks": {"loss": {"masks_per_image": 2}},
+    "masks trained everywhere": {"loss": {"crop": False}},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_option_trains_and_finds(options):
+def test_each_option_trains_and_detects(options):
     system = build("yolact", **options)
     raw = system(torch.randn(1, 3, *SIZE))
     terms = system.losses(raw, [objects(3)])
@@ -50,32 +50,63 @@ def test_each_option_trains_and_finds(options):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("yolact", {"anchor_sides": (8, 16)}, "anchor_sides has 2 entries; there are five levels"),
-        ("yolact", {"anchor_sides": (0, 16, 32, 64, 128)}, "anchor_sides is .*; expected pixels, all above 0"),
-        ("yolact", {"anchor_ratios": ()}, r"anchor_ratios is \[\]; expected at least one number"),
-        ("yolact", {"anchor_ratios": (1, -1)}, r"anchor_ratios is \[1, -1\]; .* all above 0"),
-        ("yolact", {"anchor_octaves": 0}, "anchor_octaves is 0; at least 1"),
-        ("yolact", {"masks_per_image": 0}, "masks_per_image is 0; at least 1"),
-        ("yolact-plus", {"prototypes": 0}, "prototypes is 0; at least 1"),
-        ("yolact-plus", {"deform_every": 0}, "deform_every must be at least 1"),
-        ("yolact", {"norm": "batch", "norm_eps": 0.0}, "norm_eps must be above 0 with norm='batch'"),
-        ("yolact", {"backbone": "darknet53", "deform_stages": (3,)}, "darknet53 has no deformable variant"),
-        ("yolact-plus", {"backbone": "resnet18"}, "resnet18 has no bottlenecks to deform"),
+        ("yolact", {"anchors": {"sides": (8, 16)}}, r"anchors.sides must be five numbers above 0, .*got \[8, 16\]"),
+        ("yolact", {"anchors": {"sides": (0, 16, 32, 64, 128)}}, "anchors.sides must be five numbers above 0"),
+        ("yolact", {"anchors": {"ratios": ()}}, r"anchors.ratios must be at least one number, all above 0, got \[\]"),
+        ("yolact", {"anchors": {"ratios": (1, -1)}}, r"anchors.ratios must be .*, all above 0, got \[1, -1\]"),
+        ("yolact", {"anchors": {"octaves": 0}}, "anchors.octaves must be at least 1, got 0"),
+        ("yolact", {"loss": {"masks_per_image": 0}}, "loss.masks_per_image must be at least 1, got 0"),
+        ("yolact-plus", {"prototypes": 0}, "yolact-plus: prototypes must be at least 1, got 0"),
+        ("yolact-plus", {"backbone": {"deform_every": 0}}, "deform_every must be at least 1, got 0"),
+        ("yolact", {"backbone": {"norm": "batch", "norm_eps": 0.0}}, "norm_eps must be above 0 with norm='batch'"),
+        (
+            "yolact",
+            {"backbone": {"name": "darknet53", "deform_stages": (3,)}},
+            "'darknet53' has no option 'deform_stage",
+        ),
+        ("yolact", {"backbone": "darknet-tiny"}, "levels of strides 8, 16, 32 is needed; this one has 16, 32"),
+        ("yolact", {"size": 400}, "yolact has no option 'size': it is now resize.short"),
+        ("yolact-plus", {"anchor_octaves": 2}, "yolact-plus has no option 'anchor_octaves': it is now anchors.octaves"),
     ],
 )
-def test_options_that_cannot_be_are_refused_in_words(name, options, words):
+def test_invalid_options_are_refused(name, options, words):
     with pytest.raises(UsageError, match=words):
         create(name, **options)
 
 
-def test_mistakes_in_use_are_named():
-    system, target = build("yolact"), objects(2)
-    raw = system(torch.randn(1, 3, *SIZE))
-    with pytest.raises(UsageError, match="suppression is 'soft'; expected fast or greedy"):
-        system.decode(raw, [Placement.identity(SIZE)], suppression="soft")
-    target.masks = None
-    with pytest.raises(UsageError, match="boxes but no masks"):
-        system.losses(raw, [target])
+def test_networks_are_the_dense_part_and_the_re_scoring():
+    assert list(build("yolact").networks()) == ["dense"]
+    plus = build("yolact-plus", backbone="resnet18")
+    assert plus.networks() == {"dense": plus.dense, "rescoring": plus.rescoring}
+    assert "deform_stages" not in plus.options["backbone"]  # it has no bottlenecks
+
+
+def test_an_image_is_stretched_to_the_canvas():
+    for options, canvas, side in (
+        ({}, (550, 550), 24),
+        ({"short": 400}, (400, 400), 17),
+        ({"canvas": (300, 600)}, (300, 600), 13),
+    ):
+        system = build("yolact", resize=options)
+        assert system.preprocess.canvas == canvas
+        assert system.preprocess.size(40, 60) == canvas
+        width, height = system.anchor_shapes[0][0]
+        assert (width * canvas[1], height * canvas[0]) == pytest.approx((side, side))
+
+
+def test_the_greedy_rule_is_reached_from_predict():
+    system = build("yolact").eval()
+    with torch.no_grad():
+        system.dense.head.classes.weight.mul_(4)  # so that most anchors are of one class
+    image = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)
+    limits = {"candidate_threshold": 0.5, "detections": 1000, "nms_threshold": 0.3}
+    default, fast, greedy = (
+        mw.predict(system, image, **kind, **limits).instances for kind in ({}, {"nms": "fast"}, {"nms": "greedy"})
+    )
+    assert torch.equal(default.boxes, fast.boxes)
+    assert 0 < len(fast) < len(greedy)  # what was suppressed suppresses others in the one, and not in the other
+    with pytest.raises(Exception, match=r"nms.*'soft'"):
+        system.decode(system(torch.randn(1, 3, *SIZE)), [Placement.identity(SIZE)], nms="soft")
 
 
 # ---- anchors and matching --------------------------------------------------------------------------------------------
@@ -84,8 +115,9 @@ def test_mistakes_in_use_are_named():
 @pytest.mark.parametrize(
     ("name", "size", "count"), [("yolact", 550, 19248), ("yolact", 700, 30963), ("yolact-plus", 550, 57744)]
 )
-def test_anchors_are_as_many_as_published(name, size, count):
-    system = build(name, size=size).to("meta")
+def test_the_number_of_anchors_is_as_published(name, size, count):
+    with torch.device("meta"):
+        system = build(name, resize={"short": size})
     raw = system(torch.empty(1, 3, size, size, device="meta"))
     assert system.anchors(raw).shape == (count, 4)
     assert raw.deltas.shape[1] == count
@@ -93,18 +125,16 @@ def test_anchors_are_as_many_as_published(name, size, count):
 
 @pytest.mark.fast
 def test_sides_of_anchors():
-    def sides(name, **options):
-        system = build(name, **options)
-        size = system.options["size"]
-        return [[(w * size, h * size) for w, h in level] for level in system.shapes]
+    def sides(size=550, **options):
+        return [[(w * size, h * size) for w, h in level] for level in Anchors(**options).shapes((size, size))]
 
-    square = sides("yolact")
+    square = sides()
     assert [level[0][0] for level in square] == pytest.approx([24, 48, 96, 192, 384])
     assert [h for _, h in square[0]] == pytest.approx([24, 24 / 2**0.5, 24 * 2**0.5])
     assert all(w == h for level in square for w, h in level)
-    assert [level[0][0] for level in sides("yolact", size=400)] == pytest.approx([17, 34, 69, 139, 279])
-    assert [level[0][0] for level in sides("yolact", size=700)] == pytest.approx([30, 61, 122, 244, 488])
-    real = sides("yolact-plus")
+    assert [level[0][0] for level in sides(400)] == pytest.approx([17, 34, 69, 139, 279])
+    assert [level[0][0] for level in sides(700)] == pytest.approx([30, 61, 122, 244, 488])
+    real = sides(octaves=3, square=False)
     assert [w / h for w, h in real[0]] == pytest.approx([1, 0.5, 2] * 3)
     assert [(w * h) ** 0.5 for w, h in real[0]] == pytest.approx(
         [24 * 2 ** (j / 3) for j in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
@@ -112,7 +142,7 @@ def test_sides_of_anchors():
 
 
 def test_every_object_gets_an_anchor_of_its_own():
-    """Against the rule written out, object by object."""
+    """Compared with the rule written out, object by object."""
     torch.manual_seed(0)
     for _ in range(60):
         count, several = (int(torch.randint(low, high, (1,))) for low, high in ((1, 9), (1, 30)))
@@ -133,8 +163,8 @@ def test_every_object_gets_an_anchor_of_its_own():
         assert torch.equal(ours[1], wanted)
 
 
-def test_places_in_a_crowd_region_are_left_out():
-    system = build("yolact", crowd_overlap=0.7)
+def test_anchors_in_a_crowd_region_are_ignored():
+    system = build("yolact", loss={"crowd_overlap": 0.7})
     anchors = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.5, 0.2, 0.2, 0.1], [0.8, 0.8, 0.1, 0.1]])
     truth = replace(objects(1), boxes=torch.tensor([[0.15, 0.15, 0.25, 0.25]]))
     crowd = torch.tensor([[0.0, 0.0, 0.58, 0.4]])  # holds the first anchor and 0.9 of the second
@@ -147,7 +177,7 @@ def test_places_in_a_crowd_region_are_left_out():
 
 
 @pytest.mark.fast
-def test_what_fast_nms_drops_still_drops_others():
+def test_what_fast_nms_suppresses_still_suppresses_others():
     boxes = torch.tensor([[0, 0, 10, 10], [4, 0, 14, 10], [8, 0, 18, 10.0]])  # each overlaps the next by 6 / 14
     iou = box_ops.pairwise_iou(boxes, boxes)
     scores, groups = torch.tensor([0.9, 0.8, 0.7]), torch.zeros(3, dtype=torch.int64)
@@ -167,21 +197,21 @@ def test_fast_nms_keeps_a_part_of_what_the_classical_rule_keeps():
 
 @pytest.mark.fast
 @pytest.mark.parametrize("equals", [False, True], ids=["distinct", "with equals"])
-def test_the_best_are_found_without_comparing_all(equals):
+def test_the_best_are_selected_without_comparing_all(equals):
     torch.manual_seed(3)
     corner = torch.rand(300, 2) * 0.6
     boxes = torch.cat([corner, corner + 0.1 + torch.rand(300, 2) * 0.3], 1)
     scores = torch.rand(12, 300) ** 4
     if equals:
         scores = (scores * 50).round() / 50
-    kept = torch.rand(300) < 0.9
+    candidates = (torch.rand(300) < 0.9).nonzero().flatten()
 
     def best(wanted):
-        score, row, anchor = _choose_fast(boxes, scores, kept, 0.05, 0.5, (64, 64), wanted)
+        score, row, anchor = fast_nms_by_class(boxes, scores, candidates, 0.5, wanted)
         return sorted(zip((-score).tolist(), row.tolist(), anchor.tolist(), strict=True))
 
     every = best(100_000)  # too many for anything but the whole comparison
-    assert len(every) == 12 * 200  # its places that are not used have a score of -1
+    assert len(every) == 12 * 200  # suppressed ones have a score of -1
     for wanted in (1, 20, 100):
         few = best(wanted)
         assert wanted <= len(few) < 12 * 200
@@ -196,14 +226,14 @@ def test_three_ways_of_suppression():
         raw = system(torch.randn(1, 3, *SIZE))
         raw = replace(raw, logits=raw.logits * 4)  # so that most anchors are one class's
         limits = {"candidate_threshold": 0.6, "nms_threshold": 0.3, "detections": 10_000}
-        fast, greedy = (system.find(raw, **limits, suppression=kind)[0] for kind in ("fast", "greedy"))
-        across = system.find(raw, **limits, cross_class=True)[0]
-    # The classical rule does not look below the threshold; the fast one fills up with what scores next to nothing.
+        fast, greedy = (system.detect(raw, **limits, nms=kind)[0] for kind in ("fast", "greedy"))
+        across = system.detect(raw, **limits, cross_class=True)[0]
+    # The greedy rule discards scores below the threshold; the fast one fills up with almost none.
     assert greedy.scores.min() > 0.6 > fast.scores.min()
-    sides = torch.tensor([128, 96, 128, 96]), torch.tensor([0, 0, 1, 1])
-    for found, plus_one, same in ((fast, 0, True), (greedy, 1, True), (across, 0, False)):
-        boxes = found.boxes * sides[0] + sides[1] * plus_one
-        overlap = box_ops.pairwise_iou(boxes, boxes).fill_diagonal_(0)
+    sides = torch.tensor([128, 96, 128, 96])
+    for found, plus_one, same in ((fast, False, True), (greedy, True, True), (across, False, False)):
+        boxes = found.boxes * sides
+        overlap = box_ops.pairwise_iou(boxes, boxes, plus_one).fill_diagonal_(0)
         overlap = overlap * (found.labels[:, None] == found.labels) if same else overlap
         assert overlap.max() <= 0.3 + 1e-5
 
@@ -211,17 +241,17 @@ def test_three_ways_of_suppression():
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learnt", [True, False])
-def test_what_masks_are_outside_of_boxes_is_learnt_if_asked_for(learnt):
-    system = build("yolact", crop_learnt=learnt)
+@pytest.mark.parametrize("crop", [True, False])
+def test_masks_outside_of_boxes_are_trained_without_the_crop(crop):
+    system = build("yolact", loss={"crop": crop})
     raw = system(torch.randn(1, 3, *SIZE))
     raw = replace(raw, prototypes=raw.prototypes.detach().requires_grad_())
     target = objects(1, side=(16, 16))
     system.losses(raw, [target])["mask"].backward()
     assert raw.prototypes.grad is not None
     height, width = raw.prototypes.shape[-2:]
-    outside = ~near(target.boxes / torch.tensor([SIZE[1], SIZE[0]] * 2), (height, width))[0]
-    assert raw.prototypes.grad[0].abs().sum(0)[outside].any() == (not learnt)
+    outside = ~crop_window(target.boxes / torch.tensor([SIZE[1], SIZE[0]] * 2), (height, width))[0]
+    assert raw.prototypes.grad[0].abs().sum(0)[outside].any() == (not crop)
 
 
 def detections(*boxes: tuple[float, ...], maps: int = 8) -> Detections:
@@ -267,7 +297,7 @@ def test_a_hundred_objects_on_a_large_image_are_small():
 
 
 @pytest.mark.fast
-def test_corners_are_whole_pixels_and_boxes_without_area_are_dropped():
+def test_corners_are_integers_and_boxes_without_area_are_dropped():
     system = build("yolact")
     found, maps = detections((0.101, 0.1, 0.509, 0.5), (0.5001, 0.5, 0.5002, 0.9)), torch.ones(8, 24, 32)
     placement = Placement.resize((100, 100), SIZE)
@@ -278,7 +308,7 @@ def test_corners_are_whole_pixels_and_boxes_without_area_are_dropped():
 
 
 @pytest.mark.fast
-def test_masks_to_learn_are_the_interpolated_ones():
+def test_target_masks_are_the_interpolated_ones():
     planes = torch.rand(3, 96, 128) > 0.4
     masks = Masks.from_dense(planes)
     for grid in ((24, 32), (7, 9), (120, 130)):
@@ -291,7 +321,7 @@ def test_masks_to_learn_are_the_interpolated_ones():
     torch.testing.assert_close(plane_targets(masks, (32, 40), (128, 160)), wanted)
 
 
-def test_background_gets_three_negatives_for_each_positive():
+def test_there_are_three_hard_negatives_for_each_positive():
     """A loss of 1 for each chosen anchor counts them."""
     system = build("yolact")
     raw = system(torch.randn(1, 3, *SIZE))
@@ -320,7 +350,7 @@ def test_scores_are_the_masks_or_the_classes():
     assert len(few) == 3  # the threshold is on what is returned
 
 
-def test_small_maps_are_filled_up_with_nothing():
+def test_small_maps_are_padded_with_zeros():
     system = build("yolact-plus")
     masks = torch.rand(2, 20, 70)
     wider = functional.pad(masks, (0, 0, 0, 43))
@@ -328,7 +358,7 @@ def test_small_maps_are_filled_up_with_nothing():
     assert system.rescoring(torch.rand(3, 138, 138)).shape == (3, 2)
 
 
-def test_soft_masks_learn_from_being_rescored():
+def test_soft_masks_have_gradients_from_re_scoring():
     system = build("yolact-plus")
     raw = system(torch.randn(1, 3, *SIZE))
     terms = system.losses(raw, [objects(2, side=(60, 60))])
@@ -354,14 +384,13 @@ def test_published_layouts_are_recognised_and_fit(layout):
     variants = ["yolact-r101", "yolact-r101-im400", "yolact-r101-im700"]
     assert [c.variant for c in candidates] == (variants if layout.stem == "yolact-resnet101" else [""])
     options = candidates[0].options
-    with torch.device("meta"):
-        system = create(origin.system, **options)
+    system = describe(origin.system, **options)
     ours = {k: tuple(v.shape) for k, v in system.state_dict().items()}
     theirs = {k: tuple(v.shape) for k, v in origin.translate(state, options).items()}
     assert {k: v for k, v in theirs.items() if v} == {k: v for k, v in ours.items() if v}  # counters have no shape
     if "plus" in layout.stem:
-        assert options["deform_every"] == (3 if "101" in layout.stem else 1)
-        assert options["deform_stages"] == [1, 2, 3]
+        assert options["backbone"]["deform_every"] == (3 if "101" in layout.stem else 1)
+        assert options["backbone"]["deform_stages"] == [1, 2, 3]
 
 
 def test_a_file_that_may_be_of_several_sizes_asks(tmp_path):

@@ -51,15 +51,13 @@ TINY: dict[str, dict[str, Any]] = {
     "mask-rcnn": {**BOXES, "masks": {"width": 32}},
     "keypoint-rcnn": {**BOXES, "keypoints": {"width": 32, "convs": 2}},
     "tensormask": {**BACKBONE, "neck_width": 32, "convs": 1, "class_width": 32, "box_width": 32, "mask_width": 32},
-    # Places in a crowd region are left out, which changes what is learnt beside it; here they are not.
-    "yolact": {**TRUNK, "neck_width": 32, "prototypes": 8, "crowd_overlap": 1.0},
+    # Anchors in a crowd region are ignored, which changes what is trained beside it; here they are not.
+    "yolact": {**BACKBONE, "neck_width": 32, "prototypes": 8, "loss": {"crowd_overlap": 1.0}},
     "yolact-plus": {
-        **TRUNK,
-        "backbone": "resnet50",
-        "deform_stages": (3,),
+        "backbone": {"name": "resnet50", "width": 16, "deform_stages": (3,)},
         "neck_width": 32,
         "prototypes": 8,
-        "crowd_overlap": 1.0,
+        "loss": {"crowd_overlap": 1.0},
     },
     "polarmask": {**BACKBONE, "head": {"width": 64, "convs": 1}},
     "fouriernet": {**BACKBONE, "head": {"width": 64, "convs": 1}, "coefficients": 18, "rays": 60},
@@ -135,7 +133,7 @@ TINY: dict[str, dict[str, Any]] = {
         "score_width": 32,
         "loss": {"points": 128},
     },
-    "embedmask": {**TRUNK, "neck_width": 64, "convs": 1},
+    "embedmask": {**BACKBONE, "neck_width": 64, "convs": 1},
     "eomt": {
         "backbone": "vit_tiny_patch16_224",
         "width": 32,

@@ -109,7 +109,7 @@ def distances(points: Float[Tensor, "*n 2"], boxes: Float[Tensor, "*m 4"]) -> Fl
     return torch.cat([points - boxes[..., :2], boxes[..., 2:] - points], -1)
 
 
-def boxes_of(points: Float[Tensor, "*n 2"], inner: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
+def boxes_from_distances(points: Float[Tensor, "*n 2"], inner: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     """The boxes x0, y0, x1, y1 whose sides lie at distances l, t, r, b from each location."""
     return torch.cat([points - inner[..., :2], points + inner[..., 2:]], -1)
 

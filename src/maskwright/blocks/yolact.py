@@ -1,4 +1,4 @@
-"""What YOLACT (arXiv 1904.02689) and YOLACT++ (1912.06218) predict with: prototypes, and what each anchor says."""
+"""What YOLACT (arXiv 1904.02689) and YOLACT++ (1912.06218) predict with: the prototype branch and the anchor head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from maskwright.blocks.layers import ConvNorm
 
 
 class PrototypeNet(nn.Module):
-    """P3 -> prototypes at twice its resolution, none below zero (figure 3)."""
+    """Computes prototypes from P3, at twice its resolution and at least 0 (figure 3).
+
+    Args:
+        channels: Channels of P3.
+        prototypes: Number of prototypes.
+    """
 
     def __init__(self, channels: int, prototypes: int):
         super().__init__()
@@ -27,7 +32,14 @@ class PrototypeNet(nn.Module):
 
 
 class Head(nn.Module):
-    """One convolution, then box, class and coefficients of each anchor; the same weights on all levels (figure 4)."""
+    """One convolution, then box, class and coefficients of each anchor; the same weights on all levels (figure 4).
+
+    Args:
+        channels: Channels of the pyramid.
+        anchors: Number of anchors per location.
+        classes: Number of classes, background included.
+        prototypes: Number of coefficients.
+    """
 
     def __init__(self, channels: int, anchors: int, classes: int, prototypes: int):
         super().__init__()
@@ -38,7 +50,7 @@ class Head(nn.Module):
         self.anchors = anchors
 
     def forward(self, levels: Sequence[Float[Tensor, "b c _h _w"]]) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, P, 4), (B, P, classes), (B, P, prototypes)."""
+        """Box offsets (B, P, 4), class logits (B, P, classes) and coefficients (B, P, prototypes) in [-1, 1]."""
         towers = [self.tower(level) for level in levels]
         deltas, logits, coefficients = (
             torch.cat([self._per_anchor(layer(x)) for x in towers], 1)
@@ -47,12 +59,13 @@ class Head(nn.Module):
         return deltas, logits, coefficients.tanh()
 
     def _per_anchor(self, x: Float[Tensor, "b d h w"]) -> Float[Tensor, "b p _v"]:
+        """A row for each anchor, location by location."""
         values = x.shape[1] // self.anchors
         return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, values)
 
 
 def xavier(module: nn.Module) -> None:
-    """What every layer outside of the trunk starts from."""
+    """Initialises a convolution as all layers outside of the backbone are; for `nn.Module.apply`."""
     if isinstance(module, nn.Conv2d):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

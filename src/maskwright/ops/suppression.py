@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from maskwright.ops.boxes import pairwise_iou
+
 
 def mask_iou(masks: Bool[Tensor, "n p"], labels: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n n"]:
     """Overlap of every mask with every other, masks as rows of pixels; 0 where both are empty.
@@ -72,3 +74,44 @@ def fast_nms(iou: Float[Tensor, "*k n n"], threshold: float = 0.5) -> Bool[Tenso
     than `threshold`, all at once. Objects come best first; what is dropped still drops others, so that it keeps no more
     than the classical rule."""
     return iou.triu(1).amax(-2) <= threshold if iou.shape[-1] else iou.new_zeros(iou.shape[:-1], dtype=torch.bool)
+
+
+def fast_nms_by_class(
+    boxes: Float[Tensor, "p 4"],
+    scores: Float[Tensor, "c p"],
+    candidates: Int[Tensor, " k"],
+    threshold: float,
+    wanted: int,
+    top_k: int = 200,
+) -> tuple[Float[Tensor, " d"], Int[Tensor, " d"], Int[Tensor, " d"]]:
+    """Fast NMS within each of C classes, of P boxes that they share.
+
+    Each class compares its best `top_k` candidates. Only better ones decide about a box, so that the best of all
+    classes are compared first, as many as it takes to find `wanted`, before all are.
+
+    Args:
+        boxes: Boxes x0, y0, x1, y1.
+        scores: Scores of each class.
+        candidates: Indices of the boxes to look at.
+        threshold: IoU above which a better box of the class suppresses.
+        wanted: Number of results needed.
+        top_k: Number of candidates of each class.
+
+    Returns:
+        Score, class and box of the remaining ones, at least the best `wanted` if there are as many. Entries with a
+        score of -1 are suppressed.
+    """
+    score, place = scores[:, candidates].topk(min(top_k, len(candidates)), dim=1)  # (C, n)
+    box = candidates[place]
+    label = torch.arange(len(score), device=score.device)[:, None].expand_as(score)
+    ranked, compared = score.flatten().sort(descending=True, stable=True), 2 * wanted
+    while compared**2 < score.numel() * score.shape[1] // 4:
+        best, order = (v[:compared] for v in ranked)
+        own, owner = boxes[box.flatten()[order]], label.flatten()[order]
+        kept = fast_nms(pairwise_iou(own, own) * (owner[:, None] == owner), threshold)
+        if int(kept.sum()) >= wanted:
+            return best[kept], owner[kept], box.flatten()[order][kept]
+        compared *= 2
+    own = boxes[box]
+    kept = fast_nms(pairwise_iou(own, own), threshold)
+    return torch.where(kept, score, -1.0).flatten(), label.flatten(), box.flatten()

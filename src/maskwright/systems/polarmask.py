@@ -288,7 +288,7 @@ def polar_detections(
         rows.append((points[best], classes[best], central[best, 0], values, extent))
     points, classes, central, values, extent = (torch.cat(parts) for parts in zip(*rows, strict=True))
     limit = points.new_tensor([width - 1, height - 1])
-    corners = fcos.boxes_of(points, extent).view(-1, 2, 2).clamp(min=0).minimum(limit)
+    corners = fcos.boxes_from_distances(points, extent).view(-1, 2, 2).clamp(min=0).minimum(limit)
     corners = pixels_on_image(corners, placement)
     boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)  # mirroring exchanges left and right
     scores = classes * (central[:, None] + rules.offset)

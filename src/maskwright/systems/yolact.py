@@ -1,70 +1,193 @@
 """YOLACT (Bolya, Zhou, Xiao, Lee, ICCV 2019, arXiv 1904.02689).
 
-Instance segmentation in real time, as two tasks that run side by side. One branch, fully convolutional, paints a few
-dozen *prototype* masks of the whole image; the other, an anchor detector on a pyramid, says for every anchor its
-class, its box and one coefficient per prototype. A mask is the sigmoid of the prototypes' weighted sum, cropped by its
-box: one matrix product for all objects, at the resolution of the prototypes, without re-pooling. Duplicates are
-suppressed by a matrix operation too (Fast NMS). Every image is stretched to one square.
+Real-time instance segmentation as two parallel tasks. One branch, fully convolutional, predicts a few dozen
+*prototype* masks of the whole image; the other, an anchor-based detector on a feature pyramid, predicts for every
+anchor its class, its box and one coefficient per prototype. A mask is the sigmoid of the prototypes' weighted sum,
+cropped by its box: one matrix product for all objects, at the resolution of the prototypes, without re-pooling.
+Duplicates are suppressed by a matrix operation too (Fast NMS). Every image is stretched to one square.
 
 Where paper and code differ, this follows the code: the anchors of three "aspect ratios" are squares of three sizes, and
-ReLU stands after the pyramid's levels and after the prototypes.
+ReLU follows the pyramid's levels and the prototypes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.darknet import Darknet
+from maskwright.blocks.backbones import Backbone, BackboneLike, Use, levels_of
 from maskwright.blocks.fpn import FPN
-from maskwright.blocks.layers import Norm
-from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.blocks.yolact import Head, PrototypeNet, xavier
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import smooth_l1_sum
 from maskwright.ops.mask_targets import plane_targets
-from maskwright.ops.matching import IGNORED, match_each
+from maskwright.ops.matching import IGNORED, NEGATIVE, match_each
 from maskwright.ops.planes import place_planes
-from maskwright.ops.suppression import fast_nms
+from maskwright.ops.suppression import fast_nms_by_class
+from maskwright.options import OptionGroup, check_option
 from maskwright.structures import Instances, Placement, Preprocess
-from maskwright.systems.base import Card, ClassRows, Preset, Score, System
+from maskwright.structures.resize import Resize, ResizeLike
+from maskwright.systems.card import Card, Preset, Score
+from maskwright.systems.system import ClassRows, System, at_least
 
 SIDES = (24, 48, 96, 192, 384)  # of the anchors on P3 ... P7, for inputs of 550 pixels
-RATIOS = (1.0, 0.5, 2.0)
-VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's: what a box offset of one is worth
-TOP = 200  # Fast NMS looks at so many of each class
-FARTHEST = float(1 << 20)  # boxes end here, in images' sides, so that no product of two becomes infinite
-# The colours of ImageNet as the authors write them, without a division by 255.
-COLOURS = Preprocess(
+VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's scale of the box offsets
+FAST_NMS_TOP_K = 200  # anchors of each class that are compared
+FARTHEST = float(1 << 20)  # bound of decoded boxes, in sides of the image, so that no product of two is infinite
+# ImageNet's mean and deviation as the authors write them, without a division by 255.
+PREPROCESS = Preprocess(
     resample="tensor", mean=(123.68, 116.78, 103.94), std=(58.40, 57.12, 57.38), divide=1.0, multiple=1, fit="stretch",
     canvas=(550, 550),
 )  # fmt: skip
 
+Suppression = Literal["fast", "greedy"]  # see `YOLACT.decode`
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Anchors(OptionGroup):
+    """The anchors of every location of the pyramid: one for each octave and ratio.
+
+    Attributes:
+        sides: Side s of the anchors on P3 ... P7, in pixels of the canvas; None scales 24, 48, 96, 192 and 384, which
+            are those for 550 pixels, with the canvas.
+        ratios: Aspect ratios r.
+        octaves: Anchors of sides s, 2^(1/octaves) s, 2^(2/octaves) s, ... below 2 s.
+        square: Whether width and height are both s sqrt(r), as in the published code, or s sqrt(r) and s / sqrt(r).
+    """
+
+    label: ClassVar[str] = "anchors"
+
+    sides: Sequence[float] | None = None
+    ratios: Sequence[float] = (1.0, 0.5, 2.0)
+    octaves: int = 1
+    square: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sides is not None and (len(self.sides) != 5 or not min(self.sides) > 0):
+            raise UsageError(f"anchors.sides must be five numbers above 0, for P3 ... P7, got {list(self.sides)}")
+        if not self.ratios or not min(self.ratios) > 0:
+            raise UsageError(f"anchors.ratios must be at least one number, all above 0, got {list(self.ratios)}")
+        if self.octaves < 1:
+            raise UsageError(f"anchors.octaves must be at least 1, got {self.octaves}")
+
+    def __len__(self) -> int:
+        return len(self.ratios) * self.octaves
+
+    def shapes(self, canvas: tuple[int, int]) -> list[list[tuple[float, float]]]:
+        """Width and height of each level's anchors as shares of the canvas (height, width), octave by octave."""
+        height, width = canvas
+        sides = [max(1, side * min(canvas) // 550) for side in SIDES] if self.sides is None else self.sides
+        result = []
+        for side in sides:
+            scales = [side * 2 ** (octave / self.octaves) for octave in range(self.octaves)]
+            result.append(
+                [
+                    (scale / width * ratio**0.5, scale / height * (ratio**0.5 if self.square else ratio**-0.5))
+                    for scale in scales
+                    for ratio in self.ratios
+                ]
+            )
+        return result
+
+
+@dataclass(frozen=True)
+class Loss(OptionGroup):
+    """What the losses are computed on.
+
+    Attributes:
+        crowd_overlap: Anchors that are not positive and lie in a crowd region by more than this share are ignored.
+        masks_per_image: Number of positive anchors, drawn at random, whose masks are trained; bounds the memory.
+        crop: Whether masks are trained inside the annotated box only, as published, since they are cropped when
+            decoded. Otherwise they are also trained to be empty outside, and may be decoded without the crop.
+    """
+
+    label: ClassVar[str] = "loss"
+
+    crowd_overlap: float = 0.7
+    masks_per_image: int = 100
+    crop: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.masks_per_image < 1:
+            raise UsageError(f"loss.masks_per_image must be at least 1, got {self.masks_per_image}")
+
+
+AnchorsLike = Mapping[str, Any] | Anchors
+LossLike = Mapping[str, Any] | Loss
+
+BACKBONE = Backbone("resnet50", deform_modulated=True)
+RESIZE, ANCHORS, LOSS = Resize(), Anchors(), Loss()
+
+
+# ---- network ---------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Raw:
-    """What the network says of every anchor, finest level first, row by row, and of the image as a whole."""
+    """What the network predicts for every anchor, finest level first, row by row, and for the image as a whole."""
 
     deltas: Float[Tensor, "b p 4"]
     logits: Float[Tensor, "b p _classes"]  # background last
     coefficients: Float[Tensor, "b p k"]  # -1 ... 1
-    prototypes: Float[Tensor, "b k _h _w"]  # 0 and above
-    semantic: Float[Tensor, "b n _h3 _w3"]  # logits; read in training only
+    prototypes: Float[Tensor, "b k _h _w"]  # at least 0
+    semantic: Float[Tensor, "b n _h3 _w3"]  # logits; used in training only
     grids: tuple[tuple[int, int], ...]  # h, w of each level
     size: tuple[int, int]  # H, W of the input
 
 
+class YOLACTNet(nn.Module):
+    """Backbone, pyramid, prototypes and the shared head (figure 2), with the semantic layer of section 5.
+
+    Args:
+        backbone: With levels of strides 8, 16 and 32.
+        neck_width: Channels of the pyramid and the head.
+        prototypes: Number of prototypes.
+        anchors: Number of anchors per location.
+        classes: Number of classes.
+    """
+
+    def __init__(self, backbone: nn.Module, neck_width: int, prototypes: int, anchors: int, classes: int):
+        super().__init__()
+        levels = levels_of(backbone)
+        self.levels = levels.indices((8, 16, 32))
+        self.backbone = backbone
+        channels = [levels.channels[index] for index in self.levels]
+        self.neck = FPN(channels, neck_width, upsample="bilinear", extra="output", relu="outputs")
+        self.prototypes = PrototypeNet(neck_width, prototypes)
+        self.head = Head(neck_width, anchors, classes + 1, prototypes)
+        self.semantic = nn.Conv2d(neck_width, classes, 1)
+        for part in (self.neck, self.prototypes, self.head, self.semantic):
+            part.apply(xavier)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
+        features = self.backbone(images)
+        levels = self.neck([features[index] for index in self.levels])  # P3 ... P7, strides 8 ... 128
+        deltas, logits, coefficients = self.head(levels)
+        prototypes = self.prototypes(levels[0])  # (B, K, H/4, W/4)
+        grids = tuple((level.shape[-2], level.shape[-1]) for level in levels)
+        size = (images.shape[-2], images.shape[-1])
+        return Raw(deltas, logits, coefficients, prototypes, self.semantic(levels[0]), grids, size)
+
+
+# ---- system ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Detections:
-    """Detections of one image, best first, before they have masks."""
+    """Detections of one image, best first, before their masks are assembled."""
 
     boxes: Float[Tensor, "n 4"]  # x0, y0, x1, y1 as shares of the input's sides
     scores: Float[Tensor, " n"]
@@ -79,15 +202,28 @@ class Detections:
 class MaskTargets:
     """Masks of one image's positive anchors, on the prototypes' grid."""
 
-    soft: Float[Tensor, "n h w"]  # as predicted; cropped by the objects' boxes if so learnt
+    soft: Float[Tensor, "n h w"]  # as predicted; cropped by the objects' boxes if trained so
     truth: Float[Tensor, "n h w"]  # 0 or 1
     boxes: Float[Tensor, "n 4"]  # of the objects, as shares of the input's sides
     labels: Int[Tensor, " n"]
-    share: float  # anchors that each of them stands for
+    share: float  # number of anchors that each of them represents
 
 
 class YOLACT(System):
-    """See the module's text, and `decode` for its thresholds."""
+    """See the module's docstring, and `decode` for its thresholds.
+
+    Args:
+        classes: Class names.
+        backbone: Any backbone with levels of strides 8, 16 and 32. Deformable convolutions are modulated and have a
+            bias. The published networks have `norm="batch"`, which the original freezes for fewer than six images per
+            device ("frozen").
+        in_channels: Channels of the image.
+        resize: Every image is stretched to `canvas`, 550 x 550; `short` scales it.
+        neck_width: Channels of the pyramid and the head.
+        prototypes: Number of prototypes; table 2b compares 8 ... 256.
+        anchors: See `Anchors`.
+        loss: See `Loss`.
+    """
 
     name = "yolact"
     card = Card(
@@ -102,109 +238,35 @@ class YOLACT(System):
         self,
         classes: Sequence[str] = ("object",),
         *,
-        backbone: str = "resnet50",
-        pretrained: bool = False,
+        backbone: BackboneLike = BACKBONE,
         in_channels: int = 3,
-        stem_width: int = 64,
-        deform_stages: Sequence[int] = (),
-        deform_every: int = 1,
-        norm: Norm = "group",
-        norm_eps: float = 1e-5,
-        frozen: int = 0,
+        resize: ResizeLike = RESIZE,
         neck_width: int = 256,
         prototypes: int = 32,
-        size: int = 550,
-        anchor_sides: Sequence[float] | None = None,
-        anchor_ratios: Sequence[float] = RATIOS,
-        anchor_octaves: int = 1,
-        square_anchors: bool = True,
-        crowd_overlap: float = 0.7,
-        masks_per_image: int = 100,
-        crop_learnt: bool = True,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        anchors: AnchorsLike = ANCHORS,
+        loss: LossLike = LOSS,
     ):
-        """
-        backbone        "resnet18" ... "resnet152", "darknet53", or "timm:NAME" for any of timm's with strides 4 to 32
-        pretrained      timm's published weights in the backbone (a download); ours start random
-        stem_width      channels after the stem; all stages scale with it (as published 64; 32 in darknet53)
-        deform_stages   stages (0 ... 3) whose every `deform_every`-th block has a modulated deformable convolution
-        norm            of the trunk: "group" trains from random weights and with small batches; as published "batch",
-                        which the original freezes ("frozen") for fewer than six images per device
-        frozen          so many parts of the trunk do not train, from the stem on
-        prototypes      how many there are (table 2b compares 8 ... 256)
-        size            every image is stretched to this square; anchors are shares of it
-        anchor_sides    one for each of five levels, in pixels of an input of `size`; None: 24 ... 384 per 550
-        anchor_octaves  2: also anchors sqrt(2) times as large; 3: cbrt(2) and cbrt(4) times; ...
-        square_anchors  sides s sqrt(r) for each ratio r, as the published code has it; without, s sqrt(r) x s / sqrt(r)
-        crowd_overlap   anchors that lie in a crowd region by more than this share are not learnt from
-        masks_per_image   a random choice of so many anchors learns masks, which bounds the memory
-        crop_learnt     masks are learnt inside the annotated box alone, as published: elsewhere they are cropped.
-                        Without, they also learn to be empty there, and may be decoded without the crop
-        mean, std       of the channels, RGB, 0 ... 255 (darknet53: 0 ... 1); None: as published
-        """
         super().__init__()
-        least = {
-            "size": size, "prototypes": prototypes, "anchor_octaves": anchor_octaves,
-            "masks_per_image": masks_per_image,
-        }  # fmt: skip
-        for name, value in least.items():
-            if value < 1:
-                raise UsageError(f"{name} is {value}; at least 1 is needed")
-        if anchor_sides is None:
-            anchor_sides = [max(1, s * size // 550) for s in SIDES]
-        if len(anchor_sides) != 5:
-            raise UsageError(f"anchor_sides has {len(anchor_sides)} entries; there are five levels, P3 ... P7")
-        if not min(anchor_sides) > 0:
-            raise UsageError(f"anchor_sides is {list(anchor_sides)}; expected pixels, all above 0")
-        if not anchor_ratios or not min(anchor_ratios) > 0:
-            raise UsageError(f"anchor_ratios is {list(anchor_ratios)}; expected at least one number, all above 0")
-        self.classes = tuple(classes)
-        self.crowd_overlap, self.masks_per_image, self.crop_learnt = crowd_overlap, masks_per_image, crop_learnt
-        self.shapes = _anchor_shapes(anchor_sides, anchor_ratios, anchor_octaves, square_anchors, size)
-        count, anchors = len(self.classes), len(self.shapes[0])
-
-        colours = replace(COLOURS, canvas=(size, size))
-        self.backbone: nn.Module
-        if backbone == "darknet53":
-            if deform_stages:
-                raise UsageError("darknet53 has no deformable variant; give deform_stages=()")
-            # `stem_width` keeps its meaning for the other trunks: 64 stands for the published width.
-            self.backbone = Darknet(
-                in_channels=in_channels, base=max(1, stem_width // 2), norm=norm, eps=norm_eps, frozen=frozen
-            )
-            channels = self.backbone.channels[1:]
-            colours = replace(colours, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), divide=255.0)
-        else:
-            self.backbone, channels = make_trunk(
-                backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width,
-                deform_stages=deform_stages, deform_every=deform_every, deform_modulated=True, deform_bias=True,
-                norm=norm, norm_eps=norm_eps, frozen=frozen,
-            )  # fmt: skip
-        self.neck = FPN(channels[-3:], neck_width, upsample="bilinear", extra="output", relu="outputs")
-        self.prototypes = PrototypeNet(neck_width, prototypes)
-        self.head = Head(neck_width, anchors, count + 1, prototypes)
-        self.semantic = nn.Conv2d(neck_width, count, 1)
-        for part in (self.neck, self.prototypes, self.head, self.semantic):
-            part.apply(xavier)
-        self.preprocess = normalization_for(colours, in_channels, mean, std)
-
-    # ---- network -------------------------------------------------------------------------------------------------
+        at_least(self.name, 1, neck_width=neck_width, prototypes=prototypes)
+        spec, shapes = Backbone.read(backbone, BACKBONE), Anchors.read(anchors, ANCHORS)
+        self.classes, self.loss = tuple(classes), Loss.read(loss, LOSS)
+        published = PREPROCESS
+        if spec.name.startswith("darknet"):
+            published = replace(published, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), divide=255.0)
+        self.preprocess = Resize.read(resize, RESIZE).apply(published, in_channels)
+        self.anchor_shapes = shapes.shapes(self.preprocess.canvas or (550, 550))
+        network = spec.build(in_channels, Use(deform_bias=True))
+        self.dense = YOLACTNet(network, neck_width, prototypes, len(shapes), len(self.classes))
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
-        levels = self.neck(self.backbone(images)[-3:])  # P3 ... P7, strides 8 ... 128
-        deltas, logits, coefficients = self.head(levels)
-        grids = tuple((level.shape[-2], level.shape[-1]) for level in levels)
-        size = (images.shape[-2], images.shape[-1])
-        prototypes = self.prototypes(levels[0])  # (B, K, H/4, W/4)
-        return Raw(deltas, logits, coefficients, prototypes, self.semantic(levels[0]), grids, size)
+        return self.dense(images)
 
     def anchors(self, raw: Raw) -> Float[Tensor, "p 4"]:
-        """Centre and sides of every anchor, x, y, w, h, as shares of the input's sides."""
+        """Centre x, centre y, width and height of every anchor, as shares of the input's sides."""
         parts = []
-        for (height, width), shapes in zip(raw.grids, self.shapes, strict=True):
+        for (height, width), shapes in zip(raw.grids, self.anchor_shapes, strict=True):
             sides = torch.tensor(shapes, device=raw.deltas.device)  # (A, 2)
-            # Centres go by the level's own grid, not by its stride: 69 cells share 550 pixels evenly.
+            # Centres are relative to the level's own grid, not its stride: 69 cells divide 550 pixels evenly.
             y = (torch.arange(height, device=sides.device) + 0.5) / height
             x = (torch.arange(width, device=sides.device) + 0.5) / width
             centres = torch.stack([x.repeat(height), y.repeat_interleave(width)], 1)  # (H W, 2)
@@ -212,28 +274,34 @@ class YOLACT(System):
             parts.append(torch.cat(grid, 2).flatten(0, 1))
         return torch.cat(parts)
 
-    # ---- learning ------------------------------------------------------------------------------------------------
+    # ---- losses ----------------------------------------------------------------------------------------------------
 
     def losses(self, raw: Raw, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        """`class`, `box`, `mask` and `semantic`, weighted 1, 1.5, 6.125 and 1. Targets are in the frame of the input.
+        """Computes the terms of the loss.
 
-        The first three are sums over the batch divided by its number of positive anchors. (The original gives no
-        finite loss where there is none, and its trainer skips such a batch.)
+        Args:
+            raw: What `forward` returned.
+            targets: Objects of each image, in the frame of the network's input.
+
+        Returns:
+            `class`, `box`, `mask` and `semantic`, weighted 1, 1.5, 6.125 and 1. The first three are sums over the batch
+            divided by its number of positive anchors. (The original has no finite loss if there are none, and its
+            trainer skips such a batch.)
         """
-        own = [_relative(t.to(raw.deltas.device), raw.size) for t in targets]
+        own = [_relative_target(t.to(raw.deltas.device), raw.size) for t in targets]
         anchors = self.anchors(raw)
         matches = [self.assign(anchors, truth, crowd) for truth, crowd in own]
         truths = [truth for truth, _ in own]
         matched = torch.stack([m for _, m in matches])  # (B, P)
         positives = global_mean_count((matched >= 0).sum())
-        # Sums of products below must not be made in half precision, nor may the original's cross entropy.
+        # Sums of products below must not be computed in half precision, nor may the original's cross entropy.
         with torch.autocast(raw.deltas.device.type, enabled=False):
             terms = {
                 "class": self.class_loss(raw.logits.float(), matched, truths) / positives,
                 "box": 1.5 * self.box_loss(raw.deltas.float(), anchors, matched, truths) / positives,
             }
-            learnt = self.training_masks(raw, matched, truths)
-            terms |= {name: value / positives for name, value in self.mask_losses(raw, learnt).items()}
+            masks = self.mask_targets(raw, matched, truths)
+            terms |= {name: value / positives for name, value in self.mask_losses(raw, masks).items()}
             terms["semantic"] = self.semantic_loss(raw, truths)
         return terms
 
@@ -241,35 +309,38 @@ class YOLACT(System):
     def assign(
         self, anchors: Float[Tensor, "p 4"], target: Instances, crowd: Float[Tensor, "c 4"]
     ) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
-        """For each anchor the object nearest to it, and the same where it answers for it; else -1, or -2 if it lies
-        between or in a crowd region and is not learnt from."""
+        """Matches anchors to objects: `match_each` with 0.4 and 0.5, and anchors in crowd regions are ignored.
+
+        Args:
+            anchors: What `anchors` returned.
+            target: Objects with boxes as shares of the input's sides.
+            crowd: Boxes of the crowd regions, likewise.
+
+        Returns:
+            See `ops.matching.match`.
+        """
         boxes = box_ops.corners(anchors)
         nearest, matched = match_each(target.boxes, boxes, 0.4, 0.5)
-        for region in crowd.split(16):
-            low, high = (
-                torch.maximum(boxes[:, None, :2], region[:, :2]),
-                torch.minimum(boxes[:, None, 2:], region[:, 2:]),
-            )
-            inside = (high - low).clamp(min=0).prod(-1) / box_ops.area(boxes)[:, None]
-            lost = (inside > self.crowd_overlap).any(1) & (matched < 0)
-            matched = torch.where(lost, IGNORED, matched)
+        for regions in crowd.split(16):
+            inside = (box_ops.pairwise_ioa(boxes, regions) > self.loss.crowd_overlap).any(1)
+            matched = torch.where(inside & (matched < 0), IGNORED, matched)
         return nearest, matched
 
     def class_loss(
         self, logits: Float[Tensor, "b p c"], matched: Int[Tensor, "b p"], truths: Sequence[Instances]
     ) -> Float[Tensor, ""]:
-        """Cross entropy of the positive anchors and of the three times as many negatives of each image that look
-        least like background."""
+        """Sum of the cross entropy of positive anchors and of hard negatives: for each positive anchor of an image the
+        three negatives with the smallest background probability (OHEM of SSD)."""
         background = logits.shape[-1] - 1
-        positive, negative = matched >= 0, matched == -1
+        positive, negative = matched >= 0, matched == NEGATIVE
         with torch.no_grad():
-            surprise = torch.logsumexp(logits, -1) - logits[..., background]
-            order = torch.where(negative, surprise, -1.0).argsort(1, descending=True)
+            hardness = torch.logsumexp(logits, -1) - logits[..., background]
+            order = torch.where(negative, hardness, -1.0).argsort(1, descending=True)
             rank = torch.empty_like(order).scatter_(
                 1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
             )
             hard = negative & (rank < 3 * positive.sum(1, keepdim=True))
-            labels = torch.stack([_of(t.labels, m, background) for t, m in zip(truths, matched, strict=True)])
+            labels = torch.stack([_matched_labels(t, m, background) for t, m in zip(truths, matched, strict=True)])
         chosen = positive | hard
         return functional.cross_entropy(logits[chosen], labels[chosen], reduction="sum") + logits.sum() * 0
 
@@ -280,41 +351,25 @@ class YOLACT(System):
         matched: Int[Tensor, "b p"],
         truths: Sequence[Instances],
     ) -> Float[Tensor, ""]:
+        """Sum of the smooth L1 loss of positive anchors' offsets."""
         wanted = [encode(anchors[m >= 0], t.boxes[m[m >= 0]]) for t, m in zip(truths, matched, strict=True)]
         return smooth_l1_sum(deltas[matched >= 0], torch.cat(wanted), beta=1.0) + deltas.sum() * 0
 
-    def mask_losses(self, raw: Raw, learnt: Sequence[MaskTargets]) -> dict[str, Tensor]:
-        """Terms of the assembled masks, as sums over the batch."""
-        total = raw.coefficients.float().sum() * 0 + raw.prototypes.float().sum() * 0
-        height, width = raw.prototypes.shape[-2:]
-        for own in learnt:
-            entropy = functional.binary_cross_entropy(own.soft, own.truth, reduction="none")
-            if not self.crop_learnt:  # neither the inside nor the outside of a box outweighs the other
-                inside = near(own.boxes, (height, width))
-                outside = (entropy * ~inside).sum((1, 2)) / (~inside).sum((1, 2)).clamp(min=1)
-                total = total + own.share * outside.sum() * height * width
-                entropy = entropy * inside
-            # Small objects count as much as large ones: the sum is divided by the box's area.
-            total = total + own.share * (entropy.sum((1, 2)) / box_ops.area(own.boxes)).sum()
-        return {"mask": 6.125 * total / (height * width)}
-
-    def training_masks(self, raw: Raw, matched: Int[Tensor, "b p"], truths: Sequence[Instances]) -> list[MaskTargets]:
-        """For each image what its positive anchors' masks are and should be."""
+    def mask_targets(self, raw: Raw, matched: Int[Tensor, "b p"], truths: Sequence[Instances]) -> list[MaskTargets]:
+        """For each image the predicted masks of (a sample of) its positive anchors, and their objects' masks."""
         result = []
         height, width = raw.prototypes.shape[-2:]
         for index, target in enumerate(truths):
-            if target.masks is None and len(target):
-                raise UsageError("a target has boxes but no masks; give a data set that has them")
             rows = (matched[index] >= 0).nonzero().flatten()
-            share = max(1.0, len(rows) / self.masks_per_image)
-            if len(rows) > self.masks_per_image:
-                rows = rows[torch.randperm(len(rows), device=rows.device)[: self.masks_per_image]]
+            share = max(1.0, len(rows) / self.loss.masks_per_image)
+            if len(rows) > self.loss.masks_per_image:
+                rows = rows[torch.randperm(len(rows), device=rows.device)[: self.loss.masks_per_image]]
             owners = matched[index, rows]
             boxes = target.boxes[owners]
             soft = assemble(
                 raw.prototypes[index].float(),
                 raw.coefficients[index, rows].float(),
-                boxes if self.crop_learnt else None,
+                boxes if self.loss.crop else None,
             )
             chosen, place = owners.unique(return_inverse=True)
             planes = torch.zeros(0, height, width)
@@ -324,9 +379,24 @@ class YOLACT(System):
             result.append(MaskTargets(soft, truth, boxes, target.labels[owners], share))
         return result
 
+    def mask_losses(self, raw: Raw, masks: Sequence[MaskTargets]) -> dict[str, Tensor]:
+        """Terms of the assembled masks, as sums over the batch."""
+        total = raw.coefficients.float().sum() * 0 + raw.prototypes.float().sum() * 0
+        height, width = raw.prototypes.shape[-2:]
+        for own in masks:
+            entropy = functional.binary_cross_entropy(own.soft, own.truth, reduction="none")
+            if not self.loss.crop:  # neither the inside nor the outside of a box outweighs the other
+                inside = crop_window(own.boxes, (height, width))
+                outside = (entropy * ~inside).sum((1, 2)) / (~inside).sum((1, 2)).clamp(min=1)
+                total = total + own.share * outside.sum() * height * width
+                entropy = entropy * inside
+            # Divided by the area of the box, so that small objects weigh as much as large ones.
+            total = total + own.share * (entropy.sum((1, 2)) / box_ops.area(own.boxes)).sum()
+        return {"mask": 6.125 * total / (height * width)}
+
     def semantic_loss(self, raw: Raw, truths: Sequence[Instances]) -> Float[Tensor, ""]:
-        """Binary cross entropy of every cell and class against the union of the class's masks; the mean over cells and
-        images, a sum over classes. It only helps the features (section 5)."""
+        """Binary cross entropy of every cell and class with the union of the class's masks: mean over cells and images,
+        sum over classes. It only serves the features (section 5)."""
         logits = raw.semantic.float()
         wanted = torch.zeros_like(logits)
         height, width = logits.shape[-2:]
@@ -337,7 +407,7 @@ class YOLACT(System):
         entropy = functional.binary_cross_entropy_with_logits(logits, wanted.clamp(max=1), reduction="sum")
         return entropy / (height * width * len(logits))
 
-    # ---- objects -------------------------------------------------------------------------------------------------
+    # ---- decoding --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def decode(
@@ -349,55 +419,66 @@ class YOLACT(System):
         nms_threshold: float = 0.5,
         detections: int = 100,
         candidate_threshold: float = 0.05,
-        suppression: str = "fast",
+        nms: Suppression = "fast",
         cross_class: bool = False,
         crop: bool = True,
         mask_threshold: float = 0.5,
         whole_boxes: bool = True,
     ) -> list[Instances]:
+        """Converts the raw output to objects.
+
+        Args:
+            raw: What `forward` returned.
+            placements: How each image was placed in the network's input.
+            score_threshold: Objects whose score is not above it are dropped; 0 keeps all. As published there is no
+                second threshold: an anchor that is a candidate by one class may be detected as another class with
+                almost no score, which does not affect AP.
+            nms_threshold: Objects whose IoU with a better one of their class is larger are suppressed.
+            detections: Largest number of objects.
+            candidate_threshold: Anchors whose best class scores no more are discarded.
+            nms: "fast": suppressed objects suppress others too (section 3.3); "greedy": the classical rule.
+            cross_class: Whether an anchor counts for its best class only, and objects of all classes suppress each
+                other. (The original then keeps 200 objects, not `detections`.)
+            crop: Whether masks are cropped by their boxes (section 5).
+            mask_threshold: Probability above which a pixel belongs to the object.
+            whole_boxes: Whether corners are truncated to integers, as for the published figures.
+
+        Returns:
+            The objects of each image, best first, on the image's own pixel grid.
         """
-        score_threshold      objects of a score at or below it are left out; 0: none. As published there is no second
-                             threshold: an anchor that is a candidate for one class may be found as another with next
-                             to no score, which AP does not mind
-        nms_threshold        objects that overlap a better one of their class by more are left out
-        detections           the best so many are kept
-        candidate_threshold  anchors whose best class scores no more are not looked at
-        suppression          "fast": also a suppressed object suppresses (section 3.3); "greedy": the classical rule
-        cross_class          an anchor counts for its best class alone, and objects suppress those of other classes (the
-                             original then cuts to 200 objects, not to `detections`)
-        crop                 without, masks are left as the prototypes' sum gives them (section 5)
-        whole_boxes          corners are cut to whole pixels, as the published figures were measured
-        """
-        found = self.find(raw, candidate_threshold, nms_threshold, detections, suppression, cross_class)
+        detected = self.detect(raw, candidate_threshold, nms_threshold, detections, nms, cross_class)
         return [
             self.on_image(own, prototypes, raw.size, placement, score_threshold, mask_threshold, crop, whole_boxes)
-            for own, prototypes, placement in zip(found, raw.prototypes, placements, strict=True)
+            for own, prototypes, placement in zip(detected, raw.prototypes, placements, strict=True)
         ]
 
     @torch.no_grad()
-    def find(
+    def detect(
         self,
         raw: Raw,
         candidate_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         detections: int = 100,
-        suppression: str = "fast",
+        nms: Suppression = "fast",
         cross_class: bool = False,
     ) -> list[Detections]:
-        """Detections of each image, best first."""
+        """Detections of each image, best first. See `decode` for the arguments."""
         anchors = self.anchors(raw)
         probabilities = raw.logits.float().softmax(-1)[..., :-1]  # (B, P, N)
-        choose = {"fast": _choose_fast, "greedy": _choose_greedy}.get(suppression)
-        if choose is None:
-            raise UsageError(f"suppression is {suppression!r}; expected fast or greedy")
+        check_option("nms", nms, Suppression)
+        height, width = raw.size
         result = []
         for own, deltas, coefficients in zip(probabilities, raw.deltas.float(), raw.coefficients.float(), strict=True):
             boxes = box_ops.corners(decode_boxes(anchors, deltas)).clamp(-FARTHEST, FARTHEST)
             scores, labels = own.T, torch.arange(own.shape[1], device=own.device)[:, None].expand(-1, len(own))
             if cross_class:
                 scores, labels = (v[None] for v in own.max(1))
-            kept = own.amax(1) > candidate_threshold
-            score, row, anchor = choose(boxes, scores, kept, candidate_threshold, nms_threshold, raw.size, detections)
+            if nms == "fast":
+                kept = (own.amax(1) > candidate_threshold).nonzero().flatten()
+                score, row, anchor = fast_nms_by_class(boxes, scores, kept, nms_threshold, detections, FAST_NMS_TOP_K)
+            else:
+                pixels = boxes * boxes.new_tensor([width, height, width, height])
+                score, row, anchor = _greedy_nms(pixels, scores, candidate_threshold, nms_threshold)
             score, order = score.topk(min(detections, len(score)))
             row, anchor = row[order], anchor[order]
             every = Detections(boxes[anchor], score, labels[row, anchor], coefficients[anchor])
@@ -406,7 +487,7 @@ class YOLACT(System):
 
     def on_image(
         self,
-        found: Detections,
+        detected: Detections,
         prototypes: Float[Tensor, "k h w"],
         size: tuple[int, int],
         placement: Placement,
@@ -416,38 +497,74 @@ class YOLACT(System):
         whole_boxes: bool = True,
         drop_empty: bool = True,
     ) -> Instances:
-        """Finished objects. Masks go from the prototypes' grid straight to the image's, after the crop. Objects whose
-        box has no area left are dropped, as they are where the original writes its results."""
-        found = found[found.scores > score_threshold] if score_threshold > 0 else found
+        """Assembles masks and converts detections to objects on the image's own grid.
+
+        Args:
+            detected: Detections of one image.
+            prototypes: Prototypes of the image.
+            size: Height and width of the network's input.
+            placement: How the image was placed in it.
+            score_threshold: See `decode`, as for the following.
+            mask_threshold: Masks are resized from the prototypes' grid to the image's in one step, after the crop.
+            crop: Whether masks are cropped by their boxes.
+            whole_boxes: Whether corners are truncated to integers.
+            drop_empty: Whether objects whose boxes have no area are dropped, as the original does when it writes its
+                results.
+        """
+        detected = detected[detected.scores > score_threshold] if score_threshold > 0 else detected
         height, width = size
-        boxes = placement.boxes_to_image(found.boxes * found.boxes.new_tensor([width, height, width, height]))
+        boxes = placement.boxes_to_image(detected.boxes * detected.boxes.new_tensor([width, height, width, height]))
         boxes = box_ops.clip(boxes, placement.image_size)
         if whole_boxes:
             boxes = boxes.trunc()
         if drop_empty:
             solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
-            found, boxes = found[solid], boxes[solid]
-        soft = assemble(prototypes.float(), found.coefficients, found.boxes if crop else None)
+            detected, boxes = detected[solid], boxes[solid]
+        soft = assemble(prototypes.float(), detected.coefficients, detected.boxes if crop else None)
         masks = place_planes(soft, placement, size, threshold=mask_threshold, steps=1)
-        return Instances(placement.image_size, boxes, found.labels, masks, found.scores)
+        return Instances(placement.image_size, boxes, detected.labels, masks, detected.scores)
 
-    # ---- for loading and training --------------------------------------------------------------------------------
+    # ---- for loading and training ----------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, list[nn.Module]]:
+        net = self.dense
         return {
-            "backbone": [self.backbone], "neck": [self.neck], "prototypes": [self.prototypes],
-            "head": [self.head, self.semantic],
+            "backbone": [net.backbone], "neck": [net.neck], "prototypes": [net.prototypes],
+            "head": [net.head, net.semantic],
         }  # fmt: skip
 
     def class_rows(self) -> dict[str, ClassRows]:
         rows = {}
         for kind in ("weight", "bias"):
-            rows[f"head.classes.{kind}"] = ClassRows(background_last=True, repeats=len(self.shapes[0]))
-            rows[f"semantic.{kind}"] = ClassRows()
+            rows[f"dense.head.classes.{kind}"] = ClassRows(background_last=True, repeats=len(self.anchor_shapes[0]))
+            rows[f"dense.semantic.{kind}"] = ClassRows()
         return rows
 
+    @classmethod
+    def upgraded(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        result = super().upgraded(options)
+        if options.get("backbone") == "darknet53" and isinstance(options.get("stem_width"), int):
+            # Earlier versions counted the channels of all stems as if 64 were the published number; here it is 32.
+            result["backbone"]["width"] = max(1, options["stem_width"] // 2)
+        return result
+
+    renamed_options: ClassVar[Mapping[str, str | None]] = {
+        "size": "resize.short",
+        "anchor_sides": "anchors.sides",
+        "anchor_ratios": "anchors.ratios",
+        "anchor_octaves": "anchors.octaves",
+        "square_anchors": "anchors.square",
+        "crowd_overlap": "loss.crowd_overlap",
+        "masks_per_image": "loss.masks_per_image",
+        "masks_per_picture": "loss.masks_per_image",
+        "crop_learnt": "loss.crop",
+    }
+    renamed_parameters: ClassVar[Mapping[str, str]] = {
+        f"{part}.": f"dense.{part}." for part in ("backbone", "neck", "prototypes", "head", "semantic")
+    }
+
     # The authors' schedule. Of their augmentation, "expand" and the crop that keeps an overlap are left out; a random
-    # window of at least 0.3 of each side stands for them.
+    # window of at least 0.3 of each side replaces them.
     _SGD: ClassVar[dict[str, Any]] = {
         "batch": 8, "lr": 1e-3, "weight_decay": 5e-4, "decay_norms": True, "decay_biases": True, "warmup": 500,
         "warmup_from": 0.1, "augment": {
@@ -464,63 +581,47 @@ class YOLACT(System):
     _README = "README of dbolya/yolact"
     presets: ClassVar[Mapping[str, Preset]] = {
         "yolact-r50": Preset(
-            {"backbone": "resnet50", "norm": "batch"},
+            {"backbone": {"name": "resnet50", "norm": "batch"}},
             (Score(28.2, "mask AP", _COCO.format(550), _README),),
             "42.5 frames per second on a Titan Xp",
         ),
         "yolact-r101": Preset(
-            {"backbone": "resnet101", "norm": "batch"},
+            {"backbone": {"name": "resnet101", "norm": "batch"}},
             (Score(29.8, "mask AP", _COCO.format(550), _README),),
             "the paper's base model; 33.5 frames per second",
         ),
         "yolact-r101-im400": Preset(
-            {"backbone": "resnet101", "norm": "batch", "size": 400},
+            {"backbone": {"name": "resnet101", "norm": "batch"}, "resize": {"short": 400}},
             (Score(24.9, "mask AP", _COCO.format(400), "arXiv 1904.02689, from memory"),),
             "45.3 frames per second; weights were not published",
         ),
         "yolact-r101-im700": Preset(
-            {"backbone": "resnet101", "norm": "batch", "size": 700},
+            {"backbone": {"name": "resnet101", "norm": "batch"}, "resize": {"short": 700}},
             (Score(31.2, "mask AP", _COCO.format(700), _README),),
             "23.6 frames per second",
         ),
         "yolact-darknet53": Preset(
-            {"backbone": "darknet53", "norm": "batch"},
+            {"backbone": {"name": "darknet53", "norm": "batch"}},
             (Score(28.7, "mask AP", _COCO.format(550), _README),),
             "40.0 frames per second",
         ),
         "yolact-r50-pascal": Preset(
             {
-                "backbone": "resnet50", "norm": "batch", "square_anchors": False,
-                "anchor_sides": (32, 64, 128, 256, 512),
+                "backbone": {"name": "resnet50", "norm": "batch"},
+                "anchors": {"sides": (32, 64, 128, 256, 512), "square": False},
             },
             (Score(72.3, "mask AP50", "Pascal SBD val, stretched to 550 x 550", _README),),
             "mask AP70 56.2",
         ),
         "yolact-small": Preset(
-            {"backbone": "resnet18", "norm": "group", "neck_width": 128, "size": 320},
+            {"backbone": {"name": "resnet18", "norm": "group"}, "neck_width": 128, "resize": {"short": 320}},
             note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
 
 
-def _anchor_shapes(
-    sides: Sequence[float], ratios: Sequence[float], octaves: int, square: bool, size: int
-) -> list[list[tuple[float, float]]]:
-    """Width and height of each level's anchors as shares of the input, octave by octave, in them ratio by ratio."""
-    result = []
-    for side in sides:
-        scales = [side * 2 ** (j / octaves) / size for j in range(octaves)]
-        pairs = [
-            (scale * ratio**0.5, scale * (ratio**0.5 if square else ratio**-0.5))
-            for scale in scales
-            for ratio in ratios
-        ]
-        result.append(pairs)
-    return result
-
-
 def decode_boxes(anchors: Float[Tensor, "*n 4"], deltas: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """x, y, w, h that offsets make of anchors. Unlike other systems' there is no bound on the sides."""
+    """Applies offsets to anchors (centre x, centre y, width, height). Unlike in other systems sides are not bounded."""
     steps = deltas * deltas.new_tensor(VARIANCES)
     return torch.cat(
         [anchors[..., :2] + steps[..., :2] * anchors[..., 2:], anchors[..., 2:] * steps[..., 2:].exp()], -1
@@ -528,7 +629,7 @@ def decode_boxes(anchors: Float[Tensor, "*n 4"], deltas: Float[Tensor, "*n 4"]) 
 
 
 def encode(anchors: Float[Tensor, "n 4"], boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
-    """Offsets that take anchors (x, y, w, h) to boxes (x0, y0, x1, y1)."""
+    """Offsets that take anchors (centre x, centre y, width, height) to boxes (x0, y0, x1, y1)."""
     centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
     steps = torch.cat([(centres - anchors[:, :2]) / anchors[:, 2:], torch.log(sides / anchors[:, 2:])], 1)
     return steps / steps.new_tensor(VARIANCES)
@@ -537,13 +638,27 @@ def encode(anchors: Float[Tensor, "n 4"], boxes: Float[Tensor, "n 4"]) -> Float[
 def assemble(
     prototypes: Float[Tensor, "k h w"], coefficients: Float[Tensor, "n k"], boxes: Float[Tensor, "n 4"] | None
 ) -> Float[Tensor, "n h w"]:
-    """Masks between 0 and 1 on the prototypes' grid (equation 1), zero further than a cell outside of their boxes."""
+    """Assembles masks from prototypes (eq. 1).
+
+    Args:
+        prototypes: Prototypes of one image.
+        coefficients: One row for each mask.
+        boxes: Boxes to crop by, as shares of the sides; None for no crop.
+
+    Returns:
+        Probabilities on the prototypes' grid, zero outside of `crop_window`.
+    """
     soft = torch.einsum("nk,khw->nhw", coefficients, prototypes).sigmoid()
-    return soft if boxes is None else soft * near(boxes, (soft.shape[1], soft.shape[2]))
+    return soft if boxes is None else soft * crop_window(boxes, (soft.shape[1], soft.shape[2]))
 
 
-def near(boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "n h w"]:
-    """The cells from a cell before each box to a cell after it: x0 - 1 <= column < x1 + 1, in fractions of cells."""
+def crop_window(boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "n h w"]:
+    """The cells of each box with a margin of one cell: x0 - 1 <= column < x1 + 1, in fractions of cells.
+
+    Args:
+        boxes: Boxes as shares of the sides.
+        size: Height and width of the grid.
+    """
     height, width = size
     x0, y0, x1, y1 = (boxes * boxes.new_tensor([width, height, width, height])).unbind(1)
     columns = torch.arange(width, device=boxes.device, dtype=boxes.dtype)
@@ -553,49 +668,20 @@ def near(boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "n 
     return down[:, :, None] & across[:, None, :]
 
 
-def _choose_fast(
-    boxes: Tensor, scores: Float[Tensor, "c p"], kept: Tensor, candidate: float, threshold: float,
-    size: tuple[int, int], wanted: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Score, row of `scores` and anchor of what Fast NMS leaves, the best `wanted` at least; places that are not used
-    have a score of -1.
+def _greedy_nms(
+    boxes: Float[Tensor, "p 4"], scores: Float[Tensor, "c p"], candidate: float, threshold: float
+) -> tuple[Float[Tensor, " d"], Int[Tensor, " d"], Int[Tensor, " d"]]:
+    """Score, class and anchor of what greedy NMS leaves among the anchors that score above `candidate` in each class.
 
-    Each row (class) looks at the best `TOP` of all kept anchors, whatever they score in it. Only better ones decide
-    about an anchor, so that the best of all rows are compared among themselves, as many as it takes to find `wanted`,
-    before all are."""
-    chosen = kept.nonzero().flatten()
-    score, place = scores[:, chosen].topk(min(TOP, len(chosen)), dim=1)  # (C, n)
-    anchor = chosen[place]
-    row = torch.arange(len(score), device=score.device)[:, None].expand_as(score)
-    ranked, looked_at = score.flatten().sort(descending=True, stable=True), 2 * wanted
-    while looked_at**2 < score.numel() * score.shape[1] // 4:
-        best, order = (v[:looked_at] for v in ranked)
-        near, owner = boxes[anchor.flatten()[order]], row.flatten()[order]
-        good = fast_nms(box_ops.pairwise_iou(near, near) * (owner[:, None] == owner), threshold)
-        if int(good.sum()) >= wanted:
-            return best[good], owner[good], anchor.flatten()[order][good]
-        looked_at *= 2
-    near = boxes[anchor]
-    good = fast_nms(box_ops.pairwise_iou(near, near), threshold)
-    return torch.where(good, score, -1.0).flatten(), row.flatten(), anchor.flatten()
-
-
-def _choose_greedy(
-    boxes: Tensor, scores: Float[Tensor, "c p"], kept: Tensor, candidate: float, threshold: float,
-    size: tuple[int, int], wanted: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same by the classical rule, as the original's: each class looks at the anchors that score above `candidate`
-    in it; sides count pixels, x1 - x0 + 1; an overlap of exactly `threshold` suppresses."""
+    As in the original sides count pixels, x1 - x0 + 1, and an IoU of exactly `threshold` suppresses."""
     row, anchor = (scores > candidate).nonzero().unbind(1)
-    height, width = size
-    pixels = boxes[anchor] * boxes.new_tensor([width, height, width, height]) + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
     below = float(torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)))
-    left = box_ops.nms(pixels, scores[row, anchor], row, below)
+    left = box_ops.nms(boxes[anchor], scores[row, anchor], row, below, plus_one=True)
     return scores[row[left], anchor[left]], row[left], anchor[left]
 
 
-def _relative(target: Instances, size: tuple[int, int]) -> tuple[Instances, Float[Tensor, "c 4"]]:
-    """The objects with boxes as shares of the input's sides, without those of no area, and the crowd's boxes.
+def _relative_target(target: Instances, size: tuple[int, int]) -> tuple[Instances, Float[Tensor, "c 4"]]:
+    """The objects with boxes as shares of the input's sides, without those of no area, and the crowd regions' boxes.
 
     The objects' `image_size` and masks stay those of the input."""
     height, width = size
@@ -605,8 +691,8 @@ def _relative(target: Instances, size: tuple[int, int]) -> tuple[Instances, Floa
     return replace(target, boxes=boxes)[solid & ~crowd], boxes[crowd]
 
 
-def _of(values: Tensor, matched: Tensor, otherwise: int) -> Tensor:
-    """The value of each matched anchor's object; `otherwise` for the others."""
-    if not len(values):
+def _matched_labels(target: Instances, matched: Int[Tensor, " p"], otherwise: int) -> Int[Tensor, " p"]:
+    """The label of each positive anchor's object; `otherwise` for the other anchors."""
+    if not len(target):
         return torch.full_like(matched, otherwise)
-    return torch.where(matched >= 0, values[matched.clamp(min=0)], otherwise)
+    return torch.where(matched >= 0, target.labels[matched.clamp(min=0)], otherwise)

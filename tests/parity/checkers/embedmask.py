@@ -18,7 +18,7 @@ from maskwright.systems.embedmask import CELL, EmbedMask, Raw, Region, mask_wind
 from tests.parity.ledger import LARGEST, Ledger, matching
 
 EDGE = "pixels within rounding of the threshold"
-POWER = "exp of a sum of squares multiplies the relative error of what it is taken of by its size"
+POWER = "exp of a sum of squares multiplies the relative error of its argument by its size"
 
 
 def check(system: EmbedMask, layout: Path, ledger: Ledger) -> None:
@@ -37,13 +37,13 @@ class Check:
         images = torch.from_numpy(stream.standard_normal(about["input"]).astype("float32"))
         kept: dict[str, Any] = {}
         hooks = [
-            part.register_forward_hook(lambda module, given, answer, name=name: kept.update({name: answer}))
-            for name, part in (("trunk", self.system.backbone), ("neck", self.system.neck))
+            part.register_forward_hook(lambda module, given, output, name=name: kept.update({name: output}))
+            for name, part in (("backbone", self.system.dense.backbone), ("neck", self.system.dense.neck))
         ]
         raw = self.system(images)
         for hook in hooks:
             hook.remove()
-        self.network(raw, kept["trunk"], kept["neck"])
+        self.network(raw, kept["backbone"], kept["neck"])
         self.pixels = torch.nn.functional.interpolate(raw.pixels, scale_factor=2.0, mode="bilinear")[0]
         self.detections(raw)
         self.given()
@@ -52,9 +52,9 @@ class Check:
             p, truth = ledger.given("lovasz_prob").flatten(1), ledger.given("lovasz_target").flatten(1)
             ledger.compare("lovasz_loss", lovasz_hinge(p.log() - (1 - p).log(), truth.float()))
 
-    def network(self, raw: Raw, trunk: list[Tensor], levels: list[Tensor]) -> None:
+    def network(self, raw: Raw, features: list[Tensor], levels: list[Tensor]) -> None:
         ledger = self.ledger
-        ledger.compare("c5", trunk[-1])
+        ledger.compare("c5", features[-1])
         for number, stride in enumerate(fcos.STRIDES):
             ledger.compare(f"p{number + 3}", levels[number])
             ledger.compare(f"cls_{number}", raw.logits[number])
@@ -70,7 +70,7 @@ class Check:
     def detections(self, raw: Raw) -> None:
         ledger, limits = self.ledger, self.ledger.about["thresholds"]
         size = (self.height, self.width)
-        found = self.system.find(
+        found = self.system.detect(
             raw, [size], limits["score"], limits["nms"], limits["keep"], candidates=limits["pre_nms_top_n"]
         )[0]
         rows = matching(ledger.peek("det_boxes"), found.boxes, (ledger.peek("det_labels") - 1, found.labels))
@@ -97,7 +97,7 @@ class Check:
             self.pixels, boxes, embeddings, margins, region="padded", logarithm=self.system.rules.logarithm
         )
         height, width = self.pixels.shape[1:]
-        size = self.placement().image
+        size = self.placement().image_size
         stretched = tuple(
             int(np.ceil(round(CELL * cells * image / own, 6)))
             for cells, image, own in zip((height, width), size, (self.height, self.width), strict=True)
@@ -136,7 +136,7 @@ class Check:
         self.ledger.compare_packed_rows(f"{name}_bits", masks.dense())
         self.ledger.compare(f"{name}_area", masks.areas(), LARGEST, EDGE)
 
-    # ---- learning ------------------------------------------------------------------------------------------------
+    # ---- losses --------------------------------------------------------------------------------------------------
 
     def targets(self, raw: Raw) -> None:
         ledger, system = self.ledger, self.system
@@ -169,7 +169,7 @@ class Check:
     def losses(self, raw: Raw, target: Instances) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the losses are computed from, and the losses."""
         learnt: dict[str, Any] = {}
-        plain, choose = self.system.object_losses, embedmask.good_places
+        plain, choose = self.system.object_losses, embedmask.good_locations
 
         def listen(*given: Any) -> Tensor:
             learnt.update(zip(("pixels", "embeddings", "margins"), given, strict=False))
@@ -180,12 +180,12 @@ class Check:
             learnt["good"], learnt["best"] = choose(*given)
             return learnt["good"], learnt["best"]
 
-        setattr(self.system, "object_losses", listen)  # noqa: B010 - a method, for once
-        embedmask.good_places = chosen
+        setattr(self.system, "object_losses", listen)  # noqa: B010 - replaces a method
+        embedmask.good_locations = chosen
         try:
             return learnt, self.system.losses(raw, [target])
         finally:
-            embedmask.good_places = choose
+            embedmask.good_locations = choose
             delattr(self.system, "object_losses")
 
 

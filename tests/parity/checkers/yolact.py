@@ -28,7 +28,7 @@ VARIANTS = {
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
-    """What a file's keys do not say and its outputs do: which configuration it is of."""
+    """What the outputs state and the keys of a file do not: the configuration."""
     variant = VARIANTS.get(str(about.get("config", "")).removesuffix("_config"))
     return {} if variant is None else {"variant": variant}
 
@@ -51,16 +51,16 @@ class Check:
         images, _ = inputs(ledger.about)
         seen: dict[str, Any] = {}
         hooks = [
-            part.register_forward_hook(lambda module, given, answer, name=name: seen.update({name: answer}))
-            for name, part in (("trunk", self.system.backbone), ("neck", self.system.neck))
+            part.register_forward_hook(lambda module, given, output, name=name: seen.update({name: output}))
+            for name, part in (("backbone", self.system.dense.backbone), ("neck", self.system.dense.neck))
         ]
-        # Losses of drawn answers need no more than the shapes of real ones.
+        # Losses of drawn outputs need only the shapes of real ones.
         drawn = "targets0" in ledger and not ledger.names(r"net_loss_\w|[cdp]\d|loc")
         raw = self.blank(images) if drawn else self.system(images)
         for hook in hooks:
             hook.remove()
         for name in ledger.names(r"[cd][345]"):
-            ledger.compare(name, seen["trunk"][int(name[1]) - 6])
+            ledger.compare(name, seen["backbone"][int(name[1]) - 6])
         for name in ledger.names(r"p[34567]"):
             ledger.compare(name, seen["neck"][int(name[1]) - 3])
         if "targets0" in ledger:
@@ -85,7 +85,7 @@ class Check:
     # ---- detections ----------------------------------------------------------------------------------------------
 
     def post(self) -> None:
-        """Hand-made answers of the head, put through what comes after it."""
+        """Detections from hand-made outputs of the head."""
         ledger = self.ledger
         anchors, probabilities = ledger.given("priors"), ledger.given("conf")
         coarse = ledger.given("proto_low")
@@ -113,14 +113,14 @@ class Check:
         limits = (float(about.get("conf_thresh", 0.05)), float(about.get("nms_thresh", 0.5)))
         count = int(about.get("max_num_detections", 100))
         if "perclass_scores" in ledger:
-            found = self.found("perclass", self.system.find(raw, *limits, count)[0])
+            found = self.found("perclass", self.system.detect(raw, *limits, count)[0])
             if found is not None:
                 self.finished(raw, found)
         if "crossclass_scores" in ledger:
-            self.found("crossclass", self.system.find(raw, *limits, 200, cross_class=True)[0])
+            self.found("crossclass", self.system.detect(raw, *limits, 200, cross_class=True)[0])
 
     def found(self, prefix: str, found: Detections) -> Detections | None:
-        """Compares the detections; gives them in the original's order."""
+        """Compares the detections; returns them in the original's order."""
         ledger = self.ledger
         if f"{prefix}_boxes_norm" in ledger:
             theirs = ledger.peek(f"{prefix}_boxes_norm"), ledger.peek(f"{prefix}_classes")
@@ -158,7 +158,7 @@ class Check:
         assert final.masks is not None
         ledger.compare_bits("final_masks", final.masks.dense())
 
-    # ---- learning ------------------------------------------------------------------------------------------------
+    # ---- losses --------------------------------------------------------------------------------------------------
 
     def losses(self, raw: Raw) -> None:
         ledger, system = self.ledger, self.system
@@ -166,12 +166,12 @@ class Check:
         anchors = system.anchors(raw)
         for index, target in enumerate(targets):
             self.matches(index, anchors, target, raw.size)
-        several, system.masks_per_image = system.masks_per_image, 1 << 30
+        rules, system.loss = system.loss, replace(system.loss, masks_per_image=1 << 30)
         for prefix, answers in (("net_loss", raw), ("synthetic_loss", self.drawn(raw))):
             terms = system.losses(answers, targets)
             for name in ledger.names(rf"{prefix}_\w"):
                 ledger.compare(name, terms[LOSSES[name[-1]]])
-        system.masks_per_image = several
+        system.loss = rules
 
     def target(self, index: int, size: tuple[int, int]) -> Instances:
         rows, masks = self.ledger.given(f"targets{index}"), self.ledger.given(f"masks{index}")
@@ -192,7 +192,7 @@ class Check:
         ledger.compare(f"match{index}_loc_t_positives", encode(anchors[rows], solid.boxes[matched[rows]]))
 
     def drawn(self, raw: Raw) -> Raw:
-        """Answers that were drawn instead of computed, in this order."""
+        """Outputs that were drawn at random instead of computed, in this order."""
         seed = re.search(r"RandomState\((\d+)\)", self.ledger.about["synthetic_loss"])
         stream = np.random.RandomState(int(seed[1]) if seed else 10)
 
@@ -217,13 +217,13 @@ def _is_post(ledger: Ledger) -> bool:
 
 
 def _post(ledger: Ledger) -> None:
-    """What comes after YOLACT's head needs no weights."""
+    """Decoding needs no weights."""
     classes = (
         COCO
         if ledger.arrays["conf"].shape[2] == len(COCO) + 1
         else [str(k) for k in range(ledger.arrays["conf"].shape[2] - 1)]
     )
-    Check(create("yolact", classes=classes, backbone="resnet18", stem_width=8, neck_width=8), ledger).run()  # pyright: ignore[reportArgumentType]
+    Check(create("yolact", classes=classes, backbone={"name": "resnet18", "width": 8}, neck_width=8), ledger).run()  # pyright: ignore[reportArgumentType]
 
 
 SYSTEMS = {"yolact": check, "yolact-plus": check}

@@ -1,7 +1,7 @@
-"""YOLACT and YOLACT++ as their authors lay them out: the flat state of the whole network.
+"""YOLACT and YOLACT++ in their authors' layout: the flat state of the whole network.
 
-Older files also hold the trunk's stages under torchvision's names, and strided convolutions that nothing reads; the
-authors' loader drops both, as this does.
+Older files also hold the backbone's stages under torchvision's names, and strided convolutions that are not used; the
+authors' loader drops both, and so does this.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from maskwright.blocks.backbones import options_of
 from maskwright.checkpoints.names import class_names
 from maskwright.checkpoints.origins import Candidate, Origin, Shapes, State
 
@@ -18,31 +19,31 @@ BASIC: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 34}
 DARKNET53 = (2, 3, 9, 9, 5)  # entries of each stage, its strided convolution among them
 
 RENAME = [
-    (r"^backbone\.(conv1|_preconv\.0)\.", "backbone.stem.conv."),
-    (r"^backbone\.(bn1|_preconv\.1)\.", "backbone.stem.norm."),
-    (r"^backbone\.layers\.", "backbone.stages."),
-    (r"^(backbone\.stages\.\d\.0)\.0\.", r"\1.conv."),  # darknet: the strided convolution
-    (r"^(backbone\.stages\.\d\.0)\.1\.", r"\1.norm."),
-    (r"^(backbone\.stages\..*\.conv\d)\.0\.", r"\1.conv."),  # darknet: the residual blocks
-    (r"^(backbone\.stages\..*\.conv\d)\.1\.", r"\1.norm."),
-    (r"^(backbone\.stages\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
-    (r"^(backbone\.stages\..*\.conv\d)\.weight$", r"\1.conv.weight"),
+    (r"^backbone\.(conv1|_preconv\.0)\.", "dense.backbone.stem.conv."),
+    (r"^backbone\.(bn1|_preconv\.1)\.", "dense.backbone.stem.norm."),
+    (r"^backbone\.layers\.", "dense.backbone.stages."),
+    (r"^(dense\.backbone\.stages\.\d\.0)\.0\.", r"\1.conv."),  # Darknet: the strided convolution
+    (r"^(dense\.backbone\.stages\.\d\.0)\.1\.", r"\1.norm."),
+    (r"^(dense\.backbone\.stages\..*\.conv\d)\.0\.", r"\1.conv."),  # Darknet: the residual blocks
+    (r"^(dense\.backbone\.stages\..*\.conv\d)\.1\.", r"\1.norm."),
+    (r"^(dense\.backbone\.stages\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
+    (r"^(dense\.backbone\.stages\..*\.conv\d)\.weight$", r"\1.conv.weight"),
     (r"\.conv_offset_mask\.", ".offset."),
     (r"\.downsample\.0\.", ".shortcut.conv."),
     (r"\.downsample\.1\.", ".shortcut.norm."),
     # The coarsest level comes first.
-    (r"^fpn\.lat_layers\.(\d)\.", lambda m: f"neck.lateral.{2 - int(m[1])}.conv."),
-    (r"^fpn\.pred_layers\.(\d)\.", lambda m: f"neck.output.{2 - int(m[1])}.conv."),
-    (r"^fpn\.downsample_layers\.(\d)\.", r"neck.coarser.\1.conv."),
-    # Layers of no weights are counted too.
-    (r"^proto_net\.([024])\.", lambda m: f"prototypes.before.{int(m[1]) // 2}.conv."),
-    (r"^proto_net\.8\.", "prototypes.after.conv."),
-    (r"^proto_net\.10\.", "prototypes.output."),
-    (r"^prediction_layers\.0\.upfeature\.0\.", "head.tower.conv."),
-    (r"^prediction_layers\.0\.bbox_layer\.", "head.boxes."),
-    (r"^prediction_layers\.0\.conf_layer\.", "head.classes."),
-    (r"^prediction_layers\.0\.mask_layer\.", "head.coefficients."),
-    (r"^semantic_seg_conv\.", "semantic."),
+    (r"^fpn\.lat_layers\.(\d)\.", lambda m: f"dense.neck.lateral.{2 - int(m[1])}.conv."),
+    (r"^fpn\.pred_layers\.(\d)\.", lambda m: f"dense.neck.output.{2 - int(m[1])}.conv."),
+    (r"^fpn\.downsample_layers\.(\d)\.", r"dense.neck.coarser.\1.conv."),
+    # Layers without weights are counted too.
+    (r"^proto_net\.([024])\.", lambda m: f"dense.prototypes.before.{int(m[1]) // 2}.conv."),
+    (r"^proto_net\.8\.", "dense.prototypes.after.conv."),
+    (r"^proto_net\.10\.", "dense.prototypes.output."),
+    (r"^prediction_layers\.0\.upfeature\.0\.", "dense.head.tower.conv."),
+    (r"^prediction_layers\.0\.bbox_layer\.", "dense.head.boxes."),
+    (r"^prediction_layers\.0\.conf_layer\.", "dense.head.classes."),
+    (r"^prediction_layers\.0\.mask_layer\.", "dense.head.coefficients."),
+    (r"^semantic_seg_conv\.", "dense.semantic."),
     (r"^maskiou_net\.maskiou_net\.10\.", "rescoring.output."),
     (r"^maskiou_net\.maskiou_net\.(\d)\.", lambda m: f"rescoring.convs.{int(m[1]) // 2}."),
 ]
@@ -65,29 +66,30 @@ def _options(shapes: Shapes, plus: bool) -> dict[str, Any] | None:
     anchors = boxes // 4
     if boxes % 12 or logits != anchors * (semantic + 1):
         return None
-    trunk = _trunk(shapes)
-    if trunk is None:
+    backbone = _backbone(shapes)
+    if backbone is None:
         return None
-    options: dict[str, Any] = {
-        "classes": class_names(semantic), **trunk, "norm": "batch", "prototypes": prototypes,
-        "neck_width": shapes["fpn.lat_layers.0.weight"][0], "anchor_octaves": anchors // 3,
+    if "deform_stages" in options_of(backbone["name"]):
+        backbone |= _deformable(shapes)
+    in_channels = next(v[1] for k, v in shapes.items() if re.match(r"^backbone\.(conv1|_preconv\.0)\.weight$", k))
+    return {
+        "classes": class_names(semantic), "backbone": {**backbone, "norm": "batch"}, "in_channels": in_channels,
+        "prototypes": prototypes, "neck_width": shapes["fpn.lat_layers.0.weight"][0],
+        # The published configurations with several sizes per level are those with real aspect ratios.
+        "anchors": {"octaves": anchors // 3, "square": anchors == 3},
     }  # fmt: skip
-    deform = _deformable(shapes)
-    # The published configurations with several sizes per level are those with real aspect ratios.
-    return options | deform | {"square_anchors": anchors == 3}
 
 
-def _trunk(shapes: Shapes) -> dict[str, Any] | None:
+def _backbone(shapes: Shapes) -> dict[str, Any] | None:
+    """Name and width of the backbone."""
     counts = tuple(len(blocks) for blocks in _blocks(shapes, r"^backbone\.layers\.(\d+)\.(\d+)\."))
     if "backbone._preconv.0.weight" in shapes:
-        stem = shapes["backbone._preconv.0.weight"]
-        known = {"backbone": "darknet53", "stem_width": 2 * stem[0], "in_channels": stem[1]}
-        return known if counts == DARKNET53 else None
+        width = shapes["backbone._preconv.0.weight"][0]
+        return {"name": "darknet53", "width": width} if counts == DARKNET53 else None
     if "backbone.conv1.weight" not in shapes:
         return None
     depth = (BOTTLENECKS if "backbone.layers.0.0.conv3.weight" in shapes else BASIC).get(counts)
-    stem = shapes["backbone.conv1.weight"]
-    return None if depth is None else {"backbone": f"resnet{depth}", "stem_width": stem[0], "in_channels": stem[1]}
+    return None if depth is None else {"name": f"resnet{depth}", "width": shapes["backbone.conv1.weight"][0]}
 
 
 def _deformable(shapes: Shapes) -> dict[str, Any]:
@@ -111,13 +113,14 @@ def _yolact(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Sequen
     options = _options(shapes, plus=False)
     if options is None:
         return None
-    # What keys and shapes do not say: the input's size, and with it the anchors.
-    if options["backbone"] == "resnet101" and len(options["classes"]) == 80:
+    name, count = options["backbone"]["name"], len(options["classes"])
+    # Keys and shapes do not determine the size of the input, and with it the anchors.
+    if name == "resnet101" and count == 80:
         sizes = {"yolact-r101": 550, "yolact-r101-im400": 400, "yolact-r101-im700": 700}
-        return [Candidate(variant, {**options, "size": size}) for variant, size in sizes.items()]
-    if options["backbone"] == "resnet50" and len(options["classes"]) == 20:
-        pascal = {"square_anchors": False, "anchor_sides": (32, 64, 128, 256, 512)}
-        return [Candidate("yolact-r50-pascal", {**options, **pascal}), Candidate("yolact-r50", options)]
+        return [Candidate(variant, {**options, "resize": {"short": size}}) for variant, size in sizes.items()]
+    if name == "resnet50" and count == 20:
+        pascal = {**options["anchors"], "square": False, "sides": (32, 64, 128, 256, 512)}
+        return [Candidate("yolact-r50-pascal", {**options, "anchors": pascal}), Candidate("yolact-r50", options)]
     return options
 
 
@@ -126,12 +129,13 @@ def _yolact_plus(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | N
 
 
 def _finish(state: State, options: Mapping[str, Any]) -> State:
-    """Background goes from the first place to the last; a deformable convolution's weight lies beside its offsets."""
+    """Moves background from the first class to the last; and the weights of deformable convolutions, which are beside
+    their offset branch, see `DeformConvNorm`."""
     state = dict(state)
     for kind in ("weight", "bias"):
-        rows = state[f"head.classes.{kind}"]
+        rows = state[f"dense.head.classes.{kind}"]
         each = rows.unflatten(0, (-1, len(options["classes"]) + 1))
-        state[f"head.classes.{kind}"] = each.roll(-1, 1).flatten(0, 1)
+        state[f"dense.head.classes.{kind}"] = each.roll(-1, 1).flatten(0, 1)
     moved = {
         k.replace("offset.weight", "conv.weight"): k.replace("offset.", "") for k in state if ".offset.weight" in k
     }
