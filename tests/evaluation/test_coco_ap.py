@@ -84,7 +84,7 @@ def test_the_limit_on_detections_is_an_argument(engine):
     assert few.summary["segm/AR5"] == pytest.approx(5 / len(target), abs=0.011)
     assert many.summary["segm/AR300"] == 1
     assert many.protocol.max_detections == 300
-    with pytest.raises(UsageError, match="max_detections is 0; it must be at least 1"):
+    with pytest.raises(UsageError, match="max_detections must be at least 1, got 0"):
         Evaluator(data, max_detections=0)
 
 
@@ -186,7 +186,7 @@ def test_annotations_without_masks_are_no_truth_for_masks():
 
 @pytest.mark.fast
 def test_a_kind_that_is_not_there():
-    with pytest.raises(UsageError, match=r"kinds is \('panoptic',\); choose one or more of segm, bbox, keypoints"):
+    with pytest.raises(UsageError, match=r"kinds must be one or more of segm, bbox, keypoints"):
         Evaluator(data_set(2), ("panoptic",))
 
 
@@ -279,3 +279,30 @@ def test_from_file_to_file_the_numbers_are_those_of_pycocotools(name, tmp_path):
     annotations = SHARED / name / "annotations" / "instances_val.json"
     for kind in ("segm", "bbox"):
         assert_equal(result, verdict_of_files(annotations, records, kind, tmp_path))
+
+
+@pytest.mark.fast
+def test_overlap_thresholds_and_size_ranges_are_arguments(tmp_path):
+    data = data_set(12)
+    made = predictions(data)
+    usual = measured(data, made, ("segm",), backend="pycocotools").summary
+    chosen = measured(
+        data, made, ("segm",), overlaps=(0.5, 0.75), sizes={"": (0, 1e10), "t": (0, 400), "b": (400, 1e10)}
+    )
+    assert chosen.summary["segm/AP"] == pytest.approx((usual["segm/AP50"] + usual["segm/AP75"]) / 2)
+    assert chosen.summary["segm/AP50"] == pytest.approx(usual["segm/AP50"])
+    assert {"segm/APt", "segm/APb"} <= set(chosen.summary)
+    assert not {"segm/APs", "segm/APl"} & set(chosen.summary)
+    assert chosen.objects["t"] + chosen.objects["b"] >= chosen.objects["all"]
+    assert "overlap thresholds 0.5, 0.75" in chosen.protocol.note
+    assert chosen.protocol.evaluator.startswith("pycocotools")
+    single = measured(data, made, ("segm",), overlaps=(0.6,)).summary
+    assert single["segm/AP60"] == pytest.approx(single["segm/AP"])
+    for options, words in [
+        ({"overlaps": (0.9, 0.5)}, "overlaps must be ascending"),
+        ({"overlaps": ()}, "overlaps must be ascending"),
+        ({"sizes": {"s": (0, 10)}}, "the first size range must be named ''"),
+        ({"sizes": {"": (0, 1e10), "s": (10, 5)}}, "size range 's' must be two areas"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            Evaluator(data, **options)

@@ -50,15 +50,15 @@ def test_what_cannot_be_added():
     data = Ellipses([squares((0, 0)), squares()], [5, "b"])
     good = squares((0, 0), scores=[0.5])
     evaluator = Evaluator(data)
-    with pytest.raises(UsageError, match=r"the data set has no image 0; its ids are 5, b \(by position: add_at\)"):
+    with pytest.raises(UsageError, match=r"the data set has no image 0; its ids are 5, b \(use add_at for positions\)"):
         evaluator.add(0, good)
     with pytest.raises(UsageError, match=r"image 5 are on a grid of \(20, 20\), the image is \(40, 60\)"):
         evaluator.add(5, Instances.empty((20, 20)))
-    with pytest.raises(UsageError, match="image 5 have no scores; AP ranks by them"):
+    with pytest.raises(UsageError, match="image 5 have no scores, which AP needs"):
         evaluator.add(5, squares((0, 0)))
     with pytest.raises(UsageError, match="has label 3, the data set has 3 classes; map labels with match_classes"):
         evaluator.add(5, squares((0, 0), labels=[3], scores=[0.5]))
-    with pytest.raises(UsageError, match="hold a score or box that is not finite"):
+    with pytest.raises(UsageError, match="have a score or box that is not finite"):
         evaluator.add(5, squares((0, 0), scores=[float("nan")]))
     boxes = Instances(SIZE, good.boxes, good.labels, None, good.scores)
     with pytest.raises(UsageError, match=r"have no masks; evaluate kinds=\('bbox',\)"):
@@ -72,7 +72,7 @@ def test_what_cannot_be_added():
     evaluator.reset()
     evaluator.add(5, good)
     assert len(evaluator) == 1
-    with pytest.raises(UsageError, match="1 images of the data set share their id"):
+    with pytest.raises(UsageError, match="1 images of the data set have the id of another"):
         Evaluator(Ellipses([squares(), squares()], [1, 1]))
 
 
@@ -126,7 +126,7 @@ def test_partials_merge_to_the_same_result():
     head.merge(partials)
     assert head.result(0).summary == whole.summary
     assert head.result(0).missing == 0
-    with pytest.raises(UsageError, match="a partial holds image 999, which the data set does not have"):
+    with pytest.raises(UsageError, match="a partial result has image 999, which the data set does not have"):
         head.merge([{999: partials[0][data.ids[0]]}])
 
 

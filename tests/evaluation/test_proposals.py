@@ -140,7 +140,7 @@ def test_all_objects_of_a_set_may_be_called_the_same():
 
 @pytest.mark.fast
 def test_what_cannot_be_measured_of_proposals():
-    with pytest.raises(UsageError, match="task is 'boxes'; expected instances or proposals"):
+    with pytest.raises(UsageError, match="task must be 'instances' or 'proposals', got 'boxes'"):
         Evaluator(data_set(2), task="boxes")
-    with pytest.raises(UsageError, match="proposals have no keypoints"):
+    with pytest.raises(UsageError, match="for proposals, which have no keypoints"):
         Evaluator(data_set(2), ("keypoints",), task="proposals")

@@ -184,7 +184,7 @@ def test_a_run_that_was_killed_while_writing_still_has_a_page(tmp_path):
 
 @pytest.mark.fast
 def test_what_cannot_be_reported(tmp_path):
-    with pytest.raises(DataError, match=r"has neither result\.json nor log\.csv; pass a run folder"):
+    with pytest.raises(DataError, match=r"has neither result\.json nor log\.csv; expected a run folder"):
         report(tmp_path)
     with pytest.raises(DataError, match=r"absent\.json: cannot be read"):
         report(tmp_path / "absent.json")
@@ -200,7 +200,7 @@ def test_what_cannot_be_reported(tmp_path):
     with pytest.raises(DataError, match=r'set\.json: has no "format": "maskwright-result"'):
         report(tmp_path / "set.json")
     (tmp_path / "cut.json").write_text('{"format": "maskwright-result", "summary": {}}')
-    with pytest.raises(DataError, match=r"cut\.json: was written by maskwright an unknown version and does not fit"):
+    with pytest.raises(DataError, match=r"cut\.json: written by maskwright an unknown version and not readable"):
         report(tmp_path / "cut.json")
 
 

@@ -1,4 +1,4 @@
-"""How good it is: AP and its relatives, what is confused with what, and the report page."""
+"""Evaluation: average precision, panoptic quality, confusion, speed, and the report page."""
 
 from maskwright.evaluation.coco import Curves, coco_ap
 from maskwright.evaluation.confusion import Confusion, ImageScore

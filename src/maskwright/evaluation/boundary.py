@@ -1,7 +1,7 @@
-"""Boundary AP (Cheng et al., 2021, arXiv 2103.16562) on top of pycocotools, for where vernier is not installed.
+"""Boundary AP (Cheng et al., 2021, arXiv 2103.16562) on top of pycocotools, for when vernier is not installed.
 
-Mask IoU forgives a large object a sloppy outline, because its inside outweighs it. Boundary IoU looks only at the
-pixels within `BOUNDARY_WIDTH` of the outline, and AP takes the smaller of the two overlaps.
+Mask IoU is insensitive to the outline of large objects, whose interior dominates it. Boundary IoU compares only pixels
+within `BOUNDARY_WIDTH` of the outline, and AP uses the smaller of the two overlaps.
 """
 
 from __future__ import annotations
@@ -17,10 +17,16 @@ from maskwright.structures import rle
 
 
 def boundary(text: bytes, size: tuple[int, int], width: float) -> bytes:
-    """The pixels of a mask that are nearer to its outline than `width` times the image's diagonal, as a mask.
+    """The boundary of a mask, as a mask.
 
-    At least one pixel; the image's border counts as outline. Distances are those of a square (Chebyshev), as in the
-    official code, which erodes with a 3 x 3 square so many times.
+    Args:
+        text: Compressed run lengths.
+        size: Height and width of the image.
+        width: Width of the boundary as a share of the image's diagonal; at least one pixel.
+
+    Returns:
+        Compressed run lengths of the pixels closer to the outline than that. The image border counts as outline;
+        distances are Chebyshev distances, as in the official code, which erodes repeatedly with a 3 x 3 square.
     """
     height, breadth = size
     steps = max(1, round(width * float(np.hypot(height, breadth))))

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no other file, colours from the page's own style (`--s0` ... `--s5`)."""
+"""Line charts as inline SVG without scripts or other files; colours come from the page's style (`--s0` ... `--s5`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 36
-POINTS = 400  # per line: more than there are pixels to show them
+POINTS = 400  # per line, about the width in pixels
 COLOURS = 6
 
 Line = tuple[Sequence[float], Sequence[float]]  # x, y
@@ -23,10 +23,16 @@ def chart(
     percent: bool = False,
     bounds: tuple[float, float] | None = None,
 ) -> Markup:
-    """An SVG of these lines with ticks and a legend; points that are not finite are left out.
+    """Draws lines with ticks and a legend.
 
-    percent  y is 0 ... 1 and told as 0 ... 100
-    bounds   of y; otherwise they follow the data. Nothing to draw gives an empty string.
+    Args:
+        lines: x and y values by name; points that are not finite are left out.
+        x_name: Label of the x axis.
+        percent: Whether y is 0 ... 1, shown as 0 ... 100.
+        bounds: Range of y; default: that of the data.
+
+    Returns:
+        An SVG element; empty if there is nothing to draw.
     """
     drawn = {name: xy for name, line in lines.items() if len((xy := _finite(line))[0])}
     if not drawn:
@@ -46,10 +52,10 @@ def chart(
     parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(drawn))}">']
     for y in y_ticks:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{down(y) + 4:.1f}" text-anchor="end">{_told(y, percent)}</text>')
+        parts.append(f'<text x="{LEFT - 7}" y="{down(y) + 4:.1f}" text-anchor="end">{_label(y, percent)}</text>')
     for x in x_ticks:
-        told = _told(x, percent and bounds is not None)
-        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{told}</text>')
+        text = _label(x, percent and bounds is not None)
+        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{text}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 3}" text-anchor="end">{escape(x_name)}</text>')
     for number, (xs, ys) in enumerate(drawn.values()):
         colour = f"var(--s{number % COLOURS})"
@@ -64,7 +70,7 @@ def chart(
     parts.append("</svg>")
     parts.append('<div class="legend">')
     for number, (name, (_, ys)) in enumerate(drawn.items()):
-        last = "" if bounds else f" <b>{_told(ys[-1], percent)}</b>"  # of a curve over recall the last says nothing
+        last = "" if bounds else f" <b>{_label(ys[-1], percent)}</b>"  # of a curve over recall the last says nothing
         parts.append(f'<span><i style="background:var(--s{number % COLOURS})"></i>{escape(name)}{last}</span>')
     parts.append("</div>")
     return Markup("".join(parts))
@@ -97,7 +103,7 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)] or [low]
 
 
-def _told(value: float, percent: bool) -> str:
+def _label(value: float, percent: bool) -> str:
     if percent:
         return f"{100 * value:.3g}"
     if abs(value) >= 1e6:

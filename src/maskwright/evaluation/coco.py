@@ -1,17 +1,17 @@
-"""COCO's average precision, by vernier where it is installed and by pycocotools where not: the same numbers.
+"""COCO's average precision, computed by vernier if it is installed and by pycocotools otherwise, with equal results.
 
-This is the only module that imports vernier. Its own interface corrects what it takes for mistakes of pycocotools;
-every published number has them, so it is asked for strict parity here. pycocotools is the judge of both in the tests.
+This is the only module that imports vernier. By default vernier corrects what it considers mistakes of pycocotools;
+since every published figure includes them, its strict parity mode is used. The tests compare both with pycocotools.
 
-Both are given columns rather than files, with ids of our own (1, 2, ... in the order of the data set's ids): image
-ids may then be strings or beyond 64 bits, and no annotation has the id 0, which pycocotools takes for "not matched".
+Both receive columns rather than files, with ids 1, 2, ... in the order of the data set's ids: image ids may then be
+strings or exceed 64 bits, and no annotation has the id 0, which pycocotools treats as "not matched".
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata, util
@@ -36,73 +36,114 @@ PERSON_SIGMAS = (
     *(0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072),
     *(0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089),
 )
-OTHER_SIGMA = 0.05  # for keypoints that nobody has measured; a result says so in its protocol
+OTHER_SIGMA = 0.05  # for keypoints without measured sigmas; the protocol of a result says so
 BOUNDARY_WIDTH = 0.02  # of the image's diagonal: the paper's (2103.16562) choice for COCO
 
 
 @dataclass
 class Truth:
-    """Every annotated object of a data set, as columns; images are counted 0, 1, ... in the order of their ids."""
+    """All annotated objects of a data set as columns.
 
-    sizes: np.ndarray  # (M, 2) H, W
-    owner: np.ndarray  # (G,) which image
-    labels: np.ndarray  # (G,) 0 ... K - 1
-    boxes: np.ndarray  # (G, 4) x, y, width, height, float64
-    areas: np.ndarray  # (G,) what the size buckets go by
-    crowd: np.ndarray  # (G,) bool
-    masks: list[bytes] | None  # compressed run lengths
-    keypoints: np.ndarray | None  # (G, J, 3)
+    Attributes:
+        sizes: Height and width of each image (M, 2).
+        owner: Index of each object's image (G,); images are numbered 0, 1, ... in the order of their ids.
+        labels: Labels (G,), 0 ... K - 1.
+        boxes: Boxes (G, 4) as x, y, width, height, float64.
+        areas: Areas (G,) in square pixels, which decide the size range.
+        crowd: Whether each object is a crowd region (G,).
+        masks: Compressed run lengths, or None.
+        keypoints: Keypoints (G, J, 3) as x, y, visibility, or None.
+        classes: Number of classes.
+        handle: vernier's copy, made once; it caches boundaries.
+    """
+
+    sizes: np.ndarray
+    owner: np.ndarray
+    labels: np.ndarray
+    boxes: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+    masks: list[bytes] | None
+    keypoints: np.ndarray | None
     classes: int
-    handle: Any = field(default=None, repr=False)  # vernier's own copy, made once: it caches boundaries
+    handle: Any = field(default=None, repr=False)
 
 
 @dataclass
 class Detections:
-    """Every predicted object, as columns, grouped by image in ascending order; within one, in the order given."""
+    """All predicted objects as columns, grouped by image in ascending order; within an image in the order given.
 
-    owner: np.ndarray  # (D,)
-    labels: np.ndarray  # (D,)
-    scores: np.ndarray  # (D,) float64
-    boxes: np.ndarray  # (D, 4) x, y, width, height, float64
+    Attributes:
+        owner: Index of each object's image (D,).
+        labels: Labels (D,).
+        scores: Scores (D,), float64.
+        boxes: Boxes (D, 4) as x, y, width, height, float64.
+        masks: Compressed run lengths, or None.
+        keypoints: Keypoints (D, J, 3), or None.
+    """
+
+    owner: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
     masks: list[bytes] | None
-    keypoints: np.ndarray | None  # (D, J, 3)
+    keypoints: np.ndarray | None
 
 
 @dataclass
 class Curves:
-    """What precision was reached at each recall: T overlaps, R recalls, K classes, A sizes, M limits on detections.
+    """Precision at each recall, for T overlaps, R recalls, K classes, A size ranges and M limits of detections.
 
-    -1 where there is nothing to find. `scores` is the confidence at which that recall is reached.
+    Values are -1 where there are no objects.
+
+    Attributes:
+        kind: What was measured.
+        precision: Precision (T, R, K, A, M).
+        recall: Recall (T, K, A, M).
+        scores: Score at which each recall is reached (T, R, K, A, M).
+        limits: The limits of detections per image.
+        overlaps: The IoU (or OKS) thresholds.
+        ranges: The size ranges: name to lower and upper area in square pixels.
     """
 
     kind: Kind
-    precision: np.ndarray  # (T, R, K, A, M)
-    recall: np.ndarray  # (T, K, A, M)
-    scores: np.ndarray  # (T, R, K, A, M)
+    precision: np.ndarray
+    recall: np.ndarray
+    scores: np.ndarray
     limits: tuple[int, ...]
+    overlaps: tuple[float, ...] = tuple(OVERLAPS.tolist())
+    ranges: Mapping[str, tuple[float, float]] | None = None
 
     @cached_property
     def sizes(self) -> tuple[str, ...]:
-        return tuple(KEYPOINT_SIZES if self.kind == "keypoints" else SIZES)
+        """The names of the size ranges; the empty name is all sizes."""
+        return tuple(self.ranges or (KEYPOINT_SIZES if self.kind == "keypoints" else SIZES))
 
     def average(self, label: int | None = None) -> dict[str, float]:
-        """AP, AP50, AP75, APs, APm, APl and AR by limit and size, of one class or the mean over all that have objects;
-        0 ... 1, and -1 where there is nothing to find."""
+        """Average precision and recall: AP, AP50, AP75, APs, APm, APl, and AR by limit and size.
+
+        Args:
+            label: The class; None for the mean over all classes that have objects.
+
+        Returns:
+            Values of 0 ... 1 by name; -1 where there are no objects.
+        """
         which = slice(None) if label is None else slice(label, label + 1)
         precision, recall = self.precision[:, :, which], self.recall[:, which]
         values = {"AP": _mean(precision[..., 0, -1])}
-        values |= {f"AP{int(o * 100)}": _mean(precision[_at(o), ..., 0, -1]) for o in (0.5, 0.75)}
+        marked = [o for o in (0.5, 0.75) if self._has(o)] or list(self.overlaps)
+        values |= {f"AP{round(o * 100)}": _mean(precision[self._at(o), ..., 0, -1]) for o in marked}
         values |= {f"AP{n}": _mean(precision[..., a, -1]) for a, n in enumerate(self.sizes) if n}
         if self.kind == "keypoints":  # its table has one limit, and recall by overlap instead
             values["AR"] = _mean(recall[..., 0, -1])
-            values |= {f"AR{int(o * 100)}": _mean(recall[_at(o), :, 0, -1]) for o in (0.5, 0.75)}
+            values |= {f"AR{round(o * 100)}": _mean(recall[self._at(o), :, 0, -1]) for o in marked}
         else:
             values |= {f"AR{limit}": _mean(recall[..., 0, m]) for m, limit in enumerate(self.limits)}
         values |= {f"AR{n}": _mean(recall[..., a, -1]) for a, n in enumerate(self.sizes) if n}
         return values
 
     def recalls(self) -> dict[str, float]:
-        """Average recall by limit and size, as proposals are measured: AR10, AR10s, AR10m, AR10l, AR100, ..."""
+        """Average recall by limit and size, the measure of proposals: AR10, AR10s, AR10m, AR10l, AR100, ..."""
         return {
             f"AR{limit}{name}": _mean(self.recall[..., a, m])
             for m, limit in enumerate(self.limits)
@@ -110,20 +151,30 @@ class Curves:
         }
 
     def precision_at(self, overlap: float) -> list[float]:
-        """Precision at the recalls 0, 0.01, ... 1, the mean over the classes that have objects; empty if none has."""
-        planes = self.precision[_at(overlap), :, :, 0, -1]  # (R, K)
+        """Mean precision over the classes that have objects, at the recalls 0, 0.01, ... 1; empty if none has objects
+        or
+        the overlap was not measured."""
+        if not self._has(overlap):
+            return []
+        planes = self.precision[self._at(overlap), :, :, 0, -1]  # (R, K)
         there = planes[0] > -1
         return planes[:, there].mean(1).tolist() if there.any() else []
 
     def best_thresholds(self, overlap: float = 0.5) -> tuple[np.ndarray, np.ndarray]:
-        """For each class the score at which F1 is best, and that F1; NaN where there is nothing to find or found."""
-        precision = self.precision[_at(overlap), :, :, 0, -1]  # (R, K)
+        """The score with the best F1, and that F1, for each class; NaN without objects or detections."""
+        precision = self.precision[self._at(overlap), :, :, 0, -1]  # (R, K)
         f1 = 2 * precision * RECALLS[:, None] / np.maximum(precision + RECALLS[:, None], 1e-12)
         best = f1.argmax(0)
         columns = np.arange(f1.shape[1])
         value = np.where(precision[0] > -1, f1[best, columns], np.nan)
-        scores = self.scores[_at(overlap), :, :, 0, -1][best, columns]
+        scores = self.scores[self._at(overlap), :, :, 0, -1][best, columns]
         return np.where(value > 0, scores, np.nan), value
+
+    def _at(self, overlap: float) -> int:
+        return int(np.abs(np.asarray(self.overlaps) - overlap).argmin())
+
+    def _has(self, overlap: float) -> bool:
+        return bool(np.isclose(self.overlaps, overlap).any())
 
 
 def coco_ap(
@@ -135,28 +186,58 @@ def coco_ap(
     limits: Sequence[int] | None = None,
     sigmas: Sequence[float] | None = None,
     backend: Backend = "auto",
+    overlaps: Sequence[float] | None = None,
+    sizes: Mapping[str, tuple[float, float]] | None = None,
 ) -> Curves:
-    """Precision and recall as COCO counts them, at most `max_detections` per image *and class*, as there.
+    """Precision and recall as defined by COCO.
 
-    `limits`: the numbers of detections that recall is told for, instead of those of COCO's table.
+    The size of a prediction is the area of its mask for "segm" and "boundary" (results without a "bbox" key, in terms
+    of pycocotools), of its box for "bbox", and of the extent of its keypoints for "keypoints".
 
-    A prediction's size is that of its mask for "segm" and "boundary" (results without a "bbox" key, in pycocotools'
-    terms), of its box for "bbox", and of the extent of its keypoints for "keypoints".
+    Args:
+        truth: Annotated objects.
+        found: Predicted objects.
+        kind: "segm", "bbox", "keypoints" or "boundary".
+        max_detections: Limit of detections per image and class.
+        limits: Numbers of detections to report recall for, instead of those of COCO's table.
+        sigmas: Keypoint sigmas (M,), if they are not COCO's 17.
+        backend: "auto", "vernier" or "pycocotools".
+        overlaps: IoU (or OKS) thresholds, ascending; default: 0.5, 0.55, ... 0.95. Others are computed by pycocotools.
+        sizes: Size ranges as name to (lowest, highest) area in square pixels, the first of them "" for all sizes;
+            default: COCO's small, medium and large. Others are computed by pycocotools.
+
+    Returns:
+        The curves.
+
+    Raises:
+        UsageError: If masks or keypoints are missing, or an argument is invalid.
     """
     _require(truth, found, kind)
+    check_ranges(overlaps, sizes)
+    if overlaps is not None or sizes is not None:
+        if backend == "vernier":
+            raise UsageError("overlaps and sizes of your own need backend 'pycocotools' or 'auto'")
+        backend = "pycocotools"
     limits = tuple(limits or ((max_detections,) if kind == "keypoints" else ladder(max_detections)))
     if kind == "keypoints":
         sigmas = tuple(sigmas or keypoint_sigmas(_keypoints(truth, found)))
         found = _boxed_by_keypoints(found)
-    run = _by_vernier if backend_of(backend) == "vernier" else _by_pycocotools
-    precision, recall, scores = run(truth, found, kind, limits, sigmas)
-    return Curves(kind, precision, recall, scores, limits)
+    if backend_of(backend) == "vernier":
+        precision, recall, scores = _by_vernier(truth, found, kind, limits, sigmas)
+    else:
+        precision, recall, scores = _by_pycocotools(truth, found, kind, limits, sigmas, overlaps, sizes)
+    used = tuple(OVERLAPS.tolist()) if overlaps is None else tuple(float(o) for o in overlaps)
+    return Curves(kind, precision, recall, scores, limits, used, sizes)
 
 
 def backend_of(wish: Backend = "auto") -> Literal["vernier", "pycocotools"]:
-    """Which of the two counts: vernier if it is installed, unless `wish` says otherwise."""
+    """The backend to use: vernier if it is installed, unless `wish` names the other.
+
+    Raises:
+        MissingExtraError: If vernier is asked for and not installed.
+    """
     if wish not in ("auto", "vernier", "pycocotools"):
-        raise UsageError(f"there is no evaluator {wish!r}; choose auto, vernier or pycocotools")
+        raise UsageError(f"backend must be one of 'auto', 'vernier', 'pycocotools', got {wish!r}")
     installed = util.find_spec("vernier") is not None
     if wish == "vernier" and not installed:
         raise MissingExtraError("vernier", "eval")
@@ -164,26 +245,26 @@ def backend_of(wish: Backend = "auto") -> Literal["vernier", "pycocotools"]:
 
 
 def backend_name(wish: Backend = "auto") -> str:
-    """Name, version and mode of what counts, for a result's protocol."""
+    """Name, version and mode of the backend, for the protocol of a result."""
     name = backend_of(wish)
     return f"{name} {metadata.version(name)}" + (" (strict parity)" if name == "vernier" else "")
 
 
 def ladder(max_detections: int) -> tuple[int, ...]:
-    """The limits recall is told for: 1, 10 and `max_detections`."""
+    """The limits that recall is reported for: 1, 10 and `max_detections`."""
     if max_detections < 1:
-        raise UsageError(f"max_detections is {max_detections}; it must be at least 1")
+        raise UsageError(f"max_detections must be at least 1, got {max_detections}")
     return tuple(sorted({1, 10, max_detections} if max_detections > 10 else {1, max_detections}))
 
 
 def proposal_limits(max_detections: int) -> tuple[int, ...]:
-    """The limits recall of proposals is told for: 10, 100 and `max_detections`, which is 1000 in the papers."""
+    """The limits that recall of proposals is reported for: 10, 100 and `max_detections`, 1000 in the papers."""
     ladder(max_detections)
     return tuple(sorted({n for n in (10, 100) if n < max_detections} | {max_detections}))
 
 
 def keypoint_sigmas(keypoints: int) -> tuple[float, ...]:
-    """COCO's for 17 keypoints, `OTHER_SIGMA` for each of any other number."""
+    """COCO's sigmas for 17 keypoints, `OTHER_SIGMA` for each of any other number."""
     return PERSON_SIGMAS if keypoints == len(PERSON_SIGMAS) else (OTHER_SIGMA,) * keypoints
 
 
@@ -272,8 +353,9 @@ def _code(text: bytes, size: Sequence[int]) -> dict[str, Any]:
 
 
 def _by_pycocotools(
-    truth: Truth, found: Detections, kind: Kind, limits: tuple[int, ...], sigmas: Sequence[float] | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    truth: Truth, found: Detections, kind: Kind, limits: tuple[int, ...], sigmas: Sequence[float] | None,
+    overlaps: Sequence[float] | None = None, sizes: Mapping[str, tuple[float, float]] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     from pycocotools.cocoeval import COCOeval
 
     if kind == "boundary":
@@ -281,13 +363,18 @@ def _by_pycocotools(
     else:
         Engine = COCOeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports its progress there, unasked
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         engine: Any = Engine(
             _index(truth, _truth_records(truth, kind)),
             _index(truth, _found_records(truth, found, kind)),
             "segm" if kind == "boundary" else kind,
         )
         engine.params.maxDets = list(limits)
+        if overlaps is not None:
+            engine.params.iouThrs = np.asarray(overlaps, np.float64)
+        if sizes is not None:
+            engine.params.areaRng = [list(bounds) for bounds in sizes.values()]
+            engine.params.areaRngLbl = [name or "all" for name in sizes]
         if sigmas is not None:
             engine.params.kpt_oks_sigmas = np.asarray(sigmas)
         engine.evaluate()
@@ -363,7 +450,9 @@ def _require(truth: Truth, found: Detections, kind: Kind) -> None:
     if kind == "keypoints" and truth.keypoints is not None and found.keypoints is not None:
         ours, theirs = found.keypoints.shape[1], truth.keypoints.shape[1]
         if len(found.owner) and len(truth.owner) and ours != theirs:
-            raise UsageError(f"the predictions have {ours} keypoints each, the annotations {theirs}; they must agree")
+            raise UsageError(
+                f"the predictions have {ours} keypoints each, the annotations {theirs}; the numbers must be equal"
+            )
 
 
 def _keypoints(truth: Truth, found: Detections) -> int:
@@ -379,8 +468,18 @@ def _boxed_by_keypoints(found: Detections) -> Detections:
     return Detections(found.owner, found.labels, found.scores, boxes, found.masks, found.keypoints)
 
 
-def _at(overlap: float) -> int:
-    return int(np.abs(OVERLAPS - overlap).argmin())
+def check_ranges(overlaps: Sequence[float] | None, sizes: Mapping[str, tuple[float, float]] | None) -> None:
+    """Raises a UsageError for invalid overlap thresholds or size ranges, see `coco_ap`."""
+    if overlaps is not None:
+        values = np.asarray(overlaps, np.float64)
+        if not values.size or not ((values > 0) & (values <= 1)).all() or (np.diff(values) <= 0).any():
+            raise UsageError(f"overlaps must be ascending numbers above 0 and at most 1, got {list(overlaps)}")
+    if sizes is not None:
+        if next(iter(sizes), None) != "":
+            raise UsageError(f"the first size range must be named '' and hold all sizes, got {list(sizes)}")
+        wrong = next((name for name, (low, high) in sizes.items() if not 0 <= low < high), None)
+        if wrong is not None:
+            raise UsageError(f"size range {wrong!r} must be two areas, the lower first, got {sizes[wrong]}")
 
 
 def _mean(values: np.ndarray) -> float:

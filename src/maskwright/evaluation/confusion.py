@@ -1,4 +1,4 @@
-"""What was taken for what: predictions matched to annotations once, at one score threshold and one overlap."""
+"""Confusion matrix: predictions matched to annotations at one score threshold and one overlap."""
 
 from __future__ import annotations
 
@@ -16,14 +16,25 @@ from maskwright.evaluation.coco import Detections, Truth
 
 @dataclass
 class ImageScore:
-    """How one image went. `quality` is 0 ... 1: the summed overlap of right objects over (right + half of what was
-    missed or spurious), panoptic quality's formula; None where there was nothing to find and nothing was found."""
+    """The outcome for one image.
+
+    Attributes:
+        id: The image's id.
+        objects: Number of annotated objects.
+        found: Number of predictions.
+        right: Predictions matched with an object of their class.
+        confused: Predictions matched with an object of another class.
+        missed: Objects without a prediction.
+        spurious: Predictions without an object.
+        quality: 0 ... 1, by the formula of panoptic quality: sum of the overlaps of right predictions / (right +
+            confused + half of missed and spurious). None if there are neither objects nor predictions.
+    """
 
     id: int | str
     objects: int
     found: int
     right: int
-    confused: int  # found, and called something else
+    confused: int
     missed: int
     spurious: int
     quality: float | None
@@ -31,26 +42,37 @@ class ImageScore:
 
 @dataclass
 class Confusion:
-    """Row: what it is; column: what it was taken for; the last of either is the background.
+    """A confusion matrix. Rows are annotated classes, columns predicted ones; the last of each is the background.
 
-    So the last column counts objects that were missed, the last row predictions where nothing is. `images` names
-    the images behind each cell that is not empty. Predictions inside crowd regions count nowhere.
+    The last column thus counts missed objects, the last row spurious predictions. Predictions inside crowd regions are
+    not counted.
+
+    Attributes:
+        classes: Class names.
+        counts: The matrix (K + 1, K + 1).
+        images: Ids of the images behind each cell that is not empty.
+        by: Whether masks ("segm") or boxes ("bbox") were compared.
+        overlap: IoU threshold.
+        score_threshold: Predictions that score less are ignored.
     """
 
     classes: tuple[str, ...]
     counts: Int[np.ndarray, "k_plus_1 k_plus_1"]
     images: dict[tuple[int, int], list[int | str]] = field(repr=False)
-    by: Literal["segm", "bbox"] = "segm"  # masks or boxes overlap
+    by: Literal["segm", "bbox"] = "segm"
     overlap: float = 0.5
     score_threshold: float = 0.5
 
     def to_dict(self) -> dict[str, Any]:
+        """The matrix as JSON values."""
         cells = [[row, column, ids] for (row, column), ids in sorted(self.images.items())]
         return {**asdict(self), "classes": list(self.classes), "counts": self.counts.tolist(), "images": cells}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Confusion:
-        cells = {(row, column): ids for row, column, ids in values["images"]}
+        """The matrix from `to_dict`."""
+        values = dict(values)
+        cells = {(row, column): ids for row, column, ids in values.pop("pictures", None) or values["images"]}
         counts = np.asarray(values["counts"], np.int64)
         return cls(**{**values, "classes": tuple(values["classes"]), "counts": counts, "images": cells})
 
@@ -65,10 +87,22 @@ def confuse(
     overlap: float = 0.5,
     score_threshold: float = 0.5,
 ) -> tuple[Confusion, list[ImageScore]]:
-    """The confusion matrix and each image's score, in the order of `image_ids`.
+    """The confusion matrix and the score of each image.
 
-    Pairs are made best overlap first, among equal classes before unequal ones: a second, wrong guess at an object that
-    was also found rightly is a spurious prediction, not a confusion.
+    Pairs are formed by descending overlap, among equal classes before unequal ones: a second prediction of another
+    class for an object that was also predicted correctly is spurious, not a confusion.
+
+    Args:
+        truth: Annotated objects.
+        found: Predicted objects.
+        image_ids: Ids of the images, in the order of the columns.
+        classes: Class names.
+        by: Whether masks or boxes are compared.
+        overlap: IoU threshold.
+        score_threshold: Predictions that score less are ignored.
+
+    Returns:
+        The matrix, and the scores in the order of `image_ids`.
     """
     count = len(classes)
     counts = np.zeros((count + 1, count + 1), np.int64)
@@ -109,10 +143,18 @@ def confuse(
 def match(
     overlaps: Float[np.ndarray, "d g"], same: Bool[np.ndarray, "d g"], least: float
 ) -> tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]:
-    """Pairs (prediction, annotation) of overlap `least` or more, each in one pair at most: best first, `same` first.
+    """Matches predictions with annotations greedily, each at most once.
 
-    Round by round, all pairs are made in which each is the other's best; that gives what going through the sorted
-    pairs one by one would.
+    In each round, all pairs are formed in which each is the other's best; the result equals going through the sorted
+    pairs.
+
+    Args:
+        overlaps: IoU of each prediction with each annotation.
+        same: Whether the classes are equal; such pairs come first.
+        least: Minimum overlap.
+
+    Returns:
+        Indices of the predictions and of the annotations of each pair.
     """
     worth = np.where(overlaps >= least, overlaps + same, -1.0)
     rows, columns = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -137,7 +179,7 @@ def _score(
     spurious: np.ndarray,
 ) -> ImageScore:
     confused, lost, extra = int((~right).sum()), int(missed.sum()), int(spurious.sum())
-    # a confused object is both missed as what it is and spurious as what it was called
+    # A confused object is both missed in its class and spurious in the predicted one.
     weight = right.sum() + confused + (lost + extra) / 2
     quality = float(overlaps[right].sum() / weight) if weight else None
     return ImageScore(image_id, objects, found, int(right.sum()), confused, lost, extra, quality)

@@ -1,9 +1,9 @@
-"""Predictions in, one image at a time; a `Result` out."""
+"""The evaluator of objects: collects predictions image by image and computes a `Result`."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, runtime_checkable
@@ -21,17 +21,18 @@ from maskwright.evaluation import coco
 from maskwright.evaluation.coco import Backend, Curves, Detections, Kind, Truth
 from maskwright.evaluation.confusion import ImageScore, confuse
 from maskwright.evaluation.records import read_results
-from maskwright.evaluation.result import Example, Protocol, Result, write_json
+from maskwright.evaluation.result import Example, Protocol, Result
+from maskwright.files import write_json
 from maskwright.structures import Instances, Masks, Placement
 
 Task = Literal["instances", "proposals"]
 
-EXAMPLE_SIDE = 560  # pixels of the longer side: sharp in a column of the report, about 40 KB each
+EXAMPLE_SIDE = 560  # pixels of the longer side, enough for a column of the report; about 40 KB each
 
 
 @runtime_checkable
 class Annotated(Interface):
-    """What an evaluator asks of a data set; `areas(i)` (the file's own areas, (N,)) and `name` are used if there."""
+    """The part of a data set's interface that an evaluator uses; `areas(i)` (N,) and `name` are optional."""
 
     @property
     def classes(self) -> Sequence[str]: ...
@@ -46,7 +47,7 @@ class Annotated(Interface):
 
 @dataclass(frozen=True)
 class _Record:
-    """One image's predictions, as small as they get."""
+    """The predictions of one image in compact form."""
 
     labels: np.ndarray
     scores: np.ndarray
@@ -56,20 +57,29 @@ class _Record:
 
 
 class Evaluator:
-    """Collects predictions image by image and compares them with a data set's annotations.
+    """Collects predictions image by image and compares them with the annotations of a data set.
 
-    task                "instances": AP, class by class; "proposals": average recall of objects whatever their class,
-                        at 10, 100 and 1000 per image, as pycocotools counts it without categories
-    kinds               of "segm", "bbox", "keypoints": what to measure
-    boundary            also boundary AP
-    max_detections      per image and class, best first: 100, for proposals 1000; keypoints have their own limit
-                        (COCO's is 20)
-    score_threshold     from which on a prediction counts in the confusion matrix and in the images' quality
-    sigmas              of the keypoints, where they are not COCO's 17
+    `add` is cheap: it keeps run-length strings, about 100 bytes per small object. All computation happens in `result`,
+    which can be called repeatedly; an image that was not added counts as one without predictions. `reset` drops the
+    predictions and keeps what was computed from the annotations, for the next epoch.
 
-    `add` is cheap: it keeps run-length strings, about 100 bytes per small object. All counting happens in `result`,
-    which may be called at any time and as often as wanted; an image that was not added has no predictions. `reset`
-    forgets the predictions and keeps what was worked out of the annotations, for the next epoch.
+    Args:
+        dataset: The data set.
+        kinds: What to measure, of "segm", "bbox", "keypoints".
+        boundary: Measure boundary AP too.
+        max_detections: Limit per image and class, best first; default: 100, for proposals 1000.
+        task: "instances": AP per class. "proposals": average recall of objects regardless of class, at 10, 100 and 1000
+            per image, as pycocotools computes it without categories.
+        keypoint_detections: The limit for keypoints; COCO's is 20.
+        score_threshold: Predictions that score less do not count in the confusion matrix and in the quality of images.
+        sigmas: Keypoint sigmas, if they are not COCO's 17.
+        backend: "auto", "vernier" or "pycocotools".
+        overlaps: IoU (or OKS) thresholds instead of 0.5, 0.55, ... 0.95.
+        sizes: Size ranges instead of COCO's, as name to (lowest, highest) area in square pixels; the first is named ""
+            and holds all sizes.
+
+    Raises:
+        UsageError: If an argument is invalid, or image ids of the data set are not unique.
     """
 
     def __init__(
@@ -84,14 +94,16 @@ class Evaluator:
         score_threshold: float = 0.5,
         sigmas: Sequence[float] | None = None,
         backend: Backend = "auto",
+        overlaps: Sequence[float] | None = None,
+        sizes: Mapping[str, tuple[float, float]] | None = None,
     ):
         unknown = [kind for kind in kinds if kind not in coco.KINDS]
         if unknown or not kinds:
-            raise UsageError(f"kinds is {tuple(kinds)}; choose one or more of {', '.join(coco.KINDS)}")
+            raise UsageError(f"kinds must be one or more of {', '.join(coco.KINDS)}, got {tuple(kinds)}")
         if task not in ("instances", "proposals"):
-            raise UsageError(f"task is {task!r}; expected instances or proposals")
+            raise UsageError(f"task must be 'instances' or 'proposals', got {task!r}")
         if task == "proposals" and "keypoints" in kinds:
-            raise UsageError("proposals have no keypoints; measure kinds 'segm' and 'bbox'")
+            raise UsageError("kinds must be 'segm' and 'bbox' for proposals, which have no keypoints")
         if max_detections is None:
             max_detections = 1000 if task == "proposals" else 100
         coco.backend_of(backend)
@@ -99,6 +111,8 @@ class Evaluator:
         coco.ladder(keypoint_detections)
         dataset = as_dataset(dataset)
         self.task = task
+        coco.check_ranges(overlaps, sizes)
+        self.overlaps, self.ranges = overlaps, sizes
         self.given = dataset  # with its own classes
         self.dataset = OneClass(dataset) if task == "proposals" else dataset
         self.kinds = cast(tuple[Kind, ...], tuple(dict.fromkeys([*kinds, *(["boundary"] if boundary else [])])))
@@ -108,33 +122,38 @@ class Evaluator:
         self.sigmas = sigmas
         self.backend: Backend = backend
         ids = list(dataset.image_ids())
-        # pycocotools goes through images in the order of their ids, and equal scores keep that order
+        # pycocotools processes images in the order of their ids, and equal scores keep that order.
         self._order = sorted(range(len(ids)), key=lambda i: (isinstance(ids[i], str), ids[i]))
         self._ids = [ids[i] for i in self._order]
         self._position = {image_id: position for position, image_id in enumerate(self._ids)}
         if len(self._position) < len(ids):
-            raise UsageError(f"{len(ids) - len(self._position)} images of the data set share their id with another one")
-        sizes = list(dataset.sizes())
-        self._sizes = [(int(sizes[i][0]), int(sizes[i][1])) for i in self._order]
+            raise UsageError(f"{len(ids) - len(self._position)} images of the data set have the id of another image")
+        shapes = list(dataset.sizes())
+        self._sizes = [(int(shapes[i][0]), int(shapes[i][1])) for i in self._order]
         self._records: dict[Any, _Record] = {}
         self._truth: Truth | None = None
 
     def __len__(self) -> int:
-        """How many images were added."""
+        """The number of images that were added."""
         return len(self._records)
 
     def add(self, image_id: Any, instances: Instances) -> None:
-        """One image's predictions, by the data set's own image id, on the image's own grid.
+        """Adds the predictions for an image.
 
-        Labels are the data set's; objects of label -1 (a class it does not have, see `match_classes`) are left out.
-        Proposals may have any labels.
+        Args:
+            image_id: The image's id in the data set.
+            instances: Objects on the image's own grid, with scores, and labels of the data set; objects with label -1
+                (a class that it does not have, see `match_classes`) are left out. Proposals may have any labels.
+
+        Raises:
+            UsageError: If the image is unknown or was added before, or the predictions do not fit it.
         """
         if image_id not in self._position:
             raise UsageError(
-                f"the data set has no image {image_id!r}; its ids are {_some(self._ids)} (by position: add_at)"
+                f"the data set has no image {image_id!r}; its ids are {_some(self._ids)} (use add_at for positions)"
             )
         if image_id in self._records:
-            raise UsageError(f"image {image_id!r} was added twice; call reset() before the next round")
+            raise UsageError(f"image {image_id!r} was added twice; call reset() before the next evaluation")
         size = self._sizes[self._position[image_id]]
         if tuple(instances.image_size) != size:
             raise UsageError(
@@ -144,33 +163,38 @@ class Evaluator:
         self._records[image_id] = self._compact(image_id, instances)
 
     def add_at(self, index: int, instances: Instances) -> None:
-        """The same by the image's position in the data set."""
+        """Adds the predictions for the image at a position of the data set, see `add`."""
         self.add(self.dataset.image_ids()[index], instances)
 
     def reset(self) -> None:
-        """Forgets all predictions."""
+        """Drops all predictions."""
         self._records = {}
 
     # ---- several processes, files --------------------------------------------------------------------------------
 
     def partial(self) -> dict[Any, Any]:
-        """What was added here, to be sent (pickled) to another process and given to `merge` there."""
+        """The predictions added here, to be sent to another process (pickled) and passed to `merge` there."""
         return dict(self._records)
 
     def merge(self, partials: Sequence[dict[Any, Any]]) -> None:
-        """Takes over what other processes added. An image that several have (samplers repeat some, so that all have
-        equally many) counts once, from the first that has it."""
+        """Adds the predictions of other processes.
+
+        An image that several have (samplers repeat some, so that all have the same number) counts once, from the first.
+        """
         for partial in partials:
             unknown = [image_id for image_id in partial if image_id not in self._position]
             if unknown:
-                raise UsageError(f"a partial holds image {unknown[0]!r}, which the data set does not have")
+                raise UsageError(f"a partial result has image {unknown[0]!r}, which the data set does not have")
             self._records = {**partial, **self._records}
 
     def write(self, path: str | Path) -> Path:
-        """All predictions as a COCO results file, with the data set's own ids.
+        """Writes all predictions as a COCO results file, with the data set's own ids.
 
-        Records hold both "bbox" and "segmentation". To get the same APs, APm and APl for masks out of pycocotools,
-        remove "bbox" first: otherwise it takes a prediction's size from its box.
+        Records have both "bbox" and "segmentation". To get the same APs, APm and APl for masks from pycocotools, remove
+        "bbox" first: otherwise it takes the size of a prediction from its box.
+
+        Returns:
+            The path.
         """
         records: list[dict[str, Any]] = []
         for image_id, size in zip(self._ids, self._sizes, strict=True):
@@ -180,7 +204,7 @@ class Evaluator:
         return write_json(path, records)
 
     def read(self, path: str | Path) -> None:
-        """Adds all predictions of a COCO results file. AnnotationError names the file and the record at fault."""
+        """Adds all predictions of a COCO results file; AnnotationError if a record is damaged."""
         sizes = dict(zip(self._ids, self._sizes, strict=True))
         for image_id, instances in read_results(path, sizes, self.given.category_ids).items():
             self.add(image_id, instances)
@@ -188,8 +212,13 @@ class Evaluator:
     # ---- counting ------------------------------------------------------------------------------------------------
 
     def result(self, examples: int = 6, title: str = "") -> Result:
-        """Counts everything. Shrinks and keeps the `examples` worst and as many best images for the report page;
-        0 spares reading them."""
+        """Computes the result.
+
+        Args:
+            examples: Number of worst and of best images that are kept, reduced in size, for the report page; with 0 no
+                image is read.
+            title: Title of the report page.
+        """
         truth, found = self._annotations(), self._predictions()
         curves: dict[Kind, Curves] = {kind: self._curves(truth, found, kind) for kind in self.kinds}
         masked = truth.masks is not None and (found.masks is not None or not len(found.owner))
@@ -207,7 +236,7 @@ class Evaluator:
             classes=tuple(self.dataset.classes),
             protocol=self._protocol(truth, found),
             per_class=self._per_class(truth, found, curves),
-            objects=_sizes_of(truth),
+            objects=_sizes_of(truth, self.ranges or coco.SIZES),
             curves=self._precisions(curves),
             confusion=confusion,
             images=images,
@@ -220,11 +249,12 @@ class Evaluator:
         limit = self.keypoint_detections if kind == "keypoints" else self.max_detections
         limits = coco.proposal_limits(limit) if self.task == "proposals" else None
         return coco.coco_ap(
-            truth, found, kind, max_detections=limit, limits=limits, sigmas=self.sigmas, backend=self.backend
-        )
+            truth, found, kind, max_detections=limit, limits=limits, sigmas=self.sigmas, backend=self.backend,
+            overlaps=self.overlaps, sizes=self.ranges,
+        )  # fmt: skip
 
     def _precisions(self, curves: dict[Kind, Curves]) -> dict[str, list[float]]:
-        if self.task == "proposals":  # nobody counts what is too much
+        if self.task == "proposals":  # precision is not defined: further proposals are not errors
             return {}
         return {f"{k}/{int(o * 100)}": c for k in curves for o in (0.5, 0.75) if (c := curves[k].precision_at(o))}
 
@@ -236,16 +266,23 @@ class Evaluator:
             points = truth.keypoints if truth.keypoints is not None else found.keypoints
             keypoints = len(coco.PERSON_SIGMAS) if points is None else points.shape[1]
             if self.sigmas is not None:
-                notes.append("OKS with sigmas of the caller's")
+                notes.append("OKS with custom sigmas")
             elif keypoints != len(coco.PERSON_SIGMAS):
                 notes.append(f"OKS with sigma {coco.OTHER_SIGMA} for each of {keypoints} keypoints")
         if self.task == "proposals":
-            notes.append("average recall of objects whatever their class (useCats 0)")
+            notes.append("average recall of objects regardless of class (useCats 0)")
         if not self.dataset.has_areas:
-            notes.append("sizes of objects are those of their masks")
+            notes.append("sizes of objects are the areas of their masks")
+        if self.overlaps is not None:
+            notes.append(f"overlap thresholds {', '.join(f'{o:g}' for o in self.overlaps)}")
+        if self.ranges is not None:
+            notes.append(
+                "size ranges "
+                + ", ".join(f"{n or 'all'} {low:g} to {high:g}" for n, (low, high) in self.ranges.items())
+            )
         return Protocol(
             images=f"{name}, {len(self._ids)} images",
-            evaluator=coco.backend_name(self.backend),
+            evaluator=coco.backend_name("pycocotools" if self.overlaps or self.ranges else self.backend),
             max_detections=self.max_detections,
             note="; ".join(notes),
         )
@@ -305,7 +342,7 @@ class Evaluator:
 
     def _compact(self, image_id: Any, instances: Instances) -> _Record:
         if instances.scores is None:
-            raise UsageError(f"predictions for image {image_id!r} have no scores; AP ranks by them")
+            raise UsageError(f"predictions for image {image_id!r} have no scores, which AP needs")
         instances = one_class(instances.to("cpu")) if self.task == "proposals" else instances.to("cpu")
         known = instances.labels >= 0
         if not bool(known.all()):
@@ -320,7 +357,7 @@ class Evaluator:
         scores = instances.scores.detach().double().numpy()
         boxes = instances.boxes.detach().double().numpy()
         if not np.isfinite(scores).all() or not np.isfinite(boxes).all():
-            raise UsageError(f"predictions for image {image_id!r} hold a score or box that is not finite")
+            raise UsageError(f"predictions for image {image_id!r} have a score or box that is not finite")
         wants = {"segm", "boundary"} & set(self.kinds)
         if wants and len(labels) and instances.masks is None:
             raise UsageError(f"predictions for image {image_id!r} have no masks; evaluate kinds=('bbox',) instead")
@@ -343,7 +380,7 @@ class Evaluator:
         pairs = [(i, r) for i, d in enumerate(self._ids) if (r := self._records.get(d)) is not None and len(r.labels)]
         records = [r for _, r in pairs]
         masked = bool(records) and all(r.masks is not None for r in records)
-        jointed = bool(records) and all(r.keypoints is not None for r in records)
+        with_points = bool(records) and all(r.keypoints is not None for r in records)
         boxes = np.concatenate([np.zeros((0, 4)), *(r.boxes for r in records)])
         return Detections(
             owner=np.repeat([i for i, _ in pairs], [len(r.labels) for r in records]).astype(np.int64),
@@ -351,15 +388,25 @@ class Evaluator:
             scores=np.concatenate([np.zeros(0), *(r.scores for r in records)]),
             boxes=np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1),
             masks=[text for r in records for text in r.masks or ()] if masked else None,
-            keypoints=np.concatenate([cast(np.ndarray, r.keypoints) for r in records]) if jointed else None,
+            keypoints=np.concatenate([cast(np.ndarray, r.keypoints) for r in records]) if with_points else None,
         )
 
 
 def match_classes(ours: Sequence[str], theirs: Sequence[str]) -> Int[Tensor, " k"]:
-    """For each of `ours` its position in `theirs`, by name; -1 where there is none.
+    """Matches class names.
 
-    Names are compared as they are and then without regard to case, spaces, hyphens and underscores. Where `theirs` has
-    a name twice, the first counts. UsageError where no name is in both: the results would all be zero.
+    Names are compared exactly, then without regard to case, spaces, hyphens and underscores. Of equal names in `theirs`
+    the first counts.
+
+    Args:
+        ours: Names to look up.
+        theirs: Names to look in.
+
+    Returns:
+        For each of `ours` its position in `theirs`; -1 if there is none.
+
+    Raises:
+        UsageError: If no name is in both: all results would be zero.
     """
     exact = {name: label for label, name in reversed(list(enumerate(theirs)))}
     loose = {_folded(name): label for label, name in reversed(list(enumerate(theirs)))}
@@ -422,9 +469,9 @@ def _instances(record: _Record, size: tuple[int, int]) -> Instances:
     )
 
 
-def _sizes_of(truth: Truth) -> dict[str, int]:
+def _sizes_of(truth: Truth, ranges: Mapping[str, tuple[float, float]]) -> dict[str, int]:
     areas = truth.areas[~truth.crowd]
-    within = {name: int(((areas >= low) & (areas <= high)).sum()) for name, (low, high) in coco.SIZES.items() if name}
+    within = {name: int(((areas >= low) & (areas <= high)).sum()) for name, (low, high) in ranges.items() if name}
     return {"all": len(areas), **within, "crowd": int(truth.crowd.sum())}
 
 

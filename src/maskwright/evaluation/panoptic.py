@@ -1,13 +1,13 @@
-"""Panoptic quality: how well images are divided among things and stuff; and the labels of pixels alone.
+"""Panoptic quality of images segmented into things and stuff, and IoU of pixel labels.
 
-Segments of a class match where they overlap by more than half (IoU > 0.5), so that each has one partner at most. With
-TP matches, FP predicted and FN annotated segments left alone, a class has
+Segments of a class match if they overlap by more than half (IoU > 0.5), so that each has at most one partner. With TP
+matches, FP unmatched predicted and FN unmatched annotated segments, a class has
 
     PQ = SQ x RQ,  SQ = mean IoU of the matches,  RQ = TP / (TP + FP / 2 + FN / 2)        (Kirillov et al., 2019)
 
-and PQ over classes is the mean over those that have any of the three. The rules for what is not annotated are those of
-the reference implementation (panopticapi): pixels of nothing are taken out of a union; crowd regions match nothing; a
-prediction of which more than half lies on nothing, or on the crowd of its class, is no mistake.
+and PQ is the mean over the classes that have any of the three. What is not annotated is treated as in the reference
+implementation (panopticapi): unlabelled pixels are excluded from unions; crowd regions match nothing; a prediction of
+which more than half lies on unlabelled pixels or on the crowd region of its class is not an error.
 """
 
 from __future__ import annotations
@@ -30,15 +30,23 @@ MEASURES = ("PQ", "SQ", "RQ")
 
 @dataclass(frozen=True)
 class Counts:
-    """What matches and what is left alone, per class."""
+    """Matched and unmatched segments per class.
 
-    iou: Float[np.ndarray, " k"]  # sum over the matches
+    Attributes:
+        iou: Sum of the IoU over the matches.
+        tp: Number of matches.
+        fp: Number of unmatched predicted segments.
+        fn: Number of unmatched annotated segments.
+    """
+
+    iou: Float[np.ndarray, " k"]
     tp: Int[np.ndarray, " k"]
     fp: Int[np.ndarray, " k"]
     fn: Int[np.ndarray, " k"]
 
     @classmethod
     def none(cls, classes: int) -> Counts:
+        """Counts of zero."""
         zero = np.zeros(classes, np.int64)
         return cls(np.zeros(classes), zero, zero, zero)
 
@@ -46,7 +54,7 @@ class Counts:
         return Counts(self.iou + other.iou, self.tp + other.tp, self.fp + other.fp, self.fn + other.fn)
 
     def quality(self, chosen: np.ndarray | None = None) -> dict[str, float]:
-        """PQ, SQ and RQ, the mean over those of the chosen classes that have anything; -1 where none has."""
+        """PQ, SQ and RQ, the mean over those of the chosen classes that have segments; -1 if none has."""
         kept = (self.tp + self.fp + self.fn > 0) & (True if chosen is None else chosen)
         if not kept.any():
             return dict.fromkeys(MEASURES, -1.0)
@@ -60,14 +68,23 @@ class Counts:
 
 
 def panoptic_counts(truth: Panoptic, found: Panoptic, classes: int) -> Counts:
-    """One image's matches. Labels are 0 ... classes - 1 in both."""
+    """Counts the matches in one image.
+
+    Args:
+        truth: Annotated segments.
+        found: Predicted segments.
+        classes: Number of classes; labels are 0 ... classes - 1 in both.
+
+    Raises:
+        UsageError: If the two have different sizes.
+    """
     if truth.image_size != found.image_size:
         raise UsageError(f"the prediction is on a grid of {found.image_size}, the image is {truth.image_size} (H, W)")
     there, guessed = truth.segments.labels.cpu().numpy(), found.segments.labels.cpu().numpy()
     crowd = np.zeros(len(there), bool) if truth.segments.crowd is None else truth.segments.crowd.cpu().numpy()
     columns = len(guessed) + 1
     pairs = truth.map().numpy().astype(np.int64) * columns + found.map().numpy()
-    # (N + 1, M + 1) pixels in common; row and column 0 are nothing
+    # (N + 1, M + 1) common pixels; row and column 0 are unlabelled.
     common = np.bincount(pairs.ravel(), minlength=(len(there) + 1) * columns).reshape(-1, columns)
     areas, sizes = common.sum(1), common.sum(0)
     inside = common[1:, 1:]
@@ -92,8 +109,13 @@ def panoptic_counts(truth: Panoptic, found: Panoptic, classes: int) -> Counts:
 
 
 class PanopticEvaluator:
-    """Collects divided images one by one and compares them with a data set's; an image that was not added counts as
-    divided among nothing. Each costs a few numbers per class once it is compared."""
+    """Collects the segments of images one by one and compares them with the annotations of a data set.
+
+    An image that was not added counts as one without segments. A few numbers per class are kept for each image.
+
+    Args:
+        dataset: A data set with stuff.
+    """
 
     def __init__(self, dataset: Any):
         self.dataset = dataset = as_dataset(dataset)
@@ -104,11 +126,19 @@ class PanopticEvaluator:
         return len(self._counts)
 
     def add(self, image_id: Any, panoptic: Panoptic) -> None:
-        """One image's segments, by the data set's own image id and labels; those of label -1 are left out."""
+        """Adds the predicted segments of an image.
+
+        Args:
+            image_id: The image's id in the data set.
+            panoptic: Segments with the labels of the data set; those with label -1 are left out.
+
+        Raises:
+            UsageError: If the image is unknown or was added before, or a label does not exist.
+        """
         if image_id not in self._position:
             raise UsageError(f"the data set has no image {image_id!r}")
         if image_id in self._counts:
-            raise UsageError(f"image {image_id!r} was added twice; call reset() before the next round")
+            raise UsageError(f"image {image_id!r} was added twice; call reset() before the next evaluation")
         labels = panoptic.segments.labels
         if len(labels) and int(labels.max()) >= len(self.dataset.classes):
             raise UsageError(
@@ -121,25 +151,31 @@ class PanopticEvaluator:
         self._counts[image_id] = panoptic_counts(truth, panoptic, len(self.dataset.classes))
 
     def add_at(self, index: int, panoptic: Panoptic) -> None:
-        """The same by the image's position in the data set."""
+        """Adds the segments of the image at a position of the data set, see `add`."""
         self.add(self.dataset.image_ids()[index], panoptic)
 
     def reset(self) -> None:
-        """Forgets all predictions."""
+        """Drops all predictions."""
         self._counts = {}
 
     def partial(self) -> dict[Any, Counts]:
-        """What was added here, to be sent to another process and given to `merge` there."""
+        """The counts of this process, to be sent to another one and passed to `merge` there."""
         return dict(self._counts)
 
     def merge(self, partials: Sequence[dict[Any, Counts]]) -> None:
-        """Takes over what other processes added; an image that several have counts once."""
+        """Adds the counts of other processes; an image that several have counts once."""
         for partial in partials:
             self._counts = {**partial, **self._counts}
 
     def result(self, title: str = "") -> Result:
-        """`summary` has "panoptic/PQ", "panoptic/SQ", "panoptic/RQ" and the same for things and stuff, as
-        "panoptic/PQth" and "panoptic/PQst"."""
+        """Computes the result.
+
+        Its `summary` has "panoptic/PQ", "panoptic/SQ", "panoptic/RQ", and the same for things and stuff as
+        "panoptic/PQth", "panoptic/PQst" and so on.
+
+        Args:
+            title: Title of the report page.
+        """
         classes, count = tuple(self.dataset.classes), len(self.dataset.classes)
         missing = [image_id for image_id in self._position if image_id not in self._counts]
         total = Counts.none(count)
@@ -185,7 +221,7 @@ class SemanticEvaluator:
         if image_id not in self._position:
             raise UsageError(f"the data set has no image {image_id!r}")
         if image_id in self._seen:
-            raise UsageError(f"image {image_id!r} was added twice; call reset() before the next round")
+            raise UsageError(f"image {image_id!r} was added twice; call reset() before the next evaluation")
         truth: Panoptic = self.dataset.panoptic(self._position[image_id])
         if truth.image_size != tuple(labels.shape):
             raise UsageError(f"the prediction is on a grid of {tuple(labels.shape)}, the image is {truth.image_size}")
@@ -211,7 +247,7 @@ class SemanticEvaluator:
         return np.bincount(pairs, minlength=count * (count + 1)).reshape(count, count + 1)
 
     def add_at(self, index: int, labels: Int[Tensor, "h w"]) -> None:
-        """The same by the image's position in the data set."""
+        """Adds the segments of the image at a position of the data set, see `add`."""
         self.add(self.dataset.image_ids()[index], labels)
 
     def result(self, title: str = "") -> Result:
@@ -241,7 +277,7 @@ class SemanticEvaluator:
             }
             for label, name in enumerate(classes)
         ]
-        note = "objects are pixels; an image's pixels of nothing and of crowds do not count"
+        note = "objects are pixels; unlabelled pixels and crowd regions do not count"
         protocol = _protocol(self.dataset, "IoU of labels over all pixels", note)
         return Result(
             summary=summary,

@@ -18,21 +18,31 @@ from maskwright.errors import DataError
 from maskwright.evaluation.charts import Line, chart
 from maskwright.evaluation.coco import RECALLS
 from maskwright.evaluation.confusion import Confusion
-from maskwright.evaluation.result import Example, Result, percent, write_text
+from maskwright.evaluation.result import Example, Result, percent
+from maskwright.files import write_text
 from maskwright.structures import Instances
 
 KIND_NAMES = {"segm": "masks", "bbox": "boxes", "keypoints": "keypoints", "boundary": "mask boundaries"}
 SIZE_NAMES = {"s": "small, under 32² pixels", "m": "medium, 32² to 96²", "l": "large, over 96²"}
-DIVIDED = (("panoptic",), ("semantic",))  # what is measured on whole images instead of objects
-MOST_CLASSES = 20  # in the confusion matrix: what fits a screen; those with most errors are shown
-MOST_IDS = 60  # image ids told per cell
+DIVIDED = (("panoptic",), ("semantic",))  # measured on whole images instead of objects
+MOST_CLASSES = 20  # in the confusion matrix, which then fits a screen; those with most errors are shown
+MOST_IDS = 60  # image ids shown per cell
 
 
 def report(source: Result | str | Path, path: str | Path | None = None, *, title: str | None = None) -> Path:
-    """Writes the page and gives its path (default: report.html in the run folder, or here for a bare result).
+    """Writes the report page.
 
-    `source` is a run folder (its recipe.json, log.csv and result.json, as far as they are there), a saved result, or a
-    `Result`. DataError names a file that is broken, or the folder that has none of them.
+    Args:
+        source: A run folder (its recipe.json, log.csv and result.json are used if present), a saved result, or a
+            `Result`.
+        path: The page; default: report.html in the run folder, or in the current folder for a result.
+        title: Title; default: the result's, or the name of the folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: If a file is damaged, or the folder has none of them.
     """
     folder, result = None, source
     if not isinstance(result, Result):
@@ -44,7 +54,9 @@ def report(source: Result | str | Path, path: str | Path | None = None, *, title
     log = _read_log(folder / "log.csv") if folder and (folder / "log.csv").exists() else {}
     recipe = _read_recipe(folder / "recipe.json") if folder and (folder / "recipe.json").exists() else []
     if result is None and not log:
-        raise DataError(f"{folder}: has neither result.json nor log.csv; pass a run folder of train, or a saved result")
+        raise DataError(
+            f"{folder}: has neither result.json nor log.csv; expected a run folder of train or a saved result"
+        )
     path = Path(path) if path is not None else (folder or Path()) / "report.html"
     name = title or (result.title if result else "") or (folder.resolve().name if folder else "Evaluation")
     return write_text(path, _render(name, result, log, recipe))
@@ -86,8 +98,9 @@ def _render(title: str, result: Result | None, log: dict[str, Line], recipe: lis
 
 
 def _read_log(path: Path) -> dict[str, Line]:
-    """Every named series of log.csv (step, epoch, name, value) as steps and values. Half a last line is left out: a
-    run that was killed while writing leaves one."""
+    """Every series of log.csv (step, epoch, name, value) as steps and values. An incomplete last line, which a killed
+    run
+    leaves, is ignored."""
     series: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
     try:
         text = path.read_text("utf-8")
@@ -113,15 +126,15 @@ def _read_recipe(path: Path) -> list[tuple[str, str]]:
     try:
         values = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: is not the JSON of a recipe ({error})") from None
+        raise DataError(f"{path}: not the JSON of a recipe ({error})") from None
     return _flat(values)
 
 
 def _flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(values, dict):
         return [pair for key, value in values.items() for pair in _flat(value, f"{prefix}{key}.")]
-    told = "–" if values is None else values if isinstance(values, str) else json.dumps(values, ensure_ascii=False)
-    return [(prefix.rstrip(".") or "recipe", told if len(told) <= 300 else told[:300] + " ...")]
+    text = "–" if values is None else values if isinstance(values, str) else json.dumps(values, ensure_ascii=False)
+    return [(prefix.rstrip(".") or "recipe", text if len(text) <= 300 else text[:300] + " ...")]
 
 
 def _training_charts(log: dict[str, Line]) -> list[tuple[str, Any]]:
@@ -137,7 +150,7 @@ def _training_charts(log: dict[str, Line]) -> list[tuple[str, Any]]:
         elif last in ("AP", "AP50", "AP75"):
             groups["Average precision on validation images"][name.removeprefix("val/")] = line
         elif last.startswith(("AP", "AR")):
-            continue  # by size and by limit: the tables below tell the last of these
+            continue  # by size and by limit: in the tables below
         elif last.startswith("lr"):
             groups["Learning rate"][name] = line
         else:
@@ -179,12 +192,12 @@ def _headline(result: Result) -> list[tuple[str, str]]:
 
 
 def _of_proposals(result: Result) -> bool:
-    """Whether recall alone was measured."""
+    """Whether only recall was measured."""
     return bool(result.kinds) and f"{result.kinds[0]}/AP" not in result.summary
 
 
 def _divided(result: Result) -> dict[str, Any] | None:
-    """The tables of images divided among segments: PQ of things and stuff, or IoU of labels; classes, worst first."""
+    """The tables for segments (PQ of things and stuff) or pixel labels (IoU); classes by ascending quality."""
     if result.kinds[:1] not in DIVIDED:
         return None
     if result.kinds[0] == "semantic":
@@ -234,7 +247,7 @@ def _recall_charts(result: Result) -> list[tuple[str, Any]]:
 
 
 def _size_rows(result: Result) -> list[dict[str, Any]]:
-    if _of_proposals(result):  # the table of averages has them
+    if _of_proposals(result):  # in the table of averages
         return []
     total = max(1, result.objects.get("all", 0))
     kinds = [k for k in result.kinds if k != "keypoints"] or list(result.kinds)
@@ -251,7 +264,7 @@ def _size_rows(result: Result) -> list[dict[str, Any]]:
 
 
 def _class_rows(result: Result) -> list[dict[str, Any]]:
-    """Classes that have objects, the worst first."""
+    """Classes that have objects, by ascending AP."""
     rows = [row for row in result.per_class if row["objects"]]
     return sorted(rows, key=lambda row: (row[f"{result.kinds[0]}/AP"], -row["objects"]))
 
@@ -273,7 +286,7 @@ def _confusion_table(confusion: Confusion) -> dict[str, Any]:
     errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
     involved = [int(i) for i in np.argsort(-errors[:last], kind="stable") if counts[i].sum() + counts[:, i].sum()]
     shown = [*sorted(involved[:MOST_CLASSES]), last]
-    across = [last, *shown[:-1]]  # missed objects first, where no scrolling hides them
+    across = [last, *shown[:-1]]  # missed objects first, visible without scrolling
     totals = counts.sum(1)
 
     def cell(row: int, column: int) -> _Cell:
@@ -286,7 +299,7 @@ def _confusion_table(confusion: Confusion) -> dict[str, Any]:
     )
     return {
         "names": ["missed", *(names[i] for i in across[1:])],
-        "rows": [(names[r] if r != last else "nothing there", [cell(r, c) for c in across]) for r in shown],
+        "rows": [(names[r] if r != last else "background", [cell(r, c) for c in across]) for r in shown],
         "hidden": len(involved) - len(shown) + 1,
         "by": "masks" if confusion.by == "segm" else "boxes",
         "overlap": confusion.overlap,
@@ -306,8 +319,8 @@ def _confusion_table(confusion: Confusion) -> dict[str, Any]:
 
 def _sentence(truth: str, guess: str, nothing: bool, missed: bool) -> str:
     if nothing:
-        return f"{guess} seen where nothing is"
-    return f"{truth} missed" if missed else f"{truth} taken for {guess}"
+        return f"{guess} predicted on background"
+    return f"{truth} missed" if missed else f"{truth} predicted as {guess}"
 
 
 # ---- images --------------------------------------------------------------------------------------------------------
@@ -338,7 +351,7 @@ def _figure(example: Example, result: Result) -> dict[str, Any]:
 
 
 def _drawn(image: Any, instances: Instances, result: Result) -> str:
-    """A data URL of the image with the objects over it."""
+    """A data URL of the image with the objects drawn over it."""
     file = io.BytesIO()
     instances.draw(image.copy(), result.classes).convert("RGB").save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + b64encode(file.getvalue()).decode("ascii")

@@ -1,12 +1,10 @@
-"""What an evaluation gives: the numbers, what they mean, and which images they come from."""
+"""The result of an evaluation: figures, the protocol, and the images behind them."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from base64 import b64decode, b64encode
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from maskwright._version import __version__
 from maskwright.errors import DataError
 from maskwright.evaluation.confusion import Confusion, ImageScore
+from maskwright.files import write_json
 from maskwright.structures import Instances
 
 FORMAT = "maskwright-result"
@@ -23,34 +22,47 @@ FORMAT = "maskwright-result"
 
 @dataclass
 class Protocol:
-    """The ten facts that make a number mean something; None where nobody has said. `note` is for any further one.
+    """The conditions of a measurement; None means not stated.
 
-    The evaluator fills in the first three; whoever ran the system knows the others.
+    The evaluator sets the first three; the caller that ran the system sets the others.
+
+    Attributes:
+        images: Data set and number of images: "pedestrians val, 50 images".
+        evaluator: "vernier 0.5.4 (strict parity)".
+        max_detections: Limit of detections per image and class.
+        threshold: Score below which the system gave no objects.
+        input_size: "short side 800, long side at most 1333".
+        precision: "float32", "bfloat16".
+        device: "NVIDIA ...", "CPU, 2 threads".
+        batch: Images per forward pass.
+        decoding_timed: Whether the time includes full-size masks.
+        suppression: "the system's own, then Matrix NMS on the finished masks".
+        note: Anything else.
     """
 
-    images: str | None = None  # "pedestrians val, 50 images"
-    evaluator: str | None = None  # "vernier 0.5.4 (strict parity)"
-    max_detections: int | None = None  # per image and class
-    threshold: float | None = None  # score below which the system gave nothing
-    input_size: str | None = None  # "short side 800, long side at most 1333"
-    precision: str | None = None  # "float32", "bfloat16"
-    device: str | None = None  # "NVIDIA ...", "CPU, 2 threads"
+    images: str | None = None
+    evaluator: str | None = None
+    max_detections: int | None = None
+    threshold: float | None = None
+    input_size: str | None = None
+    precision: str | None = None
+    device: str | None = None
     batch: int | None = None
-    decoding_timed: bool | None = None  # is making full-size masks inside the timer?
-    suppression: str | None = None  # "the system's own, then Matrix NMS on the finished masks"
+    decoding_timed: bool | None = None
+    suppression: str | None = None
     note: str = ""
 
     def facts(self) -> list[tuple[str, str]]:
-        """Name and value of each, "not stated" where it is not."""
+        """Name and value of each condition, "not stated" for None."""
 
-        def told(value: Any) -> str:
+        def shown(value: Any) -> str:
             if value is None:
                 return "not stated"
             return (
                 {True: "inside the timer", False: "outside the timer"}[value] if isinstance(value, bool) else str(value)
             )
 
-        rows = [(_FACTS[f.name], told(getattr(self, f.name))) for f in fields(self) if f.name in _FACTS]
+        rows = [(_FACTS[f.name], shown(getattr(self, f.name))) for f in fields(self) if f.name in _FACTS]
         return rows + ([("note", self.note)] if self.note else [])
 
     def __str__(self) -> str:
@@ -73,17 +85,27 @@ _FACTS = {
 
 @dataclass
 class Speed:
-    """How fast and how large the run was; None where it was not measured. Filled by whoever ran the system."""
+    """Speed and size of a system; None means not measured.
 
-    milliseconds: float | None = None  # per image, median
+    Attributes:
+        milliseconds: Median time per image.
+        milliseconds_p90: 90th percentile of the time per image.
+        images_per_second: Throughput, reading included.
+        stages: Milliseconds per image of each network ("dense", "boxes", "masks", ...) and of the "arithmetic" between
+            and after them.
+        peak_memory: Bytes, of the device named in the protocol.
+        parameters: Number of parameters.
+    """
+
+    milliseconds: float | None = None
     milliseconds_p90: float | None = None
     images_per_second: float | None = None
-    stages: dict[str, float] = field(default_factory=dict)  # milliseconds per image by stage: "forward", "decode"
-    peak_memory: int | None = None  # bytes, of the device named in the protocol
+    stages: dict[str, float] = field(default_factory=dict)
+    peak_memory: int | None = None
     parameters: int | None = None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Name and value of what was measured."""
+        """Name and value of each measured figure."""
         rows: list[tuple[str, str]] = []
         if self.milliseconds is not None:
             rows.append(("median per image", f"{self.milliseconds:.1f} ms"))
@@ -101,17 +123,28 @@ class Speed:
 
 @dataclass
 class Example:
-    """An image shrunk for looking at, with what is there and what was found, both on the shrunk image's grid."""
+    """An image reduced in size, with its annotations and predictions on the reduced grid.
 
-    rank: str  # "worst" or "best"
+    Attributes:
+        rank: "worst" or "best".
+        score: The outcome for the image.
+        image: JPEG data.
+        size: Height and width of the JPEG.
+        truth: Annotated objects.
+        found: Predictions that score at least the threshold of the confusion matrix.
+        name: File name, if there is a file.
+    """
+
+    rank: str
     score: ImageScore
-    image: bytes  # JPEG
-    size: tuple[int, int]  # H, W of the JPEG
+    image: bytes
+    size: tuple[int, int]
     truth: Instances
-    found: Instances  # scores at or above the confusion matrix' threshold
-    name: str = ""  # of the file, where there is one
+    found: Instances
+    name: str = ""
 
     def to_dict(self) -> dict[str, Any]:
+        """The example as JSON values."""
         return {
             "rank": self.rank,
             "name": self.name,
@@ -125,36 +158,56 @@ class Example:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Example:
+        """The example from `to_dict`."""
         from maskwright.evaluation.records import instances_from_records
 
         size = (int(values["size"][0]), int(values["size"][1]))
         truth, found = (instances_from_records(values[name], size, lambda c: int(c) - 1) for name in ("truth", "found"))
         truth.crowd = torch.tensor(values["crowd"], dtype=torch.bool) if values["crowd"] else None
         score = ImageScore(**values["score"])
-        return cls(values["rank"], score, b64decode(values["image"]), size, truth, found, values["name"])
+        return cls(
+            values["rank"],
+            score,
+            b64decode(values["image"] if "image" in values else values["picture"]),
+            size,
+            truth,
+            found,
+            values["name"],
+        )
 
 
 @dataclass
 class Result:
-    """The outcome of an evaluation.
+    """The result of an evaluation.
 
-    `summary` maps "segm/AP", "segm/AP50", "segm/APs", "segm/AR100", "bbox/AP", "keypoints/AP", "boundary/AP", ... to
-    0 ... 1 (of proposals recall alone: "segm/AR10", "segm/AR100s", ...); -1 where there was nothing to find
-    (pycocotools' convention). `per_class` has one row per class (none of proposals) with the same keys and "class",
-    "category_id", "objects", "images", "found", "threshold" (the score at which F1 at overlap 0.5 is best) and "F1"
-    (None where it has none).
+    Attributes:
+        summary: "segm/AP", "segm/AP50", "segm/APs", "segm/AR100", "bbox/AP", "keypoints/AP", "boundary/AP", ... as 0
+            ... 1 (for proposals recall only: "segm/AR10", "segm/AR100s", ...); -1 if there are no objects (the
+            convention of pycocotools).
+        classes: Class names.
+        protocol: The conditions of the measurement.
+        per_class: One row per class (none for proposals) with the same keys and "class", "category_id", "objects",
+            "images", "found", "threshold" (the score at which F1 at overlap 0.5 is best) and "F1" (None if undefined).
+        objects: Number of annotated objects: "all", "s", "m", "l", "crowd".
+        curves: "segm/50" and so on: precision at the recalls 0, 0.01, ... 1.
+        confusion: The confusion matrix.
+        images: The outcome for each image.
+        examples: Images for the report page.
+        missing: Images without predictions handed in; they count as images without objects found.
+        speed: Speed and size of the system.
+        title: Title of the report page.
     """
 
     summary: dict[str, float]
     classes: tuple[str, ...]
     protocol: Protocol = field(default_factory=Protocol)
     per_class: list[dict[str, Any]] = field(default_factory=list)
-    objects: dict[str, int] = field(default_factory=dict)  # annotated objects: "all", "s", "m", "l", "crowd"
-    curves: dict[str, list[float]] = field(default_factory=dict)  # "segm/50": precision at recall 0, 0.01, ... 1
+    objects: dict[str, int] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
     confusion: Confusion | None = None
     images: list[ImageScore] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
-    missing: int = 0  # images nothing was handed in for; they count as images without predictions
+    missing: int = 0
     speed: Speed = field(default_factory=Speed)
     title: str = ""
 
@@ -167,11 +220,11 @@ class Result:
         return self.summary[name]
 
     def worst(self, count: int = 10) -> list[ImageScore]:
-        """Images by rising quality; those with nothing to find and nothing found are left out."""
+        """Images by ascending quality, without those that have neither objects nor predictions."""
         return sorted((p for p in self.images if p.quality is not None), key=lambda p: p.quality or 0.0)[:count]
 
     def __str__(self) -> str:
-        """The table of averages (in percent), with the protocol under it."""
+        """The table of averages in percent, and the protocol."""
         if self.kinds and self.kinds[0] in ("panoptic", "semantic"):
             return self._divided()
         if self.kinds and f"{self.kinds[0]}/AP" not in self.summary:
@@ -186,7 +239,7 @@ class Result:
         return "\n".join([*lines, *self._missing(), str(self.protocol)])
 
     def _recalls(self) -> list[str]:
-        """Of proposals: recall by limit, and by size where the limit is 100 (or the largest below it)."""
+        """For proposals: recall by limit, and by size at the limit 100 (or the largest below it)."""
         first = f"{self.kinds[0]}/"
         names = [k.removeprefix(first) for k in self.summary if k.startswith(first)]
         whole = [n for n in names if n[2:].isdigit()]
@@ -198,10 +251,12 @@ class Result:
         return lines
 
     def _missing(self) -> list[str]:
-        return [f"{self.missing} images had no predictions handed in; they count as empty."] if self.missing else []
+        return (
+            [f"{self.missing} images had no predictions; they count as images without objects."] if self.missing else []
+        )
 
     def _divided(self) -> str:
-        """The same for images divided among segments."""
+        """The table for segments or pixel labels."""
         if self.kinds[0] == "semantic":
             lines = [f"{name.split('/')[1]:10}{percent(value):>8}" for name, value in self.summary.items()]
         else:
@@ -214,7 +269,7 @@ class Result:
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` gives the same result back."""
+        """The result as JSON values."""
         return {
             "format": FORMAT,
             "maskwright": __version__,
@@ -229,30 +284,31 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
+        """The result from `to_dict`, also of earlier versions."""
         return cls(
             **{name: values[name] for name in _PLAIN},
             classes=tuple(values["classes"]),
-            protocol=Protocol(**values["protocol"]),
-            speed=Speed(**values["speed"]),
+            protocol=Protocol(**{k.replace("pictures", "images"): v for k, v in values["protocol"].items()}),
+            speed=Speed(**{k.replace("pictures_", "images_"): v for k, v in values["speed"].items()}),
             confusion=Confusion.from_dict(values["confusion"]) if values["confusion"] else None,
-            images=[ImageScore(**p) for p in values["images"]],
+            images=[ImageScore(**p) for p in (values["images"] if "images" in values else values["pictures"])],
             examples=[Example.from_dict(e) for e in values["examples"]],
         )
 
     def save(self, path: str | Path) -> Path:
-        """Writes JSON, beside and then renamed; `load` reads it back."""
+        """Writes the result as JSON, atomically; returns the path."""
         return write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """A result that `save` wrote. DataError names the file if it is something else."""
+        """Reads a result that `save` wrote; DataError if the file is not one."""
         path = Path(path)
         try:
             values = json.loads(path.read_text("utf-8"))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); expected a result saved by evaluate") from None
         except ValueError as error:
-            raise DataError(f"{path}: is not JSON ({error}); expected a result saved by evaluate") from None
+            raise DataError(f"{path}: not JSON ({error}); expected a result saved by evaluate") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise DataError(f'{path}: has no "format": "{FORMAT}"; expected a result saved by evaluate')
         try:
@@ -260,8 +316,7 @@ class Result:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             version = values.get("maskwright", "an unknown version")
             raise DataError(
-                f"{path}: was written by maskwright {version} and does not fit {__version__} ({error!r}); "
-                "evaluate again"
+                f"{path}: written by maskwright {version} and not readable by {__version__} ({error!r}); evaluate again"
             ) from None
 
 
@@ -269,25 +324,5 @@ _PLAIN = ("summary", "per_class", "objects", "curves", "missing", "title")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """0.3456 as "34.6"; a dash where there is no value (None, NaN, -1)."""
+    """0.3456 as "34.6"; a dash for no value (None, NaN, -1)."""
     return "–" if value is None or math.isnan(value) or value < 0 else f"{100 * value:.{digits}f}"
-
-
-def write_json(path: str | Path, values: dict[str, Any] | Sequence[Any]) -> Path:
-    """Writes `values` beside `path` and renames: the file is there whole or not at all."""
-    return write_text(path, json.dumps(values, allow_nan=False, separators=(",", ":"), ensure_ascii=False))
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Writes `text` as UTF-8 beside `path` and renames. DataError names the path where that is not possible."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(text, "utf-8")
-        beside.replace(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from None
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
