@@ -93,7 +93,7 @@ def prepare_levels(levels: Sequence[Float[Tensor, "b c _h _w"]]) -> list[Float[T
 
 
 def coordinates(feature: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 h w"]:
-    """Coordinate channels x and y (CoordConv, arXiv 1807.03247), from -1 in the first to 1 in the last column or row."""
+    """x and y as channels (CoordConv, arXiv 1807.03247), from -1 in the first column or row to 1 in the last."""
     count, _, height, width = feature.shape
     x = torch.linspace(-1, 1, width, device=feature.device).expand(height, width)
     y = torch.linspace(-1, 1, height, device=feature.device)[:, None].expand(height, width)
