@@ -1,4 +1,4 @@
-"""Transformers' parts against torch's own, or against a plain way of saying the same."""
+"""Parts of transformers against those of torch, or against a plain implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maskwright.blocks.transformer import Attention, DecoderLayer, EncoderLayer
 SHAPES = [(3, 5), (6, 9), (12, 17)]
 
 
-def test_attention_is_torchs_own():
+def test_attention_agrees_with_torch():
     ours, theirs = Attention(32, 4), nn.MultiheadAttention(32, 4, batch_first=True)
     with torch.no_grad():
         theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
@@ -30,8 +30,8 @@ def test_attention_is_torchs_own():
     torch.testing.assert_close(ours(q, k, v, allowed), theirs(q, k, v, attn_mask=blocked, need_weights=False)[0])
 
 
-def test_layers_are_detrs():
-    """torch's post-norm layers are the same without positions."""
+def test_layers_agree_with_torch():
+    """Without positions they are the post-norm layers of torch."""
     encoder, plain = EncoderLayer(32, 64, 4), nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
     attention, forward = encoder.self_attention.attention, encoder.feed_forward
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_layers_are_detrs():
     assert shapes == [x.shape, x.shape]
 
 
-def test_positions_count_without_padding():
+def test_positions_do_not_count_padding():
     whole = sine_positions((4, 6), 8)
     assert whole.shape == (1, 16, 4, 6)
     torch.testing.assert_close(whole[0, 0, :, 0], (torch.arange(1, 5) / 4 * 2 * math.pi).sin(), atol=1e-5, rtol=0)
@@ -67,8 +67,8 @@ def test_positions_count_without_padding():
     assert sine_code(torch.rand(2, 3), 10).shape == (2, 3, 10)
 
 
-def plainly(values, shapes, places, weights):
-    """As the paper says it, with grid_sample on each level."""
+def reference(values, shapes, places, weights):
+    """The formula of the paper, with grid_sample on each level."""
     batch, _, heads, width = values.shape
     total = 0
     for level, (part, (h, w)) in enumerate(zip(values.split([h * w for h, w in shapes], 1), shapes, strict=True)):
@@ -80,21 +80,21 @@ def plainly(values, shapes, places, weights):
 
 
 @pytest.mark.parametrize("way", [deformable._by_rows, deformable._by_maps], ids=["rows", "maps"])
-def test_deformable_samples_are_weighted_sums_of_bilinear_ones_with_their_gradients(way):
+def test_deformable_sampling_and_its_gradients_agree_with_grid_sample(way):
     torch.manual_seed(0)
     tokens = sum(h * w for h, w in SHAPES)
     values = torch.randn(2, tokens, 4, 8, dtype=torch.float64, requires_grad=True)
     places = (torch.rand(2, 11, 4, 3, 2, 2, dtype=torch.float64) * 1.6 - 0.3).requires_grad_()
     weights = torch.rand(2, 11, 4, 3, 2, dtype=torch.float64, requires_grad=True)
     gradients = []
-    for each in (way, plainly):
+    for each in (way, reference):
         found = each(values, SHAPES, places, weights)
         gradients.append((found, *torch.autograd.grad(found.square().sum(), (values, places, weights))))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_far_away_is_nothing_and_padding_is_not_read():
+def test_locations_outside_and_padding_contribute_nothing():
     layer = deformable.DeformableAttention(32, 4, 3, 2)
     tokens = sum(h * w for h, w in SHAPES)
     x, far = torch.randn(1, tokens, 32), torch.full((1, tokens, 1, 2), 9.0)
@@ -107,8 +107,8 @@ def test_far_away_is_nothing_and_padding_is_not_read():
     assert not torch.allclose(layer(x, centres, x, SHAPES, ~every), nothing.expand_as(x))
 
 
-def test_offsets_reach_half_a_box_at_as_many_steps_as_there_are_points():
-    layer = deformable.DeformableAttention(8, 1, 1, 4)  # one head: it looks right, 1 ... 4 steps
+def test_initial_offsets_reach_half_a_box():
+    layer = deformable.DeformableAttention(8, 1, 1, 4)  # one head: to the right, 1 ... 4 steps
     values = torch.zeros(1, 16, 8)
     values[0, 8 + 4] = 1.0  # of a level of 1 x 16: centre at 12.5 / 16
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""EoMT's own: queries among the tokens of a ViT, attention held to masks and let go, and whose weights go where."""
+"""EoMT: queries among the tokens of a ViT, annealed masked attention, and layouts of checkpoints."""
 
 from __future__ import annotations
 
@@ -15,48 +15,53 @@ from maskwright.checkpoints.origins.eomt import ORIGINS
 from maskwright.errors import UsageError
 from maskwright.structures import Placement
 from maskwright.systems import create
-from tests.systems.tiny import SIZE, build, objects
+from maskwright.systems.eomt import EoMT
+from tests.systems.test_mask2former import rewritten
+from tests.systems.tiny import SIZE, build
 
 
 def random_images(count: int = 1) -> torch.Tensor:
     return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
-def test_a_query_looks_into_its_mask_alone_and_everything_else_everywhere():
-    system = build("eomt")
+def test_a_query_attends_only_to_the_inside_of_its_mask():
+    net = build("eomt").dense
     embeddings, features = torch.randn(2, 30, 32), torch.randn(2, 32, 24, 32)
-    allowed = system.allowed(embeddings, features, (6, 8), torch.tensor(1.0))
-    before = 30 + system.backbone.prefix
+    allowed = net.allowed(embeddings, features, (6, 8), torch.tensor(1.0))
+    before = 30 + net.backbone.prefix
     assert allowed.shape == (2, 1, before + 48, before + 48)
-    assert allowed[:, :, :, :before].all(), "queries and the class token are seen by all"
-    assert allowed[:, :, 30:].all(), "tokens that are no queries see all"
+    assert allowed[:, :, :, :before].all(), "all tokens attend to queries and class token"
+    assert allowed[:, :, 30:].all(), "other tokens attend to all"
     small = torch.nn.functional.interpolate(features, (6, 8), mode="bilinear", align_corners=False).flatten(2)
     assert torch.equal(allowed[:, 0, :30, before:], embeddings @ small > 0)
-    assert system.allowed(embeddings, features, (6, 8), torch.tensor(0.0)).float().mean() > 0.99
+    assert net.allowed(embeddings, features, (6, 8), torch.tensor(0.0)).float().mean() > 0.99
 
 
-def test_attention_is_let_go_block_after_block():
+def test_masked_attention_is_annealed_block_by_block():
     system = build("eomt")
-    assert system.mask_probability.tolist() == [1, 1]
-    told = []
+    assert system.dense.mask_probability.tolist() == [1, 1]
+    found = []
     for done in (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0):
         system.on_progress(done)
-        told.append([round(p, 3) for p in system.mask_probability.tolist()])
+        found.append([round(p, 3) for p in system.dense.mask_probability.tolist()])
     half = round(0.5**0.9, 3)
-    assert told == [[1, 1], [1, 1], [half, 1], [0, 1], [0, half], [0, 0], [0, 0]]
+    assert found == [[1, 1], [1, 1], [half, 1], [0, 1], [0, half], [0, 0], [0, 0]]
 
 
-def test_there_is_one_prediction_but_in_training():
+def test_there_are_earlier_predictions_only_in_training():
     system = build("eomt")
     assert len(system.train()(random_images()).classes) == 3
     assert len(system.eval()(random_images()).classes) == 1
     assert len(build("eomt", masked=False).train()(random_images()).classes) == 1
 
 
-def test_training_tells_it_how_far_it_is(tmp_path):
+def test_training_anneals_the_attention(tmp_path):
     from maskwright.data import Scenes
 
-    small = {"width": 32, "depth": 3, "heads": 2, "size": 64, "queries": 10, "last_blocks": 2, "points": 64}
+    small = {
+        "backbone": {"name": "vit_tiny_patch16_224", "width": 32, "depth": 3, "heads": 2},
+        "resize": {"canvas": (64, 64)}, "queries": 10, "last_blocks": 2, "loss": {"points": 64},
+    }  # fmt: skip
     mw.train(
         "eomt",
         Scenes(4, size=(64, 64), seed=0),
@@ -68,37 +73,37 @@ def test_training_tells_it_how_far_it_is(tmp_path):
         ema=None,
         tensorboard=False,
         device="cpu",
-        options={"backbone": "vit_tiny_patch16_224", **small},
+        options=small,
     )
     kept = mw.load(tmp_path / "run" / "last.safetensors")
-    # As the last step, which began when three quarters were done, had it.
-    system = create("eomt", backbone="vit_tiny_patch16_224", **small)
+    # As in the last step, which began after three quarters of the run.
+    system = create("eomt", **small)
     system.on_progress(0.75)
-    assert torch.equal(kept.mask_probability, system.mask_probability)
+    assert torch.equal(kept.dense.mask_probability, system.dense.mask_probability)
 
 
-def test_rotated_positions_leave_queries_alone():
-    small = {"width": 48, "depth": 2, "heads": 2, "size": 64, "queries": 5, "last_blocks": 1}
-    system = create("eomt", backbone="vit_small_patch16_dinov3_qkvb", **small)
-    counts = [block.attn.num_prefix_tokens for block in system.backbone.body.blocks]
-    assert counts == [5, 10], "class token and four registers; then the queries too"
+def test_rotary_positions_do_not_apply_to_queries():
+    backbone = {"name": "vit_small_patch16_dinov3_qkvb", "width": 48, "depth": 2, "heads": 2}
+    system = create("eomt", backbone=backbone, resize={"canvas": (64, 64)}, queries=5, last_blocks=1)
+    counts = [block.attn.num_prefix_tokens for block in system.dense.backbone.body.blocks]
+    assert counts == [5, 10], "class token and four registers, then the queries too"
     with torch.no_grad():
         raw = system.eval()(torch.randn(1, 3, 64, 96))
     assert raw.features.shape == (1, 1, 48, 16, 24)
 
 
-def test_the_table_of_positions_serves_other_sizes():
+def test_inputs_may_have_another_size():
     system = build("eomt").eval()
     with torch.no_grad():
         found = system.decode(system(torch.randn(1, 3, 160, 64)), [Placement.identity((160, 64))])[0]
     assert found.image_size == (160, 64)
 
 
-def test_as_many_patches_in_another_shape_are_other_places():
+def test_positions_are_interpolated_for_a_grid_of_another_shape():
     vit = ViT("vit_tiny_patch16_224", patch=8, size=64, own={"embed_dim": 48, "depth": 1, "num_heads": 3}).eval()
-    images = torch.zeros(1, 3, 32, 128)  # 4 x 16 patches, as many as the table's 8 x 8
+    images = torch.zeros(1, 3, 32, 128)  # 4 x 16 patches, as many as the 8 x 8 of the table
     with torch.no_grad():
-        vit.body.pos_embed[:, 1:].copy_(torch.arange(8.0).repeat(8)[None, :, None])  # each place says its column
+        vit.body.pos_embed[:, 1:].copy_(torch.arange(8.0).repeat(8)[None, :, None])  # the value is the column
         tokens, grid, _ = vit.begin(images)
         found = tokens[0, 1:] - vit.body.patch_embed.proj(images).flatten(2).mT[0]
     assert grid == (4, 16)
@@ -107,8 +112,8 @@ def test_as_many_patches_in_another_shape_are_other_places():
     torch.testing.assert_close(columns[0], columns[3], atol=0.1, rtol=0)
 
 
-def test_images_lie_in_the_upper_left_on_black():
-    system = build("eomt", size=128)
+def test_images_are_placed_at_the_upper_left_on_black():
+    system = build("eomt")
     batch = system.preprocess.collate([torch.full((3, 50, 100), 255, dtype=torch.uint8)])
     assert batch.images.shape == (1, 3, 128, 128)
     black = (0 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
@@ -116,31 +121,66 @@ def test_images_lie_in_the_upper_left_on_black():
     assert (batch.images[0, :, 0, 0] > 2).all()
 
 
-def test_things_and_stuff_divide_the_image():
+def test_panoptic_and_semantic_output():
     system = build("eomt", stuff=("b",)).eval()
     with torch.no_grad():
         raw = system(random_images())
-    divided = system.decode_panoptic(raw, [Placement.identity(SIZE)], score_threshold=0.0, overlap_threshold=0.0)[0]
-    assert divided.image_size == SIZE
+    segmented = system.decode_panoptic(raw, [Placement.identity(SIZE)], score_threshold=0.0, overlap_threshold=0.0)[0]
+    assert segmented.image_size == SIZE
     assert system.decode_semantic(raw, [Placement.identity(SIZE)])[0].shape == SIZE
     found = system.decode(raw, [Placement.identity(SIZE)], score_threshold=0.0)[0]
-    assert (found.labels == 0).all(), "objects are things"
+    assert (found.labels == 0).all(), "instances are things"
 
 
-def test_wrong_options_are_told():
-    with pytest.raises(UsageError, match=r"last_blocks is 9; .* has 3 blocks"):
-        build("eomt", last_blocks=9)
-    for option in ("patch", "points", "queries", "heads", "table"):
-        with pytest.raises(UsageError, match=f"eomt: {option} is 0; expected at least 1"):
-            build("eomt", **{option: 0})
-    with pytest.raises(UsageError, match="size is 8 and patch 16; the input holds at least one patch"):
-        build("eomt", size=8)
-    with pytest.raises(UsageError, match=r"resnet18.*no plain ViT|timm cannot give 'resnet18'"):
-        create("eomt", backbone="resnet18")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last_blocks": 9}, r"eomt: last_blocks must be in \[1, 3\], the number of blocks of vit_tiny_\w+, got 9"),
+        ({"patch": 0}, "eomt: patch must be at least 1, got 0"),
+        ({"queries": 0}, "eomt: queries must be at least 1, got 0"),
+        ({"table": 0}, "eomt: table must be at least 1, got 0"),
+        ({"loss": {"points": 0}}, "loss.points must be at least 1, got 0"),
+        ({"backbone": {"width": 0}}, "backbone.width must be at least 1, got 0"),
+        ({"backbone": {"heads": 0}}, "backbone.heads must be at least 1, got 0"),
+        ({"backbone": {"depth": 0}}, "backbone.depth must be at least 1, got 0"),
+        ({"backbone": "resnet18"}, r"eomt: backbone must be a plain vision transformer \(vit_...\), got 'resnet18'"),
+        ({"backbone": "vit_nothing"}, "timm cannot build 'vit_nothing' for inputs of 128 pixels"),
+        ({"resize": {"canvas": (8, 128)}}, r"resize.canvas must hold at least one patch of 16 pixels, got \[8, 128\]"),
+        ({"resize": {"multiple": 8}}, "resize.multiple must be a multiple of patch, that is of 16, got 8"),
+        ({"size": 128}, "eomt has no option 'size': it is now resize.canvas"),
+        ({"depth": 3}, "eomt has no option 'depth': it is now backbone.depth"),
+    ],
+)
+def test_invalid_options_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        build("eomt", **options)
 
 
-def test_files_of_transformers_are_the_same_network():
-    """Each of their tensors holds its own number: it must come to the place that its name says."""
+@pytest.mark.fast
+def test_options_of_earlier_versions_are_converted():
+    old = {
+        "backbone": "vit_tiny_patch16_224", "pretrained": False, "width": 32, "depth": None, "heads": 2,
+        "norm_eps": None, "size": 96, "table": 4, "queries": 7, "points": 64, "no_object": 0.2,
+    }  # fmt: skip
+    backbone = {"width": 32, "depth": None, "heads": 2, "norm_eps": None, "pretrained": False}
+    assert EoMT.upgraded(old) == {
+        "backbone": {"name": "vit_tiny_patch16_224", **backbone}, "resize": {"canvas": [96, 96]}, "table": 4,
+        "queries": 7, "loss": {"points": 64, "no_object": 0.2},
+    }  # fmt: skip
+
+
+def test_weights_of_earlier_versions_are_renamed(tmp_path):
+    system = build("eomt").eval()
+    system.on_progress(0.4)
+    mw.save(system, tmp_path / "today.safetensors")
+    old = {"width": 32, "depth": 3, "heads": 2, "backbone": "vit_tiny_patch16_224", "resize": None, "size": 128}
+    again = mw.load(rewritten(tmp_path / "today.safetensors", {"dense.": ""}, old))
+    assert again.preprocess == system.preprocess
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in system.state_dict().items())
+
+
+def test_tensors_of_transformers_are_renamed():
+    """Each tensor holds its own number, by which it is found again."""
     tensors = {
         "query.weight": (5, 8),
         "class_predictor.weight": (3, 8),
@@ -159,33 +199,33 @@ def test_files_of_transformers_are_the_same_network():
     }
     state = {name: torch.full(shape, float(number)) for number, (name, shape) in enumerate(tensors.items())}
     origin = next(o for o in ORIGINS if o.name == "transformers")
-    ours = origin.translate(state, {"backbone": "vit_small_patch14_reg4_dinov2"})
+    ours = origin.translate(state, {"backbone": {"name": "vit_small_patch14_reg4_dinov2"}})
     number = {name: float(i) for i, name in enumerate(tensors)}
-    assert ours["backbone.body.pos_embed"].shape == (1, 16, 8)
-    assert ours["backbone.body.blocks.0.attn.qkv.weight"][::8, 0].tolist() == [
+    assert ours["dense.backbone.body.pos_embed"].shape == (1, 16, 8)
+    assert ours["dense.backbone.body.blocks.0.attn.qkv.weight"][::8, 0].tolist() == [
         number[f"layers.0.attention.{p}_proj.weight"] for p in "qkv"
     ]
     for mine, theirs in (
-        ("queries", "query.weight"),
-        ("mask_head.4.bias", "mask_head.fc3.bias"),
-        ("upscale.1.norm.weight", "upscale_block.block.1.layernorm2d.weight"),
-        ("mask_probability", "attn_mask_probs"),
-        ("backbone.body.blocks.0.ls2.gamma", "layers.0.layer_scale2.lambda1"),
-        ("backbone.body.norm.bias", "layernorm.bias"),
-        ("backbone.body.blocks.0.attn.proj.weight", "layers.0.attention.out_proj.weight"),
+        ("dense.queries", "query.weight"),
+        ("dense.mask_head.4.bias", "mask_head.fc3.bias"),
+        ("dense.upscale.1.norm.weight", "upscale_block.block.1.layernorm2d.weight"),
+        ("dense.mask_probability", "attn_mask_probs"),
+        ("dense.backbone.body.blocks.0.ls2.gamma", "layers.0.layer_scale2.lambda1"),
+        ("dense.backbone.body.norm.bias", "layernorm.bias"),
+        ("dense.backbone.body.blocks.0.attn.proj.weight", "layers.0.attention.out_proj.weight"),
     ):
         assert float(ours[mine].flatten()[0]) == number[theirs]
 
 
-def test_folders_of_transformers_with_dinov3_are_the_same_network(tmp_path):
-    """Queries, keys and values apart, keys without bias; the size and the norms' epsilon in config.json."""
-    small = {"backbone": "vit_small_patch16_dinov3_qkvb", "depth": 2, "last_blocks": 1, "queries": 5}
-    classes = ("a", "b", "c")
-    system = create("eomt", classes=classes, size=64, norm_eps=1e-6, **small).eval()
+def test_folders_of_transformers_with_dinov3_are_loaded(tmp_path):
+    """Query, key and value are separate, keys have no bias; config.json holds the size and the epsilon of the norms."""
+    backbone = {"name": "vit_small_patch16_dinov3_qkvb", "depth": 2, "norm_eps": 1e-6}
+    resize = {"canvas": (64, 64)}
+    system = create("eomt", classes=("a", "b", "c"), backbone=backbone, resize=resize, last_blocks=1, queries=5).eval()
     own = system.state_dict()
     state = {}
     for key, value in own.items():
-        key = key.replace("backbone.body.", "").replace("blocks.", "layers.")
+        key = key.removeprefix("dense.").replace("backbone.body.", "").replace("blocks.", "layers.")
         if key.endswith("attn.qkv.weight"):
             for part, rows in zip("qkv", value.chunk(3), strict=True):
                 state[key.replace("attn.qkv", f"attention.{part}_proj")] = rows.clone()
@@ -216,15 +256,15 @@ def test_folders_of_transformers_with_dinov3_are_the_same_network(tmp_path):
     assert again.source is not None
     assert again.source["origin"] == "transformers-dinov3"
     assert again.preprocess.canvas == (64, 64)
-    assert again.backbone.body.norm.eps == 1e-6
+    assert again.dense.backbone.body.norm.eps == 1e-6
     images = random_images()[..., :64, :64]
     with torch.no_grad():
         assert torch.equal(again(images).classes, system(images).classes)
         assert torch.equal(again(images).masks(), system(images).masks())
 
 
-def test_a_file_of_differences_asks_what_it_is(tmp_path):
-    """Keys and shapes of sums and of differences to DINOv3 are the same."""
+def test_a_file_that_may_hold_differences_needs_a_variant(tmp_path):
+    """Keys and shapes do not tell sums from differences to DINOv3."""
     from maskwright.errors import CheckpointError
     from tests.parity.weights import write_checkpoint
 
@@ -242,7 +282,7 @@ def test_a_file_of_differences_asks_what_it_is(tmp_path):
         mw.load(write_checkpoint(layout, tmp_path))
 
 
-def test_duplicates_can_be_left_out():
+def test_duplicates_can_be_removed():
     system = build("eomt").eval()
     with torch.no_grad():
         raw = system(random_images())
@@ -250,10 +290,3 @@ def test_duplicates_can_be_left_out():
     plain = system.decode(raw, placements)[0]
     assert len(system.decode(raw, placements, nms_threshold=0.5)[0]) <= len(plain)
     assert len(system.decode(raw, placements, best_class=True)[0]) <= 30
-
-
-def test_targets_without_masks_are_refused():
-    system, target = build("eomt").train(), objects(2)
-    target.masks = None
-    with pytest.raises(UsageError, match="no masks"):
-        system.losses(system(random_images()), [target])

@@ -1,36 +1,41 @@
-"""What is Mask2Former's own."""
+"""Mask2Former: options, decoding, losses, and layouts of checkpoints."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+import maskwright as mw
 from maskwright.checkpoints.origins import origins
 from maskwright.errors import UsageError
 from maskwright.ops import query_losses as learning
+from maskwright.ops.assignment import assign
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import create
-from maskwright.systems.mask2former import Mask2Former, Raw
+from maskwright.systems.mask2former import Mask2Former, Mask2FormerNetwork, Raw
 from tests.systems.tiny import SIZE, build, objects
 
 LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
 SMALL = (64, 96)
-SWIN = {"backbone": "swin-tiny", "swin_width": 12, "swin_heads": (1, 2, 3, 4), "swin_depths": (1, 1, 2, 1), "window": 4}
+SWIN = {"name": "swin-tiny", "width": 12, "heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1), "window": 4, "drop_path": 0.2}
 OPTIONS = {
-    "looking everywhere": {"masked": False, "fine_levels": False},
-    "DETR's order, empty queries": {"cross_first": False, "learnt_content": False, "dropout": 0.1},
-    "a Swin trunk": {**SWIN, "drop_path": 0.2},
-    "uniform points": {"important": 0.0, "candidates": 1.0},
-    "levels that nothing mixes": {**SWIN, "encoder_layers": 0, "fine_levels": False},
-}
+    "attention everywhere": {"masked": False, "fine_levels": False},
+    "self-attention first, no content": {
+        "cross_first": False, "learned_content": False, "decoder": {"dropout": 0.1},
+    },
+    "Swin": {"backbone": SWIN},
+    "uniform points": {"loss": {"important": 0.0, "candidates": 1.0}},
+    "no encoder": {"backbone": SWIN, "encoder_layers": 0, "fine_levels": False},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_option_trains_and_finds(options):
+def test_each_option_trains_and_decodes(options):
     system = build("mask2former", **options)
     images = torch.randn(2, 3, *SMALL)
     for counts in ((3, 1), (0, 0)):
@@ -46,8 +51,8 @@ def test_each_option_trains_and_finds(options):
 
 
 def painted(system, *rectangles, sure=6.0) -> Raw:
-    """What is said where query k names rectangle k (label, rows, columns, at stride 4), and the others nothing."""
-    queries = system.options["queries"]
+    """A raw output in which query k predicts rectangle k: label, logit, rows and columns at stride 4."""
+    queries = system.options.get("decoder", system.options)["queries"]
     classes = torch.full((1, 1, queries, len(system.classes) + 1), -9.0)
     classes[..., -1] = 0.0
     features = torch.full((1, queries, SIZE[0] // 4, SIZE[1] // 4), -1.0)
@@ -57,7 +62,7 @@ def painted(system, *rectangles, sure=6.0) -> Raw:
     return Raw(classes, sure * torch.eye(queries)[None, None], features, SIZE)
 
 
-def test_scores_are_of_the_class_times_how_sure_the_mask_is():
+def test_scores_are_class_times_mean_mask_probability():
     system = build("mask2former")
     raw = painted(system, (1, 2.0, slice(6, 14), slice(8, 20)), (0, 1.0, slice(14, 20), slice(2, 6)))
     found = system.decode(raw, [Placement.identity(SIZE)], score_threshold=0.05)[0]
@@ -67,18 +72,18 @@ def test_scores_are_of_the_class_times_how_sure_the_mask_is():
     classes = raw.classes[0, 0, :2].softmax(-1)
     ratio = found.scores / classes[[0, 1], [1, 0]]
     assert ((ratio > 0.9) & (ratio < torch.tensor(6.0).sigmoid())).all()  # less at the border
-    # On an image of its own, mirrored.
+    # On an image of another size, mirrored.
     place = Placement.resize((200, 300), SIZE).then_mirror()
     mirrored = system.decode(raw, [place], score_threshold=0.05)[0]
     expected = place.boxes_to_image(torch.tensor([[32.0, 24, 80, 56]]))
     torch.testing.assert_close(mirrored.boxes[:1], expected, atol=2, rtol=0)
 
 
-def test_duplicates_can_be_left_out_in_three_ways():
+def test_duplicates_can_be_removed_in_three_ways():
     system = build("mask2former")
     twice = ((1, 3.0, slice(6, 14), slice(8, 20)), (1, 2.0, slice(6, 14), slice(8, 19)))
     raw, place = painted(system, *twice, (0, 1.0, slice(6, 14), slice(8, 20))), [Placement.identity(SIZE)]
-    raw.classes[0, 0, 2, 1] = 0.5  # torn between two classes
+    raw.classes[0, 0, 2, 1] = 0.5  # two likely classes
     assert system.decode(raw, place, score_threshold=0.1)[0].labels.tolist() == [1, 1, 0, 1]
     assert system.decode(raw, place, score_threshold=0.1, best_class=True)[0].labels.tolist() == [1, 1, 0]
     assert system.decode(raw, place, score_threshold=0.1, nms_threshold=0.5)[0].labels.tolist() == [1, 0]
@@ -87,23 +92,23 @@ def test_duplicates_can_be_left_out_in_three_ways():
     assert len(system.decode(raw, place, score_threshold=0.1, nms_threshold=0.5, max_overlap=1.0)[0]) == 2
 
 
-def test_every_way_to_leave_duplicates_out_is_an_option_of_predict():
-    system = build("mask2former", short=64, long=96).eval()
+def test_options_of_decode_are_options_of_predict():
+    system = build("mask2former", resize={"short": 64, "long": 96}).eval()
     image = torch.randint(0, 255, (3, *SMALL), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     whole = system.predict(image).instances
     few = system.predict(image, max_overlap=0.5, nms_threshold=0.5, best_class=True).instances
     assert 0 < len(few) < len(whole)
 
 
-def test_pixels_go_to_the_surest_segment_and_regions_are_joined():
+def test_pixels_belong_to_the_best_segment_and_stuff_is_joined():
     system = build("mask2former", classes=("a", "b", "grass"), stuff=("grass",))
     raw = painted(
         system, (2, 9.0, slice(0, 12), slice(0, 32)), (0, 9.0, slice(4, 10), slice(4, 12)),
         (2, 9.0, slice(12, 24), slice(0, 30)), (1, 0.0, slice(0, 8), slice(20, 28)),
     )  # fmt: skip
     with torch.no_grad():
-        raw.classes[0, 0, [0, 2], -1] = 6.5  # less sure than the object on it
-        raw.classes[0, 0, 3, -1] = 0.0  # not sure enough
+        raw.classes[0, 0, [0, 2], -1] = 6.5  # a lower score than the object inside it
+        raw.classes[0, 0, 3, -1] = 0.0  # below the threshold
     found = system.decode_panoptic(raw, [Placement.identity(SIZE)])[0]
     assert found.segments.labels.tolist() == [2, 0]
     assert found.things.tolist() == [False, True]
@@ -120,13 +125,15 @@ def test_pixels_go_to_the_surest_segment_and_regions_are_joined():
     assert len(system.decode_panoptic(raw, [Placement.identity(SIZE)], score_threshold=1.0)[0]) == 0
 
 
-def test_an_empty_mask_sees_everything():
+@pytest.mark.fast
+def test_a_query_with_an_empty_mask_attends_to_all_cells():
     embeddings, coarse = torch.tensor([[[1.0], [-1.0]]]), torch.tensor([[[1.0, 2.0, 3.0]]])
-    assert Mask2Former.allowed(embeddings, coarse).tolist() == [[[[True] * 3, [True] * 3]]]
-    assert Mask2Former.allowed(embeddings, coarse, rescue=False).tolist() == [[[[True] * 3, [False] * 3]]]
+    allowed = Mask2FormerNetwork.allowed
+    assert allowed(embeddings, coarse).tolist() == [[[[True] * 3, [True] * 3]]]
+    assert allowed(embeddings, coarse, rescue=False).tolist() == [[[[True] * 3, [False] * 3]]]
 
 
-def test_losses_are_the_same_however_little_memory_they_may_take(monkeypatch):
+def test_losses_do_not_depend_on_the_memory_bound(monkeypatch):
     system = build("mask2former").eval()
     images, targets = torch.randn(2, 3, *SIZE), [objects(40, side=(20, 30)), objects(2)]
     results = []
@@ -142,46 +149,89 @@ def test_losses_are_the_same_however_little_memory_they_may_take(monkeypatch):
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
 
 
-def test_objects_without_masks_are_refused():
-    system = build("mask2former")
-    with pytest.raises(UsageError, match="boxes but no masks"):
-        system.losses(system(torch.randn(1, 3, *SIZE)), [replace(objects(2), masks=None)])
+@pytest.mark.fast
+def test_targets_have_masks_and_no_crowd():
+    target = objects(3)
+    target.crowd = torch.tensor([True, False, False])
+    assert len(learning.Objects.from_instances(target, torch.device("cpu"))) == 2
+    target.masks = None
+    with pytest.raises(UsageError, match="targets have boxes but no masks"):
+        learning.Objects.from_instances(target, torch.device("cpu"))
 
 
-def test_more_objects_than_queries_are_matched_as_far_as_they_reach():
+def test_at_most_as_many_objects_as_queries_are_matched():
     system = build("mask2former").eval()
-    own = learning.Objects.of(objects(30, side=(8, 8)), torch.device("cpu"))
-    raw = system(torch.randn(1, 3, *SIZE))
-    queries, which = learning_pairs(system, raw, own)
+    own = learning.Objects.from_instances(objects(30, side=(8, 8)), torch.device("cpu"))
+    queries, which = assign(system.costs(system(torch.randn(1, 3, *SIZE)), [own]))[0]
     assert queries.shape == which.shape == (4, 12)
-    crowded = objects(3)
-    crowded.crowd = torch.tensor([True, False, False])
-    assert len(learning.Objects.of(crowded, torch.device("cpu"))) == 2
 
 
-def learning_pairs(system, raw, own):
-    from maskwright.ops.assignment import assign
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"decoder": {"width": 100}},
+            r"decoder.width must be a multiple of 4 \* decoder.heads, that is of 32, got 100",
+        ),
+        ({"decoder": {"queries": 0}}, "decoder.queries must be at least 1, got 0"),
+        ({"decoder": {"layers": 0}}, "decoder.layers must be at least 1, got 0"),
+        ({"decoder": {"heads": 0}}, "decoder.heads must be at least 1, got 0"),
+        ({"decoder": {"dropout": 1.0}}, "decoder.dropout must be at least 0 and less than 1, got 1.0"),
+        ({"resize": {"short": 0}}, "resize.short must be at least 1, got 0"),
+        ({"encoder_points": 0}, "mask2former: encoder_points must be at least 1, got 0"),
+        ({"loss": {"points": 0}}, "loss.points must be at least 1, got 0"),
+        ({"loss": {"no_object": -1.0}}, "loss.no_object must be at least 0, got -1.0"),
+        ({"loss": {"important": 2.0}}, r"loss.important must be in \[0, 1\], got 2.0"),
+        ({"loss": {"point": 5}}, "loss has no option 'point'; did you mean 'points'"),
+        ({"stuff": ("sky",)}, "stuff has 'sky', not among the 1 classes"),
+        ({"sampled": 4}, "mask2former has no option 'sampled': it is now encoder_points"),
+        ({"queries": 100}, "mask2former has no option 'queries': it is now decoder.queries"),
+    ],
+)
+def test_invalid_options_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        create("mask2former", **options)
 
-    return assign(system.costs(raw, [own]))[0]
+
+@pytest.mark.fast
+def test_options_of_earlier_versions_are_converted():
+    old = {
+        "classes": ["a"], "stuff": [], "backbone": "swin-tiny", "pretrained": False, "stem_width": 64, "norm": "group",
+        "norm_eps": 1e-5, "swin_width": 12, "window": None, "drop_path": 0.3, "width": 64, "heads": 4, "queries": 7,
+        "sampled": 2, "learnt_content": False, "points": 9, "short": 320, "long": 512, "mean": None, "std": [1, 1, 1],
+    }  # fmt: skip
+    assert Mask2Former.upgraded(old) == {
+        "classes": ["a"], "stuff": [], "backbone": {"name": "swin-tiny", "width": 12, "window": None, "drop_path": 0.3},
+        "decoder": {"width": 64, "heads": 4, "queries": 7}, "encoder_points": 2, "learned_content": False,
+        "loss": {"points": 9}, "resize": {"short": 320, "long": 512, "mean": None, "std": [1, 1, 1]},
+    }  # fmt: skip
 
 
-def test_wrong_options_are_refused_in_words():
-    with pytest.raises(UsageError, match="width is 100; expected a multiple of 4 x heads, which is 32"):
-        create("mask2former", width=100)
-    with pytest.raises(UsageError, match="queries is 0; expected at least 1"):
-        create("mask2former", queries=0)
-    for option, value in (("layers", 0), ("short", 0), ("heads", 0), ("points", 0), ("no_object", -1.0)):
-        with pytest.raises(UsageError, match=f"{option} is {value}; expected at least"):
-            create("mask2former", **{option: value})
-    with pytest.raises(UsageError, match="important is 2"):
-        create("mask2former", important=2.0)
-    with pytest.raises(UsageError, match=r"stuff names 'sky', which is not among the 1 classes"):
-        create("mask2former", stuff=("sky",))
+def rewritten(path: Path, keys: dict[str, str], options: dict[str, object]) -> Path:
+    """The file with other prefixes of keys, and other options (None: left out)."""
+    with safe_open(path, "pt") as file:
+        metadata, state = file.metadata(), {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    for new, old in keys.items():
+        state = {old + k.removeprefix(new): v for k, v in state.items()}
+    merged = {k: v for k, v in {**json.loads(metadata["options"]), **options}.items() if v is not None}
+    save_file(state, path.with_name("old.safetensors"), {**metadata, "options": json.dumps(merged)})
+    return path.with_name("old.safetensors")
+
+
+def test_weights_of_earlier_versions_are_renamed(tmp_path):
+    system = build("mask2former").eval()
+    mw.save(system, tmp_path / "today.safetensors")
+    path = rewritten(tmp_path / "today.safetensors", {"dense.": ""}, {"decoder": None, "queries": 12, "width": 64,
+                     "heads": 4, "hidden": 64, "layers": 3})  # fmt: skip
+    again = mw.load(path)
+    assert again.options == system.options
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in system.state_dict().items())
 
 
 @pytest.mark.parametrize("layout", ["r50-coco-panoptic", "swin_tiny-coco-instance", "swin_tiny-coco-instance-hf"])
-def test_variants_of_the_layout_that_were_never_published_are_recognised(layout):
-    """Fewer queries, other classes, a narrower decoder's feed-forward, a deeper trunk, names of other times."""
+def test_unpublished_variants_of_a_layout_are_recognised(layout):
+    """Fewer queries, other classes, a deeper backbone, names of other versions."""
     tensors = json.loads((LAYOUTS / f"mask2former-{layout}.json").read_text())["tensors"]
     shapes = {k: tuple(shape) for k, (shape, _) in tensors.items()}
     changed = {}
@@ -205,8 +255,8 @@ def test_variants_of_the_layout_that_were_never_published_are_recognised(layout)
     found = [(o, c.options) for o in origins() for c in o.candidates(changed, {})]
     assert [o.system for o, _ in found] == ["mask2former"]
     origin, options = found[0]
-    assert (options["queries"], len(options["classes"])) == (7, 3)
-    assert options["backbone"] == {"r50": "resnet101", "swi": "swin-small"}[layout[:3]]
+    assert (options["decoder"]["queries"], len(options["classes"])) == (7, 3)
+    assert options["backbone"]["name"] == {"r50": "resnet101", "swi": "swin-small"}[layout[:3]]
     with torch.device("meta"):
         system = create("mask2former", **options)
     ours = {k: tuple(v.shape) for k, v in system.state_dict().items()}
@@ -215,7 +265,7 @@ def test_variants_of_the_layout_that_were_never_published_are_recognised(layout)
 
 
 def inside(key: str) -> str:
-    """What the networks of transformers 5 call a tensor of Mask2Former's or MaskFormer's published files."""
+    """The name in transformers 5 of a tensor of the published files of Mask2Former or MaskFormer."""
     if ".transformer_module.decoder.layers." in key and ".cross_attn." not in key:
         key = key.replace(".out_proj.", ".o_proj.")
     if key.startswith("model.transformer_module.decoder.layers."):
@@ -232,8 +282,8 @@ def inside(key: str) -> str:
     return key
 
 
-def test_names_inside_transformers_5_are_recognised():
-    """And the norm behind Swin that its files hold and nothing reads, where save_pretrained of version 5 puts it."""
+def test_names_of_transformers_5_are_recognised():
+    """And the norm after Swin, which is not used, where save_pretrained of version 5 writes it."""
     tensors = json.loads((LAYOUTS / "mask2former-swin_tiny-coco-instance-hf.json").read_text())["tensors"]
     before = {k: tuple(shape) for k, (shape, _) in tensors.items() if "relative_position_index" not in k}
     unread = "model.pixel_level_module.encoder.swin.layernorm.weight"
@@ -247,8 +297,8 @@ def test_names_inside_transformers_5_are_recognised():
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_masks_that_do_not_fit_are_padded_with_background():
-    """Targets end where the image does; the input goes on, and what lies there is no mask."""
+def test_masks_are_padded_with_background():
+    """Targets have the size of the image, which may be smaller than the input."""
     system = build("mask2former").eval()
     raw = system(torch.randn(1, 3, *SIZE))
     small = Masks.from_dense(torch.ones(1, 50, 60, dtype=torch.bool)).pack()

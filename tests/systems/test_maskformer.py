@@ -1,4 +1,4 @@
-"""What is MaskFormer's own."""
+"""MaskFormer: options, decoding, losses, and layouts of checkpoints."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from maskwright.errors import UsageError
 from maskwright.ops import query_losses as learning
 from maskwright.structures import Placement
 from maskwright.systems import create
+from maskwright.systems.maskformer import MaskFormer
 from tests.systems.test_mask2former import SWIN, painted
 from tests.systems.tiny import SIZE, build, objects
 
@@ -23,9 +24,9 @@ SMALL = (64, 96)
 
 
 @pytest.mark.parametrize(
-    "options", [{"encoder_layers": 2}, {**SWIN, "drop_path": 0.2, "dropout": 0.1}], ids=["an encoder", "a Swin trunk"]
+    "options", [{"encoder_layers": 2}, {"backbone": SWIN, "decoder": {"dropout": 0.1}}], ids=["encoder", "Swin"]
 )
-def test_each_option_trains_and_finds(options):
+def test_each_option_trains_and_decodes(options):
     system = build("maskformer", **options)
     images = torch.randn(2, 3, *SMALL)
     for counts in ((3, 1), (0, 0)):
@@ -40,8 +41,8 @@ def test_each_option_trains_and_finds(options):
     assert all(0 < len(own) <= 5 and len(own.masks) == len(own) for own in found)
 
 
-def test_a_segment_is_all_that_it_wins():
-    """Unlike in Mask2Former also where its own mask is not likely."""
+def test_a_segment_is_all_that_its_query_wins():
+    """In Mask2Former only the part inside the query's own mask."""
     for name, expected in (("maskformer", SIZE[0] * SIZE[1]), ("mask2former", 32 * 48)):
         system = build(name)
         found = system.decode_panoptic(
@@ -50,10 +51,10 @@ def test_a_segment_is_all_that_it_wins():
         assert found.segments.masks.areas().tolist() == pytest.approx([expected], rel=0.1), name
 
 
-def test_matching_reads_targets_at_the_nearest_pixel_and_losses_at_every_one():
+def test_matching_samples_targets_at_the_nearest_pixel():
     system = build("maskformer").eval()
     raw, target = system(torch.randn(1, 3, *SIZE)), objects(2)
-    own = learning.Objects.of(target, torch.device("cpu"))
+    own = learning.Objects.from_instances(target, torch.device("cpu"))
     planes = target.masks.dense().float()
     small = functional.interpolate(planes[None], raw.features.shape[2:], mode="nearest")[0].flatten(1)
     logits, probabilities = raw.masks()[0].flatten(1), raw.classes[-1, 0].softmax(-1)
@@ -67,7 +68,7 @@ def test_matching_reads_targets_at_the_nearest_pixel_and_losses_at_every_one():
         torch.testing.assert_close(cost[query, which], expected)
 
 
-def test_losses_are_the_same_however_little_memory_they_may_take(monkeypatch):
+def test_losses_do_not_depend_on_the_memory_bound(monkeypatch):
     system = build("maskformer").eval()
     images, targets = torch.randn(2, 3, *SIZE), [objects(15, side=(20, 30)), objects(2)]
     results = []
@@ -76,22 +77,34 @@ def test_losses_are_the_same_however_little_memory_they_may_take(monkeypatch):
         system.zero_grad()
         terms = system.losses(system(images), targets)
         sum(terms.values(), torch.zeros(())).backward()
-        results.append((torch.stack(list(terms.values())).detach(), system.queries.weight.grad.clone()))
+        results.append((torch.stack(list(terms.values())).detach(), system.dense.queries.weight.grad.clone()))
     torch.testing.assert_close(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
 
 
-def test_wrong_options_are_refused_in_words():
-    with pytest.raises(UsageError, match="width is 100; expected a multiple of 4 x heads, which is 32"):
-        create("maskformer", width=100)
-    for option in ("queries", "layers", "heads", "multiple", "short"):
-        with pytest.raises(UsageError, match=f"maskformer: {option} is 0; expected at least 1"):
-            create("maskformer", **{option: 0})
+@pytest.mark.fast
+def test_invalid_options_are_refused():
+    for group, option in (("decoder", "queries"), ("decoder", "hidden"), ("resize", "multiple")):
+        with pytest.raises(UsageError, match=f"maskformer: {group}.{option} must be at least 1, got 0"):
+            create("maskformer", **{group: {option: 0}})
+    with pytest.raises(UsageError, match="maskformer: encoder_layers must be at least 0, got -1"):
+        create("maskformer", encoder_layers=-1)
+    with pytest.raises(UsageError, match="loss has no option 'points'"):
+        create("maskformer", loss={"points": 9})
+
+
+@pytest.mark.fast
+def test_options_of_earlier_versions_are_converted():
+    old = {"backbone": "resnet18", "stem_width": 16, "queries": 7, "mask_weight": 20.0, "multiple": 1, "short": 320}
+    assert MaskFormer.upgraded(old) == {
+        "backbone": {"name": "resnet18", "width": 16}, "decoder": {"queries": 7}, "loss": {"mask_weight": 20.0},
+        "resize": {"multiple": 1, "short": 320},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", ["r50-coco-panoptic", "swin_tiny-coco-panoptic-hf"])
-def test_variants_of_the_layout_that_were_never_published_are_recognised(layout):
-    """Fewer queries, other classes, half the decoder, today's names; and for ResNets no encoder, as on ADE20K."""
+def test_unpublished_variants_of_a_layout_are_recognised(layout):
+    """Fewer queries, other classes, half of the decoder, current names; and for ResNets no encoder, as on ADE20K."""
     tensors = json.loads((LAYOUTS / f"maskformer-{layout}.json").read_text())["tensors"]
     changed = {}
     for key, (shape, _) in tensors.items():
@@ -115,7 +128,8 @@ def test_variants_of_the_layout_that_were_never_published_are_recognised(layout)
     found = [(o, c.options) for o in origins() for c in o.candidates(changed, {})]
     assert [o.system for o, _ in found] == ["maskformer"]
     origin, options = found[0]
-    assert (options["queries"], len(options["classes"]), options["layers"]) == (7, 3, 3)
+    decoder = options["decoder"]
+    assert (decoder["queries"], len(options["classes"]), decoder["layers"]) == (7, 3, 3)
     assert options["encoder_layers"] == 0
     with torch.device("meta"):
         system = create("maskformer", **options)
@@ -124,10 +138,10 @@ def test_variants_of_the_layout_that_were_never_published_are_recognised(layout)
     assert {k: tuple(v.shape) for k, v in state.items()} == ours
 
 
-def test_names_inside_transformers_5_and_its_resnets_are_recognised():
-    """transformers' MaskFormer on its own ResNet: its layout is Swin's but for the trunk and what reads the trunk."""
+def test_resnets_and_names_of_transformers_5_are_recognised():
+    """With a ResNet of transformers, the layout differs in the backbone and in the layers that read its levels."""
     swin = json.loads((LAYOUTS / "maskformer-swin_tiny-coco-panoptic-hf.json").read_text())["tensors"]
-    trunk = json.loads((LAYOUTS / "maskformer-r50-coco-panoptic.json").read_text())["tensors"]
+    resnet = json.loads((LAYOUTS / "maskformer-r50-coco-panoptic.json").read_text())["tensors"]
     wider = {768: 2048, 384: 1024, 192: 512, 96: 256}
     shapes = {}
     for key, (shape, _) in swin.items():
@@ -138,7 +152,7 @@ def test_names_inside_transformers_5_and_its_resnets_are_recognised():
         key = re.sub(r"(decoder\.layers\.\d+\.\w+_attn\.)out_proj\.", r"\1o_proj.", key)
         key = re.sub(r"(decoder\.layers\.\d+\.)(fc\d)\.", r"\1mlp.\2.", key)
         shapes[key] = tuple(shape)
-    for key, (shape, _) in trunk.items():
+    for key, (shape, _) in resnet.items():
         if not key.startswith("backbone."):
             continue
         key = re.sub(r"\.(weight)$", r".convolution.\1", key) if ".norm." not in key else key
@@ -151,7 +165,7 @@ def test_names_inside_transformers_5_and_its_resnets_are_recognised():
     found = [(o, c.options) for o in origins() for c in o.candidates(shapes, {})]
     assert [(o.system, o.name) for o, _ in found] == [("maskformer", "transformers")]
     origin, options = found[0]
-    assert (options["backbone"], options["norm"], options["encoder_layers"]) == ("resnet50", "frozen", 0)
+    assert (options["backbone"], options["encoder_layers"]) == ({"name": "resnet50", "width": 64, "norm": "frozen"}, 0)
     with torch.device("meta"):
         system = create("maskformer", **options)
     ours = {k: tuple(v.shape) for k, v in system.state_dict().items()}

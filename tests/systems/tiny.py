@@ -135,18 +135,21 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "embedmask": {**BACKBONE, "neck_width": 64, "convs": 1},
     "eomt": {
-        "backbone": "vit_tiny_patch16_224",
-        "width": 32,
-        "depth": 3,
-        "heads": 2,
-        "size": 128,
+        "backbone": {"name": "vit_tiny_patch16_224", "width": 32, "depth": 3, "heads": 2},
+        "resize": {"canvas": (128, 128)},
         "queries": 30,
         "last_blocks": 2,
-        "points": 256,
+        "loss": {"points": 256},
     },
     "ese-seg": {**BACKBONE, "head_width": 64, "resize": {"short": 128}},
-    "maskformer": {**TRUNK, **QUERIES, "layers": 2, "dropout": 0.0},
-    "mask2former": {**TRUNK, **QUERIES, "encoder_layers": 1, "encoder_hidden": 64, "layers": 3, "points": 256},
+    "maskformer": {**BACKBONE, "decoder": {**QUERIES, "layers": 2, "dropout": 0.0}},
+    "mask2former": {
+        **BACKBONE,
+        "decoder": {**QUERIES, "layers": 3},
+        "encoder_layers": 1,
+        "encoder_hidden": 64,
+        "loss": {"points": 256},
+    },
 }
 
 

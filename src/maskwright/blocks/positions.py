@@ -1,4 +1,4 @@
-"""Sine position codes of transformers over maps and boxes (arXiv 1706.03762, section 3.5, as DETR has them)."""
+"""Sinusoidal position encodings of maps and boxes (arXiv 1706.03762, section 3.5, as used by DETR)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional
 def sine_code(
     values: Float[Tensor, "*n"], features: int = 128, *, temperature: float = 10000.0
 ) -> Float[Tensor, "*n {features}"]:
-    """Sine and cosine in turn, of wavelengths from 2 pi to 2 pi `temperature`."""
+    """Encodes values by sine and cosine in turn, with wavelengths from 2 pi to 2 pi * `temperature`."""
     number = torch.arange(features, device=values.device, dtype=torch.float32)
     period = temperature ** (2 * number.div(2, rounding_mode="floor") / features)
     angles = values[..., None] / period
@@ -31,12 +31,21 @@ def sine_positions(
     epsilon: float = 1e-6,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "_b c h w"]:
-    """A code of 2 x `features` channels for each cell of a map of `size` (h, w): of its row, then of its column.
+    """Encodes the row, then the column, of each cell of a map.
 
-    padding    True where a map of the batch holds padding: cells are counted, and the count normalised, without it, as
-               DETR does. None: one code for all, of batch size 1
-    normalise  counts of 1 ... h become 2 pi / h ... 2 pi
-    shift      added to the counts before: -0.5 in Deformable DETR
+    Args:
+        size: Height and width of the map.
+        features: Channels of each of the two encodings.
+        padding: True where a map of the batch holds padding; cells are then counted, and the count is normalised,
+            without padding, as in DETR. None: one encoding for all, with batch size 1.
+        temperature: See `sine_code`.
+        normalise: Map the counts 1 ... h to 2 pi / h ... 2 pi.
+        shift: Added to the counts before that; -0.5 in Deformable DETR.
+        epsilon: Added to the divisor.
+        device: Device of the result, without `padding`.
+
+    Returns:
+        An encoding of 2 * `features` channels.
     """
     if padding is None:
         rows = torch.arange(1, size[0] + 1, device=device, dtype=torch.float32)[None, :, None].expand(1, *size)
@@ -52,8 +61,16 @@ def sine_positions(
 
 
 def padding_of(valid: Int[Tensor, "b 2"], size: tuple[int, int], shape: tuple[int, int]) -> Bool[Tensor, "b h w"]:
-    """Cells of a map of `shape` whose pixel of the input, which is of `size` and filled up to `valid` (height, width),
-    is padding: the nearest as torch counts, rounded down."""
+    """Finds the cells of a map that are padding, by nearest resizing of the input as in torch.
+
+    Args:
+        valid: Height and width of the part of each image that is not padding.
+        size: Height and width of the network's input.
+        shape: Height and width of the map.
+
+    Returns:
+        True where a cell is padding.
+    """
     axes = []
     for axis in (0, 1):
         inside = torch.arange(size[axis], device=valid.device) < valid[:, axis, None]  # (B, length)

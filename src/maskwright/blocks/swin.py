@@ -1,4 +1,4 @@
-"""Swin Transformer (arXiv 2103.14030): attention inside windows, which every other block shifts by half a window."""
+"""Swin Transformer (arXiv 2103.14030): attention inside windows, shifted by half a window in every other block."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torchvision.ops import stochastic_depth
 from maskwright.blocks.backbones import Backbone, Family, Levels, Use, freeze
 from maskwright.errors import UsageError
 
-# width, blocks of each stage, heads of each stage, window; B and L as for images of 384 x 384
+# width, blocks of each stage, heads of each stage, window; "base" and "large" as pre-trained at 384 x 384
 SWINS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int]] = {
     "tiny": (96, (2, 2, 6, 2), (3, 6, 12, 24), 7),
     "small": (96, (2, 2, 18, 2), (3, 6, 12, 24), 7),
     "base": (128, (2, 2, 18, 2), (4, 8, 16, 32), 12),
     "large": (192, (2, 2, 18, 2), (6, 12, 24, 48), 12),
 }
-APART = -100.0  # added to the score of two cells that only the shift brought together
+APART = -100.0  # added to the attention score of two cells that are neighbours only because of the shift
 
 
 class WindowAttention(nn.Module):
-    """Attention among the cells of each window, with a bias that is learnt for every relative position."""
+    """Attention among the cells of each window, with a learned bias for every relative position."""
 
     places: Tensor
 
@@ -42,12 +42,17 @@ class WindowAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "b h w c"], apart: Float[Tensor, "v n n"] | None = None
     ) -> Float[Tensor, "b h w c"]:
-        """`x` is a multiple of the window in size; `apart`: what is added to the scores inside each of V windows."""
+        """Attends inside each window.
+
+        Args:
+            x: Cells; height and width are multiples of the window.
+            apart: Values that are added to the scores inside each of V windows.
+        """
         batch, height, width, channels = x.shape
         window, (down, across) = self.window, (height // self.window, width // self.window)
         parts = x.view(batch, down, window, across, window, channels).transpose(2, 3)
         qkv = self.qkv(parts.reshape(batch, down * across, window * window, channels))
-        # Windows beside heads: attention knows both only as a number of independent tables.
+        # Windows and heads share an axis: both are independent problems of attention.
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)
         bias = self.table[self.places.flatten()].view(*self.places.shape, -1).permute(2, 0, 1)  # (heads, n, n)
         every = bias.expand(down * across, -1, -1, -1) if apart is None else bias + apart[:, None].to(bias.dtype)
@@ -58,7 +63,7 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Window attention and an MLP, each behind a norm and around a shortcut."""
+    """Window attention and an MLP, each with a norm before it and a shortcut around it."""
 
     def __init__(self, width: int, heads: int, window: int, shift: int, drop_path: float):
         super().__init__()
@@ -83,7 +88,7 @@ class SwinBlock(nn.Module):
 
 
 class Merge(nn.Module):
-    """Four neighbours become one cell of twice the width."""
+    """Merges 2 x 2 cells into one of twice the width."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -97,7 +102,7 @@ class Merge(nn.Module):
 
 
 class Swin(nn.Module):
-    """Levels of strides 4, 8, 16 and 32, each with a norm of its own."""
+    """A backbone with levels of strides 4, 8, 16 and 32, each normalised by its own layer."""
 
     def __init__(
         self,
@@ -111,8 +116,15 @@ class Swin(nn.Module):
         frozen: int = 0,
     ):
         """
-        drop_path  chance that the last block's answer is left out in training; earlier blocks' rise from 0 to it
-        frozen     so many parts do not train, counted from the patches on
+        Args:
+            width: Channels of the first stage; each further stage has twice as many.
+            depths: Blocks of each stage.
+            heads: Attention heads of each stage.
+            window: Side of a window in cells.
+            in_channels: Channels of the images.
+            drop_path: Probability that the last block is skipped in training; it rises to that from 0 in the first
+                block (stochastic depth).
+            frozen: Number of parts that are not trained, counted from the patch embedding.
         """
         super().__init__()
         self.window, self.patch = window, 4
@@ -154,7 +166,8 @@ class Swin(nn.Module):
         return outputs
 
     def apart(self, height: int, width: int, device: torch.device) -> Float[Tensor, "_v _n _n"]:
-        """What keeps those cells of shifted windows from each other that lie at opposite borders of the map."""
+        """Values to add to the scores of shifted windows, so that cells from opposite borders of the map do not attend
+        to each other."""
         window, bands = self.window, []
         for length in (height, width):
             padded = length + -length % window

@@ -1,5 +1,8 @@
-"""Attention and the layers of encoders and decoders in DETR's manner: each part's answer is added to its input, then
-normalised ("post-norm"); positions are added to queries and keys, never to values. Tokens are (B, N, C)."""
+"""Attention, and encoder and decoder layers as in DETR (arXiv 2005.12872).
+
+The output of each part is added to its input, then normalised ("post-norm"). Positions are added to queries and keys,
+not to values. Tokens are (B, N, C).
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from torch.nn import functional
 
 
 class Attention(nn.Module):
-    """Multi-head attention; `dropout` acts on its weights."""
+    """Multi-head attention; `dropout` is applied to the attention weights."""
 
     def __init__(self, width: int, heads: int = 8, dropout: float = 0.0):
         super().__init__()
         if width % heads:
-            raise ValueError(f"a width of {width} cannot be shared by {heads} heads")
+            raise ValueError(f"the width must be a multiple of the number of heads, got {width} and {heads}")
         self.heads, self.dropout = heads, dropout
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
         for layer in (self.query, self.key, self.value, self.output):
@@ -32,7 +35,15 @@ class Attention(nn.Module):
         value: Float[Tensor, "b m c"],
         allowed: Bool[Tensor, "b _h _n m"] | None = None,
     ) -> Float[Tensor, "b n c"]:
-        """allowed  True where a query may look, broadcast over heads and queries; every query needs a key somewhere"""
+        """Attends from `query` to `key`.
+
+        Args:
+            query: Tokens that attend.
+            key: Tokens that are attended to.
+            value: What is read from them.
+            allowed: True where a query may attend to a key; broadcast over heads and queries. Every query needs at
+                least one key.
+        """
         q, k, v = (
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.query, query), (self.key, key), (self.value, value))
@@ -43,7 +54,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Tokens look at each other."""
+    """Tokens attend to each other."""
 
     def __init__(self, width: int, heads: int = 8, dropout: float = 0.0):
         super().__init__()
@@ -62,7 +73,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Tokens look at a memory. `keys` is the memory with its positions added."""
+    """Tokens attend to a memory; `keys` is the memory with its positions added."""
 
     def __init__(self, width: int, heads: int = 8, dropout: float = 0.0):
         super().__init__()
@@ -83,7 +94,7 @@ class CrossAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Each token by itself: `hidden` channels wide, and back."""
+    """A network of two layers, applied to each token, with `hidden` channels inside."""
 
     def __init__(self, width: int, hidden: int, dropout: float = 0.0, activation: Literal["relu", "gelu"] = "relu"):
         super().__init__()
@@ -100,7 +111,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, then feed-forward."""
+    """Self-attention, then the feed-forward network."""
 
     def __init__(self, width: int, hidden: int, heads: int = 8, dropout: float = 0.0):
         super().__init__()
@@ -117,9 +128,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Queries look at each other and at the memory, then feed-forward.
+    """Self-attention of the queries and attention to the memory, then the feed-forward network.
 
-    cross_first  they look at the memory first, as in Mask2Former; otherwise at each other, as in DETR
+    Attributes:
+        cross_first: The queries attend to the memory first, as in Mask2Former; otherwise to each other, as in DETR.
     """
 
     def __init__(self, width: int, hidden: int, heads: int = 8, dropout: float = 0.0, *, cross_first: bool = False):
@@ -137,7 +149,15 @@ class DecoderLayer(nn.Module):
         positions: Float[Tensor, "_b n c"] | None = None,
         allowed: Bool[Tensor, "b _h _n m"] | None = None,
     ) -> Float[Tensor, "b n c"]:
-        """`allowed` says where in the memory each query may look."""
+        """Runs the layer.
+
+        Args:
+            x: Queries.
+            memory: What they attend to.
+            keys: The memory with its positions added.
+            positions: Positions of the queries.
+            allowed: True where a query may attend to the memory; None: everywhere.
+        """
         if not self.cross_first:
             x = self.self_attention(x, positions)
         x = self.cross_attention(x, memory, keys, positions, allowed)
@@ -147,7 +167,7 @@ class DecoderLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers of these widths with ReLU between them."""
+    """Linear layers of the given widths with ReLU between them."""
 
     def __init__(self, widths: Sequence[int]):
         super().__init__()

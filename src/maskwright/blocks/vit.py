@@ -1,4 +1,4 @@
-"""Vision transformers of timm's, opened up so that a system can put tokens of its own between their blocks."""
+"""Plain vision transformers of timm, block by block, so that a system can insert tokens between blocks."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ from maskwright.errors import MissingExtraError, UsageError
 
 
 class ViT(nn.Module):
-    """A plain ViT: patches, prefix tokens (class, registers), blocks of one width, a final norm.
+    """A plain ViT (arXiv 2010.11929): tokens of patches, prefix tokens (class, registers), equal blocks, a final norm.
 
-    name        any of timm's with `blocks` and `norm`: "vit_base_patch14_reg4_dinov2", "vit_base_patch16_dinov3_qkvb"
-    patch       side of a patch in pixels; other than the published one it needs weights resampled by timm
-    size        of the input that the table of positions is made for, in pixels; at other sizes it is interpolated
-    own         arguments that replace timm's: embed_dim, depth, num_heads
-    eps         of all norms; None: timm's own
+    `begin` computes tokens (B, prefix + patches, D), `block` runs one block, `norm` is applied after the last one. The
+    system that calls them may change the tokens in between.
 
-    `begin` makes tokens (B, prefix + patches, C), `block` runs one block, `norm` ends; in between anything may be done.
+    Attributes:
+        body: The model of timm.
+        patch: Side of a patch in pixels.
+        width: Channels of the tokens.
+        prefix: Number of prefix tokens.
+        channels: As for every backbone: the width alone.
+        strides: Likewise the side of a patch.
     """
 
     def __init__(
@@ -36,6 +39,21 @@ class ViT(nn.Module):
         own: dict[str, Any] | None = None,
         eps: float | None = None,
     ):
+        """
+        Args:
+            name: Any model of timm with `blocks` and `norm`: "vit_base_patch14_reg4_dinov2",
+                "vit_base_patch16_dinov3_qkvb".
+            patch: Side of a patch in pixels. If it differs from the published one, timm resamples the weights.
+            size: Side of the square input that the table of positions is made for, in pixels. It is interpolated for
+                other sizes.
+            in_channels: Channels of the images.
+            pretrained: Download timm's published weights.
+            own: Arguments that replace timm's: embed_dim, depth, num_heads.
+            eps: Epsilon of all norms; None: that of timm.
+
+        Raises:
+            UsageError: If timm has no such model, or it is not a plain ViT.
+        """
         super().__init__()
         try:
             import timm
@@ -47,15 +65,16 @@ class ViT(nn.Module):
                 **(own or {}),
             )  # fmt: skip
         except (RuntimeError, AttributeError, ValueError, TypeError, AssertionError) as error:
-            raise UsageError(f"timm cannot give {name!r} as a transformer of {size} pixels: {error}") from None
+            raise UsageError(f"timm cannot build {name!r} for inputs of {size} pixels: {error}") from None
         lacking = [part for part in ("patch_embed", "cls_token", "blocks", "norm") if getattr(body, part, None) is None]
         if lacking:
-            raise UsageError(f"timm's {name!r} is no plain ViT: it has no {', '.join(lacking)}")
+            raise UsageError(f"{name!r} of timm is not a plain ViT: it has no {', '.join(lacking)}")
         if eps is not None:
             for module in body.modules():
                 if isinstance(module, nn.LayerNorm):
                     module.eps = eps
         self.body, self.patch, self.width, self.prefix = body, patch, body.embed_dim, body.num_prefix_tokens
+        self.channels, self.strides = [self.width], [patch]
         self.rotary = getattr(body, "rope", None)
         body.requires_grad_(True)
 
@@ -63,7 +82,12 @@ class ViT(nn.Module):
         return len(self.body.blocks)
 
     def begin(self, images: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b n d"], tuple[int, int], Tensor | None]:
-        """Tokens with their positions, the grid of patches, and the rotation that `block` wants (None: no rotation)."""
+        """Computes the tokens before the first block.
+
+        Returns:
+            The tokens with their positions, rows and columns of patches, and the rotation that `block` needs if
+            positions are rotary.
+        """
         from timm.layers.pos_embed import resample_abs_pos_embed
 
         body = self.body
@@ -78,10 +102,12 @@ class ViT(nn.Module):
             tokens = torch.cat([*prefix, tokens], 1)
         else:
             whole = table.shape[1] - (0 if getattr(body, "no_embed_class", False) else self.prefix)
-            side = math.isqrt(whole)  # the table is square: as many patches in another shape are other places
+            side = math.isqrt(
+                whole
+            )  # the table is square; a grid of another shape needs interpolation even if as large
             if grid != (side, side):
                 table = resample_abs_pos_embed(table, list(grid), num_prefix_tokens=table.shape[1] - whole)
-            if table.shape[1] == tokens.shape[1]:  # the prefix has no position
+            if table.shape[1] == tokens.shape[1]:  # no positions for the prefix
                 tokens = torch.cat([*prefix, tokens + table], 1)
             else:
                 tokens = torch.cat([*prefix, tokens], 1) + table
@@ -96,17 +122,25 @@ class ViT(nn.Module):
         rotation: Tensor | None = None,
         allowed: Bool[Tensor, "b 1 n n"] | None = None,
     ) -> Float[Tensor, "b n d"]:
-        """Block `number`; `allowed` is True where a token (row) may look (column)."""
+        """Runs one block.
+
+        Args:
+            number: Which block.
+            tokens: Its input.
+            rotation: What `begin` returned.
+            allowed: True where a token (row) may attend to a token (column); None: everywhere.
+        """
         layer = self.body.blocks[number]
         if self.rotary is None:
             return layer(tokens, attn_mask=allowed)
         return layer(tokens, rope=rotation, attn_mask=allowed)
 
     def norm(self, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Applies the final norm."""
         return self.body.norm(tokens)
 
-    def more_prefix(self, first: int, count: int) -> None:
-        """Blocks from `first` on will have `count` further tokens before the patches, which are not rotated either."""
+    def add_prefix(self, first: int, count: int) -> None:
+        """Declares `count` further tokens before the patches in all blocks from `first` on; they are not rotated."""
         if self.rotary is not None:
             for layer in list(self.body.blocks)[first:]:
                 layer.attn.num_prefix_tokens += count

@@ -1,5 +1,5 @@
-"""What a Hugging Face folder says beside its weights that no shape tells: heads (config.json), and how images are
-prepared (preprocessor_config.json)."""
+"""Options from the JSON files of a Hugging Face folder that its weights do not determine: the number of attention heads
+(config.json), and how images are prepared (preprocessor_config.json)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 from maskwright.errors import CheckpointError
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-# What transformers' image processors take where their file says nothing.
+# Defaults of the image processors of transformers.
 MEAN, STD, RESCALE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1 / 255
-# What does not change an image, or is what every system here does: bilinear is 2.
+# Values that do not change an image, or that every system here has; resample 2 is bilinear.
 USUAL = {"do_resize": True, "resample": 2, "do_center_crop": False, "do_split_image": False}
 
 
@@ -27,8 +27,20 @@ class CheckpointWarning(UserWarning):
 
 
 def heads(about: Mapping[str, Any], width: int, *names: str, inside: str = "") -> int | None:
-    """How many heads the folder's config.json says that attention has, under any of these names (of the table `inside`
-    it); None where it says nothing. CheckpointError where that cannot be so in layers of this width."""
+    """The number of attention heads in config.json.
+
+    Args:
+        about: What `read_state` returned about the folder.
+        width: Channels of the attention layers.
+        names: Keys under which the number may be found.
+        inside: The table of the file that has these keys; "": the file itself.
+
+    Returns:
+        The number; None if the file has none.
+
+    Raises:
+        CheckpointError: If the values contradict each other, or layers of this width cannot have so many heads.
+    """
     config = about.get("config", {})
     if inside:
         config = config.get(inside)
@@ -36,40 +48,40 @@ def heads(about: Mapping[str, Any], width: int, *names: str, inside: str = "") -
             return None
         if not isinstance(config, Mapping):
             raise _wrong(about, CONFIG, inside, config, "an object")
-    found = {name: count for name in names if (count := whole(about, CONFIG, name, config.get(name))) is not None}
+    found = {name: count for name in names if (count := integer(about, CONFIG, name, config.get(name))) is not None}
     if len(set(found.values())) > 1:
-        told = " and ".join(f"{name} {count}" for name, count in found.items())
-        raise CheckpointError(f"{_file(about, CONFIG)}: it says {told}; such a network is not read here")
+        values = " and ".join(f"{name} {count}" for name, count in found.items())
+        raise CheckpointError(f"{_file(about, CONFIG)}: networks with {values} are not supported")
     for name, count in found.items():
         if width % count:
             raise CheckpointError(
-                f"{_file(about, CONFIG)}: {name} is {count}, which layers {width} wide, as the weights beside it are, "
-                "cannot be shared by; put the config.json there that belongs to the weights"
+                f"{_file(about, CONFIG)}: {name} is {count}, which does not divide the width of the weights, {width}; "
+                "use the config.json that belongs to the weights"
             )
         return count
     return None
 
 
 def side(about: Mapping[str, Any]) -> int | None:
-    """`image_size` of config.json, of square images; None where it says nothing."""
+    """`image_size` of config.json, for square images; None if the file has none."""
     value = about.get("config", {}).get("image_size")
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
-    return whole(about, CONFIG, "image_size", value)
+    return integer(about, CONFIG, "image_size", value)
 
 
 def number(about: Mapping[str, Any], name: str) -> float | None:
-    """A number above zero in config.json; None where it says nothing."""
+    """A positive number of config.json; None if the file has none."""
     value = about.get("config", {}).get(name)
     return None if value is None else _number(about, CONFIG, name, value)
 
 
-def whole(about: Mapping[str, Any], file: str, name: str, value: Any) -> int | None:
-    """The value where it is a whole number of at least 1, None where there is none."""
+def integer(about: Mapping[str, Any], file: str, name: str, value: Any) -> int | None:
+    """`value` if it is an integer of at least 1, None if it is None; a CheckpointError otherwise."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-        raise _wrong(about, file, name, value, "a whole number of at least 1")
+        raise _wrong(about, file, name, value, "an integer of at least 1")
     return value
 
 
@@ -78,11 +90,14 @@ def whole(about: Mapping[str, Any], file: str, name: str, value: Any) -> int | N
 
 @dataclass(frozen=True)
 class Prepared:
-    """How the folder says that images are prepared; None where that is as ImageNet's, or not said.
+    """How a folder prepares images. None: as for ImageNet, or not stated.
 
-    short, long  sides that images are resized to
-    mean, std    of values from 0 to 1
-    asked        what no system here has an option for
+    Attributes:
+        short: Short side that images are resized to, in pixels.
+        long: Upper bound of the long side, in pixels.
+        mean: Mean per channel, of values in [0, 1].
+        std: Standard deviation per channel, likewise.
+        asked: Entries for which no system has an option.
     """
 
     short: int | None
@@ -93,7 +108,16 @@ class Prepared:
 
 
 def prepared(about: Mapping[str, Any], channels: int, **usual: Any) -> Prepared:
-    """What preprocessor_config.json says; `usual` are values of further keys that ask for nothing special."""
+    """Reads preprocessor_config.json.
+
+    Args:
+        about: What `read_state` returned about the folder.
+        channels: Channels of the images.
+        usual: Further entries with the value that needs no option.
+
+    Raises:
+        CheckpointError: If a value has the wrong type.
+    """
     said: Mapping[str, Any] = about.get("preprocessor", {})
     asked = {k: said[k] for k, own in (USUAL | usual).items() if said.get(k) is not None and said[k] != own}
     for key in asked:
@@ -101,42 +125,60 @@ def prepared(about: Mapping[str, Any], channels: int, **usual: Any) -> Prepared:
         if isinstance(wanted, bool) != isinstance(value, bool) or not isinstance(value, int):
             raise _wrong(about, PREPROCESSOR, key, value, "true or false" if isinstance(wanted, bool) else "a number")
     short, long = (None, None) if "do_resize" in asked else _size(about, said, asked)
-    mean, std = _colours(about, said, channels)
+    mean, std = _normalization(about, said, channels)
     return Prepared(short, long, mean, std, asked)
 
 
 def images(about: Mapping[str, Any], system: str, channels: int, divide: float = 255.0) -> dict[str, Any]:
-    """Options `short`, `long`, `mean` and `std` as preprocessor_config.json has them; none that is as published. What
-    there is no option for is told in a `CheckpointWarning`. `divide`: what the system divides images by first."""
+    """Reads preprocessor_config.json as fields of the option `resize`. A `CheckpointWarning` names what has no option.
+
+    Args:
+        about: What `read_state` returned about the folder.
+        system: Name of the system, for the warning.
+        channels: Channels of the images.
+        divide: What the system divides images by before it normalises them.
+
+    Returns:
+        `short` and `long` if the file has them; `mean` and `std` if they differ from ImageNet's.
+    """
     found = prepared(about, channels)
     warn(about, system, found.asked)
-    options: dict[str, Any] = {"short": found.short, "long": found.long}
-    for name, row in (("mean", found.mean), ("std", found.std)):
-        options[name] = None if row is None else [value * 255 / divide for value in row]
-    return {name: value for name, value in options.items() if value is not None}
+    fields: dict[str, Any] = {"short": found.short, "long": found.long, **normalization(found, divide)}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def normalization(found: Prepared, divide: float = 255.0) -> dict[str, list[float]]:
+    """`mean` and `std` as fields of the option `resize`, those that differ from ImageNet's.
+
+    Args:
+        found: What `prepared` returned.
+        divide: What the system divides images by before it normalises them.
+    """
+    rows = {"mean": found.mean, "std": found.std}
+    return {name: [value * 255 / divide for value in row] for name, row in rows.items() if row is not None}
 
 
 def warn(about: Mapping[str, Any], system: str, asked: Mapping[str, Any]) -> None:
-    """A `CheckpointWarning` that names what the folder asks for, where it asks for anything."""
+    """Warns of the entries `asked` of preprocessor_config.json that a system has no option for, if there are any."""
     if asked:
-        told = ", ".join(f"{name} {json.dumps(value)}" for name, value in asked.items())
+        entries = ", ".join(f"{name} {json.dumps(value)}" for name, value in asked.items())
         warnings.warn(
-            f"{_file(about, PREPROCESSOR)}: {system} has no option for {told}; images are prepared without, and its "
-            "answers may differ from those of transformers",
+            f"{_file(about, PREPROCESSOR)}: {system} has no option for {entries}; images are prepared without it, and "
+            "predictions may differ from those of transformers",
             CheckpointWarning,
             stacklevel=2,
         )
 
 
 def _size(about: Mapping[str, Any], said: Mapping[str, Any], asked: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Short and long side. Sizes of another kind than these are put into `asked`."""
+    """Short and long side. Sizes of another kind are added to `asked`."""
     size = said.get("size")
     if size is None:
         return None, None
-    if not isinstance(size, Mapping):  # as older files have it
+    if not isinstance(size, Mapping):  # older files
         longest = said.get("max_size")
-        return whole(about, PREPROCESSOR, "size", size), whole(about, PREPROCESSOR, "max_size", longest)
-    sides = {name: whole(about, PREPROCESSOR, f"size.{name}", value) for name, value in size.items()}
+        return integer(about, PREPROCESSOR, "size", size), integer(about, PREPROCESSOR, "max_size", longest)
+    sides = {name: integer(about, PREPROCESSOR, f"size.{name}", value) for name, value in size.items()}
     short = sides.get("shortest_edge")
     if short is None:
         asked["size"] = size
@@ -144,10 +186,10 @@ def _size(about: Mapping[str, Any], said: Mapping[str, Any], asked: dict[str, An
     return short, sides.get("longest_edge")
 
 
-def _colours(
+def _normalization(
     about: Mapping[str, Any], said: Mapping[str, Any], channels: int
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """Mean and std of values from 0 to 1, whatever the file's own are of; None for ImageNet's."""
+    """Mean and std of values in [0, 1], whatever range the file's are of; None for those of ImageNet."""
     for key in ("do_rescale", "do_normalize"):
         if not isinstance(said.get(key, True), bool | None):
             raise _wrong(about, PREPROCESSOR, key, said[key], "true or false")
@@ -155,29 +197,30 @@ def _colours(
     factor = RESCALE if factor is None else _number(about, PREPROCESSOR, "rescale_factor", factor)
     factor = factor if said.get("do_rescale") is not False else 1.0
     rows = []
-    for name, usual, plain in (("image_mean", MEAN, 0.0), ("image_std", STD, 1.0)):
+    for name, usual, neutral in (("image_mean", MEAN, 0.0), ("image_std", STD, 1.0)):
         row = said.get(name)
         if said.get("do_normalize") is False:
-            row = [plain] * channels
+            row = [neutral] * channels
         row = list(usual) if row is None else row if isinstance(row, list) else [row] * channels
-        row = [_number(about, PREPROCESSOR, name, value, above=name == "image_std") for value in row]
-        # Further channels may follow an image's three.
+        row = [_number(about, PREPROCESSOR, name, value, positive=name == "image_std") for value in row]
+        # The three channels of an image may be followed by others.
         if len(row) != channels and not len(row) == 3 < channels:
             if said.get(name) is not None:
-                raise _wrong(about, PREPROCESSOR, name, row, f"one for each of the {channels} channels of the weights")
+                raise _wrong(about, PREPROCESSOR, name, row, f"one number for each of the {channels} input channels")
             rows.append(None)
             continue
         row = tuple(value / (factor * 255) for value in row)
-        # Files hold ImageNet's in the float32 of some, and 1 / 255 in few digits.
+        # Some files hold ImageNet's values rounded to float32, and 1 / 255 with few digits.
         same = len(row) == 3 and all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(row, usual, strict=True))
         rows.append(None if same else row)
     return rows[0], rows[1]
 
 
-def _number(about: Mapping[str, Any], file: str, name: str, value: Any, *, above: bool = True) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:  # which NaN is not
+def _number(about: Mapping[str, Any], file: str, name: str, value: Any, *, positive: bool = True) -> float:
+    """`value` as a float; a CheckpointError unless it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:  # false for NaN
         raise _wrong(about, file, name, value, "a number")
-    if above and value <= 0:
+    if positive and value <= 0:
         raise _wrong(about, file, name, value, "a number above 0")
     return float(value)
 
@@ -188,6 +231,6 @@ def _file(about: Mapping[str, Any], file: str) -> str:
 
 def _wrong(about: Mapping[str, Any], file: str, name: str, value: Any, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"{_file(about, file)}: {name} is {json.dumps(value)[:80]}; expected {expected}; mend the file or fetch it "
-        "again"
+        f"{_file(about, file)}: {name} must be {expected}, got {json.dumps(value)[:80]}; correct the file or download "
+        "it again"
     )

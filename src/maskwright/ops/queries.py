@@ -1,7 +1,8 @@
-"""From what queries say, a class distribution and a mask each, to objects, segments and labels on the image.
+"""From queries, with class probabilities and mask logits each, to objects, segments and labels on the image.
 
-Masks are logits on a coarse grid that covers the network's input. They are brought to the image's own grid, in two
-bilinear steps over the input's, before anything is decided (Mask2Former, arXiv 2112.01527; MaskFormer, 2107.06278).
+Masks are logits on a coarse grid that covers the network's input. They are resized to the image's own grid, in two
+bilinear steps by way of the input's grid, before any decision is made (Mask2Former, arXiv 2112.01527; MaskFormer,
+arXiv 2107.06278).
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from maskwright.ops.planes import axes, place_measured
 from maskwright.ops.suppression import mask_nms
 from maskwright.structures import Instances, Panoptic, Placement
 
-MasksOf = Callable[[Tensor], Tensor]  # indices of R queries -> logits of their masks (R, h, w)
+MaskLogits = Callable[[Tensor], Tensor]  # indices of R queries -> logits of their masks (R, h, w)
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Which answers of the queries become objects.
+class Selection:
+    """Which queries become objects.
 
-    detections       so many (query, class) pairs of the largest class score are looked at
-    score_threshold  of the finished score, class score x mean mask probability inside the mask
-    best_class       a query is an object of its best class alone; as published it may be one of several classes
-    nms_threshold    None: as published, duplicates stay; else of masks of one class that overlap by more than this the
-                     better one alone
-    max_overlap      None: as published; else the objects compete for pixels as segments of a panoptic result do, and
-                     those that lose more than this share of their mask to others are dropped, whatever their class
+    Attributes:
+        detections: Number of (query, class) pairs with the largest class probability that are considered.
+        score_threshold: Lower bound of the final score, class probability x mean mask probability inside the mask.
+        best_class: A query becomes an object of its best class only; as published, it may become one of several.
+        nms_threshold: Overlap (IoU) above which the lower scored of two masks of one class is dropped; None: none is
+            dropped, as published.
+        max_overlap: Share of a mask that may be lost when the objects compete for pixels as the segments of a panoptic
+            result do; an object that loses more is dropped, whatever its class. None: none is dropped, as published.
     """
 
     detections: int = 100
@@ -40,67 +42,78 @@ class Choice:
     max_overlap: float | None = None
 
 
-def mean_inside(values: Float[Tensor, "n h w"], solid: Bool[Tensor, "n h w"]) -> Float[Tensor, " n"]:
-    """Mean probability inside each mask; zero for an empty one."""
-    return (values.sigmoid() * solid).flatten(1).sum(1) / (solid.flatten(1).sum(1) + 1e-6)
+def mean_inside(logits: Float[Tensor, "n h w"], inside: Bool[Tensor, "n h w"]) -> Float[Tensor, " n"]:
+    """Mean probability inside each mask; zero for an empty mask."""
+    return (logits.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)
 
 
 @torch.no_grad()
-def objects(
+def select_instances(
     scores: Float[Tensor, "n k"],
-    masks_of: MasksOf,
+    masks_of: MaskLogits,
     placement: Placement,
     size: tuple[int, int],
-    choice: Choice,
+    selection: Selection,
     things: Bool[Tensor, " k"] | None = None,
 ) -> Instances:
-    """Objects of one image, best first; `scores` are of the classes without "no object", `size` the input's.
+    """Converts the queries of one image to objects (Mask2Former, section 4 and the official inference code).
 
-    With `things` only objects of these classes stay, those of others having had their chance among the `detections`.
-    Empty masks are dropped.
+    Args:
+        scores: Class probabilities of each query, without "no object".
+        masks_of: Returns the mask logits of some queries.
+        placement: How the image was placed in the network's input.
+        size: Height and width of the input, padding included.
+        selection: Which queries become objects.
+        things: Classes whose objects are kept. Those of other classes are removed after they have competed for the
+            `detections`. None: all.
+
+    Returns:
+        The objects, best first. Empty masks are dropped.
     """
-    if choice.best_class:
+    if selection.best_class:
         scores = scores * torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1])
-    kinds = scores.shape[1]
-    best, place = scores.flatten().topk(min(choice.detections, scores.numel()))
-    wanted = (best >= choice.score_threshold) & (best > 0)  # what comes can only lower a score
+    classes = scores.shape[1]
+    best, pair = scores.flatten().topk(min(selection.detections, scores.numel()))
+    wanted = (best >= selection.score_threshold) & (best > 0)  # the mask's factor can only lower a score
     if things is not None:
-        wanted &= things[place % kinds]
-    best, place = best[wanted], place[wanted]
-    queries, which = place.div(kinds, rounding_mode="floor").unique(return_inverse=True)
-    masks, sure = place_measured(masks_of(queries), placement, size, mean_inside, threshold=0.0)
-    final, areas = best * sure[which], masks.areas().to(best.device)
-    keep = ((final >= choice.score_threshold) & (areas[which] > 0)).nonzero().flatten()
+        wanted &= things[pair % classes]
+    best, pair = best[wanted], pair[wanted]
+    queries, which = pair.div(classes, rounding_mode="floor").unique(return_inverse=True)
+    masks, quality = place_measured(masks_of(queries), placement, size, mean_inside, threshold=0.0)
+    final, areas = best * quality[which], masks.areas().to(best.device)
+    keep = ((final >= selection.score_threshold) & (areas[which] > 0)).nonzero().flatten()
     keep = keep[final[keep].argsort(descending=True, stable=True)]
     which = which[keep]
     boxes = masks.boxes().to(best.device)[which]
-    found = Instances(placement.image_size, boxes, place[keep] % kinds, masks[which], final[keep])
-    if choice.nms_threshold is not None:
+    found = Instances(placement.image_size, boxes, pair[keep] % classes, masks[which], final[keep])
+    if selection.nms_threshold is not None:
         assert found.masks is not None
-        rows = mask_nms(found.masks.iou(found.masks).to(best.device), found.labels, choice.nms_threshold)
+        rows = mask_nms(found.masks.iou(found.masks).to(best.device), found.labels, selection.nms_threshold)
         found, which = found[rows], which[rows]
-    if choice.max_overlap is not None and len(found):
-        found = _left(found, masks_of(queries[which]), placement, size, choice.max_overlap)
+    if selection.max_overlap is not None and len(found):
+        found = _without_losers(found, masks_of(queries[which]), placement, size, selection.max_overlap)
     return found
 
 
-def _left(found: Instances, logits: Tensor, placement: Placement, size: tuple[int, int], lost: float) -> Instances:
-    """Objects that lose at most this share of their mask where every pixel goes to the best of them."""
+def _without_losers(
+    found: Instances, logits: Tensor, placement: Placement, size: tuple[int, int], max_loss: float
+) -> Instances:
+    """The objects that lose at most `max_loss` of their mask when each pixel is assigned to the best of them."""
     assert found.scores is not None
     assert found.masks is not None
     won = torch.zeros(len(found), dtype=torch.int64, device=logits.device)
-    for values, _ in _bands(logits, placement, size):
-        best = _best(found.scores, values)
+    for values, _ in resized_bands(logits, placement, size):
+        best = _best_query(found.scores, values)
         own = values.gather(0, best[None])[0] > 0
         won += best[own].bincount(minlength=len(found))
     areas = found.masks.areas().to(won.device)
-    return found[areas - won <= lost * areas]
+    return found[areas - won <= max_loss * areas]
 
 
 @torch.no_grad()
-def segments(
+def select_segments(
     probabilities: Float[Tensor, "n k1"],
-    masks_of: MasksOf,
+    masks_of: MaskLogits,
     placement: Placement,
     size: tuple[int, int],
     things: Bool[Tensor, " k"],
@@ -109,39 +122,48 @@ def segments(
     overlap_threshold: float = 0.8,
     inside: bool = True,
 ) -> Panoptic:
-    """One image divided among queries; `probabilities` with "no object" last.
+    """Divides one image among its queries (MaskFormer, section 3.4).
 
-    Queries that are sure of a class compete: a pixel goes to the largest score x mask probability. A segment is dropped
-    if it wins less than `overlap_threshold` of its mask (probability >= 0.5); regions of one class are joined.
+    Queries whose best class scores more than `score_threshold` compete: a pixel is assigned to the largest product of
+    score and mask probability. Segments of one stuff class are joined.
 
-    inside  a segment is what it wins of its own mask (Mask2Former); without, all that it wins (MaskFormer)
+    Args:
+        probabilities: Class probabilities of each query, "no object" last.
+        masks_of: Returns the mask logits of some queries.
+        placement: How the image was placed in the network's input.
+        size: Height and width of the input, padding included.
+        things: True for each class that is a countable object.
+        score_threshold: Lower bound of a query's class probability.
+        overlap_threshold: A segment is dropped if it wins less than this share of its mask (probability >= 0.5).
+        inside: A segment is what its query wins inside the query's own mask (Mask2Former); if False, all that its query
+            wins (MaskFormer).
     """
     scores, labels = probabilities.max(1)
-    sure = ((labels < len(things)) & (scores > score_threshold)).nonzero().flatten()
-    if not len(sure):
+    confident = ((labels < len(things)) & (scores > score_threshold)).nonzero().flatten()
+    if not len(confident):
         return Panoptic.empty(placement.image_size, probabilities.device)
-    scores, labels = scores[sure], labels[sure]
-    count = len(sure)
+    scores, labels = scores[confident], labels[confident]
+    count = len(confident)
     won, whole, kept = torch.zeros(3, count, dtype=torch.int64, device=scores.device)
     plane = torch.full(placement.image_size, -1, dtype=torch.int32, device=scores.device)
-    for values, seen in _bands(masks_of(sure), placement, size):
-        best, mask = _best(scores, values), values >= 0
+    for values, band in resized_bands(masks_of(confident), placement, size):
+        best, mask = _best_query(scores, values), values >= 0
         own = mask.gather(0, best[None])[0] if inside else torch.ones_like(best, dtype=torch.bool)
-        whole += (mask & seen.valid).flatten(1).sum(1)
-        won += best[seen.valid].bincount(minlength=count)
-        own = own & seen.valid
+        whole += (mask & band.valid).flatten(1).sum(1)
+        won += best[band.valid].bincount(minlength=count)
+        own = own & band.valid
         kept += best[own].bincount(minlength=count)
-        plane[seen.rows] = torch.where(own, best, -1).int()
+        plane[band.rows] = torch.where(own, best, -1).int()
     good = (kept > 0) & (whole > 0) & (won.double() / whole.clamp(min=1) >= overlap_threshold)
     if not good.any():
         return Panoptic.empty(placement.image_size, probabilities.device)
-    # Numbers in the order of the queries; a region takes the number of the first of its class.
+    # Segments are numbered in the order of the queries; a stuff segment has the number of the first of its class.
     chosen = good.nonzero().flatten()
     countable = things[labels[chosen]]
     same = (labels[chosen][:, None] == labels[chosen]) & ~countable[:, None]
     leader = torch.where(countable, torch.arange(len(chosen), device=chosen.device), same.int().argmax(1))
     leaders, number = leader.unique(return_inverse=True)
-    table = torch.zeros(count + 1, dtype=torch.int64, device=scores.device)  # the last entry is nothing
+    table = torch.zeros(count + 1, dtype=torch.int64, device=scores.device)  # the last entry: no segment
     table[chosen] = number + 1
     values = scores.new_zeros(len(leaders)).scatter_reduce(0, number, scores[chosen], "amax")
     rows = chosen[leaders]
@@ -149,75 +171,92 @@ def segments(
 
 
 @torch.no_grad()
-def semantic(
+def semantic_labels(
     scores: Float[Tensor, "n k"],
-    masks_of: MasksOf,
+    masks_of: MaskLogits,
     placement: Placement,
     size: tuple[int, int],
     *,
     classes_first: bool = False,
 ) -> Int[Tensor, "_h _w"]:
-    """The label of each pixel: of the largest sum over the queries of class score x mask probability; -1 outside what
-    the network saw.
+    """Labels each pixel of one image: the class with the largest sum over the queries of class probability x mask
+    probability (MaskFormer, section 3.4).
 
-    classes_first  sums are made on the input's grid and brought to the image, as where a system was published for
-                   this task alone
+    Args:
+        scores: Class probabilities of each query, without "no object".
+        masks_of: Returns the mask logits of some queries.
+        placement: How the image was placed in the network's input.
+        size: Height and width of the input, padding included.
+        classes_first: Sum over the queries on the input's grid and resize the sums; otherwise resize the masks first.
+
+    Returns:
+        The label of each pixel of the image; -1 for those outside the network's input.
     """
     maps = semantic_maps(scores, masks_of, placement, size, classes_first=classes_first)
-    return torch.cat([values.argmax(0).where(seen.valid, -1) for values, seen in maps])
+    return torch.cat([values.argmax(0).where(band.valid, -1) for values, band in maps])
 
 
 def semantic_maps(
     scores: Float[Tensor, "n k"],
-    masks_of: MasksOf,
+    masks_of: MaskLogits,
     placement: Placement,
     size: tuple[int, int],
     *,
     classes_first: bool = False,
-) -> Iterator[tuple[Float[Tensor, "k _h w"], Band]]:
-    """What `semantic` takes the largest of, band by band from the top."""
+) -> Iterator[tuple[Float[Tensor, "k _h _w"], Band]]:
+    """The sums whose largest `semantic_labels` returns, band by band from the top; arguments as there."""
     logits = masks_of(torch.arange(len(scores), device=scores.device))
     if classes_first:
         whole = Placement.identity(size)
-        mixed = [torch.einsum("nk,nhw->khw", scores, v.sigmoid()) for v, _ in _bands(logits, whole, size)]
-        yield from _bands(torch.cat(mixed, 1), placement, size, straight=True)
+        sums = [torch.einsum("nk,nhw->khw", scores, v.sigmoid()) for v, _ in resized_bands(logits, whole, size)]
+        yield from resized_bands(torch.cat(sums, 1), placement, size, at_input=True)
         return
-    for values, seen in _bands(logits, placement, size):
-        yield torch.einsum("nk,nhw->khw", scores, values.sigmoid()), seen
+    for values, band in resized_bands(logits, placement, size):
+        yield torch.einsum("nk,nhw->khw", scores, values.sigmoid()), band
 
 
 @dataclass(frozen=True)
 class Band:
-    """Some rows of the image."""
+    """Some rows of an image.
+
+    Attributes:
+        rows: Which rows.
+        valid: True for the pixels that the network's input shows.
+    """
 
     rows: slice
-    valid: Bool[Tensor, "h w"]  # what the network saw of them
+    valid: Bool[Tensor, "h w"]
 
 
-def _bands(
+def resized_bands(
     planes: Float[Tensor, "n p q"],
     placement: Placement,
     size: tuple[int, int],
     *,
-    straight: bool = False,
+    at_input: bool = False,
     budget: int = 128 << 20,
 ) -> Iterator[tuple[Float[Tensor, "n _h w"], Band]]:
-    """Planes on the image's grid, so many rows at a time that they and what is made of them take `budget` bytes.
+    """Resizes planes to the image's grid, some rows at a time, so that memory is bounded.
 
-    straight  the planes already have the input's resolution
+    Args:
+        planes: Values on a grid that covers the network's input.
+        placement: How the image was placed in the network's input.
+        size: Height and width of the input, padding included.
+        at_input: The planes already have the input's resolution.
+        budget: Bytes of scratch for the planes of a band and what is computed from them.
     """
     planes = planes.float()
-    if straight:
+    if at_input:
         planes, size = planes[:, : placement.size[0], : placement.size[1]], placement.size
     down, across = axes(planes, placement, size)
-    seen = (down > 0).any(1)[:, None] & (across > 0).any(1)[None]
+    valid = (down > 0).any(1)[:, None] & (across > 0).any(1)[None]
     height, width = placement.image_size
     step = max(1, budget // (16 * max(1, len(planes)) * width))
     for top in range(0, height, step):
         rows = slice(top, min(top + step, height))
-        yield down[rows] @ planes @ across.T, Band(rows, seen[rows])
+        yield down[rows] @ planes @ across.T, Band(rows, valid[rows])
 
 
-def _best(scores: Tensor, values: Tensor) -> Tensor:
-    """Whose score x probability is largest at each pixel."""
+def _best_query(scores: Tensor, values: Tensor) -> Tensor:
+    """The query with the largest score x mask probability at each pixel."""
     return (scores[:, None, None] * values.sigmoid()).argmax(0)

@@ -1,14 +1,14 @@
 """Mask2Former: Masked-attention Mask Transformer for Universal Image Segmentation (Cheng, Misra, Schwing, Kirillov,
 Girdhar, CVPR 2022, arXiv 2112.01527).
 
-A hundred learnt queries each say a class, or "no object", and a mask: an embedding whose product with the features of
-every pixel, at stride 4, is the mask's logit there. They come to it in nine rounds, in each of which a query looks at
-the trunk's features, at strides 32, 16 and 8 in turn, but only inside the mask that it has predicted so far (*masked
-attention*), then at the other queries. What the trunk sees is first mixed over its scales by deformable attention.
-Matched one to one with the objects, queries learn not to say the same thing twice, so that nothing is suppressed.
+A hundred learned queries each predict a class, or "no object", and a mask: an embedding whose product with the features
+of the pixels, at stride 4, gives the mask logits. In nine decoder layers each query attends to the features of the
+image, at strides 32, 16 and 8 in turn, but only inside the mask that it has predicted so far (*masked attention*), then
+to the other queries. The backbone's features are first mixed over their scales by deformable attention. Queries and
+objects are matched one to one, so that queries are trained not to duplicate each other and nothing is suppressed.
 
-One network does instance, panoptic and semantic segmentation; which, is a matter of the data it learns (`stuff`) and of
-how its answers are read (`decode`, `decode_panoptic`, `decode_semantic`).
+The same network does instance, panoptic and semantic segmentation, depending on the data it is trained on (`stuff`) and
+on how its output is read (`decode`, `decode_panoptic`, `decode_semantic`).
 """
 
 from __future__ import annotations
@@ -21,30 +21,41 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskwright.blocks.backbones import Backbone, BackboneLike, levels_of
 from maskwright.blocks.deformable_attention import DeformableEncoderLayer, cell_centres
-from maskwright.blocks.layers import ConvNorm, Norm
+from maskwright.blocks.layers import ConvNorm
 from maskwright.blocks.positions import sine_positions
-from maskwright.blocks.resnet import StrideIn
 from maskwright.blocks.transformer import MLP, DecoderLayer
-from maskwright.blocks.trunk import make_trunk, normalization_for
-from maskwright.errors import UsageError
 from maskwright.ops import query_losses as learning
 from maskwright.ops.assignment import assign
-from maskwright.ops.query_losses import MaskAnswers as Raw
+from maskwright.ops.query_losses import MaskPredictions as Raw
 from maskwright.structures import Instances, Preprocess
-from maskwright.systems.base import Ablation, Card, ClassRows, Preset, QuerySystem, Score, at_least
+from maskwright.structures.resize import Resize, ResizeLike
+from maskwright.systems.card import Ablation, Card, Preset, Score
+from maskwright.systems.kinds.queries import PointLoss, QueryDecoder, QuerySystem
+from maskwright.systems.system import ClassRows, at_least
 
 LEVELS = 3  # strides 32, 16 and 8, in this order throughout
+PUBLISHED = Preprocess(short=800, long=1333, mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), divide=1.0)
+
+BACKBONE = Backbone("resnet50")
+RESIZE = Resize()
+DECODER = QueryDecoder(layers=9)
+LOSS = PointLoss()
+
+
+# ---- network ---------------------------------------------------------------------------------------------------------
 
 
 class PixelDecoder(nn.Module):
-    """Mixes strides 32, 16 and 8 by deformable attention, and makes features at stride 4 of what comes out.
+    """Mixes strides 32, 16 and 8 by deformable attention, and computes features at stride 4 from the result.
 
-    Always in the weights' own precision, as published: mixed precision is switched off inside.
+    It always runs in the precision of its weights, as published: autocast is disabled inside.
     """
 
-    def __init__(self, channels: Sequence[int], width: int, hidden: int, layers: int, heads: int, points: int,
-                 dropout: float):  # fmt: skip
+    def __init__(
+        self, channels: Sequence[int], width: int, heads: int, *, layers: int, hidden: int, points: int, dropout: float
+    ):
         super().__init__()
         self.project = nn.ModuleList(ConvNorm(c, width, 1, norm="group", bias=True) for c in reversed(channels[1:]))
         self.levels = nn.Parameter(torch.randn(LEVELS, width))
@@ -62,156 +73,71 @@ class PixelDecoder(nn.Module):
         nn.init.zeros_(self.mask_features.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, levels: Sequence[Float[Tensor, "b _c _h _w"]]) -> tuple[Tensor, list[Tensor]]:
-        """Features of pixels (B, C, H/4, W/4), and the three levels (B, C, h, w), coarsest first."""
+        """Computes features of the pixels (B, C, H/4, W/4), and the three levels (B, C, h, w), coarsest first."""
         with torch.autocast(levels[0].device.type, enabled=False):
-            kind = self.levels.dtype
-            fine, *deep = (level.to(kind) for level in levels)
+            dtype = self.levels.dtype
+            fine, *deep = (level.to(dtype) for level in levels)
             maps = [project(level) for project, level in zip(self.project, reversed(deep), strict=True)]
             shapes = [(m.shape[2], m.shape[3]) for m in maps]
             width = maps[0].shape[1]
             positions = [
-                sine_positions(shape, width // 2, device=fine.device).flatten(2).mT.to(kind) + level
+                sine_positions(shape, width // 2, device=fine.device).flatten(2).mT.to(dtype) + level
                 for shape, level in zip(shapes, self.levels, strict=True)
             ]
-            tokens, placed = torch.cat([m.flatten(2).mT for m in maps], 1), torch.cat(positions, 1)
-            references = cell_centres(shapes, fine.device)[None, :, None]  # (1, S, 1, 2): of any level
+            tokens, position = torch.cat([m.flatten(2).mT for m in maps], 1), torch.cat(positions, 1)
+            references = cell_centres(shapes, fine.device)[None, :, None]  # (1, S, 1, 2), the same for all levels
             for layer in self.encoder:
-                tokens = layer(tokens, placed, references, shapes)
+                tokens = layer(tokens, position, references, shapes)
             parts = tokens.split([h * w for h, w in shapes], 1)
             maps = [part.mT.unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
-            # The paper's FPN takes the nearest; the code is bilinear.
+            # The FPN step of the paper takes the nearest cell; the code is bilinear.
             side = self.lateral(fine)
             coarse = functional.interpolate(maps[-1], side.shape[-2:], mode="bilinear", align_corners=False)
-            return self.mask_features(self.output(side + coarse)), maps
+            features = self.mask_features(self.output(side + coarse))
+            if not len(self.encoder):
+                # Without an encoder some levels may not be used at all; their parameters get a zero gradient.
+                features = features + (self.levels.sum() + sum((m * 0).sum() for m in maps)) * 0
+            return features, maps
 
 
 class Queries(nn.Module):
-    """What queries begin with: a content and a position each; and a code of the level that they look at."""
+    """Learned queries: content and position of each, and an embedding of the level that they attend to."""
 
-    def __init__(self, count: int, width: int, learnt_content: bool):
+    def __init__(self, count: int, width: int, learned_content: bool):
         super().__init__()
-        self.content = nn.Parameter(torch.randn(count, width)) if learnt_content else None
+        self.content = nn.Parameter(torch.randn(count, width)) if learned_content else None
         self.positions = nn.Parameter(torch.randn(count, width))
         self.levels = nn.Parameter(torch.randn(LEVELS, width))
 
 
-class Mask2Former(QuerySystem):
-    """See the module's text. `decode` takes `score_threshold`, `nms_threshold`, `detections` and more."""
-
-    name = "mask2former"
-    card = Card(
-        title="Mask2Former",
-        paper="Cheng, Misra, Schwing, Kirillov, Girdhar: Masked-attention Mask Transformer for Universal Image "
-        "Segmentation. CVPR 2022",
-        arxiv="2112.01527",
-        code="facebookresearch/Mask2Former",
-        code_licence="MIT",
-    )
+class Mask2FormerNetwork(nn.Module):
+    """Backbone, pixel decoder and transformer decoder with masked attention (section 3)."""
 
     def __init__(
         self,
-        classes: Sequence[str] = ("object",),
+        backbone: nn.Module,
+        pixel_decoder: PixelDecoder,
+        classes: int,
+        decoder: QueryDecoder,
         *,
-        stuff: Sequence[str] = (),
-        backbone: str = "resnet50",
-        pretrained: bool = False,
-        in_channels: int = 3,
-        stem_width: int = 64,
-        stride_in: StrideIn = "3x3",
-        norm: Norm = "group",
-        norm_eps: float = 1e-5,
-        frozen: int = 0,
-        swin_width: int | None = None,
-        swin_depths: Sequence[int] | None = None,
-        swin_heads: Sequence[int] | None = None,
-        window: int | None = None,
-        drop_path: float = 0.0,
-        width: int = 256,
-        heads: int = 8,
-        queries: int = 100,
-        encoder_layers: int = 6,
-        encoder_hidden: int = 1024,
-        sampled: int = 4,
-        layers: int = 9,
-        hidden: int = 2048,
-        dropout: float = 0.0,
-        masked: bool = True,
-        cross_first: bool = True,
-        learnt_content: bool = True,
-        fine_levels: bool = True,
-        class_weight: float = 2.0,
-        mask_weight: float = 5.0,
-        dice_weight: float = 5.0,
-        no_object: float = 0.1,
-        points: int = 12544,
-        candidates: float = 3.0,
-        important: float = 0.75,
-        classes_first: bool = False,
-        short: int = 800,
-        long: int = 1333,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        masked: bool,
+        cross_first: bool,
+        learned_content: bool,
+        fine_levels: bool,
     ):
-        """
-        stuff           those of `classes` that are regions, not countable objects; none: an instance model
-        backbone        "resnet18" ... "resnet152", "swin-tiny" ... "swin-large", or "timm:NAME"
-        pretrained      timm's published weights in the backbone (a download); ours start random
-        stem_width ... drop_path
-                        the trunk's variants: see `blocks.trunk`. "group" trains from random weights and with small
-                        batches; published ResNets have "frozen" norms
-        width, heads    of everything behind the trunk
-        encoder_layers, encoder_hidden, sampled
-                        of the pixel decoder: deformable layers, their feed-forward width, points per head and level
-        layers, hidden  rounds of the queries, and their feed-forward width
-        masked          queries look inside their masks alone (table 4a)
-        cross_first     queries look at the image before they look at each other (table 4b)
-        learnt_content  queries begin with a learnt content, not with zeros (table 4b)
-        fine_levels     queries look at strides 32, 16 and 8 in turn; else at stride 32 alone (table 4a)
-        class_weight, mask_weight, dice_weight
-                        of the losses and of the costs of matching
-        no_object       weight of "no object" in the class loss
-        points          where masks are compared; for the losses `candidates` times as many are drawn, and the least
-                        sure of them are a share `important`
-        classes_first   how `decode_semantic` resizes: see `ops.queries.semantic`; so where only that was published
-        short, long, mean, std  preprocessing; mean and std in the network's channel order, None: as published
-        """
         super().__init__()
-        at_least("mask2former", 1, heads=heads, width=width, queries=queries, points=points, layers=layers)
-        at_least(
-            "mask2former", 1, sampled=sampled, hidden=hidden, encoder_hidden=encoder_hidden, short=short, long=long
-        )
-        at_least("mask2former", 0, encoder_layers=encoder_layers, no_object=no_object)
-        at_least("mask2former", 0, class_weight=class_weight, mask_weight=mask_weight, dice_weight=dice_weight)
-        if width % (4 * heads):
-            raise UsageError(f"width is {width}; expected a multiple of 4 x heads, which is {4 * heads}")
-        if not 0 <= important <= 1 or candidates < 1:
-            raise UsageError(
-                f"important is {important} and candidates {candidates}; expected a share from 0 to 1, and at least 1"
-            )
-        self.classes = tuple(classes)
-        self.stuff = self.checked_stuff(stuff)
-        self.masked, self.fine_levels, self.classes_first = masked, fine_levels, classes_first
-        self.weights, self.no_object = (class_weight, mask_weight, dice_weight), no_object
-        self.rules = learning.Points(points, candidates, important)
-        self.backbone, channels = make_trunk(
-            backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width, stride_in=stride_in,
-            norm=norm, norm_eps=norm_eps, frozen=frozen, swin_width=swin_width, swin_depths=swin_depths,
-            swin_heads=swin_heads, window=window, drop_path=drop_path,
-        )  # fmt: skip
-        self.pixel_decoder = PixelDecoder(channels, width, encoder_hidden, encoder_layers, heads, sampled, dropout)
-        self.queries = Queries(queries, width, learnt_content)
+        width = decoder.width
+        self.masked, self.fine_levels = masked, fine_levels
+        self.backbone = backbone
+        self.pixel_decoder = pixel_decoder
+        self.queries = Queries(decoder.queries, width, learned_content)
         self.decoder = nn.ModuleList(
-            DecoderLayer(width, hidden, heads, dropout, cross_first=cross_first) for _ in range(layers)
+            DecoderLayer(width, decoder.hidden, decoder.heads, decoder.dropout, cross_first=cross_first)
+            for _ in range(decoder.layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.class_head = nn.Linear(width, len(self.classes) + 1)
+        self.class_head = nn.Linear(width, classes + 1)
         self.mask_head = MLP((width, width, width, width))
-        self.preprocess = normalization_for(
-            Preprocess(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), divide=1.0).at(short, long),
-            in_channels, mean, std,
-        )  # fmt: skip
-
-    # ---- network -------------------------------------------------------------------------------------------------
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
         features, maps = self.pixel_decoder(self.backbone(images))
@@ -236,6 +162,7 @@ class Mask2Former(QuerySystem):
         return Raw(torch.stack(classes), torch.stack(embeddings), features, (images.shape[2], images.shape[3]))
 
     def _predict(self, x: Tensor, classes: list[Tensor], embeddings: list[Tensor]) -> None:
+        """Appends class logits (B, N, K + 1) and mask embeddings (B, N, C) of the queries."""
         x = self.norm(x)
         classes.append(self.class_head(x))
         embeddings.append(self.mask_head(x))
@@ -245,62 +172,179 @@ class Mask2Former(QuerySystem):
     def allowed(
         embeddings: Float[Tensor, "b n c"], coarse: Float[Tensor, "b c m"], rescue: bool = True
     ) -> Bool[Tensor, "b 1 n m"]:
-        """Where each query may look: inside its mask; with `rescue` everywhere if that is empty."""
-        inside = torch.bmm(embeddings, coarse.to(embeddings.dtype)) >= 0  # probability at least a half
+        """Masked attention (eq. 2): the cells that each query may attend to.
+
+        Args:
+            embeddings: Mask embeddings of the queries.
+            coarse: Features of the pixels, resized to the cells of a level.
+            rescue: A query with an empty mask attends to all cells.
+        """
+        inside = torch.bmm(embeddings, coarse.to(embeddings.dtype)) >= 0  # probability >= 0.5
         if rescue:
             inside = inside | ~inside.any(-1, keepdim=True)
         return inside[:, None]
 
-    # ---- learning ------------------------------------------------------------------------------------------------
+
+# ---- system ----------------------------------------------------------------------------------------------------------
+
+
+class Mask2Former(QuerySystem):
+    """Masked-attention mask transformer; see the module."""
+
+    name = "mask2former"
+    card = Card(
+        title="Mask2Former",
+        paper="Cheng, Misra, Schwing, Kirillov, Girdhar: Masked-attention Mask Transformer for Universal Image "
+        "Segmentation. CVPR 2022",
+        arxiv="2112.01527",
+        code="facebookresearch/Mask2Former",
+        code_licence="MIT",
+    )
+
+    def __init__(
+        self,
+        classes: Sequence[str] = ("object",),
+        *,
+        stuff: Sequence[str] = (),
+        backbone: BackboneLike = BACKBONE,
+        in_channels: int = 3,
+        resize: ResizeLike = RESIZE,
+        decoder: Mapping[str, Any] | QueryDecoder = DECODER,
+        encoder_layers: int = 6,
+        encoder_hidden: int = 1024,
+        encoder_points: int = 4,
+        masked: bool = True,
+        cross_first: bool = True,
+        learned_content: bool = True,
+        fine_levels: bool = True,
+        loss: Mapping[str, Any] | PointLoss = LOSS,
+        classes_first: bool = False,
+    ):
+        """
+        Args:
+            classes: Class names; label k is `classes[k]`.
+            stuff: Those of `classes` that are regions instead of countable objects; none for instance segmentation.
+            backbone: ResNet, Swin Transformer or a model of timm. The default norm "group" trains from random weights
+                and with small batches; published ResNets have "frozen" norms.
+            in_channels: Channels of the images.
+            resize: Size and normalisation of the input.
+            decoder: Width of everything after the backbone; queries and layers of the transformer decoder.
+            encoder_layers: Layers of deformable attention in the pixel decoder.
+            encoder_hidden: Width inside their feed-forward layers.
+            encoder_points: Sampling points of each head and level.
+            masked: Queries attend only to the inside of their masks (table 4a).
+            cross_first: Queries attend to the image before they attend to each other (table 4b).
+            learned_content: The initial content of the queries is learned; otherwise it is zero (table 4b).
+            fine_levels: Queries attend to strides 32, 16 and 8 in turn; otherwise to stride 32 only (table 4a).
+            loss: Weights of the terms and of the matching costs, and the points where masks are compared.
+            classes_first: How `decode_semantic` resizes, see `ops.queries.semantic_labels`; True in models that are
+                published for semantic segmentation only.
+        """
+        super().__init__()
+        at_least("mask2former", 1, encoder_points=encoder_points, encoder_hidden=encoder_hidden)
+        at_least("mask2former", 0, encoder_layers=encoder_layers)
+        self.classes = tuple(classes)
+        self.stuff = self.checked_stuff(stuff)
+        self.classes_first = classes_first
+        own = QueryDecoder.read(decoder, DECODER)
+        self.loss = PointLoss.read(loss, LOSS)
+        features = Backbone.read(backbone, BACKBONE).build(in_channels)
+        channels = levels_of(features).channels
+        pixel_decoder = PixelDecoder(
+            channels, own.width, own.heads, layers=encoder_layers, hidden=encoder_hidden, points=encoder_points,
+            dropout=own.dropout,
+        )  # fmt: skip
+        self.dense = Mask2FormerNetwork(
+            features, pixel_decoder, len(self.classes), own, masked=masked, cross_first=cross_first,
+            learned_content=learned_content, fine_levels=fine_levels,
+        )  # fmt: skip
+        self.preprocess = Resize.read(resize, RESIZE).apply(PUBLISHED, in_channels)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
+        return self.dense(images)
+
+    # ---- losses ------------------------------------------------------------------------------------------------------
 
     def losses(self, raw: Raw, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        """`class`, `mask` and `dice` of the last prediction, and `class_0` ... of those before it.
+        """Computes `class`, `mask` (binary cross entropy) and `dice` of the last prediction, and `class_0`, ... of the
+        earlier ones (section 3.3 and DETR's auxiliary losses).
 
-        Targets are in the frame of the input, of which padding is a part where no mask is; crowd regions are not learnt
-        from. Random points come from torch's generator in the order of the published code.
+        Args:
+            raw: What `forward` returned.
+            targets: Objects in the frame of the input; padding is background. Crowd regions are ignored.
+
+        Returns:
+            The weighted terms. Random points are drawn by torch's generator in the order of the published code.
         """
         device = raw.features.device
         with torch.autocast(device.type, enabled=False):
-            objects = [learning.Objects.of(t, device) for t in targets]
+            objects = [learning.Objects.from_instances(t, device) for t in targets]
             pairs = assign(self.costs(raw, objects))
-            mask, dice = learning.point_losses(raw.embeddings, raw.features, objects, pairs, raw.size, self.rules)
+            mask, dice = learning.point_losses(
+                raw.embeddings, raw.features, objects, pairs, raw.size, self.loss.sampling
+            )
             count = learning.object_count(objects, device)
-            classes = learning.class_losses(raw.classes, objects, pairs, self.no_object)
-            # Without layers that mix the levels there may be some that no round of the queries looks at.
-            unread = () if len(self.pixel_decoder.encoder) else tuple(self.parameters())
-            idle = sum(v.float().sum() for v in (raw.features, raw.embeddings, *unread) if v.requires_grad) * 0
+            classes = learning.class_losses(raw.classes, objects, pairs, self.loss.no_object)
+            idle = (raw.features.float().sum() + raw.embeddings.float().sum()) * 0
             sums = (classes, mask / count, dice / count)
-            terms = {n: w * t for n, w, t in zip(("class", "mask", "dice"), self.weights, sums, strict=True)}
+            terms = {n: w * t for n, w, t in zip(("class", "mask", "dice"), self.loss.weights, sums, strict=True)}
             return learning.named(terms, idle)
 
     def costs(self, raw: Raw, objects: Sequence[learning.Objects]) -> list[Float[Tensor, "l n _m"]]:
-        """What matching compares; draws the points that it is done at."""
+        """Computes the matching costs of each image, at points that are drawn here.
+
+        Args:
+            raw: What `forward` returned.
+            objects: The objects of each image.
+
+        Returns:
+            For each image the cost of every query with every object, in each prediction.
+        """
         layers, images, queries = raw.classes.shape[:3]
         matched = sum(min(queries, len(own)) for own in objects)
-        places = learning.draw_places(layers, images, matched, self.rules, raw.features.device)
+        points = learning.draw_matching_points(layers, images, matched, self.loss.sampling, raw.features.device)
         return learning.point_costs(
-            raw.classes.float().softmax(-1), raw.embeddings, raw.features, objects, places, raw.size, self.weights
+            raw.classes.float().softmax(-1), raw.embeddings, raw.features, objects, points, raw.size, self.loss.weights
         )
 
-    # ---- for loading and training --------------------------------------------------------------------------------
+    # ---- for loading and training ------------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, list[nn.Module]]:
+        net = self.dense
         return {
-            "backbone": [self.backbone], "pixel_decoder": [self.pixel_decoder],
-            "decoder": [self.queries, self.decoder, self.norm, self.class_head, self.mask_head],
+            "backbone": [net.backbone], "pixel_decoder": [net.pixel_decoder],
+            "decoder": [net.queries, net.decoder, net.norm, net.class_head, net.mask_head],
         }  # fmt: skip
 
     def class_rows(self) -> dict[str, ClassRows]:
-        return {f"class_head.{kind}": ClassRows(background_last=True) for kind in ("weight", "bias")}
+        return {f"dense.class_head.{kind}": ClassRows(background_last=True) for kind in ("weight", "bias")}
 
-    _R50: ClassVar[dict[str, Any]] = {"norm": "frozen"}
-    _R101: ClassVar[dict[str, Any]] = {"norm": "frozen", "backbone": "resnet101"}
-    _TINY: ClassVar[dict[str, Any]] = {"backbone": "swin-tiny", "drop_path": 0.3}
-    _SMALL: ClassVar[dict[str, Any]] = {"backbone": "swin-small", "drop_path": 0.3}
-    _BASE: ClassVar[dict[str, Any]] = {"backbone": "swin-base", "drop_path": 0.3}
-    _LARGE: ClassVar[dict[str, Any]] = {"backbone": "swin-large", "drop_path": 0.3, "queries": 200}
+    renamed_options: ClassVar[Mapping[str, str | None]] = {
+        **{name: f"decoder.{name}" for name in ("width", "heads", "queries", "layers", "hidden", "dropout")},
+        **{
+            name: f"loss.{name}"
+            for name in (
+                "class_weight", "mask_weight", "dice_weight", "no_object", "points", "candidates", "important",
+            )
+        },
+        "sampled": "encoder_points",
+        "learnt_content": "learned_content",
+    }  # fmt: skip
+    renamed_parameters: ClassVar[Mapping[str, str]] = {
+        f"{part}.": f"dense.{part}."
+        for part in ("backbone", "pixel_decoder", "queries", "decoder", "norm", "class_head", "mask_head")
+    }
+
+    _R50: ClassVar[dict[str, Any]] = {"backbone": {"name": "resnet50", "norm": "frozen"}}
+    _R101: ClassVar[dict[str, Any]] = {"backbone": {"name": "resnet101", "norm": "frozen"}}
+    _TINY: ClassVar[dict[str, Any]] = {"backbone": {"name": "swin-tiny", "drop_path": 0.3}}
+    _SMALL: ClassVar[dict[str, Any]] = {"backbone": {"name": "swin-small", "drop_path": 0.3}}
+    _BASE: ClassVar[dict[str, Any]] = {"backbone": {"name": "swin-base", "drop_path": 0.3}}
+    _LARGE: ClassVar[dict[str, Any]] = {
+        "backbone": {"name": "swin-large", "drop_path": 0.3}, "decoder": {"queries": 200},
+    }  # fmt: skip
     _COCO = "COCO val2017, short side 800, pycocotools"
-    _PANOPTIC = "COCO panoptic val2017, short side 800; another training of the network, with things and stuff"
+    _PANOPTIC = "COCO panoptic val2017, short side 800; trained separately, with things and stuff"
     _ZOO = "Mask2Former MODEL_ZOO.md"
     presets: ClassVar[Mapping[str, Preset]] = {
         "mask2former-r50": Preset(
@@ -325,26 +369,28 @@ class Mask2Former(QuerySystem):
         ),
         "mask2former-small": Preset(
             {
-                "backbone": "resnet18", "width": 128, "queries": 50, "encoder_layers": 2, "encoder_hidden": 512,
-                "layers": 6, "hidden": 512, "points": 2048, "short": 320, "long": 512,
+                "backbone": "resnet18", "resize": {"short": 320, "long": 512},
+                "decoder": {"width": 128, "queries": 50, "layers": 6, "hidden": 512},
+                "encoder_layers": 2, "encoder_hidden": 512, "loss": {"points": 2048},
             },
             note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
-    # Decay 0.05, but none of norms (the default), of what embeds queries and levels, nor of Swin's relative positions.
+    # Weight decay 0.05, except for norms (the default), embeddings of queries and levels, and relative positions.
     _RECIPE: ClassVar[dict[str, Any]] = {
         "optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05, "decay_biases": True,
-        "no_decay": ("queries.*", "*.attention.table"), "rates": {"backbone": 0.1}, "clip": 0.01, "warmup": 0,
+        "no_decay": ("dense.queries.*", "*.attention.table"), "rates": {"backbone": 0.1}, "clip": 0.01, "warmup": 0,
         "amp": "bf16", "augment": {"flip": 0.5, "jitter": (0.1, 2.0), "size": (1024, 1024)},
     }  # fmt: skip
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # 16 images a step; published in fp16, and with padding of grey 128, here of the mean colour
+        # 16 images per step. Published in fp16 and with padding of grey 128; here the padding is the mean colour.
         "mask2former-50ep": {**_RECIPE, "steps": 368_750, "milestones": (327_778 / 368_750, 355_092 / 368_750)},
         "mask2former-100ep": {**_RECIPE, "steps": 737_500, "milestones": (655_556 / 737_500, 710_184 / 737_500)},
     }
     _ABLATED: ClassVar[dict[str, Any]] = {
-        "backbone": "resnet18", "stem_width": 32, "width": 64, "heads": 4, "queries": 20, "encoder_layers": 1,
-        "encoder_hidden": 128, "layers": 3, "hidden": 128, "points": 1024, "short": 160, "long": 160,
+        "backbone": {"name": "resnet18", "width": 32}, "resize": {"short": 160, "long": 160},
+        "decoder": {"width": 64, "heads": 4, "queries": 20, "layers": 3, "hidden": 128},
+        "encoder_layers": 1, "encoder_hidden": 128, "loss": {"points": 1024},
     }  # fmt: skip
     _SCENES: ClassVar[dict[str, Any]] = {
         "size": (160, 160), "classes": ("disc", "ring", "star", "box"), "difficulty": 0.4,
@@ -353,20 +399,20 @@ class Mask2Former(QuerySystem):
     _MEMORY = "COCO val2017, R50, 50 epochs; from memory"
     ablations: ClassVar[Mapping[str, Ablation]] = {
         "4a": Ablation(
-            "where queries look: inside their masks, and at which strides",
-            {"as published": {}, "everywhere": {"masked": False}, "at stride 32 alone": {"fine_levels": False}},
-            {"as published": {"AP": 43.7}, "everywhere": {"AP": 37.8}, "at stride 32 alone": {"AP": 41.5}},
+            "where queries attend: inside their masks, and at which strides",
+            {"as published": {}, "everywhere": {"masked": False}, "stride 32 only": {"fine_levels": False}},
+            {"as published": {"AP": 43.7}, "everywhere": {"AP": 37.8}, "stride 32 only": {"AP": 41.5}},
             _MEMORY, _ABLATED, _SCENES, _TRAINED,
         ),
         "4b": Ablation(
-            "what makes a decoder layer",
+            "design of the decoder layers",
             {
-                "as published": {}, "queries begin with zeros": {"learnt_content": False},
-                "each other before the image": {"cross_first": False}, "dropout": {"dropout": 0.1},
+                "as published": {}, "zero content": {"learned_content": False},
+                "self-attention first": {"cross_first": False}, "dropout": {"decoder": {"dropout": 0.1}},
             },
             {
-                "as published": {"AP": 43.7}, "queries begin with zeros": {"AP": 42.9},
-                "each other before the image": {"AP": 43.2}, "dropout": {"AP": 43.0},
+                "as published": {"AP": 43.7}, "zero content": {"AP": 42.9},
+                "self-attention first": {"AP": 43.2}, "dropout": {"AP": 43.0},
             },
             _MEMORY, _ABLATED, _SCENES, _TRAINED,
         ),

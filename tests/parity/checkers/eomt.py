@@ -16,7 +16,6 @@ from maskwright.checkpoints.origins import origins
 from maskwright.ops import queries as query_ops
 from maskwright.ops import query_losses as learning
 from maskwright.structures import Placement
-from maskwright.systems.eomt import WEIGHTS
 from tests.parity.checkers import mask2former
 from tests.parity.ledger import LARGEST, Ledger, matching_areas
 
@@ -41,7 +40,7 @@ class Check(mask2former.Check):
         ledger = self.ledger
         with torch.no_grad():
             raw = self.system(self.images)
-            tokens, _, _ = self.system.backbone.begin(self.images)
+            tokens, _, _ = self.system.dense.backbone.begin(self.images)
         if "tokens_after_pos" in ledger:
             ledger.compare("tokens_after_pos", tokens[:, : int(_shape(ledger, "tokens_after_pos")[1])])
         for name, ours in (  # by the authors' names and by those of transformers' output
@@ -57,10 +56,10 @@ class Check(mask2former.Check):
         """With attention held to the masks. Where a patch's logit is zero but for rounding either answer is right:
         both are tried, and the one nearer to what was recorded is kept for the blocks that follow."""
         system, ledger = self.system.train(), self.ledger
-        system.mask_probability.fill_(1)
+        system.dense.mask_probability.fill_(1)
         flips: list[Tensor] = []
         raw, doubtful = self.forward(flips)
-        for number in range(len(system.mask_probability)):
+        for number in range(len(system.dense.mask_probability)):
             cells, plain = doubtful[number].nonzero(), torch.zeros_like(doubtful[number])
             if not len(cells):
                 flips.append(plain)
@@ -82,7 +81,7 @@ class Check(mask2former.Check):
 
     def forward(self, flips: list[Tensor]) -> tuple[Any, list[Tensor]]:
         """The answer with some patches' decisions turned over, and which decisions were doubtful, block by block."""
-        system, doubtful, plain = self.system, [], self.system.allowed
+        net, doubtful, plain = self.system.dense, [], self.system.dense.allowed
 
         def watched(embeddings: Tensor, features: Tensor, grid: Any, probability: Tensor) -> Tensor:
             allowed = plain(embeddings, features, grid, probability)
@@ -93,12 +92,12 @@ class Check(mask2former.Check):
                 allowed[:, 0, :count, before:] ^= flips[len(doubtful) - 1]
             return allowed
 
-        system.allowed = watched
+        net.allowed = watched
         try:
             with torch.no_grad():
-                return system(self.images), doubtful
+                return self.system(self.images), doubtful
         finally:
-            del system.allowed
+            del net.allowed
 
     def apart(self, raw: Any, layer: int) -> float:
         """How far prediction `layer` is from what was recorded of it."""
@@ -120,15 +119,15 @@ class Check(mask2former.Check):
             torch.manual_seed(0)
             ledger.compare("rng_first8", torch.rand(8))
         if "grad_norms" in ledger:
-            system.mask_probability.fill_(1)
+            system.dense.mask_probability.fill_(1)
             raw = system(self.images)
         torch.manual_seed(0)
-        objects = [learning.Objects.of(target, raw.classes.device)]
+        objects = [learning.Objects.from_instances(target, raw.classes.device)]
         count = learning.object_count(objects, raw.classes.device)
         found = [system.prediction_losses(raw, layer, objects, count) for layer in range(len(raw.classes))]
         ledger.equal("match_pairs", torch.stack([torch.stack([q[0], o[0]]) for _, ((q, o),) in found]))
         for layer, (terms, _) in enumerate(found):
-            for name, value, weight in zip(("cross_entropy", "mask", "dice"), terms, WEIGHTS, strict=True):
+            for name, value, weight in zip(("cross_entropy", "mask", "dice"), terms, system.loss.weights, strict=True):
                 ledger.compare(f"loss/loss_{name}_{layer}", value / weight)
         torch.manual_seed(0)
         total = torch.stack(list(system.losses(raw, [target]).values())).sum()
@@ -193,7 +192,7 @@ class Check(mask2former.Check):
         place = scores.flatten().topk(min(100, scores.numel())).indices
         ledger.equal("post/inst_query", place // count)
         ledger.equal("post/inst_classes", place % count)
-        found = query_ops.objects(scores, lambda rows: masks[rows], placement, size, query_ops.Choice())
+        found = query_ops.select_instances(scores, lambda rows: masks[rows], placement, size, query_ops.Selection())
         assert found.scores is not None
         assert found.masks is not None
         theirs, areas = ledger.peek("post/inst_scores"), ledger.peek("post/inst_area")
@@ -207,7 +206,7 @@ class Check(mask2former.Check):
         void, last = logits.shape[-1] - 1, re.search(r"things 0\.\.(\d+)", text)
         things = torch.arange(void) <= (int(last[1]) if last else 79)
         limits = re.search(r"thresholds ([\d.]+)/([\d.]+)", text)
-        divided = query_ops.segments(
+        divided = query_ops.select_segments(
             logits.softmax(-1), lambda rows: masks[rows], placement, size, things,
             score_threshold=float(limits[1]) if limits else 0.8,
             overlap_threshold=float(limits[2].rstrip(".")) if limits else 0.8,

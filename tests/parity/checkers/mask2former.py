@@ -53,12 +53,12 @@ class Check:
     # ---- the network ---------------------------------------------------------------------------------------------
 
     def answers(self) -> None:
-        ledger, system, kept = self.ledger, self.system, {}
+        ledger, system, net, kept = self.ledger, self.system, self.system.dense, {}
         hooks = [
-            part.register_forward_hook(lambda module, given, answer, name=name: kept.update({name: answer}))
+            part.register_forward_hook(lambda module, inputs, output, name=name: kept.update({name: output}))
             for name, part in (
-                ("trunk", system.backbone), ("pixels", system.pixel_decoder), ("last", system.decoder[-1]),
-                ("norm", system.norm), ("encoder", getattr(system.pixel_decoder, "encoder", None)),
+                ("backbone", net.backbone), ("pixels", net.pixel_decoder), ("last", net.decoder[-1]),
+                ("norm", net.norm), ("encoder", getattr(net.pixel_decoder, "encoder", None)),
             )
             if part is not None
         ]  # fmt: skip
@@ -66,7 +66,7 @@ class Check:
             raw = self.settled() if self.official else system(self.images)
         for hook in hooks:
             hook.remove()
-        for number, level in enumerate(kept["trunk"]):
+        for number, level in enumerate(kept["backbone"]):
             for name in (f"backbone_res{number + 2}", f"encoder_{number}"):
                 if name in ledger:
                     ledger.compare(name, level)
@@ -108,8 +108,8 @@ class Check:
     def settled(self) -> Any:
         """The answers with those keys on the original's side of zero whose mask logit is zero but for rounding: one
         key in a query's attention changes all that comes after it by a thousandth. Which side is found by trying."""
-        system, close, flipped = self.system, [], set()
-        original, layers = type(system).allowed, len(system.decoder)
+        net, close, flipped = self.system.dense, [], set()
+        original, layers = type(net).allowed, len(net.decoder)
 
         def allowed(embeddings: Tensor, coarse: Tensor, rescue: bool = True) -> Tensor:
             logits = torch.bmm(embeddings, coarse)
@@ -124,13 +124,13 @@ class Check:
 
         def run() -> tuple[float, Any]:
             close.clear()
-            raw = system(self.images)
+            raw = self.system(self.images)
             aux = raw.classes[:-1] if self.planes("aux_logits") == 4 else raw.classes[:-1, 0]
             given = ((("pred_logits", "class_queries_logits"), raw.classes[-1]), (("aux_logits",), aux))
             errors = [self.error(n, value) for names, value in given for n in names if n in self.ledger]
             return max(errors), raw
 
-        system.allowed = allowed
+        net.allowed = allowed
         error, _ = run()
         while error > 2e-5 and len(flipped) < 6:
             tried = []
@@ -163,7 +163,7 @@ class Check:
             small = torch.nn.functional.interpolate(
                 raw.features, maps[number % len(maps)].shape[2:], mode="bilinear", align_corners=False
             )
-            allowed = self.system.allowed(raw.embeddings[number], small.flatten(2), rescue=False)[0, 0]
+            allowed = self.system.dense.allowed(raw.embeddings[number], small.flatten(2), rescue=False)[0, 0]
             rows.append(1 - allowed.float().mean(1))
         theirs, ours = self.ledger.peek("attn_blocked_fraction"), torch.stack(rows)
         keys = [maps[number % len(maps)][0, 0].numel() for number in range(len(rows))]
@@ -230,7 +230,7 @@ class Check:
         scores, labels = raw.classes[-1, 0].softmax(-1).max(-1)
         sure = ((scores > threshold) & (labels < len(self.system.classes))).nonzero().flatten()
         rows = []
-        for values, _ in query_ops._bands(raw.masks_of(0)(sure), self.placement, raw.size):
+        for values, _ in query_ops.resized_bands(raw.masks_of(0, sure), self.placement, raw.size):
             best = (scores[sure][:, None, None] * values.sigmoid()).topk(min(2, len(sure)), 0).values
             rows.append(best[0] - best[-1] < 2e-5 * best[0])
         return torch.cat(rows)
@@ -257,13 +257,13 @@ class Check:
         probabilities, placement = logits[0].softmax(-1), Placement.resize(output, image)  # pyright: ignore[reportArgumentType]
         things = system.thing_classes()
         if "post/inst_scores" in ledger:
-            found = query_ops.objects(
-                probabilities[:, :-1], lambda rows: masks[rows], placement, size, query_ops.Choice(),
+            found = query_ops.select_instances(
+                probabilities[:, :-1], lambda rows: masks[rows], placement, size, query_ops.Selection(),
                 things if system.stuff else None,
             )  # fmt: skip
             self.objects("post/inst_", found)
         if "post/pan_seg" in ledger:
-            divided = query_ops.segments(
+            divided = query_ops.select_segments(
                 probabilities, lambda rows: masks[rows], placement, size, things, inside=self.official,
                 **self.limits(text),
             )  # fmt: skip
@@ -321,14 +321,14 @@ class Check:
 
     def terms(self, prefix: str, terms: dict[str, Tensor]) -> None:
         theirs = {"class": "loss_ce", "mask": "loss_mask", "dice": "loss_dice"}
-        weights = dict(zip(theirs, self.system.weights, strict=True))
+        weights = dict(zip(theirs, self.system.loss.weights, strict=True))
         for name, value in terms.items():
             kind, _, number = name.partition("_")
             key = f"{prefix}{theirs[kind]}" + (f"_{number}" if number else "")
             self.ledger.compare(key, value / weights[kind])
 
     def pairs(self, raw: Any, target: Instances) -> list[ties.Choice]:
-        objects = [learning.Objects.of(target, raw.classes.device)]
+        objects = [learning.Objects.from_instances(target, raw.classes.device)]
         costs = self.system.costs(raw, objects)
         queries, which = assign(costs)[0]
         theirs = self.ledger.peek("match_pairs_final_then_aux").roll(-1, 0)

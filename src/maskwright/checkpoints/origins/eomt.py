@@ -1,4 +1,4 @@
-"""EoMT as its authors lay it out (on timm's DINOv2 or transformers' DINOv3), and as transformers does."""
+"""EoMT in the layouts of its authors (on DINOv2 of timm or DINOv3 of transformers) and of transformers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ DERIVED = (r"^criterion\.empty_weight$", r"pixel_(mean|std)$")
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
+# The last rule of each table: all of the following belong to the network "dense".
+DENSE = (r"^(?=(?:backbone|class_head|mask_head|upscale)\.|(?:queries|mask_probability)$)", "dense.")
 HEADS = [
     (r"^network\.", ""),
     (r"^q\.weight$", "queries"),
@@ -27,7 +29,7 @@ HEADS = [
     (r"^upscale\.(\d)\.conv2\.", r"upscale.\1.depthwise."),
     (r"^encoder\.backbone\.", "backbone.body."),
 ]
-# Queries, keys and values stay apart until `joined` lays them into one matrix.
+# Queries, keys and values are joined by `joined`.
 DINOV3 = [
     *HEADS,
     (r"\.patch_embed\.(cls_token|register_tokens)$", r".\1"),
@@ -38,6 +40,7 @@ DINOV3 = [
     (r"\.layer_scale(\d)\.lambda1$", r".gamma_\1"),
     (r"\.mlp\.up_proj\.", ".mlp.fc1."),
     (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+    DENSE,
 ]
 TRANSFORMERS = [
     (r"^query\.weight$", "queries"),
@@ -72,7 +75,7 @@ HEADS_OF = {384: 6, 768: 12, 1024: 16, 1536: 24}
 
 
 def _options(shapes: Shapes, names: Mapping[str, str], rotary: bool) -> dict[str, Any] | None:
-    """`names`: where this layout keeps what tells the options."""
+    """Options from shapes; `names` are the keys that determine them in this layout."""
     blocks = {int(m[1]) for key in shapes if (m := re.match(names["block"], key))}
     if not blocks or any(names[part] not in shapes for part in ("queries", "classes", "patch", "share")):
         return None
@@ -85,17 +88,17 @@ def _options(shapes: Shapes, names: Mapping[str, str], rotary: bool) -> dict[str
     found: dict[str, Any] = {
         "classes": classes,
         "stuff": stuff,
-        "backbone": f"vit_{SIZES[width]}_{family}",
+        "backbone": {"name": f"vit_{SIZES[width]}_{family}"},
         "queries": queries,
         "last_blocks": shapes[names["share"]][0],
         "patch": patch,
         "in_channels": shapes[names["patch"]][1],
     }
     if len(blocks) != {384: 12, 768: 12, 1024: 24, 1536: 40}[width]:
-        found["depth"] = len(blocks)
+        found["backbone"]["depth"] = len(blocks)
     if not rotary:
         side = math.isqrt(shapes[names["table"]][-2])
-        found |= {"size": side * patch, "table": side}
+        found |= {"resize": {"canvas": [side * patch, side * patch]}, "table": side}
     return found
 
 
@@ -124,11 +127,12 @@ def official(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def official_dinov3(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candidate] | None:
-    """The published files hold what is to be added to DINOv3's own weights; files made of them may hold the sum."""
+    """The published files hold differences to the weights of DINOv3; files converted from them may hold the sum."""
     options = _options(shapes, DINOV3_NAMES, rotary=True)
     if options is None:
         return None
-    return [Candidate("sum", options), Candidate("difference to DINOv3", {**options, "pretrained": True})]
+    difference = {**options, "backbone": {**options["backbone"], "pretrained": True}}
+    return [Candidate("sum", options), Candidate("difference to DINOv3", difference)]
 
 
 def transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -136,82 +140,84 @@ def transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | N
 
 
 def transformers_dinov3(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Whole weights: whoever converted the published differences added DINOv3's own."""
+    """Whole weights: the weights of DINOv3 have been added to the published differences."""
     return _of_folder(_options(shapes, TRANSFORMERS_DINOV3_NAMES, rotary=True), about)
 
 
 def _of_folder(options: dict[str, Any] | None, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """With what the JSON files of a folder say: the size of the input, heads, the norms' epsilon."""
+    """Adds options from the JSON files of a folder: the size of the input, heads, the epsilon of the norms."""
     if options is None:
         return None
-    width, own_heads = next((w, HEADS_OF[w]) for w, name in SIZES.items() if f"vit_{name}_" in options["backbone"])
+    backbone = options["backbone"]
+    width, own_heads = next((w, HEADS_OF[w]) for w, name in SIZES.items() if f"vit_{name}_" in backbone["name"])
     heads, eps = folders.heads(about, width, "num_attention_heads"), folders.number(about, "layer_norm_eps")
     if heads not in (None, own_heads):
-        options["heads"] = heads
-    if eps not in (None, 1e-5 if "dinov3" in options["backbone"] else 1e-6):
-        options["norm_eps"] = eps
+        backbone["heads"] = heads
+    if eps not in (None, 1e-5 if "dinov3" in backbone["name"] else 1e-6):
+        backbone["norm_eps"] = eps
     images = folders.prepared(about, options["in_channels"], do_pad=True)
     asked = dict(images.asked)
+    resize: dict[str, Any] = {**options.get("resize", {}), **folders.normalization(images)}
     if images.short is not None and images.long != images.short:
-        asked["size"] = about["preprocessor"]["size"]  # of no square
+        asked["size"] = about["preprocessor"]["size"]  # not a square
     elif images.short is not None:
-        options["size"] = _agreed(options, images.short, "preprocessor_config.json: size", about)
-    asked |= {k: list(v) for k, v in (("mean", images.mean), ("std", images.std)) if v is not None}
+        resize["canvas"] = _agreed(options, images.short, "preprocessor_config.json: size", about)
     folders.warn(about, "eomt", asked)
     image = folders.side(about)
-    # Rotated positions are of any size; there images are as large as their own file says.
-    if image is not None and ("table" in options or "size" not in options):
-        options["size"] = _agreed(options, image, "config.json: image_size", about)
-    return options
+    # Rotary positions do not determine the size; then that of preprocessor_config.json takes precedence.
+    if image is not None and ("table" in options or "canvas" not in resize):
+        resize["canvas"] = _agreed(options, image, "config.json: image_size", about)
+    return {**options, "resize": resize} if resize else options
 
 
-def _agreed(options: Mapping[str, Any], said: int, name: str, about: Mapping[str, Any]) -> int:
-    """The size of the input that a file says, where the table of positions is of no other."""
-    if "table" in options and said != options["size"]:
+def _agreed(options: Mapping[str, Any], side: int, name: str, about: Mapping[str, Any]) -> list[int]:
+    """The canvas for a side that a file states; a CheckpointError if the table of positions is of another size."""
+    canvas = [side, side]
+    if "table" in options and canvas != options["resize"]["canvas"]:
         raise CheckpointError(
-            f"{about.get('path')}/{name} is {said}, and the weights beside it have positions for {options['size']}; "
-            "put the file there that belongs to the weights"
+            f"{about.get('path')}/{name} is {side}, but the weights have positions for "
+            f"{options['resize']['canvas'][0]}; use the file that belongs to the weights"
         )
-    return said
+    return canvas
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
 def joined(state: State, options: Mapping[str, Any]) -> State:
-    """q, k and v laid into one matrix, as timm has them; the table of positions with its batch axis."""
+    """Joins q, k and v into one matrix, as in timm, and gives the table of positions its batch axis."""
     result = {key: value for key, value in state.items() if not re.search(r"\.attn\.[qkv]\.", key)}
     for key in state:
         match = re.fullmatch(r"(.*\.attn)\.q\.(weight|bias)", key)
         if match is None:
             continue
         stem, kind = match[1], match[2]
-        if kind == "bias" and "dinov3" in options["backbone"]:  # keys have none
+        if kind == "bias" and "dinov3" in options["backbone"]["name"]:  # keys have none
             result |= {f"{stem}.{part}_bias": state[f"{stem}.{part}.bias"] for part in "qv"}
         else:
             result[f"{stem}.qkv.{kind}"] = torch.cat([state[f"{stem}.{part}.{kind}"] for part in "qkv"])
-    table = "backbone.body.pos_embed"
+    table = "dense.backbone.body.pos_embed"
     if table in result and result[table].ndim == 2:
         result[table] = result[table][None]
     return result
 
 
 def summed(state: State, options: Mapping[str, Any]) -> State:
-    """Differences with DINOv3's own weights added, which timm fetches (they have a licence of their own)."""
+    """Adds the weights of DINOv3 to the differences; timm downloads them (they have their own licence)."""
     state = joined(state, options)
-    if not options.get("pretrained"):
+    if not options["backbone"].get("pretrained"):
         return state
     import timm
 
-    base = timm.create_model(options["backbone"], pretrained=True, num_classes=0).state_dict()
-    added = {key: value + base.get(key.removeprefix("backbone.body."), 0) for key, value in state.items()}
-    # Of what is no parameter the file holds the difference to its value at the start, which is one.
-    return {**added, "mask_probability": state["mask_probability"] + 1}
+    base = timm.create_model(options["backbone"]["name"], pretrained=True, num_classes=0).state_dict()
+    added = {key: value + base.get(key.removeprefix("dense.backbone.body."), 0) for key, value in state.items()}
+    # Of a buffer the file holds the difference to its initial value, which is 1.
+    return {**added, "dense.mask_probability": state["dense.mask_probability"] + 1}
 
 
 ORIGINS = [
     Origin(
-        name="eomt", system="eomt", rename=HEADS, recognise=official, finish=joined, ignore=DERIVED,
+        name="eomt", system="eomt", rename=[*HEADS, DENSE], recognise=official, finish=joined, ignore=DERIVED,
         code_licence="MIT", weights_licence=LICENCE,
     ),
     Origin(
@@ -219,11 +225,11 @@ ORIGINS = [
         code_licence="MIT", weights_licence="MIT; DINOv3's weights are under Meta's DINOv3 licence",
     ),
     Origin(
-        name="transformers", system="eomt", rename=[*TRANSFORMERS, SCALES[False]], recognise=transformers,
+        name="transformers", system="eomt", rename=[*TRANSFORMERS, SCALES[False], DENSE], recognise=transformers,
         finish=joined, ignore=DERIVED, code_licence="Apache-2.0", weights_licence=LICENCE,
     ),
     Origin(
-        name="transformers-dinov3", system="eomt", rename=[*TRANSFORMERS, SCALES[True]],
+        name="transformers-dinov3", system="eomt", rename=[*TRANSFORMERS, SCALES[True], DENSE],
         recognise=transformers_dinov3, finish=joined, ignore=(*DERIVED, r"^embeddings\.mask_token$"),
         code_licence="Apache-2.0", weights_licence="MIT; DINOv3's weights are under Meta's DINOv3 licence",
     ),

@@ -1,4 +1,4 @@
-"""Mask2Former as its authors and as Hugging Face's transformers lay it out; and, for MaskFormer too, their trunks."""
+"""Mask2Former in the layouts of its authors and of Hugging Face's transformers; their backbones, for MaskFormer too."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ from maskwright.errors import CheckpointError
 
 DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 Rules = list[tuple[str, Replacement]]
+# The last rule of each table: all of the following belong to the network "dense".
+DENSE: tuple[str, Replacement] = (
+    r"^(?=(?:backbone|pixel_decoder|project|queries|decoder|norm|class_head|mask_head)\.)", "dense.",
+)  # fmt: skip
 
-# ---- trunks ----------------------------------------------------------------------------------------------------------
+# ---- backbones -------------------------------------------------------------------------------------------------------
 
-DETECTRON2_TRUNK: Rules = [
+DETECTRON2_BACKBONE: Rules = [
     (r"^backbone\.stem\.conv1\.norm\.", "backbone.stem.norm."),
     (r"^backbone\.stem\.conv1\.", "backbone.stem.conv."),
     (r"^backbone\.res(\d)\.", lambda m: f"backbone.stages.{int(m[1]) - 2}."),
     (r"^(backbone\.stages\..*\.(?:conv\d|shortcut))\.weight$", r"\1.conv.weight"),
-    # Swin Transformer, by its authors
+    # Swin Transformer, in the layout of its authors
     (r"^backbone\.patch_embed\.proj\.", "backbone.stem."),
     (r"^backbone\.patch_embed\.norm\.", "backbone.stem_norm."),
     (r"^backbone\.layers\.(\d+)\.blocks\.", r"backbone.stages.\1."),
@@ -36,8 +40,8 @@ DETECTRON2_TRUNK: Rules = [
     (r"^(backbone\..*)\.mlp\.fc1\.", r"\1.expand."),
     (r"^(backbone\..*)\.mlp\.fc2\.", r"\1.reduce."),
 ]
-TRANSFORMERS_TRUNK: Rules = [
-    *DETECTRON2_TRUNK[:4],  # ResNets, by `TRANSFORMERS_ALIASES`
+TRANSFORMERS_BACKBONE: Rules = [
+    *DETECTRON2_BACKBONE[:4],  # ResNets, after `TRANSFORMERS_ALIASES`
     (r"^model\.pixel_level_module\.encoder\.hidden_states_norms\.stage(\d)\.",
      lambda m: f"backbone.norms.{int(m[1]) - 1}."),
     (r"^model\.pixel_level_module\.encoder\.hidden_states_norms\.", "backbone.norms."),
@@ -50,13 +54,13 @@ TRANSFORMERS_TRUNK: Rules = [
     (r"^(backbone\..*)\.layernorm_before\.", r"\1.norm1."),
     (r"^(backbone\..*)\.layernorm_after\.", r"\1.norm2."),
     (r"^(backbone\..*)\.attention\.self\.relative_position_bias_table$", r"\1.attention.table"),
-    (r"^(backbone\..*)\.attention\.self\.", r"\1.attention."),  # query, key, value: `whole` joins them
+    (r"^(backbone\..*)\.attention\.self\.", r"\1.attention."),  # query, key and value are joined by `whole`
     (r"^(backbone\..*)\.attention\.output\.dense\.", r"\1.attention.output."),
     (r"^(backbone\..*)\.intermediate\.dense\.", r"\1.expand."),
     (r"^(backbone\.stages\.\d+\.\d+)\.output\.dense\.", r"\1.reduce."),
 ]  # fmt: skip
-# transformers' ResNets by detectron2's names; and the names inside the networks of transformers 5, which torch.save and
-# save_original_format=False put into files, by those of the published files.
+# The ResNets of transformers under the names of detectron2; and the names inside the networks of transformers 5, which
+# torch.save and save_original_format=False write, under those of the published files.
 _ENCODER = r"^model\.pixel_level_module\.encoder\."
 TRANSFORMERS_ALIASES: Rules = [
     (_ENCODER + r"embedder\.embedder\.convolution\.", "backbone.stem.conv1."),
@@ -77,12 +81,12 @@ TRANSFORMERS_ALIASES: Rules = [
     (r"\.o_proj\.", ".out_proj."),
     (r"\.mlp\.fc(\d)\.", r".fc\1."),
 ]
-# Derived: relative positions' indices, the class weights of the loss, and a norm that nothing reads.
+# Derived values: indices of relative positions, class weights of the loss; and a norm that is not used.
 IGNORED = (
     r"\.relative_position_index$", r"^criterion\.empty_weight$", r"^pixel_(mean|std)$", r"\.num_batches_tracked$",
     r"^model\.pixel_level_module\.encoder\.(model\.)?layernorm\.",
 )  # fmt: skip
-# A layer of transformers' decoders, and of their encoders.
+# A layer of the decoders of transformers, and of their encoders.
 TRANSFORMERS_LAYERS: Rules = [
     (r"\.(?:cross_attn|encoder_attn)_layer_norm\.", ".cross_attention.norm."),
     (r"^(decoder\.\d+)\.self_attn_layer_norm\.", r"\1.self_attention.norm."),
@@ -99,7 +103,7 @@ TRANSFORMERS_LAYERS: Rules = [
 
 
 def split(state: State, options: Mapping[str, Any]) -> State:
-    """Attention's three projections, which torch keeps as one: rows of query, key and value."""
+    """Splits the joint projection of torch's attention into those of query, key and value."""
     ours: State = {}
     for key, value in state.items():
         prefix, found, kind = key.rpartition(".in_proj_")
@@ -112,9 +116,9 @@ def split(state: State, options: Mapping[str, Any]) -> State:
 
 
 def whole(state: State, options: Mapping[str, Any]) -> State:
-    """The contrary for Swin, besides: its three projections are one here."""
+    """Likewise; and joins the three projections of Swin, which are one here."""
     ours = split(state, options)
-    for key in [k for k in ours if k.startswith("backbone.") and ".attention.query." in k]:
+    for key in [k for k in ours if k.startswith("dense.backbone.") and ".attention.query." in k]:
         names = [key.replace(".query.", f".{name}.") for name in ("query", "key", "value")]
         ours[key.replace(".query.", ".qkv.")] = torch.cat([ours.pop(name) for name in names])
     return ours
@@ -124,9 +128,14 @@ def count(shapes: Shapes, pattern: str) -> int:
     return len({m[1] for k in shapes if (m := re.match(pattern, k))})
 
 
-def trunk(shapes: Shapes, prefix: str = "backbone.", blocks: str = "attn.") -> dict[str, Any] | None:
-    """Options of the trunk: detectron2's ResNets, or Swin with `prefix` before its "layers" and `blocks` before a
-    block's table of relative positions."""
+def backbone_of(shapes: Shapes, prefix: str = "backbone.", blocks: str = "attn.") -> dict[str, Any] | None:
+    """Options of the backbone: a ResNet of detectron2, or a Swin Transformer.
+
+    Args:
+        shapes: Shapes by key.
+        prefix: What precedes "layers" in the keys of a Swin Transformer.
+        blocks: What precedes the table of relative positions in a block.
+    """
     if "backbone.stem.conv1.weight" in shapes:
         first = "backbone.res2.0."
         depth = DEPTHS.get(tuple(count(shapes, rf"^backbone\.res{n}\.(\d+)\.") for n in range(2, 6)))
@@ -135,10 +144,8 @@ def trunk(shapes: Shapes, prefix: str = "backbone.", blocks: str = "attn.") -> d
         if f"{first}conv3.weight" not in shapes:
             depth = {50: 34}.get(depth, depth)
         stem = shapes["backbone.stem.conv1.weight"]
-        return {
-            "backbone": f"resnet{depth}", "stem_width": stem[0], "in_channels": stem[1],
-            "norm": "frozen" if "backbone.stem.conv1.norm.running_mean" in shapes else "group",
-        }  # fmt: skip
+        norm = "frozen" if "backbone.stem.conv1.norm.running_mean" in shapes else "group"
+        return {"backbone": {"name": f"resnet{depth}", "width": stem[0], "norm": norm}, "in_channels": stem[1]}
     layers = f"{prefix}layers."
     stages = count(shapes, rf"^{re.escape(layers)}(\d+)\.")
     tables = [shapes.get(f"{layers}{n}.blocks.0.{blocks}relative_position_bias_table") for n in range(stages)]
@@ -150,14 +157,14 @@ def trunk(shapes: Shapes, prefix: str = "backbone.", blocks: str = "attn.") -> d
     heads = [t[1] for t in tables if t]
     window = (round(next(t[0] for t in tables if t) ** 0.5) + 1) // 2
     name = {(96, 6): "tiny", (96, 18): "small", (128, 18): "base", (192, 18): "large"}.get((stem[0], depths[2]), "tiny")
-    return {
-        "backbone": f"swin-{name}", "swin_width": stem[0], "swin_depths": depths, "swin_heads": heads,
-        "window": window, "in_channels": stem[1], "drop_path": 0.3,
+    backbone = {
+        "name": f"swin-{name}", "width": stem[0], "depths": depths, "heads": heads, "window": window, "drop_path": 0.3,
     }  # fmt: skip
+    return {"backbone": backbone, "in_channels": stem[1]}
 
 
 def named_classes(rows: int) -> dict[str, Any]:
-    """`classes` and `stuff` for a head with "no object"."""
+    """`classes` and `stuff` for a head whose last row is "no object"."""
     classes, stuff = segment_names(rows - 1)
     return {"classes": classes, "stuff": stuff}
 
@@ -165,8 +172,8 @@ def named_classes(rows: int) -> dict[str, Any]:
 # ---- Mask2Former -----------------------------------------------------------------------------------------------------
 
 OFFICIAL: Rules = [
-    *DETECTRON2_TRUNK,
-    # Files may have lost "pixel_decoder.", or have it twice after a round through the official loader.
+    *DETECTRON2_BACKBONE,
+    # Files may lack "pixel_decoder.", or have it twice if the official loader has written them again.
     (r"^sem_seg_head\.(?!predictor\.)(?:pixel_decoder\.)*", "pixel_decoder."),
     (r"^pixel_decoder\.transformer\.level_embed$", "pixel_decoder.levels"),
     (r"^pixel_decoder\.input_proj\.(\d)\.0\.", r"pixel_decoder.project.\1.conv."),
@@ -196,10 +203,11 @@ OFFICIAL: Rules = [
     (r"^sem_seg_head\.predictor\.level_embed\.weight$", "queries.levels"),
     (r"^sem_seg_head\.predictor\.class_embed\.", "class_head."),
     (r"^sem_seg_head\.predictor\.mask_embed\.", "mask_head."),
+    DENSE,
 ]  # fmt: skip
 _DECODER = r"^model\.pixel_level_module\.decoder\."
 TRANSFORMERS: Rules = [
-    *TRANSFORMERS_TRUNK,
+    *TRANSFORMERS_BACKBONE,
     (_DECODER + r"level_embed$", "pixel_decoder.levels"),
     (_DECODER + r"input_projections\.(\d)\.0\.", r"pixel_decoder.project.\1.conv."),
     (_DECODER + r"input_projections\.(\d)\.1\.", r"pixel_decoder.project.\1.norm."),
@@ -221,6 +229,7 @@ TRANSFORMERS: Rules = [
     (r"^model\.transformer_module\.decoder\.layers\.", "decoder."),
     *TRANSFORMERS_LAYERS,
     (r"^class_predictor\.", "class_head."),
+    DENSE,
 ]
 
 
@@ -232,7 +241,7 @@ def _official(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None
     layers = count(shapes, rf"^{re.escape(head)}transformer_cross_attention_layers\.(\d+)\.")
     deformable = r"^sem_seg_head\.(?:pixel_decoder\.)*transformer\.encoder\.layers\.(\d+)\."
     return _options(
-        shapes, trunk(shapes), f"{head}query_embed.weight", f"{head}class_embed.weight",
+        shapes, backbone_of(shapes), f"{head}query_embed.weight", f"{head}class_embed.weight",
         f"{head}transformer_ffn_layers.0.linear1.weight", deformable, r"linear1\.weight$", content, layers,
     )  # fmt: skip
 
@@ -242,43 +251,46 @@ def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | 
     if f"{layer}0.cross_attn.in_proj_weight" not in shapes or "class_predictor.weight" not in shapes:
         return None
     options = _options(
-        shapes, trunk(shapes, "model.pixel_level_module.encoder.encoder.", "attention.self."),
+        shapes, backbone_of(shapes, "model.pixel_level_module.encoder.encoder.", "attention.self."),
         f"{head}queries_embedder.weight", "class_predictor.weight", f"{layer}0.fc1.weight",
         r"^model\.pixel_level_module\.decoder\.encoder\.layers\.(\d+)\.", r"fc1\.weight$",
         f"{head}queries_features.weight" in shapes, count(shapes, rf"^{re.escape(layer)}(\d+)\."),
     )  # fmt: skip
     if options is None:
         return None
-    heads = folders.heads(about, options["width"], "num_attention_heads")
+    decoder = options["decoder"]
+    heads = folders.heads(about, decoder["width"], "num_attention_heads")
     if heads is not None:
-        each = options["heads"] * options["sampled"]
+        each = decoder["heads"] * options["encoder_points"]
         if each % heads:
             raise CheckpointError(
-                f"{about.get('path')}/config.json: num_attention_heads is {heads}, and the pixel decoder beside it "
-                f"samples {each} points of a level, which they cannot share; put the config.json there that belongs "
-                "to the weights"
+                f"{about.get('path')}/config.json: num_attention_heads is {heads}, which does not divide the {each} "
+                "points per level of the pixel decoder; use the config.json that belongs to the weights"
             )
-        options |= {"heads": heads, "sampled": each // heads}
-    return options | folders.images(about, "mask2former", options["in_channels"], divide=1.0)
+        decoder["heads"] = heads
+        options["encoder_points"] = each // heads
+    return {**options, "resize": folders.images(about, "mask2former", options["in_channels"], divide=1.0)}
 
 
 def _options(
-    shapes: Shapes, trunk: dict[str, Any] | None, queries: str, classes: str, forward: str, deformable: str, inner: str,
-    content: bool, layers: int,
+    shapes: Shapes, backbone: dict[str, Any] | None, queries: str, classes: str, forward: str, deformable: str,
+    inner: str, content: bool, layers: int,
 ) -> dict[str, Any] | None:  # fmt: skip
-    def of(name: str) -> Sequence[int] | None:
+    def shape_of(name: str) -> Sequence[int] | None:
         return next((s for k, s in shapes.items() if re.match(deformable, k) and re.search(name, k)), None)
 
-    weights, hidden = of(r"attention_weights\.weight$"), of(inner)
-    if trunk is None or weights is None or hidden is None or not {queries, classes, forward} <= shapes.keys():
+    weights, hidden = shape_of(r"attention_weights\.weight$"), shape_of(inner)
+    if backbone is None or weights is None or hidden is None or not {queries, classes, forward} <= shapes.keys():
         return None
     each = weights[0] // 3  # heads x points of a level; every published network has eight heads
     heads = 8 if each % 8 == 0 else next(h for h in (4, 2, 1) if each % h == 0)
+    decoder = {
+        "width": shapes[queries][1], "heads": heads, "queries": shapes[queries][0], "layers": layers,
+        "hidden": shapes[forward][0],
+    }  # fmt: skip
     return {
-        **trunk, "width": shapes[queries][1], "heads": heads, "queries": shapes[queries][0],
-        "encoder_layers": count(shapes, deformable), "encoder_hidden": hidden[0], "sampled": each // heads,
-        "layers": layers, "hidden": shapes[forward][0], "learnt_content": content,
-        **named_classes(shapes[classes][0]),
+        **backbone, "decoder": decoder, "encoder_layers": count(shapes, deformable), "encoder_hidden": hidden[0],
+        "encoder_points": each // heads, "learned_content": content, **named_classes(shapes[classes][0]),
     }  # fmt: skip
 
 

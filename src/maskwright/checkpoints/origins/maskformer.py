@@ -1,4 +1,4 @@
-"""MaskFormer as its authors and as Hugging Face's transformers lay it out."""
+"""MaskFormer in the layouts of its authors and of Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Any
 from maskwright.checkpoints import folders
 from maskwright.checkpoints.origins import Origin, Shapes
 from maskwright.checkpoints.origins.mask2former import (
-    DETECTRON2_TRUNK,
+    DENSE,
+    DETECTRON2_BACKBONE,
     IGNORED,
     TRANSFORMERS_ALIASES,
+    TRANSFORMERS_BACKBONE,
     TRANSFORMERS_LAYERS,
-    TRANSFORMERS_TRUNK,
     Rules,
+    backbone_of,
     count,
     named_classes,
     split,
-    trunk,
     whole,
 )
 
-# Levels are counted from the finest, from 1; published files lack "pixel_decoder.", today's code writes it.
+# Levels are numbered from the finest, from 1. Published files lack "pixel_decoder."; the current code writes it.
 OFFICIAL: Rules = [
-    *DETECTRON2_TRUNK,
+    *DETECTRON2_BACKBONE,
     (r"^sem_seg_head\.(?!predictor\.)(?:pixel_decoder\.)*", "pixel_decoder."),
     (r"^pixel_decoder\.adapter_(\d)\.(?=norm)", lambda m: f"pixel_decoder.lateral.{int(m[1]) - 1}."),
     (r"^pixel_decoder\.adapter_(\d)\.", lambda m: f"pixel_decoder.lateral.{int(m[1]) - 1}.conv."),
@@ -47,10 +48,11 @@ OFFICIAL: Rules = [
     (r"^sem_seg_head\.predictor\.input_proj\.", "project."),
     (r"^sem_seg_head\.predictor\.class_embed\.", "class_head."),
     (r"^sem_seg_head\.predictor\.mask_embed\.", "mask_head."),
+    DENSE,
 ]
 _FPN = r"^model\.pixel_level_module\.decoder\.fpn\."
 TRANSFORMERS: Rules = [
-    *TRANSFORMERS_TRUNK,
+    *TRANSFORMERS_BACKBONE,
     (_FPN + r"stem\.0\.", "pixel_decoder.output.3.conv."),
     (_FPN + r"stem\.1\.", "pixel_decoder.output.3.norm."),
     (_FPN + r"layers\.(\d)\.proj\.0\.", lambda m: f"pixel_decoder.lateral.{2 - int(m[1])}.conv."),
@@ -65,6 +67,7 @@ TRANSFORMERS: Rules = [
     *TRANSFORMERS_LAYERS,
     (r"^class_predictor\.", "class_head."),
     (r"^mask_embedder\.(\d)\.0\.", r"mask_head.layers.\1."),
+    DENSE,
 ]
 
 
@@ -74,11 +77,12 @@ def _official(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None
     if f"{layer}0.multihead_attn.in_proj_weight" not in shapes or f"{head}mask_embed.layers.2.weight" not in shapes:
         return None
     encoder = count(shapes, r"^sem_seg_head\.(?:pixel_decoder\.)*transformer\.encoder\.layers\.(\d+)\.self_attn\.in_")
-    # Without an encoder, a decoder that reads the trunk's features directly would need them as wide as it is itself.
+    # Without an encoder or projection the features of the backbone would have to be as wide as the decoder.
     if not encoder and f"{head}input_proj.weight" not in shapes:
         return None
-    return _options(shapes, trunk(shapes), f"{head}query_embed.weight", f"{head}class_embed.weight", layer, "linear1",
-                    encoder)  # fmt: skip
+    return _options(
+        shapes, backbone_of(shapes), f"{head}query_embed.weight", f"{head}class_embed.weight", layer, "linear1", encoder
+    )
 
 
 def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -86,30 +90,35 @@ def _transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | 
     if f"{layer}0.encoder_attn.q_proj.weight" not in shapes or "mask_embedder.0.0.weight" not in shapes:
         return None
     options = _options(
-        shapes, trunk(shapes, "model.pixel_level_module.encoder.model.encoder.", "attention.self."),
+        shapes, backbone_of(shapes, "model.pixel_level_module.encoder.model.encoder.", "attention.self."),
         "model.transformer_module.queries_embedder.weight", "class_predictor.weight", layer, "fc1", 0,
     )  # fmt: skip
     if options is None:
         return None
+    decoder = options["decoder"]
     heads = folders.heads(
-        about, options["width"], "decoder_attention_heads", "num_attention_heads", inside="decoder_config"
+        about, decoder["width"], "decoder_attention_heads", "num_attention_heads", inside="decoder_config"
     )
-    options["heads"] = heads or options["heads"]
-    return options | folders.images(about, "maskformer", options["in_channels"], divide=1.0)
+    decoder["heads"] = heads or decoder["heads"]
+    images = folders.images(about, "maskformer", options["in_channels"], divide=1.0)
+    return {**options, "resize": {**options["resize"], **images}}
 
 
 def _options(
-    shapes: Shapes, trunk: dict[str, Any] | None, queries: str, classes: str, layer: str, forward: str, encoder: int
+    shapes: Shapes, backbone: dict[str, Any] | None, queries: str, classes: str, layer: str, forward: str, encoder: int
 ) -> dict[str, Any] | None:
     hidden = shapes.get(f"{layer}0.{forward}.weight")
-    if trunk is None or hidden is None or not {queries, classes} <= shapes.keys():
+    if backbone is None or hidden is None or not {queries, classes} <= shapes.keys():
         return None
     width = shapes[queries][1]
-    # Models of segments do not pad single images; those of labels alone do, which no file says.
+    decoder = {
+        "width": width, "heads": 8 if width % 32 == 0 else 4, "queries": shapes[queries][0],
+        "layers": count(shapes, rf"^{re.escape(layer)}(\d+)\."), "hidden": hidden[0],
+    }  # fmt: skip
+    # Panoptic models do not pad single images; semantic ones do, but no file tells them apart.
     return {
-        **trunk, "width": width, "heads": 8 if width % 32 == 0 else 4, "queries": shapes[queries][0],
-        "encoder_layers": encoder, "layers": count(shapes, rf"^{re.escape(layer)}(\d+)\."), "hidden": hidden[0],
-        "multiple": 1, **named_classes(shapes[classes][0]),
+        **backbone, "decoder": decoder, "encoder_layers": encoder, "resize": {"multiple": 1},
+        **named_classes(shapes[classes][0]),
     }  # fmt: skip
 
 
