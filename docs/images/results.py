@@ -45,7 +45,7 @@ def drawn(system: mw.System, image: np.ndarray, height: int, threshold: float, *
     size = (round(image.shape[0] * height / image.shape[0]), round(image.shape[1] * height / image.shape[0]))
     placement = mw.Placement.identity(image.shape[:2]).then_resize(size)
     large = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    return prediction.instances.place(placement).draw(large, system.classes, labels=False, boxes=False, alpha=0.45)
+    return prediction.instances.place(placement).draw(large, system.classes, boxes=False, scores=False, alpha=0.6)
 
 
 def row(images: Sequence[Image.Image]) -> Image.Image:
@@ -66,7 +66,7 @@ def scenes(weights: Path, data: Scenes, indices: Sequence[int], threshold: float
     """A row of generated scenes with their detections."""
     system = mw.load(weights)
     images = [data[index].image.permute(1, 2, 0).numpy() for index in indices]
-    return row([drawn(system, image, 2 * SIDE, threshold) for image in images])
+    return row([drawn(system, image, 2 * SIDE, threshold, nms_threshold=0.3) for image in images])
 
 
 def nuclei(weights: Path, paths: Sequence[Path], threshold: float) -> Image.Image:
@@ -78,7 +78,7 @@ def nuclei(weights: Path, paths: Sequence[Path], threshold: float) -> Image.Imag
         size = (2 * image.height, 2 * image.width)
         large = ImageOps.autocontrast(image.resize((size[1], size[0]), Image.Resampling.LANCZOS), cutoff=0.5)
         place = mw.Placement.identity((image.height, image.width)).then_resize(size)
-        result.append(found.place(place).draw(large, system.classes, labels=False, boxes=False, alpha=0.45))
+        result.append(found.place(place).draw(large, system.classes, labels=False, boxes=False, alpha=0.5))
     return row(result)
 
 
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, metavar="WEIGHTS")
     parser.add_argument("--nuclei", type=Path, metavar="WEIGHTS")
     parser.add_argument("--nuclei-images", type=Path, nargs="+", default=[], metavar="FILE")
+    parser.add_argument("--indices", type=int, nargs="+", default=[0, 1, 2, 3])
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results.jpg"))
     given = parser.parse_args()
@@ -97,10 +98,10 @@ def main() -> None:
         return
     rows = []
     if given.scenes:
-        data = Scenes(8, (SIDE, SIDE), seed=1000, classes=("disc", "ring", "star", "box"), difficulty=0.2)
-        rows.append(scenes(given.scenes, data, range(4), given.threshold))
+        data = Scenes(20, (SIDE, SIDE), seed=1000, classes=("disc", "ring", "star", "box"), difficulty=0.2)
+        rows.append(scenes(given.scenes, data, given.indices, given.threshold))
     if given.figures:
-        rows.append(scenes(given.figures, Scenes(8, seed=1000, **FIGURES), range(4), given.threshold))
+        rows.append(scenes(given.figures, Scenes(20, seed=1000, **FIGURES), given.indices, given.threshold))
     if given.nuclei:
         rows.append(nuclei(given.nuclei, given.nuclei_images, given.threshold))
     picture = Image.new("RGB", (WIDTH, sum(r.height for r in rows) + GAP * (len(rows) - 1)), "white")
