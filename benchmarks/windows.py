@@ -1,10 +1,10 @@
-"""How fast is swap_align2nat on a GPU: the PyTorch form, the fused kernel, and reading and writing memory once.
+"""Measures swap_align2nat on a GPU: the PyTorch implementation, the Triton kernel, and a copy as the lower bound.
 
     python benchmarks/windows.py                   # TensorMask's own sizes, forwards and backwards, in bfloat16
     python benchmarks/windows.py --dtype float32 --height 800 --width 1344 --batch 2
 
-The result has as many values as the input, so nothing can be faster than copying it: that is the last column. One line
-of JSON per level of the pyramid, times in milliseconds, medians; both forms are first compared with each other.
+The result has as many values as the input, so that copying it (the last column) is a lower bound. Prints one line of
+JSON for each level of the pyramid, with medians in milliseconds, after both implementations have been compared.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=30)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("there is no CUDA device here, and these times are about one; nothing was measured", file=sys.stderr)
+        print("no CUDA device found; nothing was measured", file=sys.stderr)
         return 2
     kind = getattr(torch, arguments.dtype)
     print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "dtype": arguments.dtype}))

@@ -1,4 +1,4 @@
-"""Whole planes onto the image: as two resizings one after the other, without ever making what is not asked for."""
+"""Planes are resized to the image in two steps, without intermediate results of the size of the input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def two_steps(planes: torch.Tensor, size: tuple[int, int], valid: tuple[int, int
 
 
 @pytest.mark.parametrize("image", [(90, 113), (120, 150), (301, 207)])
-def test_it_is_resizing_to_the_input_cropping_and_resizing_to_the_image(image):
+def test_planes_are_resized_to_the_input_cropped_and_resized_to_the_image(image):
     planes = smooth(6, 32, 40)
     found = place_planes(planes, Placement.resize(image, (120, 150)), (128, 160)).dense()
     values = two_steps(planes, (128, 160), (120, 150), image)
@@ -38,14 +38,14 @@ def test_mirrored_and_shifted_placements_are_undone():
     plain = place_planes(planes, straight, (128, 160)).dense()
     mirrored = place_planes(planes, straight.then_mirror(), (128, 160)).dense()
     assert torch.equal(mirrored, plain.flip(-1))
-    # An image in the middle of a canvas: nothing is seen of what lies beside the canvas.
+    # A crop of an image: pixels outside of the input belong to no mask.
     inside = Placement.identity((100, 120)).then_crop(10, 20, (60, 70))
     found = place_planes(torch.ones(1, 15, 18), inside, (60, 72)).dense()[0]
     assert found[20:80, 10:80].all()
     assert int(found.sum()) == 60 * 70
 
 
-def test_many_objects_on_a_large_image_cost_little():
+def test_many_objects_on_a_large_image_need_little_memory():
     planes = torch.zeros(100, 200, 336)
     for k in range(100):
         planes[k, 2 * k % 180 : 2 * k % 180 + 15, 3 * k % 310 : 3 * k % 310 + 20] = 0.9

@@ -1,4 +1,4 @@
-"""The fused form of swap_align2nat gives what the PyTorch form gives: in Triton's interpreter, without a GPU."""
+"""The Triton kernel of swap_align2nat agrees with PyTorch: in Triton's interpreter, without a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ cases = [  # shape, factor, step, mode, pad, kind
     ((1, 2, 2, 5, 3), 1.5, 1.0, "nearest", 0.0, torch.float32),
     ((1, 2, 3, 2, 140), 1, 1.5, "bilinear", -6.0, torch.bfloat16),
     ((1, 3, 3, 9, 17), 4, 1.0, "bilinear", 0.0, torch.float32),
-    ((1, 2, 2, 3, 8200), 1, 1.0, "bilinear", -6.0, torch.float32),  # too wide for the chip
+    ((1, 2, 2, 3, 8200), 1, 1.0, "bilinear", -6.0, torch.float32),  # too wide for the kernel
 ]
 for shape, factor, step, mode, pad, kind in cases:
     values = [torch.randn(shape).to(kind).requires_grad_() for _ in range(2)]
@@ -46,9 +46,9 @@ print("agreed")
 """
 
 
-def test_the_kernel_agrees_forwards_and_backwards():
+def test_the_kernel_agrees_forward_and_backward():
     if find_spec("triton") is None:
-        pytest.skip("Triton is not here: it comes with torch's CUDA builds")
+        pytest.skip("Triton, which is part of torch's CUDA builds, is not installed")
     done = subprocess.run(
         [sys.executable, "-c", INTERPRETED], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False,
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -57,12 +57,12 @@ def test_the_kernel_agrees_forwards_and_backwards():
 
 
 @pytest.mark.fast
-def test_without_triton_it_says_so_and_nothing_uses_it_unasked(monkeypatch: pytest.MonkeyPatch):
+def test_triton_is_not_used_by_default_and_reported_if_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "maskwright.ops.window_kernels", raising=False)
     tensor = MaskTensor(torch.randn(1, 3, 3, 4, 4), True)
     assert swap_align2nat(tensor, 2).values.shape == (1, 6, 6, 2, 2)
-    with pytest.raises(UsageError, match="fused windows need Triton"):
+    with pytest.raises(UsageError, match="fused=True requires Triton"):
         swap_align2nat(tensor, 2, fused=True)
 
 
@@ -88,7 +88,7 @@ print("compiled")
 @pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu():
     if find_spec("triton") is None:
-        pytest.skip("Triton is not here: it comes with torch's CUDA builds")
+        pytest.skip("Triton, which is part of torch's CUDA builds, is not installed")
     done = subprocess.run(
         [sys.executable, "-c", COMPILED], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
     )

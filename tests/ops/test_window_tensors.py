@@ -1,4 +1,4 @@
-"""Mask tensors against their definitions written out, one value at a time."""
+"""Mask tensors agree with their definitions, computed one value at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tensor(v: int, u: int, h: int, w: int, aligned: bool = True, step: float = 1
 
 
 def read(values: torch.Tensor, place: tuple[float, float, float, float], pad: float) -> float:
-    """Interpolated over all four axes; whatever lies outside is `pad`."""
+    """Interpolates over all four axes; values outside are `pad`."""
     total = 0.0
     for corner in range(16):
         share, index = 1.0, []
@@ -68,7 +68,7 @@ def naive_swap(source: MaskTensor, factor: float, stride: float, pad: float, nea
     st.sampled_from([(2, 2.0), (3, 1.0), (2, 1.5), (3, 3.0), (1, 4.0)]), st.sampled_from([0.0, -6.0]),
     st.sampled_from(["bilinear", "nearest"]), st.sampled_from([1.0, 2.0, 0.5]), st.integers(0, 99),
 )  # fmt: skip
-def test_swapping_is_the_definition(cells, pad, mode, step, seed):
+def test_swapping_agrees_with_the_definition(cells, pad, mode, step, seed):
     side, factor = cells
     source = tensor(side, side + (2 if factor in (1.5, 3.0) else 1) * (factor != 1.5), 4, 3, step=step, seed=seed)
     swapped = swap_align2nat(source, factor, pad, mode)
@@ -82,7 +82,7 @@ def test_swapping_is_the_definition(cells, pad, mode, step, seed):
     torch.testing.assert_close(some, swapped.values.permute(0, 3, 4, 1, 2).flatten(0, 2))
 
 
-def test_swapping_is_upsampling_then_leaving_out():
+def test_swapping_is_upsampling_and_subsampling():
     source = tensor(3, 3, 7, 5, step=2.0)
     for factor in (1, 2, 3, 4):
         large = subsample(up_align2nat(source, factor), factor)
@@ -91,7 +91,7 @@ def test_swapping_is_upsampling_then_leaving_out():
         assert (large.cell, large.step, large.alpha) == (small.cell, small.step, small.alpha)
 
 
-def test_natural_and_aligned_undo_each_other_where_nothing_fell_outside():
+def test_natural_and_aligned_are_inverse_inside_of_the_tensor():
     source = tensor(3, 3, 9, 9, aligned=False)
     there = nat2align(source, 0.0)
     assert there.aligned
@@ -101,7 +101,7 @@ def test_natural_and_aligned_undo_each_other_where_nothing_fell_outside():
     assert (outside.values[:, 0, :, 0] == -6).all(), "above the first row of windows there is nothing"
 
 
-def test_the_natural_head_upsamples_each_mask_alone():
+def test_upsampling_a_natural_tensor_resizes_each_mask():
     source = tensor(2, 2, 3, 4, aligned=False)
     large = upsample(source, 2)
     assert large.values.shape == (2, 4, 4, 3, 4)
@@ -117,14 +117,14 @@ def test_gradients_are_exact(factor):
     assert torch.autograd.gradcheck(lambda x: swap_align2nat(MaskTensor(x, True, 1.0, factor), factor).values, values)
 
 
-def test_what_does_not_fit_is_refused_in_words():
-    with pytest.raises(UsageError, match="natural representation; an aligned one is needed"):
+def test_wrong_representations_and_factors_are_refused():
+    with pytest.raises(UsageError, match="the mask tensor must be aligned, it is natural"):
         swap_align2nat(tensor(2, 2, 2, 2, aligned=False), 2)
-    with pytest.raises(UsageError, match=r"V would become 4\.5 cells"):
+    with pytest.raises(UsageError, match=r"factor must make V an integer, got 4\.5 cells"):
         up_align2nat(tensor(3, 3, 2, 2), 1.5)
 
 
-def test_factors_and_units_are_above_zero():
+def test_factors_and_units_must_be_above_zero():
     aligned, natural = tensor(3, 3, 4, 4), tensor(3, 3, 4, 4, aligned=False)
     places = torch.zeros(1, 3, dtype=torch.int64)
     for factor in (0, -1, math.nan, math.inf):
@@ -132,17 +132,17 @@ def test_factors_and_units_are_above_zero():
             lambda f: up_align2nat(aligned, f), lambda f: swap_align2nat(aligned, f),
             lambda f: swap_windows(aligned, f, places), lambda f: upsample(natural, f),
         ):  # fmt: skip
-            with pytest.raises(UsageError, match=f"factor is {factor}; expected a number above 0"):
+            with pytest.raises(UsageError, match=f"factor must be a finite number above 0, got {factor}"):
                 call(factor)
-    with pytest.raises(UsageError, match="V would become 3e-08 cells"):
+    with pytest.raises(UsageError, match="factor must make V an integer, got 3e-08 cells"):
         up_align2nat(aligned, 1e-8)
     for every in (0, -1):
-        with pytest.raises(UsageError, match=f"every is {every}; expected a whole number of at least 1"):
+        with pytest.raises(UsageError, match=f"every must be an integer of at least 1, got {every}"):
             subsample(aligned, every)
     for unit in (0.0, -1.0, math.nan):
-        with pytest.raises(UsageError, match=f"cell is {unit}; expected pixels, a number above 0"):
+        with pytest.raises(UsageError, match=f"cell must be a finite number of pixels above 0, got {unit}"):
             MaskTensor(aligned.values, True, cell=unit)
-        with pytest.raises(UsageError, match=f"step is {unit}; expected pixels"):
+        with pytest.raises(UsageError, match=f"step must be a finite number of pixels above 0, got {unit}"):
             MaskTensor(aligned.values, True, step=unit)
 
 
@@ -166,20 +166,23 @@ for call in (
 """
 
 
-def test_what_is_of_another_kind_is_refused_in_words():
-    """In a process of its own: the checker that tests run under would speak first."""
+def test_arguments_of_wrong_types_are_refused():
+    """In a separate process, because the type checker of the tests would raise its own errors."""
     done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, check=False)
-    words = ["mode is 'cubic'; expected bilinear, nearest, floor"] * 4
-    words.append("every is 1.5; expected a whole number of at least 1")
+    words = ["mode must be one of 'bilinear', 'nearest', 'floor', got 'cubic'"] * 4
+    words.append("every must be an integer of at least 1, got 1.5")
     for kind, shape in (("float32", "(3, 3, 4, 4)"), ("int64", "(1, 3, 3, 4, 4)")):
-        words.append(f"values are torch.{kind} of shape {shape}; expected (N, V, U, H, W) of floating point")
+        expected = "values must be a floating-point tensor of shape (N, V, U, H, W)"
+        words.append(f"{expected}, got torch.{kind} of shape {shape}")
     assert done.stdout.splitlines() == words, done.stderr
 
 
 @pytest.mark.parametrize("window", [(2, 0, 0), (0, 2, 0), (0, 0, 2), (0, -1, 0)])
 def test_windows_outside_of_the_grid_are_refused(window):
-    source = tensor(3, 3, 4, 4)  # two images, 2 x 2 windows once it is swapped
-    with pytest.raises(UsageError, match=r"windows has \(.*\); expected .* from 0 on and below \(2, 2, 2\)"):
+    source = tensor(3, 3, 4, 4)  # two images, 2 x 2 windows after swapping
+    with pytest.raises(
+        UsageError, match=r"windows must be \(index, y, x\) of at least 0 and below \(2, 2, 2\), got \("
+    ):
         swap_windows(source, 2, torch.tensor([(0, 0, 0), window]))
     if min(window) >= 0 and window[0] < 2:
         assert swap_windows(source, 2, torch.tensor([window]), subsampled=False).shape == (1, 6, 6)
@@ -189,8 +192,8 @@ def test_no_windows_give_no_masks():
     assert swap_windows(tensor(2, 2, 3, 3), 2, torch.zeros(0, 3, dtype=torch.int64)).shape == (0, 4, 4)
 
 
-def test_tables_made_in_inference_mode_serve_training():
-    shape = (3, 3, 9, 7)  # of no other test: the tables are kept
+def test_tables_from_inference_mode_can_be_used_in_training():
+    shape = (3, 3, 9, 7)  # not used in another test, because tables are cached
     with torch.inference_mode():
         swap_align2nat(tensor(*shape), 3)
     values = tensor(*shape).values.requires_grad_()

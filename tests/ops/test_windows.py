@@ -1,4 +1,4 @@
-"""Windows of coarse maps come out as whole maps would, wherever they lie."""
+"""Windows of coarse maps give the same masks as whole maps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GRID, STRETCHED, SIZE = (20, 28), (208, 281), (195, 262)
 
 
 def windows(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Whole maps, -10 around random regions; windows of them; where those begin."""
+    """Whole maps with -10 around random regions, windows of them, and the first cell of each window."""
     generator = torch.Generator().manual_seed(seed)
     low = torch.stack(
         [torch.randint(0, 20, (6,), generator=generator), torch.randint(0, 12, (6,), generator=generator)], 1
@@ -27,16 +27,16 @@ def windows(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("budget", [1, 1 << 16, 64 << 20])
-def test_windows_are_what_resizing_whole_maps_gives(budget):
+def test_windows_give_the_same_masks_as_whole_maps(budget):
     whole, values, corners = windows()
     planes = functional.interpolate(whole[:, None], size=STRETCHED, mode="bilinear", align_corners=False)[:, 0]
     masks = paste_windows(values, corners, GRID, STRETCHED, SIZE, threshold=-0.6, budget=budget)
     expected = planes[:, : SIZE[0], : SIZE[1]] > -0.6
     assert expected.any((1, 2)).all()
-    assert (masks.dense() != expected).sum() <= 2  # a value at the threshold may round to either side
+    assert (masks.dense() != expected).sum() <= 2  # values at the threshold
 
 
-def test_a_image_may_begin_inside_the_map_and_be_mirrored():
+def test_the_image_may_start_inside_the_map_and_be_mirrored():
     whole, values, corners = windows(1)
     planes = functional.interpolate(whole[:, None], size=STRETCHED, mode="bilinear", align_corners=False)[:, 0] > 0
     size = (100, 150)
@@ -46,6 +46,6 @@ def test_a_image_may_begin_inside_the_map_and_be_mirrored():
     assert (mirrored != planes[:, : SIZE[0], : SIZE[1]].flip(-1)).sum() <= 2
 
 
-def test_no_windows_are_no_masks():
+def test_no_windows_give_no_masks():
     nothing = torch.zeros(0, 4, 4)
     assert len(paste_windows(nothing, torch.zeros(0, 2, dtype=torch.int64), GRID, STRETCHED, SIZE, threshold=0.0)) == 0

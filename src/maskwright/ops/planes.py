@@ -1,4 +1,4 @@
-"""Putting whole planes of probabilities, on the network's grid, onto the image's."""
+"""Resizing whole planes of probabilities from the network's grid to the image."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ def place_planes(
     steps: Literal[1, 2] = 2,
     budget: int = 64 << 20,
 ) -> Masks:
-    """Masks on the image from planes that cover the network's input of `size` (H, W), padding included.
+    """Resizes planes that cover the network's input to masks of the image.
 
-    Both steps are bilinear, by pixel centres and without anti-aliasing: to the input's grid, of which only the valid
-    part is kept, then from there to the image's. Kept are values > threshold (which is 0 or above). Both steps are
-    linear along each axis, so one small matrix per axis does them at once, and padding is never read.
+    Both steps are bilinear, with half-pixel centres and without anti-aliasing: to the grid of the input, of which the
+    valid part is kept, and from there to the image. Each is linear along each axis, so that one small matrix per axis
+    does both at once; padding is not read.
 
-    steps   1: straight to the image's grid instead (YOLACT)
-    budget  bytes of scratch on an accelerator, where whole planes are made, as many at a time as fit. On the host each
-            mask is made on the pixels alone that its probabilities above the threshold reach, and so many bytes of them
-            are held before they are packed
+    Args:
+        probabilities: Planes on a grid that covers the input.
+        placement: How the image was placed in the input.
+        size: Height and width of the input, padding included.
+        threshold: Pixels above it belong to a mask; at least 0.
+        steps: 1 to resize to the image directly (YOLACT).
+        budget: Bytes of scratch memory. On an accelerator whole planes are computed, as many at a time as fit. On the
+            host each mask is computed only on the pixels that its probabilities above the threshold reach, and this
+            many bytes are kept before they are packed.
     """
     return place_measured(probabilities, placement, size, None, threshold=threshold, steps=steps, budget=budget)[0]
 
@@ -47,9 +52,21 @@ def place_measured(
     steps: Literal[1, 2] = 2,
     budget: int = 64 << 20,
 ) -> tuple[Masks, Float[Tensor, " n"]]:
-    """As `place_planes`, with a number for each mask: `measure` of values on the image's grid and of which of them
-    are in the mask, both (k, h, w), gives k of them. It must not depend on pixels outside the mask, of which it is not
-    shown all. Without it the numbers are zeros."""
+    """Resizes planes as `place_planes`, and computes a number for each mask.
+
+    Args:
+        planes: Planes on a grid that covers the input.
+        placement: See `place_planes`.
+        size: See `place_planes`.
+        measure: Computes the numbers of k masks from the values on the image's grid and from which of them are in the
+            mask, both (k, h, w). It must not depend on pixels outside of the mask, not all of which it receives.
+        threshold: See `place_planes`.
+        steps: See `place_planes`.
+        budget: See `place_planes`.
+
+    Returns:
+        The masks, and the numbers; zeros without `measure`.
+    """
     planes = planes.float()
     if not len(planes):
         return Masks.empty(placement.image_size), planes.new_zeros(0)
@@ -64,7 +81,7 @@ def place_measured(
             numbers.append(planes.new_zeros(len(part)) if measure is None else measure(values, solid))
             masks.append(Masks.from_dense(solid).pack())
         return Masks.join(masks), torch.cat(numbers)
-    # A mean of neighbours is above the threshold only if one of them is.
+    # An interpolated value is above the threshold only if one of its neighbours is.
     solid = planes > threshold
     rows, columns = _reached(solid.any(2), down), _reached(solid.any(1), across)
     corners, parts, crops, held = torch.stack([columns[:, 0], rows[:, 0]], 1), [], [], 0
@@ -86,8 +103,18 @@ def place_measured(
 def axes(
     like: Float[Tensor, "n p q"], placement: Placement, size: tuple[int, int], steps: Literal[1, 2] = 2
 ) -> tuple[Float[Tensor, "h p"], Float[Tensor, "w q"]]:
-    """What each of the image's rows takes of each row of planes that cover the input of `size`, and likewise for the
-    columns; zeros for what lies outside the input. Planes on the image are `down @ planes @ across.T`."""
+    """The matrices that resize planes to the image: `down @ planes @ across.T`.
+
+    Args:
+        like: Planes of the size, dtype and device in question.
+        placement: How the image was placed in the input.
+        size: Height and width of the input, padding included.
+        steps: See `place_planes`.
+
+    Returns:
+        The weights of the rows of a plane for each row of the image, and those of the columns for each column; zeros
+        for pixels outside of the input.
+    """
     (height, width), (x, y) = placement.image_size, placement.scale
     down = _axis(like, 1, size[0], placement.size[0], height, y, placement.offset[1], False, steps)
     across = _axis(like, 2, size[1], placement.size[1], width, x, placement.offset[0], placement.mirrored, steps)
@@ -97,11 +124,19 @@ def axes(
 def label_plane(
     logits: Float[Tensor, "k p q"], placement: Placement, size: tuple[int, int], *, budget: int = 64 << 20
 ) -> tuple[Int[Tensor, "h w"], Float[Tensor, "h w"]]:
-    """Each of the image's pixels: the best class, -1 where the input does not show it, and that class's probability
-    among all, from logits that cover the network's input of `size` (H, W), padding included.
+    """The class of each pixel of the image, from logits on a grid that covers the network's input.
 
-    The padding is cut off, the rest is brought to the image's grid bilinearly, by pixel centres, and only then the
-    best is chosen (detectron2). `budget`: bytes of scratch; so many rows of the image are made at a time.
+    Padding is cut off, the logits are resized to the image bilinearly with half-pixel centres, and then the best class
+    is chosen (detectron2).
+
+    Args:
+        logits: Logits of each class.
+        placement: How the image was placed in the input.
+        size: Height and width of the input, padding included.
+        budget: Bytes of scratch memory; it limits how many rows of the image are computed at a time.
+
+    Returns:
+        The best class, -1 for pixels outside of the input, and its probability among all classes, 0 there.
     """
     height, width = placement.image_size
     rows, columns = logits.shape[1] / size[0], logits.shape[2] / size[1]
@@ -110,7 +145,7 @@ def label_plane(
         logits, width, placement.size[1], columns, placement.scale[0], placement.offset[0], placement.mirrored
     )
     labels = torch.full((height, width), -1, dtype=torch.int64, device=logits.device)
-    surety = logits.new_zeros(height, width, dtype=torch.float32)
+    probability = logits.new_zeros(height, width, dtype=torch.float32)
     step = max(1, budget // (16 * len(logits) * max(width, logits.shape[2])))
     for first in range(0, height, step):
         band = slice(first, min(height, first + step))
@@ -118,16 +153,16 @@ def label_plane(
         lines = logits[:, upper].float().lerp(logits[:, lower].float(), part[:, None])
         values = lines[..., across[0]].lerp(lines[..., across[1]], across[2])  # (K, rows, W)
         best = values.argmax(0)
-        surety[band] = (values.amax(0) - values.logsumexp(0)).exp() * seen[:, None] * across[3]
+        probability[band] = (values.amax(0) - values.logsumexp(0)).exp() * seen[:, None] * across[3]
         labels[band] = torch.where(seen[:, None] & across[3], best, -1)
-    return labels, surety
+    return labels, probability
 
 
 def _neighbours(
     like: Tensor, pixels: int, valid: int, ratio: float, scale: float, offset: float, mirrored: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For each of the image's pixels along one axis the cells before and after it, how far it is between them, and
-    whether the valid part of the input shows it. `ratio`: cells for each pixel of the input."""
+    """For each of the image's pixels along one axis: the cells before and after it, its position between them, and
+    whether it is in the valid part of the input. `ratio`: cells per pixel of the input."""
     number = torch.arange(pixels, device=like.device, dtype=torch.float32) + 0.5
     place = (pixels - number if mirrored else number) * scale + offset
     seen = (place > 0) & (place < valid)
@@ -138,8 +173,14 @@ def _neighbours(
 
 
 def place_bits(planes: Bool[Tensor, "n h w"], placement: Placement) -> Masks:
-    """Masks on the image from masks on the valid part of the network's input, each pixel taken from the one that its
-    upper left corner falls into, as torch's "nearest" does (DETR)."""
+    """Resizes masks of the valid part of the network's input to the image by nearest neighbours (DETR).
+
+    Each pixel of the image is that of the input which contains its upper left corner, as in torch's mode "nearest".
+
+    Args:
+        planes: Masks of the input.
+        placement: How the image was placed in the input.
+    """
     height, width = placement.image_size
     rows = _corners(height, placement.size[0], placement.scale[1], placement.offset[1], False)
     columns = _corners(width, placement.size[1], placement.scale[0], placement.offset[0], placement.mirrored)
@@ -157,7 +198,7 @@ def place_bits(planes: Bool[Tensor, "n h w"], placement: Placement) -> Masks:
 
 
 def _corners(image: int, valid: int, scale: float, offset: float, mirrored: bool) -> Int[Tensor, " _p"]:
-    """The input's pixel under each of the image's along one axis; -1 where there is none."""
+    """The input's pixel for each of the image's along one axis; -1 outside of the input."""
     pixels = torch.arange(image, dtype=torch.float64)
     place = (image - 1 - pixels if mirrored else pixels) * scale + offset
     source = (place + 1e-6 * scale).floor()
@@ -175,7 +216,7 @@ def _axis(
     mirrored: bool,
     steps: int,
 ) -> Float[Tensor, "_image _cells"]:
-    """What each of the image's pixels takes of each cell along one axis."""
+    """The weight of each cell for each of the image's pixels along one axis."""
     cells = like.shape[axis]
     pixels = torch.arange(image, device=like.device, dtype=torch.float32) + 0.5
     place = (image - pixels if mirrored else pixels) * scale + offset - 0.5
@@ -191,7 +232,7 @@ def _axis(
 
 
 def _reached(solid: Tensor, axis: Tensor) -> Tensor:
-    """For each object the pixels first ... last + 1 along one axis that its solid cells have a part in."""
+    """For each object the range of pixels along one axis, first ... last + 1, to which its solid cells contribute."""
     hit = solid.float() @ (axis > 0).float().T > 0  # (n, pixels)
     steps = torch.arange(hit.shape[1])
     first = torch.where(hit, steps, hit.shape[1]).amin(1)
@@ -200,8 +241,8 @@ def _reached(solid: Tensor, axis: Tensor) -> Tensor:
 
 
 def _used(axis: Tensor, pixels: Int[Tensor, "n 2"]) -> Int[Tensor, "n 2"]:
-    """The cells first ... last + 1 that pixels first ... last + 1 of each object read, where both ends read some. Later
-    pixels read later cells, or earlier ones throughout (mirrored), so that the ends tell."""
+    """The range of cells that a range of pixels of each object reads. It follows from the outer pixels, because later
+    pixels read later cells, or earlier ones if the image is mirrored."""
     reads = axis > 0
     first, last = reads.int().argmax(1), axis.shape[1] - reads.flip(1).int().argmax(1)
     start, stop = pixels.unbind(1)

@@ -1,4 +1,4 @@
-"""Suppression of duplicates as operations on whole matrices: no loop, no branch on a size, so that it exports."""
+"""Overlap of masks, and suppression of duplicates as matrix operations without loops, so that it can be exported."""
 
 from __future__ import annotations
 
@@ -13,55 +13,101 @@ from maskwright.ops.boxes import pairwise_iou
 
 
 def mask_iou(masks: Bool[Tensor, "n p"], labels: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n n"]:
-    """Overlap of every mask with every other, masks as rows of pixels; 0 where both are empty.
+    """Intersection over union of every mask with every other.
 
-    labels  only those of one label are compared, others overlap by 0. On the host that is a product per label, of the
-            pixels alone that one of its masks has; on an accelerator one product of everything is quicker
+    Args:
+        masks: One row of pixels for each mask.
+        labels: If given, only masks of the same class are compared; the others have an IoU of 0. On the host this takes
+            one product per class, of those pixels that one of its masks covers; on an accelerator a single product of
+            all masks is faster.
+
+    Returns:
+        IoU in [0, 1]; 0 if both masks are empty.
     """
+    both, areas = _intersections(masks, labels)
+    return both / (areas[:, None] + areas - both).clamp(min=1)
+
+
+def mask_ioa(masks: Bool[Tensor, "n p"], labels: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n n"]:
+    """Intersection over area: the share of every mask that lies inside every other.
+
+    Args:
+        masks: One row of pixels for each mask.
+        labels: If given, only masks of the same class are compared; the others have a share of 0.
+
+    Returns:
+        Shares in [0, 1]; [i, j] is that of mask i in mask j, and 0 if mask i is empty.
+    """
+    both, areas = _intersections(masks, labels)
+    return both / areas[:, None].clamp(min=1)
+
+
+def _intersections(
+    masks: Bool[Tensor, "n p"], labels: Int[Tensor, " n"] | None
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
+    """Common pixels of every pair of the same class, and the areas."""
     if labels is None or masks.device.type != "cpu":
-        iou = _iou_of_rows(masks.float())
-        return iou if labels is None else iou * (labels[:, None] == labels)
-    iou = torch.zeros(len(masks), len(masks))
+        flat = masks.float()
+        both = flat @ flat.T
+        return (both if labels is None else both * (labels[:, None] == labels)), both.diagonal()
+    both = torch.zeros(len(masks), len(masks))
     for rows in labels.argsort(stable=True).split(labels.bincount().tolist()):
         own = masks[rows]
-        iou[rows[:, None], rows] = _iou_of_rows(own[:, own.any(0)].float())
-    return iou
-
-
-def _iou_of_rows(flat: Float[Tensor, "n p"]) -> Float[Tensor, "n n"]:
-    both = flat @ flat.T
-    areas = both.diagonal()
-    return both / (areas[:, None] + areas - both).clamp(min=1)
+        flat = own[:, own.any(0)].float()
+        both[rows[:, None], rows] = flat @ flat.T
+    return both, both.diagonal()
 
 
 def matrix_nms(
     iou: Float[Tensor, "n n"],
     scores: Float[Tensor, " n"],
-    labels: Int[Tensor, " n"],
+    labels: Int[Tensor, " n"] | None = None,
     kernel: Literal["gaussian", "linear"] = "gaussian",
     sigma: float = 2.0,
 ) -> Float[Tensor, " n"]:
-    """Scores after Matrix NMS (SOLOv2, arXiv 2003.10152, section 3.3): what overlaps a better object of its class
-    decays, all at once. Objects come best first; the order of the result is that of the input.
+    """Matrix NMS (SOLOv2, arXiv 2003.10152, section 3.3): all scores decay at once.
 
-    An overlap counts the less, the more the better object is itself overlapped by a still better one. Gaussian:
-    exp(-sigma iou^2); linear: 1 - iou.
+    The score of an object decays with its IoU with better objects of its class. The decay by a better object is weaker
+    if that object itself overlaps with a still better one.
+
+    Args:
+        iou: IoU of every object with every other.
+        scores: Score of each object, in descending order.
+        labels: Class of each object; None if all are of one class.
+        kernel: The decay: exp(-sigma * iou ** 2) or 1 - iou.
+        sigma: Parameter of the Gaussian kernel.
+
+    Returns:
+        The decayed scores, in the order of the objects.
     """
-    above = (iou * (labels[:, None] == labels)).triu(1)  # [i, j]: i is better than j
-    covered = above.amax(0) if len(above) else scores.new_zeros(0)  # what each is overlapped by at most
+    above = (iou if labels is None else iou * (labels[:, None] == labels)).triu(1)  # [i, j]: i is better than j
+    covered = above.amax(0) if len(above) else scores.new_zeros(0)  # largest IoU of each with a better one
     if kernel == "gaussian":
         decay = torch.exp(-sigma * above.square()) / torch.exp(-sigma * covered.square())[:, None]
     else:
         decay = (1 - above) / (1 - covered)[:, None]
-        # The third of three equal masks: 0 / 0 by way of the second, which says nothing; the first takes all its score.
+        # 0 / 0 occurs for the third of three equal masks because of the second; the first reduces its score to 0.
         decay = torch.where(decay.isnan(), torch.inf, decay)
     return scores * (decay.amin(0) if len(above) else scores.new_ones(0))
 
 
-def mask_nms(iou: Float[Tensor, "n n"], labels: Int[Tensor, " n"], threshold: float = 0.5) -> Bool[Tensor, " n"]:
-    """Which objects are kept, those best first, when each kept one drops those of its class it overlaps by more than
-    `threshold`. One after the other, on the host: for a few hundred objects."""
-    rivals = ((iou > threshold) & (labels[:, None] == labels)).triu(1).cpu().numpy()
+def mask_nms(
+    iou: Float[Tensor, "n n"], labels: Int[Tensor, " n"] | None = None, threshold: float = 0.5
+) -> Bool[Tensor, " n"]:
+    """Greedy NMS from an IoU matrix. It is sequential and runs on the host: for a few hundred objects.
+
+    Args:
+        iou: IoU of every object with every other, in descending order of scores.
+        labels: Class of each object; None if all are of one class.
+        threshold: An object is removed if its IoU with a better one that is kept, of its class, is larger.
+
+    Returns:
+        Whether each object is kept.
+    """
+    rivals = iou > threshold
+    if labels is not None:
+        rivals = rivals & (labels[:, None] == labels)
+    rivals = rivals.triu(1).cpu().numpy()
     keep = np.ones(len(rivals), bool)
     for row, others in enumerate(rivals):
         if keep[row]:
@@ -70,9 +116,17 @@ def mask_nms(iou: Float[Tensor, "n n"], labels: Int[Tensor, " n"], threshold: fl
 
 
 def fast_nms(iou: Float[Tensor, "*k n n"], threshold: float = 0.5) -> Bool[Tensor, "*k n"]:
-    """Which objects Fast NMS keeps (YOLACT, arXiv 1904.02689, section 3.3): those that no better one overlaps by more
-    than `threshold`, all at once. Objects come best first; what is dropped still drops others, so that it keeps no more
-    than the classical rule."""
+    """Fast NMS (YOLACT, arXiv 1904.02689, section 3.3): objects that are removed still remove others.
+
+    It keeps at most what greedy NMS keeps.
+
+    Args:
+        iou: IoU of every object with every other, in descending order of scores; leading axes are batches.
+        threshold: An object is removed if its IoU with any better one is larger.
+
+    Returns:
+        Whether each object is kept.
+    """
     return iou.triu(1).amax(-2) <= threshold if iou.shape[-1] else iou.new_zeros(iou.shape[:-1], dtype=torch.bool)
 
 

@@ -1,17 +1,17 @@
-"""`window_tensors.swap_align2nat` as one kernel on the GPU, written in Triton.
+"""`window_tensors.swap_align2nat` as one Triton kernel for GPUs.
 
-The PyTorch form sums along the rows' pair of axes, turns the tensor, sums along the columns' pair and turns it back: it
-reads and writes memory several times. Here a programme makes all windows and mask columns (U', W') of one line
-(v', y'): it sums the lines (v, y) that this one is made of, read from memory side by side, and picks from that sum on
-the chip. Each value is read about four times (through the cache) and written once. Backwards is the same kernel with
-the tables turned round, so that nothing is added twice at once and the same bits come out each time.
+The PyTorch implementation sums along the axes of rows, transposes the tensor, sums along the axes of columns and
+transposes it back, so that memory is read and written several times. Here a program computes all windows and mask
+columns (U', W') of one line (v', y'): it sums the lines (v, y) that this one depends on, with contiguous reads, and
+gathers from that sum in registers. Each value is read about four times (through the cache) and written once. The
+backward pass is the same kernel with transposed tables, without atomic additions, so that it is deterministic.
 
-Both agree with the PyTorch form in Triton's interpreter, and compile. An earlier kernel, which read each value from
-where it lay, was measured on an H200: 3 times as fast as the PyTorch form at factor 1, 1.3 times at 2 and 4, slower
-from 8 on and in every backward pass from 2 on. This one has NOT been measured, so that nothing uses it unless asked
-(see `swap_align2nat`). `benchmarks/windows.py` measures it.
+Both agree with the PyTorch implementation in Triton's interpreter, and compile. An earlier kernel, which gathered from
+global memory, was measured on an H200: 3 times as fast as PyTorch at factor 1, 1.3 times at 2 and 4, slower from 8 on
+and in every backward pass from 2 on. This one has not been measured and is therefore not used by default (see
+`swap_align2nat`); `benchmarks/windows.py` measures it.
 
-Imported only where it is asked for: Triton comes with torch's CUDA builds alone.
+The module is imported only on request, because Triton is part of torch's CUDA builds only.
 """
 
 # pyright: reportGeneralTypeIssues=false, reportCallIssue=false
@@ -24,7 +24,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-LARGEST = 16384  # entries of one line, (U, W), that fit on the chip in float32
+LARGEST = 16384  # entries of one line, (U, W), that fit into registers and shared memory in float32
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def _lines(
 
 
 def fits(u: int, w: int, u_out: int, w_out: int) -> bool:
-    """Whether lines of (U, W) and (U', W') entries can be held on the chip."""
+    """Whether lines of (U, W) and (U', W') entries fit into registers and shared memory."""
     return max(u * w, u_out * w_out) <= LARGEST
 
 
@@ -73,8 +73,19 @@ def fits(u: int, w: int, u_out: int, w_out: int) -> bool:
 def swap_windows_fused(
     values: Tensor, row_index: Tensor, row_weight: Tensor, column_index: Tensor, column_weight: Tensor, pad: float
 ) -> Tensor:
-    """(N, V, U, H, W) -> (N, V', U', H', W'), contiguous. The tables are (V', H', taps) of entries v * H + y and
-    (U', W', taps) of entries u * W + x, whole numbers and float32 weights."""
+    """Applies two tables of taps to a mask tensor.
+
+    Args:
+        values: (N, V, U, H, W).
+        row_index: (V', H', taps), entries v * H + y as integers.
+        row_weight: Their weights in float32.
+        column_index: (U', W', taps), entries u * W + x as integers.
+        column_weight: Their weights in float32.
+        pad: Value outside of the tensor.
+
+    Returns:
+        (N, V', U', H', W'), contiguous.
+    """
     values = values.contiguous()
     result = _empty(values, row_index, column_index)
     _run(values, result, (row_index, row_weight), (column_index, column_weight), pad)
@@ -89,14 +100,24 @@ def _gradient(
     gradient = gradient.contiguous()
     result = gradient.new_empty(shape)
     _, v, u, h, w = shape
-    rows, columns = turned(row_index, row_weight, v, h), turned(column_index, column_weight, u, w)
+    rows, columns = transposed(row_index, row_weight, v, h), transposed(column_index, column_weight, u, w)
     _run(gradient, result, rows, columns, 0.0)
     return result
 
 
-def turned(index: Tensor, weight: Tensor, cells: int, windows: int) -> tuple[Tensor, Tensor]:
-    """The tables that say of each entry of the input, (cells, windows, taps), which of the result read it, and with
-    what weight. As many taps as the entry that is read most has; the others have weight 0."""
+def transposed(index: Tensor, weight: Tensor, cells: int, windows: int) -> tuple[Tensor, Tensor]:
+    """Transposes a table: for each entry of the input, the entries of the result that read it, and their weights.
+
+    Args:
+        index: Entries of the input that each entry of the result reads, with taps on the last axis.
+        weight: Their weights.
+        cells: Mask cells of the input along the axis.
+        windows: Windows of the input along the axis.
+
+    Returns:
+        Index and weight, (cells, windows, taps), with as many taps as the entry with most readers; unused ones have
+        weight 0.
+    """
     count = cells * windows
     used = weight.flatten() != 0
     reader = torch.arange(index[..., 0].numel(), device=index.device).repeat_interleave(index.shape[-1])[used]
@@ -119,7 +140,7 @@ def _run(
     _, v_out, u_out, h_out, w_out = result.shape
     if not result.numel():
         return
-    # A table's taps one after the other, so that neighbours read neighbours.
+    # Taps on the first axis, so that neighbouring threads read neighbouring entries.
     across = [table.permute(2, 0, 1).reshape(table.shape[-1], -1).contiguous() for table in columns]
     _lines[(n * v_out * h_out,)](
         values, result, *rows, *across, pad, *values.shape[1:], *result.shape[1:], rows[0].shape[-1],

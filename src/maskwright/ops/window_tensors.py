@@ -1,16 +1,18 @@
-"""Masks of sliding windows as 4-D tensors that know their units (TensorMask, arXiv 1903.12174, section 3).
+"""Masks of sliding windows as 4-D tensors with units (TensorMask, arXiv 1903.12174, section 3).
 
-A window stands at every cell (y, x) of a grid, and holds a mask of V x U cells of its own. So a mask tensor has two
-spatial domains, each with a unit in pixels: `cell` (s_HW), between neighbouring windows, and `step` (s_VU), between
-neighbouring cells of a mask. Along an axis of length V, v counts from the middle: index i is v = i - V / 2 + 0.5.
+At every cell (y, x) of a grid there is a window with a mask of V x U cells. A mask tensor therefore has two spatial
+domains, each with a unit in pixels: `cell` (s_HW), the distance of neighbouring windows, and `step` (s_VU), the
+distance of neighbouring cells of a mask. Along an axis of length V, v is counted from the centre: index i is
+v = i - V / 2 + 0.5.
 
     natural   F(v, u, y, x) is the mask value at (y + a v, x + a u) of the window at (y, x); a = step / cell
-    aligned   G(v, u, y, x) is the mask value AT (y, x) of the window at (y - a v, x - a u)
+    aligned   G(v, u, y, x) is the mask value at (y, x) of the window at (y - a v, x - a u)
 
-Everything here changes one into the other, finer or coarser. All of it is linear and separable: rows (V, H) and columns
-(U, W) are two sparse matrices with at most four entries a row, so time and memory are those of input and output, and
-the gradient is the transposed product. A value that would be read outside its tensor is `pad`, as a logit: -6 is
-"certainly not", and it takes part in the interpolation (the published kernel does not clamp at borders).
+The functions convert between the two representations and between resolutions. They are linear and separable: rows
+(V, H) and columns (U, W) are multiplied by sparse matrices with at most four entries per row, so that time and memory
+are proportional to input and output, and the gradient is the transposed product. Outside of a tensor the value is
+`pad`, a logit, which takes part in the interpolation (the published kernel does not clamp at borders); -6 is a
+probability of 0.0025.
 """
 
 from __future__ import annotations
@@ -34,7 +36,17 @@ FUSED = os.environ.get("MASKWRIGHT_FUSED_WINDOWS") == "1"
 
 @dataclass(frozen=True)
 class MaskTensor:
-    """Values (N, V, U, H, W), which of the two representations they are in, and their units in pixels."""
+    """A mask tensor with its representation and units.
+
+    Attributes:
+        values: Mask logits.
+        aligned: Whether the representation is aligned; otherwise it is natural.
+        cell: Distance of neighbouring windows in pixels.
+        step: Distance of neighbouring cells of a mask in pixels.
+
+    Raises:
+        UsageError: If the values are not a floating-point tensor with five axes, or a unit is not positive.
+    """
 
     values: Float[Tensor, "n v u h w"]
     aligned: bool
@@ -44,39 +56,45 @@ class MaskTensor:
     def __post_init__(self) -> None:
         if self.values.dim() != 5 or not self.values.is_floating_point():
             raise UsageError(
-                f"values are {self.values.dtype} of shape {tuple(self.values.shape)}; expected (N, V, U, H, W) of "
-                "floating point"
+                "values must be a floating-point tensor of shape (N, V, U, H, W), got "
+                f"{self.values.dtype} of shape {tuple(self.values.shape)}"
             )
         for name, unit in (("cell", self.cell), ("step", self.step)):
             if not (math.isfinite(unit) and unit > 0):
-                raise UsageError(f"{name} is {unit}; expected pixels, a number above 0")
+                raise UsageError(f"{name} must be a finite number of pixels above 0, got {unit}")
 
     @property
     def alpha(self) -> float:
-        """Cells of the grid from one cell of a mask to the next."""
+        """Distance of neighbouring cells of a mask, in cells of the grid."""
         return self.step / self.cell
 
 
 def align2nat(tensor: MaskTensor, pad: float = PAD) -> MaskTensor:
-    """F(v, u, y, x) = G(v, u, y + a v, x + a u): aligned to natural in the same units."""
+    """Converts aligned to natural with the same units: F(v, u, y, x) = G(v, u, y + a v, x + a u)."""
     _expect(tensor, True)
     values = _resampled(tensor.values, 1.0, 1.0, tensor.alpha, pad, "bilinear")
     return replace(tensor, values=values, aligned=False)
 
 
 def nat2align(tensor: MaskTensor, pad: float = PAD) -> MaskTensor:
-    """G(v, u, y, x) = F(v, u, y - a v, x - a u): natural to aligned. Undoes `align2nat` but for what fell outside."""
+    """Converts natural to aligned with the same units: G(v, u, y, x) = F(v, u, y - a v, x - a u).
+
+    It is the inverse of `align2nat` except for values outside of the tensor.
+    """
     _expect(tensor, False)
     values = _resampled(tensor.values, 1.0, 1.0, -tensor.alpha, pad, "bilinear")
     return replace(tensor, values=values, aligned=True)
 
 
 def up_align2nat(tensor: MaskTensor, factor: float, pad: float = PAD, mode: Mode = "bilinear") -> MaskTensor:
-    """Aligned and coarse in (V, U) to natural and `factor` times as fine in it, on the same grid (section 3.4).
+    """Upsamples the masks of an aligned tensor and converts it to natural, on the same grid (section 3.4).
 
-    The sub-tensor is upsampled first, by pixel centres; "nearest" repeats its cells instead, "floor" too, but the cell
-    that a pixel's lower edge lies in (the same for whole factors). `factor` times V and U must be whole numbers: 1.5
-    takes 10 to 15.
+    Args:
+        tensor: An aligned tensor.
+        factor: Ratio of the resolutions in (V, U); `factor` times V and U must be integers, for example 1.5 for 10.
+        pad: Value outside of the tensor.
+        mode: "bilinear" with half-pixel centres; "nearest" for the cell that contains the centre of a finer cell;
+            "floor" for the one that contains its lower edge, which is the same for integer factors.
     """
     _expect(tensor, True, factor, mode)
     values = _resampled(tensor.values, factor, 1.0, tensor.alpha / factor, pad, mode)
@@ -86,13 +104,21 @@ def up_align2nat(tensor: MaskTensor, factor: float, pad: float = PAD, mode: Mode
 def swap_align2nat(
     tensor: MaskTensor, factor: float, pad: float = PAD, mode: Mode = "bilinear", fused: bool | None = None
 ) -> MaskTensor:
-    """`up_align2nat`, then every `factor`-th window (section 4.2), without the large tensor between them: as many
-    values come out as go in, whatever the factor. The grid becomes ceil(H / factor) x ceil(W / factor).
+    """Applies `up_align2nat` and keeps every `factor`-th window (section 4.2), without the large intermediate tensor.
 
-    fused  True: by one Triton kernel (`ops.window_kernels`), which agrees with the PyTorch form in Triton's interpreter
-           and has not been measured on a GPU yet; UsageError where Triton is missing. None: where the environment says
-           MASKWRIGHT_FUSED_WINDOWS=1 and the tensor is on a CUDA device; otherwise, and by default, the PyTorch form,
-           which also makes what is too wide for the kernel
+    The result has as many values as the input. The grid becomes ceil(H / factor) x ceil(W / factor).
+
+    Args:
+        tensor: An aligned tensor.
+        factor: See `up_align2nat`.
+        pad: Value outside of the tensor.
+        mode: See `up_align2nat`.
+        fused: Whether to use a Triton kernel (`ops.window_kernels`), which agrees with the PyTorch implementation in
+            Triton's interpreter and has not been measured on a GPU. None uses it for CUDA tensors if the environment
+            variable MASKWRIGHT_FUSED_WINDOWS is 1. Tensors that are too wide for the kernel use PyTorch.
+
+    Raises:
+        UsageError: If `fused` is True and Triton is not installed.
     """
     _expect(tensor, True, factor, mode)
     if fused or (fused is None and FUSED and tensor.values.is_cuda):
@@ -103,20 +129,26 @@ def swap_align2nat(
 
 
 def subsample(tensor: MaskTensor, every: int) -> MaskTensor:
-    """Every so many-th window in both directions, from the first on."""
+    """Keeps every `every`-th window along both axes, starting with the first."""
     if not isinstance(every, int) or every < 1:
-        raise UsageError(f"every is {every!r}; expected a whole number of at least 1")
+        raise UsageError(f"every must be an integer of at least 1, got {every!r}")
     return replace(tensor, values=tensor.values[..., ::every, ::every], cell=tensor.cell * every)
 
 
 def upsample(tensor: MaskTensor, factor: float, mode: Mode = "bilinear") -> MaskTensor:
-    """Each mask `factor` times as fine, by itself, clamped at its border: the natural head of figure 6c."""
+    """Upsamples each mask of a natural tensor, clamped at its borders (figure 6c).
+
+    Args:
+        tensor: A natural tensor.
+        factor: Ratio of the resolutions.
+        mode: See `up_align2nat`.
+    """
     _expect(tensor, False, factor, mode)
     n, v, u, h, w = tensor.values.shape
     size = (_whole(v * factor, "V"), _whole(u * factor, "U"))
     planes = tensor.values.permute(0, 3, 4, 1, 2).reshape(n * h * w, 1, v, u)
     kind = {"align_corners": False} if mode == "bilinear" else {}
-    named = {"bilinear": "bilinear", "nearest": "nearest-exact", "floor": "nearest"}[mode]  # torch's words for these
+    named = {"bilinear": "bilinear", "nearest": "nearest-exact", "floor": "nearest"}[mode]  # the names in torch
     planes = torch.nn.functional.interpolate(planes, size=size, mode=named, **kind)
     return replace(tensor, values=planes.view(n, h, w, *size).permute(0, 3, 4, 1, 2), step=tensor.step / factor)
 
@@ -130,8 +162,23 @@ def swap_windows(
     subsampled: bool = True,
     budget: int = 64 << 20,
 ) -> Float[Tensor, "k v u"]:
-    """`swap_align2nat` at some windows alone, (index in the batch, y, x) on the coarser grid: what remains to be done
-    where few windows survive scoring. Not `subsampled` it is `up_align2nat`. `budget` bounds the bytes of scratch."""
+    """Computes `swap_align2nat` for some windows only.
+
+    Args:
+        tensor: An aligned tensor.
+        factor: See `up_align2nat`.
+        windows: Index in the batch, y and x of each window, on the grid of the result.
+        pad: Value outside of the tensor.
+        mode: See `up_align2nat`.
+        subsampled: False for the windows of `up_align2nat`.
+        budget: Bytes of scratch memory; it limits how many windows are computed at a time.
+
+    Returns:
+        The masks of the windows.
+
+    Raises:
+        UsageError: If a window is outside of the grid (checked on the host only).
+    """
     _expect(tensor, True, factor, mode)
     stride = factor if subsampled else 1.0
     values = tensor.values
@@ -165,17 +212,17 @@ def swap_windows(
 
 @dataclass(frozen=True)
 class _Taps:
-    """What each (mask cell, window) of the result reads along one pair of axes: entries of the flattened pair and
-    their weights, both (V', H', taps); a weight is 0 where the entry would lie outside."""
+    """For each (mask cell, window) of the result along one pair of axes: which entries of the flattened pair it reads
+    and with what weights, both (V', H', taps); a weight is 0 if the entry is outside."""
 
     index: Tensor
     weight: Tensor
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)  # what is kept serves training too, which takes no tensor of inference mode
+@torch.inference_mode(False)  # cached tensors are also used in training, where inference tensors are not allowed
 def _taps(cells: int, windows: int, factor: float, stride: float, alpha: float, mode: Mode, device: str) -> _Taps:
-    """`cells` (V) and `windows` (H) of the input; the result has factor * V and ceil(H / stride)."""
+    """The taps for an input of `cells` (V) and `windows` (H) and a result of factor * V and ceil(H / stride)."""
     fine, coarse = _whole(cells * factor, "V"), math.ceil(windows / stride - 1e-9)
     number = torch.arange(fine, dtype=torch.float64)
     inner = (number + 0.5) / factor - 0.5
@@ -197,7 +244,7 @@ def _taps(cells: int, windows: int, factor: float, stride: float, alpha: float, 
 
 
 def _two(place: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
-    """The entries before and after a place and their shares: 0 outside of 0 ... length - 1."""
+    """The entries before and after a position and their weights, which are 0 outside of 0 ... length - 1."""
     low = place.floor()
     part = place - low
     result = []
@@ -228,7 +275,7 @@ def _fused(values: Tensor, factor: float, stride: float, alpha: float, pad: floa
         from maskwright.ops.window_kernels import fits, swap_windows_fused
     except ImportError as error:
         raise UsageError(
-            f"fused windows need Triton, which comes with torch's CUDA builds ({error}); use fused=False"
+            f"fused=True requires Triton, which is part of torch's CUDA builds ({error}); use fused=False"
         ) from None
     _, v, u, h, w = values.shape
     rows = _taps(v, h, factor, stride, alpha, mode, str(values.device))
@@ -240,7 +287,7 @@ def _fused(values: Tensor, factor: float, stride: float, alpha: float, pad: floa
 
 
 def _sums(table: Tensor, taps: _Taps) -> Tensor:
-    """Weighted sums of rows of `table`, one for each entry of `taps`."""
+    """Weighted sums of rows of `table`, one for each entry of the result."""
     count = taps.index.shape[-1]
     return torch.nn.functional.embedding_bag(
         taps.index.reshape(-1, count),
@@ -253,28 +300,26 @@ def _sums(table: Tensor, taps: _Taps) -> Tensor:
 def _whole(value: float, axis: str) -> int:
     number = round(value)
     if abs(value - number) > 1e-6 or (number < 1 and value > 0):
-        raise UsageError(f"{axis} would become {value:g} cells; the factor must make it a whole number")
+        raise UsageError(f"factor must make {axis} an integer, got {value:g} cells")
     return number
 
 
 def _expect(tensor: MaskTensor, aligned: bool, factor: float = 1.0, mode: str = "bilinear") -> None:
     if tensor.aligned != aligned:
-        words = ("a natural", "an aligned")
-        raise UsageError(
-            f"the mask tensor is in {words[tensor.aligned]} representation; {words[aligned]} one is needed"
-        )
+        names = ("natural", "aligned")
+        raise UsageError(f"the mask tensor must be {names[aligned]}, it is {names[tensor.aligned]}")
     if not (math.isfinite(factor) and factor > 0):
-        raise UsageError(f"factor is {factor}; expected a number above 0")
+        raise UsageError(f"factor must be a finite number above 0, got {factor}")
     if mode not in get_args(Mode):
-        raise UsageError(f"mode is {mode!r}; expected {', '.join(get_args(Mode))}")
+        raise UsageError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, got {mode!r}")
 
 
 def _check_windows(windows: Tensor, limits: tuple[int, int, int]) -> None:
-    """UsageError where one lies outside; on the host alone, since a GPU would have to be waited for."""
+    """Raises a UsageError if a window is outside; on the host only, to avoid a synchronisation."""
     if windows.device.type != "cpu" or torch.compiler.is_compiling() or not len(windows):
         return
     wrong = ((windows < 0) | (windows >= windows.new_tensor(limits))).any(1).nonzero().flatten()
     if len(wrong):
         raise UsageError(
-            f"windows has {tuple(windows[wrong[0]].tolist())}; expected (index, y, x) from 0 on and below {limits}"
+            f"windows must be (index, y, x) of at least 0 and below {limits}, got {tuple(windows[wrong[0]].tolist())}"
         )

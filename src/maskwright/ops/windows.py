@@ -1,4 +1,4 @@
-"""Putting windows of coarse maps onto the image's grid: what a mask costs is the part of the image it may cover."""
+"""Resizing windows of coarse maps to masks, at the cost of the part of the image that each window covers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ def paste_windows(
     mirrored: bool = False,
     budget: int = 64 << 20,
 ) -> Masks:
-    """Masks of `size` (H, W): where a map of `grid` (h, w) cells, bilinearly stretched to `stretched`, is above
-    `threshold`.
+    """Masks of the pixels where a map, resized bilinearly, is above a threshold; only a window of each map is given.
 
-    Of each object's map only a window is given, from the cell `corners` (x, y) on, which may lie outside the map. What
-    lies around a window counts as not above the threshold; its own outer cells must not be either, except at the
-    map's borders. The arithmetic is that of resizing whole maps with half-pixel centres (`align_corners=False`).
+    Everything around a window counts as below the threshold, and so must its own outer cells, except at the borders of
+    the map. Interpolation is that of whole maps with half-pixel centres (`align_corners=False`).
 
-    shift     the stretched map's pixel (x, y) that the image begins at
-    mirrored  the stretched map shows the image flipped left to right
-    budget    bytes of scratch: windows are pasted some at a time, large ones in strips of rows
+    Args:
+        values: The windows of N maps.
+        corners: The cell x, y of the map at which each window starts; it may be outside of the map.
+        grid: Height and width of the maps, in cells.
+        stretched: Height and width of the resized maps, in pixels.
+        size: Height and width of the masks.
+        threshold: The threshold.
+        shift: The pixel x, y of the resized map at which the image starts.
+        mirrored: Whether the map shows the image flipped left to right.
+        budget: Bytes of scratch memory: windows are pasted some at a time, large ones in strips of rows.
     """
     if not len(values):
         return Masks.empty(size)
@@ -56,6 +61,7 @@ def paste_windows(
 def _resized_above(
     values: Tensor, down: list[Tensor], across: list[Tensor], threshold: float, budget: int
 ) -> Bool[Tensor, "n r c"]:
+    """Whether each pixel of the resized windows is above the threshold; `down` and `across` are cells and shares."""
     index, share = across
     right = (index + 1).clamp(max=values.shape[2] - 1)
     index, right = (i[:, None].expand(-1, values.shape[1], -1) for i in (index, right))
@@ -74,14 +80,14 @@ def _resized_above(
 def _axis(
     first: Tensor, cells: int, length: int, stretched: int, image: int, shift: float
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, "n s"], Float[Tensor, "n s"]]:
-    """Along one axis: the image's pixel that each window begins at, and for it and those that follow the cell of the
-    window that comes before and the share of the next one."""
+    """Along one axis: the image's pixel at which each window starts, and for it and the pixels after it the preceding
+    cell of the window and the share of the next cell."""
     scale = length / stretched
     count = min(math.ceil(cells / scale) + 4, image)
     start = ((first + 0.5) / scale - 0.5 - shift).floor().long() - 1
     start = start.clamp(0, max(0, image - count))
     pixels = start[:, None] + torch.arange(count, device=first.device)
     place = ((pixels + (0.5 + shift)).float() * scale - 0.5).clamp(0, length - 1)
-    place = (place - first[:, None]).clamp(0, cells - 1)  # beyond a window its outer cells are read
+    place = (place - first[:, None]).clamp(0, cells - 1)  # outside of a window its outer cells are read
     index = place.floor()
     return start, index.long(), place - index
