@@ -147,7 +147,7 @@ def test_weights_read_what_grid_sampling_reads(cells, seed):
 
 @pytest.mark.parametrize("rule", ["continuous", "padded"])
 @given(seed=st.integers(0, 300))
-def test_pasting_on_the_box_alone_is_pasting_on_the_whole_plane(rule, seed):
+def test_pasting_inside_boxes_equals_pasting_on_whole_planes(rule, seed):
     generator = torch.Generator().manual_seed(seed)
     size = (37, 53)
     corners = torch.rand(4, 2, generator=generator) * 80 - 20
@@ -159,12 +159,12 @@ def test_pasting_on_the_box_alone_is_pasting_on_the_whole_plane(rule, seed):
     assert torch.equal(paste.paste_masks(grids, own, size, rule=rule).dense()[sure], (values >= 0.5)[sure])
 
 
-def test_nothing_pasted_is_no_masks():
+def test_pasting_no_boxes_gives_no_masks():
     assert len(paste.paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (10, 12))) == 0
 
 
 @given(st.integers(0, 200))
-def test_targets_from_crops_are_those_from_whole_planes(seed):
+def test_targets_from_crops_equal_those_from_whole_planes(seed):
     generator = torch.Generator().manual_seed(seed)
     planes = torch.zeros(3, 40, 50, dtype=torch.bool)
     for plane in planes:
@@ -183,7 +183,7 @@ def test_targets_from_crops_are_those_from_whole_planes(seed):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-def test_warping_lets_the_gradient_through_to_the_box():
+def test_roi_warp_has_a_gradient_with_respect_to_the_box():
     features = torch.arange(64.0).view(1, 1, 8, 8).expand(1, 2, 8, 8)
     rois = torch.tensor([[0.0, 4, 4, 24, 20]], requires_grad=True)
     pooling.roi_warp(features, rois, 3, 0.25).sum().backward()
@@ -194,7 +194,7 @@ def test_warping_lets_the_gradient_through_to_the_box():
 
 
 @given(st.integers(0, 300))
-def test_a_keypoint_is_found_where_its_map_has_its_peak(seed):
+def test_a_keypoint_is_decoded_at_the_peak_of_its_map(seed):
     generator = torch.Generator().manual_seed(seed)
     own = some_boxes(2, 50, seed) + torch.tensor([0, 0, 30.0, 30.0])
     cells = torch.randint(8, 48, (2, 5, 2), generator=generator)
@@ -211,13 +211,13 @@ def test_a_keypoint_is_found_where_its_map_has_its_peak(seed):
 
 
 @given(st.integers(0, 1000), st.sampled_from([0, 1, 2, 3]), st.booleans(), st.sampled_from([1, 7]))
-def test_reading_boxes_by_rows_is_the_common_kernel_also_backwards(seed, samples, aligned, side):
+def test_roi_align_by_rows_equals_the_reference_kernel_and_its_gradient(seed, samples, aligned, side):
     from torchvision.ops import roi_align
 
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(2, pooling.FEW_CHANNELS, 9, 13, generator=generator, dtype=torch.float64)
     corners = torch.rand(6, 2, generator=generator) * 60 - 12
-    sides = torch.rand(6, 2, generator=generator) * 70 - 3  # some are empty or turned inside out
+    sides = torch.rand(6, 2, generator=generator) * 70 - 3  # some are empty or have negative sides
     rois = torch.cat([torch.arange(6)[:, None] % 2, corners, corners + sides], 1)
     results = []
     for kernel in (pooling.roi_align, roi_align):
@@ -230,8 +230,37 @@ def test_reading_boxes_by_rows_is_the_common_kernel_also_backwards(seed, samples
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
-def test_no_boxes_are_read_as_no_features():
+def test_pooling_no_boxes_gives_no_features():
     features = torch.randn(1, pooling.FEW_CHANNELS, 4, 4, requires_grad=True)
     cut = pooling.roi_align(features, torch.zeros(0, 5), 7)
     assert cut.shape == (0, pooling.FEW_CHANNELS, 7, 7)
     cut.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [4, pooling.FEW_CHANNELS])
+@pytest.mark.parametrize("pool", [pooling.roi_align, pooling.roi_pool, pooling.roi_warp])
+def test_pooled_features_keep_their_dtype_on_a_grid_that_is_not_square(pool, channels, dtype):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, channels, 9, 13, generator=generator).to(dtype)
+    rois = torch.tensor([[0.0, 3, 5, 40, 30], [1, 0, 0, 52, 36]])
+    wide = pool(features, rois, (3, 7), 0.25)
+    assert wide.shape == (2, channels, 3, 7)
+    assert wide.dtype == dtype
+    square = pool(features.float(), rois, 7, 0.25)
+    if pool is pooling.roi_pool:  # three rows of the whole box contain what seven rows contain
+        torch.testing.assert_close(wide.float().amax((2, 3)), square.amax((2, 3)))
+    else:
+        torch.testing.assert_close(wide.float().mean((2, 3)), square.mean((2, 3)), atol=0.4, rtol=0)
+
+
+def test_a_grid_that_is_not_square_is_that_of_the_reference_kernel():
+    from torchvision.ops import roi_align
+
+    features = torch.randn(2, pooling.FEW_CHANNELS, 9, 13, generator=torch.Generator().manual_seed(0))
+    rois = torch.tensor([[0.0, 3, 5, 40, 30], [1, 0, 0, 52, 36]])
+    for samples in (0, 2):
+        theirs = roi_align(features, rois, (3, 7), 0.25, samples, True)
+        torch.testing.assert_close(
+            pooling.roi_align(features, rois, (3, 7), 0.25, samples), theirs, rtol=1e-4, atol=1e-5
+        )

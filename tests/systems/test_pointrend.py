@@ -58,7 +58,7 @@ def test_the_coarse_side_and_the_number_of_points_are_options():
     system = make("pointrend", masks={"side": 14}, points={"per_step": 400, "steps": 2}).eval()
     with torch.no_grad():
         found, _ = system.read_boxes(system(random_images()), [torch.tensor([[5.0, 8, 60, 70]])], [torch.tensor([0])])
-    assert found[0].shape == (1, 56, 56)  # 4 * 14 * 14 cells are more than 400: nothing is skipped
+    assert found[0].shape == (1, 56, 56)  # 4 * 14 * 14 cells are more than 400: no step is skipped
 
 
 def test_masks_are_trained_in_the_predicted_boxes():
@@ -213,16 +213,16 @@ def test_every_pixel_has_a_label_and_segments_agree_with_it():
 
 
 def test_uncovered_pixels_are_a_class_or_ignored():
-    nothing, ignored = (make("pointrend-semantic", background=b) for b in (True, False))
+    counted, ignored = (make("pointrend-semantic", background=b) for b in (True, False))
     empty = terms_of(ignored, objects(0))
     assert float(empty["coarse"].detach()) == float(empty["point"].detach()) == 0
-    assert float(terms_of(nothing, objects(0))["coarse"].detach()) > 0
+    assert float(terms_of(counted, objects(0))["coarse"].detach()) > 0
     with torch.no_grad():
-        nothing.dense.coarse.output.bias.copy_(torch.tensor([0.0, 0, 50]))
-        nothing.points.logits.bias.copy_(torch.tensor([0.0, 0, 50]))
-        raw = nothing.eval()(random_images())
-        assert (nothing.decode_semantic(raw, [Placement.identity(SIZE)])[0] == -1).all()
-        assert len(nothing.decode(raw, [Placement.identity(SIZE)])[0]) == 0
+        counted.dense.coarse.output.bias.copy_(torch.tensor([0.0, 0, 50]))
+        counted.points.logits.bias.copy_(torch.tensor([0.0, 0, 50]))
+        raw = counted.eval()(random_images())
+        assert (counted.decode_semantic(raw, [Placement.identity(SIZE)])[0] == -1).all()
+        assert len(counted.decode(raw, [Placement.identity(SIZE)])[0]) == 0
 
 
 def test_a_mirrored_image_has_mirrored_labels():

@@ -1,4 +1,4 @@
-"""Mask R-CNN and Keypoint R-CNN, by detectron2 and by torchvision."""
+"""Checks of Mask R-CNN and Keypoint R-CNN against detectron2 and torchvision."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ LOSSES = {
     "rpn_cls": "rpn_objectness", "rpn_loc": "rpn_box", "cls": "class", "box_reg": "box", "mask": "mask",
     "keypoint": "keypoint", "objectness": "rpn_objectness", "rpn_box_reg": "rpn_box", "classifier": "class",
 }  # fmt: skip
-DEEP = "gates of ReLUs within rounding of zero open in one implementation and not in the other"
-EDGES = "cells of a mask's target at its threshold move over it with a rounding step of the proposal"
+DEEP = "ReLUs whose input is within rounding of zero are open in one implementation only"
+EDGES = "cells of a mask target at its threshold flip with a rounding step of the proposal"
 
 
 def check(system: MaskRCNN, layout: Path, ledger: Ledger) -> None:
@@ -43,7 +43,7 @@ class Check:
         if "grad_norm" in ledger:
             return self.gradients()
         images, sizes = inputs(about)
-        if "image_size" in about:  # what lies beyond it is padding
+        if "image_size" in about:  # the rest is padding
             sizes = [tuple(about["image_size"])] * len(images)
         with torch.no_grad():
             stages: list[Tensor] = []
@@ -95,9 +95,9 @@ class Check:
         self, name: str, boxes: Tensor, beside: dict[str, Tensor], labels: tuple[str, Tensor] | None = None,
         scores: Tensor | None = None,
     ) -> Tensor | None:  # fmt: skip
-        """Compares boxes as a set and what lies beside them in the same order; gives our rows in their order. `scores`
-        are what put them in order, where they are not among `beside`."""
-        if name not in self.ledger.arrays:  # only some places of it were kept: the order must be theirs too
+        """Compares boxes as a set, and values in the same order (`beside`); returns our rows in their order. `scores`
+        determine the order if they are not in `beside`."""
+        if name not in self.ledger.arrays:  # only a part was recorded, so the order must be the same too
             scores = next(iter(beside.values()), scores)
             self.ledger.compare(name, boxes if scores is None else self.ledger.untied(name, boxes, scores))
             for other, values in beside.items():
@@ -118,13 +118,13 @@ class Check:
             self.ledger.equal(labels[0], labels[1][rows])
         return rows
 
-    # ---- their conventions for what they recorded ----------------------------------------------------------------
+    # ---- conventions of the recordings ---------------------------------------------------------------------------
 
     def their_classes(self, logits: Tensor) -> Tensor:
         return logits.roll(1, 1) if self.torchvision else logits
 
     def their_rows(self, values: Tensor, per_class: int) -> Tensor:
-        """torchvision has rows for background, first, that nothing reads; the library drops them on loading."""
+        """torchvision's first rows are background's; they are unused, and loading drops them."""
         if not self.torchvision:
             return values
         return torch.cat([values.new_full((len(values), per_class, *values.shape[2:]), torch.nan), values], 1)
@@ -134,13 +134,13 @@ class Check:
 
     @property
     def dropped(self) -> str:
-        return "background's rows, which nothing reads, are not kept" if self.torchvision else ""
+        return "the unused rows of background are not loaded" if self.torchvision else ""
 
     # ---- heads on fixed boxes ------------------------------------------------------------------------------------
 
     def given(self, raw: Raw, size: tuple[int, int]) -> None:
         ledger, system = self.ledger, self.system
-        # The files that only check old key names rely on the boxes of the file beside them.
+        # Recordings of old key names have no boxes of their own.
         if "given_boxes" in ledger:
             boxes = ledger.given("given_boxes")
         else:
@@ -180,14 +180,14 @@ class Check:
     def keypoints(self, name: str, scores: str, ours: Tensor) -> None:
         if name not in self.ledger:
             return
-        if self.torchvision:  # the third number is the constant 1 there; scores lie beside
+        if self.torchvision:  # the third number is the constant 1 there, scores are separate
             self.ledger.compare(name, torch.cat([ours[..., :2], torch.ones_like(ours[..., 2:])], -1))
             if scores in self.ledger:
                 self.ledger.compare(scores, ours[..., 2])
         else:
             self.ledger.compare(name, ours)
 
-    # ---- finished objects ----------------------------------------------------------------------------------------
+    # ---- objects on the image ------------------------------------------------------------------------------------
 
     def thresholds(self) -> dict[str, Any]:
         about = self.ledger.about
@@ -267,7 +267,7 @@ class Check:
                 self.boxes(name, found[index][: self.ledger.length(name)], {})
             self.detections(raw, size, index, f"_{index}", out)
 
-    # ---- learning ------------------------------------------------------------------------------------------------
+    # ---- training ------------------------------------------------------------------------------------------------
 
     def target(self, source: Ledger, size: tuple[int, int], bits: bool = False) -> Instances:
         boxes = source.given("gt_boxes")
@@ -299,8 +299,8 @@ class Check:
                 self.terms("train_given_bitmask_loss_", system.roi_losses(raw, given, [target]))
 
     def losses(self, raw: Raw, target: Instances) -> dict[str, Tensor]:
-        """All losses; the masks' on the original's proposals where they were kept whole (they are compared besides), as
-        a proposal that differs by a rounding step may move a cell of a mask's target over its threshold."""
+        """All losses; that of masks on the original's proposals if they were recorded in full (they are compared
+        separately), because a rounding step of a proposal may flip a cell of a mask target."""
         terms = self.system.losses(raw, [target])
         names = ("train_proposals_rpn", "train_proposals")
         theirs = next((self.ledger.peek(n) for n in names if n in self.ledger.arrays), None)
@@ -316,7 +316,7 @@ class Check:
             self.ledger.compare(name, ours[kind], LARGEST if loose else RAW, loose)
 
     def gradients(self) -> None:
-        """Norm and sum of every parameter's gradient of the plain sum of all losses."""
+        """Norm and sum of the gradient of every parameter, of the sum of all losses."""
         ledger, system = self.ledger, self.system
         beside = ledger.path.with_name(ledger.path.name.replace("-grad", ""))
         if not beside.exists():
@@ -359,7 +359,7 @@ class Check:
         for key in theirs:
             for pattern, replacement in origin.rename:
                 key = re.sub(pattern, replacement, key)
-            if key not in ours:  # a deformable convolution's weight lies beside its offsets
+            if key not in ours:  # the weight of a deformable convolution is beside its offsets
                 key = key.replace(".conv2.conv.weight", ".conv2.weight")
             result.append(key)
         return result
@@ -367,8 +367,8 @@ class Check:
 
 @contextmanager
 def second_stage_once(system: MaskRCNN) -> Iterator[None]:
-    """Inside, what was read of the same boxes of the one image is not computed twice: one recording asks for the
-    same losses of several targets, and hundreds of boxes through a stage or head are most of its time."""
+    """Caches pooled features and the box head's output by boxes of the image: one recording has the losses of several
+    targets for the same boxes, and these take most of its time."""
     pooled, head, read, answers = system.pooled, system.boxes, {}, {}
     plain = head.forward
 
@@ -391,7 +391,7 @@ def second_stage_once(system: MaskRCNN) -> Iterator[None]:
 
 
 def _level(name: str, position: int) -> int:
-    """Which level a name means: p2 ... p6, 0 ... 4, pool; those of single-level networks by position."""
+    """The level of a name (p2 ... p6, 0 ... 4, pool); the position for networks with one level."""
     last = name.rsplit("_", 1)[-1]
     if last == "pool":
         return -1
@@ -401,7 +401,7 @@ def _level(name: str, position: int) -> int:
 
 
 def _default_boxes(size: tuple[int, int]) -> Tensor:
-    """The six boxes that the references were made with, as shares of the input."""
+    """The six boxes of the recordings, defined as fractions of the input."""
     shares = np.array(
         [
             [0.05, 0.05, 0.45, 0.6], [0.3, 0.2, 0.95, 0.9], [0.5, 0.5, 0.62, 0.68], [0.0, 0.0, 1.0, 1.0],

@@ -1,4 +1,4 @@
-"""RoI pooling and its relatives, preprocessing."""
+"""Checks of RoI operators and preprocessing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PointRend of detectron2's project: inside boxes, and on whole images."""
+"""Checks of PointRend, inside boxes and on whole images, against detectron2's project."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from maskwright.systems.pointrend_semantic import PointRendSemantic
 from tests.parity.checkers.mask_rcnn import Check as BoxCheck
 from tests.parity.ledger import LARGEST, RAW, Ledger, input_seed, inputs
 
-SMALL = "cells are chosen for logits next to zero, of which rounding is a larger part"
-TIES = "which of two equally unsure cells comes first is nobody's decision"
+SMALL = "cells are selected for logits near zero, where rounding is relatively large"
+TIES = "the order of equally uncertain cells is undefined"
 
 
 def check(system: PointRend, layout: Path, ledger: Ledger) -> None:
@@ -46,7 +46,7 @@ def images_of(system: PointRend | PointRendSemantic, ledger: Ledger) -> Tensor:
 
 
 def compare_cells(ledger: Ledger, name: str, ours: Tensor, tied: Tensor) -> None:
-    """Numbers of cells: equal, except where a cell is tied with another one."""
+    """Compares indices of cells, except those of tied cells."""
     theirs, shape, chosen = ledger._answer(name)
     if tuple(ours.shape) != tuple(shape):
         return ledger.fail(name, f"shape {tuple(ours.shape)}, expected {tuple(shape)}")
@@ -105,24 +105,24 @@ class Check(BoxCheck):
         coarse = system.masks(pooled)  # of the implicit variant: the parameters of each box's network
         for name in ledger.names("coarse_logits|parameters"):
             ledger.compare(name, coarse)
-        asked: list[tuple[Tensor, Tensor]] = []
+        predicted: list[tuple[Tensor, Tensor]] = []
 
         class Recorded(type(system.refinement)):  # pyright: ignore[reportGeneralTypeIssues]
             def predict(self, network: Any, feature: Any, coarse: Any, boxes: Any, labels: Any, points: Tensor) -> Any:
                 found = super().predict(network, feature, coarse, boxes, labels, points)
-                asked.append((points, found))
+                predicted.append((points, found))
                 return found
 
         refiner = Recorded(**vars(system.refinement))
         final = refiner.refine(system.points, raw.features[0], coarse, [boxes], labels, budget=1 << 40)  # pyright: ignore[reportArgumentType]
-        for step, (places, found) in enumerate(asked):
+        for step, (places, found) in enumerate(predicted):
             tied = torch.zeros(places.shape[:2], dtype=torch.bool)
             name = f"step{step}_indices"
             if name in ledger:
                 side = 28 << step
                 column, row = (places * side).floor().long().unbind(-1)
                 cells = row * side + column
-                order, tied = self.their_order(name, cells, self.before(asked, step))
+                order, tied = self.their_order(name, cells, self.before(predicted, step))
                 cells, places = cells.gather(1, order), places.gather(1, order[..., None].expand_as(places))
                 found = found.gather(2, order[:, None])
                 compare_cells(ledger, name, cells, tied)
@@ -136,11 +136,11 @@ class Check(BoxCheck):
         ledger.compare("given_mask_logits_of_class", final)
 
     def their_order(self, name: str, cells: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The places of our cells in their order, and which of them cannot be compared: those that are as unsure as
-        the last one that was taken, so that another may have been; where only a part of their order was kept, all
-        that are as unsure as another one."""
+        """The positions of our cells in the original's order, and which of them cannot be compared: those as uncertain
+        as the last selected one, for which another may have been selected; if only a part of the order was recorded,
+        all that are as uncertain as another one."""
         values = logits.gather(1, cells).abs()
-        close = 5e-6 * logits.abs().amax(1, keepdim=True)  # rounding goes by the size of what was summed
+        close = 5e-6 * logits.abs().amax(1, keepdim=True)  # rounding is relative to the summands
         last = values[:, -1:] - values < close
         own = torch.arange(cells.shape[1]).expand_as(cells)
         if name not in self.ledger.arrays:
@@ -154,11 +154,11 @@ class Check(BoxCheck):
         return order, last.gather(1, order) & (cells.gather(1, order) != theirs)
 
     @staticmethod
-    def before(asked: list[tuple[Tensor, Tensor]], step: int) -> Tensor:
-        """The logits of each box's class after the doubling of `step`, before its points were asked for: what was
-        unsure is decided by these, not by the answers."""
-        plane = asked[0][1].unflatten(2, (28, 28))
-        for places, found in asked[1:step]:
+    def before(predicted: list[tuple[Tensor, Tensor]], step: int) -> Tensor:
+        """The logits of each box's class after the upsampling of `step`, before its points are predicted: these
+        determine the uncertainty."""
+        plane = predicted[0][1].unflatten(2, (28, 28))
+        for places, found in predicted[1:step]:
             plane = functional.interpolate(plane, scale_factor=2.0, mode="bilinear", align_corners=False)
             width = plane.shape[-1]
             column, row = (places * width).floor().long().unbind(-1)
@@ -177,7 +177,7 @@ class Check(BoxCheck):
         masks, _ = system.read_boxes(raw, [boxes], [labels])
         assert masks[0] is not None
         found = masks[0][rows][:, None]
-        if not len(rows):  # the original leaves before the first doubling where there is nothing to refine
+        if not len(rows):  # the original does not upsample without objects
             found = found[:, :, :28, :28]
         ledger.compare("det_mask_prob", found)
         out = tuple(ledger.about["output_size"])
@@ -188,7 +188,7 @@ class Check(BoxCheck):
             ledger.compare_bits("final_masks", final.masks[rows].dense())
 
     def mask_terms(self, raw: Raw, boxes: Tensor, labels: Tensor, size: tuple[int, int]) -> None:
-        """The losses of the mask head, for the first boxes, at the points that the original drew."""
+        """The losses of the mask head, for the first boxes, at the points of the original."""
         ledger, system = self.ledger, self.system
         points = ledger.given("train_points")
         boxes, labels = boxes[: len(points)], labels[: len(points)]
@@ -201,7 +201,7 @@ class Check(BoxCheck):
         own = coarse if implicit else coarse[torch.arange(len(labels)), labels]
         if implicit:
             ledger.compare("loss_l2", system.implicit_weight * coarse.square().mean())
-        if "train_gt_masks__packbits__sampled" in ledger.arrays:  # an input of which only a part was kept
+        if "train_gt_masks__packbits__sampled" in ledger.arrays:  # an input that was recorded in part
             ledger.seen |= {n for n in ledger.arrays if n.startswith("train_gt_masks")}
             truth = ledger.given("train_point_labels")
             found = refiner.predict(network, raw.features[0], coarse, [boxes], labels, points)[:, 0]
@@ -233,11 +233,11 @@ def semantic(system: PointRendSemantic, layout: Path, ledger: Ledger) -> None:
     for name in ledger.names(r"fpn_p\d"):
         ledger.compare(name, levels[int(name[-1]) - 2])
     ledger.compare("coarse_logits", raw.coarse)
-    asked: list[Tensor] = []
+    predicted: list[Tensor] = []
     predict = system.predict_points
 
     def recorded(raw: Any, points: Tensor) -> Tensor:
-        asked.append(points)
+        predicted.append(points)
         return predict(raw, points)
 
     system.predict_points = recorded
@@ -246,7 +246,7 @@ def semantic(system: PointRendSemantic, layout: Path, ledger: Ledger) -> None:
     finally:
         del system.predict_points
     height, width = raw.coarse.shape[-2:]
-    for step, points in enumerate(asked, 1):
+    for step, points in enumerate(predicted, 1):
         name = f"step{step}_indices_sorted"
         if name not in ledger:
             continue
