@@ -18,7 +18,7 @@ from maskwright.ops.query_boxes import BoxTargets, box_costs, focal_classes, foc
 from maskwright.structures import Instances, Placement
 from maskwright.systems import describe
 from maskwright.systems.h_detr import HDETR, token_boxes
-from tests.systems.tiny import SIZE, build, objects
+from tests.systems.tiny import build, objects
 
 LAYOUT = Path(__file__).parents[1] / "parity" / "layouts" / "mask-frozen-detr-hdetr_r50.json"
 SMALL = (64, 96)
@@ -147,14 +147,14 @@ def test_other_classes_keep_the_row_of_any_object(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"backbone": {"name": "swin-tiny", "width": 24, "heads": (1, 2, 3, 4)}},
+        {"backbone": {"name": "swin-tiny", "width": 24, "depths": (1, 1, 1, 1), "heads": (1, 2, 3, 4)}},
         {"transformer": {"encoder_layers": 0}, "mixed_selection": False},
     ],
     ids=["Swin", "no encoder"],
 )
 def test_unused_parameters_have_a_gradient_of_zero(options):
     system = build("h-detr", **options).train()
-    sum(system.losses(system(torch.randn(1, 3, *SIZE)), [objects(2)]).values()).backward()
+    sum(system.losses(system(random_images(1)), [objects(2, size=SMALL)]).values()).backward()
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
 
 

@@ -280,6 +280,8 @@ def test_options_of_the_detector_are_merged_unless_it_is_another():
         "backbone": {"name": "resnet18", "norm": "frozen"}, "transformer": {"width": 128, "levels": 3, "points": 2},
     }  # fmt: skip
     assert kind.with_options(base, {"width": 64}) == {**base, "width": 64}
+    assert kind.with_options(base, {"detector": "detr"}) == {"detector": "detr"}
+    assert kind.with_options({}, {"width": 64}) == {"width": 64}
     other = kind.with_options(base, {"detector": "detr", "detector_options": {"masks": "none"}})
     assert other["detector_options"] == {"masks": "none"}
 

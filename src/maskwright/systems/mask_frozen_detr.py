@@ -702,8 +702,9 @@ class MaskFrozenDETR(System):
         name, before = result.get("detector", "h-detr"), base.get("detector_options") or {}
         if name != base.get("detector", "h-detr"):
             before = {}
-        result["detector_options"] = _detector(name).with_options(before, changes.get("detector_options") or {})
-        return result
+        options = _detector(name).with_options(before, changes.get("detector_options") or {})
+        result.pop("detector_options", None)
+        return {**result, "detector_options": options} if options else result
 
     def load_state_dict(self, *arguments: Any, **keywords: Any) -> Any:
         if self.cache is not None:
