@@ -1,15 +1,15 @@
-"""How well can a contour say a mask: the overlap of decode(encode(mask)) with the mask, for each code and length.
+"""Accuracy of contour codes: the IoU of decode(encode(mask)) with the mask, for each code and length.
 
     python benchmarks/contour_codes.py DATA [DATA ...]      # folders in COCO layout, both parts; or "scenes:count=100"
     python benchmarks/contour_codes.py DATA --svg docs/images/contour-codes.svg --json codes.json
     python benchmarks/contour_codes.py DATA --scale 2       # encoded and compared on a grid twice as fine
 
-No network is involved: this is the ceiling of a system that predicts the code, were it never wrong. Crowd regions and
-empty masks are left out; the sizes are COCO's, by the mask's pixels (32 x 32, 96 x 96).
+No network is involved: this is the upper bound for a system that predicts the code. Crowd regions and empty masks are
+left out; sizes are COCO's, by the number of pixels of the mask (32 x 32, 96 x 96).
 
-Codes of the radius ("rays", "Chebyshev", "Fourier") see the object from one centre. On equal terms all three read the
-same 360 exact radii of the same region (parts bridged, holes filled) from the same inner centre and are filled
-alike; each is also measured as it was published, with its authors' centre, radii, and way to fill.
+Codes of radii ("rays", "Chebyshev", "Fourier") are relative to one centre. Under equal conditions all three encode the
+same 360 exact radii of the same region (parts bridged, holes filled) from the same inner centre and are filled in the
+same way; each is also measured as published, with its authors' centre, radii and filling rule.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EXACT = ("rays", "Chebyshev", "Fourier", "vertices")
 
 @dataclass(frozen=True)
 class Row:
-    """`numbers` per shape, without those of a centre or box."""
+    """A code with one setting; `numbers` per shape, without those of a centre or box."""
 
     code: str
     setting: str
@@ -48,15 +48,15 @@ class Row:
 
 
 def measured(masks: Masks) -> Iterator[tuple[Row, Masks]]:
-    """Every code's reconstruction of the masks of one image."""
+    """Yields the reconstruction of an image's masks by every code."""
     size = masks.size
     bridged = contours.solid(masks)
     largest = largest_parts(masks)
     yield Row("ceiling", "holes filled", math.inf), fill_holes(masks)[0]
     yield Row("ceiling", "largest part, holes filled", math.inf), largest
     yield Row("ceiling", "parts bridged, holes filled", math.inf), bridged
-    yield from of_radii(bridged)
-    yield from of_vertices(masks, largest)
+    yield from radial_codes(bridged)
+    yield from vertex_codes(masks, largest)
 
     boxes = masks.pack().boxes()
     x0, y0, x1, y1 = boxes.unbind(1)
@@ -79,7 +79,8 @@ def measured(masks: Masks) -> Iterator[tuple[Row, Masks]]:
         yield Row("Chebyshev, ESE-Seg's", str(count), count), fill_contours(ends, size)
 
 
-def of_radii(bridged: Masks) -> Iterator[tuple[Row, Masks]]:
+def radial_codes(bridged: Masks) -> Iterator[tuple[Row, Masks]]:
+    """Codes of exact radii."""
     frames, crops = bridged.crops()
     centres, _ = contours.inner_centres(crops, frames[:, :2])
     radii = contours.close_gaps(contours.degree_radii(crops, frames[:, :2], centres))
@@ -97,7 +98,8 @@ def of_radii(bridged: Masks) -> Iterator[tuple[Row, Masks]]:
         yield Row("Fourier", str(count), count), filled(contours.degree_points(again, centres), bridged.size)
 
 
-def of_vertices(masks: Masks, largest: Masks) -> Iterator[tuple[Row, Masks]]:
+def vertex_codes(masks: Masks, largest: Masks) -> Iterator[tuple[Row, Masks]]:
+    """Codes of vertices: of the largest part, and of every part."""
     rings = [max(own, key=len) for own in largest.polygons()]
     points, lengths = padded(rings)
     for count in VERTICES:
@@ -105,7 +107,7 @@ def of_vertices(masks: Masks, largest: Masks) -> Iterator[tuple[Row, Masks]]:
         yield Row("vertices", str(count), 2 * count), filled(ends, masks.size)
     octagons = vertices.octagons(vertices.extreme_points(points, lengths).float())
     yield Row("octagon", "", 8), filled(octagons, masks.size)
-    # DeepSnake: every part is an object of its own.
+    # Deep Snake: every part is an object of its own.
     parts, owners = vertices.outlines_of(fill_holes(masks)[0])
     points, lengths = padded(parts)
     share = len(parts) / max(1, len(masks))
@@ -116,6 +118,7 @@ def of_vertices(masks: Masks, largest: Masks) -> Iterator[tuple[Row, Masks]]:
 
 
 def padded(rings: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Outlines as one tensor, and their numbers of points."""
     lengths = torch.tensor([len(r) for r in rings])
     points = torch.zeros(len(rings), int(lengths.max()), 2, dtype=torch.float64)
     for row, ring in zip(points, rings, strict=True):
@@ -124,11 +127,12 @@ def padded(rings: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def filled(points: Tensor, size: tuple[int, int]) -> Masks:
+    """Masks of outlines, filled as COCO fills polygons."""
     return Masks.from_polygons([[ring] for ring in points.numpy()], size)
 
 
 def overlaps(a: Masks, b: Masks, at_once: int = 16) -> list[float]:
-    """The IoU of each mask with the one of the same number."""
+    """Computes the IoU of corresponding masks."""
     a, b = a.pack(), b.pack()
     result: list[float] = []
     for first in range(0, len(a), at_once):
@@ -140,6 +144,7 @@ def overlaps(a: Masks, b: Masks, at_once: int = 16) -> list[float]:
 def measure(
     source: str, limit: int | None, scale: float
 ) -> tuple[dict[tuple[str, str], list[float]], np.ndarray, dict]:
+    """Measures one data set: IoUs by code and setting, areas of the objects, and counts."""
     found: dict[tuple[str, str], list[float]] = {}
     numbers: dict[tuple[str, str], list[tuple[float, int]]] = {}
     areas: list[int] = []
@@ -170,6 +175,7 @@ def measure(
 
 
 def table(found: dict[tuple[str, str], list[float]], areas: np.ndarray, numbers: dict) -> list[dict]:
+    """Mean IoU in per cent of each code, over all objects and by size."""
     small, large = areas < 32**2, areas >= 96**2
     chosen = {"all": areas >= 0, "small": small, "medium": ~small & ~large, "large": large}
     rows = []
@@ -182,7 +188,8 @@ def table(found: dict[tuple[str, str], list[float]], areas: np.ndarray, numbers:
     return rows
 
 
-def told(rows: list[dict]) -> str:
+def format_rows(rows: list[dict]) -> str:
+    """Rows as a Markdown table."""
     lines = ["| code | setting | numbers | all | small | medium | large |", "|---|--:|--:|--:|--:|--:|--:|"]
     for row in rows:
         count = "" if math.isinf(row["numbers"]) else f"{row['numbers']:.4g}"
@@ -191,13 +198,13 @@ def told(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-# ---- drawing ---------------------------------------------------------------------------------------------------------
+# ---- plot ------------------------------------------------------------------------------------------------------------
 
 COLOURS = {"rays": "#1f77b4", "Chebyshev": "#d1495b", "Fourier": "#2a9d62", "vertices": "#8a5fbf"}
 
 
 def plot(sets: dict[str, list[dict]]) -> str:
-    """One panel for each data set: IoU over the numbers per shape (logarithmic), drawn as plain SVG."""
+    """An SVG with one panel per data set: IoU over the numbers per shape, on a logarithmic axis."""
     width, height, left, top, gap = 380, 300, 46, 30, 24
     total = left + len(sets) * (width + gap)
     parts = [
@@ -264,10 +271,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="*")
     parser.add_argument("--limit", type=int, help="images of each set")
-    parser.add_argument("--scale", type=float, default=1.0, help="resize masks first; sizes stay those of the image")
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="resize masks first; the size classes are those of the original masks"
+    )
     parser.add_argument("--svg", type=Path, help="write the plot there")
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--again", type=Path, help="draw figures that --json wrote, measure nothing")
+    parser.add_argument("--again", type=Path, help="plot the figures of a --json file without measuring")
     arguments = parser.parse_args()
     sets = json.loads(arguments.again.read_text()) if arguments.again else {}
     for source in arguments.data:
@@ -276,7 +285,8 @@ def main() -> None:
         sets[name] = table(found, areas, about["numbers"])
         counts = ((areas < 32**2).sum(), ((areas >= 32**2) & (areas < 96**2)).sum(), (areas >= 96**2).sum())
         print(
-            f"## {name} ({counts[0]} small, {counts[1]} medium, {counts[2]} large)\n\n{told(sets[name])}\n", flush=True
+            f"## {name} ({counts[0]} small, {counts[1]} medium, {counts[2]} large)\n\n{format_rows(sets[name])}\n",
+            flush=True,
         )
     if arguments.svg:
         arguments.svg.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Chebyshev codes of outlines, the regions that they are taken from, and vertices spread along an outline."""
+"""Chebyshev codes of outlines, the regions that they represent, and resampled outlines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAPES = {
 
 
 def cast(shape: torch.Tensor, x: float, y: float) -> np.ndarray:
-    """The last place inside along each ray, step by step."""
+    """The last point inside along each ray, step by step."""
     far = np.arange(0, 120, 0.01)
     angles = np.deg2rad(np.arange(360))[:, None]
     column = np.floor(x + far * np.cos(angles) + 1e-9).astype(int)
@@ -50,7 +50,7 @@ def cast(shape: torch.Tensor, x: float, y: float) -> np.ndarray:
 def test_exact_radii_end_where_the_ray_leaves_the_mask(name):
     frames, crops = Masks.from_dense(SHAPES[name][None]).crops()
     centres, _ = contours.inner_centres(crops, frames[:, :2])
-    centres = centres + torch.tensor([[0.31, 0.17]])  # no ray runs along the border of pixels
+    centres = centres + torch.tensor([[0.31, 0.17]])  # so that no ray runs along the border of pixels
     ours = contours.degree_radii(crops, frames[:, :2], centres)[0].numpy()
     theirs = cast(SHAPES[name], *centres[0].tolist())
     assert (np.isnan(ours) == np.isnan(theirs)).all()
@@ -58,7 +58,7 @@ def test_exact_radii_end_where_the_ray_leaves_the_mask(name):
 
 
 @pytest.mark.fast
-def test_degree_0_is_right_90_up_and_rays_along_the_axes_are_seen():
+def test_degree_0_is_right_90_up_and_rays_along_the_axes_are_exact():
     frames, crops = Masks.from_dense(plane((10, 20, 50, 40))[None]).crops()
     centres, well = contours.inner_centres(crops, frames[:, :2])
     assert centres.tolist() == [[30, 30]]
@@ -70,7 +70,7 @@ def test_degree_0_is_right_90_up_and_rays_along_the_axes_are_seen():
 
 
 @pytest.mark.fast
-def test_inner_centres_lie_well_inside_where_there_is_such_a_place():
+def test_inner_centres_have_all_neighbours_in_the_mask_if_possible():
     masks = Masks.from_dense(torch.stack([U, disc(30, 30, 12) & ~disc(30, 30, 8), plane((7, 9, 40, 10)), plane()]))
     frames, crops = masks.crops()
     centres, well = contours.inner_centres(crops, frames[:, :2])
@@ -82,13 +82,13 @@ def test_inner_centres_lie_well_inside_where_there_is_such_a_place():
 
 
 @pytest.mark.fast
-def test_a_region_is_one_without_holes():
+def test_solid_masks_are_one_region_without_holes():
     apart, corner = plane((5, 10, 25, 50), (45, 20, 65, 40)), plane((5, 5, 10, 10), (10, 10, 15, 15))
     ring = disc(30, 30, 12) & ~disc(30, 30, 8)
     solid = contours.solid(Masks.from_dense(torch.stack([apart, ring, corner, U, plane()]))).dense()
     bridge = plane((25, 20, 45, 40))
     assert (solid[0] | (apart | bridge)).equal(solid[0])
-    assert solid[0].sum() - (apart | bridge).sum() < 40  # its borders run from corner to corner
+    assert solid[0].sum() - (apart | bridge).sum() < 40  # the bridge runs from corner to corner
     assert torch.equal(solid[1], disc(30, 30, 12))
     for number, shape in ((2, corner), (3, U), (4, plane())):
         assert torch.equal(solid[number], shape)
@@ -96,7 +96,7 @@ def test_a_region_is_one_without_holes():
 
 
 @pytest.mark.fast
-def test_the_fit_is_numpys_and_the_polynomial_its_inverse():
+def test_the_fit_equals_numpys_and_inverts_evaluation():
     radii = torch.rand(3, 360, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ours = contours.chebyshev_fit(radii, 18)
     theirs = np.polynomial.chebyshev.chebfit(np.linspace(-1, 1, 360), radii.numpy().T, 17).T
@@ -106,7 +106,7 @@ def test_the_fit_is_numpys_and_the_polynomial_its_inverse():
 
 @pytest.mark.fast
 @pytest.mark.parametrize("count", [100, 150, 240, 360])
-def test_many_coefficients_stay_small_and_say_the_outline(count):
+def test_many_coefficients_stay_small_and_are_accurate(count):
     masks = Masks.from_dense(torch.stack([SHAPES["disc"], plane((10, 20, 50, 40)), SHAPES["cross"]]))
     code, centres, _ = contours.encode_chebyshev(masks, count)
     assert code.abs().max() < 5  # in diagonals
@@ -126,22 +126,22 @@ def test_up_to_a_hundred_coefficients_are_those_of_plain_least_squares(count):
 
 @pytest.mark.fast
 @pytest.mark.parametrize("count", [0, -1, 500])
-def test_codes_of_no_coefficients_or_more_than_radii_are_refused(count):
-    with pytest.raises(UsageError, match=rf"count is {count}; expected 1 \.\.\. 360"):
+def test_a_number_of_coefficients_out_of_range_is_an_error(count):
+    with pytest.raises(UsageError, match=f"count must be between 1 and 360, the number of radii, got {count}"):
         contours.encode_chebyshev(Masks.empty((10, 10)), count)
 
 
 @pytest.mark.fast
-def test_misspelt_words_are_refused(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # else the tests' own check says it first
-    with pytest.raises(UsageError, match="reach is 'corners'; expected exact or corner"):
+def test_misspelt_words_are_errors(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which otherwise reports it first
+    with pytest.raises(UsageError, match="reach must be 'exact' or 'corner', got 'corners'"):
         contours.encode_chebyshev(Masks.empty((10, 10)), reach="corners")
-    with pytest.raises(UsageError, match="longest is 'edge'; expected count or length"):
+    with pytest.raises(UsageError, match="longest must be 'count' or 'length', got 'edge'"):
         contours.resample(torch.ones(1, 4, 2), 8, longest="edge")
 
 
 @pytest.mark.fast
-def test_a_gap_takes_the_next_radius_going_round():
+def test_a_gap_gets_the_next_radius_with_wrap_around():
     radii = torch.full((2, 360), torch.nan)
     radii[0, 10], radii[0, 200] = 3.0, 5.0
     closed = contours.close_gaps(radii)
@@ -152,7 +152,7 @@ def test_a_gap_takes_the_next_radius_going_round():
 
 
 @pytest.mark.fast
-def test_a_round_shape_comes_back_from_few_numbers_and_turns_by_what_is_asked():
+def test_few_coefficients_represent_a_round_shape_and_turn_rotates_it():
     masks = Masks.from_dense(torch.stack([disc(30, 30, 20), disc(50.5, 21.5, 7)]))
     code, centres, there = contours.encode_chebyshev(masks, 12)
     assert there.all()
@@ -171,7 +171,7 @@ def test_a_round_shape_comes_back_from_few_numbers_and_turns_by_what_is_asked():
 
 
 @pytest.mark.fast
-def test_empty_masks_are_said_to_be_empty():
+def test_empty_masks_are_marked():
     code, centres, there = contours.encode_chebyshev(Masks.from_dense(torch.stack([plane(), disc(30, 30, 9)])))
     assert there.tolist() == [False, True]
     assert torch.isfinite(code).all()
@@ -181,7 +181,7 @@ def test_empty_masks_are_said_to_be_empty():
 
 @pytest.mark.fast
 @pytest.mark.parametrize("longest", ["count", "length"])
-def test_vertices_are_spread_evenly_and_corners_kept(longest):
+def test_vertices_are_evenly_spaced_and_corners_kept(longest):
     square = torch.tensor([[0, 0], [0, 10], [20, 10], [20, 0.0]])
     triangle = torch.tensor([[0, 0], [0, 9], [12, 0], [99, 99.0]])
     found = contours.resample(torch.stack([square, triangle]), 24, torch.tensor([4, 3]), longest=longest)
@@ -193,27 +193,27 @@ def test_vertices_are_spread_evenly_and_corners_kept(longest):
 
 
 @pytest.mark.fast
-def test_of_too_many_vertices_those_with_the_longest_edges_stay():
+def test_of_too_many_vertices_those_with_the_longest_edges_are_kept():
     points = torch.tensor([[[0, 0], [0, 10], [1, 10], [20, 10], [20, 0.0]]])
     assert contours.resample(points, 4)[0].tolist() == [[0, 0], [1, 10], [20, 10], [20, 0]]
 
 
 @pytest.mark.fast
-def test_an_outline_without_extent_still_gives_points():
+def test_an_outline_without_extent_has_points():
     assert (contours.resample(torch.ones(1, 4, 2), 16) == 1).all()
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("count", [0, -1])
-def test_outlines_without_points_are_refused(count):
+def test_a_number_of_points_below_1_is_an_error(count):
     points, lengths = torch.ones(1, 4, 2), torch.tensor([4])
-    with pytest.raises(UsageError, match=f"count is {count}; an outline has at least 1 point"):
+    with pytest.raises(UsageError, match=f"count must be at least 1, got {count}"):
         contours.resample(points, count)
-    with pytest.raises(UsageError, match=f"count is {count}; an outline has at least 1 point"):
+    with pytest.raises(UsageError, match=f"count must be at least 1, got {count}"):
         contours.resample_from(points, count, lengths, points[:, 0])
 
 
-def test_a_basis_made_in_inference_mode_serves_training():
+def test_a_basis_cached_in_inference_mode_can_be_used_in_training():
     with torch.inference_mode():
         contours.chebyshev_radii(torch.randn(2, 7), 24)
     coefficients = torch.randn(2, 7, requires_grad=True)

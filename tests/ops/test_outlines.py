@@ -147,15 +147,15 @@ def test_a_small_budget_gives_the_same_rays():
 @pytest.mark.parametrize("count", [7, 0, -1, 720])
 def test_a_number_of_rays_that_does_not_divide_360_is_an_error(count):
     own = Masks.from_dense(torch.ones(1, 9, 9, dtype=torch.bool))
-    with pytest.raises(UsageError, match=f"count is {count}; .* a divisor of 360"):
+    with pytest.raises(UsageError, match=f"count must be a divisor of 360, got {count}"):
         encode_rays(own, count)
 
 
 @pytest.mark.fast
 def test_a_misspelt_border_is_an_error(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # else the tests' own check says it first
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which otherwise reports it first
     own = Masks.from_dense(torch.ones(1, 9, 9, dtype=torch.bool))
-    with pytest.raises(UsageError, match="border is 'line'; expected pixels or outline"):
+    with pytest.raises(UsageError, match="border must be 'pixels' or 'outline', got 'line'"):
         encode_rays(own, 36, border="line")
 
 

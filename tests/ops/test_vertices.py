@@ -1,4 +1,4 @@
-"""Outlines as vertices, centres as heat maps: against plain loops and the library they replace."""
+"""Outlines as vertices and centres as heat maps, compared with plain loops and PyTorch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SQUARE = np.array([[2.0, 2], [10, 2], [10, 10], [2, 10]])
 
 
 @pytest.mark.parametrize("align", [True, False])
-def test_reading_is_what_grid_sample_reads(align):
+def test_sampled_features_equal_those_of_grid_sample(align):
     features, points = torch.randn(2, 3, 7, 9), torch.rand(5, 11, 2) * torch.tensor([12.0, 10.0]) - 1.5
     points.requires_grad_()
     owners = torch.tensor([0, 1, 1, 0, 1])
@@ -29,7 +29,7 @@ def test_reading_is_what_grid_sample_reads(align):
     torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
 
 
-def test_outlines_are_clipped_turned_and_cleaned():
+def test_outlines_are_clipped_oriented_and_without_repeated_points():
     assert signed_areas([SQUARE, SQUARE[::-1]]).tolist() == [64.0, -64.0]
     crumb, doubled = SQUARE / 8, np.concatenate([SQUARE[::-1], SQUARE[:1]])
     points, lengths, kept = tidy_outlines([SQUARE, crumb, doubled, SQUARE + 100], (8.0, 9.0), smallest=2.0)
@@ -43,7 +43,7 @@ def test_outlines_are_clipped_turned_and_cleaned():
     assert extreme_points(points, lengths).shape == (0, 4, 2)
 
 
-def test_parts_of_masks_however_they_are_held():
+def test_outlines_of_polygons_and_of_run_lengths_have_the_same_owners():
     rings = [[[0, 0, 8, 0, 8, 8, 0, 8], [12, 0, 20, 0, 20, 8]], [[3, 3, 9, 3, 9, 9, 3, 9]]]
     polygons = Masks.from_polygons(rings, (20, 24))
     for masks in (polygons, polygons.pack()):
@@ -55,7 +55,7 @@ def test_parts_of_masks_however_they_are_held():
     assert len(outlines_of(Masks.from_dense(plane))[0]) == 1
 
 
-def test_extreme_points_are_in_the_middle_of_flat_sides():
+def test_extreme_points_are_the_midpoints_of_flat_sides():
     house = torch.tensor([[[5.0, 0.0], [0, 4], [0, 10], [10, 10], [10, 4], [0, 0], [0, 0]]], dtype=torch.float64)
     found = extreme_points(house, torch.tensor([5]))
     assert found[0].tolist() == [[5, 0], [0, 7], [5, 10], [10, 7]]
@@ -65,7 +65,7 @@ def test_extreme_points_are_in_the_middle_of_flat_sides():
     assert bounds(octagon, torch.tensor([12])).tolist() == [[0, 0, 10, 10]]
 
 
-def test_points_begin_where_they_are_nearest_and_are_spread_evenly():
+def test_points_start_at_the_nearest_one_and_are_evenly_spaced():
     square = torch.from_numpy(SQUARE)[None]
     padded = torch.cat([square, torch.full((1, 3, 2), 7.0, dtype=torch.float64)], 1)
     found = resample_from(padded, 32, torch.tensor([4]), torch.tensor([[6.0, 1.0]], dtype=torch.float64))
@@ -73,7 +73,7 @@ def test_points_begin_where_they_are_nearest_and_are_spread_evenly():
     torch.testing.assert_close((found.roll(-1, 1) - found).abs().sum(-1), torch.ones(1, 32, dtype=torch.float64))
 
 
-def test_heat_maps_are_the_largest_of_gaussians():
+def test_heat_maps_are_the_maximum_of_gaussians():
     cells, radii = torch.tensor([[3, 2], [5, 2], [0, 9]]), torch.tensor([2, 3, 1])
     heat = paint_gaussians(cells, radii, torch.tensor([0, 0, 1]), (2, 10, 8))
     expected = torch.zeros(2, 10, 8)
@@ -86,7 +86,7 @@ def test_heat_maps_are_the_largest_of_gaussians():
     assert gaussian_radius(torch.tensor([[0.0, 0.0], [10.0, 10.0], [100.0, 40.0]])).tolist() == [0, 2, 15]
 
 
-def test_peaks_are_found_best_first_and_a_perfect_map_costs_nothing():
+def test_peaks_are_ordered_by_score_and_an_exact_map_has_no_loss():
     logits = torch.full((1, 2, 5, 6), -9.0)
     logits[0, 1, 2, 3], logits[0, 1, 2, 4], logits[0, 0, 4, 5] = 3.0, 2.0, 1.0
     scores, labels, cells = find_peaks(logits, 2)

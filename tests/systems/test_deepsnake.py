@@ -1,4 +1,4 @@
-"""What is Deep Snake's own: its options, components, and how outlines become masks."""
+"""Deep Snake: options, components, and masks from contours."""
 
 from __future__ import annotations
 
@@ -14,22 +14,28 @@ from maskwright.checkpoints.origins import origins
 from maskwright.checkpoints.origins.deepsnake import recognise
 from maskwright.errors import UsageError
 from maskwright.structures import Instances, Masks, Placement
-from maskwright.systems.deepsnake import CELLS, Raw
+from maskwright.systems import system_class
+from maskwright.systems.deepsnake import CELLS, Raw, clipped_to_map, octagon_lines
 from tests.systems.tiny import SIZE, build, objects
 
 OPTIONS = {
-    "DLA": {"backbone": "dla34", "stem_width": 4},
-    "DLA without deformable convolutions": {"backbone": "dla34", "stem_width": 4, "deformable": False, "frozen": 2},
+    "DLA": {"backbone": {"name": "dla34", "width": 4}},
+    "DLA without deformable convolutions": {
+        "backbone": {"name": "dla34", "width": 4, "frozen": 2},
+        "deformable": False,
+    },
+    "Darknet": {"backbone": {"name": "darknet53", "width": 4}, "neck_norm": "batch"},
     "components": {"components": True, "component_width": 16, "whole_classes": ("b",)},
-    "graph convolution, once": {"convolution": "graph", "iterations": 1},
-    "batch norm": {"norm": "batch", "contour_norm": "batch"},
-    "all contours, from the box": {"supervise": "all", "start": "box", "contour_norm": "none"},
+    "graph convolution, once": {"contours": {"convolution": "graph", "iterations": 1}},
+    "batch norm": {"backbone": {"norm": "batch"}, "contours": {"norm": "batch"}},
+    "all contours, from the box": {"supervise": "all", "start": "box", "contours": {"norm": "none"}},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_each_option_trains_and_finds(options):
-    system, size = build("deepsnake", **{"contour_width": 16, **options}), (64, 64)
+def test_each_option_trains_and_decodes(options):
+    contours = {"width": 16, **options.get("contours", {})}
+    system, size = build("deepsnake", **{**options, "contours": contours}), (64, 64)
     images = torch.randn(2, 3, *size)
     for counts in ((3, 1), (0, 0)):
         targets = [objects(n, size, (30, 20)) for n in counts]
@@ -44,7 +50,7 @@ def test_each_option_trains_and_finds(options):
 
 
 def painted(system, places: list[tuple[int, int]], sides: list[tuple[float, float]], labels: list[int]) -> Raw:
-    """What a detector would say that is sure of boxes with these sides around these cells (x, y)."""
+    """Raw output with confident boxes of these sides around these cells (x, y)."""
     height, width = SIZE[0] // 4, SIZE[1] // 4
     centres = torch.full((1, len(system.classes), height, width), -9.0)
     sizes = torch.ones(1, 2, height, width)
@@ -54,7 +60,7 @@ def painted(system, places: list[tuple[int, int]], sides: list[tuple[float, floa
     return Raw(centres, sizes, torch.zeros(1, 16, height, width))
 
 
-def test_an_outline_that_is_not_moved_is_the_octagon_of_the_box():
+def test_without_offsets_a_contour_is_the_octagon_of_the_box():
     system = build("deepsnake").eval()
     for snake in (system.contours.start, *system.contours.steps):
         torch.nn.init.zeros_(snake.predict[-1].weight)
@@ -71,8 +77,8 @@ def test_an_outline_that_is_not_moved_is_the_octagon_of_the_box():
     assert len(strict) == 1
 
 
-def test_an_outline_is_learnt_by_heart_from_a_feature_that_shows_it():
-    system = build("deepsnake", contour_width=32)
+def test_training_on_one_object_fits_its_contour():
+    system = build("deepsnake", contours={"width": 32})
     turns = [(44 - 24 * (k % 2), k * math.pi / 5) for k in range(10)]
     ring = [v for r, a in turns for v in (64 + r * math.sin(a), 50 - r * math.cos(a))]
     masks = Masks.from_polygons([[ring]], SIZE)
@@ -89,20 +95,20 @@ def test_an_outline_is_learnt_by_heart_from_a_feature_that_shows_it():
         optimizer.zero_grad()
         (terms["extreme"] + terms["outline"]).backward()
         optimizer.step()
-    assert terms["outline"] < 0.5  # pixels; 8 in the beginning
+    assert terms["outline"] < 0.5  # pixels; 8 at first
     (own,) = system.decode(raw, [Placement.identity(SIZE)])
     assert float(own.masks.iou(masks)) > 0.8  # the octagon: 0.5
 
 
-def test_images_may_be_padded_instead_of_fitted():
-    system = build("deepsnake", fit="pad")
+def test_images_can_be_padded_instead_of_letterboxed():
+    system = build("deepsnake", resize={"fit": "pad", "canvas": None})
     batch = system.preprocess.collate([torch.zeros(3, 64, 50, dtype=torch.uint8)])
     assert batch.images.shape == (1, 3, 96, 64)  # always larger
     assert batch.placements[0] == Placement((64, 50), (96, 64), offset=(7.0, 16.0))
     assert batch.images.std((2, 3)).max() < 1e-6  # black around black
 
 
-def test_a_large_image_costs_little():
+def test_masks_of_a_large_image_need_little_memory():
     system, size = build("deepsnake").eval(), (3000, 4000)
     with torch.no_grad():
         raw = system(torch.randn(1, 3, *SIZE))
@@ -122,10 +128,10 @@ def two_parts() -> Instances:
 
 def test_a_part_is_an_object_or_a_component():
     size = (SIZE[0] // 4, SIZE[1] // 4)
-    alone = build("deepsnake").truth([objects(1), two_parts()], size)
+    alone = build("deepsnake").targets([objects(1), two_parts()], size)
     assert alone.labels.tolist() == [0, 0, 0, 1]
     assert alone.images.tolist() == [0, 1, 1, 1]
-    together = build("deepsnake", components=True, component_width=16).truth([objects(1), two_parts()], size)
+    together = build("deepsnake", components=True, component_width=16).targets([objects(1), two_parts()], size)
     assert together.labels.tolist() == [0, 0, 1]
     assert together.contour_owners.tolist() == [0, 1, 1, 2]
     assert torch.equal(together.boxes[1:], two_parts().boxes / 4)
@@ -133,22 +139,22 @@ def test_a_part_is_an_object_or_a_component():
     # The same from run lengths, whose outlines are traced.
     target = two_parts()
     target.masks = target.masks.pack()
-    traced = build("deepsnake").truth([target], size)
+    traced = build("deepsnake").targets([target], size)
     torch.testing.assert_close(traced.contour_boxes, alone.contour_boxes[1:], atol=0.3, rtol=0)
 
 
-def test_holes_and_crumbs_are_no_objects():
+def test_holes_and_tiny_parts_are_ignored():
     plane = torch.zeros(1, *SIZE, dtype=torch.bool)
     plane[0, 10:60, 10:60] = True
     plane[0, 20:40, 20:40] = False
     plane[0, 80:88, 80:88] = True  # 4 cells of the map
     target = Instances(SIZE, torch.tensor([[10.0, 10, 88, 88]]), torch.tensor([1]), Masks.from_dense(plane))
-    truth = build("deepsnake").truth([target], (24, 32))
-    assert truth.boxes.tolist() == [[2.5, 2.5, 15.0, 15.0]]
+    goals = build("deepsnake").targets([target], (24, 32))
+    assert goals.boxes.tolist() == [[2.5, 2.5, 15.0, 15.0]]
 
 
 class TwoComponents(torch.nn.Module):
-    """Sure of two components, the left and the right quarter of each box of the first class, and of none in others."""
+    """Predicts two components, the left and the right quarter, in wide boxes and none in others."""
 
     def forward(self, feature, boxes, owners):
         centres = torch.full((len(boxes), 1, *CELLS), -9.0)
@@ -159,20 +165,20 @@ class TwoComponents(torch.nn.Module):
         return centres, sides[:, :, None, None].expand(-1, -1, *CELLS)
 
 
-def test_components_of_an_object_are_one_mask_and_without_any_it_disappears():
+def test_components_of_an_object_form_one_mask_and_an_object_without_any_is_dropped():
     system = build("deepsnake", classes=("a", "b", "c"), components=True, whole_classes=("c",)).eval()
     for snake in (system.contours.start, *system.contours.steps):
         torch.nn.init.zeros_(snake.predict[-1].weight)
-    system.component_head = TwoComponents()
+    system.components = TwoComponents()
     raw = painted(system, [(16, 12), (5, 5), (20, 20)], [(24.0, 16.0), (4.0, 4.0), (4.0, 4.0)], [0, 1, 2])
     (own,) = system.decode(raw, [Placement.identity(SIZE)])
-    assert own.labels.tolist() == [0, 2]  # what had no component is gone, what is always whole is there
+    assert own.labels.tolist() == [0, 2]  # "b" has no components, "c" is always whole
     plane = own.masks.dense()[0]
     assert plane[48, [20, 28, 100, 108]].all()
     assert not plane[48, 41:87].any()
 
 
-def test_suppression_is_there_where_it_is_asked_for():
+def test_boxes_are_suppressed_if_a_threshold_is_given():
     system = build("deepsnake").eval()
     raw = painted(system, [(10, 12), (12, 12)], [(12.0, 12.0), (12.0, 12.0)], [0, 0])
     (every,) = system.decode(raw, [Placement.identity(SIZE)])
@@ -180,7 +186,7 @@ def test_suppression_is_there_where_it_is_asked_for():
     assert (len(every), len(some)) == (2, 1)
 
 
-def test_not_more_contours_are_learnt_than_allowed():
+def test_the_number_of_contours_with_a_loss_is_bounded():
     system = build("deepsnake", most_contours=5)
     seen = []
     system.contours.start.register_forward_hook(lambda module, given, answer: seen.append(len(answer)))
@@ -189,21 +195,45 @@ def test_not_more_contours_are_learnt_than_allowed():
 
 
 @pytest.mark.fast
-def test_wrong_options_are_refused_in_words():
-    for options, words in (
-        ({"points": 8}, "points 8; a multiple of 4 and at least 16"),
-        ({"canvas": (64,)}, r"canvas is \[64\]; expected a height and a width"),
-        ({"canvas": (0, 64)}, "canvas is .*both at least 1"),
-        ({"iterations": 0}, "iterations is 0; the outline must be moved at least once"),
-        ({"backbone": "dla60"}, "no DLA of depth 60"),
-        ({"backbone": "vgg"}, "backbone is 'vgg'"),
-    ):
-        with pytest.raises(UsageError, match=words):
-            build("deepsnake", **options)
-    system, target = build("deepsnake"), objects(2)
-    target.masks = None
-    with pytest.raises(UsageError, match="boxes but no masks"):
-        system.losses(system(torch.randn(1, 3, *SIZE)), [target])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"contours": {"points": 8}}, "contours.points must be at least 16, got 8"),
+        ({"contours": {"start_points": 18}}, "contours.start_points must be a multiple of 4 and at least 16, got 18"),
+        ({"contours": {"iterations": 0}}, "contours.iterations must be at least 1, got 0"),
+        ({"resize": {"canvas": (64,)}}, "resize.canvas must be a height and a width"),
+        ({"backbone": {"name": "dla60"}}, "no backbone 'dla60'"),
+        ({"backbone": {"name": "darknet-tiny", "width": 2}}, "levels of strides 4, 8, 16, 32 is needed"),
+        ({"iterations": 2}, "no option 'iterations': it is now contours.iterations"),
+    ],
+)
+def test_invalid_options_are_errors(options, words):
+    with pytest.raises(UsageError, match=words):
+        build("deepsnake", **options)
+
+
+@pytest.mark.fast
+def test_options_of_earlier_versions_are_converted():
+    old = {"backbone": "swin-tiny", "stem_width": None, "norm": "batch", "points": 64, "contour_width": 16,
+           "contour_norm": "batch", "fit": "pad", "canvas": [512, 512]}  # fmt: skip
+    assert system_class("deepsnake").upgraded(old) == {
+        "backbone": {"name": "swin-tiny", "width": None}, "neck_norm": "batch",
+        "contours": {"points": 64, "width": 16, "norm": "batch"}, "resize": {"fit": "pad"},
+    }  # fmt: skip
+
+
+@pytest.mark.fast
+def test_the_network_of_contours_starts_from_given_octagons_or_its_own():
+    system = build("deepsnake").eval()
+    feature = torch.randn(2, 16, 24, 32)
+    boxes, owners = torch.tensor([[2.0, 3, 12, 20], [-4, 1, 9, 30]]), torch.tensor([1, 0])
+    with torch.no_grad():
+        extremes, lines = system.contours(feature, boxes, owners)
+        octagons = octagon_lines(clipped_to_map(extremes, feature), system.points)
+        again, others = system.contours(feature, boxes, owners, octagons)
+    assert len(lines) == 3
+    assert torch.equal(extremes, again)
+    assert all(torch.equal(a, b) for a, b in zip(lines, others, strict=True))
 
 
 def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
@@ -212,18 +242,19 @@ def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
 
 
 @pytest.mark.fast
-def test_files_say_what_they_are():
+def test_options_are_recognised_from_files():
     shapes = shapes_of("deepsnake-sbd")
     assert [o.name for o in origins() if o.candidates(shapes, {})] == ["snake"]
     options = recognise(shapes, {})
     assert options is not None
-    assert (len(options["classes"]), options["classes"][0], options["iterations"]) == (20, "aeroplane", 3)
+    assert (len(options["classes"]), options["classes"][0], options["contours"]["iterations"]) == (20, "aeroplane", 3)
     assert recognise({f"module.{k}": v for k, v in shapes.items()}, {}) == options
     seven = {k: (7, *v[1:]) if k.startswith("dla.ct_hm.2.") else v for k, v in shapes.items()}
     once = {k: v for k, v in seven.items() if not k.startswith(("gcn.evolve_gcn0.", "gcn.evolve_gcn1."))}
     kins = recognise(once, {})
     assert kins is not None
-    assert (kins["classes"][:2], kins["iterations"], kins["fit"]) == (("cyclist", "pedestrian"), 1, "pad")
+    assert (kins["classes"][:2], kins["contours"]["iterations"]) == (("cyclist", "pedestrian"), 1)
+    assert kins["resize"] == {"fit": "pad"}
     city = recognise(shapes_of("deepsnake-cityscapes"), {})
     assert city is not None
     assert city["components"]

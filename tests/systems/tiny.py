@@ -65,13 +65,11 @@ TINY: dict[str, dict[str, Any]] = {
     "decoupled-solo": {**BACKBONE, **CELLS},
     "solov2": {**BACKBONE, **CELLS, "mask_width": 32},
     "deepsnake": {
-        **TRUNK,
+        **BACKBONE,
         "neck_width": 16,
         "head_width": 32,
-        "points": 32,
-        "start_points": 16,
-        "contour_width": 64,
-        "canvas": SIZE,
+        "contours": {"points": 32, "start_points": 16, "width": 64},
+        "resize": {"canvas": SIZE},
     },
     "pointrend": {**BOXES, "masks": {"width": 32, "fc_width": 64}, "points": {"width": 32}},
     # As published, so that a crowd region is left out like what nothing covers.

@@ -1,7 +1,8 @@
-"""Deep layer aggregation (arXiv 1707.06484): a trunk of trees, and the way back up as CenterNet (1904.07850) has it.
+"""Deep layer aggregation (arXiv 1707.06484): a backbone of trees, and necks that merge its levels at stride 4.
 
-A stage is a binary tree of residual blocks; where two halves of it meet, a 1 x 1 convolution, the root, merges what
-they gave with what outer trees hand down. The way up merges neighbouring levels pair by pair, again and again.
+A stage is a binary tree of residual blocks. At the end of a tree a 1 x 1 convolution, the root, merges the outputs of
+its two halves with features passed on from outer trees. CenterNet's neck (arXiv 1904.07850) repeatedly merges pairs of
+neighbouring levels.
 """
 
 from __future__ import annotations
@@ -17,59 +18,67 @@ from maskwright.blocks.backbones import Backbone, Family, Levels, Use, freeze
 from maskwright.blocks.layers import ConvNorm, DeformConvNorm, Norm
 from maskwright.errors import UsageError
 
-DEPTHS = {34: (1, 1, 1, 2, 2, 1)}  # of the levels of strides 1 ... 32: plain convolutions, then trees
+DEPTHS = {34: (1, 1, 1, 2, 2, 1)}  # of the levels of strides 1 ... 32: two of convolutions, then trees
 
 
 class Block(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut that comes from outside."""
+    """Two 3 x 3 convolutions, whose output is added to a given shortcut."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, norm: Norm, eps: float):
         super().__init__()
         self.conv1 = ConvNorm(channels_in, channels, 3, stride=stride, norm=norm, eps=eps, relu=True)
         self.conv2 = ConvNorm(channels, channels, 3, norm=norm, eps=eps)
 
-    def forward(self, x: Float[Tensor, "b c h w"], side: Float[Tensor, "b d _h _w"]) -> Float[Tensor, "b d _h _w"]:
-        return functional.relu(self.conv2(self.conv1(x)) + side, inplace=True)
+    def forward(self, x: Float[Tensor, "b c h w"], shortcut: Float[Tensor, "b d _h _w"]) -> Float[Tensor, "b d _h _w"]:
+        return functional.relu(self.conv2(self.conv1(x)) + shortcut, inplace=True)
 
 
 class Tree(nn.Module):
-    """2 ** depth blocks. `handed`: channels that outer trees give to the root at the end."""
+    """2 ** depth blocks. `passed`: channels of the features that outer trees pass on to the last root."""
 
-    def __init__(self, depth: int, channels_in: int, channels: int, stride: int, handed: int, norm: Norm, eps: float):
+    def __init__(self, depth: int, channels_in: int, channels: int, stride: int, passed: int, norm: Norm, eps: float):
         super().__init__()
         self.depth, self.stride = depth, stride
         self.root = self.shortcut = None
         if depth == 1:
             self.first = Block(channels_in, channels, stride, norm, eps)
             self.second = Block(channels, channels, 1, norm, eps)
-            self.root = ConvNorm(2 * channels + handed, channels, 1, norm=norm, eps=eps, relu=True)
+            self.root = ConvNorm(2 * channels + passed, channels, 1, norm=norm, eps=eps, relu=True)
             if channels_in != channels:
                 self.shortcut = ConvNorm(channels_in, channels, 1, norm=norm, eps=eps)
         else:
             self.first = Tree(depth - 1, channels_in, channels, stride, 0, norm, eps)
-            self.second = Tree(depth - 1, channels, channels, 1, handed + channels, norm, eps)
+            self.second = Tree(depth - 1, channels, channels, 1, passed + channels, norm, eps)
 
-    def forward(self, x: Float[Tensor, "b c h w"], handed: Sequence[Tensor] = ()) -> Float[Tensor, "b d _h _w"]:
+    def forward(self, x: Float[Tensor, "b c h w"], passed: Sequence[Tensor] = ()) -> Float[Tensor, "b d _h _w"]:
         if self.root is None:
             first = self.first(x)
-            return self.second(first, (*handed, first))
+            return self.second(first, (*passed, first))
         side = x if self.stride == 1 else functional.max_pool2d(x, self.stride)
         first = self.first(x, side if self.shortcut is None else self.shortcut(side))
-        return self.root(torch.cat([self.second(first, first), first, *handed], 1))
+        return self.root(torch.cat([self.second(first, first), first, *passed], 1))
 
 
 class DLA(nn.Module):
-    """The trunk; gives the levels of strides 4, 8, 16 and 32."""
+    """The backbone; its levels have strides 4, 8, 16 and 32."""
 
     def __init__(
         self, depth: int = 34, *, in_channels: int = 3, base: int = 16, norm: Norm = "batch", eps: float = 1e-5,
         frozen: int = 0,
     ):  # fmt: skip
-        """`base`: channels of the stem; levels have 1, 2, 4, ... 32 times as many. `frozen`: so many parts (stem,
-        levels) are not trained, nor do their batch norms' statistics change."""
+        """
+        Args:
+            depth: A key of `DEPTHS`.
+            in_channels: Channels of the image.
+            base: Channels of the stem; levels have 1, 2, 4, ... 32 times as many.
+            norm: Normalisation.
+            eps: Its epsilon.
+            frozen: Number of parts (stem, six levels) that are not trained; the statistics of their batch norms are
+                fixed too.
+        """
         super().__init__()
         if depth not in DEPTHS:
-            raise ValueError(f"there is no DLA of depth {depth} here; known are {', '.join(map(str, DEPTHS))}")
+            raise ValueError(f"there is no DLA of depth {depth}; known are {', '.join(map(str, DEPTHS))}")
         depths, widths = DEPTHS[depth], [base * 2**n for n in range(6)]
         still: Norm = "frozen" if norm in ("batch", "still") else norm
         norms: list[Norm] = [still if number < frozen else norm for number in range(7)]  # of stem and levels
@@ -83,9 +92,9 @@ class DLA(nn.Module):
             ]  # fmt: skip
             self.levels.append(nn.Sequential(*convs))
         for number in range(2, 6):
-            handed = widths[number - 1] if number > 2 else 0  # from the third tree on, its own input
+            passed = widths[number - 1] if number > 2 else 0  # from the second tree on, its own input
             self.levels.append(
-                Tree(depths[number], widths[number - 1], widths[number], 2, handed, norms[number + 1], eps)
+                Tree(depths[number], widths[number - 1], widths[number], 2, passed, norms[number + 1], eps)
             )
         self.channels, self.strides = widths[2:], [4, 8, 16, 32]
         freeze([self.stem, *self.levels], frozen)
@@ -107,8 +116,8 @@ def _layer(channels_in: int, channels: int, norm: Norm, eps: float, deformable: 
 
 
 class Ladder(nn.Module):
-    """Levels brought onto the first one's grid and channels, one after the other (the paper's iterative aggregation):
-    each is projected, enlarged by its factor, added to what there is, and smoothed."""
+    """Iterative aggregation of levels at the first one's size and channels: each level is projected, enlarged by its
+    factor, added to the result so far, and smoothed."""
 
     def __init__(
         self, channels: int, channels_in: Sequence[int], factors: Sequence[int], *, norm: Norm, eps: float,
@@ -126,7 +135,7 @@ class Ladder(nn.Module):
                 layer.weight.copy_(_bilinear(factor))
 
     def forward(self, levels: Sequence[Float[Tensor, "b _c _h _w"]]) -> list[Tensor]:
-        """What there is after each step: as many as levels, all on the first one's grid."""
+        """The result after each level, all at the first one's size."""
         merged = [levels[0]]
         for level, project, enlarge, merge in zip(levels[1:], self.project, self.enlarge, self.merge, strict=True):
             merged.append(merge(enlarge(project(level)) + merged[-1]))
@@ -134,16 +143,16 @@ class Ladder(nn.Module):
 
 
 def _bilinear(factor: int) -> Float[Tensor, "k k"]:
-    """The kernel of side 2 f with which a transposed convolution of stride f interpolates."""
+    """The kernel of side 2 f with which a transposed convolution of stride f is bilinear interpolation."""
     steps = 1 - (torch.arange(2 * factor) - (factor - 0.5)).abs() / factor
     return steps[:, None] * steps
 
 
 class DLAUp(nn.Module):
-    """From the four levels of a trunk to one of stride 4 with the first level's channels (CenterNet's decoder).
+    """Merges the four levels of a DLA at stride 4, with the first level's channels (CenterNet's neck).
 
-    Ladders of two, three and four levels give strides 16, 8 and 4, each from what the one before left; a last one
-    merges those three.
+    Ladders of two, three and four levels give strides 16, 8 and 4, each from the results of the one before; a last one
+    merges these three.
     """
 
     def __init__(self, channels: Sequence[int], *, norm: Norm = "batch", eps: float = 1e-5, deformable: bool = True):
@@ -167,7 +176,7 @@ class DLAUp(nn.Module):
 
 
 class LightUp(nn.Module):
-    """The same from any trunk at little cost: from the coarsest level on, enlarge and add; one 3 x 3 at the end."""
+    """A light neck for any backbone: levels are enlarged and added, coarsest first; a 3 x 3 convolution follows."""
 
     def __init__(self, channels_in: Sequence[int], channels: int = 64, *, norm: Norm = "group", eps: float = 1e-5):
         super().__init__()

@@ -1,5 +1,5 @@
-"""What Deep Snake (arXiv 2001.01629) is made of: a network over the points of a closed line (section 3.1), and a small
-detector of an object's components (section 3.3)."""
+"""Networks of contour systems: convolutions along closed sequences of points (Deep Snake, arXiv 2001.01629, section
+3.1), and a small detector of an object's components (section 3.3)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.ops.centres import PRIOR
+from maskwright.ops.pooling import roi_align
 
 Convolution = Literal["circular", "graph"]
 LineNorm = Literal["batch", "group", "none"]
-CELLS = (14, 56)  # rows and columns of a component head's maps
+CELLS = (14, 56)  # rows and columns of the maps of a component head
 
 
 class LineConv(nn.Module):
-    """Convolution along a closed line of points, ReLU, norm (in this order). The line is an image of one row.
+    """Convolution along a closed contour, ReLU, normalisation (in this order). A contour is an image of one row.
 
-    "circular" has a kernel of nine that goes round; "graph" knows two weights, a point's own and that of both its
-    neighbours (what the paper compares it with).
+    Attributes:
+        dilation: Distance between neighbours.
+        kind: "circular" has a kernel of nine that wraps around; "graph" has two weights, one for a point and one for
+            both its neighbours (what the paper compares with).
     """
 
     def __init__(self, channels_in: int, channels: int, dilation: int, kind: Convolution, norm: LineNorm):
@@ -39,8 +42,8 @@ class LineConv(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c 1 p"]) -> Float[Tensor, "n d 1 p"]:
         if self.kind == "graph":
-            beside = x.roll(self.dilation, -1) + x.roll(-self.dilation, -1)
-            x = along(self.conv, torch.cat([x, beside], 1))
+            neighbours = x.roll(self.dilation, -1) + x.roll(-self.dilation, -1)
+            x = along(self.conv, torch.cat([x, neighbours], 1))
         else:
             reach = 4 * self.dilation
             x = along(self.conv, torch.cat([x[..., -reach:], x, x[..., :reach]], 3), self.dilation)
@@ -48,10 +51,18 @@ class LineConv(nn.Module):
 
 
 class Snake(nn.Module):
-    """From features along a closed line to an offset of each point (section 3.1): eight convolutions, the later seven
-    around shortcuts; all eight states and the largest values of them over the whole line say the offset."""
+    """From features along a closed contour to an offset of each point (section 3.1): eight convolutions, the last seven
+    with shortcuts; the offsets are computed from all eight states and from their maxima over the contour."""
 
     def __init__(self, channels_in: int, width: int, dilations: Sequence[int], kind: Convolution, norm: LineNorm):
+        """
+        Args:
+            channels_in: Channels of the features.
+            width: Channels of the convolutions.
+            dilations: Of those after the first.
+            kind: Kind of the convolutions.
+            norm: Their normalisation.
+        """
         super().__init__()
         self.first = LineConv(channels_in, width, 1, kind, norm)
         self.blocks = nn.ModuleList(LineConv(width, width, d, kind, norm) for d in dilations)
@@ -71,7 +82,7 @@ class Snake(nn.Module):
             states.append(x)
         line = torch.cat(states, 1)  # (N, 8 width, 1, P)
         whole = along(self.fuse, line).amax(3, keepdim=True)
-        # The first layer reads the same of the whole line at each point: that is computed once.
+        # The first layer's input from the whole contour is the same at every point: its part is computed once.
         first, second, last = (layer for layer in self.predict if isinstance(layer, nn.Conv1d))
         of_whole, of_point = first.weight[:, :, None].split([whole.shape[1], line.shape[1]], 1)
         x = functional.conv2d(line, of_point, first.bias) + functional.conv2d(whole, of_whole)
@@ -80,13 +91,13 @@ class Snake(nn.Module):
 
 
 def along(conv: nn.Conv1d, x: Float[Tensor, "n c 1 p"], dilation: int = 1) -> Float[Tensor, "n d 1 _q"]:
-    """A convolution of lines as one of images of one row, channels last: what processors are quickest at."""
+    """Applies a one-dimensional convolution to images of one row, channels last, which is faster."""
     weight = conv.weight[:, :, None].contiguous(memory_format=torch.channels_last)
     return functional.conv2d(x, weight, conv.bias, dilation=(1, dilation))
 
 
 class ComponentHead(nn.Module):
-    """A small detector of centres inside each box: 7 x 28 features -> maps of 14 x 56."""
+    """A small detector of centres inside each box: from 7 x 28 features to maps of 14 x 56."""
 
     def __init__(self, channels: int, width: int = 256):
         super().__init__()
@@ -101,14 +112,23 @@ class ComponentHead(nn.Module):
     def forward(
         self, feature: Float[Tensor, "b c h w"], boxes: Float[Tensor, "n 4"], owners: Int[Tensor, " n"]
     ) -> tuple[Float[Tensor, "n 1 r s"], Float[Tensor, "n 2 r s"]]:
-        """Centres' logits, and widths and heights in cells of the map."""
-        x = self.convs(self.read(feature, boxes, owners))
+        """Predicts components.
+
+        Args:
+            feature: Feature map.
+            boxes: Boxes in cells of the map.
+            owners: Index of each box's image.
+
+        Returns:
+            Logits of the centres, and widths and heights in cells of the feature map.
+        """
+        x = self.convs(component_features(feature, boxes, owners))
         return self.centres(x), self.sizes(x)
 
-    @staticmethod
-    def read(feature: Tensor, boxes: Tensor, owners: Tensor) -> Float[Tensor, "n c 7 28"]:
-        from torchvision.ops import roi_align  # ours cuts squares only
 
-        values = feature if feature.is_cuda else feature.float()
-        rois = torch.cat([owners[:, None].to(boxes), boxes], 1).to(values.dtype)
-        return roi_align(values, rois, (CELLS[0] // 2, CELLS[1] // 2), 1.0, 0, False).to(feature.dtype)
+def component_features(
+    feature: Float[Tensor, "b c h w"], boxes: Float[Tensor, "n 4"], owners: Int[Tensor, " n"]
+) -> Float[Tensor, "n c _r _s"]:
+    """RoI Align without the half pixel, on a grid of 7 x 28."""
+    rois = torch.cat([owners[:, None].to(boxes), boxes], 1)
+    return roi_align(feature, rois, (CELLS[0] // 2, CELLS[1] // 2), aligned=False)

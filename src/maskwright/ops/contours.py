@@ -1,6 +1,7 @@
-"""Shapes as short codes of their outline, and back: rays, Fourier, Chebyshev, vertices.
+"""Short codes of outlines, and outlines from codes: rays, Fourier, Chebyshev, vertices.
 
-Polygons are (P, 2) points x, y in continuous coordinates: pixel (i, j) covers [j, j + 1) x [i, i + 1).
+Polygons are (P, 2) points x, y in continuous coordinates: pixel (i, j) covers [j, j + 1) x [i, i + 1). Rays and Fourier
+coefficients count pixels instead, see their section.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from maskwright.structures.polygons import trace
 
 # ---- Chebyshev (ESE-Seg) -----------------------------------------------------------------------------------------
 #
-# The distance to the outline, seen from an inner centre, at each whole degree (0 is right, 90 up, counter-clockwise on
-# the screen), as a polynomial over -1 ... 1.
+# The distance from an inner centre to the outline at each integer degree (0 is right, 90 up, counter-clockwise on the
+# screen), as a polynomial on [-1, 1].
 
 DEGREES = 360
 Reach = Literal["exact", "corner"]
@@ -31,41 +32,48 @@ Reach = Literal["exact", "corner"]
 def inner_centres(
     crops: Sequence[Bool[Tensor, "_h _w"]], corners: Int[Tensor, "n 2"]
 ) -> tuple[Float[Tensor, "n 2"], Bool[Tensor, " n"]]:
-    """A point x, y inside each mask, and whether it lies well inside, with the eight pixels around it.
+    """Chooses a point inside each mask (ESE-Seg, arXiv 1908.04067).
 
-    The middle of the tightest box if that lies well inside; else the pixel (its upper left corner) that does and has
-    the smallest sum of distances to all pixels of the border. Where none lies well inside, the best of all pixels. The
-    masks are crops, tight, with their upper left corners (x, y) at `corners`.
+    It is the centre of the tightest box if the eight pixels around it belong to the mask too; else, of the pixels with
+    such a neighbourhood, the one with the smallest sum of distances to all pixels of the border; if there is none, the
+    best of all pixels.
+
+    Args:
+        crops: The masks, cropped to their tightest boxes.
+        corners: x, y of the upper left corner of each crop.
+
+    Returns:
+        x, y of each centre (of a pixel, its upper left corner), and whether all its neighbours belong to the mask.
     """
-    centres, found = [], []
+    centres, inner = [], []
     for crop in crops:
         plane = np.pad(crop.cpu().numpy(), 1)
         height, width = crop.shape
         if not plane.any():
             centres.append((width / 2, height / 2))
-            found.append(False)
+            inner.append(False)
             continue
         well = _well_inside(plane)
         if well[height // 2 + 1, width // 2 + 1]:
             centres.append((width / 2, height / 2))
-            found.append(True)
+            inner.append(True)
             continue
         candidates = well if well.any() else plane
         sums = np.where(candidates, distance_sums(plane), np.inf)
         y, x = divmod(int(sums.argmin()), plane.shape[1])
         centres.append((x - 1.0, y - 1.0))
-        found.append(bool(well.any()))
+        inner.append(bool(well.any()))
     points = torch.tensor(centres, dtype=torch.float64).reshape(-1, 2) + corners
-    return points.float(), torch.tensor(found, dtype=torch.bool)
+    return points.float(), torch.tensor(inner, dtype=torch.bool)
 
 
 def distance_sums(plane: np.ndarray) -> np.ndarray:
-    """At each pixel of a bool plane the sum of the distances to all pixels of the mask's border."""
+    """Computes the sum of distances from each pixel of a bool plane to all pixels of the mask's border."""
     shape = (_fast_length(2 * plane.shape[0]), _fast_length(2 * plane.shape[1]))
     y, x = (np.fft.fftfreq(n, 1 / n) for n in shape)
     kernel = np.hypot(y[:, None], x[None])
     sums = np.fft.irfft2(np.fft.rfft2(_border(plane), shape) * np.fft.rfft2(kernel), shape)
-    return sums[: plane.shape[0], : plane.shape[1]].round(6)  # so that of equal ones the first is taken
+    return sums[: plane.shape[0], : plane.shape[1]].round(6)  # so that the first of equal ones is chosen
 
 
 def degree_radii(
@@ -75,13 +83,20 @@ def degree_radii(
     *,
     reach: Reach = "exact",
 ) -> Float[Tensor, "n 360"]:
-    """The distance from each centre to its mask's border at every whole degree; NaN where no pixel covers a degree.
+    """Measures the distance from each centre to its mask's border at every integer degree.
 
-    A pixel of the border covers the degrees between the directions of its four corners; of several pixels the farthest
-    counts, so that concave parts are filled as seen from the centre.
+    A pixel of the border covers the degrees between the directions of its four corners. Of several pixels at a degree
+    the farthest one counts, so that concave parts are filled as seen from the centre.
 
-    reach  how far away a pixel is: where the ray leaves it ("exact"), or its upper left "corner" whatever the direction
-           (ESE-Seg; too near by a pixel to the right and below, which painting the outline's pixels makes good)
+    Args:
+        crops: The masks, cropped to their tightest boxes.
+        corners: x, y of the upper left corner of each crop.
+        centres: x, y of each centre.
+        reach: Where a pixel ends: where the ray leaves it ("exact"), or at its upper left "corner" (ESE-Seg; a pixel
+            too short to the right and below, for which filling the outline's pixels compensates).
+
+    Returns:
+        Radii in pixels; NaN at degrees that no pixel covers.
     """
     _check_word("reach", reach, Reach)
     owners, points = _border_pixels(crops, corners)
@@ -93,14 +108,14 @@ def degree_radii(
     angles = _degrees(around[..., 0], around[..., 1])
     if reach == "corner":
         first, last = np.ceil(angles.min(0)).astype(np.int64), np.ceil(angles.max(0)).astype(np.int64)
-        wide = np.ptp(angles, axis=0).astype(np.int64) > 100  # it lies across degree 0
+        wide = np.ptp(angles, axis=0).astype(np.int64) > 100  # the pixel extends across degree 0
         starts, counts = np.where(wide, last, first), np.where(wide, DEGREES - last + first, last - first)
     else:
         middle = _degrees(offsets[:, 0] + 0.5, offsets[:, 1] + 0.5)
         apart = (angles - middle + 180) % 360 - 180
         apart = np.where((around == 0).all(-1), 0, apart)  # a corner at the centre has no direction
         around_it = ((offsets > -1) & (offsets < 0)).all(1)  # the centre lies in the pixel
-        starts = np.ceil(middle + apart.min(0) - 1e-9).astype(np.int64)  # both ends belong to it
+        starts = np.ceil(middle + apart.min(0) - 1e-9).astype(np.int64)  # both ends are included
         lasts = np.floor(middle + apart.max(0) + 1e-9).astype(np.int64)
         counts = np.where(around_it, DEGREES, lasts - starts + 1)
     which = np.repeat(np.arange(len(counts)), counts)
@@ -109,7 +124,7 @@ def degree_radii(
         away = np.hypot(offsets[:, 0], offsets[:, 1])[which]
     else:
         ray = np.stack([np.cos(np.deg2rad(degrees)), -np.sin(np.deg2rad(degrees))], 1)
-        along = np.abs(ray) < 1e-12  # it leaves by the other sides; a pixel beside it touches it with one of its own
+        along = np.abs(ray) < 1e-12  # such a ray leaves by the other two sides
         away = np.where(along, np.inf, (offsets[which] + (ray > 0)) / np.where(along, 1, ray)).min(1)
     flat = np.full(result.size, -1.0)
     np.maximum.at(flat, owners[which] * DEGREES + degrees, away)
@@ -118,48 +133,56 @@ def degree_radii(
 
 
 def close_gaps(radii: Float[Tensor, "n 360"]) -> Float[Tensor, "n 360"]:
-    """NaNs replaced by the value of the next degree that has one, going round; zeros where there is none at all.
+    """Replaces NaN by the value of the next degree that has one, with wrap-around; zeros if there is none.
 
-    (ESE-Seg's code means the same, but hands its helper degree and radius in the wrong order.)
+    (ESE-Seg's code intends the same, but passes degree and radius to its helper in the wrong order.)
     """
     steps = torch.arange(2 * DEGREES, device=radii.device)
-    there = ~radii.isnan().repeat(1, 2)
-    following = torch.where(there, steps, 2 * DEGREES).flip(1).cummin(1).values.flip(1)[:, :DEGREES]
+    known = ~radii.isnan().repeat(1, 2)
+    following = torch.where(known, steps, 2 * DEGREES).flip(1).cummin(1).values.flip(1)[:, :DEGREES]
     return radii.nan_to_num(0).gather(1, following % DEGREES)
 
 
-# Beyond a hundred polynomials over 360 directions, equally far apart, some of their sums all but vanish in every one of
-# these: least squares then asks for huge coefficients that cancel each other, and float32 keeps nothing of the shape.
-# Sums that are so much fainter than the strongest one are left out; up to 105 polynomials there are none.
-FAINTEST = 1e-5
+# With more than a hundred polynomials on 360 equidistant directions some of their linear combinations nearly vanish in
+# all directions: least squares then gives huge coefficients that cancel each other, and float32 loses the shape.
+# Singular values below this share of the largest are dropped; up to 105 polynomials there are none.
+CUTOFF = 1e-5
 
 
 @cache
-@torch.inference_mode(False)  # what is kept serves training too, which takes no tensor of inference mode
+@torch.inference_mode(False)  # the cached tensors are used in training too, which does not accept inference tensors
 def _chebyshev_basis(count: int, degrees: int) -> tuple[Tensor, Tensor]:
-    """(degrees, count) values of the polynomials, -1 and 1 included, and (count, degrees) their inverse, the shortest
-    coefficients where several fit as well (see FAINTEST)."""
+    """(degrees, count) values of the polynomials at equidistant points from -1 to 1, and (count, degrees) their
+    pseudo-inverse (see CUTOFF)."""
     basis = np.polynomial.chebyshev.chebvander(np.linspace(-1, 1, degrees), count - 1)
-    return torch.from_numpy(basis), torch.from_numpy(np.linalg.pinv(basis, rcond=FAINTEST))
+    return torch.from_numpy(basis), torch.from_numpy(np.linalg.pinv(basis, rcond=CUTOFF))
 
 
 def chebyshev_fit(radii: Float[Tensor, "*n d"], count: int = 18) -> Float[Tensor, "*n {count}"]:
-    """The `count` coefficients of the polynomial nearest to each row, by least squares over its directions."""
-    _check_least("count", count, "a code has at least 1 coefficient")
+    """Fits a Chebyshev polynomial to each row of radii by least squares.
+
+    Args:
+        radii: Values at equidistant directions.
+        count: Number of coefficients: the degree of the polynomial plus 1.
+    """
+    _check_least("count", count)
     return radii @ _chebyshev_basis(count, radii.shape[-1])[1].T.to(radii)
 
 
 def chebyshev_radii(coefficients: Float[Tensor, "*n c"], count: int = DEGREES) -> Float[Tensor, "*n {count}"]:
-    """The polynomial in `count` directions."""
+    """Evaluates Chebyshev polynomials at `count` equidistant directions."""
     return coefficients @ _chebyshev_basis(coefficients.shape[-1], count)[0].T.to(coefficients)
 
 
 def degree_points(
     radii: Float[Tensor, "*n 360"], centres: Float[Tensor, "*n 2"], *, turn: float = 0.0
 ) -> Float[Tensor, "*n 360 2"]:
-    """The outline that lies so far from each centre, one point at each degree.
+    """Converts radii to outlines with one point x, y per degree.
 
-    turn  degrees by which the shape is turned counter-clockwise: ESE-Seg's decoder turns it by 1
+    Args:
+        radii: Distances from the centres.
+        centres: x, y of each centre.
+        turn: Degrees by which the shape is rotated counter-clockwise. ESE-Seg's decoder rotates it by 1.
     """
     angles = torch.arange(DEGREES, device=radii.device, dtype=torch.float64 if radii.device.type == "cpu" else None)
     angles = torch.deg2rad(angles + turn)
@@ -170,30 +193,41 @@ def degree_points(
 def encode_chebyshev(
     masks: Masks, count: int = 18, *, boxes: Float[Tensor, "n 4"] | None = None, reach: Reach = "exact"
 ) -> tuple[Float[Tensor, "n {count}"], Float[Tensor, "n 2"], Bool[Tensor, " n"]]:
-    """Coefficients of radii over the diagonal of the boxes (the masks' own, if none are given), the inner centres, and
-    which masks have any pixel at all. Holes vanish and parts are bridged: see `solid`. On the host.
+    """Encodes masks as Chebyshev coefficients (ESE-Seg, arXiv 1908.04067). Holes are filled and parts
+    bridged, see `solid`. Runs on the CPU.
 
-    count  1 ... 360, 18 as published
+    Args:
+        masks: N masks.
+        count: Number of coefficients, 1 to 360; 18 as published.
+        boxes: Boxes whose diagonals are the unit of the radii; default those of the masks.
+        reach: Where radii end, see `degree_radii`.
+
+    Returns:
+        Coefficients, inner centres x, y, and which masks are not empty.
+
+    Raises:
+        UsageError: If `count` is out of range.
     """
     if not 1 <= count <= DEGREES:
-        raise UsageError(f"count is {count}; expected 1 ... {DEGREES} coefficients for {DEGREES} radii")
+        raise UsageError(f"count must be between 1 and {DEGREES}, the number of radii, got {count}")
     _check_word("reach", reach, Reach)
     frames, crops = solid(masks).crops()
     centres, _ = inner_centres(crops, frames[:, :2])
     radii = close_gaps(degree_radii(crops, frames[:, :2], centres, reach=reach))
     sides = frames.float() if boxes is None else boxes.detach().cpu().float()
     diagonals = (sides[:, 2:] - sides[:, :2]).norm(dim=1).clamp(min=1e-6)
-    there = frames[:, 2] > frames[:, 0]
-    return chebyshev_fit(radii / diagonals[:, None], count), centres, there
+    present = frames[:, 2] > frames[:, 0]
+    return chebyshev_fit(radii / diagonals[:, None], count), centres, present
 
 
 def solid(masks: Masks) -> Masks:
-    """Each mask as one region without holes: parts are bridged, and of what is then still apart the largest stays.
+    """Converts each mask to one region without holes: parts are bridged, and of what remains separate the largest is
+    kept.
 
-    The bridge (ESE-Seg's): of each part those border pixels that are the first or last of the mask in their row or
-    column, in the order of the border and cut where it leaves the outline for longest; parts follow each other around
-    their middle; all that is filled as one polygon. Theirs shuffles more than four parts to make the way shorter, by
-    chance; here they stay in order.
+    The bridge is ESE-Seg's: of each part, the border pixels that are the first or last of the mask in their row or
+    column are taken in the order of the border, starting after its longest gap; parts are ordered by angle around their
+    centre; all these pixels are filled as one polygon. The published code orders more than four parts at random for a
+    shorter path; here they keep their order.
     """
     filled, parts = fill_holes(masks)
     several = parts > 1
@@ -209,12 +243,12 @@ def solid(masks: Masks) -> Masks:
 
 
 def _bridged(crop: np.ndarray) -> np.ndarray:
-    """A mask of several parts without holes, and the polygon around them."""
+    """A mask of several parts without holes, with the polygon that bridges them."""
     height, width = crop.shape
     rings = [_pixels_along(ring) for ring in trace(crop, 0, 0, joined=True)]
     flat = np.concatenate(rings)
     low, high = np.full((2, max(crop.shape)), np.iinfo(np.int64).max), np.full((2, max(crop.shape)), -1)
-    for axis in (0, 1):  # of each column (row) the first and last row (column)
+    for axis in (0, 1):  # first and last row (column) of each column (row)
         np.minimum.at(low[axis], flat[:, axis], flat[:, 1 - axis])
         np.maximum.at(high[axis], flat[:, axis], flat[:, 1 - axis])
     groups = []
@@ -236,14 +270,14 @@ def _bridged(crop: np.ndarray) -> np.ndarray:
 
 
 def _pixels_along(ring: np.ndarray) -> np.ndarray:
-    """The pixels (x, y) on the inner side of a ring along their borders, each once, in order."""
+    """The pixels x, y along the inner side of a ring, each once, in order."""
     corners = ring.astype(np.int64)
     steps = np.roll(corners, -1, 0) - corners
     lengths = np.abs(steps).sum(1)
     unit = np.repeat(np.sign(steps), lengths, 0)
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     starts = np.repeat(corners, lengths, 0) + unit * within[:, None]
-    # To the right of the way: below one that goes right, left of one that goes down.
+    # To the right of the path: below a step to the right, to the left of a step down.
     pixels = starts - np.stack([(unit[:, 0] < 0) | (unit[:, 1] > 0), (unit < 0).any(1)], 1)
     _, first = np.unique(pixels, axis=0, return_index=True)
     return pixels[np.sort(first)]
@@ -262,14 +296,24 @@ def decode_chebyshev(
     *,
     turn: float = 0.0,
 ) -> Float[Tensor, "*n 360 2"]:
-    """Outlines, clipped to the boxes, whose diagonals are the coefficients' unit."""
+    """Converts Chebyshev coefficients to outlines.
+
+    Args:
+        coefficients: Of radii divided by the diagonal of the box.
+        centres: x, y of each inner centre.
+        boxes: x0, y0, x1, y1; outlines are clipped to them.
+        turn: Degrees by which outlines are rotated, see `degree_points`.
+
+    Returns:
+        360 points x, y per outline.
+    """
     low, high = boxes[..., None, :2], boxes[..., None, 2:]
     radii = chebyshev_radii(coefficients) * (boxes[..., 2:] - boxes[..., :2]).norm(dim=-1, keepdim=True)
     return degree_points(radii, centres, turn=turn).maximum(low).minimum(high)
 
 
 def _fast_length(least: int) -> int:
-    """The next number that is a product of twos, threes and fives, which Fourier transforms are quick for."""
+    """The next integer with no prime factors above 5, for which Fourier transforms are fast."""
     while True:
         rest = least
         for factor in (2, 3, 5):
@@ -281,7 +325,7 @@ def _fast_length(least: int) -> int:
 
 
 def _well_inside(plane: np.ndarray) -> np.ndarray:
-    """Pixels all of whose 3 x 3 neighbourhood belongs to the mask; the plane has an empty margin."""
+    """Pixels whose 3 x 3 neighbourhood belongs to the mask; the plane has an empty margin."""
     rows = plane & np.roll(plane, 1, 0) & np.roll(plane, -1, 0)
     return rows & np.roll(rows, 1, 1) & np.roll(rows, -1, 1)
 
@@ -293,7 +337,7 @@ def _border(plane: np.ndarray) -> np.ndarray:
 
 
 def _border_pixels(crops: Sequence[Tensor], corners: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Whose they are, and x, y (upper left corners) of the border pixels of all masks."""
+    """Owners, and x, y of the upper left corners, of the border pixels of all masks."""
     owners, points = [np.zeros(0, np.int64)], [np.zeros((0, 2))]
     for number, (crop, corner) in enumerate(zip(crops, corners.tolist(), strict=True)):
         y, x = np.nonzero(_border(np.pad(crop.cpu().numpy(), 1)))
@@ -302,7 +346,7 @@ def _border_pixels(crops: Sequence[Tensor], corners: Tensor) -> tuple[np.ndarray
     return np.concatenate(owners), np.concatenate(points)
 
 
-# ---- vertices (DeepSnake) ----------------------------------------------------------------------------------------
+# ---- vertices (Deep Snake) ----------------------------------------------------------------------------------------
 
 Longest = Literal["count", "length"]
 
@@ -314,72 +358,82 @@ def resample(
     *,
     longest: Longest = "count",
 ) -> Float[Tensor, "n {count} 2"]:
-    """Closed outlines with `count` points each, spread evenly along them, from V points or the first `lengths` of V.
+    """Resamples closed outlines to `count` points, evenly spaced on each edge (Deep Snake, arXiv 2001.01629).
 
-    Every edge gets as many points as its share of the length says, rounded, and at least one; what is then missing goes
-    to the longest edge, what is too much is taken from the longest ones. Points start at the edge's first end, which is
-    therefore kept. Of outlines with more than `count` points those stay whose edges are longest, and nothing else.
+    Every edge gets the rounded number of points for its share of the length, and at least one; missing points are added
+    to the longest edge, surplus ones removed from the longest edges. The first point of an edge is its first end, so
+    that vertices are kept. Of an outline with more than `count` vertices, only those with the longest edges are kept.
 
-    longest  which edge that is: the first of those with the largest rounded "count" (DeepSnake's network), or the
-             largest "length", the last of equal ones (DeepSnake's targets)
+    Args:
+        points: Vertices x, y.
+        count: Number of points of the result.
+        lengths: Number of vertices of each outline; default all.
+        longest: Which edge counts as longest: the first of those with the largest rounded "count" (Deep Snake's
+            network), or the last of those with the largest "length" (its targets).
     """
     _check_word("longest", longest, Longest)
-    _check_least("count", count, "an outline has at least 1 point")
+    _check_least("count", count)
     size = points.shape[1]
     steps = torch.arange(size, device=points.device)
     if lengths is None:
         lengths = torch.full((len(points),), size, device=points.device)
-    there = steps < lengths[:, None]
+    valid = steps < lengths[:, None]
     cut = lengths > count
     if size > count:
-        points, there = _longest(points, there, lengths, count)
+        points, valid = _longest(points, valid, lengths, count)
         lengths = lengths.clamp(max=count)
-    following = points.gather(1, _next(there.shape[1], lengths)[..., None].expand(-1, -1, 2))
-    edges = (following - points).norm(dim=-1).masked_fill(~there, 0)  # (N, V)
+    following = points.gather(1, _next(valid.shape[1], lengths)[..., None].expand(-1, -1, 2))
+    edges = (following - points).norm(dim=-1).masked_fill(~valid, 0)  # (N, V)
     totals = torch.full_like(lengths, count)
-    counts = torch.where(cut[:, None], there.long(), _points_per_edge(edges, there, totals, longest))
+    counts = torch.where(cut[:, None], valid.long(), _points_per_edge(edges, valid, totals, longest))
     places = torch.arange(count, device=points.device).expand(len(points), -1).contiguous()
     return _points_at(points, following, counts, places)
 
 
 def resample_from(
-    points: Float[Tensor, "n v 2"], count: int, lengths: Int[Tensor, " n"], near: Float[Tensor, "n 2"]
+    points: Float[Tensor, "n v 2"], count: int, lengths: Int[Tensor, " n"], start: Float[Tensor, "n 2"]
 ) -> Float[Tensor, "n {count} 2"]:
-    """The same, for outlines of any number of points, beginning at the place nearest to `near` (DeepSnake's targets).
+    """Resamples closed outlines to `count` points from the point nearest to `start` on (Deep Snake's targets).
 
-    The outline is first cut into `count` times as many points as it has; of those the nearest is the first, and every
-    so many-th is kept. None but those are ever made. Corners of the outline are thus not kept. Give float64.
+    The result is as if the outline were resampled to `count` times its number of vertices V, of which every V-th point
+    is kept, starting with the nearest one. Vertices are therefore not kept.
+
+    Args:
+        points: Vertices x, y, in float64.
+        count: Number of points of the result.
+        lengths: Number of vertices of each outline.
+        start: x, y that the first point shall be close to.
     """
-    _check_least("count", count, "an outline has at least 1 point")
+    _check_least("count", count)
     size = points.shape[1]
-    there = torch.arange(size, device=points.device) < lengths[:, None]
+    valid = torch.arange(size, device=points.device) < lengths[:, None]
     following = points.gather(1, _next(size, lengths)[..., None].expand(-1, -1, 2))
     steps = following - points
-    edges = steps.norm(dim=-1).masked_fill(~there, 0)
+    edges = steps.norm(dim=-1).masked_fill(~valid, 0)
     totals = lengths * count
-    counts = _points_per_edge(edges, there, totals, "length")
-    # On each edge the place nearest to `near`, then the nearest of those; the first of equal ones.
-    part = ((near[:, None] - points) * steps).sum(-1) / edges.square().clamp(min=1e-30)
+    counts = _points_per_edge(edges, valid, totals, "length")
+    # On each edge the point nearest to `start`, then the nearest of those; the first of equal ones.
+    part = ((start[:, None] - points) * steps).sum(-1) / edges.square().clamp(min=1e-30)
     place = (part * counts).round().long().minimum(counts - 1).clamp(min=0)
-    found = points + steps * (place / counts.clamp(min=1)).to(points)[..., None]
-    away = (found - near[:, None]).square().sum(-1).masked_fill(~there, torch.inf)
+    nearest = points + steps * (place / counts.clamp(min=1)).to(points)[..., None]
+    away = (nearest - start[:, None]).square().sum(-1).masked_fill(~valid, torch.inf)
     edge = away.argmin(1, keepdim=True)
-    start = (counts.cumsum(1) - counts + place).gather(1, edge)
-    places = (start + lengths[:, None] * torch.arange(count, device=points.device)) % totals[:, None]
+    first = (counts.cumsum(1) - counts + place).gather(1, edge)
+    places = (first + lengths[:, None] * torch.arange(count, device=points.device)) % totals[:, None]
     return _points_at(points, following, counts, places)
 
 
 def _points_per_edge(
-    edges: Float[Tensor, "n v"], there: Bool[Tensor, "n v"], totals: Int[Tensor, " n"], longest: str
+    edges: Float[Tensor, "n v"], valid: Bool[Tensor, "n v"], totals: Int[Tensor, " n"], longest: str
 ) -> Int[Tensor, "n v"]:
     whole = edges.sum(1, keepdim=True)
     share = torch.where(whole > 0, edges * (totals[:, None] / whole.clamp(min=1e-30)), 0)
-    counts = share.round().long().clamp(min=1).masked_fill(~there, 0)
+    counts = share.round().long().clamp(min=1).masked_fill(~valid, 0)
     excess = counts.sum(1, keepdim=True) - totals[:, None]
     if longest == "count":
         order = counts.argsort(dim=1, stable=True, descending=True)
     else:
-        order = edges.masked_fill(~there, -1).argsort(dim=1, stable=True).flip(1)
+        order = edges.masked_fill(~valid, -1).argsort(dim=1, stable=True).flip(1)
     spare = (counts - 1).clamp(min=0).gather(1, order)
     taken = (excess - (spare.cumsum(1) - spare)).clamp(min=0).minimum(spare)
     counts = counts.scatter_add(1, order, -taken)
@@ -400,24 +454,24 @@ def _next(size: int, lengths: Tensor) -> Int[Tensor, "n v"]:
     return torch.where(following >= lengths[:, None], 0, following)
 
 
-def _longest(points: Tensor, there: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _longest(points: Tensor, valid: Tensor, lengths: Tensor, count: int) -> tuple[Tensor, Tensor]:
     following = points.gather(1, _next(points.shape[1], lengths)[..., None].expand(-1, -1, 2))
-    edges = (following - points).norm(dim=-1).masked_fill(~there, -1)
+    edges = (following - points).norm(dim=-1).masked_fill(~valid, -1)
     kept = edges.argsort(dim=1, stable=True).flip(1)[:, :count]
-    # Back in their own order; rows with fewer points have their padding last.
-    kept = torch.where(there.gather(1, kept), kept, points.shape[1]).sort(1).values
-    there = kept < points.shape[1]
-    return points.gather(1, kept.clamp(max=points.shape[1] - 1)[..., None].expand(-1, -1, 2)), there
+    # In their original order; padding comes last.
+    kept = torch.where(valid.gather(1, kept), kept, points.shape[1]).sort(1).values
+    valid = kept < points.shape[1]
+    return points.gather(1, kept.clamp(max=points.shape[1] - 1)[..., None].expand(-1, -1, 2)), valid
 
 
 # ---- rays and Fourier (PolarMask, FourierNet) --------------------------------------------------------------------
 #
-# The distance to the outline, seen from any place, in R directions: 0 degrees is straight down, 90 right, 180 up. Here
-# coordinates count pixels, from the centre of the first: an outline runs through the centres of the border's pixels.
+# The distance from any point to the outline in R directions: 0 degrees is down, 90 right, 180 up. Coordinates count
+# pixels from the centre of the first one: an outline runs through the centres of the border's pixels.
 
-MISSING = 1e-6  # the length of a ray that meets nothing
+MISSING = 1e-6  # length of a ray that does not meet the border
 Border = Literal["pixels", "outline"]
-_BESIDE = (0, 1, -1, 2, -2, 3, -3)  # degrees beside a ray's own where the border is looked for, in this order
+_BESIDE = (0, 1, -1, 2, -2, 3, -3)  # degrees, relative to a ray's own, at which it looks for the border, in this order
 
 
 def rays_from(
@@ -429,25 +483,38 @@ def rays_from(
     border: Border = "pixels",
     budget: int = 256 << 20,
 ) -> Float[Tensor, "p {count}"]:
-    """The distance from each origin to the border of its mask `owners` in `count` directions, on the origins' device.
+    """Measures the distance from each origin to the border of its mask in `count` directions (PolarMask, arXiv
+    1909.13226, section 3.2).
 
-    A border pixel lies in the whole degree below its direction. A ray takes the farthest pixel of its own degree, so
-    that concave parts and rings are filled, as seen from the origin. A ray that meets nothing has length 1e-6.
+    The direction of a border pixel is truncated to an integer degree. A ray has the length of the farthest pixel at its
+    degree, so that concave parts and holes are filled as seen from the origin. A ray without any has length 1e-6.
 
-    border  what a ray does whose own degree is empty. "pixels" (published): it takes the first of the three degrees
-            beside it that is not. Near origins see a border pixel every four degrees or more, and most rays of a small
-            object then meet nothing. There is no going round either: beside 0 lies nothing. "outline": the border is a
-            closed line, and a ray takes the nearest degree, as far away as neighbouring pixels can be at that distance
-    budget  bytes of scratch: about 60 for each pair of an origin and a pixel of its border
+    Args:
+        contours: Borders of the masks.
+        owners: Index of the mask of each origin.
+        origins: x, y in pixels.
+        count: Number of rays, a divisor of 360.
+        border: The length of a ray without a pixel at its own degree. "pixels" (published): that of the first of the
+            three degrees on either side that has one, without wrap-around at 0. Seen from close origins the pixels of a
+            border are more than that apart, so that most rays of small objects have none. "outline": the border is a
+            closed line, and a ray has the length at the nearest degree within the largest gap that adjacent pixels at
+            that distance can have.
+        budget: Bytes of temporary memory: about 60 for each pair of an origin and a pixel of its border.
+
+    Returns:
+        Lengths in pixels, on the device of the origins.
+
+    Raises:
+        UsageError: If `count` is not a divisor of 360 or `border` is unknown.
     """
     _check_word("border", border, Border)
     if count < 1 or 360 % count:
-        raise UsageError(f"count is {count}; rays must share 360 degrees evenly, so give a divisor of 360, at least 1")
+        raise UsageError(f"count must be a divisor of 360, got {count}")
     device = origins.device
     contours = contours.to(device)
     lengths, starts = contours.counts[owners], contours.starts[owners]
-    # Pixels in degree d lie in column d + 3; columns that no direction has stay empty. 360 is what rounding makes of
-    # directions a hair below 0.
+    # Degree d is column d + 3; columns 0 ... 2 and 364 ... 366 stay empty. Directions slightly below 0 may be rounded
+    # to 360.
     table = origins.new_full((len(origins), 367), -1.0)
     filled = lengths.cumsum(0)
     first = 0
@@ -467,13 +534,13 @@ def rays_from(
 
 
 def _farthest(points: Tensor, starts: Tensor, lengths: Tensor, origins: Tensor, table: Tensor) -> Tensor:
-    """For each origin the farthest of its pixels in each degree."""
+    """The largest distance of a pixel at each degree, for each origin."""
     which = torch.repeat_interleave(torch.arange(len(origins), device=origins.device), lengths)
     place = torch.arange(len(which), device=origins.device) + (starts - lengths.cumsum(0) + lengths)[which]
     x, y = (points[place] - origins[which]).unbind(1)
     degree = torch.atan2(x, y) * 180 / torch.pi
     degree = torch.where(degree < 0, degree + 360, degree)
-    # Right on a multiple of 45 degrees rounding must not decide, which differs from device to device.
+    # At exact multiples of 45 degrees the result must not depend on rounding, which differs between devices.
     certain = (x == 0) | (y == 0) | (x.abs() == y.abs())
     degree = torch.where(certain, degree.round(), degree).to(torch.int64)
     cells = which * table.shape[1] + degree + 3
@@ -481,9 +548,9 @@ def _farthest(points: Tensor, starts: Tensor, lengths: Tensor, origins: Tensor, 
 
 
 def _bridged_degrees(table: Tensor) -> Float[Tensor, "p 360"]:
-    """Every degree's distance, empty ones taken from the nearest filled one if pixels side by side leave such a gap."""
+    """The distance at every degree; that of the nearest filled degree where adjacent pixels can leave such a gap."""
     around = torch.cat([torch.maximum(table[:, 3:4], table[:, 363:364]), table[:, 4:363]], 1)
-    around = around.repeat(1, 3)  # the degrees three times, so that the middle ones have neighbours on both sides
+    around = around.repeat(1, 3)  # three times, so that the degrees in the middle have neighbours on both sides
     places = torch.arange(around.shape[1], device=table.device)
     before = torch.where(around >= 0, places, -1).cummax(1).values
     after = torch.where(around >= 0, places, 3 * 360).flip(1).cummin(1).values.flip(1)
@@ -491,7 +558,7 @@ def _bridged_degrees(table: Tensor) -> Float[Tensor, "p 360"]:
     for nearest in (before, after):
         gap = (nearest - places).abs()[:, 360:720]
         value = around.gather(1, nearest.clamp(0, around.shape[1] - 1))[:, 360:720]
-        # Two pixels that touch at a corner are seen at most sqrt(2) / distance apart; a degree is lost to cutting.
+        # Pixels that touch at a corner are at most sqrt(2) / distance radians apart; truncation adds a degree.
         near = (value >= 0) & (gap <= (1 + 81.1 / value.clamp(min=0.1)).clamp(min=3))
         sides.append((value, torch.where(near, gap, 3 * 360)))
     (first, gap), (second, other) = sides
@@ -500,7 +567,15 @@ def _bridged_degrees(table: Tensor) -> Float[Tensor, "p 360"]:
 
 
 def ray_points(origins: Float[Tensor, "*n 2"], rays: Float[Tensor, "*n r"]) -> Float[Tensor, "*n r 2"]:
-    """The ends x, y of rays of these lengths: the outline as a polygon, counter-clockwise on the screen."""
+    """Converts rays to outlines, counter-clockwise on the screen.
+
+    Args:
+        origins: x, y in pixels.
+        rays: Lengths in pixels.
+
+    Returns:
+        x, y of the end of each ray.
+    """
     count = rays.shape[-1]
     angles = torch.arange(count, device=rays.device, dtype=rays.dtype) * (360 / count) / 180 * torch.pi
     return origins[..., None, :] + rays[..., None] * torch.stack([angles.sin(), angles.cos()], -1)
@@ -509,7 +584,16 @@ def ray_points(origins: Float[Tensor, "*n 2"], rays: Float[Tensor, "*n r"]) -> F
 def encode_rays(
     masks: Masks, count: int = 36, *, border: Border = "pixels"
 ) -> tuple[Float[Tensor, "n {count}"], Float[Tensor, "n 2"]]:
-    """The rays of each mask from its mass centre (cut to whole pixels), and that centre; zeros for an empty mask."""
+    """Encodes masks as rays from their centres of mass.
+
+    Args:
+        masks: N masks.
+        count: Number of rays, a divisor of 360.
+        border: See `rays_from`.
+
+    Returns:
+        Rays, and centres x, y truncated to integers; zeros for an empty mask.
+    """
     contours = outer_contours(masks)
     centres = contours.centres.nan_to_num(0).trunc().float()
     rays = rays_from(contours, torch.arange(len(masks)), centres, count, border=border)
@@ -519,28 +603,40 @@ def encode_rays(
 def fourier_rays(
     coefficients: Float[Tensor, "*n k 2"], count: int, longest: float = 14.0
 ) -> Float[Tensor, "*n {count}"]:
-    """Rays from the Fourier coefficients (real, imaginary) of their LOG length: inverse transform, then exp. A log is
-    cut at `longest`, so that a wild guess stays finite.
+    """Converts Fourier coefficients of the logarithm of rays to rays: inverse transform, then exponential (FourierNet,
+    arXiv 2002.02709).
 
-    The transform is real and orthonormal: it reads the bins 0 ... count / 2, of the first and last only the real part.
-    Fewer coefficients stand for zeros in the others; of more, those beyond say nothing and get no gradient.
+    The transform is real and orthonormal: it uses the bins 0 ... count / 2, of the first and last only the real part.
+    Missing coefficients are 0; further ones have no effect and no gradient.
+
+    Args:
+        coefficients: Real and imaginary parts.
+        count: Number of rays.
+        longest: Upper bound of the logarithms, so that the lengths stay finite.
     """
     bins = count // 2 + 1
     values = coefficients[..., :bins, :].float()
-    if not values.numel():  # not every library transforms nothing
+    if not values.numel():  # not every FFT library accepts empty input
         return values.sum((-2, -1))[..., None].expand(*values.shape[:-2], count)
     real = torch.zeros(values.shape[-2], dtype=torch.bool, device=values.device)
     real[0] = True
     if count % 2 == 0 and values.shape[-2] == bins:
         real[-1] = True
-    imaginary = values[..., 1].masked_fill(real, 0)  # libraries differ in what they make of these
+    imaginary = values[..., 1].masked_fill(real, 0)  # which FFT libraries treat differently
     logs = torch.fft.irfft(torch.complex(values[..., 0], imaginary), n=count, norm="ortho")
     return logs.clamp(max=longest).exp()
 
 
 def fourier_coefficients(rays: Float[Tensor, "*n r"], keep: int) -> Float[Tensor, "*n {keep} 2"]:
-    """The first `keep` coefficients (real, imaginary) of the log of these rays. Missing rays are deep notches in the
-    log: raise them to a pixel or so before."""
+    """Computes the first Fourier coefficients of the logarithm of rays.
+
+    Args:
+        rays: Lengths in pixels; clamp missing rays to about a pixel before, as their logarithms would dominate.
+        keep: Number of coefficients.
+
+    Returns:
+        Real and imaginary parts.
+    """
     if not rays.numel():
         return rays.float().new_zeros(*rays.shape[:-1], keep, 2)
     return torch.view_as_real(torch.fft.fft(rays.float().log(), norm="ortho")[..., :keep].contiguous())
@@ -550,11 +646,12 @@ def fourier_coefficients(rays: Float[Tensor, "*n r"], keep: int) -> Float[Tensor
 
 
 def _check_word(name: str, value: str, words: Any) -> None:
-    """UsageError for a word that is none of a Literal's."""
+    """Raises a UsageError if `value` is not one of the values of a Literal."""
     if value not in get_args(words):
-        raise UsageError(f"{name} is {value!r}; expected {' or '.join(get_args(words))}")
+        raise UsageError(f"{name} must be {' or '.join(map(repr, get_args(words)))}, got {value!r}")
 
 
-def _check_least(name: str, value: int, why: str) -> None:
+def _check_least(name: str, value: int) -> None:
+    """Raises a UsageError if `value` is below 1."""
     if value < 1:
-        raise UsageError(f"{name} is {value}; {why}")
+        raise UsageError(f"{name} must be at least 1, got {value}")

@@ -1,7 +1,7 @@
-"""Outlines of objects as a network learns and moves them: taken from masks, their extreme points, octagons, features.
+"""Outlines as sequences of vertices, for networks that move them: from masks, extreme points, octagons, features.
 
-Points are x, y; those of several outlines lie in one tensor (N, V, 2), of which row n has `lengths[n]` points and then
-anything. Outlines run counter-clockwise on the screen: top, left, bottom, right.
+Points are x, y. Several outlines form one tensor (N, V, 2), of which row n has `lengths[n]` points followed by padding.
+Outlines are counter-clockwise on the screen: top, left, bottom, right.
 """
 
 from __future__ import annotations
@@ -17,19 +17,26 @@ from maskwright.structures import Masks
 
 
 def outlines_of(masks: Masks) -> tuple[list[np.ndarray], np.ndarray]:
-    """The outer outline of every part of every mask, (P, 2) each, and whose part it is; holes are left out."""
+    """Traces the outer outline of every part of every mask; holes are left out.
+
+    Args:
+        masks: N masks.
+
+    Returns:
+        One array (P, 2) of points per outline, and the index of the mask of each.
+    """
     traced = masks if masks.kind == "polygon" and masks.fill == "union" else masks.pack()
     rings = [(number, ring) for number, own in enumerate(traced.polygons()) for ring in own]
     owners = np.array([number for number, _ in rings], np.int64)
     points = [ring for _, ring in rings]
-    if traced.kind != "polygon" and points:  # traced: a hole runs the other way round
+    if traced.kind != "polygon" and points:  # traced: holes have the opposite orientation
         outer = signed_areas(points) > 0
         return [p for p, good in zip(points, outer, strict=True) if good], owners[outer]
     return points, owners
 
 
 def signed_areas(rings: Sequence[np.ndarray]) -> np.ndarray:
-    """The area of each outline, negative where it runs counter-clockwise on the screen."""
+    """Computes the area of each outline, negative if it is counter-clockwise on the screen."""
     flat, owners, _ = _flat(rings)
     following = flat[_following(owners, len(rings))]
     return np.bincount(owners, flat[:, 0] * following[:, 1] - following[:, 0] * flat[:, 1], len(rings)) / 2
@@ -38,10 +45,15 @@ def signed_areas(rings: Sequence[np.ndarray]) -> np.ndarray:
 def tidy_outlines(
     rings: Sequence[np.ndarray], size: tuple[float, float], smallest: float = 0.0
 ) -> tuple[Float[Tensor, "n v 2"], Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Outlines clipped to a map of `size` (H, W), counter-clockwise, no point twice: points, lengths and which of
-    `rings` they are. What covers no more than `smallest` or has fewer than three points is left out.
+    """Clips outlines to a map, orients them counter-clockwise and removes repeated points. Computed in float64.
 
-    The work is in float64 on the host, all outlines at once.
+    Args:
+        rings: Outlines, (P, 2) each.
+        size: Height and width of the map.
+        smallest: Outlines with an area of no more than this, or with fewer than three points, are dropped.
+
+    Returns:
+        Points, the number of points of each outline, and its index in `rings`.
     """
     flat, owners, places = _flat(rings)
     flat = flat.clip(0, (size[1], size[0]))
@@ -49,10 +61,10 @@ def tidy_outlines(
     following = flat[_following(owners, count)]
     areas = np.bincount(owners, flat[:, 0] * following[:, 1] - following[:, 0] * flat[:, 1], count) / 2
     lengths = np.bincount(owners, minlength=count)
-    places = np.where(areas[owners] > 0, lengths[owners] - 1 - places, places)  # the others are turned round
+    places = np.where(areas[owners] > 0, lengths[owners] - 1 - places, places)  # clockwise ones are reversed
     order = np.lexsort((places, owners))
     flat, owners, places = flat[order], owners[order], places[order]
-    # Of points at the same place the first stays.
+    # Of equal points the first is kept.
     alike = np.lexsort((places, flat[:, 1], flat[:, 0], owners))
     same = np.zeros(len(flat), bool)
     ahead, behind = alike[:-1], alike[1:]
@@ -70,7 +82,7 @@ def tidy_outlines(
 
 
 def bounds(points: Float[Tensor, "n v 2"], lengths: Int[Tensor, " n"]) -> Float[Tensor, "n 4"]:
-    """The boxes around the outlines."""
+    """Computes the boxes x0, y0, x1, y1 around the outlines; `lengths` are their numbers of points."""
     outside = (torch.arange(points.shape[1], device=points.device) >= lengths[:, None])[..., None]
     low = points.masked_fill(outside, torch.inf).amin(1)
     return torch.cat([low, points.masked_fill(outside, -torch.inf).amax(1)], 1)
@@ -79,25 +91,33 @@ def bounds(points: Float[Tensor, "n v 2"], lengths: Int[Tensor, " n"]) -> Float[
 def extreme_points(
     points: Float[Tensor, "n v 2"], lengths: Int[Tensor, " n"], share: float = 0.02
 ) -> Float[Tensor, "n 4 2"]:
-    """Top, left, bottom and right of each outline (ExtremeNet, arXiv 1901.08043).
+    """Computes the extreme points of each outline (ExtremeNet, arXiv 1901.08043).
 
-    Each is the extreme vertex, the first of equal ones, and the neighbours on both sides, as long as they are within
-    `share` of the height or width of it: across, the middle of that run is taken.
+    Each is the centre of the run of vertices around the extreme one (the first of equal ones) that are within `share`
+    of the height or width of it.
+
+    Args:
+        points: Vertices x, y.
+        lengths: Number of vertices of each outline.
+        share: Tolerance, as a share of the box's height or width.
+
+    Returns:
+        x, y of the top, left, bottom and right point.
     """
     box = bounds(points, lengths)
     sides = box[:, 2:] - box[:, :2]
     steps = torch.arange(points.shape[1], device=points.device)
-    there = steps < lengths[:, None]
+    valid = steps < lengths[:, None]
     result = []
     for axis, sign in ((1, 1.0), (0, 1.0), (1, -1.0), (0, -1.0)):
-        value = (points[..., axis] * sign).masked_fill(~there, torch.inf)
+        value = (points[..., axis] * sign).masked_fill(~valid, torch.inf)
         first = value.argmin(1, keepdim=True)
         best = value.gather(1, first)
         low, high = torch.full_like(best, torch.inf), torch.full_like(best, -torch.inf)
         for direction in (1, -1):
             index = (first + direction * steps) % lengths[:, None]
-            near = value.gather(1, index) - best <= share * sides[:, axis, None]
-            run = (near & there).long().cumprod(1) > 0
+            close = value.gather(1, index) - best <= share * sides[:, axis, None]
+            run = (close & valid).long().cumprod(1) > 0
             across = points[..., 1 - axis].gather(1, index)
             low = low.minimum(across.masked_fill(~run, torch.inf).amin(1, keepdim=True))
             high = high.maximum(across.masked_fill(~run, -torch.inf).amax(1, keepdim=True))
@@ -107,15 +127,23 @@ def extreme_points(
 
 
 def diamonds(boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4 2"]:
-    """The middles of the top, left, bottom and right side of each box."""
+    """Computes the midpoints of the top, left, bottom and right side of each box."""
     x0, y0, x1, y1 = boxes.unbind(-1)
     x, y = (x0 + x1) / 2, (y0 + y1) / 2
     return torch.stack([torch.stack(p, -1) for p in ((x, y0), (x0, y), (x, y1), (x1, y))], 1)
 
 
 def octagons(extremes: Float[Tensor, "n 4 2"]) -> Float[Tensor, "n 12 2"]:
-    """Through each extreme point a segment of a quarter of the width or height, cut where it would leave the box of
-    the four (ExtremeNet): twelve points, from the top one on."""
+    """Computes the octagons of extreme points (ExtremeNet, arXiv 1901.08043).
+
+    Each extreme point is the centre of an edge of a quarter of the width or height, clipped to the box of the four.
+
+    Args:
+        extremes: x, y of the top, left, bottom and right point.
+
+    Returns:
+        Twelve points: the extreme points and the ends of their edges, from the top point on.
+    """
     top, left, bottom, right = extremes.unbind(1)
     x0, x1, y0, y1 = left[:, 0], right[:, 0], top[:, 1], bottom[:, 1]
     w, h = (x1 - x0) / 8, (y1 - y0) / 8
@@ -135,10 +163,18 @@ def read_at(
     *,
     align_corners: bool,
 ) -> Float[Tensor, "n p c"]:
-    """Features at points (in cells of the map) of outlines of the images `owners`: bilinear, zeros outside.
+    """Samples features at points by bilinear interpolation, with zeros outside of the map.
 
-    align_corners  x is read at x (W - 1) / W, as `grid_sample` does with that setting for x / (W / 2) - 1 (and did
-                   in all cases before PyTorch 1.3); without, at x - 0.5: cell (i, j) covers [j, j + 1) x [i, i + 1)
+    Args:
+        features: Feature maps.
+        points: x, y in cells of the map.
+        owners: Index of the image of each outline.
+        align_corners: Whether x is sampled at x (W - 1) / W, like `grid_sample` with that setting at x / (W / 2) - 1
+            (and without the setting before PyTorch 1.3); otherwise at x - 0.5: cell (i, j) covers [j, j + 1) x
+            [i, i + 1).
+
+    Returns:
+        Features of each point, in the dtype of the maps.
     """
     _, channels, height, width = features.shape
     table = features.permute(0, 2, 3, 1).reshape(-1, channels)
@@ -156,7 +192,7 @@ def read_at(
 
 
 def _flat(rings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All points, whose they are, and which of that outline's."""
+    """All points, the outline of each, and its position in that outline."""
     lengths = np.array([len(r) for r in rings], np.int64)
     flat = np.concatenate(rings) if len(rings) else np.zeros((0, 2))
     owners = np.repeat(np.arange(len(rings)), lengths)
@@ -164,7 +200,7 @@ def _flat(rings: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _following(owners: np.ndarray, count: int) -> np.ndarray:
-    """The next point of the same outline, the first after the last; points of an outline lie side by side."""
+    """Index of the next point of the same outline, whose points are consecutive; the first follows the last."""
     lengths = np.bincount(owners, minlength=count)
     first = np.cumsum(lengths) - lengths
     following = np.arange(1, len(owners) + 1)

@@ -1,20 +1,20 @@
-"""Deep Snake: an outline that a network moves (Peng, Jiang, Pi, Li, Bao, Zhou, CVPR 2020, arXiv 2001.01629).
+"""Deep Snake (Peng, Jiang, Pi, Li, Bao, Zhou, CVPR 2020, arXiv 2001.01629).
 
-A detector of centres (CenterNet) gives boxes. The middles of a box's sides are moved to the object's four extreme
-points, these make an octagon, and the octagon's 128 points are moved three times until they lie on the outline. What
-moves them is a network over the closed line of points: convolutions whose neighbourhood goes round (circular
-convolution), fed with the features under the points and the points' places.
+A detector of centres (CenterNet) predicts boxes. The midpoints of a box's sides are moved to the four extreme points of
+the object, these define an octagon, and its 128 points are moved three times towards the contour. The offsets come from
+a network on closed sequences of points: convolutions with circular neighbourhoods (circular convolution), whose input
+is the features at the points and the points' coordinates.
 
-An object of several parts (section 3.3, for Cityscapes) is split first: a second detector, of centres inside the box,
-says where its components are, each has an outline of its own, and all together are the mask.
+Objects of several parts (section 3.3, for Cityscapes) are split first: a second detector finds the centres of
+components inside each box, each component has a contour, and their union is the mask.
 
-Coordinates of the contours are cells of the map of stride 4: a pixel's coordinate divided by 4, nothing added.
+Contours are in cells of the feature map of stride 4: pixel coordinates divided by 4, without an offset.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -22,119 +22,264 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from maskwright.blocks.backbones import Backbone, BackboneLike, levels_of
 from maskwright.blocks.dla import DLA, DLAUp, LightUp
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.snake import CELLS, ComponentHead, Convolution, LineNorm, Snake
-from maskwright.blocks.trunk import make_trunk, normalization_for
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.centres import PRIOR, centre_focal_sum, find_peaks, gaussian_radius, paint_gaussians
 from maskwright.ops.contours import resample, resample_from
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.vertices import bounds, diamonds, extreme_points, octagons, outlines_of, read_at, tidy_outlines
+from maskwright.options import OptionGroup
 from maskwright.structures import Instances, Masks, Placement, Preprocess
-from maskwright.systems.base import Card, ClassRows, Preset, Score, System
+from maskwright.structures.resize import Resize, ResizeLike
+from maskwright.systems.card import Card, Preset, Score
+from maskwright.systems.system import ClassRows, System
 
 STRIDE = 4
 DILATIONS = (1, 1, 1, 2, 2, 4, 4)
 SIZE_WEIGHT = 0.1
-COLOURS = Preprocess(
+PUBLISHED = Preprocess(
     resample="opencv", mean=(0.40789654, 0.44719302, 0.47026115), std=(0.28863828, 0.27408164, 0.27809835),
-    channels="BGR",
+    channels="BGR", fit="letterbox", canvas=(512, 512),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Raw:
-    """What the detector says of every cell, and what the contours' stages read."""
+class ContourOptions(OptionGroup):
+    """The contours and their network, as options; the paper compares iterations and convolutions.
 
-    centres: Float[Tensor, "b k h w"]  # logits
-    sizes: Float[Tensor, "b 2 h w"]  # width and height of the box around the cell, in cells
+    Attributes:
+        points: Points of a contour.
+        start_points: Points of the diamond from which the extreme points are predicted; a multiple of 4.
+        iterations: How often a contour is moved.
+        convolution: "circular" with nine weights, or "graph" with two: of a point, and of both its neighbours.
+        width: Channels of the network.
+        norm: Its normalisation; "batch" as published.
+        align_corners: How features are sampled at points, see `ops.vertices.read_at`.
+    """
+
+    label: ClassVar[str] = "contours"
+
+    points: int = 128
+    start_points: int = 40
+    iterations: int = 3
+    convolution: Convolution = "circular"
+    width: int = 128
+    norm: LineNorm = "group"
+    align_corners: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("iterations", "width"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"contours.{name} must be at least 1, got {getattr(self, name)}")
+        reach = 4 * max(DILATIONS) if self.convolution == "circular" else max(DILATIONS)
+        least = max(12, reach)  # an octagon has 12 points; the widest convolution must not go round more than once
+        if self.points < least:
+            raise UsageError(f"contours.points must be at least {least}, got {self.points}")
+        if self.start_points % 4 or self.start_points < max(4, reach):
+            raise UsageError(
+                f"contours.start_points must be a multiple of 4 and at least {max(4, reach)}, got {self.start_points}"
+            )
+
+
+ContourOptionsLike = Mapping[str, Any] | ContourOptions
+BACKBONE, CONTOURS, RESIZE = Backbone("dla34"), ContourOptions(), Resize()
+
+
+# ---- networks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Raw output of every cell.
+
+    Attributes:
+        centres: Logits of an object's centre, for each class.
+        sizes: Width and height of the box around the cell, in cells.
+        feature: What the network of the contours reads.
+    """
+
+    centres: Float[Tensor, "b k h w"]
+    sizes: Float[Tensor, "b 2 h w"]
     feature: Float[Tensor, "b c h w"]
 
 
-class Detections(NamedTuple):
-    """Boxes of the batch in cells of the map, those of an image side by side, best first."""
+class CentreDense(nn.Module):
+    """Backbone, a neck that merges its levels at stride 4, and the heads of CenterNet (arXiv 1904.07850)."""
 
-    boxes: Float[Tensor, "n 4"]
-    scores: Float[Tensor, " n"]
-    labels: Int[Tensor, " n"]
-    owners: Int[Tensor, " n"]  # which image
+    def __init__(
+        self, backbone: nn.Module, classes: int, *, neck_width: int, deformable: bool, norm: Norm, eps: float,
+        head_width: int,
+    ):  # fmt: skip
+        """
+        Args:
+            backbone: With levels of strides 4, 8, 16 and 32. For a DLA the neck is that of CenterNet, for others it is
+                `LightUp`.
+            classes: Number of classes.
+            neck_width: Channels of `LightUp`.
+            deformable: Whether the neck of a DLA has deformable convolutions.
+            norm: Normalisation of the neck.
+            eps: Its epsilon.
+            head_width: Channels of the heads.
+        """
+        super().__init__()
+        levels = levels_of(backbone)
+        self.backbone = backbone
+        self.read = levels.indices((4, 8, 16, 32))
+        channels = [levels.channels[i] for i in self.read]
+        self.neck: nn.Module
+        if isinstance(backbone, DLA):
+            self.neck, self.channels = DLAUp(channels, norm=norm, eps=eps, deformable=deformable), channels[0]
+        else:
+            self.neck, self.channels = LightUp(channels, neck_width, norm=norm, eps=eps), neck_width
+        self.centres = _head(self.channels, head_width, classes, PRIOR)
+        self.sizes = _head(self.channels, head_width, 2)
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
+        levels = self.backbone(images)
+        feature = self.neck([levels[i] for i in self.read])  # (B, 64, H/4, W/4)
+        return Raw(self.centres(feature), self.sizes(feature), feature)
 
 
-class Truth(NamedTuple):
-    """What is to be learnt, in cells of the map: D detections and N contours, which are the same without components."""
-
-    boxes: Float[Tensor, "d 4"]
-    labels: Int[Tensor, " d"]
-    images: Int[Tensor, " d"]
-    contour_boxes: Float[Tensor, "n 4"]
-    contour_owners: Int[Tensor, " n"]  # which detection
-    extremes: Float[Tensor, "n 4 2"]
-    outlines: Float[Tensor, "n p 2"]
-    octagons: Float[Tensor, "n p 2"]
+def _head(channels: int, width: int, outputs: int, bias: float = 0.0) -> nn.Sequential:
+    last = nn.Conv2d(width, outputs, 1)
+    nn.init.constant_(last.bias, bias)  # pyright: ignore[reportArgumentType]
+    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True), last)
 
 
 class Contours(nn.Module):
-    """The moving outline: box -> extreme points -> octagon -> outline."""
+    """From boxes to extreme points, octagons and contours (figure 3)."""
 
-    def __init__(
-        self, channels: int, *, width: int, points: int, start_points: int, iterations: int,
-        dilations: Sequence[int], kind: Convolution, norm: LineNorm, align_corners: bool,
-    ):  # fmt: skip
+    def __init__(self, channels: int, options: ContourOptions):
         super().__init__()
-        self.points, self.start_points, self.align_corners = points, start_points, align_corners
+        self.options = options
         self.fuse = nn.Conv1d(2 * channels, channels, 1)
-        self.start = Snake(channels + 2, width, dilations, kind, norm)
-        self.steps = nn.ModuleList(Snake(channels + 2, width, dilations, kind, norm) for _ in range(iterations))
+
+        def snake() -> Snake:
+            return Snake(channels + 2, options.width, DILATIONS, options.convolution, options.norm)
+
+        self.start = snake()
+        self.steps = nn.ModuleList(snake() for _ in range(options.iterations))
         for layer in self.modules():
             if isinstance(layer, nn.Conv1d):
                 nn.init.normal_(layer.weight, std=0.01)
                 nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
 
-    def read(self, feature: Tensor, points: Tensor, owners: Tensor) -> Float[Tensor, "n c p"]:
-        return read_at(feature, points, owners, align_corners=self.align_corners).transpose(1, 2)
+    def forward(
+        self,
+        feature: Float[Tensor, "b c h w"],
+        boxes: Float[Tensor, "n 4"],
+        owners: Int[Tensor, " n"],
+        octagons: Float[Tensor, "n p 2"] | None = None,
+    ) -> tuple[Float[Tensor, "n 4 2"], tuple[Float[Tensor, "n p 2"], ...]]:
+        """Predicts extreme points from boxes, and moves octagons to contours.
 
-    def diamonds(self, boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n s 2"]:
-        """The middles of a box's sides as a closed line of `start_points`, a quarter of them on each of its edges."""
-        corners = diamonds(boxes)
-        part = torch.arange(self.start_points // 4, device=boxes.device) / (self.start_points // 4)
-        edges = (corners.roll(-1, 1) - corners)[:, :, None] * part[:, None]
-        return (corners[:, :, None] + edges).flatten(1, 2)
+        Args:
+            feature: Feature map of stride 4.
+            boxes: Boxes in cells of the map.
+            owners: Index of each box's image.
+            octagons: Contours to start from, in cells; default the octagons of the predicted extreme points, which are
+                clipped to the map.
 
-    def extremes(
-        self, feature: Float[Tensor, "b c h w"], boxes: Float[Tensor, "n 4"], owners: Int[Tensor, " n"]
-    ) -> Float[Tensor, "n 4 2"]:
-        """Top, left, bottom and right as the first stage sees them."""
-        line = self.diamonds(boxes)
-        centres = (line.amin(1, keepdim=True) + line.amax(1, keepdim=True)) / 2
-        under = self.read(feature, line, owners)
-        middle = self.read(feature, centres, owners).expand_as(under)
-        offsets = self._move(self.start, self.fuse(torch.cat([under, middle], 1)), line)
-        return (line + offsets)[:, :: self.start_points // 4]
+        Returns:
+            The extreme points (top, left, bottom, right), not clipped, and the contour after each iteration, in cells.
+        """
+        diamond = diamond_lines(boxes, self.options.start_points)
+        centres = (diamond.amin(1, keepdim=True) + diamond.amax(1, keepdim=True)) / 2
+        at_points = self._sample(feature, diamond, owners)
+        at_centre = self._sample(feature, centres, owners).expand_as(at_points)
+        offsets = self._move(self.start, self.fuse(torch.cat([at_points, at_centre], 1)), diamond)
+        extremes = (diamond + offsets)[:, :: self.options.start_points // 4]
+        if octagons is None:
+            octagons = octagon_lines(clipped_to_map(extremes, feature), self.options.points)
+        contour, contours = octagons, []
+        for step in self.steps:  # which reads and predicts pixels of the input, four per cell
+            offsets = self._move(step, self._sample(feature, contour, owners), contour * STRIDE)
+            contour = (contour * STRIDE + offsets) / STRIDE
+            contours.append(contour)
+        return extremes, tuple(contours)
 
-    def octagons(self, extremes: Float[Tensor, "n 4 2"]) -> Float[Tensor, "n p 2"]:
-        return resample(octagons(extremes), self.points)
-
-    def outlines(
-        self, feature: Float[Tensor, "b c h w"], start: Float[Tensor, "n p 2"], owners: Int[Tensor, " n"]
-    ) -> list[Float[Tensor, "n p 2"]]:
-        """The outline after each step. The network sees and gives pixels of the input, four to a cell."""
-        lines = []
-        for step in self.steps:
-            offsets = self._move(step, self.read(feature, start, owners), start * STRIDE)
-            start = (start * STRIDE + offsets) / STRIDE
-            lines.append(start)
-        return lines
+    def _sample(self, feature: Tensor, points: Tensor, owners: Tensor) -> Float[Tensor, "n c p"]:
+        return read_at(feature, points, owners, align_corners=self.options.align_corners).transpose(1, 2)
 
     @staticmethod
     def _move(snake: nn.Module, features: Tensor, points: Float[Tensor, "n p 2"]) -> Float[Tensor, "n p 2"]:
-        places = (points - points.amin(1, keepdim=True)).transpose(1, 2).to(features)
-        return snake(torch.cat([features, places], 1)).float()
+        """Offsets of the points from their features and their coordinates relative to the contour's box."""
+        relative = (points - points.amin(1, keepdim=True)).transpose(1, 2).to(features)
+        return snake(torch.cat([features, relative], 1)).float()
+
+
+def diamond_lines(boxes: Float[Tensor, "n 4"], count: int) -> Float[Tensor, "n {count} 2"]:
+    """The midpoints of a box's sides as a closed contour with `count` points, a quarter of them on each edge."""
+    corners = diamonds(boxes)
+    part = torch.arange(count // 4, device=boxes.device) / (count // 4)
+    edges = (corners.roll(-1, 1) - corners)[:, :, None] * part[:, None]
+    return (corners[:, :, None] + edges).flatten(1, 2)
+
+
+def octagon_lines(extremes: Float[Tensor, "n 4 2"], count: int) -> Float[Tensor, "n {count} 2"]:
+    """The octagons of extreme points as closed contours with `count` points."""
+    return resample(octagons(extremes), count)
+
+
+def clipped_to_map(points: Float[Tensor, "*n 2"], feature: Float[Tensor, "b c h w"]) -> Float[Tensor, "*n 2"]:
+    """Points x, y moved into the map."""
+    x, y = points.unbind(-1)
+    return torch.stack([x.clamp(0, feature.shape[3] - 1), y.clamp(0, feature.shape[2] - 1)], -1)
+
+
+# ---- targets and detections ------------------------------------------------------------------------------------------
+
+
+class Targets(NamedTuple):
+    """Targets of a batch in cells of the map: D objects and N contours, which correspond one to one without components.
+
+    Attributes:
+        boxes: Boxes of the objects.
+        labels: Their class indices.
+        images: Their images.
+        contour_boxes: Boxes of the contours.
+        contour_owners: The contours' objects.
+        extremes: Extreme points of the contours.
+        outlines: The contours, starting at the point that is closest to the octagon's first one.
+        octagons: The octagons of the extreme points.
+    """
+
+    boxes: Float[Tensor, "d 4"]
+    labels: Int[Tensor, " d"]
+    images: Int[Tensor, " d"]
+    contour_boxes: Float[Tensor, "n 4"]
+    contour_owners: Int[Tensor, " n"]
+    extremes: Float[Tensor, "n 4 2"]
+    outlines: Float[Tensor, "n p 2"]
+    octagons: Float[Tensor, "n p 2"]
+
+
+class Detections(NamedTuple):
+    """Detected boxes of a batch, ordered by image, best first.
+
+    Attributes:
+        boxes: In cells of the map.
+        scores: Probabilities.
+        labels: Class indices.
+        owners: Index of each box's image.
+    """
+
+    boxes: Float[Tensor, "n 4"]
+    scores: Float[Tensor, " n"]
+    labels: Int[Tensor, " n"]
+    owners: Int[Tensor, " n"]
+
+
+# ---- the system ------------------------------------------------------------------------------------------------------
 
 
 class DeepSnake(System):
-    """See the module's text. `decode` takes `score_threshold`, `nms_threshold`, `detections`, `component_score`."""
+    """Deep Snake with the published options as presets; see the module."""
 
     name = "deepsnake"
     card = Card(
@@ -144,140 +289,120 @@ class DeepSnake(System):
         code="zju3dv/snake",
         code_licence="non-commercial research and education only",
     )
+    renamed_options: ClassVar[Mapping[str, str | None]] = {
+        **{name: f"contours.{name}" for name in ("points", "start_points", "iterations", "convolution")},
+        "contour_width": "contours.width",
+        "contour_norm": "contours.norm",
+        "align_corners": "contours.align_corners",
+        "fit": "resize.fit",
+    }
+    renamed_parameters: ClassVar[Mapping[str, str]] = {
+        "backbone.": "dense.backbone.",
+        "neck.": "dense.neck.",
+        "centre_head.": "dense.centres.",
+        "size_head.": "dense.sizes.",
+        "component_head.": "components.",
+    }
 
     def __init__(
         self,
         classes: Sequence[str] = ("object",),
         *,
-        backbone: str = "dla34",
-        pretrained: bool = False,
+        backbone: BackboneLike = BACKBONE,
         in_channels: int = 3,
-        stem_width: int | None = None,
-        norm: Norm = "group",
-        norm_eps: float = 1e-5,
-        frozen: int = 0,
-        deformable: bool = True,
         neck_width: int = 64,
+        neck_norm: Norm | None = None,
+        deformable: bool = True,
         head_width: int = 256,
         components: bool = False,
-        whole_classes: Sequence[str] = (),
         component_width: int = 256,
-        points: int = 128,
-        start_points: int = 40,
-        iterations: int = 3,
-        convolution: Convolution = "circular",
-        contour_width: int = 128,
-        contour_norm: LineNorm = "group",
-        align_corners: bool = True,
+        whole_classes: Sequence[str] = (),
+        contours: ContourOptionsLike = CONTOURS,
         start: Literal["box", "centre"] = "centre",
         supervise: Literal["last", "all"] = "last",
         smallest_area: float = 5.0,
         most_contours: int = 400,
-        fit: Literal["letterbox", "pad"] = "letterbox",
-        canvas: Sequence[int] = (512, 512),
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        resize: ResizeLike = RESIZE,
     ):
         """
-        backbone        "dla34" with CenterNet's way up; "resnet18" ... "resnet152" or "timm:NAME" with a light one
-        pretrained      timm's published weights in the backbone (a download); ours start random
-        stem_width      channels after the stem; all levels scale with it. None: 16 (DLA), 64 (ResNet)
-        norm            of trunk and neck: "group" trains from random weights and with small batches; published: "batch"
-        frozen          so many parts of the trunk do not train, from the stem on
-        deformable      whether the way up of a DLA has deformable convolutions
-        neck_width      channels of the feature with a ResNet; with a DLA they are 4 * stem_width
-        components      objects may have several outlines, found by a second detector (section 3.3)
-        whole_classes   classes that, where they are among `classes`, are one component always, their box (Cityscapes:
-                        person and rider)
-        points, start_points, iterations, convolution, contour_width, contour_norm
-                        of the contours; the paper compares iterations and convolutions
-        align_corners   how features under the points are read: see `ops.vertices.read_at`
-        start           where a contour starts in training: the annotated "box" (SBD, KINS), or its size around the
-                        "centre" rounded to a cell, as a detection has it (COCO)
-        supervise       which contours are learnt from: the paper sums over the iterations; the code's trainer keeps
-                        the "last" only, through which the others are trained too
-        smallest_area   parts that cover no more cells than this are not learnt
-        most_contours   so many at most are learnt from in one batch, a random choice of them: bounds the memory
-                        (about 8 MB each as published)
-        fit, canvas     "letterbox" into the canvas (height, width), or "pad": the image's own size, on a black canvas
-                        that is a multiple of 32 and larger
-        mean, std       per channel BGR, of values divided by 255; None: as published
+        Args:
+            classes: Class names.
+            backbone: "dla34" with CenterNet's neck as published, with norm "batch"; or any other with levels of strides
+                4 to 32 and a light neck.
+            in_channels: Channels of the image.
+            neck_width: Channels of the light neck. CenterNet's has 4 * backbone.width.
+            neck_norm: Normalisation of the neck; default that of the backbone, "group" for one without this option.
+            deformable: Whether CenterNet's neck has deformable convolutions.
+            head_width: Channels of the heads.
+            components: Whether objects may have several contours, which a second detector finds (section 3.3).
+            component_width: Channels of that detector.
+            whole_classes: Those of `classes` that always have one component, their box (Cityscapes: person and rider).
+            contours: Contours and their network, see `ContourOptions`.
+            start: Where a contour starts in training: at the annotated "box" (SBD, KINS), or at a box of its size
+                around the "centre" rounded to a cell, like a detection (COCO).
+            supervise: Which contours have a loss: "all" iterations, as in the paper; or the "last", as in the published
+                code, through which the others are trained too.
+            smallest_area: Parts that cover no more cells than this are ignored in training.
+            most_contours: Maximum number of contours with a loss per batch, a random choice of them: bounds the memory
+                (about 8 MB each as published).
+            resize: Published: letterboxed into a `canvas` of 512 x 512; or fit="pad": the image's own size on a black
+                canvas that is a multiple of 32 and larger.
         """
         super().__init__()
-        _expect("convolution", convolution, ("circular", "graph"))
-        _expect("contour_norm", contour_norm, ("batch", "group", "none"))
-        _expect("start", start, ("box", "centre"))
-        _expect("supervise", supervise, ("last", "all"))
-        _expect("fit", fit, ("letterbox", "pad"))
-        if iterations < 1:
-            raise UsageError(f"iterations is {iterations}; the outline must be moved at least once (published: 3)")
-        if len(canvas) != 2 or min(canvas) < 1:
-            raise UsageError(f"canvas is {list(canvas)}; expected a height and a width in pixels, both at least 1")
-        reach = 4 * max(DILATIONS) if convolution == "circular" else 1
-        if start_points % 4 or start_points < max(4, reach) or points < max(12, reach):
-            raise UsageError(
-                f"start_points is {start_points} and points {points}; a multiple of 4 and at least {max(12, reach)} "
-                "are needed, since the widest convolution reaches so far"
-            )
         self.classes = tuple(classes)
         self.whole = [k for k, name in enumerate(self.classes) if name in set(whole_classes)]
         self.start, self.supervise = start, supervise
         self.smallest_area, self.most_contours = smallest_area, most_contours
-
-        if backbone.startswith("dla"):
-            try:
-                depth = int(backbone[3:]) if backbone[3:].isdigit() else 0
-                self.backbone: nn.Module = DLA(
-                    depth, in_channels=in_channels, base=stem_width or 16, norm=norm, eps=norm_eps, frozen=frozen
-                )
-            except ValueError as error:
-                raise UsageError(str(error)) from None
-            self.neck: nn.Module = DLAUp(self.backbone.channels, norm=norm, eps=norm_eps, deformable=deformable)
-            channels = self.neck.channels
-        else:
-            self.backbone, widths = make_trunk(
-                backbone, pretrained=pretrained, in_channels=in_channels, stem_width=stem_width or 64, norm=norm,
-                norm_eps=norm_eps, frozen=frozen,
-            )  # fmt: skip
-            self.neck, channels = LightUp(widths, neck_width, norm=norm, eps=norm_eps), neck_width
-        self.centre_head = _head(channels, head_width, len(self.classes), PRIOR)
-        self.size_head = _head(channels, head_width, 2)
-        self.component_head = ComponentHead(channels, component_width) if components else None
-        self.contours = Contours(
-            channels, width=contour_width, points=points, start_points=start_points, iterations=iterations,
-            dilations=DILATIONS, kind=convolution, norm=contour_norm, align_corners=align_corners,
+        spec, options = Backbone.read(backbone, BACKBONE), ContourOptions.read(contours, CONTOURS)
+        self.points = options.points
+        self.dense = CentreDense(
+            spec.build(in_channels), len(self.classes), neck_width=neck_width, deformable=deformable,
+            norm=neck_norm or spec.norm, eps=spec.eps, head_width=head_width,
         )  # fmt: skip
-        rule = {"fit": "letterbox", "canvas": tuple(canvas)} if fit == "letterbox" else {"fit": "pad"}
-        self.preprocess = normalization_for(Preprocess.from_dict({**COLOURS.to_dict(), **rule}), in_channels, mean, std)
+        self.components = ComponentHead(self.dense.channels, component_width) if components else None
+        self.contours = Contours(self.dense.channels, options)
+        size, published = Resize.read(resize, RESIZE), PUBLISHED
+        if size.fit not in (None, "letterbox", "stretch"):
+            published = replace(published, fit=size.fit, canvas=None)
+        self.preprocess = size.apply(published, in_channels)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
-        feature = self.neck(self.backbone(images))  # (B, 64, H/4, W/4)
-        return Raw(self.centre_head(feature), self.size_head(feature), feature)
+        return self.dense(images)
 
-    # ---- learning ------------------------------------------------------------------------------------------------
+    # ---- losses ------------------------------------------------------------------------------------------------------
 
     def losses(self, raw: Raw, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        truth = self.truth(targets, (raw.feature.shape[2], raw.feature.shape[3]), raw.feature.device)
-        sides = truth.boxes[:, 2:] - truth.boxes[:, :2]
-        centre, size = self._centre_losses(raw.centres, raw.sizes, truth.boxes, sides, truth.images, truth.labels)
+        """Computes `centre` (focal) and `size` of the detector, `component_centre` and `component_size` with
+        components, `extreme` and `outline` of the contours. Crowd regions are ignored."""
+        goals = self.targets(targets, (raw.feature.shape[2], raw.feature.shape[3]), raw.feature.device)
+        sides = goals.boxes[:, 2:] - goals.boxes[:, :2]
+        centre, size = self._centre_losses(raw.centres, raw.sizes, goals.boxes, sides, goals.images, goals.labels)
         terms = {"centre": centre, "size": size + raw.sizes.sum() * 0}
-        if self.component_head is not None:
-            terms["component_centre"], terms["component_size"] = self._component_losses(raw, truth)
-        return terms | self._contour_losses(raw, truth)
+        if self.components is not None:
+            terms["component_centre"], terms["component_size"] = self._component_losses(self.components, raw, goals)
+        return terms | self.contour_losses(raw, goals)
 
     @torch.no_grad()
-    def truth(self, targets: Sequence[Instances], size: tuple[int, int], device: torch.device | str = "cpu") -> Truth:
-        """Outlines on the map of `size` (h, w). Every part of every object is a detection of its own, or with
-        components a component of it. The original drops triangles too; here they are learnt."""
+    def targets(
+        self, targets: Sequence[Instances], size: tuple[int, int], device: torch.device | str = "cpu"
+    ) -> Targets:
+        """Computes the targets of a batch on the CPU.
+
+        Every part of every object is an object of its own, or, with components, a component of it. Unlike in the
+        published code, triangles are not dropped.
+
+        Args:
+            targets: The objects of each image.
+            size: Height and width of the map.
+            device: Where the result is put.
+        """
         rings, objects, labels, images, count = [], [], [], [], 0
         for image, target in enumerate(targets):
             own = target if target.crowd is None else target[~target.crowd]
-            if own.masks is None and len(own):
-                raise UsageError("a target has boxes but no masks; Deep Snake learns outlines, give masks")
             if own.masks is None or not len(own):
                 continue
-            found, owners = outlines_of(own.masks)
-            rings += [ring / STRIDE for ring in found]
+            outlines, owners = outlines_of(own.masks)
+            rings += [ring / STRIDE for ring in outlines]
             objects.append(torch.from_numpy(owners) + count)
             labels.append(own.labels.cpu())
             images.append(torch.full((len(own),), image))
@@ -289,58 +414,59 @@ class DeepSnake(System):
         )
         boxes, objects = bounds(lines, lengths), objects[kept]
         extremes = extreme_points(lines, lengths)
-        starts = self.contours.octagons(extremes)
-        outlines = resample_from(lines, self.contours.points, lengths, starts[:, 0])
-        if self.component_head is None:
+        starts = octagon_lines(extremes, self.points)
+        outlines = resample_from(lines, self.points, lengths, starts[:, 0])
+        if self.components is None:
             whole, owner, labels, images = boxes, torch.arange(len(boxes)), labels[objects], images[objects]
         else:
-            there, owner = objects.unique(return_inverse=True)
-            whole = box_ops.around(boxes, owner, len(there))
-            labels, images = labels[there], images[there]
+            present, owner = objects.unique(return_inverse=True)
+            whole = box_ops.around(boxes, owner, len(present))
+            labels, images = labels[present], images[present]
         floats = (v.float().to(device) for v in (whole, boxes, extremes, outlines, starts))
         whole, boxes, extremes, outlines, starts = floats
         labels, images, owner = labels.to(device), images.to(device), owner.to(device)
-        return Truth(whole, labels, images, boxes, owner, extremes, outlines, starts)
+        return Targets(whole, labels, images, boxes, owner, extremes, outlines, starts)
 
     def _centre_losses(
         self, logits: Float[Tensor, "b k h w"], sizes: Float[Tensor, "b 2 h w"], boxes: Float[Tensor, "d 4"],
         sides: Float[Tensor, "d 2"], rows: Int[Tensor, " d"], labels: Int[Tensor, " d"],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Focal loss of the centres' maps, over the number of centres; smooth L1 of the sizes, 0.1 of its mean. Boxes
-        are in cells of the maps, `sides` what the sizes are to say; `rows` and `labels` say which map is meant."""
+        """Focal loss of the maps of centres over the number of centres, and smooth L1 of the sizes, weighted by 0.1.
+
+        Boxes are in cells of the maps, `sides` are the targets of the sizes; `rows` and `labels` select the map.
+        """
         kinds, (height, width) = logits.shape[1], logits.shape[2:]
         cells = self.cells(boxes, (height, width))
         radii = gaussian_radius((boxes[:, 2:] - boxes[:, :2]).ceil())
         heat = paint_gaussians(cells, radii, rows * kinds + labels, (len(logits) * kinds, height, width))
         heat = heat.view(logits.shape)
-        found = sizes[rows, :, cells[:, 1], cells[:, 0]].float()  # (D, 2)
+        predicted = sizes[rows, :, cells[:, 1], cells[:, 0]].float()  # (D, 2)
         count = global_mean_count(torch.stack([(heat == 1).sum(), labels.new_tensor(len(labels))]))
-        size = SIZE_WEIGHT * functional.smooth_l1_loss(found, sides, reduction="sum") / (2 * count[1] + 1e-4)
+        size = SIZE_WEIGHT * functional.smooth_l1_loss(predicted, sides, reduction="sum") / (2 * count[1] + 1e-4)
         return centre_focal_sum(logits, heat) / count[0], size
 
     @staticmethod
     def cells(boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Int[Tensor, "n 2"]:
-        """The cell x, y nearest to each box's middle (of two the even one)."""
+        """The cell x, y closest to the centre of each box, halves rounded to even."""
         middle = ((boxes[:, :2] + boxes[:, 2:]) / 2).round().long()
         return middle.clamp(min=0).minimum(middle.new_tensor([size[1] - 1, size[0] - 1]))
 
-    def _component_losses(self, raw: Raw, truth: Truth) -> tuple[Tensor, Tensor]:
-        """The same two inside the annotated boxes, on maps of 14 x 56; sizes stay in cells of the image's map.
+    def _component_losses(self, head: ComponentHead, raw: Raw, goals: Targets) -> tuple[Tensor, Tensor]:
+        """The same two inside the annotated boxes, on maps of 14 x 56; sizes are in cells of the image's map.
 
-        Decoding and the two weights are as published. No recording of this loss exists: which boxes are read, the
+        Decoding and the two weights are as published. There is no recording of this loss: which boxes are read, the
         rounding to cells and the radii (of the box in cells of the small map) follow from the decoding.
         """
-        assert self.component_head is not None
-        split = ~torch.isin(truth.labels, truth.labels.new_tensor(self.whole))
+        split = ~torch.isin(goals.labels, goals.labels.new_tensor(self.whole))
         chosen = _some(split.nonzero().flatten(), self.most_contours)
-        boxes, images, weight = truth.boxes[chosen], truth.images[chosen], 1.0
-        row = torch.full_like(truth.labels, -1)
+        boxes, images, weight = goals.boxes[chosen], goals.images[chosen], 1.0
+        row = torch.full_like(goals.labels, -1)
         row[chosen] = torch.arange(len(chosen), device=row.device)
-        row = row[truth.contour_owners]
-        parts, row = truth.contour_boxes[row >= 0], row[row >= 0]
-        if not len(chosen):  # a box that counts nothing, so that every parameter has its gradient
+        row = row[goals.contour_owners]
+        parts, row = goals.contour_boxes[row >= 0], row[row >= 0]
+        if not len(chosen):  # a box of weight 0, so that every parameter has a gradient
             boxes, images, weight = boxes.new_tensor([[0.0, 0.0, 8.0, 8.0]]), images.new_zeros(1), 0.0
-        logits, sizes = self.component_head(raw.feature, boxes, images)
+        logits, sizes = head(raw.feature, boxes, images)
         scale = boxes.new_tensor([CELLS[1], CELLS[0]]) / (boxes[:, 2:] - boxes[:, :2])
         inner = ((parts.view(-1, 2, 2) - boxes[row, None, :2]) * scale[row, None]).flatten(1)
         centre, size = self._centre_losses(
@@ -348,32 +474,31 @@ class DeepSnake(System):
         )
         return weight * centre + logits.sum() * 0, weight * size + sizes.sum() * 0
 
-    def _contour_losses(self, raw: Raw, truth: Truth) -> dict[str, Tensor]:
-        """Smooth L1, mean: of the extreme points in cells of the map, of the last outline in pixels of the input."""
-        chosen = _some(torch.arange(len(truth.contour_boxes), device=raw.feature.device), self.most_contours)
-        count = global_mean_count(truth.boxes.new_tensor(float(len(chosen))))
-        boxes, owners = truth.contour_boxes[chosen], truth.images[truth.contour_owners[chosen]]
-        extremes, outlines, octagon = (v[chosen] for v in (truth.extremes, truth.outlines, truth.octagons))
+    def contour_losses(self, raw: Raw, goals: Targets) -> dict[str, Tensor]:
+        """Computes `extreme`, smooth L1 of the extreme points in cells, and `outline`, of the contours in pixels."""
+        chosen = _some(torch.arange(len(goals.contour_boxes), device=raw.feature.device), self.most_contours)
+        count = global_mean_count(goals.boxes.new_tensor(float(len(chosen))))
+        boxes, owners = goals.contour_boxes[chosen], goals.images[goals.contour_owners[chosen]]
+        extremes, outlines, octagon = (v[chosen] for v in (goals.extremes, goals.outlines, goals.octagons))
         if self.start == "centre":
             half = (boxes[:, 2:] - boxes[:, :2]) / 2
             middle = self.cells(boxes, (raw.feature.shape[2], raw.feature.shape[3]))
             boxes = torch.cat([middle - half, middle + half], 1)
         weight = 1.0
-        if not len(chosen):  # a contour that counts nothing, so that every parameter has its gradient
+        if not len(chosen):  # a contour of weight 0, so that every parameter has a gradient
             weight, owners = 0.0, owners.new_zeros(1)
             boxes = boxes.new_tensor([[0.0, 0.0, 4.0, 4.0]])
             extremes = diamonds(boxes)
-            outlines = octagon = self.contours.octagons(extremes)
-        found = self.contours.extremes(raw.feature, boxes, owners)
-        lines = self.contours.outlines(raw.feature, octagon, owners)
-        learnt = lines if self.supervise == "all" else lines[-1:]
-        extreme_loss = functional.smooth_l1_loss(found, extremes, reduction="sum") / (8 * count)
+            outlines = octagon = octagon_lines(extremes, self.points)
+        predicted, lines = self.contours(raw.feature, boxes, owners, octagon)
+        supervised = lines if self.supervise == "all" else lines[-1:]
+        extreme_loss = functional.smooth_l1_loss(predicted, extremes, reduction="sum") / (8 * count)
         outline_loss = torch.stack(
-            [functional.smooth_l1_loss(v * STRIDE, outlines * STRIDE, reduction="sum") for v in learnt]
-        ).sum() / (2 * self.contours.points * count)
+            [functional.smooth_l1_loss(v * STRIDE, outlines * STRIDE, reduction="sum") for v in supervised]
+        ).sum() / (2 * self.points * count)
         return {"extreme": weight * extreme_loss, "outline": weight * outline_loss}
 
-    # ---- objects -------------------------------------------------------------------------------------------------
+    # ---- decoding ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def decode(
@@ -387,12 +512,22 @@ class DeepSnake(System):
         component_score: float = 0.25,
         component_nms: float = 0.1,
     ) -> list[Instances]:
-        """`nms_threshold` None is as published: 0.7 with components, else no suppression. The originals evaluate with
-        scores rounded to two decimals; here they stay whole."""
+        """Selects boxes, splits them into components, and moves and fills their contours.
+
+        Args:
+            raw: What `forward` returned.
+            placements: How each image was placed in the network's input.
+            score_threshold: Lower bound of the score. (The published evaluation rounds scores to two decimals.)
+            nms_threshold: IoU from which a box is suppressed by a better one of its class. None is as published: 0.7
+                with components, no suppression without.
+            detections: Maximum number of objects per image.
+            component_score: Lower bound of a component's score.
+            component_nms: IoU from which a component is suppressed by a better one of its object.
+        """
         found = self.find(raw, score_threshold, nms_threshold, detections)
         boxes, owners = found.boxes, torch.arange(len(found.boxes), device=found.boxes.device)
-        if self.component_head is not None:
-            boxes, owners = self.split(raw, found, component_score, component_nms)
+        if self.components is not None:
+            boxes, owners = self.split(self.components, raw, found, component_score, component_nms)
         lines = self.outlines(raw, boxes, found.owners[owners])
         lines = lines.nan_to_num(0.0, 0.0, 0.0) * STRIDE
         counts = found.owners.bincount(minlength=len(placements)).tolist()
@@ -408,7 +543,7 @@ class DeepSnake(System):
 
     @torch.no_grad()
     def find(self, raw: Raw, score_threshold: float, nms_threshold: float | None, detections: int) -> Detections:
-        """What the detector finds, suppressed and above the threshold."""
+        """Selects the boxes above the threshold that are not suppressed. Arguments as for `decode`."""
         height, width = raw.centres.shape[2:]
         scores, labels, cells = find_peaks(raw.centres, detections)  # (B, D) each
         sides = raw.sizes.float().flatten(2).gather(2, cells[:, None].expand(-1, 2, -1)).transpose(1, 2)
@@ -418,7 +553,7 @@ class DeepSnake(System):
         boxes = torch.cat([low, high], 2).flatten(0, 1)
         scores, labels = scores.flatten(), labels.flatten()
         owners = torch.arange(len(cells), device=cells.device).repeat_interleave(cells.shape[1])
-        if nms_threshold is None and self.component_head is not None:
+        if nms_threshold is None and self.components is not None:
             nms_threshold = 0.7
         good = scores > score_threshold
         if nms_threshold is not None:
@@ -428,16 +563,33 @@ class DeepSnake(System):
 
     @torch.no_grad()
     def split(
-        self, raw: Raw, found: Detections, score: float = 0.25, overlap: float = 0.1, most: int = 50
+        self,
+        head: nn.Module,
+        raw: Raw,
+        found: Detections,
+        score: float = 0.25,
+        overlap: float = 0.1,
+        most: int = 50,
     ) -> tuple[Float[Tensor, "m 4"], Int[Tensor, " m"]]:
-        """Boxes of the components of what was found, and of which each is one; side by side for each detection."""
-        assert self.component_head is not None
+        """Splits detections into components.
+
+        Args:
+            head: The detector of components.
+            raw: Raw output.
+            found: The detections.
+            score: Lower bound of a component's score.
+            overlap: IoU from which a component is suppressed by a better one of its detection.
+            most: Maximum number of components per detection before suppression.
+
+        Returns:
+            Boxes of the components in cells, ordered by detection, and the index of each one's detection.
+        """
         whole = torch.isin(found.labels, found.labels.new_tensor(self.whole))
         every = torch.arange(len(found.boxes), device=found.boxes.device)
         rows = every[~whole]
         if not len(rows):
             return found.boxes, every
-        logits, sizes = self.component_head(raw.feature, found.boxes[rows], found.owners[rows])
+        logits, sizes = head(raw.feature, found.boxes[rows], found.owners[rows])
         scores, cells = logits.float().sigmoid().flatten(1).topk(min(most, CELLS[0] * CELLS[1]))
         sides = sizes.float().flatten(2).gather(2, cells[:, None].expand(-1, 2, -1)).transpose(1, 2)
         place = torch.stack([cells % CELLS[1], cells.div(CELLS[1], rounding_mode="floor")], -1).to(sides)
@@ -455,76 +607,63 @@ class DeepSnake(System):
     def outlines(
         self, raw: Raw, boxes: Float[Tensor, "n 4"], images: Int[Tensor, " n"], at_once: int | None = None
     ) -> Float[Tensor, "n p 2"]:
-        """The last outline of each box, in cells of the map; `at_once` bounds the memory at about 2 MB each. None: 256,
-        on the host 16, which its caches hold."""
+        """Computes the last contour of each box, in cells.
+
+        Args:
+            raw: Raw output.
+            boxes: Boxes in cells.
+            images: Index of each box's image.
+            at_once: Number of boxes processed together, which bounds the memory to about 2 MB each; default 256, and 16
+                on the CPU, whose caches they fit.
+        """
         at_once = at_once or (16 if boxes.device.type == "cpu" else 256)
-        limit = boxes.new_tensor([raw.feature.shape[3] - 1, raw.feature.shape[2] - 1])
-        lines = [boxes.new_zeros(0, self.contours.points, 2)]
+        lines = [boxes.new_zeros(0, self.points, 2)]
         for some, owners in zip(boxes.split(at_once), images.split(at_once), strict=True):
             if len(some):
-                extremes = self.contours.extremes(raw.feature, some, owners).clamp(min=0).minimum(limit)
-                lines.append(self.contours.outlines(raw.feature, self.contours.octagons(extremes), owners)[-1])
+                lines.append(self.contours(raw.feature, some, owners)[1][-1])
         return torch.cat(lines)
 
     def _on_image(
         self, found: Detections, lines: Float[Tensor, "n p 2"], parts: Sequence[int], placement: Placement
     ) -> Instances:
-        """Outlines of one image, `parts` of them for each of its boxes, as masks. Whoever has none is left out."""
+        """Contours of one image, `parts` of them for each box, as masks. Objects without any are dropped."""
         points = placement.points_to_image(lines).cpu().double().numpy()
         rings, first = [], 0
         for count in parts:
             rings.append(list(points[first : first + count]))
             first += count
         boxes = box_ops.clip(placement.boxes_to_image(found.boxes * STRIDE), placement.image_size)
-        there = torch.tensor([count > 0 for count in parts], dtype=torch.bool, device=boxes.device)
-        there &= (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        present = torch.tensor([count > 0 for count in parts], dtype=torch.bool, device=boxes.device)
+        present &= (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         masks = Masks.from_polygons(rings, placement.image_size)
         return Instances(
-            placement.image_size, boxes[there], found.labels[there], masks[there.cpu()], found.scores[there]
+            placement.image_size, boxes[present], found.labels[present], masks[present.cpu()], found.scores[present]
         )
 
-    # ---- for loading and training --------------------------------------------------------------------------------
+    # ---- loading and training ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def upgraded(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        result = super().upgraded(options)
+        backbone, resize = result.get("backbone"), result.get("resize", {})
+        if "norm" in options and isinstance(backbone, Mapping) and "norm" not in backbone:
+            result["neck_norm"] = options["norm"]  # which was one option for backbone and neck
+        if resize.get("fit") == "pad":  # earlier versions ignored the canvas then
+            resize.pop("canvas", None)
+        return result
 
     def groups(self) -> dict[str, list[nn.Module]]:
-        heads = [self.centre_head, self.size_head, *([self.component_head] if self.component_head else [])]
-        return {"backbone": [self.backbone], "neck": [self.neck], "heads": heads, "contours": [self.contours]}
+        heads: list[nn.Module] = [self.dense.centres, self.dense.sizes]
+        if self.components is not None:
+            heads.append(self.components)
+        return {
+            "backbone": [self.dense.backbone], "neck": [self.dense.neck], "heads": heads, "contours": [self.contours],
+        }  # fmt: skip
 
     def class_rows(self) -> dict[str, ClassRows]:
-        return {f"centre_head.2.{kind}": ClassRows() for kind in ("weight", "bias")}
+        return {f"dense.centres.2.{kind}": ClassRows() for kind in ("weight", "bias")}
 
-    _PUBLISHED: ClassVar[dict[str, Any]] = {"norm": "batch", "contour_norm": "batch", "start": "box"}
-    _SBD, _LISTED = "SBD val, 512 x 512", "as listed for arXiv 2001.01629"
-    presets: ClassVar[Mapping[str, Preset]] = {
-        "deepsnake-sbd": Preset(
-            _PUBLISHED,
-            (
-                Score(54.4, "mask AP_vol", _SBD, _LISTED), Score(62.1, "mask AP50", _SBD, _LISTED),
-                Score(48.3, "mask AP70", _SBD, _LISTED),
-            ),
-        ),
-        "deepsnake-kins": Preset(
-            {**_PUBLISHED, "fit": "pad"},
-            (Score(31.3, "amodal mask AP", "KINS test", _LISTED), Score(32.8, "box AP", "KINS test", _LISTED)),
-            "how large the original has images at test is not stated; here they keep their size",
-        ),
-        "deepsnake-cityscapes": Preset(
-            {
-                **_PUBLISHED, "components": True, "canvas": (1216, 2432), "whole_classes": ("person", "rider"),
-            },
-            (Score(37.4, "mask AP", "Cityscapes val", _LISTED), Score(31.7, "mask AP", "Cityscapes test", _LISTED)),
-        ),
-        "deepsnake-coco": Preset(
-            {**_PUBLISHED, "fit": "pad", "start": "centre"},
-            (Score(30.3, "mask AP", "COCO test-dev", "the author, in his repository"),),
-            "no weights were published",
-        ),
-        "deepsnake-small": Preset(
-            {"backbone": "resnet18", "canvas": (320, 320), "head_width": 128, "contour_width": 64, "supervise": "all"},
-            note="for a few hundred images and no GPU; trains from random weights",
-        ),
-    }  # fmt: skip
-
-    # Published with Adam, whose weight decay is part of the gradient, and PCA lighting; here AdamW and plain colours.
+    # Published with Adam, whose weight decay is part of the gradient, and PCA lighting; here AdamW and colour jitter.
     _RECIPE: ClassVar[dict[str, Any]] = {
         "optimizer": "adamw", "lr": 1e-4, "weight_decay": 5e-4, "decay_norms": True, "decay_biases": True, "gamma": 0.5,
         "warmup": 0,
@@ -538,11 +677,11 @@ class DeepSnake(System):
             **_RECIPE, "epochs": 150, "batch": 80, "milestones": (80 / 150, 120 / 150),
             "augment": {**_AUGMENT, "size": (512, 512)},
         },
-        "deepsnake-kins": {  # its second step is x 0.1, which one gamma cannot say
+        "deepsnake-kins": {  # its second step is x 0.1, which one gamma cannot express
             **_RECIPE, "epochs": 150, "batch": 72, "milestones": (80 / 150, 120 / 150),
             "augment": {**_AUGMENT, "size": (384, 896)},
         },
-        # After 140 epochs of the detector alone.
+        # After 140 epochs of the detector only.
         "deepsnake-cityscapes": {
             **_RECIPE, "epochs": 200, "batch": 32, "milestones": _LONG, "augment": {**_AUGMENT, "size": (800, 800)},
         },
@@ -551,17 +690,49 @@ class DeepSnake(System):
         },
     }  # fmt: skip
 
-
-def _head(channels: int, width: int, outputs: int, bias: float = 0.0) -> nn.Sequential:
-    last = nn.Conv2d(width, outputs, 1)
-    nn.init.constant_(last.bias, bias)  # pyright: ignore[reportArgumentType]
-    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True), last)
+    _PUBLISHED: ClassVar[dict[str, Any]] = {
+        "backbone": {"name": "dla34", "norm": "batch"}, "contours": {"norm": "batch"}, "start": "box",
+    }  # fmt: skip
+    _SBD, _LISTED = "SBD val, 512 x 512", "as listed for arXiv 2001.01629"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "deepsnake-sbd": Preset(
+            _PUBLISHED,
+            (
+                Score(54.4, "mask AP_vol", _SBD, _LISTED), Score(62.1, "mask AP50", _SBD, _LISTED),
+                Score(48.3, "mask AP70", _SBD, _LISTED),
+            ),
+        ),
+        "deepsnake-kins": Preset(
+            {**_PUBLISHED, "resize": {"fit": "pad"}},
+            (Score(31.3, "amodal mask AP", "KINS test", _LISTED), Score(32.8, "box AP", "KINS test", _LISTED)),
+            "the size of images at test is not documented; here they keep their size",
+        ),
+        "deepsnake-cityscapes": Preset(
+            {
+                **_PUBLISHED, "components": True, "whole_classes": ("person", "rider"),
+                "resize": {"canvas": (1216, 2432)},
+            },
+            (Score(37.4, "mask AP", "Cityscapes val", _LISTED), Score(31.7, "mask AP", "Cityscapes test", _LISTED)),
+        ),
+        "deepsnake-coco": Preset(
+            {**_PUBLISHED, "resize": {"fit": "pad"}, "start": "centre"},
+            (Score(30.3, "mask AP", "COCO test-dev", "the author, in his repository"),),
+            "no weights were published",
+        ),
+        "deepsnake-small": Preset(
+            {
+                "backbone": "resnet18", "resize": {"canvas": (320, 320)}, "head_width": 128, "contours": {"width": 64},
+                "supervise": "all",
+            },
+            note="for a few hundred images and no GPU; trains from random weights",
+        ),
+    }  # fmt: skip
 
 
 def _kept(
     boxes: Float[Tensor, "n 4"], scores: Float[Tensor, " n"], groups: Int[Tensor, " n"], threshold: float
 ) -> Tensor:
-    """Which boxes survive suppression; their sides count as x1 - x0 + 1, as the original has it."""
+    """Which boxes are not suppressed; their sides are x1 - x0 + 1, as in the published code."""
     grown = boxes + boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
     flags = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     flags[box_ops.nms(grown, scores, groups, threshold)] = True
@@ -569,10 +740,5 @@ def _kept(
 
 
 def _some(rows: Int[Tensor, " n"], most: int) -> Int[Tensor, " m"]:
-    """All rows, or `most` of them by chance."""
+    """All rows, or a random choice of `most`."""
     return rows if len(rows) <= most else rows[torch.randperm(len(rows), device=rows.device)[:most]]
-
-
-def _expect(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UsageError(f"{name} is {value!r}; expected {', '.join(known[:-1])} or {known[-1]}")

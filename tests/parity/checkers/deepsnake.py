@@ -9,11 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maskwright.blocks.snake import component_features
 from maskwright.ops.centres import gaussian_radius, paint_gaussians
 from maskwright.ops.contours import resample_from
-from maskwright.ops.vertices import octagons
+from maskwright.ops.vertices import octagons, read_at
 from maskwright.structures import Instances, Masks
-from maskwright.systems.deepsnake import DeepSnake, Detections, Raw
+from maskwright.systems.deepsnake import (
+    DeepSnake,
+    Detections,
+    Raw,
+    clipped_to_map,
+    diamond_lines,
+    octagon_lines,
+)
 from tests.parity.ledger import Ledger, inputs, matching
 from tests.parity.weights import value
 
@@ -32,7 +40,7 @@ class Check:
     def run(self) -> None:
         about = self.ledger.about
         shape = about["input"]
-        if isinstance(shape, list):  # only its shape is said
+        if isinstance(shape, list):  # only its shape is given
             about = {**about, "input": f"RandomState({about.get('input_seed', 0)}).standard_normal(({shape})"}
             about["input"] = about["input"].replace("[", "").replace("]", ")")
         images, _ = inputs(about)
@@ -52,7 +60,7 @@ class Check:
         kind = "a" if "head_awh" in ledger else ""
         ledger.compare("head_act_hm" if kind else "head_ct_hm", raw.centres)
         ledger.compare(f"head_{kind}wh", raw.sizes)
-        if "head_reg" in ledger:  # nothing uses it, and the library does not keep it
+        if "head_reg" in ledger:  # which nothing uses and the library does not have
             tensors = json.loads(self.layout.read_text())["tensors"]
             seed = int(ledger.about.get("seed") or 0)
             own = {
@@ -63,14 +71,14 @@ class Check:
             x = functional.conv2d(raw.feature, own["dla.reg.0.weight"], own["dla.reg.0.bias"], padding=1).relu()
             ledger.compare("head_reg", functional.conv2d(x, own["dla.reg.2.weight"], own["dla.reg.2.bias"]))
 
-    # ---- what is found -------------------------------------------------------------------------------------------
+    # ---- decoding ------------------------------------------------------------------------------------------------
 
     def detections(self, raw: Raw) -> None:
         ledger, system = self.ledger, self.system
         count = int(self.thresholds.get("topk", 100))
-        # Every peak is asked for, whatever its score; suppressed are none.
+        # All peaks, whatever their score, without suppression.
         self.rows("all_detections", system.find(raw, -1.0, 2.0, count))
-        # Their threshold is the very score of the best object that is left out: a rounding step must not let it in.
+        # Their threshold equals the score of the best object that is left out: a rounding error must not include it.
         threshold = float(self.thresholds["ct_score"]) * (1 + 1e-6)
         found = system.find(raw, threshold, self.thresholds.get("ct_nms"), count)
         boxes, owners = self.rows("detection", found), torch.zeros(0)
@@ -96,15 +104,15 @@ class Check:
 
     def components(self, raw: Raw, found: Detections) -> tuple[Tensor, Tensor]:
         ledger, system = self.ledger, self.system
-        head = system.component_head
+        head = system.components
         assert head is not None
-        # The original reads every detection, also those whose class has one component always.
-        ledger.compare("roi_feature", head.read(raw.feature, found.boxes, found.owners))
+        # The original reads every detection, also those whose class always has one component.
+        ledger.compare("roi_feature", component_features(raw.feature, found.boxes, found.owners))
         centres, sizes = head(raw.feature, found.boxes, found.owners)
         ledger.compare("cp_hm", centres)
         ledger.compare("cp_wh", sizes)
         score, overlap = float(self.thresholds["cp_score"]), float(self.thresholds["cp_nms"])
-        boxes, owners = system.split(raw, found, score, overlap, int(self.thresholds["cp_top"]))
+        boxes, owners = system.split(head, raw, found, score, overlap, int(self.thresholds["cp_top"]))
         theirs = ledger.peek("cp_box")
         rows = matching(theirs, boxes, (ledger.peek("cp_ind"), owners))
         if rows is None:
@@ -115,41 +123,41 @@ class Check:
         return boxes[rows], found.owners[owners[rows]]
 
     def contours(self, raw: Raw, boxes: Tensor, owners: Tensor) -> None:
-        ledger, stages = self.ledger, self.system.contours
-        limit = torch.tensor([raw.feature.shape[3] - 1, raw.feature.shape[2] - 1])
-        ledger.compare("it_ex", stages.diamonds(boxes))
-        extremes = stages.extremes(raw.feature, boxes, owners).clamp(min=0).minimum(limit)
+        ledger, contours = self.ledger, self.system.contours
+        ledger.compare("it_ex", diamond_lines(boxes, contours.options.start_points))
+        extremes = clipped_to_map(contours(raw.feature, boxes, owners)[0], raw.feature)
         ledger.compare("ex", extremes)
-        # From their extreme points: how many points an edge gets is rounded, and may fall to the other side.
-        octagon = stages.octagons(ledger.peek("ex") if "ex" in ledger.arrays else extremes)
+        # From their extreme points: the number of points on an edge is rounded, which may differ.
+        octagon = octagon_lines(ledger.peek("ex") if "ex" in ledger.arrays else extremes, self.system.points)
         ledger.compare("it_py", octagon)
-        for number, line in enumerate(stages.outlines(raw.feature, octagon, owners)):
+        for number, line in enumerate(contours(raw.feature, boxes, owners, octagon)[1]):
             ledger.compare(f"py_{number}", line)
 
     # ---- on given boxes ------------------------------------------------------------------------------------------
 
     def given(self, raw: Raw) -> None:
-        ledger, stages = self.ledger, self.system.contours
+        ledger, contours = self.ledger, self.system.contours
         boxes = ledger.given("given_boxes")
         owners = torch.zeros(len(boxes), dtype=torch.int64)
-        line = stages.diamonds(boxes)
+        line = diamond_lines(boxes, contours.options.start_points)
         ledger.compare("given_init40", line)
-        ledger.compare("given_sampled_features", stages.read(raw.feature, line, owners))
-        found = stages.extremes(raw.feature, boxes, owners)
-        ledger.compare("given_ex_pred", found)  # before it is clamped to the map
+        sampled = read_at(raw.feature, line, owners, align_corners=contours.options.align_corners)
+        ledger.compare("given_sampled_features", sampled.transpose(1, 2))
+        ledger.compare("given_ex_pred", contours(raw.feature, boxes, owners)[0])  # not clipped to the map
         extremes = ledger.given("given_extremes")
         ledger.compare("given_octagon12", octagons(extremes))
-        start = stages.octagons(extremes)
+        start = octagon_lines(extremes, self.system.points)
         ledger.compare("given_octagon128", start)
-        for number, found in enumerate(stages.outlines(raw.feature, start, owners[: len(start)])):
-            ledger.compare(f"given_evolve_{number}", found)
+        rows = slice(0, len(start))
+        for number, moved in enumerate(contours(raw.feature, boxes[rows], owners[rows], start)[1]):
+            ledger.compare(f"given_evolve_{number}", moved)
         recorded = ledger.peek("given_octagon128") * 4
         masks = Masks.from_polygons([[own] for own in recorded.double().numpy()], self.size).dense()
         ledger.arrays["given_mask_bits__packbits"] = ledger.arrays.pop("given_mask_bits").reshape(-1)
         ledger.arrays["given_mask_bits__shape"] = torch.tensor(masks.shape).numpy()
         ledger.compare_bits("given_mask_bits", masks)
 
-    # ---- learning ------------------------------------------------------------------------------------------------
+    # ---- targets and losses --------------------------------------------------------------------------------------
 
     def training(self, raw: Raw) -> None:
         ledger, system = self.ledger, self.system
@@ -161,10 +169,10 @@ class Check:
             Masks.from_polygons([[(ring * 4).numpy()] for ring in rings], self.size),
         )  # fmt: skip
         size = (raw.feature.shape[2], raw.feature.shape[3])
-        truth = system.truth([target], size)
-        cells, sides = system.cells(truth.boxes, size), truth.boxes[:, 2:] - truth.boxes[:, :2]
+        goals = system.targets([target], size)
+        cells, sides = system.cells(goals.boxes, size), goals.boxes[:, 2:] - goals.boxes[:, :2]
         for number, name in enumerate(names):
-            ledger.compare(f"gt_extreme_{name}", truth.extremes[number])
+            ledger.compare(f"gt_extreme_{name}", goals.extremes[number])
             ledger.compare(
                 f"gt_decode_box_{name}",
                 torch.cat([cells[number] - sides[number] / 2, cells[number] + sides[number] / 2]),
@@ -173,20 +181,20 @@ class Check:
         ledger.compare("t_hm", paint_gaussians(cells, radii, labels, (len(system.classes), *size)))
         ledger.compare("t_wh", sides)
         ledger.equal("t_ct_ind", cells[:, 1] * size[1] + cells[:, 0])
-        # SBD's recording was made with the COCO configuration's boxes: its diamonds are those of `gt_decode_box_*`,
-        # which lie around the rounded centre, and not around the polygons' own boxes.
-        around = {"box": truth.contour_boxes, "centre": torch.cat([cells - sides / 2, cells + sides / 2], 1)}
-        starts = {kind: system.contours.diamonds(boxes) for kind, boxes in around.items()}
+        # SBD's recording was made with the boxes of the COCO configuration: its diamonds are those of
+        # `gt_decode_box_*`, around the rounded centre, and not those of the polygons' boxes.
+        around = {"box": goals.contour_boxes, "centre": torch.cat([cells - sides / 2, cells + sides / 2], 1)}
+        starts = {kind: diamond_lines(boxes, system.contours.options.start_points) for kind, boxes in around.items()}
         theirs = ledger.peek("t_i_it_4py")
         system.start = min(starts, key=lambda kind: float((starts[kind] - theirs).norm()))
         ledger.compare("t_i_it_4py", starts[system.start], note=f"around the {system.start}")
-        ledger.compare("t_i_gt_4py", truth.extremes)
-        ledger.compare("t_i_it_py", truth.octagons)
+        ledger.compare("t_i_gt_4py", goals.extremes)
+        ledger.compare("t_i_it_py", goals.octagons)
         outlines = torch.stack(
-            [self.untied(*v) for v in zip(rings, truth.octagons, truth.outlines, range(len(rings)), strict=True)]
+            [self.untied(*v) for v in zip(rings, goals.octagons, goals.outlines, range(len(rings)), strict=True)]
         )
-        ledger.compare("t_i_gt_py", outlines, note="of edges equally long but for rounding, theirs is the longest")
-        terms = system._contour_losses(raw, truth._replace(outlines=outlines))
+        ledger.compare("t_i_gt_py", outlines, note="of edges of equal length up to rounding, theirs is the longest")
+        terms = system.contour_losses(raw, goals._replace(outlines=outlines))
         terms = {**system.losses(raw, [target]), **terms}
         for name in ledger.names(r"loss_(ct|wh|ex|py)"):
             kind = LOSSES[name.removeprefix("loss_")]
@@ -194,8 +202,8 @@ class Check:
         ledger.compare("loss_loss", torch.stack(list(terms.values())).sum())
 
     def untied(self, ring: Tensor, octagon: Tensor, ours: Tensor, row: int) -> Tensor:
-        """Points that do not share out evenly are given to or taken from the longest edge. Of a star of float64, whose
-        edges differ in the sixteenth digit, the recorded float32 cannot say which that is: each one is tried."""
+        """Points that cannot be shared evenly are added to or removed from the longest edge. For a star in float64,
+        whose edges differ in the sixteenth digit, the recorded float32 does not determine that edge: each is tried."""
         theirs = self.ledger.peek("t_i_gt_py")[row]
         following = ring.roll(-1, 0)
         edges = (following - ring).norm(dim=1)
@@ -210,8 +218,8 @@ class Check:
 
 
 def unrounded(ring: Tensor, extremes: Tensor) -> Tensor:
-    """The polygons were float64 and were recorded as float32. Of vertices that are equally extreme since, the one that
-    the original chose is moved out by 1e-9."""
+    """The polygons were float64 and were recorded as float32. Of vertices that became equally extreme, the one that the
+    original chose is moved outwards by 1e-9."""
     ring = ring.clone()
     for axis, sign, chosen in zip((1, 0, 1, 0), (1, 1, -1, -1), extremes.double(), strict=True):
         value = ring[:, axis] * sign
