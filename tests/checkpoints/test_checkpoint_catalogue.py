@@ -1,4 +1,4 @@
-"""The catalogue says where, how to verify, and under which terms, before anything is fetched."""
+"""The catalogue: addresses, hashes, licences and terms of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_entry_is_complete_and_named_once() -> None:
         assert entry.commercial in ("yes", "attribution", "no")
         assert entry.weights_licence
         assert entry.code_licence
-        if "rcnn" in entry.system:  # of the others not all publishers give a hash
+        if "rcnn" in entry.system:  # other publishers do not all state a hash
             assert re.fullmatch("[0-9a-f]{8}", entry.sha256) or re.fullmatch("[0-9a-f]{6}", entry.md5)
         assert entry.sha256 + entry.md5 in entry.file
         assert all(0 < s.value < 100 and s.protocol and s.source for s in entry.published)
@@ -83,10 +83,10 @@ def test_weights_without_commercial_use_are_filtered_and_not_fetched(
 
     monkeypatch.setattr(fetching, "download", never)
     with pytest.raises(
-        CheckpointError, match=r"mask-rcnn-lab: its weights are licensed CC-BY-NC-4\.0, .* nothing was fetched"
+        CheckpointError, match=r"mask-rcnn-lab: the weights are licensed CC-BY-NC-4\.0, .* nothing was downloaded"
     ):
         fetching.fetch(closed, commercial_ok=True, folder=tmp_path)
-    # Without the wish for commercial use: the licence first, then the fetching.
+    # Otherwise the terms are printed before the download.
     with pytest.raises(AssertionError, match="fetched"):
         fetching.fetch(closed, folder=tmp_path)
     assert "CC-BY-NC-4.0" in capsys.readouterr().err
@@ -108,9 +108,9 @@ def test_class_names_of_published_heads() -> None:
     assert class_names(2) == ("class 0", "class 1")
 
 
-def test_what_only_a_browser_can_fetch_is_said_in_words():
+def test_checkpoints_that_need_a_browser_are_refused_with_instructions():
     by_hand = [entry for entry in list_checkpoints() if entry.by_hand]
     assert by_hand
     for entry in by_hand:
-        with pytest.raises(CheckpointError, match=f"{entry.name}: its authors publish it in a folder that only"):
+        with pytest.raises(CheckpointError, match=f"{entry.name}: this checkpoint can only be downloaded in a browser"):
             load(entry.name)

@@ -144,7 +144,9 @@ def test_files_that_are_cut_short_or_damaged_are_refused_in_words(tmp_path):
     rng = np.random.default_rng(0)
     for length in (4, 8, 40, 200, *rng.integers(0, len(data), 4).tolist()):
         path.write_bytes(data[:length])
-        with pytest.raises(CheckpointError, match=r"cut short or damaged|holds no|is empty|no format"):
+        with pytest.raises(
+            CheckpointError, match=r"truncated or damaged|does not write|expected a Torch 7|is empty|unsupported file"
+        ):
             read_state(path)
     for _ in range(12):
         broken = bytearray(data)
@@ -154,7 +156,7 @@ def test_files_that_are_cut_short_or_damaged_are_refused_in_words(tmp_path):
         with contextlib.suppress(CheckpointError):
             read_state(path)
     path.write_bytes(struct.pack("<iii", 3, 1, 2**31 - 1))
-    with pytest.raises(CheckpointError, match="cut short or damaged"):
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
         read_state(path)
     path.write_bytes(b"".join(struct.pack("<iii", 3, n, 1) + struct.pack("<id", 1, 1) for n in range(1, 400)))
     with pytest.raises(CheckpointError, match="nested more than 64 deep"):

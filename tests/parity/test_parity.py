@@ -195,7 +195,7 @@ def test_runner_answers_2_for_weights_of_no_system(
 ):
     (tmp_path / "other.json").write_text(json.dumps({"tensors": {"some.weight": [[2, 2], "float32"]}}))
     assert call(monkeypatch, tmp_path / "other.json", HERE / "thin" / "mask-rcnn-torchvision-r18-fpn.npz") == 2
-    assert "match no system we know" in capsys.readouterr().err
+    assert "match no supported system" in capsys.readouterr().err
 
 
 @pytest.mark.fast

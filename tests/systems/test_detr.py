@@ -398,7 +398,7 @@ def test_files_of_both_code_bases_are_read(tmp_path: Path, table, count: int, ma
     state = published(system, table)
     torch.save({"model": state} if table is OFFICIAL else state, path)
     kind = "-panoptic" if count == 250 else ""
-    with pytest.raises(CheckpointError, match=f"detr-r18{kind}, detr-r18-dc5{kind}; say which with variant"):
+    with pytest.raises(CheckpointError, match=f"detr-r18{kind}, detr-r18-dc5{kind}; choose one, for example variant"):
         mw.load(path)
     again = mw.load(path, variant=f"detr-r18{kind}")
     assert again.classes == classes

@@ -1,4 +1,4 @@
-"""What others published, read safely, and our own format."""
+"""Checkpoints: official files, read without executing them, and the format of this library."""
 
 from __future__ import annotations
 

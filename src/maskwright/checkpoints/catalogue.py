@@ -1,4 +1,4 @@
-"""The catalogue: what can be fetched by name, how to know it is whole, and under which terms it may be used."""
+"""The catalogue of checkpoints that can be downloaded by name, with their hashes, licences and published scores."""
 
 from __future__ import annotations
 
@@ -14,48 +14,67 @@ from typing import Any, Literal
 from maskwright.systems import Score
 
 Commercial = Literal["yes", "attribution", "no"]
-HUB_NAMES = ("pytorch_model.bin", "model.safetensors")  # what every model of a hub is called: it says nothing
+HUB_NAMES = ("pytorch_model.bin", "model.safetensors")  # file names that identify no model
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One published file of weights."""
+    """One published checkpoint.
 
-    name: str  # what `load` takes
-    system: str  # the registry's name
-    origin: str  # the code base whose layout it has
+    Attributes:
+        name: The name that `load` accepts.
+        system: Name of the system in the registry.
+        origin: The code base whose layout the file has.
+        url: Address of the file; "PAGE#FILE" if it can only be downloaded in a browser.
+        code: Address of the code.
+        code_licence: Licence of the code.
+        weights_licence: Licence of the weights.
+        commercial: Whether commercial use is allowed: "yes", "attribution" (on conditions) or "no".
+        note: Conditions of use.
+        bytes: Approximate size, for display only.
+        sha256: Hexadecimal digits of the hash: all, or the first ones if only these are published.
+        md5: Likewise.
+        published: Published scores.
+        variant: The variant, for files whose keys and shapes match several.
+        options: Options that keys and shapes do not determine; they override the recognised ones.
+    """
+
+    name: str
+    system: str
+    origin: str
     url: str
     code: str
     code_licence: str
     weights_licence: str
     commercial: Commercial
-    note: str = ""  # conditions, in words
-    bytes: int | None = None  # about; only shown
-    sha256: str = ""  # hexadecimal digits: all, or as many of the first as were published
-    md5: str = ""  # likewise
+    note: str = ""
+    bytes: int | None = None
+    sha256: str = ""
+    md5: str = ""
     published: tuple[Score, ...] = ()
-    variant: str | None = None  # for files whose keys and shapes do not say what they are
-    options: Mapping[str, Any] = field(default_factory=dict)  # likewise, laid over what was recognised
+    variant: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def file(self) -> str:
+        """Name of the file."""
         return self.url.rsplit("/", 1)[-1]
 
     @property
     def by_hand(self) -> bool:
-        """Whether only a person with a browser can fetch it: the address is that of a folder's page."""
+        """Whether the file can only be downloaded in a browser."""
         return "#" in self.url
 
     @property
     def verified(self) -> str:
-        """What a download is checked by."""
+        """How a download is verified, in words."""
         for kind, digits, whole in (("sha256", self.sha256, 64), ("md5", self.md5, 32)):
             if digits:
                 return kind if len(digits) == whole else f"first {len(digits)} digits of the {kind}"
         return "unverified: no hash is published"
 
     def terms(self) -> str:
-        """Origin and licence in a few lines, as shown before a download."""
+        """Origin, licence and scores as a few lines of text; shown before a download."""
         use = {"yes": "allowed", "attribution": "allowed on conditions", "no": "NOT allowed"}[self.commercial]
         size = f", about {self.bytes / 1e6:.0f} MB" if self.bytes else ""
         scores = ", ".join(f"{s.what} {s.value:g}" for s in self.published)
@@ -70,25 +89,33 @@ class Entry:
 
 
 def list_checkpoints(commercial_ok: bool = False, system: str | None = None) -> list[Entry]:
-    """What can be loaded by name; only what commercial use is allowed of, or only one system's, if asked."""
+    """List the checkpoints that can be loaded by name.
+
+    Args:
+        commercial_ok: Only those whose licence allows commercial use.
+        system: Only those of this system.
+    """
     return [e for e in catalogue() if (e.commercial != "no" or not commercial_ok) and system in (None, e.system)]
 
 
 def find(name: str) -> Entry | None:
-    """The entry of this name, address or file name; None if there is none."""
+    """The entry with this name, address or file name; None if there is none."""
     return next((e for e in catalogue() if name in (e.name, e.url) or (name == e.file and name not in HUB_NAMES)), None)
 
 
 def entry_of_file(path: Path) -> Entry | None:
-    """The entry whose published file name this file still bears: its hash digits make it all but unique. Without such,
-    it is believed only where the file itself cannot say which variant it is."""
+    """The entry with the file name of `path`; None if there is none.
+
+    File names with digits of a hash are practically unique. Others are used only if the entry has a variant that the
+    content of the file does not determine.
+    """
     if path.name in HUB_NAMES:
         return None
     return next((e for e in catalogue() if e.file == path.name and (e.sha256 or e.md5 or e.variant)), None)
 
 
 def allows_commercial(licence: str) -> bool:
-    """Whether a licence's name does not forbid commercial use; of an unknown or missing one nothing is assumed."""
+    """Whether the name of a licence does not exclude commercial use; True for unknown licences and for ""."""
     return re.search(r"\bNC\b|non-?\s?commercial|academic|research[ -]only|AGPL", licence, re.IGNORECASE) is None
 
 
@@ -97,13 +124,13 @@ SCORES = {"box": "box AP", "mask": "mask AP", "keypoint": "keypoint AP", "miou":
 
 @cache
 def catalogue() -> tuple[Entry, ...]:
-    """Every entry, as the package's `catalogue.toml` lists them."""
+    """All entries of the package's `catalogue.toml`."""
     text = files("maskwright.checkpoints").joinpath("catalogue.toml").read_text(encoding="utf-8")
     return parse_catalogue(text)
 
 
 def parse_catalogue(text: str) -> tuple[Entry, ...]:
-    """Entries of a catalogue in TOML: see the head of `catalogue.toml`."""
+    """Parse a catalogue in TOML; the format is described at the head of `catalogue.toml`."""
     entries = []
     for origin, publisher in tomllib.loads(text).items():
         for name, file in publisher["files"].items():

@@ -1,4 +1,4 @@
-"""Making a state fit a system: other classes, other channels, and the comparison before anything is loaded."""
+"""Adapting a state dict to a system: other classes, other input channels, and the comparison before loading."""
 
 from __future__ import annotations
 
@@ -14,17 +14,30 @@ from maskwright.errors import CheckpointError, UsageError
 from maskwright.systems import ClassRows, System
 
 State = dict[str, Tensor]
-LISTED = 10  # keys named in an error before only their number is given
+LISTED = 10  # maximum number of keys that an error message lists
 
 
 def adapt_classes(
     state: Mapping[str, Tensor], system: System, old_classes: Sequence[str], new_classes: Sequence[str] | None = None
 ) -> tuple[State, tuple[str, ...]]:
-    """A state for `old_classes` -> one for the system's classes, and the names whose rows were kept.
+    """Rearrange the class-specific rows of a state dict for other classes.
 
-    Rows go by name, without regard to case or surrounding blanks; the background's row is kept. Rows of names that the
-    old classes lack are as the system's constructor made them. Which parameters have rows the system says itself
-    (`System.class_rows`).
+    Rows are matched by class name, ignoring case and surrounding whitespace. The background row is kept. Rows of new
+    names keep the values that the system's constructor gave them. `System.class_rows` lists the parameters with
+    class-specific rows.
+
+    Args:
+        state: State dict for `old_classes`.
+        system: The system that the result is for.
+        old_classes: Class names in the order of the rows of `state`.
+        new_classes: Class names in the order of the result; default: those of the system.
+
+    Returns:
+        The new state dict, and the class names whose rows were kept.
+
+    Raises:
+        CheckpointError: If a parameter has another number of rows than `old_classes` need.
+        UsageError: If `System.class_rows` names a parameter that the system does not have.
     """
     new = [_fold(name) for name in (system.classes if new_classes is None else new_classes)]
     place = {_fold(name): i for i, name in reversed(list(enumerate(old_classes)))}
@@ -33,7 +46,7 @@ def adapt_classes(
     adapted = dict(state)
     for key, spec in system.class_rows().items():
         if key not in fresh:
-            raise UsageError(f"{system.name}: class_rows names {key!r}, which is no parameter of it")
+            raise UsageError(f"{system.name}: class_rows names {key!r}, which is not one of its parameters")
         if key in adapted:
             several: Any = spec if isinstance(spec[0], tuple) else (spec,)
             specs = [ClassRows(*one) for one in several]
@@ -45,6 +58,7 @@ def _rows(
     old: Tensor, fresh: Tensor, specs: Sequence[ClassRows], pairs: list[tuple[int, int]], counts: tuple[int, int],
     key: str,
 ) -> Tensor:  # fmt: skip
+    """`fresh` with the rows of the class pairs (new, old) copied from `old`."""
     part, targets = old, []
     for spec in specs:
         places = []
@@ -53,8 +67,8 @@ def _rows(
             length = spec.before + spec.repeats * entries * spec.per_class
             if tensor.shape[spec.axis] != length:
                 raise CheckpointError(
-                    f"{key}: {tensor.shape[spec.axis]} rows where {classes} classes need {length}; "
-                    "the classes named for this file are not the ones it was trained on"
+                    f"{key}: has {tensor.shape[spec.axis]} rows, but {classes} classes need {length}; "
+                    "the classes stated for this file are not those that it was trained on"
                 )
             named = [pair[chosen] for pair in pairs if pair[0] >= spec.first]
             wanted = [*range(spec.first), *named] + [classes] * spec.background_last
@@ -66,7 +80,7 @@ def _rows(
 
 
 def _put(whole: Tensor, part: Tensor, targets: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """`part` at these places of each axis of `whole`."""
+    """`whole` with `part` at the given places of each axis."""
     (axis, places), *others = targets
     inner = _put(whole.index_select(axis, places), part, others) if others else part
     return whole.index_copy(axis, places, inner)
@@ -77,9 +91,15 @@ def _fold(name: str) -> str:
 
 
 def widen_input(weight: Float[Tensor, "out channels *kernel"], channels: int) -> Float[Tensor, "out _ *kernel"]:
-    """A first convolution for images of other channels: the first ones kept, each further one the mean of the old.
+    """Adapt the weight of the first convolution to another number of image channels.
 
-    For fewer channels the mean is scaled so that an image whose channels are all equal gives the same answer.
+    Args:
+        weight: The weight.
+        channels: New number of input channels.
+
+    Returns:
+        With more channels: the old weights followed by their mean for each new channel. With fewer: the mean, scaled so
+        that the output for an image with equal channels is unchanged.
     """
     have = weight.shape[1]
     mean = weight.mean(dim=1, keepdim=True)
@@ -89,7 +109,7 @@ def widen_input(weight: Float[Tensor, "out channels *kernel"], channels: int) ->
 
 
 def renamed(state: Mapping[str, Tensor], system: System) -> State:
-    """A state with the parameter names of an earlier version converted to today's, see `System.renamed_parameters`."""
+    """The state dict with parameter names of earlier versions replaced; see `System.renamed_parameters`."""
     known = system.state_dict().keys()
     prefixes = sorted(system.renamed_parameters.items(), key=lambda pair: -len(pair[0]))
 
@@ -102,24 +122,35 @@ def renamed(state: Mapping[str, Tensor], system: System) -> State:
 
 
 def fit(state: Mapping[str, Tensor], system: System, path: str, layout: str, absent: Sequence[str] = ()) -> State:
-    """The state, completed by the system's own values for `absent` keys, once all names and shapes agree.
+    """Check that all names and shapes of a state dict match a system, and complete it.
 
-    Everything that does not agree is said in one error: what is missing, what is left over, which shapes differ.
+    Args:
+        state: The state dict.
+        system: The system.
+        path: The file, for the message.
+        layout: What the state dict was compared with, for the message.
+        absent: Patterns of keys that may be missing; the system's own values are used for them.
+
+    Returns:
+        A state dict with exactly the system's keys.
+
+    Raises:
+        CheckpointError: If keys are missing, unexpected or of another shape; one message lists all of them.
     """
     target = system.state_dict()
     tolerated = [re.compile(pattern) for pattern in (*absent, r"(^|\.)num_batches_tracked$")]
     missing = [k for k in target if k not in state and not any(p.search(k) for p in tolerated)]
     over = [k for k in state if k not in target and not tolerated[-1].search(k)]
     shapes = [
-        f"{k} {_shape(state[k])} in the file, {_shape(target[k])} here"
+        f"{k} {_shape(state[k])} in the file, {_shape(target[k])} expected"
         for k in target
         if k in state and state[k].shape != target[k].shape
     ]
-    faults = [_listed(missing, "missing"), _listed(over, "left over"), _listed(shapes, "of another shape")]
+    faults = [_listed(missing, "missing"), _listed(over, "unexpected"), _listed(shapes, "of another shape")]
     if any(faults):
         raise CheckpointError(
-            f"{path}: its weights do not fit {layout}: {'; '.join(f for f in faults if f)}. "
-            "Give the options it was trained with, or the file that belongs to them"
+            f"{path}: the weights do not match {layout}: {'; '.join(f for f in faults if f)}. "
+            "Pass the options that the file was trained with, or choose the file that belongs to these options"
         )
     return {k: state.get(k, v) for k, v in target.items()}
 
@@ -132,4 +163,4 @@ def _listed(names: Sequence[str], what: str) -> str:
 
 
 def _shape(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "one number"
+    return "x".join(map(str, tensor.shape)) or "scalar"

@@ -1,4 +1,4 @@
-"""From any source to a system: our files, official files, folders, and names in the catalogue."""
+"""Loading of systems from checkpoints of this library, official files, folders and names in the catalogue."""
 
 from __future__ import annotations
 
@@ -37,15 +37,26 @@ def load(
     variant: str | None = None,
     **overrides: Any,
 ) -> System:
-    """A system with its weights, ready to predict (eval mode), from a file, a folder or a name in the catalogue.
+    """Load a system with its weights, in eval mode.
 
-    classes         other classes than the file's: rows of the heads are kept where the names match (case does not
-                    count), the others start as new. A system of proposals knows no classes and stays as it is
-    commercial_ok   refuse weights whose licence does not allow commercial use, before anything is downloaded
-    variant         which published variant a file is, where its keys and shapes cannot say
-    overrides       options of the system's constructor; `in_channels` widens the first convolution
+    No code in the file is executed. All names and shapes are compared before any weight is loaded.
 
-    Nothing in the file is executed. All names and shapes are compared before one weight is loaded.
+    Args:
+        source: A file, a Hugging Face folder, or a name in the catalogue (see `list_checkpoints`).
+        classes: Class names that replace those of the file. Rows of the heads are kept for names that match, ignoring
+            case; other rows are initialised. Ignored by systems that predict class-agnostic proposals.
+        device: Device of the system.
+        commercial_ok: Refuse weights whose licence does not allow commercial use, before anything is downloaded.
+        variant: The published variant, for files whose keys and shapes match several.
+        **overrides: Options of the system's constructor. `in_channels` adapts the first convolution.
+
+    Returns:
+        The system. Its attribute `source` describes the origin and the licence of the weights.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, unsafe or of an unknown layout, does not match the options,
+            or its licence is refused.
+        UsageError: If an option or the device is invalid.
     """
     path, entry = _locate(source, commercial_ok)
     state, about = read_state(path)
@@ -70,7 +81,7 @@ def load(
         return system.eval().to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         words = str(error).split("\n")[0][:160]
-        raise UsageError(f"device {str(device)!r} cannot be used here ({words}); use 'cpu'") from None
+        raise UsageError(f"device {str(device)!r} is not available ({words}); use 'cpu'") from None
 
 
 def convert(
@@ -82,7 +93,20 @@ def convert(
     variant: str | None = None,
     **overrides: Any,
 ) -> None:
-    """Any file that `load` reads -> our .safetensors; where the weights come from and their licence go along."""
+    """Convert any checkpoint that `load` reads to the format of this library.
+
+    Args:
+        source: As for `load`.
+        target: The new file, which must end in .safetensors. It records the origin and the licence of the weights.
+        classes: As for `load`.
+        commercial_ok: As for `load`.
+        variant: As for `load`.
+        **overrides: As for `load`.
+
+    Raises:
+        CheckpointError: As for `load`, or if the file cannot be written.
+        UsageError: As for `load`.
+    """
     system = load(source, classes=classes, commercial_ok=commercial_ok, variant=variant, **overrides)
     save(system, target)
 
@@ -91,6 +115,7 @@ def convert(
 
 
 def _locate(source: str | Path, commercial_ok: bool) -> tuple[Path, Entry | None]:
+    """The path of a source, downloaded if necessary, and its entry in the catalogue."""
     path = Path(source).expanduser()
     if path.exists():
         return path, None
@@ -98,32 +123,29 @@ def _locate(source: str | Path, commercial_ok: bool) -> tuple[Path, Entry | None
     if entry is not None and entry.by_hand:
         page, _, file = entry.url.partition("#")
         raise CheckpointError(
-            f"{entry.name}: its authors publish it in a folder that only a browser opens, {page}; fetch "
-            f"{file.strip('/')} there and give the path of the file"
+            f"{entry.name}: this checkpoint can only be downloaded in a browser; download {file.strip('/')} from "
+            f"{page} and pass the path of the file"
         )
     if entry is not None:
         return fetch(entry, commercial_ok=commercial_ok), entry
     if str(source).startswith(("http://", "https://")):
         raise CheckpointError(
-            f"{source}: this address is not in the catalogue, so its licence and hash are not known; download "
-            "it yourself "
-            "and give the file"
+            f"{source}: this address is not in the catalogue, so its licence and hash are unknown; download the file "
+            "yourself and pass its path"
         )
-    near = difflib.get_close_matches(str(source), [e.name for e in catalogue()], n=3, cutoff=0.5)
-    hint = (
-        f"; near in the catalogue: {', '.join(near)}" if near else "; the catalogue lists what can be fetched by name"
-    )
-    raise CheckpointError(f"{source}: there is no such file or folder, and no such name in the catalogue{hint}")
+    similar = difflib.get_close_matches(str(source), [e.name for e in catalogue()], n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(similar)}?" if similar else "`maskwright checkpoints` lists the catalogue"
+    raise CheckpointError(f"{source}: no such file or folder, and no such name in the catalogue; {hint}")
 
 
 def _note(path: Path, origin: Origin, entry: Entry | None, about: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the weights come from, as it stays in the file that they are saved to."""
+    """Origin and licence of the weights, for `System.source`."""
     note: dict[str, Any] = {"origin": origin.name, "file": path.name}
     if entry is not None:
         note |= {"name": entry.name, "url": entry.url, "commercial": entry.commercial}
         note |= {"code_licence": entry.code_licence, "weights_licence": entry.weights_licence}
     else:
-        # The layout tells who wrote the code, not who trained the weights.
+        # The layout identifies the code base, not the authors of the weights.
         published = f"; files published in this layout are {origin.weights_licence}" if origin.weights_licence else ""
         note |= {"code_licence": origin.code_licence, "weights_licence": f"not known{published}"}
         note |= {"commercial": "unknown" if allows_commercial(origin.weights_licence) else "no"}
@@ -134,19 +156,19 @@ def _note(path: Path, origin: Origin, entry: Entry | None, about: Mapping[str, A
 def _check_licence(path: str, note: Mapping[str, Any], commercial_ok: bool) -> None:
     if commercial_ok and note.get("commercial") == "no":
         raise CheckpointError(
-            f"{path}: its weights are licensed {note.get('weights_licence')}, which does not allow commercial use; "
-            "drop commercial_ok or choose other weights"
+            f"{path}: the weights are licensed {note.get('weights_licence')}, which does not allow commercial use; "
+            "omit commercial_ok or choose other weights"
         )
 
 
-# ---- what the file is -----------------------------------------------------------------------------------------------
+# ---- recognising the layout -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Match:
     origin: Origin
     candidate: Candidate
-    state: Mapping[str, Tensor]  # with their keys
+    state: Mapping[str, Tensor]  # with the keys of the file
 
     @property
     def label(self) -> str:
@@ -154,12 +176,18 @@ class _Match:
 
 
 def recognise(state: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[tuple[Origin, Candidate]]:
-    """Every published layout and variant that these keys and shapes may be."""
+    """All published layouts and variants that the keys and shapes match.
+
+    Args:
+        state: The state dict of an official file.
+        about: What `read_state` returned about it.
+    """
     shapes = {k: tuple(v.shape) for k, v in state.items()}
     return [(origin, candidate) for origin in origins() for candidate in origin.candidates(shapes, about)]
 
 
 def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: str | None, path: str) -> _Match:
+    """The layout and variant of a file."""
     found = [_Match(origin, candidate, state) for origin, candidate in recognise(state, about)]
     if not found:
         known: dict[str, list[str]] = {}
@@ -167,9 +195,8 @@ def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: s
             known.setdefault(origin.system, []).append(origin.name)
         layouts = "; ".join(f"{system} ({', '.join(names)})" for system, names in known.items()) or "none"
         raise UnknownLayoutError(
-            f"{path}: its {len(state)} keys ({', '.join(list(state)[:3])}, ...) match no system we know; "
-            "known layouts: "
-            f"{layouts}. Check that it is the file of the whole system, not of a backbone"
+            f"{path}: the {len(state)} keys ({', '.join(list(state)[:3])}, ...) match no supported system; supported "
+            f"layouts: {layouts}. Check that the file holds a whole system, not only a backbone"
         )
     if variant is not None:
         chosen = [f for f in found if variant in (f.candidate.variant, f.label, f.origin.name)]
@@ -180,43 +207,46 @@ def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: s
             chosen = [_Match(found[0].origin, Candidate(variant, options), state)]
         if not chosen:
             raise UsageError(
-                f"{path}: variant {variant!r} is not what its keys and shapes are; they are of "
+                f"{path}: the keys and shapes do not match variant {variant!r}; they match "
                 f"{', '.join(dict.fromkeys(f.label for f in found))}"
             )
         found = chosen
     if len({f.origin.system for f in found}) > 1:
-        found = [f for f in found if _fits(f, path)] or found  # a larger system's file holds a smaller one's keys too
+        found = [f for f in found if _fits(f, path)] or found  # the keys of a system may include those of a smaller one
     if len(found) > 1:
         labels = list(dict.fromkeys(f.label for f in found))
         raise CheckpointError(
-            f"{path}: its keys and shapes are those of {len(labels)} published variants, {', '.join(labels)}; "
-            f"say which with variant={labels[0]!r} or the other"
+            f"{path}: the keys and shapes match {len(labels)} published variants: {', '.join(labels)}; choose one, for "
+            f"example variant={labels[0]!r}"
         )
     return found[0]
 
 
 def _fits(found: _Match, path: str) -> bool:
+    """Whether the system can be built from the file."""
     try:
-        with torch.random.fork_rng(devices=[]):  # the trial's random weights must not change those of the real one
+        with torch.random.fork_rng(devices=[]):  # keeps the random state for the system that is built afterwards
             _build(found, path, None, {})
     except (CheckpointError, UsageError):
         return False
     return True
 
 
-# ---- building and filling -------------------------------------------------------------------------------------------
+# ---- constructing the system ----------------------------------------------------------------------------------------
 
 
 def _build(found: _Match, path: str, classes: Sequence[str] | None, overrides: Mapping[str, Any]) -> System:
+    """The system of an official file."""
     origin, options = found.origin, dict(found.candidate.options)
     kind = system_class(origin.system)
     unknown = sorted(set(options) - set(_options_of(kind)))
     if unknown:
         raise CheckpointError(
-            f"{path}: read as {origin.name}, it asks for options {origin.system} lacks: {', '.join(unknown)}"
+            f"{path}: in the {origin.name} layout it needs options that {origin.system} does not have: "
+            f"{', '.join(unknown)}"
         )
     state = origin.translate(dict(found.state), options, path)
-    layout = f"{origin.system} as {origin.name} lays it out"
+    layout = f"the {origin.name} layout of {origin.system}"
     return _fill(kind, options, state, path, layout, classes, overrides, origin.absent)
 
 
@@ -227,21 +257,21 @@ def _build_ours(
     classes: Sequence[str] | None,
     overrides: Mapping[str, Any],
 ) -> System:
-    name, written = metadata["system"], metadata.get("version", "an unknown version")
+    """The system of a checkpoint in the format of this library."""
+    name, written = metadata["system"], metadata.get("version", "(unknown version)")
     try:
         kind = system_class(name)
     except UnknownSystemError:
         raise CheckpointError(
-            f"{path}: it is a {name!r}, written by maskwright {written}; this version ({__version__}) has no "
-            "such system, "
-            "install one that has"
+            f"{path}: holds system {name!r}, written by maskwright {written}; this version ({__version__}) does not "
+            "have it. Install a version that does"
         ) from None
     options = kind.upgraded(metadata["options"])
     options["classes"] = metadata["classes"] or options.get("classes", [])
     gone = sorted(set(options) - set(_options_of(kind)))
     if gone:
         raise CheckpointError(
-            f"{path}: it was written by maskwright {written} with options that {name} does not have in this version "
+            f"{path}: written by maskwright {written} with options that {name} does not have in this version "
             f"({__version__}): {', '.join(gone)}. Load it with that version and save it without them"
         )
     system = _fill(kind, options, state, path, f"{name} with the options in its header", classes, overrides, ())
@@ -252,7 +282,7 @@ def _build_ours(
 
 
 def _preprocess_for(system: System, saved: Preprocess, options: Options, overrides: Mapping[str, Any]) -> Preprocess:
-    """The preprocessing that a file was saved with, changed by what `overrides` say of it."""
+    """The preprocessing stored in a file, with the fields that `overrides` change."""
     if not overrides:
         return saved
     with torch.device("meta"):
@@ -260,7 +290,7 @@ def _preprocess_for(system: System, saved: Preprocess, options: Options, overrid
     after = system.preprocess
     names = [field.name for field in fields(Preprocess)]
     changed = {name: getattr(after, name) for name in names if getattr(after, name) != getattr(before, name)}
-    # A size that equals the one in the file's options still counts: training may have chosen another one since.
+    # A size equal to that in the file's options counts too, because training may have changed the stored one.
     given = overrides.get("resize")
     if isinstance(given, Resize):
         given = given.to_options()
@@ -270,6 +300,7 @@ def _preprocess_for(system: System, saved: Preprocess, options: Options, overrid
 
 
 def _options_of(kind: type[System]) -> list[str]:
+    """Names of the constructor's parameters."""
     return list(inspect.signature(kind.__init__).parameters)[1:]
 
 
@@ -283,6 +314,7 @@ def _fill(
     overrides: Mapping[str, Any],
     absent: Sequence[str],
 ) -> System:
+    """Construct a system and load a state dict into it."""
     old = tuple(options.get("classes", ()))
     if issubclass(kind, ProposalSystem):
         classes = None
@@ -293,9 +325,7 @@ def _fill(
     kept: tuple[str, ...] | None = None
     if tuple(system.classes) != old:
         if not system.class_rows():
-            raise UsageError(
-                f"{path}: {kind.name} does not say which weights belong to which class; load it without classes"
-            )
+            raise UsageError(f"{path}: {kind.name} does not support replacing its classes; load it without `classes`")
         state, kept = adapt_classes(state, system, old)
     weight = system.input_weight()
     if weight is not None and weight in state:
@@ -317,8 +347,8 @@ def _check_classes(classes: Sequence[str] | None) -> None:
     if classes is None:
         return
     if isinstance(classes, str) or not classes or not all(isinstance(c, str) and c.strip() for c in classes):
-        raise UsageError(f"classes must be a list of names, at least one; got {classes!r}")
+        raise UsageError(f"`classes` must be a list of at least one name, got {classes!r}")
     folded = [c.strip().casefold() for c in classes]
     twice = sorted({c for c in folded if folded.count(c) > 1})
     if twice:
-        raise UsageError(f"classes holds {', '.join(map(repr, twice))} more than once; each name may stand once")
+        raise UsageError(f"`classes` contains {', '.join(map(repr, twice))} more than once; class names must be unique")

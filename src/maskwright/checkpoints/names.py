@@ -1,4 +1,4 @@
-"""Class names that official files do not hold: label k of a file trained on COCO is `COCO[k]`."""
+"""Class names of common data sets. Official files usually lack them: label k of a file trained on COCO is `COCO[k]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COCO = (
     "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink",
     "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
 )
-# The regions of COCO's panoptic set, in the order of its ids; those that end in "-merged" were several.
+# The stuff classes of COCO panoptic in the order of their ids; "-merged" marks those that combine several classes.
 COCO_STUFF = (
     "banner", "blanket", "bridge", "cardboard", "counter", "curtain", "door-stuff", "floor-wood", "flower", "fruit",
     "gravel", "house", "light", "mirror-stuff", "net", "pillow", "platform", "playingfield", "railroad", "river",
@@ -28,14 +28,14 @@ COCO_STUFF = (
 )
 # fmt: on
 COCO_PANOPTIC = (*COCO, *COCO_STUFF)
-# The data set's own ids, 1 ... 90 with gaps: torchvision's heads have a row for each of 0 ... 90.
+# Category ids of the data set, 1 to 90 with gaps; torchvision's heads have a row for each of 0 to 90.
 _GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_IDS = tuple(i for i in range(1, 91) if i not in _GAPS)
 VOC = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-CITYSCAPES_REGIONS = (  # every pixel is of one of these, for semantic segmentation; the last eight are objects
+CITYSCAPES_REGIONS = (  # the 19 classes of semantic segmentation; the last eight are things
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
     "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
 )  # fmt: skip
@@ -44,25 +44,39 @@ CITYSCAPES_STUFF = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
     "sky",
 )  # fmt: skip
-CITYSCAPES_PANOPTIC = (*CITYSCAPES_STUFF, *CITYSCAPES)  # by its training ids
+CITYSCAPES_PANOPTIC = (*CITYSCAPES_STUFF, *CITYSCAPES)  # in the order of the training ids
 
 
 def coco_by_id() -> tuple[str, ...]:
-    """Names for ids 1 ... 90; "N/A" for those that COCO announced and never used."""
+    """Class names for COCO's category ids 1 to 90; "N/A" for the ten unused ids."""
     names = dict(zip(COCO_IDS, COCO, strict=True))
     return tuple(names.get(i, "N/A") for i in range(1, 91))
 
 
 def class_names(count: int) -> tuple[str, ...]:
-    """Names for a head of so many classes: COCO's for 80, VOC's for 20, Cityscapes' for 8, else "person" (1) or
-    "class 0", ..."""
+    """Class names for a head with `count` classes.
+
+    Args:
+        count: Number of classes, without background.
+
+    Returns:
+        The names of COCO for 80 classes, of VOC for 20, of Cityscapes for 8, ("person",) for one; otherwise
+        "class 0", "class 1", ...
+    """
     known = {len(COCO): COCO, len(VOC): VOC, len(CITYSCAPES): CITYSCAPES, 1: ("person",)}
     return known.get(count) or tuple(f"class {k}" for k in range(count))
 
 
 def segment_names(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names for a head of so many things and stuff, and which of them are stuff: COCO's panoptic set for 133,
-    Cityscapes' for 19; for other counts as `class_names`, and none is stuff."""
+    """Class names for a panoptic head with `count` classes.
+
+    Args:
+        count: Number of thing and stuff classes.
+
+    Returns:
+        The names, and those of them that are stuff: COCO panoptic for 133 classes, Cityscapes for 19; otherwise the
+        result of `class_names` without stuff.
+    """
     if count == len(COCO_PANOPTIC):
         return COCO_PANOPTIC, COCO_STUFF
     if count == len(CITYSCAPES_PANOPTIC):
@@ -71,21 +85,31 @@ def segment_names(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def named_by(about: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`options` with the class names that lay beside the weights, where there are as many as the head has classes:
-    `id2label` in a folder's config.json (transformers), `meta` in a file (mmdet). Which of them are stuff is not said
-    there: none, unless they are the names that `options` has already."""
-    assumed, told = tuple(options.get("classes", ())), _told(about)
-    if len(told) != len(assumed) or [c.casefold() for c in told] == [c.casefold() for c in assumed]:
+    """Replace assumed class names by those stored beside the weights.
+
+    Names are read from `id2label` in a folder's config.json (transformers) and from `meta` in a file (mmdet). They are
+    ignored if their number differs from that of the head's classes.
+
+    Args:
+        about: What `read_state` returned about the file.
+        options: Options of the system with assumed "classes".
+
+    Returns:
+        The options. New names are all things, because the files do not say which classes are stuff.
+    """
+    assumed, stored = tuple(options.get("classes", ())), _stored_names(about)
+    if len(stored) != len(assumed) or [c.casefold() for c in stored] == [c.casefold() for c in assumed]:
         return options
-    return {**options, "classes": told, **({"stuff": ()} if "stuff" in options else {})}
+    return {**options, "classes": stored, **({"stuff": ()} if "stuff" in options else {})}
 
 
-def _told(about: Mapping[str, Any]) -> tuple[str, ...]:
+def _stored_names(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """The class names stored beside the weights; empty if there are none, or invalid or repeated ones."""
     table, meta = about.get("config", {}).get("id2label"), about.get("container", {}).get("meta")
     names: Any = None
     if isinstance(table, Mapping) and table.keys() == {str(k) for k in range(len(table))}:
         names = [table[str(k)] for k in range(len(table))]
-        if names == [f"LABEL_{k}" for k in range(len(names))]:  # what transformers writes where nobody said any
+        if names == [f"LABEL_{k}" for k in range(len(names))]:  # the default of transformers
             return ()
     elif isinstance(meta, Mapping):
         newer = meta.get("dataset_meta")

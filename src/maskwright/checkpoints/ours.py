@@ -1,26 +1,24 @@
-"""Our own format: one .safetensors file whose header says how to build the system it belongs to.
+"""The checkpoint format of this library: a .safetensors file whose header describes the system.
 
-The header's entries, all text: "format" ("maskwright"), "format_version", "version" (of the library), "system",
-"options", "classes", "preprocess", "source" (where the weights come from, with their licence) and "extra" (whatever the
-writer added), the last five as JSON. Entries that a later version adds are left alone by this one.
+Entries of the header, all strings: "format" ("maskwright"), "format_version", "version" (of the library), "system",
+"options", "classes", "preprocess", "source" (origin and licence of the weights) and "extra" (added by the caller of
+`save`); the last five are JSON. Unknown entries are ignored, so that later versions can add some.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from maskwright._version import __version__
 from maskwright.checkpoints.reading import read_state
 from maskwright.errors import CheckpointError, UsageError
+from maskwright.files import atomic_path
 from maskwright.structures import Preprocess
 from maskwright.systems import System
 
@@ -28,13 +26,22 @@ FORMAT_VERSION = 1
 
 
 def save(system: System, path: str | Path, extra: dict[str, Any] | None = None) -> None:
-    """Write a system with its weights to `path` (.safetensors); `extra` is JSON that `read_metadata` gives back.
+    """Save a system with its weights, options, classes and preprocessing.
 
-    The file appears whole or not at all: it is written beside `path`, flushed to disk and renamed.
+    The file is replaced atomically: an existing one stays unchanged if writing fails.
+
+    Args:
+        system: The system.
+        path: A file name that ends in .safetensors. Missing folders are created.
+        extra: Further values, such as metrics; returned by `read_metadata`. Must be JSON.
+
+    Raises:
+        UsageError: If `path` has another suffix, or a value cannot be written as JSON.
+        CheckpointError: If the file cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise UsageError(f"{path}: our checkpoints are .safetensors files; give a name that ends so")
+        raise UsageError(f"{path}: the file name of a checkpoint must end in .safetensors")
     metadata = {
         "format": "maskwright",
         "format_version": str(FORMAT_VERSION),
@@ -46,39 +53,46 @@ def save(system: System, path: str | Path, extra: dict[str, Any] | None = None) 
         "source": _json(system.source or {}, path, "source"),
         "extra": _json(extra or {}, path, "extra"),
     }
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path, CheckpointError) as part:
         save_file(_unshared(system.state_dict()), part, metadata=metadata)
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(
-            f"{path}: it could not be written ({reason}); free some space or choose another place"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """What one of our files says of itself: system, options, classes, preprocess, source, extra; JSON parsed."""
+    """Read the header of a checkpoint that `save` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The entries of the header by name, JSON parsed: "system", "options", "classes", "preprocess", "source",
+        "extra" and others.
+
+    Raises:
+        CheckpointError: If the file cannot be read or was not written by this library.
+    """
     _, about = read_state(path)
     if not is_ours(about):
-        raise CheckpointError(
-            f"{path}: it was not written by maskwright; `convert` makes such a file of an official one"
-        )
+        raise CheckpointError(f"{path}: not a checkpoint of maskwright; `convert` makes one from an official file")
     return parse_metadata(about)
 
 
 def is_ours(about: dict[str, Any]) -> bool:
+    """Whether `about`, as returned by `read_state`, describes a checkpoint that `save` wrote."""
     return about.get("metadata", {}).get("format") == "maskwright"
 
 
 def parse_metadata(about: dict[str, Any]) -> dict[str, Any]:
-    """The header's entries with their JSON parsed; entries of later versions stay as they are."""
+    """Parse the header of a checkpoint that `save` wrote.
+
+    Args:
+        about: The description returned by `read_state`.
+
+    Returns:
+        The entries of the header by name, JSON parsed. Unknown entries are returned as strings.
+
+    Raises:
+        CheckpointError: If an entry is missing or not valid JSON of the expected type.
+    """
     path, raw = about["path"], about["metadata"]
     known: dict[str, Any] = dict(raw)
     for entry, kind in (("options", dict), ("classes", list), ("preprocess", dict), ("source", dict), ("extra", dict)):
@@ -87,33 +101,32 @@ def parse_metadata(about: dict[str, Any]) -> dict[str, Any]:
         except (ValueError, RecursionError):
             known[entry] = None
         if not isinstance(known[entry], kind):
-            raise CheckpointError(
-                f"{path}: its entry {entry!r} is no JSON {kind.__name__}; the file was changed by hand"
-            )
+            expected = "object" if kind is dict else "array"
+            raise CheckpointError(f"{path}: header entry {entry!r} must be a JSON {expected}; save the file again")
     if not raw.get("system"):
-        raise CheckpointError(
-            f"{path}: its header does not say which system it belongs to; the file was changed by hand"
-        )
+        raise CheckpointError(f"{path}: the header has no entry 'system'; save the file again")
     return known
 
 
 def preprocess_of(metadata: dict[str, Any]) -> Preprocess | None:
-    """The preprocessing that the file was saved with; fields of later versions are passed over."""
+    """The preprocessing stored in a parsed header; None if there is none. Unknown fields are ignored."""
     known = {field.name for field in fields(Preprocess)}
     values = {k: v for k, v in metadata["preprocess"].items() if k in known}
     return Preprocess.from_dict(values) if values else None
 
 
 def _json(value: Any, path: Path, entry: str) -> str:
+    """`value` as JSON text."""
     try:
         return json.dumps(value, default=_plain)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"{path}: {entry} cannot be written as JSON ({error}); use numbers, text, lists and dicts"
+            f"{path}: {entry} cannot be written as JSON ({error}); use numbers, strings, lists and dicts"
         ) from None
 
 
 def _plain(value: Any) -> Any:
+    """`value` as a type that JSON has."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, set | frozenset):
@@ -126,7 +139,7 @@ def _plain(value: Any) -> Any:
 
 
 def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """On the CPU, in plain order, no two names sharing memory, which the format does not allow."""
+    """The tensors on the CPU, contiguous, without shared memory, which the format does not allow."""
     seen: set[int] = set()
     plain = {}
     for key, value in state.items():

@@ -1,9 +1,9 @@
-"""Torch 7's binary files (.t7): Lua's numbers, strings, tables and objects, read as data. Nothing in them is executed.
+"""Binary files of Torch 7 (.t7): Lua's numbers, strings, tables and objects, read as data without executing code.
 
-A value is a tag (four bytes, little end first) and what belongs to it; tables and objects carry a number, so that one
-that comes again is only named. An object is the name of its class and, but for tensors and storages, the table of its
-fields. Lua functions are passed over. Networks are containers whose field "modules" is a list, and become flat here:
-"trunk.5.1.weight" is what is called `weight` in the first module of the fifth module of the model's field `trunk`.
+A value is a tag (four bytes, little-endian) followed by its content. Tables and objects have a number; when one occurs
+again, only the number is stored. An object is the name of its class followed, except for tensors and storages, by the
+table of its fields. Lua functions are skipped. Networks are containers whose field "modules" is a list. Their
+parameters get flat names: "trunk.5.1.weight" is `weight` of the first module of the fifth module of the field `trunk`.
 """
 
 from __future__ import annotations
@@ -19,32 +19,48 @@ import torch
 from maskwright.checkpoints.unpickling import StorageRecord, TensorRecord
 from maskwright.errors import CheckpointError
 
-MARKS = (b"\x03\0\0\0", b"\x04\0\0\0")  # what a file begins with that holds a table or an object
+MARKS = (b"\x03\0\0\0", b"\x04\0\0\0")  # first bytes of a file that holds a table or an object
 NIL, NUMBER, STRING, TABLE, OBJECT, BOOLEAN, FUNCTION, OLD_CLOSURE, CLOSURE = range(9)
-DEEPEST = 64  # levels of nesting
-MOST = 100_000  # modules of a network, those that stand in several places counted in each
+DEEPEST = 64  # maximum depth of nesting
+MOST = 100_000  # maximum number of modules, with shared ones counted at each occurrence
 KINDS = {
     "Byte": torch.uint8, "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64,
     "Half": torch.float16, "Float": torch.float32, "Double": torch.float64, "": torch.float32,
 }  # fmt: skip
-KEPT = ("weight", "bias", "a", "b", "running_mean", "running_var")  # of a module; the rest is its working memory
+KEPT = ("weight", "bias", "a", "b", "running_mean", "running_var")  # fields of a module; others are buffers
 
 
 @dataclass
 class LuaObject:
-    """An object of a class we need not know."""
+    """An object of any class except tensors and storages.
+
+    Attributes:
+        kind: Name of the class.
+        fields: The fields by name.
+    """
 
     kind: str
     fields: dict[Any, Any] = field(default_factory=dict)
 
 
 def read_torch7(data: bytes, path: str) -> dict[str, TensorRecord]:
-    """The parameters of the network in a file, by name."""
+    """Read the parameters of the network in a Torch 7 file.
+
+    Args:
+        data: Content of the file.
+        path: The file, for messages.
+
+    Returns:
+        The parameters by name; `unpickling.settle` turns them into tensors.
+
+    Raises:
+        CheckpointError: If the file is damaged or contains no network.
+    """
     content = _Reader(data, path).value(0)
     if isinstance(content, dict):
         content = content.get("model", content)
     if not isinstance(content, LuaObject | dict):
-        raise CheckpointError(f"{path}: it holds no network of Torch 7, only a {type(content).__name__}")
+        raise CheckpointError(f"{path}: expected a Torch 7 network, got a {type(content).__name__}")
     fields = content.fields if isinstance(content, LuaObject) else content
     walk = _Walk(path)
     found = dict(walk.parameters(content, "", frozenset())) if "modules" in fields else {}
@@ -55,7 +71,7 @@ def read_torch7(data: bytes, path: str) -> dict[str, TensorRecord]:
 
 
 class _Walk:
-    """Through the containers of a network, from each module to those inside it."""
+    """Depth-first traversal of the modules of a network."""
 
     def __init__(self, path: str):
         self.path, self.count = path, 0
@@ -66,7 +82,7 @@ class _Walk:
             return
         self.count += 1
         if self.count > MOST:
-            raise CheckpointError(f"{self.path}: it holds more than {MOST} modules; this is no checkpoint")
+            raise CheckpointError(f"{self.path}: more than {MOST} modules; this is not a checkpoint")
         for name in KEPT:
             if isinstance(fields.get(name), TensorRecord):
                 yield f"{prefix}{name}", fields[name]
@@ -76,13 +92,15 @@ class _Walk:
 
 
 class _Reader:
+    """Reader of the values of a file, from the position `at` on."""
+
     def __init__(self, data: bytes, path: str):
         self.data, self.path, self.at = data, path, 0
         self.seen: dict[int, Any] = {}
 
     def value(self, depth: int) -> Any:
         if depth > DEEPEST:
-            raise CheckpointError(f"{self.path}: its tables are nested more than {DEEPEST} deep; this is no checkpoint")
+            raise CheckpointError(f"{self.path}: tables nested more than {DEEPEST} deep; this is not a checkpoint")
         tag = self.integer()
         if tag == NIL:
             return None
@@ -94,7 +112,7 @@ class _Reader:
         if tag == BOOLEAN:
             return self.integer() == 1
         if tag == FUNCTION:
-            self.passed_over(depth)
+            self.skip_function(depth)
             return None
         if tag not in (TABLE, OBJECT, OLD_CLOSURE, CLOSURE):
             raise self.damaged(f"a value of kind {tag}")
@@ -107,7 +125,7 @@ class _Reader:
         if tag == OBJECT:
             return self.object(number, depth)
         self.seen[number] = None
-        self.passed_over(depth)
+        self.skip_function(depth)
         return None
 
     def object(self, number: int, depth: int) -> Any:
@@ -148,8 +166,8 @@ class _Reader:
                 table[key] = value
         return table
 
-    def passed_over(self, depth: int) -> None:
-        """A function: its code and the values that it holds on to."""
+    def skip_function(self, depth: int) -> None:
+        """Skip the code of a function and the values that it captures."""
         self.bytes(self.integer())
         self.value(depth + 1)
 
@@ -166,8 +184,8 @@ class _Reader:
     def bytes(self, count: int) -> memoryview:
         if not 0 <= count <= len(self.data) - self.at:
             raise CheckpointError(
-                f"{self.path}: it claims {count} bytes where {len(self.data) - self.at} are left; it is cut short or "
-                "damaged, fetch it again"
+                f"{self.path}: claims {count} bytes, but {len(self.data) - self.at} are left; the file is truncated or "
+                "damaged, download it again"
             )
         part = memoryview(self.data)[self.at : self.at + count]
         self.at += count
@@ -175,5 +193,5 @@ class _Reader:
 
     def damaged(self, what: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.path}: it holds {what} where Torch 7 has none; it is damaged or no file of Torch 7, fetch it again"
+            f"{self.path}: contains {what}, which Torch 7 does not write; the file is damaged, download it again"
         )

@@ -1,12 +1,12 @@
-"""Pickles of weights, read without running anything in them.
+"""Reading of pickled weights without executing code.
 
-A pickle is a small programme for a stack machine. Python's machine lets it import any name and call it; this one knows
-a fixed list of names, and each stands for a function of ours that builds a tensor, an array or a plain container. No
-object of the file's choosing is ever imported, called, or has an attribute set. Everything outside the list ends the
-reading with an error that names it.
+A pickle is a program for a stack machine. Python's implementation lets the program import and call any name. This one
+supports a fixed list of names, and maps each to a function of this module that builds a tensor, an array or a plain
+container. Nothing that the file names is imported or called, and no attribute of it is set. Any other name raises an
+error.
 
-What comes out first are descriptions (`TensorRecord`, `ArrayRecord`); `settle` turns them into tensors after checking
-that what they claim fits into the bytes that are there, so that a few bytes cannot ask for gigabytes.
+The result first consists of descriptions (`TensorRecord`, `ArrayRecord`). `settle` turns them into tensors after
+checking that their size matches the available bytes, so that a small file cannot allocate gigabytes.
 """
 
 from __future__ import annotations
@@ -26,15 +26,26 @@ from torch import Tensor
 
 from maskwright.errors import CheckpointError, UnsafeCheckpointError
 
-EXPANDED = 1 << 24  # a tensor may repeat the elements of its storage (stride 0) up to so many; beyond, it is a bomb
+EXPANDED = 1 << 24  # maximum number of elements of a tensor that repeats those of its storage (stride 0)
 
 
 def unpickle(
     file: io.BufferedIOBase, size: int, path: str, storages: Callable[[Any], StorageRecord] | None = None
 ) -> Any:
-    """One pickle from `file`, of which `size` bytes are left; `storages` answers torch's persistent ids.
+    """Read one pickle.
 
-    The result holds records; pass it through `settle`. Python 2's byte strings are read as latin-1.
+    Args:
+        file: A binary file.
+        size: Number of bytes left in the file.
+        path: The file, for messages.
+        storages: Function from torch's persistent ids to storages; None if there must be none.
+
+    Returns:
+        Containers with records, to be passed to `settle`. Byte strings of Python 2 are decoded as latin-1.
+
+    Raises:
+        UnsafeCheckpointError: If the pickle uses a name that is not in the list.
+        CheckpointError: If the pickle is damaged.
     """
     try:
         return _Machine(_Bounded(file, size, path), path, storages).load()
@@ -42,30 +53,42 @@ def unpickle(
         raise
     except (pickle.UnpicklingError, EOFError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(
-            f"{path}: its pickle is cut short or damaged ({_words(e)}); fetch the file again"
+            f"{path}: the pickle is truncated or damaged ({_words(e)}); download the file again"
         ) from None
     except (MemoryError, RecursionError):
-        raise CheckpointError(f"{path}: its pickle asks for more memory than any checkpoint needs; not read") from None
+        raise CheckpointError(f"{path}: the pickle needs more memory than a checkpoint should; not read") from None
 
 
 def settle(value: Any, path: str) -> Any:
-    """Records inside plain containers -> tensors and arrays. Shared parts stay shared; no container is changed."""
+    """Convert the records inside plain containers to tensors and arrays.
+
+    Args:
+        value: What `unpickle` returned; not modified.
+        path: The file, for messages.
+
+    Returns:
+        The same containers with tensors. Objects that occur several times are converted once.
+
+    Raises:
+        UnsafeCheckpointError: If an array holds objects other than numbers and strings.
+        CheckpointError: If a record does not match the available bytes.
+    """
     seen: dict[int, Any] = {}
-    keep: list[Any] = []  # ids stay valid only while their objects live
+    keep: list[Any] = []  # keeps the objects alive, whose ids are the keys of `seen`
 
     def visit(item: Any, depth: int) -> Any:
         if isinstance(item, TensorRecord | ArrayRecord | dict | list | tuple):
             if id(item) in seen:
                 return seen[id(item)]
             if depth > 64:
-                raise CheckpointError(f"{path}: its containers are nested more than 64 deep; this is no checkpoint")
+                raise CheckpointError(f"{path}: containers nested more than 64 deep; this is not a checkpoint")
             keep.append(item)
         if isinstance(item, TensorRecord):
             result: Any = item.tensor(path)
         elif isinstance(item, ArrayRecord):
             result = item.value(path)
         elif isinstance(item, dict):
-            result = seen[id(item)] = {}  # entered before its contents: a container may hold itself
+            result = seen[id(item)] = {}  # registered before its contents, because a container may contain itself
             result.update((k, visit(v, depth + 1)) for k, v in item.items())
         elif isinstance(item, list):
             result = seen[id(item)] = []
@@ -84,25 +107,33 @@ def settle(value: Any, path: str) -> Any:
 
 @dataclass(eq=False)
 class StorageRecord:
-    """A run of elements that tensors are views of; `read` gives its bytes and is called at most once."""
+    """A contiguous block of elements that tensors are views of.
+
+    Attributes:
+        name: Its key in the file.
+        dtype: Type of the elements; None for bytes, whose type the tensor states.
+        count: Number of elements.
+        read: Returns the bytes; called at most once.
+        shift: Elements before the start of this view of the storage.
+    """
 
     name: str
-    dtype: torch.dtype | None  # None: bytes, typed by the tensor
+    dtype: torch.dtype | None
     count: int
     read: Callable[[], bytearray]
-    shift: int = 0  # elements into the storage at which this view of it begins
+    shift: int = 0
     _bytes: bytearray | None = None
 
     def typed(self, dtype: torch.dtype | None, path: str) -> Tensor:
-        """All elements, one-dimensional, sharing memory with every other tensor of this storage."""
+        """All elements as a one-dimensional tensor that shares memory with the other tensors of this storage."""
         dtype = dtype or self.dtype or torch.uint8
         if self._bytes is None:
             self._bytes = self.read()
         claimed = self.count * (self.dtype or torch.uint8).itemsize
         if claimed > len(self._bytes):
             raise CheckpointError(
-                f"{path}: storage {self.name!r} claims {claimed} bytes, the file holds {len(self._bytes)} for it; "
-                "it is cut short or damaged, fetch it again"
+                f"{path}: storage {self.name!r} claims {claimed} bytes, but the file has {len(self._bytes)} for it; "
+                "it is truncated or damaged, download it again"
             )
         if len(self._bytes) < dtype.itemsize:
             return torch.empty(0, dtype=dtype)
@@ -111,7 +142,15 @@ class StorageRecord:
 
 @dataclass(eq=False)
 class TensorRecord:
-    """A tensor as torch pickles it: a strided view of a storage."""
+    """A tensor as torch pickles it: a strided view of a storage.
+
+    Attributes:
+        storage: The storage.
+        offset: Index of the first element.
+        size: Shape.
+        stride: Strides in elements.
+        dtype: Type, if the storage has none.
+    """
 
     storage: StorageRecord
     offset: int
@@ -120,6 +159,7 @@ class TensorRecord:
     dtype: torch.dtype | None = None
 
     def tensor(self, path: str) -> Tensor:
+        """The tensor; CheckpointError if it does not fit into its storage."""
         whole = (self.offset, *self.size, *self.stride)
         if (
             len(self.size) != len(self.stride)
@@ -127,7 +167,7 @@ class TensorRecord:
             or not all(isinstance(v, int) and 0 <= v < 1 << 48 for v in whole)
         ):
             raise CheckpointError(
-                f"{path}: a tensor whose size or stride cannot be; the file is damaged, fetch it again"
+                f"{path}: a tensor with an invalid size or stride; the file is damaged, download it again"
             )
         elements = self.storage.typed(self.dtype, path)
         count = math.prod(self.size)
@@ -138,35 +178,37 @@ class TensorRecord:
         if last >= len(elements) or (count > len(elements) and count > EXPANDED):
             raise CheckpointError(
                 f"{path}: a tensor of size {self.size} does not fit into its storage {self.storage.name!r} of "
-                f"{len(elements)} elements; the file is damaged"
+                f"{len(elements)} elements; the file is damaged, download it again"
             )
         view = elements.as_strided(self.size, self.stride, offset)
-        # A small piece must not hold a large storage alive, and every later step may rely on plain order.
+        # Cloned so that a small view does not keep a large storage alive; always contiguous.
         return view.clone(memory_format=torch.contiguous_format) if count < len(elements) else view.contiguous()
 
 
 class TypeRecord:
-    """A numpy dtype: its letters, and the byte order that its state names."""
+    """A NumPy dtype as pickled: its type code, and the byte order from its state."""
 
     def __init__(self, letters: Any, *_: Any):
         self.letters = letters if isinstance(letters, str) else "O"
 
     def build(self, state: Any) -> None:
+        """Apply the pickled state."""
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else ""
         if isinstance(order, str) and order in ("<", ">", "=", "|"):
             self.letters = order + self.letters.lstrip("<>=|")
 
     def dtype(self, path: str) -> np.dtype:
+        """The dtype; UnsafeCheckpointError for types other than numbers and strings."""
         if not re.fullmatch(r"[<>=|]?([biufcSU]\d{1,9}|\?)", self.letters):
             raise UnsafeCheckpointError(
-                f"{path}: it holds an array of {self.letters!r}, which may carry objects of any kind; only numbers and "
-                "text are read, nothing was executed"
+                f"{path}: an array of type {self.letters!r} may contain objects of any class; only numbers and strings "
+                "are supported, nothing was executed"
             )
         try:
             return np.dtype(self.letters)
         except TypeError:
             raise CheckpointError(
-                f"{path}: an array of type {self.letters!r}, which does not exist; the file is damaged, fetch it again"
+                f"{path}: invalid array type {self.letters!r}; the file is damaged, download it again"
             ) from None
 
     def __str__(self) -> str:
@@ -174,7 +216,7 @@ class TypeRecord:
 
 
 class ArrayRecord:
-    """A numpy array: shape, dtype and bytes, as its state names them."""
+    """A NumPy array as pickled: shape, dtype and bytes from its state."""
 
     shape: Any = ()
     type: Any = None
@@ -182,43 +224,49 @@ class ArrayRecord:
     fortran = False
 
     def build(self, state: Any) -> None:
+        """Apply the pickled state."""
         self.shape, self.type, self.fortran, self.raw = state[-4:]
 
     def value(self, path: str) -> Any:
-        """A tensor if it holds numbers, else nested lists of text."""
+        """A tensor for an array of numbers, nested lists for one of strings."""
         if not isinstance(self.type, TypeRecord):
-            raise CheckpointError(f"{path}: an array without a type; the file is damaged, fetch it again")
+            raise CheckpointError(f"{path}: an array without a type; the file is damaged, download it again")
         dtype = self.type.dtype(path)
         raw = self.raw.encode("latin-1") if isinstance(self.raw, str) else self.raw
         shape = self.shape if isinstance(self.shape, tuple) else (self.shape,)
         if not all(isinstance(n, int) and 0 <= n < 1 << 48 for n in shape) or len(shape) > 16:
-            raise CheckpointError(f"{path}: an array whose shape cannot be; the file is damaged, fetch it again")
+            raise CheckpointError(f"{path}: an array with an invalid shape; the file is damaged, download it again")
         if not isinstance(raw, bytes | bytearray) or len(raw) != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(
-                f"{path}: an array of shape {shape} and type {dtype} claims {math.prod(shape) * dtype.itemsize} bytes, "
-                f"{len(raw) if isinstance(raw, bytes | bytearray) else 'no'} are there; fetch the file again"
+                f"{path}: an array of shape {shape} and type {dtype} needs {math.prod(shape) * dtype.itemsize} bytes, "
+                f"the file has {len(raw) if isinstance(raw, bytes | bytearray) else 'none'}; download it again"
             )
         array = np.frombuffer(raw, dtype) if dtype.itemsize and len(raw) else np.empty(0, dtype)
         array = array.reshape(shape, order="F" if self.fortran else "C")
         if dtype.kind in "SU":
             return array.tolist()
-        # A copy in the machine's own byte order, writable, which torch asks for.
+        # torch needs a writable array in native byte order.
         return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C", copy=True))
 
 
 class Plain(dict):
-    """An object of a known harmless kind, as its attributes alone; `kind` is what the file called it."""
+    """The attributes of an object of a class that is known to be harmless.
+
+    Attributes:
+        kind: Name of the class in the file.
+    """
 
     kind = ""
 
     def build(self, state: Any) -> None:
+        """Apply the pickled state."""
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, dict):
                 self.update(part)
 
 
 class _Maker:
-    """What stands on the stack for a name the file asked for: it can be called, and nothing else."""
+    """The object on the stack for a name in the file; it can only be called."""
 
     __slots__ = ("function", "name")
 
@@ -230,7 +278,7 @@ class _Maker:
 
 
 class _Bounded:
-    """A file that gives no more than is left of it, however much is asked: lengths in a pickle are only claims."""
+    """A file that refuses to read more bytes than it has left, because lengths in a pickle are only claims."""
 
     def __init__(self, file: io.BufferedIOBase, size: int, path: str):
         self.file, self.left, self.path = file, size, path
@@ -238,8 +286,8 @@ class _Bounded:
     def read(self, count: int) -> bytes:
         if count > self.left or count < 0:
             raise CheckpointError(
-                f"{self.path}: it claims {count} bytes where {self.left} are left; "
-                "it is cut short or damaged, fetch it again"
+                f"{self.path}: claims {count} bytes, but {self.left} are left; the file is truncated or damaged, "
+                "download it again"
             )
         data = self.file.read(count)
         self.left -= len(data)
@@ -251,11 +299,11 @@ class _Bounded:
         return data
 
 
-_BASE: Any = pickle._Unpickler  # the one in Python: the one in C has no opcodes to replace
+_BASE: Any = pickle._Unpickler  # the implementation in Python; opcodes of the one in C cannot be replaced
 
 
 class _Machine(_BASE):
-    """Python's own reading of opcodes, with every one that could reach an object of the file's choosing replaced."""
+    """Python's unpickler with every opcode replaced that could import, call or modify objects named by the file."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(_BASE.dispatch)
     stack: list[Any]
@@ -280,44 +328,49 @@ class _Machine(_BASE):
         if _PLAIN.fullmatch(full):
             return _Maker(full, _plain(full))
         raise UnsafeCheckpointError(
-            f"{self.path}: it wants {module}.{name}, which is neither a tensor nor a plain container; it was refused "
-            "and nothing was executed. If you trust its author, ask for the weights alone, as a state dict"
+            f"{self.path}: needs {module}.{name}, which is neither a tensor nor a plain container; refused, nothing "
+            "was executed. Ask the author for a state dict"
         )
 
     def nested(self, data: Any) -> StorageRecord:
-        """A storage that was pickled as a torch file inside this one; `unpickle` is told how to read these."""
+        """A storage that was pickled as a nested torch file; read by `storages`."""
         if self.storages is None or not isinstance(data, bytes | bytearray):
             raise UnsafeCheckpointError(
-                f"{self.path}: a torch file inside a tensor storage; it was refused, not executed"
+                f"{self.path}: a torch file inside a tensor storage; refused, nothing was executed"
             )
         return self.storages(("nested", bytes(data)))
 
     def persistent_load(self, pid: Any) -> Any:
         if self.storages is None:
-            raise UnsafeCheckpointError(f"{self.path}: it refers to things outside itself; refused")
+            raise UnsafeCheckpointError(
+                f"{self.path}: refers to objects outside the file; refused, nothing was executed"
+            )
         return self.storages(pid)
 
     def call(self, maker: Any, arguments: Any, keywords: Mapping[str, Any] | None = None) -> Any:
         if not isinstance(maker, _Maker) or not isinstance(arguments, tuple):
             raise UnsafeCheckpointError(
-                f"{self.path}: it calls a {type(maker).__name__}, which no checkpoint does; "
-                "refused, nothing was executed"
+                f"{self.path}: calls a {type(maker).__name__}, which no checkpoint does; refused, nothing was executed"
             )
         return maker.function(*arguments, **(keywords or {}))
 
     def plain(self, value: Any, kinds: tuple[type, ...]) -> Any:
+        """`value` if it is exactly of one of these types."""
         if type(value) not in kinds:
             raise UnsafeCheckpointError(
-                f"{self.path}: it fills a {type(value).__name__} as if it were a {kinds[0].__name__}, which no "
+                f"{self.path}: modifies a {type(value).__name__} as if it were a {kinds[0].__name__}, which no "
                 "checkpoint does; refused, nothing was executed"
             )
         return value
 
     def key(self, value: Any) -> Any:
-        # Only flat keys: hashing a tuple of tuples of tuples takes for ever.
+        # Only flat keys, because hashing deeply nested tuples takes exponential time.
         flat = all(isinstance(v, _SCALARS) for v in value) if isinstance(value, tuple) else isinstance(value, _SCALARS)
         if not flat:
-            raise UnsafeCheckpointError(f"{self.path}: a {type(value).__name__} as a key or member of a set; refused")
+            raise UnsafeCheckpointError(
+                f"{self.path}: a {type(value).__name__} as key of a dict or element of a set; refused, nothing was "
+                "executed"
+            )
         return value
 
     def load_reduce(self) -> None:
@@ -344,7 +397,7 @@ class _Machine(_BASE):
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, TypeRecord | ArrayRecord | Plain):
             target.build(state)
-        elif not isinstance(target, dict | TensorRecord):  # an OrderedDict's or tensor's attributes are not weights
+        elif not isinstance(target, dict | TensorRecord):  # attributes of an OrderedDict or a tensor are not weights
             self.plain(target, (dict,))
 
     def load_append(self) -> None:
@@ -381,10 +434,10 @@ class _Machine(_BASE):
         self.append(bytearray(self.read(count)))
 
     def load_extension(self) -> None:
-        raise UnsafeCheckpointError(f"{self.path}: it uses pickle's extension registry; refused, nothing was executed")
+        raise UnsafeCheckpointError(f"{self.path}: uses pickle's extension registry; refused, nothing was executed")
 
     def load_buffer(self) -> None:
-        raise CheckpointError(f"{self.path}: its arrays lie in another file that is not there; save it as one file")
+        raise CheckpointError(f"{self.path}: the arrays are stored outside the file; save it as one file")
 
     for _opcode, _function in {
         pickle.REDUCE: load_reduce,
@@ -411,7 +464,7 @@ class _Machine(_BASE):
 
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's names
 
-# ---- what a file may ask for ----------------------------------------------------------------------------------------
+# ---- supported names ------------------------------------------------------------------------------------------------
 
 _SCALARS = (str, bytes, int, float, bool, type(None))
 
@@ -433,7 +486,11 @@ _STORAGES = {
 
 @dataclass(frozen=True)
 class StorageKind:
-    """The type of a storage, as a persistent id names it."""
+    """The type of a storage in a persistent id.
+
+    Attributes:
+        dtype: Type of its elements; None for bytes.
+    """
 
     dtype: torch.dtype | None
 
@@ -446,7 +503,7 @@ def _rebuild(storage: Any, offset: int, size: Any, stride: Any, dtype: torch.dty
 
 def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any = None) -> Any:
     if not isinstance(function, _Maker) or not function.name.startswith("torch._utils._rebuild"):
-        raise ValueError("a tensor that is not rebuilt by torch")
+        raise ValueError("a tensor that is not rebuilt by a function of torch")
     return function.function(*arguments)
 
 
@@ -462,7 +519,7 @@ def _members(kind: Callable[[Any], Any]) -> Callable[..., Any]:
 
 def _sequence(items: Any = (), *_: Any) -> list[Any]:
     if not isinstance(items, list | tuple):
-        raise ValueError("a list of something that is no list")
+        raise ValueError("a list made from something else than a list")
     return list(items)
 
 
@@ -474,7 +531,7 @@ def _encode(text: str, encoding: str = "latin1") -> bytes:
 
 def _bytes(*arguments: Any) -> bytes:
     if arguments and not isinstance(arguments[0], bytes | bytearray | str):
-        raise ValueError("bytes of something that is no bytes")
+        raise ValueError("bytes made from something else than bytes")
     return bytes(arguments[0], "latin-1") if arguments and isinstance(arguments[0], str) else bytes(*arguments[:1])
 
 
@@ -567,8 +624,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     },
 }
 
-# Kinds of object that code bases of the field put beside the weights (arguments, configuration, histories, dates).
-# They become `Plain`: their attributes, none of their code.
+# Classes of objects that code bases store beside the weights (arguments, configuration, histories, dates). They are
+# read as `Plain`, which has their attributes only.
 _PLAIN = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|datetime\.(datetime|date|timedelta|timezone)|"
     r"pathlib\.(Pure)?(Posix|Windows)?Path|pathlib\._local\.(Pure)?(Posix|Windows)?Path|uuid\.UUID|collections\.Counter|"
@@ -587,10 +644,14 @@ def _words(error: BaseException) -> str:
 
 
 def byte_order_fits(little: bool) -> bool:
-    """Whether raw storages of this byte order can be used as they are on this machine."""
+    """Whether this machine has the byte order of a file.
+
+    Args:
+        little: Whether the file is little-endian.
+    """
     return little == (sys.byteorder == "little")
 
 
 def from_bytes(data: bytes, path: str) -> Any:
-    """A pickle that lies in memory: see `unpickle`."""
+    """Read a pickle in memory; see `unpickle`."""
     return unpickle(io.BytesIO(data), len(data), path)

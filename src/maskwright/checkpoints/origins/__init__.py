@@ -1,6 +1,6 @@
-"""Layouts that others published: one `Origin` each, as a table in `origins/SYSTEM.py`.
+"""Layouts of published checkpoints: one `Origin` each, as a table in `origins/SYSTEM.py`.
 
-A module of this package gives `ORIGINS`, a list of `Origin`. It is found by being here; nothing else has to be edited.
+Every module of this package defines `ORIGINS`, a list of `Origin`. Modules are discovered; no list has to be edited.
 
     ORIGINS = [
         Origin(
@@ -39,23 +39,29 @@ Compiled = Sequence[tuple[re.Pattern[str], Replacement]]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of several published variants that a file may be: `variant` is what a person passes to `load` to choose."""
+    """A published variant that a file may hold.
+
+    Attributes:
+        variant: Name of the variant, as passed to `load`; "" if there is only one.
+        options: Options of the system's constructor.
+    """
 
     variant: str
     options: Mapping[str, Any]
 
 
 def keep(state: State, options: Mapping[str, Any]) -> State:
-    """The state as it is: the `finish` of an origin whose tensors need no change."""
+    """Returns the state dict unchanged: the default of `Origin.finish`."""
     return state
 
 
 def compiled(rules: Sequence[tuple[str, Replacement]]) -> Compiled:
+    """Compile the patterns of (pattern, replacement) pairs."""
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
 
 def renamed(key: str, rules: Compiled) -> str:
-    """All rules applied, each to what the earlier ones left."""
+    """Apply all rules to a key, each to the result of the previous one."""
     for pattern, replacement in rules:
         key = pattern.sub(replacement, key)
     return key
@@ -63,24 +69,24 @@ def renamed(key: str, rules: Compiled) -> str:
 
 @dataclass(frozen=True)
 class Origin:
-    """How one code base lays one system out in a file.
+    """The layout in which a code base stores the weights of a system.
 
-    name        the code base: "detectron2", "torchvision", "mmdet", "transformers"
-    system      the registry's name of our system
-    rename      (their pattern, ours) pairs. ALL are applied to each key, from the first to the last, each by `re.sub`
-                to what the earlier ones left: so a table says the large parts first and the small ones (norm, conv
-                numbers) once, below. A replacement may be a function of the match, for arithmetic on indices.
-    recognise   (shapes, about) -> the options for `create(system, **options)`, "classes" among them, if THEIR keys and
-                shapes are of this layout, else None. Where published variants cannot be told apart by keys and shapes,
-                a list of `Candidate`: loading then asks for `variant=`. `about` is what `read_state` says of the file.
-    finish      (state, options) -> state, after renaming: tensors permuted, split, dropped. Changes nothing in place.
-    ignore      patterns of THEIR keys that may be left over and are dropped before renaming
-    absent      patterns of OUR keys that the file need not have: they keep what the constructor gave them
-    code_licence, weights_licence
-                what the code base says of files in this layout in general, "" where it says nothing; a file from the
-                catalogue carries its own
-    aliases     (pattern, usual name) pairs for what other versions of the code base call the same: applied to each key
-                before anything else, so that all the rest knows one spelling
+    Attributes:
+        name: The code base: "detectron2", "torchvision", "mmdet", "transformers", ...
+        system: Name of the system in the registry.
+        rename: (pattern of the file's keys, replacement) pairs. All of them are applied to each key in order, each by
+            `re.sub` to the result of the previous one; a table therefore renames large parts first and common suffixes
+            (numbers of norms and convolutions) once, at the end. A replacement may be a function of the match.
+        recognise: Function of (shapes by key, what `read_state` returned about the file). It returns the options of the
+            constructor, including "classes", if the keys and shapes are of this layout, and None otherwise; a list of
+            `Candidate` if they match several published variants, of which `load` then requires `variant`.
+        finish: Function of (state, options) that returns the state dict; applied after renaming, to permute, split or
+            drop tensors. It must not modify its arguments.
+        ignore: Patterns of the file's keys that are dropped before renaming.
+        absent: Patterns of the system's keys that the file may lack; the constructor's values are kept for them.
+        code_licence: Licence of the code base; "" if it states none.
+        weights_licence: Licence of files in this layout, unless the catalogue states another; "" if there is none.
+        aliases: (pattern, name) pairs that unify the spellings of different versions of the code base; applied first.
     """
 
     name: str
@@ -95,7 +101,12 @@ class Origin:
     aliases: Sequence[tuple[str, Replacement]] = ()
 
     def candidates(self, shapes: Shapes, about: Mapping[str, Any]) -> list[Candidate]:
-        """What the file may be in this layout; empty if it is not of this layout."""
+        """The variants of this layout that a file matches; empty if it has another layout.
+
+        Args:
+            shapes: Shapes of the tensors by key.
+            about: What `read_state` returned about the file.
+        """
         if self.aliases:
             rules = compiled(self.aliases)
             shapes = {renamed(key, rules): shape for key, shape in shapes.items()}
@@ -106,7 +117,16 @@ class Origin:
         return [replace(candidate, options=named_by(about, candidate.options)) for candidate in every]
 
     def translate(self, state: State, options: Mapping[str, Any], path: str = "the file") -> State:
-        """Their state -> ours: ignored keys dropped, the others renamed, then finished."""
+        """Convert a state dict of this layout to the keys of the system.
+
+        Args:
+            state: The state dict of the file.
+            options: Options of the candidate.
+            path: The file, for messages.
+
+        Raises:
+            UnknownLayoutError: If two keys are renamed to the same one.
+        """
         ignored = [re.compile(p) for p in self.ignore]
         aliases, rules = compiled(self.aliases), compiled(self.rename)
         ours: State = {}
@@ -118,8 +138,8 @@ class Origin:
             key = renamed(key, rules)
             if key in ours:
                 raise UnknownLayoutError(
-                    f"{path}: its keys {origin[key]!r} and {theirs!r} both become {key!r} in the {self.name} layout of "
-                    f"{self.system}; the file holds more than one network, keep one of them"
+                    f"{path}: keys {origin[key]!r} and {theirs!r} both become {key!r} in the {self.name} layout of "
+                    f"{self.system}; the file holds several networks, keep one of them"
                 )
             ours[key], origin[key] = value, theirs
         return self.finish(ours, options)
@@ -127,6 +147,6 @@ class Origin:
 
 @cache
 def origins() -> tuple[Origin, ...]:
-    """Every layout we know, from the modules of this package; they are imported when first asked for."""
+    """All known layouts; the modules of this package are imported at the first call."""
     modules = sorted(m.name for m in iter_modules(__path__))
     return tuple(origin for name in modules for origin in import_module(f"{__name__}.{name}").ORIGINS)
