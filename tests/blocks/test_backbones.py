@@ -26,7 +26,7 @@ from maskwright.blocks.backbones import (
 from maskwright.blocks.layers import ConvNorm
 from maskwright.blocks.swin import Swin
 from maskwright.errors import UsageError
-from maskwright.systems import create
+from maskwright.systems import create, describe
 from tests.systems.tiny import SIZE, objects
 
 # One narrow backbone of each kind. A new family adds a line.
@@ -93,8 +93,10 @@ def test_levels_of_a_plain_vision_transformer_are_its_patches():
     spec = NARROW["vit_tiny_patch16_224"]
     for use in (Use(), Use(patch=8, size=64)):
         vit = on_meta(spec, use)
-        assert spec.levels(use) == Levels((vit.width,), (vit.patch,)) == ((24,), (use.patch or 16,))
+        assert spec.levels(use) == levels_of(vit) == ((24,), (use.patch or 16,))
     assert Backbone("vit_tiny_patch16_224").levels() == ((192,), (16,))
+    with pytest.raises(UsageError, match="levels of strides 8, 16, 32 is needed; this one has 16"):
+        describe("yolact", backbone="vit_tiny_patch16_224")
 
 
 CHANGES = {

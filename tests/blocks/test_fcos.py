@@ -66,7 +66,7 @@ def test_overlap_is_that_of_the_boxes_and_smoothing_is_an_argument():
     generator = torch.Generator().manual_seed(0)
     inner, other = (torch.rand(50, 4, generator=generator) * 9 + 0.1 for _ in range(2))
     spots = torch.zeros(50, 2)
-    boxes, others = fcos.boxes_from_distances(spots, inner), fcos.boxes_of(spots, other)
+    boxes, others = fcos.boxes_from_distances(spots, inner), fcos.boxes_from_distances(spots, other)
     torch.testing.assert_close(fcos.overlap(inner, other), pairwise_iou(boxes, others).diagonal())
     whole = generalized_box_iou(boxes, others).diagonal()
     torch.testing.assert_close(fcos.overlap(inner, other, generalised=True), whole)

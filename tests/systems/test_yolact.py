@@ -105,8 +105,8 @@ def test_the_greedy_rule_is_reached_from_predict():
     )
     assert torch.equal(default.boxes, fast.boxes)
     assert 0 < len(fast) < len(greedy)  # what was suppressed suppresses others in the one, and not in the other
-    with pytest.raises(Exception, match=r"nms.*'soft'"):
-        system.decode(system(torch.randn(1, 3, *SIZE)), [Placement.identity(SIZE)], nms="soft")
+    with pytest.raises(UsageError, match="nms must be one of 'fast', 'greedy', got 'soft'"):
+        mw.predict(system, image, nms="soft")
 
 
 # ---- anchors and matching --------------------------------------------------------------------------------------------

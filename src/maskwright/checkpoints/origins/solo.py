@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from maskwright.blocks.backbones import options_of
 from maskwright.checkpoints.names import class_names
 from maskwright.checkpoints.origins import Origin, Shapes, State
 
@@ -191,7 +192,9 @@ def _adelaidet(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Non
     if options is None:
         return None
     # detectron2's own backbones stride in the first 1 x 1; ResNeXt strides in the 3 x 3.
-    options["backbone"] |= {"norm": "frozen", "stride_in": "3x3" if "groups" in options["backbone"] else "1x1"}
+    options["backbone"]["norm"] = "frozen"
+    if "stride_in" in options_of(options["backbone"]["name"]):
+        options["backbone"]["stride_in"] = "3x3" if "groups" in options["backbone"] else "1x1"
     last = shapes["ins_head.cate_pred.weight"]
     options |= {
         "rules": "adelaidet", "neck_width": shapes["backbone.fpn_output2.weight"][0],

@@ -45,7 +45,8 @@ def _options(shapes: Shapes, about: Mapping[str, Any]) -> Mapping[str, Any] | Se
     stem = shapes["backbone.bottom_up.stem.conv1.weight"]
     options: dict[str, Any] = {
         "backbone": {
-            "name": f"resnet{depth}", "width": stem[0], "stride_in": "1x1", "norm": "frozen", "frozen": 2,
+            "name": f"resnet{depth}", "width": stem[0], "norm": "frozen", "frozen": 2,
+            **({"stride_in": "1x1"} if depth >= 50 else {}),
         },
         "in_channels": stem[1], "neck_width": shapes["backbone.fpn_output2.weight"][0],
         "convs": sum(bool(re.fullmatch(r"head\.cls_subnet\.\d\.weight", k)) for k in shapes),
