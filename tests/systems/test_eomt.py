@@ -17,13 +17,14 @@ from maskwright.structures import Placement
 from maskwright.systems import create
 from maskwright.systems.eomt import EoMT
 from tests.systems.test_mask2former import rewritten
-from tests.systems.tiny import SIZE, build
+from tests.systems.tiny import SIZE, TINY, build
 
 
 def random_images(count: int = 1) -> torch.Tensor:
     return torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.fast
 def test_a_query_attends_only_to_the_inside_of_its_mask():
     net = build("eomt").dense
     embeddings, features = torch.randn(2, 30, 32), torch.randn(2, 32, 24, 32)
@@ -37,6 +38,7 @@ def test_a_query_attends_only_to_the_inside_of_its_mask():
     assert net.allowed(embeddings, features, (6, 8), torch.tensor(0.0)).float().mean() > 0.99
 
 
+@pytest.mark.fast
 def test_masked_attention_is_annealed_block_by_block():
     system = build("eomt")
     assert system.dense.mask_probability.tolist() == [1, 1]
@@ -58,16 +60,13 @@ def test_there_are_earlier_predictions_only_in_training():
 def test_training_anneals_the_attention(tmp_path):
     from maskwright.data import Scenes
 
-    small = {
-        "backbone": {"name": "vit_tiny_patch16_224", "width": 32, "depth": 3, "heads": 2},
-        "resize": {"canvas": (64, 64)}, "queries": 10, "last_blocks": 2, "loss": {"points": 64},
-    }  # fmt: skip
+    small = {**TINY["eomt"], "resize": {"canvas": (64, 64)}, "loss": {"points": 64}}
     mw.train(
         "eomt",
-        Scenes(4, size=(64, 64), seed=0),
+        Scenes(2, size=(64, 64), seed=0),
         val=False,
         out=tmp_path / "run",
-        steps=4,
+        steps=2,
         batch=1,
         workers=0,
         ema=None,
@@ -76,9 +75,8 @@ def test_training_anneals_the_attention(tmp_path):
         options=small,
     )
     kept = mw.load(tmp_path / "run" / "last.safetensors")
-    # As in the last step, which began after three quarters of the run.
     system = create("eomt", **small)
-    system.on_progress(0.75)
+    system.on_progress(0.5)  # as in the last step, which began after half of the run
     assert torch.equal(kept.dense.mask_probability, system.dense.mask_probability)
 
 
@@ -112,6 +110,7 @@ def test_positions_are_interpolated_for_a_grid_of_another_shape():
     torch.testing.assert_close(columns[0], columns[3], atol=0.1, rtol=0)
 
 
+@pytest.mark.fast
 def test_images_are_placed_at_the_upper_left_on_black():
     system = build("eomt")
     batch = system.preprocess.collate([torch.full((3, 50, 100), 255, dtype=torch.uint8)])
@@ -179,6 +178,7 @@ def test_weights_of_earlier_versions_are_renamed(tmp_path):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in system.state_dict().items())
 
 
+@pytest.mark.fast
 def test_tensors_of_transformers_are_renamed():
     """Each tensor holds its own number, by which it is found again."""
     tensors = {

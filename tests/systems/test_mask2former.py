@@ -62,6 +62,7 @@ def painted(system, *rectangles, sure=6.0) -> Raw:
     return Raw(classes, sure * torch.eye(queries)[None, None], features, SIZE)
 
 
+@pytest.mark.fast
 def test_scores_are_class_times_mean_mask_probability():
     system = build("mask2former")
     raw = painted(system, (1, 2.0, slice(6, 14), slice(8, 20)), (0, 1.0, slice(14, 20), slice(2, 6)))
@@ -79,6 +80,7 @@ def test_scores_are_class_times_mean_mask_probability():
     torch.testing.assert_close(mirrored.boxes[:1], expected, atol=2, rtol=0)
 
 
+@pytest.mark.fast
 def test_duplicates_can_be_removed_in_three_ways():
     system = build("mask2former")
     twice = ((1, 3.0, slice(6, 14), slice(8, 20)), (1, 2.0, slice(6, 14), slice(8, 19)))
@@ -100,6 +102,7 @@ def test_options_of_decode_are_options_of_predict():
     assert 0 < len(few) < len(whole)
 
 
+@pytest.mark.fast
 def test_pixels_belong_to_the_best_segment_and_stuff_is_joined():
     system = build("mask2former", classes=("a", "b", "grass"), stuff=("grass",))
     raw = painted(
@@ -135,9 +138,9 @@ def test_a_query_with_an_empty_mask_attends_to_all_cells():
 
 def test_losses_do_not_depend_on_the_memory_bound(monkeypatch):
     system = build("mask2former").eval()
-    images, targets = torch.randn(2, 3, *SIZE), [objects(40, side=(20, 30)), objects(2)]
+    images, targets = torch.randn(2, 3, *SMALL), [objects(20, SMALL, (20, 30)), objects(2, SMALL)]
     results = []
-    for budget in (1 << 28, 1 << 16):
+    for budget in (1 << 28, 1 << 17):
         monkeypatch.setattr(learning, "BUDGET", budget)
         system.zero_grad()
         torch.manual_seed(1)

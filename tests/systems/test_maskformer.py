@@ -41,6 +41,7 @@ def test_each_option_trains_and_decodes(options):
     assert all(0 < len(own) <= 5 and len(own.masks) == len(own) for own in found)
 
 
+@pytest.mark.fast
 def test_a_segment_is_all_that_its_query_wins():
     """In Mask2Former only the part inside the query's own mask."""
     for name, expected in (("maskformer", SIZE[0] * SIZE[1]), ("mask2former", 32 * 48)):
@@ -70,7 +71,7 @@ def test_matching_samples_targets_at_the_nearest_pixel():
 
 def test_losses_do_not_depend_on_the_memory_bound(monkeypatch):
     system = build("maskformer").eval()
-    images, targets = torch.randn(2, 3, *SIZE), [objects(15, side=(20, 30)), objects(2)]
+    images, targets = torch.randn(2, 3, *SMALL), [objects(8, SMALL, (20, 30)), objects(2, SMALL)]
     results = []
     for budget in (1 << 28, 1 << 18):
         monkeypatch.setattr(learning, "BUDGET", budget)

@@ -1,4 +1,4 @@
-"""EoMT, by its authors: heads without and with masked attention, losses, and the rules for objects and segments."""
+"""EoMT, against the code of its authors: predictions without and with masked attention, losses, and decoding."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.parity.checkers import mask2former
 from tests.parity.ledger import LARGEST, Ledger, matching_areas
 
 DEEP = "gradients of four matched predictions at random points through all blocks"
-NEAR_NOUGHT = 2e-5  # of mask logits up to 25: whether such a patch may be looked at is decided by rounding
+NEAR_ZERO = 2e-5  # of mask logits up to 25: rounding decides whether a query attends to such a patch
 
 
 def check(system: Any, layout: Path, ledger: Ledger) -> None:
@@ -28,7 +28,7 @@ def check(system: Any, layout: Path, ledger: Ledger) -> None:
     own.answers()
     raw = own.masked() if ledger.names(r"masked/.*") else None
     if "loss/total_weighted" in ledger:
-        own.answer_learnt(raw)
+        own.check_losses(raw)
     if "post/inst_scores" in ledger or "post/pan_class_segment" in ledger:
         own.post()
 
@@ -43,7 +43,7 @@ class Check(mask2former.Check):
             tokens, _, _ = self.system.dense.backbone.begin(self.images)
         if "tokens_after_pos" in ledger:
             ledger.compare("tokens_after_pos", tokens[:, : int(_shape(ledger, "tokens_after_pos")[1])])
-        for name, ours in (  # by the authors' names and by those of transformers' output
+        for name, ours in (  # under the names of the authors and of transformers
             ("mask_logits", raw.masks()),
             ("masks_queries_logits", raw.masks()),
             ("class_logits", raw.classes[-1]),
@@ -53,14 +53,14 @@ class Check(mask2former.Check):
                 ledger.compare(name, ours)
 
     def masked(self) -> Any:
-        """With attention held to the masks. Where a patch's logit is zero but for rounding either answer is right:
-        both are tried, and the one nearer to what was recorded is kept for the blocks that follow."""
+        """Compares the predictions with masked attention. Where the logit of a patch is zero up to rounding, both
+        decisions are tried, and the one closer to the recording is kept for the following blocks."""
         system, ledger = self.system.train(), self.ledger
         system.dense.mask_probability.fill_(1)
         flips: list[Tensor] = []
-        raw, doubtful = self.forward(flips)
+        raw, uncertain = self.forward(flips)
         for number in range(len(system.dense.mask_probability)):
-            cells, plain = doubtful[number].nonzero(), torch.zeros_like(doubtful[number])
+            cells, plain = uncertain[number].nonzero(), torch.zeros_like(uncertain[number])
             if not len(cells):
                 flips.append(plain)
                 continue
@@ -70,37 +70,37 @@ class Check(mask2former.Check):
                 flip = plain.clone()
                 flip[tuple(cells[list(chosen)].T)] = True
                 trials.append((*self.forward([*flips, flip]), flip))
-            raw, doubtful, flip = min(trials, key=lambda t: self.apart(t[0], number + 1))
+            raw, uncertain, flip = min(trials, key=lambda t: self.apart(t[0], number + 1))
             flips.append(flip)
-        told = ", ".join(str(int(f.sum())) for f in flips)
-        note = f"patches turned by rounding before each block: {told}" if any(f.any() for f in flips) else ""
+        counts = ", ".join(str(int(f.sum())) for f in flips)
+        note = f"patches flipped because of rounding before each block: {counts}" if any(f.any() for f in flips) else ""
         masks = torch.stack([raw.masks(layer)[0] for layer in range(len(raw.classes))])
         ledger.compare("masked/mask_logits_per_layer", masks, note=note)
         ledger.compare("masked/class_logits_per_layer", raw.classes[:, 0], note=note)
         return raw
 
     def forward(self, flips: list[Tensor]) -> tuple[Any, list[Tensor]]:
-        """The answer with some patches' decisions turned over, and which decisions were doubtful, block by block."""
-        net, doubtful, plain = self.system.dense, [], self.system.dense.allowed
+        """The raw output with some decisions flipped, and which decisions are uncertain, for each block."""
+        net, uncertain, plain = self.system.dense, [], self.system.dense.allowed
 
         def watched(embeddings: Tensor, features: Tensor, grid: Any, probability: Tensor) -> Tensor:
             allowed = plain(embeddings, features, grid, probability)
             small = functional.interpolate(features, grid, mode="bilinear", align_corners=False).flatten(2)
-            doubtful.append((embeddings @ small).abs() < NEAR_NOUGHT)
-            if len(doubtful) <= len(flips):
+            uncertain.append((embeddings @ small).abs() < NEAR_ZERO)
+            if len(uncertain) <= len(flips):
                 count, before = embeddings.shape[1], allowed.shape[-1] - small.shape[2]
-                allowed[:, 0, :count, before:] ^= flips[len(doubtful) - 1]
+                allowed[:, 0, :count, before:] ^= flips[len(uncertain) - 1]
             return allowed
 
         net.allowed = watched
         try:
             with torch.no_grad():
-                return self.system(self.images), doubtful
+                return self.system(self.images), uncertain
         finally:
             del net.allowed
 
     def apart(self, raw: Any, layer: int) -> float:
-        """How far prediction `layer` is from what was recorded of it."""
+        """The distance of prediction `layer` from the recording."""
         total = 0.0
         for name, ours in (("class_logits", raw.classes[layer]), ("mask_logits", raw.masks(layer))):
             theirs, shape, chosen = self.ledger._answer(f"masked/{name}_per_layer")
@@ -112,7 +112,7 @@ class Check(mask2former.Check):
 
     # ---- learning ------------------------------------------------------------------------------------------------
 
-    def answer_learnt(self, raw: Any) -> None:
+    def check_losses(self, raw: Any) -> None:
         ledger, system = self.ledger, self.system.train()
         target = self.target()
         if "rng_first8" in ledger:
@@ -152,7 +152,9 @@ class Check(mask2former.Check):
         for name, value in numbered.items():
             gradient = ours.pop(name).grad
             assert gradient is not None, name
-            parts = value.reshape(-1, 3)[:, 0].int().tolist()  # queries, keys and values may be three of theirs
+            parts = (
+                value.reshape(-1, 3)[:, 0].int().tolist()
+            )  # query, key and value may be three parameters of the original
             for part, rows in zip(parts, gradient.double().chunk(len(parts)), strict=True):
                 norms[part] = rows.norm()
         assert not ours, f"the original trains no {', '.join(list(ours)[:3])}"
@@ -161,7 +163,7 @@ class Check(mask2former.Check):
     # ---- finished answers ----------------------------------------------------------------------------------------
 
     def post(self) -> None:
-        """The rules on answers that are made up: recipe in the recording's notes."""
+        """Compares the decoding of artificial outputs, which the notes of the recording describe."""
         ledger, seed = self.ledger, int(self.ledger.about["seed"]) + 7
         stream = np.random.RandomState(seed)
         text = str(ledger.about["notes"])
@@ -223,7 +225,7 @@ def _shape(ledger: Ledger, name: str) -> tuple[int, ...]:
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
-    """Files with DINOv3 are taken as sums: a layout's numbers are no differences to anything."""
+    """Files with DINOv3 are read as sums: the artificial weights of a layout are not differences."""
     words = " ".join(str(about.get(word, "")) for word in ("variant", "layout")).lower()
     ours = "already summed" in words or ("eomt" in words and "dinov3" in words and "-hf" not in words)
     return {"variant": "sum"} if ours else {}

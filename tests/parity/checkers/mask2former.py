@@ -1,4 +1,4 @@
-"""Mask2Former and MaskFormer, by their authors and by transformers."""
+"""Mask2Former and MaskFormer, against the code of their authors and of transformers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from maskwright.structures import Instances, Masks, Placement
 from tests.parity import ties
 from tests.parity.ledger import Ledger, inputs, matching_areas
 
-BLOCKED = "a key whose mask logit is zero but for rounding may be on either side"
-LONG = "gradients pass through 30 losses at random points and some 40 layers; the sheet asks for 1e-2"
+BLOCKED = "a key whose mask logit is zero up to rounding may be on either side of the threshold"
+LONG = "gradients of 30 losses at random points pass through about 40 layers; the recording allows 1e-2"
 
 
 def check(system: Any, layout: Path, ledger: Ledger) -> None:
@@ -101,13 +101,13 @@ class Check:
             self.segments("", found, self.ties(raw, limits.get("score_threshold", 0.8)))
 
     def planes(self, name: str) -> int:
-        """How many axes an array was recorded with."""
+        """The number of axes of a recorded array."""
         arrays = self.ledger.arrays
         return len(arrays[f"{name}__shape"]) if f"{name}__shape" in arrays else np.ndim(arrays.get(name, 0))
 
     def settled(self) -> Any:
-        """The answers with those keys on the original's side of zero whose mask logit is zero but for rounding: one
-        key in a query's attention changes all that comes after it by a thousandth. Which side is found by trying."""
+        """The raw output, in which keys whose mask logit is zero up to rounding are on the original's side of the
+        threshold. One key of one query changes everything after it by a thousandth; the sides are found by trial."""
         net, close, flipped = self.system.dense, [], set()
         original, layers = type(net).allowed, len(net.decoder)
 
@@ -149,7 +149,7 @@ class Check:
         return run()[1]
 
     def error(self, name: str, ours: Tensor) -> float:
-        """As the ledger measures it, without having it as compared."""
+        """The relative error as the ledger computes it, without recording a comparison."""
         seen = set(self.ledger.seen)
         theirs, _, chosen = self.ledger._answer(name)
         self.ledger.seen = seen
@@ -176,7 +176,7 @@ class Check:
 
     @staticmethod
     def limits(text: str) -> dict[str, float]:
-        """Thresholds out of what is said of them."""
+        """Thresholds from a text that describes them."""
         number = r"(\d*\.?\d+)"
         found = re.search(rf"object(?:_mask)? {number}, overlap {number}", text) or re.search(
             rf"\({number}/{number}\)", text
@@ -186,7 +186,7 @@ class Check:
         return {"score_threshold": float(found[1]), "overlap_threshold": float(found[2])}
 
     def objects(self, name: str, found: Instances) -> None:
-        """In the original's order where scores are equal but for rounding."""
+        """Compares objects, in the original's order where scores are equal up to rounding."""
         ledger = self.ledger
         assert found.scores is not None
         assert found.masks is not None
@@ -212,7 +212,7 @@ class Check:
         self.ledger._line(name, f"{far} pixels apart at most (bound {slack:.0f}: at the threshold)", far <= slack)
 
     def agree(self, name: str, ours: Tensor, share: float = 1e-3, open: Tensor | None = None) -> None:
-        """Equal values, but for pixels at a threshold, and for those that are `open`."""
+        """Compares values for equality, except for a share at a threshold and for those that are `open`."""
         theirs, shape, chosen = self.ledger._answer(name)
         if tuple(ours.shape) != tuple(shape):
             return self.ledger._line(name, f"shape {tuple(ours.shape)}, expected {tuple(shape)}", False)
@@ -222,11 +222,11 @@ class Check:
             flat, free = flat[chosen], free[chosen]
         different = int(((flat != theirs.reshape(-1)) & ~free).sum())
         text = f"{different} of {flat.size} values differ (bound {share:g}: at the threshold)"
-        text += f", {int(free.sum())} are between two queries that are equal but for rounding" if free.any() else ""
+        text += f", {int(free.sum())} are between two queries that are equal up to rounding" if free.any() else ""
         self.ledger._line(name, text, different <= share * flat.size)
 
     def ties(self, raw: Any, threshold: float) -> Tensor:
-        """Pixels where the best two of the queries that are sure are as good as each other."""
+        """Pixels where the best two of the confident queries are equal up to rounding."""
         scores, labels = raw.classes[-1, 0].softmax(-1).max(-1)
         sure = ((scores > threshold) & (labels < len(self.system.classes))).nonzero().flatten()
         rows = []
@@ -241,7 +241,7 @@ class Check:
         self.ledger.equal(f"{name}pan_info", torch.stack([numbers, found.segments.labels, found.things.long()], 1))
 
     def post(self) -> None:
-        """The rules on answers that are made up."""
+        """Compares the decoding of artificial outputs."""
         ledger, system = self.ledger, self.system
         text = " ".join(str(ledger.about.get(n, "")) for n in ("post", "notes"))
         text = text[text.index("post/*") :]
@@ -275,7 +275,7 @@ class Check:
     # ---- learning ------------------------------------------------------------------------------------------------
 
     def target(self) -> Instances:
-        """Given, or as all of these recordings make theirs: ellipses and boxes in a row."""
+        """The recorded target, or the one that these recordings construct: ellipses and boxes in a row."""
         ledger = self.ledger
         labels = ledger.given("target_labels")
         size = (self.images.shape[2], self.images.shape[3])
@@ -336,7 +336,7 @@ class Check:
         return ties.compare_choice(self.ledger, "match_pairs_final_then_aux", costs[0], pairs, theirs)
 
     def gradients(self) -> None:
-        """Norms by the original's names: parts of one of its parameters are added up."""
+        """Compares gradient norms per parameter of the original, which may be split into several here."""
         ledger = self.ledger
         keys = [str(k) for k in ledger.arrays["grad_keys"]]
         ledger.seen.add("grad_keys")
