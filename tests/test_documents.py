@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -122,6 +123,24 @@ def test_every_make_target_in_the_documents_exists():
         for target in re.findall(r"(?:^|`|run: )make ([a-z]+)", path.read_text("utf-8"), re.MULTILINE):
             assert target in targets, f"{path.name}: make {target}"
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+@pytest.mark.fast
+@every_document
+def test_every_option_of_a_benchmark_exists(path):
+    text = re.sub(r"\s+", " ", path.read_text("utf-8"))
+    for name, options in re.findall(r"`(?:python )?(?:benchmarks/)?([a-z_]+)\.py ([^`]*)`", text):
+        script = ROOT / "benchmarks" / f"{name}.py"
+        assert script.exists(), f"{path.name}: {script.name}"
+        for option in re.findall(r"(?<!\S)--[a-z-]+", options):
+            assert f'"{option}"' in script.read_text("utf-8"), f"{path.name}: {script.name} has no {option}"
+
+
+def test_the_tables_of_systems_are_current():
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs/tables.py", "--check"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{done.stderr}run make tables"
 
 
 def run_blocks(path: Path, count: int) -> dict[str, Any]:
