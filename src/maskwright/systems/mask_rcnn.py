@@ -229,13 +229,23 @@ class MaskRCNN(TwoStage):
         return self.pooled(raw, boxes, self.mask_side)
 
     def mask_losses(
-        self, raw: Raw, features: Float[Tensor, "r c s s"], rois: Foreground, targets: Sequence[Instances]
-    ) -> dict[str, Tensor]:
-        """Computes `mask`, whose target is the object's mask inside the box, and `mask_point` with points=True."""
-        assert self.masks is not None
+        self, raw: Raw, features: Float[Tensor, "r c s s"], rois: Foreground, targets: Sequence[Instances],
+        network: nn.Module | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Computes `mask`, whose target is the object's mask inside the box, and `mask_point` with points=True.
+
+        Args:
+            raw: Output of the dense network.
+            features: Input of the mask head.
+            rois: The boxes that the features belong to.
+            targets: Objects of each image.
+            network: The mask head; default `masks`.
+        """
+        network = network or self.masks
+        assert network is not None
         labels = self.mask_labels(rois.labels)
         one = not self.competing_masks and self.refinement is None  # only the mask of each box's class is needed
-        logits = self.masks(features, labels if one else None)
+        logits = network(features, labels if one else None)
         truth = mask_truth(rois, targets, logits.shape[-1], self.rules.mask_targets)
         if self.competing_masks:
             return {"mask": competing_mask_loss(logits, truth, labels)}
@@ -306,18 +316,28 @@ class MaskRCNN(TwoStage):
 
     def mask_probabilities(
         self, raw: Raw, features: Float[Tensor, "r c _s _s"], boxes: Sequence[Float[Tensor, "_n 4"]],
-        labels: Int[Tensor, " r"], refine: bool = True,
+        labels: Int[Tensor, " r"], refine: bool = True, network: nn.Module | None = None,
     ) -> Float[Tensor, "r s s"]:  # fmt: skip
-        """The mask of each box's class."""
-        assert self.masks is not None
+        """The mask of each box's class, refined at points if the system has them and unless `refine` is False.
+
+        Args:
+            raw: Output of the dense network.
+            features: Input of the mask head.
+            boxes: The boxes of each image that the features belong to.
+            labels: Their classes.
+            refine: Whether masks are refined.
+            network: The mask head; default `masks`.
+        """
+        network = network or self.masks
+        assert network is not None
         labels = self.mask_labels(labels)
         if self.refinement is not None and self.points is not None and refine:
-            coarse = self.masks(features)
+            coarse = network(features)
             return self.refinement.refine(self.points, raw.features[0], coarse, boxes, labels).sigmoid()
         if self.competing_masks:
             rows = torch.arange(len(labels), device=labels.device)
-            return self.masks(features).float().softmax(1)[rows, labels]
-        return self.masks(features, labels)[:, 0].float().sigmoid()
+            return network(features).float().softmax(1)[rows, labels]
+        return network(features, labels)[:, 0].float().sigmoid()
 
     def to_image(
         self, found: Detections, mask: Tensor | None, keypoint: Tensor | None, placement: Placement, threshold: float

@@ -274,11 +274,12 @@ class PointRend(MaskRCNN):
         return super().roi_losses(raw, proposals, filled)
 
     def mask_losses(
-        self, raw: Raw, features: Float[Tensor, "r c s s"], rois: Foreground, targets: Sequence[Instances]
-    ) -> dict[str, Tensor]:
+        self, raw: Raw, features: Float[Tensor, "r c s s"], rois: Foreground, targets: Sequence[Instances],
+        network: nn.Module | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Computes `mask` of the coarse head, or `size` of the implicit networks, and `mask_point`."""
         if not self.implicit:
-            return super().mask_losses(raw, features, rois, targets)
+            return super().mask_losses(raw, features, rois, targets, network)
         assert self.masks is not None
         assert self.points is not None
         assert self.refinement is not None
@@ -292,11 +293,11 @@ class PointRend(MaskRCNN):
 
     def mask_probabilities(
         self, raw: Raw, features: Float[Tensor, "r c _s _s"], boxes: Sequence[Float[Tensor, "_n 4"]],
-        labels: Int[Tensor, " r"], refine: bool = True,
+        labels: Int[Tensor, " r"], refine: bool = True, network: nn.Module | None = None,
     ) -> Float[Tensor, "r s s"]:  # fmt: skip
         if self.implicit and not refine:
             raise UsageError("refine=False requires coarse masks, which implicit PointRend does not have")
-        return super().mask_probabilities(raw, features, boxes, labels, refine)
+        return super().mask_probabilities(raw, features, boxes, labels, refine, network)
 
     # ---- for loading and training ------------------------------------------------------------------------------------
 
