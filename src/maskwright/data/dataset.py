@@ -210,7 +210,7 @@ def mirrored_keypoints(keypoints: Sequence[str] | None) -> tuple[int, ...] | Non
     """Return the permutation of keypoints under a left-right flip, derived from their names.
 
     Args:
-        keypoints: Names; "left" and "right" (or the prefixes "l_" and "r_") mark keypoints that swap.
+        keypoints: Names; "left" and "right" (or the prefixes `l_` and `r_`) mark keypoints that swap.
 
     Returns:
         For each keypoint the position of its counterpart; its own position if there is none. None for None.

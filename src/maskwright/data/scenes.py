@@ -247,7 +247,7 @@ class Scenes(Dataset):
     # ---- writing ----------------------------------------------------------------------------------------------------
 
     def write(self, folder: str | Path, split: str = "train") -> Path:
-        """Write a COCO data set: FOLDER/SPLIT/*.png and FOLDER/annotations/instances_SPLIT.json.
+        """Write a COCO data set: `FOLDER/SPLIT/*.png` and `FOLDER/annotations/instances_SPLIT.json`.
 
         With stuff, panoptic_SPLIT.json and its maps are written instead; with figures, person_keypoints_SPLIT.json is
         written as well. Reading the data set returns the same images and masks.

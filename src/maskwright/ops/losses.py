@@ -14,7 +14,7 @@ def smooth_l1_sum(prediction: Shaped[Tensor, "*n"], target: Shaped[Tensor, "*n"]
     Args:
         prediction: Predicted values.
         target: Target values.
-        beta: The loss is 0.5 d^2 / beta below and |d| - 0.5 beta above; L1 at 0.
+        beta: The loss is `0.5 d^2 / beta` below and `|d| - 0.5 beta` above; L1 at 0.
     """
     if beta == 0:
         return (prediction - target).abs().sum()

@@ -360,8 +360,8 @@ class HDETR(QueryDetector):
             targets: Objects of each image, in the frame of the network's input. Crowd regions are ignored.
 
         Returns:
-            "class", "box" and "giou" of the last decoder layer, and as "class_0", ... of the earlier ones; "many_..."
-            of the second group of queries; "proposal_..." of the encoder's tokens.
+            `class`, `box` and `giou` of the last decoder layer, and as `class_0`, ... of the earlier ones; `many_...`
+            of the second group of queries; `proposal_...` of the encoder's tokens.
         """
         device = raw.logits.device
         with torch.autocast(device.type, enabled=False):

@@ -524,8 +524,8 @@ class MaskFrozenDETR(System):
             targets: Objects of each image, in the frame of the network's input. Crowd regions are ignored.
 
         Returns:
-            "mask", "dice" and "score" of the boxes that are matched with an object; with `joint` also the detector's
-            terms as "detector_...".
+            `mask`, `dice` and `score` of the boxes that are matched with an object; with `joint` also the detector's
+            terms as `detector_...`.
         """
         device = raw.boxes.device
         with torch.autocast(device.type, enabled=False):
