@@ -18,17 +18,26 @@ from maskwright.errors import UsageError
 from maskwright.structures import Masks, Placement
 from maskwright.systems import System, describe
 from maskwright.systems.mask_frozen_detr import FeatureCache, MaskFrozenDETR
-from tests.systems.tiny import TINY, build, objects
+from tests.systems.tiny import build as build_any
+from tests.systems.tiny import objects, tiny_options
 
 SMALL = (64, 96)
+DETR = {name: value for name, value in tiny_options("detr").items() if name != "in_channels"}
 OPTIONS = {
     "all query parts": {"query_parts": ("objects", "box", "feed_forward")},
     "no score, boxes not aligned": {"scoring": False, "aligned": False},
     "the detector is trained too": {"joint": True, "image_layers": 0},
-    "on DETR, both trained": {"joint": True, "detector": "detr", "detector_options": TINY["detr"]},
+    "on DETR, both trained": {"joint": True, "detector": "detr", "detector_options": DETR},
 }
-ON_DETR = {"detector": "detr", "detector_options": {**TINY["detr"], "masks": "none"}}
-LIGHT = {k: v for k, v in TINY["mask-frozen-detr"].items() if k != "detector_options"}
+ON_DETR = {"detector": "detr", "detector_options": {**DETR, "masks": "none"}}
+LIGHT = {k: v for k, v in tiny_options("mask-frozen-detr").items() if k not in ("detector", "detector_options", "joint")}
+
+
+def build(name: str, **options: Any) -> System:
+    """A tiny system; the detector of Mask Frozen-DETR is frozen unless the options say otherwise."""
+    if name == "mask-frozen-detr":
+        options = {"joint": False, **options}
+    return build_any(name, **options)
 
 
 def random_images(count: int = 2, size: tuple[int, int] = SMALL) -> torch.Tensor:
@@ -53,7 +62,7 @@ def test_each_option_trains_and_predicts(options):
 
 @pytest.mark.parametrize(
     ("options", "detectors"),
-    [({}, ["detector.dense"]), (ON_DETR, ["detector.dense"]), ({**ON_DETR, "detector_options": TINY["detr"]},
+    [({}, ["detector.dense"]), (ON_DETR, ["detector.dense"]), ({**ON_DETR, "detector_options": DETR},
      ["detector.dense", "detector.masks"])],
     ids=["H-DETR", "DETR", "DETR with masks"],
 )  # fmt: skip

@@ -20,13 +20,13 @@ SIZE = (96, 128)
 
 
 @cache
-def _described(name: str) -> dict[str, Any]:
-    return describe(f"{name}-small").options
+def _described(name: str) -> System:
+    return describe(f"{name}-small")
 
 
 def tiny_options(name: str) -> dict[str, Any]:
     """The options of the preset `NAME-small`, with smaller widths, fewer layers and fewer queries."""
-    return {key: _shrunk(key, value) for key, value in _described(name).items() if key != "classes"}
+    return {key: _shrunk(key, value) for key, value in _described(name).options.items() if key != "classes"}
 
 
 def _shrunk(key: str, value: Any) -> Any:
@@ -44,12 +44,12 @@ def _shrunk(key: str, value: Any) -> Any:
         return [128, 128]
     if not isinstance(value, int) or isinstance(value, bool):
         return value
-    if key.endswith("width") or key.endswith("hidden") or key.endswith("_channels"):
+    if key.endswith(("width", "hidden", "_channels")):
         return min(value, max(32, value // 4))
-    if key.endswith("convs") or key.endswith("layers"):
+    if key.endswith(("convs", "layers")):
         return min(value, 2)
     if key.endswith("queries"):
-        return min(value, 24)
+        return min(value, 12 if key == "queries" else 24)
     if key in ("points", "count", "per_step") and value > 64:
         return max(32, value // 8)
     return min(value, 96) if key == "short" else min(value, 160) if key == "long" else value
@@ -64,9 +64,9 @@ def _small_backbone(options: Mapping[str, Any]) -> dict[str, Any]:
 def build(name: str, **options: Any) -> System:
     """The tiny system called `name` with random weights (always the same) and the classes "a" and "b"."""
     torch.manual_seed(0)
-    classes = {} if "proposals" in describe(f"{name}-small").tasks else {"classes": ("a", "b")}
-    tiny = {**classes, **tiny_options(name)}
-    return create(f"{name}-small", **type(describe(f"{name}-small")).with_options(tiny, options))
+    described = _described(name)
+    classes = {} if "proposals" in described.tasks else {"classes": ("a", "b")}
+    return create(f"{name}-small", **described.with_options({**classes, **tiny_options(name)}, options))
 
 
 def objects(
