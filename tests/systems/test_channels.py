@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 import maskwright as mw
-from maskwright.blocks.trunk import normalization_for
 from maskwright.data import Scenes
 from maskwright.errors import ImageError, UsageError
 from maskwright.structures import Preprocess
+from maskwright.structures.resize import normalization_for
 from maskwright.systems import names
 from tests.systems.tiny import build
 

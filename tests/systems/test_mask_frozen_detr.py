@@ -30,7 +30,11 @@ OPTIONS = {
     "on DETR, both trained": {"joint": True, "detector": "detr", "detector_options": DETR},
 }
 ON_DETR = {"detector": "detr", "detector_options": {**DETR, "masks": "none"}}
-LIGHT = {k: v for k, v in tiny_options("mask-frozen-detr").items() if k not in ("detector", "detector_options", "joint")}
+LIGHT = {
+    k: v
+    for k, v in tiny_options("mask-frozen-detr").items()
+    if k not in ("detector", "detector_options", "joint", "in_channels")
+}
 
 
 def build(name: str, **options: Any) -> System:

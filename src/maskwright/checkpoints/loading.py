@@ -333,7 +333,7 @@ def _fill(
         if channels != state[weight].shape[1] and "in_channels" in overrides:
             state[weight] = widen_input(state[weight], channels)
     new = [
-        part for part in (*kind.grows, *kind.optional_networks)
+        part for part in kind.optional_networks
         if overrides and not any(key.startswith(part) for key in state)
     ]  # fmt: skip
     absent = (*absent, *(f"^{re.escape(part)}" for part in new))

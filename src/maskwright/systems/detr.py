@@ -570,6 +570,7 @@ class DETR(PanopticSystem, QueryDetector):
                 Score(31.1, "mask AP", _COCO, _README),
                 Score(38.8, "box AP", _COCO, _README),
             ),
+            task="panoptic",
         ),
         "detr-r50-dc5-panoptic": Preset(
             {"backbone": _R50, "masks": "frozen", "dilated": True},
@@ -578,6 +579,7 @@ class DETR(PanopticSystem, QueryDetector):
                 Score(31.9, "mask AP", _COCO, _README),
                 Score(40.2, "box AP", _COCO, _README),
             ),
+            task="panoptic",
         ),
         "detr-r101-panoptic": Preset(
             {"backbone": _R101, "masks": "frozen"},
@@ -586,6 +588,7 @@ class DETR(PanopticSystem, QueryDetector):
                 Score(33.0, "mask AP", _COCO, _README),
                 Score(40.1, "box AP", _COCO, _README),
             ),
+            task="panoptic",
         ),
         "detr-small": Preset(
             {

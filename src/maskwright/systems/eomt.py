@@ -347,6 +347,7 @@ class EoMT(QuerySystem):
                 {"backbone": f"vit_{name}_patch14_reg4_dinov2", "resize": {"canvas": [size, size]}},
                 (Score(value, measure, f"COCO val2017, fitted into {size} x {size}", source),),
                 "classes and stuff are those of the data" if task == "panoptic" else "",
+                "panoptic" if task == "panoptic" else "instances",
             )
             for source in ("model zoo of tue-mps/eomt",)
             for letter, name, task, size, value, measure in (
@@ -364,6 +365,7 @@ class EoMT(QuerySystem):
             f"eomt-{letter}-dinov3-{task}-{size}": Preset(
                 {"backbone": f"vit_{name}_patch16_dinov3_qkvb", "resize": {"canvas": [size, size]}},
                 (Score(value, measure, f"COCO val2017, fitted into {size} x {size}", source),),
+                task="panoptic" if task == "panoptic" else "instances",
             )
             for source in ("model zoo of tue-mps/eomt",)
             for letter, name, task, size, value, measure in (

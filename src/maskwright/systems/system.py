@@ -83,7 +83,6 @@ class System(nn.Module):
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     ablations: ClassVar[Mapping[str, Ablation]] = {}
     sees_padding: ClassVar[bool] = False
-    grows: ClassVar[tuple[str, ...]] = ()
     optional_networks: ClassVar[tuple[str, ...]] = ()
     renamed_options: ClassVar[Mapping[str, str | None]] = {}
     renamed_parameters: ClassVar[Mapping[str, str]] = {}
@@ -115,10 +114,6 @@ class System(nn.Module):
     def rebuild(cls, options: Mapping[str, Any]) -> Self:
         """Constructs the system for weights that follow at once: no `pretrained` weights are downloaded for it."""
         before = options.get("backbone")
-        if options.get("pretrained"):
-            system = cls(**{**options, "pretrained": False})
-            system.options["pretrained"] = options["pretrained"]
-            return system
         if not isinstance(before, Mapping) or not before.get("pretrained"):
             return cls(**options)
         system = cls(**{**options, "backbone": {**before, "pretrained": False}})
