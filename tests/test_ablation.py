@@ -1,4 +1,4 @@
-"""A table of a paper rerun: every variant is trained, kept, and set beside what was published."""
+"""Rerunning a table of a paper: every variant is trained once, stored, and listed next to the published result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY = Ablation(
 )  # fmt: skip
 
 
-def test_every_variant_is_trained_once_and_told_beside_the_published_one(tmp_path, monkeypatch):
+def test_every_variant_is_trained_once_and_listed_beside_the_published_one(tmp_path, monkeypatch):
     monkeypatch.setattr(MaskRCNN, "ablations", {"9z": TINY})
     budget = ["--steps", "2", "--images", "4", "--unseen", "2", "--batch", "2", "--device", "cpu"]
     code = main(["ablate", "mask-rcnn", "9z", "--seeds", "3", "1", "3", *budget, "--out", str(tmp_path)])
@@ -54,15 +54,15 @@ def test_every_variant_is_trained_once_and_told_beside_the_published_one(tmp_pat
 
     # Another time nothing is trained again, unless the budget changed or the file is damaged.
     kept["softmax", 1].write_text("{")
-    told = json.loads(kept["sigmoid", 1].read_text())
-    told["measured"]["AP"] = 77.0
-    kept["sigmoid", 1].write_text(json.dumps(told))
+    record = json.loads(kept["sigmoid", 1].read_text())
+    record["measured"]["AP"] = 77.0
+    kept["sigmoid", 1].write_text(json.dumps(record))
     again = ablate("mask-rcnn", "9z", out=tmp_path, seeds=(1,), steps=2, images=4, unseen=2, batch=2, device="cpu")
     assert again[1].mean("AP") == 77
     assert len(json.loads(kept["softmax", 1].read_text())["measured"]) == 6
 
     # Nor for a row that another table has too, however it is written there.
-    same = replace(TINY, variants={"plain": {"mask_loss": "sigmoid"}}, published={})
+    same = replace(TINY, variants={"plain": {"masks": {"loss": "sigmoid"}}}, published={})
     monkeypatch.setattr(MaskRCNN, "ablations", {"9y": same})
     shared = ablate("mask-rcnn", "9y", out=tmp_path, seeds=(1,), steps=2, images=4, unseen=2, batch=2, device="cpu")
     assert shared[0].mean("AP") == 77
@@ -78,7 +78,7 @@ def test_every_table_is_of_known_options_and_rows():
             assert set(plan.published) <= set(plan.variants), (name, table)
             for variant, options in plan.variants.items():
                 assert set(options) | set(plan.base) <= known, (name, table, variant)
-                kind(classes=("a",), **{**plan.base, **options})
+                kind(**kind.with_options(plan.base, {**options, "classes": ("a",)}))
 
 
 def test_an_unknown_table_is_named(tmp_path):
@@ -98,7 +98,7 @@ def test_the_chart_draws_spread_and_what_was_published():
     assert rows[1].spread("AP") == 0
 
 
-def test_the_chart_has_room_for_long_names_and_wide_spreads_and_leaves_out_what_is_no_number():
+def test_the_chart_has_room_for_long_names_and_wide_spreads_and_omits_nan():
     name = "a variant whose name says in many words what it is"
     rows = [
         Row(name, {"AP": [0.0, 100.0]}, {}), Row("none", {"AP": [math.nan]}, {"AP": 30.0}),
@@ -116,42 +116,43 @@ def test_the_chart_has_room_for_long_names_and_wide_spreads_and_leaves_out_what_
     assert "nan" not in chart([rows[1]])
 
 
-def test_what_is_not_there_is_told_as_a_dash(tmp_path):
+def test_missing_values_are_dashes(tmp_path):
     measured = {m: [math.nan] for m in ("AP50", "AP75", "S", "M", "L")}
     rows = [Row("a", {"AP": [math.nan], **measured}, {}, [7]), Row("b", {"AP": [2.0], **measured}, {}, [7])]
     _write(tmp_path, "mask-rcnn", "9z", TINY, rows, {})
-    told = (tmp_path / "table-9z.md").read_text()
-    assert "| a | – |" in told
-    assert "| b | 2.0 ± 0.0 |" in told
+    table = (tmp_path / "table-9z.md").read_text()
+    assert "| a | – |" in table
+    assert "| b | 2.0 ± 0.0 |" in table
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--steps", "0"], "steps is 0; expected at least 1"),
-        (["--images", "0"], "images is 0; expected at least 1"),
-        (["--unseen=-1"], "unseen is -1; expected at least 1"),
-        (["--batch", "0"], "batch is 0; expected at least 1"),
-        (["--seeds"], "give at least one"),
-        (["--seeds=-1"], "expected whole numbers from 0 on"),
+        (["--steps", "0"], "steps must be at least 1, got 0"),
+        (["--images", "0"], "images must be at least 1, got 0"),
+        (["--unseen=-1"], "unseen must be at least 1, got -1"),
+        (["--batch", "0"], "batch must be at least 1, got 0"),
+        (["--seeds"], "pass at least one"),
+        (["--seeds=-1"], "seeds must be integers of at least 0, got -1"),
     ],
 )
-def test_a_budget_that_cannot_be_is_refused_at_the_start(tmp_path, capsys, arguments, message):
+def test_an_invalid_budget_is_refused_at_the_start(tmp_path, capsys, arguments, message):
     assert main(["ablate", "tensormask", "2a", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"measured": {"AP": 1}}', '{"measured": null}'])
-def test_a_damaged_run_is_made_again(tmp_path, capsys, text):
+def test_a_damaged_run_is_repeated(tmp_path, capsys, text):
     path = tmp_path / "measured.json"
     path.write_text(text)
     assert _kept(path) is None
-    assert f"{path} is damaged; the run is made again" in capsys.readouterr().err
+    assert f"{path} is damaged; the run is repeated" in capsys.readouterr().err
 
 
-def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    two = replace(TINY, variants={"sigmoid": {"anchor_sizes": (8, 16, 32, 48, 64)}}, published={})
+def test_an_interrupted_run_continues(tmp_path, monkeypatch):
+    sizes = (8, 16, 32, 48, 64)
+    two = replace(TINY, variants={"sigmoid": {"proposals": {"anchor_sizes": sizes}}}, published={})
     monkeypatch.setattr(MaskRCNN, "ablations", {"9z": two})
     arguments = {
         "out": tmp_path, "seeds": (0,), "steps": 2, "images": 4, "unseen": 2, "batch": 2, "device": "cpu",

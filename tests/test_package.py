@@ -1,4 +1,4 @@
-"""The package as a stranger meets it: quick to import, whole in its wheel, layered, and true in its documents."""
+"""The package as a whole: import time, public names, layers, dependencies and the wheel."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from maskwright.errors import MissingExtraError
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
-# What no import of ours may pull in unasked: large, optional, or for one verb alone.
+# Packages that `import maskwright` must not import: large, optional, or needed by one command only.
 HEAVY = {
     "torchvision",
     "lightning_fabric",
@@ -55,7 +55,7 @@ def test_importing_costs_little_beyond_torch():
     assert min(alone for alone, _ in runs) < 0.3
 
 
-def test_importing_takes_nothing_heavy_along():
+def test_importing_imports_no_large_packages():
     code = (
         "import json, sys\n"
         "import maskwright\n"

@@ -1,4 +1,4 @@
-"""maskwright: every published instance segmentation system behind one interface.
+"""maskwright: published instance segmentation systems behind one interface.
 
     import maskwright as mw
 
@@ -6,7 +6,7 @@
     for prediction in mw.predict(system, "images/*.jpg"):
         print(prediction.path, prediction.instances.labels)
 
-Names are loaded when first used, so that importing the package costs next to nothing.
+Submodules are imported when a name is first used, so that importing the package is fast.
 """
 
 from __future__ import annotations

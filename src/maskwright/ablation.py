@@ -1,7 +1,7 @@
-"""A paper's ablation rerun on small data: a list of variants, one data set, one budget, several seeds, a table.
+"""Ablation tables of papers, rerun on small generated data with several seeds.
 
-What the variants are is said where the system is (`System.ablations`); here they are trained and measured, and the
-table is set beside the published one. Every run is kept, so that an interrupted ablation goes on where it stopped.
+`System.ablations` defines the variants. This module trains and evaluates them and writes the results next to the
+published ones. Every run is stored, so that an interrupted ablation continues where it stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskwright.errors import UsageError
+from maskwright.errors import DataError, UsageError
+from maskwright.files import write_text
 from maskwright.systems import Ablation, create, system_class
 from maskwright.terminal import choose, complain, progress, say
 
@@ -33,10 +34,14 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One variant: each measure in percent for every seed, and what was published.
+    """Results of one variant.
 
-    A measure is no number (nan) where the scenes of a seed hold no object that it is about; mean and spread are of the
-    other seeds.
+    Attributes:
+        variant: Name of the variant.
+        measured: For each measure the values of all seeds, in percent; NaN if the scenes of a seed have no object of
+            the measure's size.
+        published: Published values by measure, in percent.
+        seeds: The seeds.
     """
 
     variant: str
@@ -45,16 +50,16 @@ class Row:
     seeds: Sequence[int] = ()
 
     def mean(self, measure: str) -> float:
-        """No number (nan) if there is none of any seed."""
-        values = self._there(measure)
+        """Mean over the seeds without NaN; NaN if there are none."""
+        values = self._finite(measure)
         return statistics.mean(values) if values else math.nan
 
     def spread(self, measure: str) -> float:
-        """Standard deviation over the seeds; 0 for one."""
-        values = self._there(measure)
+        """Standard deviation over the seeds without NaN; 0 for fewer than two."""
+        values = self._finite(measure)
         return statistics.stdev(values) if len(values) > 1 else 0.0
 
-    def _there(self, measure: str) -> list[float]:
+    def _finite(self, measure: str) -> list[float]:
         return [value for value in self.measured[measure] if not math.isnan(value)]
 
 
@@ -70,16 +75,28 @@ def ablate(
     device: str = "auto",
     **changes: Any,
 ) -> list[Row]:
-    """Train and measure every variant of a table with every seed; write OUT/table-NAME.md, .csv and .svg.
+    """Train and evaluate every variant of a table with every seed, and write OUT/table-NAME.md, .csv and .svg.
 
-    system, table  names: "tensormask", "2a"; see `System.ablations`
-    seeds          of weights, order and scenes; the variants of one seed see the same images in the same order
-    steps          of training, the same for all
-    images, unseen  generated scenes to learn from and to measure on
-    changes        further fields of `training.Recipe`
+    Runs in OUT/runs with the same options and budget are reused, after an interruption and by other tables that share
+    a row.
 
-    A run that stands in OUT/runs already, of the same options and budget, is not made again: neither after an
-    interruption nor where two tables share a row.
+    Args:
+        system: Name of the system, such as "tensormask".
+        table: Name of a table in `System.ablations`, such as "2a".
+        out: The output folder.
+        seeds: Seeds of weights, order and scenes. All variants with one seed see the same images in the same order.
+        steps: Training steps of each run.
+        images: Number of generated scenes for training.
+        unseen: Number of generated scenes for evaluation.
+        device: Device to train on; "auto" uses a GPU if there is one.
+        **changes: Further fields of `training.Recipe`.
+
+    Returns:
+        One row per variant.
+
+    Raises:
+        UsageError: If the system has no such table, or an argument is out of range.
+        DataError: If a file cannot be written.
     """
     kind = system_class(system)
     if not kind.ablations:
@@ -89,12 +106,12 @@ def ablate(
     budget = {"steps": steps, "images": images, "unseen": unseen, **changes}
     for name in ("steps", "images", "unseen", "batch"):
         if name in budget and budget[name] < 1:
-            raise UsageError(f"{name} is {budget[name]}; expected at least 1")
+            raise UsageError(f"{name} must be at least 1, got {budget[name]}")
     seeds = tuple(dict.fromkeys(seeds))
     if not seeds:
-        raise UsageError("seeds is empty; give at least one, such as --seeds 0")
+        raise UsageError("seeds is empty; pass at least one, such as --seeds 0")
     if min(seeds) < 0:
-        raise UsageError(f"seeds has {min(seeds)}; expected whole numbers from 0 on")
+        raise UsageError(f"seeds must be integers of at least 0, got {min(seeds)}")
     wanted = [(seed, variant) for seed in seeds for variant in plan.variants]
     found: dict[tuple[int, str], dict[str, float]] = {}
     rows: list[Row] = []
@@ -112,20 +129,21 @@ def ablate(
             for name in plan.variants
             if any((s, name) in found for s in seeds)
         ]
-        _write(out, system, table, plan, rows, budget)  # after each run: there is always something to look at
+        _write(out, system, table, plan, rows, budget)  # after each run, so that intermediate results are visible
     return rows
 
 
 def _run(
     system: str, plan: Ablation, variant: str, seed: int, runs: Path, budget: Mapping[str, Any], device: str
 ) -> dict[str, float]:
+    """The measures of one variant with one seed, from an earlier run if there is one."""
     from maskwright.checkpoints import load
     from maskwright.data import Scenes
     from maskwright.inference import evaluate
     from maskwright.training import train
 
     options = system_class(system).with_options(plan.base, plan.variants[variant])
-    whole = create(system, **options).options  # two ways to write one variant are one run
+    whole = create(system, **options).options  # complete options identify the run however the variant is written
     promise = {"system": system, "options": whole, "scenes": dict(plan.scenes), "recipe": dict(plan.recipe), **budget}
     text = json.dumps({**promise, "seed": seed}, sort_keys=True)
     folder = runs / hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -140,27 +158,29 @@ def _run(
         system, learn, val=False, out=folder, options=options, seed=seed, device=device, resume=True, **recipe
     )  # fmt: skip
     result = evaluate(load(best), judge, examples=0, device=None if device == "auto" else device)
-    # COCO's -1 says that there are no objects of this kind: not a number, and no column of the table.
+    # COCO's -1 means that there are no objects of this size.
     found = {name: float(result.summary[key]) for name, key in MEASURES.items()}
     measured = {name: 100 * value if value >= 0 else float("nan") for name, value in found.items()}
-    _put(kept, json.dumps({"variant": variant, "promise": json.loads(text), "measured": measured}) + "\n")
-    for name in ("best.safetensors", "last.safetensors", "last.ckpt"):  # numbers are what an ablation is for
+    record = {"variant": variant, "promise": json.loads(text), "measured": measured}
+    write_text(kept, json.dumps(record) + "\n", DataError)
+    for name in ("best.safetensors", "last.safetensors", "last.ckpt"):  # only the measures are needed
         (folder / name).unlink(missing_ok=True)
     return measured
 
 
 def _kept(path: Path) -> dict[str, float] | None:
-    """The measures of a run that was made before; None, said aloud, where the file is damaged."""
+    """The measures of an earlier run; None, with a message, if the file is damaged."""
     try:
         found = json.loads(path.read_text("utf-8"))["measured"]
         return {name: float(found[name]) for name in MEASURES}
     except (ValueError, KeyError, TypeError):
-        complain(f"{path} is damaged; the run is made again")
+        complain(f"{path} is damaged; the run is repeated")
         return None
 
 
 def _write(out: Path, system: str, table: str, plan: Ablation, rows: Sequence[Row], budget: Mapping[str, Any]) -> None:
-    told = [m for m in MEASURES if not all(math.isnan(row.mean(m)) for row in rows)]
+    """Write the table as Markdown, CSV and SVG."""
+    shown = [m for m in MEASURES if not all(math.isnan(row.mean(m)) for row in rows)]
     also = [m for m in MEASURES if any(m in row.published for row in rows)]
     seeds = max(len(row.measured["AP"]) for row in rows)
     words = ", ".join(f"{name} {value}" for name, value in budget.items())
@@ -168,30 +188,37 @@ def _write(out: Path, system: str, table: str, plan: Ablation, rows: Sequence[Ro
         f"# {system}, table {table}: {plan.title}",
         "",
         f"Measured on generated scenes ({json.dumps(dict(plan.scenes))}; {words}), mean and standard deviation of "
-        f"{seeds} seed{'s' if seeds > 1 else ''}; published: {plan.protocol}. What can be compared is the order of the "
-        "rows and how far they are apart, not the numbers.",
+        f"{seeds} seed{'s' if seeds > 1 else ''}; published: {plan.protocol}. Compare the order of the rows and their "
+        "differences, not the absolute values.",
         "",
-        "| variant | " + " | ".join([*told, *(f"published {m}" for m in also)]) + " |",
-        "|---|" + "--:|" * (len(told) + len(also)),
+        "| variant | " + " | ".join([*shown, *(f"published {m}" for m in also)]) + " |",
+        "|---|" + "--:|" * (len(shown) + len(also)),
     ]
     for row in rows:
-        cells = ["–" if math.isnan(row.mean(m)) else f"{row.mean(m):.1f} ± {row.spread(m):.1f}" for m in told]
+        cells = ["–" if math.isnan(row.mean(m)) else f"{row.mean(m):.1f} ± {row.spread(m):.1f}" for m in shown]
         cells += [f"{row.published[m]:.1f}" if m in row.published else "" for m in also]
         lines.append(f"| {row.variant} | " + " | ".join(cells) + " |")
-    _put(out / f"table-{table}.md", "\n".join(lines) + "\n")
+    write_text(out / f"table-{table}.md", "\n".join(lines) + "\n", DataError)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["variant", "seed", *MEASURES])
     for row in rows:
         for number, seed in enumerate(row.seeds):
             writer.writerow([row.variant, seed, *(f"{row.measured[m][number]:.4f}" for m in MEASURES)])
-    _put(out / f"table-{table}.csv", text.getvalue())
-    _put(out / f"table-{table}.svg", chart(rows))
+    write_text(out / f"table-{table}.csv", text.getvalue(), DataError)
+    write_text(out / f"table-{table}.svg", chart(rows), DataError)
 
 
 def chart(rows: Sequence[Row]) -> str:
-    """Bars of AP, measured and published side by side, as one SVG that stands alone."""
-    left = 24 + 7 * max([len(row.variant) for row in rows] + [14])  # 7: a letter of 12 pixels, wide ones too
+    """A bar chart of measured and published mask AP.
+
+    Args:
+        rows: The rows of a table.
+
+    Returns:
+        A self-contained SVG document.
+    """
+    left = 24 + 7 * max([len(row.variant) for row in rows] + [14])  # 7 pixels: width of a letter at 12 pixels
     long, line, top = 400, 34, 26
     width, height = left + long + 70, top + line * len(rows) + 10
     ends = [row.mean("AP") + row.spread("AP") for row in rows] + [row.published.get("AP", 0.0) for row in rows]
@@ -225,11 +252,3 @@ def chart(rows: Sequence[Row]) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _put(path: Path, text: str) -> None:
-    """Written beside and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, "utf-8")
-    part.replace(path)

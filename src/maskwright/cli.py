@@ -231,6 +231,7 @@ def predict(
         commercial_ok: Use only catalogue weights whose licence allows commercial use.
     """
     from maskwright.checkpoints import load
+    from maskwright.evaluation.tasks import task_called
     from maskwright.inference import predict as run
     from maskwright.inference.writer import PredictionWriter
     from maskwright.systems import stuff_of
@@ -259,7 +260,7 @@ def predict(
         ),
     )
     stuff = network.classes if task == "semantic" else stuff_of(network)
-    writer = PredictionWriter(out, format, network.classes, images, stuff, task == "semantic")
+    writer = PredictionWriter(out, format, network.classes, images, stuff, task_called(task))
     try:
         for prediction in progress(found, "images"):
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances

@@ -1,4 +1,4 @@
-"""The main job from end to end, offline on the CPU: generated scenes, a small Mask R-CNN, numbers, drawings, a page."""
+"""Demonstration of the whole workflow, offline on the CPU: train on generated scenes, evaluate, predict, report."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from maskwright.errors import UsageError
 from maskwright.terminal import progress, say
 
 CLASSES = ("disc", "ring", "star", "box")
-SIDE = 192  # pixels of a scene
+SIDE = 192  # side of a scene in pixels
 
-# A Mask R-CNN cut down to what two CPU cores learn in minutes: half the channels of ResNet-18, trained from scratch and
-# therefore with group normalisation, anchors for small images, and as many proposals as such scenes need.
+# A small Mask R-CNN that two CPU cores can train in minutes: half the channels of ResNet-18, group normalisation
+# because it is trained from scratch, anchors for small images, and as many proposals as these scenes need.
 OPTIONS: dict[str, Any] = {
     "backbone": {"name": "resnet18", "width": 32, "norm": "group"},
     "resize": {"short": SIDE, "long": SIDE},
@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {
     "masks": {"convs": 2, "width": 64},
 }
 
-# What training does with them; whatever is not said is the `small` recipe.
+# Fields of the recipe that differ from the default.
 RECIPE: dict[str, Any] = {
     "batch": 8,
     "lr": 1e-3,
@@ -34,22 +34,37 @@ RECIPE: dict[str, Any] = {
     "workers": 0,
     "device": "cpu",
     "log_every": 10,
-    "val_every": 1_000_000,  # once, at the end: measuring takes a tenth of an epoch's time
+    "val_every": 1_000_000,  # only at the end; an evaluation takes a tenth of the time of an epoch
     "val_max_images": 40,
     "tensorboard": False,
 }
 
 
 def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen: int = 60) -> Path:
-    """Everything under `out`, and the path of the report page.
+    """Run the demonstration.
 
-    out/scenes/          train, val and test: the data set, in the format that one's own takes
-    out/run/             the training run: best.safetensors, log.csv, result.json
-    out/found/           unseen scenes with what was found in them
-    out/report.html      numbers, curves, best and worst images
+    Written to `out`:
+
+    - ``scenes/``: the data set with splits train, val and test, in COCO format;
+    - ``run/``: the training run with best.safetensors, log.csv and result.json;
+    - ``found/``: predictions on the test split;
+    - ``report.html``: metrics, training curves, best and worst images.
+
+    Args:
+        out: The output folder. An earlier demonstration in it is replaced.
+        seed: Seed of scenes and training.
+        epochs: Number of epochs.
+        images: Number of training scenes.
+        unseen: Number of scenes in each of the other splits.
+
+    Returns:
+        Path of the report.
+
+    Raises:
+        UsageError: If `out` contains other files.
     """
-    # Threads that wait sleep instead of spinning. On idle cores that costs a fifth of a step's time; on cores that are
-    # busy with something else as well, spinning makes a step ten times as long.
+    # Waiting threads sleep instead of spinning. On idle cores a step takes a fifth longer; on busy cores, spinning
+    # would make a step ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
@@ -62,7 +77,7 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
 
     _make_room(out)
     began = time.monotonic()
-    say(f"1/5  drawing {images + 2 * unseen} scenes: {out / 'scenes'}")
+    say(f"1/5  generating {images + 2 * unseen} scenes: {out / 'scenes'}")
     parts = (("train", images, 0), ("val", unseen, 1), ("test", unseen, 2))
     for split, count, part in progress(parts, "scenes"):
         scenes = Scenes(count, (SIDE, SIDE), seed=3 * seed + part, classes=CLASSES, difficulty=0.2, empty=0.02)
@@ -73,13 +88,13 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
     best = train("mask-rcnn", out / "scenes", out=out / "run", options=OPTIONS, epochs=epochs, seed=seed, **RECIPE)
 
     system = load(best)
-    say(f"3/5  measuring on {unseen} scenes it was not trained on")
+    say(f"3/5  evaluating on {unseen} scenes that were not used for training")
     result = evaluate(system, open_dataset(out / "scenes", "val"), batch=8, device="cpu")
     result.title = "maskwright demo"
     result.save(out / "run" / "result.json")
     say(str(result))
 
-    say(f"4/5  segmenting {unseen} more scenes: {out / 'found' / 'drawn'}")
+    say(f"4/5  predicting on {unseen} more scenes: {out / 'found' / 'drawn'}")
     source = out / "scenes" / "test"
     writer = PredictionWriter(out / "found", ("drawn", "coco"), system.classes, [source])
     for prediction in progress(predict(system, source, batch=8, device="cpu", score_threshold=0.5), "images", unseen):
@@ -90,28 +105,28 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
     say(f"5/5  done in {(time.monotonic() - began) / 60:.1f} minutes: mask AP50 {100 * result['segm/AP50']:.0f} %\n")
     say(f"report:   {page.absolute().as_uri()}")
     say(f"drawings: {out / 'found' / 'drawn'}")
-    say("now try it on images of your own:")
+    say("next, predict on your own images:")
     say(f"  {_command()} predict IMAGES --weights {best} -o found")
-    say("or train on them (their classes, COCO format):")
+    say("or train on your own data (COCO format):")
     say(f"  {_command()} train mask-rcnn --data MY-DATA --out runs/first")
     return page
 
 
 def _make_room(out: Path) -> None:
-    """Remove an earlier demo; anything else that stands there is left alone."""
+    """Remove an earlier demonstration; refuse a folder with other files."""
     if not out.exists() or not any(out.iterdir()):
         return
     known = {"scenes", "run", "found", "report.html"}
     others = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
     if others:
-        raise UsageError(f"{out}: holds {others[0]!r}, which is not of a demo; give another folder with -o")
+        raise UsageError(f"{out}: contains {others[0]!r}, which is not part of a demo; choose another folder with -o")
     for name in known - {"report.html"}:
         shutil.rmtree(out / name, ignore_errors=True)
     (out / "report.html").unlink(missing_ok=True)
 
 
 def _command() -> str:
-    """How this person calls us: by name, or by the path of an environment that is not activated."""
+    """The command as called: by name, or by path if its environment is not activated."""
     import sys
 
     called = Path(sys.argv[0])

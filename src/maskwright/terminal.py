@@ -116,9 +116,11 @@ def _misspelt(verb: Callable[..., Any], arguments: Sequence[str], program: str) 
 def _sentence(box: str, program: str) -> str:
     """The message that tyro prints in a box, as one sentence."""
     lines = [line.strip("│").rstrip() for line in box.splitlines() if line.startswith("│")]
+    if not lines:  # a terminal without Unicode: a title, a rule, and lines indented by a space
+        lines = [line[1:].rstrip() for line in box.splitlines()[2:]]
     first = []
     for line in lines:
-        if set(line.strip()) <= {"─"}:
+        if set(line.strip()) <= {"─", "-"}:
             break
         first.append(line)
     if first and first[0].strip().startswith("Missing from"):

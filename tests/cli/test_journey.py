@@ -1,4 +1,4 @@
-"""From a data set to a page by the commands alone, as a person would type them; tiny, so that it takes seconds."""
+"""The whole workflow on the command line, from a data set to a report, at a tiny size."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_convert_and_go_on_from_weights(house, tmp_path, capsys):
     assert (tmp_path / "more/best.safetensors").exists()
 
 
-def test_systems_tells_the_options(capsys):
+def test_systems_lists_the_options(capsys):
     assert cli.main(["systems"]) == 0
     assert "mask-rcnn" in capsys.readouterr().out
     assert cli.main(["systems", "mask-rcnn"]) == 0
@@ -133,7 +133,7 @@ def test_the_demo_makes_what_it_promises(tmp_path, capsys):
     assert len(list((out / "found/drawn").glob("*.jpg"))) == 3
     assert (out / "run/best.safetensors").exists()
     assert page.absolute().as_uri() in shown
-    assert f"predict PICTURES --weights {out / 'run/best.safetensors'}" in shown
+    assert f"predict IMAGES --weights {out / 'run/best.safetensors'}" in shown
 
 
 def test_the_demo_clears_only_its_own(tmp_path, capsys):

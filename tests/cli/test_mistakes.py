@@ -1,4 +1,4 @@
-"""Whatever the surroundings do, a person sees one sentence, exit code 2 and no traceback."""
+"""User mistakes and failures of the environment give a one-line error and exit code 2, without a traceback."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def failing(error: BaseException):
         (MemoryError(), ["out of memory", "--batch"]),
     ],
 )
-def test_what_a_person_can_mend_is_one_sentence(error, words, capsys):
+def test_errors_that_a_user_can_fix_are_one_line(error, words, capsys):
     assert guarded(failing(error)) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -65,7 +65,7 @@ def test_a_warning_is_one_line(capsys):
     assert capsys.readouterr().err == "note: a.json: 2 annotations were left out\n"
 
 
-def test_a_defect_of_ours_keeps_its_traceback():
+def test_a_bug_of_the_library_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         guarded(failing(ZeroDivisionError("x")))
     assert explain(RuntimeError("shapes differ")) is None
@@ -75,22 +75,25 @@ def test_a_defect_of_ours_keeps_its_traceback():
     ("line", "words"),
     [
         ("evalute x", ["unknown command 'evalute'", "did you mean 'evaluate'?"]),
-        ("--verbose", ["a command comes first"]),
+        ("--verbose", ["the first argument must be a command"]),
         ("predict a.jpg", ["--weights"]),
         ("checkpoints --system mask-rcn", ["unknown system 'mask-rcn'", "mask-rcnn"]),
         ("train mask-rcnn --data x --recipe tiny", ["no recipe 'tiny'", "detectron2-1x"]),
         ("train mask-rcnn --data x --recipe none.json", ["none.json", "no such file"]),
-        ("train mask-rcnn --data x --epochs 0", ["epochs is 0", "at least 1"]),
+        ("train mask-rcnn --data x --epochs 0", ["epochs must be at least 1, got 0"]),
         ("predict a.jpg -w no-such-file.pth", ["no-such-file.pth"]),
         ("evaluate no-such-file.pth --data x", ["no-such-file.pth"]),
         ("convert no-such-file.pth -o x.safetensors", ["no-such-file.pth"]),
         ("check no-such-folder", ["no-such-folder"]),
         ("report no-such-run", ["no-such-run"]),
         ("train mask-rcnn --data no-such-folder", ["no-such-folder"]),
-        ("systems solov9", ["solov9"]),
+        (
+            "systems solov9",
+            ["there is no system or preset 'solov9'; did you mean 'solov2'? `maskwright systems` lists"],
+        ),
     ],
 )
-def test_a_mistyped_line_is_one_sentence(line, words, capsys, tmp_path, monkeypatch):
+def test_a_mistyped_command_gives_a_one_line_error(line, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(line.split()) == 2
     shown = capsys.readouterr()
@@ -102,7 +105,7 @@ def test_a_mistyped_line_is_one_sentence(line, words, capsys, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == [], "nothing is left behind"
 
 
-def test_a_closed_pipe_is_no_mistake():
+def test_a_closed_pipe_is_not_an_error():
     code = "import sys; from maskwright.cli import main; sys.exit(main(['--help']))"
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert run.stdout is not None

@@ -1,7 +1,8 @@
-"""What is typed becomes what is called; what is mistyped becomes one sentence."""
+"""Parsing of the command line: options become arguments, mistakes become one-line errors."""
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,14 @@ def test_a_mistake_is_one_sentence(arguments, words):
         assert word in sentence
 
 
+def test_errors_are_readable_without_unicode(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    with pytest.raises(UsageError, match=r"invalid choice 'coko' for argument '--format'"):
+        parse(verb, ["a", "--format", "coko"], "maskwright thing")
+    with pytest.raises(UsageError, match="also needs NAME"):
+        parse(verb, [], "maskwright thing")
+
+
 def test_the_nearest_name_is_offered():
     assert choose("train", ["train", "check"], "command") == "train"
     with pytest.raises(UsageError, match=r"unknown command 'trian'; did you mean 'train'\?"):
@@ -162,7 +171,7 @@ def test_train_hands_on_only_what_differs(monkeypatch, tmp_path, capsys):
     assert options["augment"]["flip"] == 0
     assert not options["resume"]
     assert "lr" not in options
-    assert "maskwright predict PICTURES --weights" in capsys.readouterr().out
+    assert "maskwright predict IMAGES --weights" in capsys.readouterr().out
 
 
 def test_a_resumed_run_keeps_its_own_recipe(monkeypatch, tmp_path):

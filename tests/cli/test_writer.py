@@ -1,4 +1,4 @@
-"""What predict leaves on disk is what was found."""
+"""The files that `predict` writes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from maskwright.errors import ImageError
+from maskwright.errors import DataError, ImageError
+from maskwright.evaluation.tasks import task_called
 from maskwright.inference.writer import PredictionWriter
-from maskwright.structures import Instances, Masks
+from maskwright.structures import Instances, Masks, Panoptic
 
 pytestmark = pytest.mark.fast
 
@@ -114,12 +115,36 @@ def test_a_full_disk_leaves_nothing_half_written(image, tmp_path, monkeypatch):
     path = image("a.png")
     writer = PredictionWriter(tmp_path / "out", ("masks",), CLASSES, [path])
 
-    def full(self, data):
-        with self.open("wb") as file:
-            file.write(data[: len(data) // 2])
+    def full(self, target):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(DataError, match=r"a\.png: cannot be written: the disk is full"):
         writer.add(path, found())
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
+
+
+@pytest.mark.parametrize(("task", "values"), [("panoptic", {0, 1, 2}), ("semantic", {0, 1, 2})])
+def test_segments_are_written_as_coco_panoptic(image, tmp_path, task, values):
+    path = image("a.png")
+    labels = torch.full((20, 30), -1)
+    labels[:10], labels[10:15] = 0, 1
+    writer = PredictionWriter(tmp_path / "out", ("coco", "masks"), CLASSES, [path], CLASSES, task_called(task))
+    writer.add(path, Panoptic.from_semantic(labels))
+    writer.close()
+    document = json.loads((tmp_path / "out/panoptic.json").read_text())
+    assert document["images"] == [{"id": 1, "file_name": "a.png", "height": 20, "width": 30}]
+    assert [c["isthing"] for c in document["categories"]] == [0, 0]
+    assert {s["category_id"] for s in document["annotations"][0]["segments_info"]} == {1, 2}
+    numbers = np.asarray(Image.open(tmp_path / "out/masks/a.png"))
+    assert set(np.unique(numbers).tolist()) == values
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_a_run_without_predictions_writes_empty_documents(tmp_path):
+    for task, name in (("instances", "results.json"), ("panoptic", "panoptic.json")):
+        writer = PredictionWriter(tmp_path / task, ("coco",), CLASSES, task=task_called(task))
+        writer.add("bad.jpg", None, ImageError("bad.jpg: cannot be decoded"))
+        writer.close()
+        content = json.loads((tmp_path / task / name).read_text())
+        assert (content if task == "instances" else content["annotations"]) == []

@@ -108,7 +108,7 @@ def test_a_prediction_holds_both_and_can_be_saved(tmp_path):
     assert torch.equal(prediction.panoptic.semantic(), dataset.panoptic(0).semantic())
     assert len(prediction.found()) == int(dataset.panoptic(0).things.sum())
     prediction.save(tmp_path / "drawn.jpg")
-    with pytest.raises(UsageError, match=r"its map would be .*a\.png, which is the image"):
+    with pytest.raises(UsageError, match=r"its map, .*a\.png, would replace the image"):
         prediction.save(tmp_path / "a.json")
     saved = json.loads(prediction.save(tmp_path / "found" / "a.json").read_text())
     assert saved["images"][0]["file_name"] == "a.png"
@@ -126,7 +126,7 @@ def test_tasks_that_a_system_lacks_are_refused():
     image = scenes()[0].image
     with pytest.raises(UsageError, match="does not support task 'panoptic'; it supports instances"):
         predict(Painted(), image, task="panoptic")
-    with pytest.raises(UsageError, match="leave tile out"):
+    with pytest.raises(UsageError, match="omit `tile` with task 'panoptic'"):
         predict(divider(), image, task="panoptic", tile=64)
     with pytest.raises(UsageError, match=r"has no option 'nms_threshold'.*score_threshold, overlap_threshold"):
         predict(divider(), image, task="panoptic", nms_threshold=0.5)

@@ -160,15 +160,15 @@ def test_a_single_bad_image_is_an_error(system, folder):
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        (torch.zeros(3, 8, 8), "a tensor is uint8"),
-        (np.zeros((8, 8, 3)), "an array is uint8, 0 ... 255; this one is float64"),
+        (torch.zeros(3, 8, 8), "a tensor must have dtype uint8"),
+        (np.zeros((8, 8, 3)), "an array must have dtype uint8, with values from 0 to 255; got float64"),
         (torch.zeros(50, 40, 3, dtype=torch.uint8), "channels first"),
         (torch.zeros(5, 8, 8, dtype=torch.uint8), "has 5 channels, but the system expects 3"),
         (np.zeros((0, 8, 3), np.uint8), "has no pixels"),
         (np.zeros(8, np.uint8), r"\(H, W, C\)"),
     ],
 )
-def test_what_is_wrong_with_a_image_in_memory(system, source, says):
+def test_invalid_images_in_memory_are_refused(system, source, says):
     with pytest.raises(ImageError, match=says):
         predict(system, source)
 
@@ -189,8 +189,8 @@ def test_grey_and_alpha_become_three_channels(system):
         ({"dtype": "int8"}, "dtype must be one of 'float32', 'bfloat16', 'float16'"),
         ({"device": "tpu9"}, "there is no device 'tpu9'"),
         ({"device": "cuda:77"}, "use cpu"),
-        ({"tile": 3}, "tile is 3"),
-        ({"tile": 64, "overlap": 1.5}, "overlap is 1.5"),
+        ({"tile": 3}, "got tile=3"),
+        ({"tile": 64, "overlap": 1.5}, r"`overlap` in \[0, 0.9\], got tile=64, overlap=1.5"),
         ({"detections": -1}, "detections must be an integer of at least 0, got -1"),
         ({"detections": 2.5}, "detections must be an integer, got 2.5"),
         ({"score_threshold": "high"}, "score_threshold must be a number, got 'high'"),
@@ -198,7 +198,7 @@ def test_grey_and_alpha_become_three_channels(system):
         ({"score_threshold": True}, "score_threshold must be a number, got True"),
     ],
 )
-def test_options_that_cannot_be(system, options, says):
+def test_invalid_options_are_refused(system, options, says):
     with pytest.raises(UsageError, match=says):
         predict(system, blocks(1), **options)
 
@@ -206,11 +206,11 @@ def test_options_that_cannot_be(system, options, says):
 def test_nothing_to_predict_on_is_said_at_once(system, tmp_path):
     (tmp_path / "sub").mkdir()
     for source, says in [
-        (tmp_path, "no images in this folder; its sub-folders were not searched"),
+        (tmp_path, "no images in this folder; subfolders were not searched"),
         (tmp_path / "sub", "no images in this folder$"),
         (str(tmp_path / "*.jpg"), "no file matches this pattern"),
         ([], "the list is empty"),
-        (17, "int is no image"),
+        (17, "or an iterable of these, got int"),
     ]:
         with pytest.raises(UsageError, match=says):
             predict(system, source)
@@ -239,7 +239,7 @@ def test_drawing_and_saving(system, folder, tmp_path):
     document = json.loads(prediction.save(out / "a.json").read_text())
     assert [a["category_id"] for a in document["annotations"]] == [1, 2, 1]
     assert document["images"][0]["file_name"].endswith("p3.png")
-    with pytest.raises(UsageError, match=r"a\.xyz: the name must end in one of \.jpg"):
+    with pytest.raises(UsageError, match=r"a\.xyz: the file name must end in one of \.jpg"):
         prediction.save(out / "a.xyz")
     assert sorted(p.name for p in out.iterdir()) == ["a.jpg", "a.json", "a.png"], "and nothing half-written"
 
@@ -253,11 +253,11 @@ def test_objects_by_themselves_come_back(system, tmp_path):
         assert objects.masks.rle() == prediction.found().masks.rle()
         assert torch.equal(objects.scores, prediction.found().scores)
     (tmp_path / "b.npz").write_bytes(b"PK rubbish")
-    with pytest.raises(maskwright.MaskwrightError, match=r"b\.npz: is no file of objects"):
+    with pytest.raises(maskwright.MaskwrightError, match=r"b\.npz: not a file of objects"):
         load_objects(tmp_path / "b.npz")
 
 
-def test_a_stream_of_records_is_whole_or_not_there(tmp_path):
+def test_a_stream_of_records_appears_when_it_is_closed(tmp_path):
     path = tmp_path / "deep" / "results.json"
     stream = RecordStream(path)
     stream.close()
@@ -272,6 +272,7 @@ def test_a_stream_of_records_is_whole_or_not_there(tmp_path):
     stream = RecordStream(path)
     stream.add([{"d": 4}])
     stream.abandon()
+    stream.close()
     assert len(json.loads(path.read_text())) == 3
     assert [p.name for p in path.parent.iterdir()] == ["results.json"]
 

@@ -1,4 +1,4 @@
-"""Matrix NMS on what any system found."""
+"""Matrix NMS on the objects of any system."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def test_objects_apart_stay_as_they_are():
 
 
 def test_a_system_without_masks_or_an_unknown_kind_is_refused():
-    with pytest.raises(UsageError, match="compares masks, and this system predicts none"):
+    with pytest.raises(UsageError, match="compares masks, but this system does not predict masks"):
         predict(Painted(masks=False).eval(), blocks(2), suppression="matrix")
-    with pytest.raises(UsageError, match="suppression is 'soft'; expected 'matrix'"):
+    with pytest.raises(UsageError, match="`suppression` must be 'matrix' or None, got 'soft'"):
         checked_suppression("soft")
 
 
 def test_the_command_line_has_it(tmp_path, capsys):
     save(blocks(2), tmp_path / "a.png")
-    # It is understood: what is missing is the weights alone.
+    # The option is accepted; only the weights are missing.
     assert main(["predict", str(tmp_path / "a.png"), "--suppression", "matrix", "-w", "none.pth"]) != 0
     assert "none.pth" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "a.png"), "--suppression", "soft", "-w", "none.pth"]) != 0
-    assert "do not fit" in capsys.readouterr().err
+    assert "invalid choice 'soft' for argument '--suppression'" in capsys.readouterr().err

@@ -85,7 +85,10 @@ class Measurement:
             evaluator = self.task.evaluator(self.dataset, chosen, boundary and "segm" in chosen, detections)
             result_of, arguments = evaluator.result, {"examples": examples, "title": title}
         for position, found in self.pairs:
-            evaluator.add_at(position, found)
+            if isinstance(found, Panoptic) and self.task.name == "semantic":
+                evaluator.add_at(position, found.semantic())
+            else:
+                evaluator.add_at(position, found)
         return result_of(**arguments)
 
     def _kinds(self, asked: Sequence[str] | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Systems at work: images, folders, large images in tiles, whole data sets."""
+"""Prediction on images, folders and large images in tiles, and evaluation on data sets."""
 
 from maskwright.inference.evaluating import evaluate
 from maskwright.inference.predicting import Prediction, Predictions, predict

@@ -1,24 +1,23 @@
-"""Files of what was found, each there whole or not at all."""
+"""Files of single predictions and streams of COCO records; every file is written atomically."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from maskwright.errors import DataError, UsageError
+from maskwright.files import AtomicFile, write_bytes, write_json
 from maskwright.structures import Instances, Masks, Panoptic
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_PICTURES = {
+_FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
     ".png": "PNG",
@@ -30,81 +29,112 @@ _PICTURES = {
 
 
 class RecordStream:
-    """A JSON list that is written record by record beside its final place and put there by `close`.
+    """A JSON array that is written record by record and appears under its name when it is closed.
 
-    A run over a hundred thousand images thus holds none of them in memory; one that breaks leaves an earlier file as
-    it was.
+    The records of a run are not held in memory. If a run fails, an existing file stays unchanged.
+
+    Args:
+        path: The file. Missing folders are created.
+
+    Attributes:
+        path: The file.
+        count: Number of records added so far.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.count = 0
-        self._beside = _beside(self.path)
-        self._file: TextIO | None = None
+        self._file: AtomicFile | None = None
+        self._ended = False
 
     def add(self, records: Sequence[dict[str, Any]]) -> None:
-        file = self._open()
+        """Append records.
+
+        Args:
+            records: Dicts that JSON can represent.
+
+        Raises:
+            DataError: If the file cannot be written. Nothing of it remains then.
+        """
         for record in records:
-            file.write((",\n" if self.count else "") + json.dumps(record, ensure_ascii=False, separators=(",", ":")))
+            text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+            self._write(((",\n" if self.count else "") + text).encode())
             self.count += 1
+        if not records:
+            self._write(b"")
 
     def close(self) -> None:
-        """Everything is on disk under the final name; an empty list where nothing was added."""
-        try:
-            with self._open() as file:
-                file.write("]\n")
-            self._beside.replace(self.path)
-        finally:
-            self.abandon()
+        """Complete the file; an empty array if nothing was added. No effect after `abandon` or a failure.
+
+        Raises:
+            DataError: If the file cannot be written.
+        """
+        if not self._ended:
+            self._write(b"]\n")
+            self._ended = True
+            assert self._file is not None
+            self._file.commit()
 
     def abandon(self) -> None:
-        """Nothing remains of what was added, unless it was closed before."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # the disk is as full as before; that was said already
-                self._file.close()
-            self._file = None
-        self._beside.unlink(missing_ok=True)
+        """Remove what was written, unless the stream has been closed."""
+        if not self._ended and self._file is not None:
+            self._file.discard()
+        self._ended = True
 
-    def _open(self) -> TextIO:
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._beside.open("w", encoding="utf-8")
-            self._file.write("[")
-        return self._file
-
-
-def write_bytes(path: Path, data: bytes) -> Path:
-    """Writes `data` beside `path` and renames. OSError names the path and leaves what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path)
-    try:
-        beside.write_bytes(data)
-        beside.replace(path)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    def _write(self, data: bytes) -> None:
+        """Append bytes; the file is created at the first call."""
+        try:
+            if self._file is None:
+                self._file = AtomicFile(self.path, DataError)
+                self._file.write(b"[")
+            self._file.write(data)
+        except BaseException:
+            self.abandon()
+            raise
 
 
-def write_image(path: Path, image: Image) -> Path:
-    """An image in the format that its name says: .jpg, .png, .webp, .bmp, .tif."""
-    kind = _PICTURES.get(path.suffix.lower())
+def write_image(path: Path, image: Image, *, sync: bool = True) -> Path:
+    """Write an image in the format that its suffix names.
+
+    Args:
+        path: The file: .jpg, .png, .webp, .bmp or .tif. Missing folders are created.
+        image: The image.
+        sync: Flush the data to disk before the file appears.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: If the suffix is unknown.
+        DataError: If the file cannot be written.
+    """
+    kind = _FORMATS.get(path.suffix.lower())
     if kind is None:
         raise UsageError(
-            f"{path}: the name must end in one of {', '.join(_PICTURES)}, or in .json or .npz for the objects"
+            f"{path}: the file name must end in one of {', '.join(_FORMATS)} for an image, or in .json or .npz for the "
+            "objects"
         )
     data = io.BytesIO()
     image.save(data, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
-    return write_bytes(path, data.getvalue())
+    return write_bytes(path, data.getvalue(), DataError, sync=sync)
 
 
 def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), image: Path | None = None) -> Path:
-    """The objects of one image by themselves.
+    """Write the objects of one image.
 
-    .json  COCO records (category_id = label + 1) with the image's size and the categories
-    .npz   arrays boxes, labels, scores, keypoints, size, classes, and `counts`, one run-length string per mask;
-           nothing in it is pickled. `load_objects` reads it back
+    Args:
+        objects: The objects.
+        path: The file. A name that ends in .json gives a COCO document with "images", "categories" and "annotations"
+            (category_id = label + 1). Any other gives an .npz file with the arrays boxes, labels, scores, keypoints,
+            size, classes and counts (one compressed run-length string per mask), for `load_objects`.
+        classes: The class names.
+        image: The image's file; the COCO document has its name.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: If the file cannot be written.
     """
     if path.suffix.lower() == ".json":
         height, width = objects.image_size
@@ -113,7 +143,7 @@ def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), im
             "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)],
             "annotations": [{"id": n + 1, **r} for n, r in enumerate(objects.to_coco(1))],
         }
-        return write_bytes(path, json.dumps(document, ensure_ascii=False).encode())
+        return write_json(path, document, DataError)
     arrays = {name: getattr(objects, name) for name in ("boxes", "labels", "scores", "keypoints")}
     values = {name: value.detach().cpu().numpy() for name, value in arrays.items() if value is not None}
     if objects.masks is not None:
@@ -123,34 +153,58 @@ def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), im
     np.savez_compressed(
         data, size=np.array(objects.image_size), classes=np.array(list(classes), dtype=np.str_), **values
     )
-    return write_bytes(path, data.getvalue())
+    return write_bytes(path, data.getvalue(), DataError)
 
 
 def save_panoptic(
     panoptic: Panoptic, path: Path, classes: Sequence[str], stuff: Sequence[str], image: Path | None = None
 ) -> Path:
-    """One divided image as COCO panoptic JSON, and its map as a PNG of the same name beside it. UsageError where that
-    is the image itself."""
+    """Write the segments of one image as a COCO panoptic document, and their map as a PNG of the same name.
+
+    Args:
+        panoptic: The segments.
+        path: The JSON file. Missing folders are created.
+        classes: The class names.
+        stuff: Those of them that are stuff.
+        image: The image's file.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: If the map would replace the image.
+        DataError: If a file cannot be written.
+    """
     height, width = panoptic.image_size
     map_path = path.with_suffix(".png")
     if image is not None and map_path.absolute() == image.absolute():
-        raise UsageError(f"{path}: its map would be {map_path}, which is the image; save under another name or folder")
+        raise UsageError(f"{path}: its map, {map_path}, would replace the image; choose another name or folder")
     document = {
         "images": [{"id": 1, "file_name": _name_of(image), "height": height, "width": width}],
         "categories": [{"id": k + 1, "name": n, "isthing": int(n not in stuff)} for k, n in enumerate(classes)],
         "annotations": [panoptic.to_coco(1, file_name=f"{path.stem}.png")],
     }
     write_image(map_path, panoptic.to_png())
-    return write_bytes(path, json.dumps(document, ensure_ascii=False).encode())
+    return write_json(path, document, DataError)
 
 
 def _name_of(image: Path | None) -> str:
-    """As COCO has it: within the images' folder."""
+    """The file name without its folder, as in COCO."""
     return "" if image is None else image.name
 
 
 def load_objects(path: str | Path) -> tuple[Instances, tuple[str, ...]]:
-    """What `save_objects` wrote as .npz: the objects and the class names. DataError names a file that is no such."""
+    """Read an .npz file that `save_objects` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The objects and the class names.
+
+    Raises:
+        DataError: If the file is missing or of another kind.
+    """
     import torch
 
     try:
@@ -161,12 +215,8 @@ def load_objects(path: str | Path) -> tuple[Instances, tuple[str, ...]]:
         masks = Masks.from_rle(values["counts"].tolist(), size) if "counts" in values else None
         return Instances(size, masks=masks, **tensors), tuple(values["classes"].tolist())
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
-    except Exception as error:  # whatever a zip reader makes of foreign bytes
+        raise DataError(f"{path}: no such file; check the path") from None
+    except Exception as error:  # readers of zip files and arrays raise many kinds for invalid data
         raise DataError(
-            f"{path}: is no file of objects ({error}); expected an .npz that was saved from a prediction"
+            f"{path}: not a file of objects ({error}); expected an .npz file written by `Prediction.save`"
         ) from None
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -1,4 +1,4 @@
-"""What predictions are asked for: paths, folders, globs, images in memory, and any mixture and stream of these."""
+"""Sources of images for prediction: paths, folders, globs, images in memory, and iterables of these."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from maskwright.errors import ImageError, UsageError
 from maskwright.structures import Preprocess
 
-# What a folder is searched for. A file named by itself or by a glob may be called anything.
+# Suffixes that a folder is searched for. Files given by path or glob may have any name.
 SUFFIXES = frozenset(
     ".avif .bmp .gif .j2k .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()  # noqa: SIM905
 )
@@ -24,18 +24,24 @@ SUFFIXES = frozenset(
 
 @dataclass(frozen=True)
 class Item:
-    """One image, not yet read: a path, or what was given."""
+    """One image that has not been read yet.
+
+    Attributes:
+        path: Its file; None for an image in memory.
+        given: The array, tensor or PIL image.
+    """
 
     path: Path | None
     given: Any = None
 
     @property
     def name(self) -> str:
+        """What messages call the image."""
         return str(self.path) if self.path is not None else "the image"
 
 
 def is_single(source: Any) -> bool:
-    """Whether this is one image: its result is a prediction and not a stream of them."""
+    """Whether `source` is one image, for which `predict` returns one prediction instead of an iterator."""
     if isinstance(source, (str, Path)):
         return not _is_glob(source) and not Path(source).expanduser().is_dir()
     if isinstance(source, (np.ndarray, Tensor)):
@@ -44,9 +50,17 @@ def is_single(source: Any) -> bool:
 
 
 def items(source: Any, recursive: bool) -> list[Item] | Iterator[Item]:
-    """Every image of `source`, in order; a list where the number is known, and then nothing is left to expand.
+    """The images of a source in order.
 
-    UsageError for a folder or glob without images, before anything is computed.
+    Args:
+        source: A path, a folder, a glob, an array, a tensor, a PIL image, or an iterable of these.
+        recursive: Whether to search subfolders.
+
+    Returns:
+        A list if the number of images is known in advance, otherwise an iterator.
+
+    Raises:
+        UsageError: If a folder, glob or list contains no images, or the type is not supported.
     """
     if isinstance(source, (str, Path)):
         return _named(source, recursive)
@@ -55,17 +69,29 @@ def items(source: Any, recursive: bool) -> list[Item] | Iterator[Item]:
     if isinstance(source, (list, tuple, np.ndarray, Tensor)):
         found = [item for entry in source for item in items(entry, recursive)]
         if not found:
-            raise UsageError("there are no images to predict on: the list is empty")
+            raise UsageError("no images to predict on: the list is empty")
         return found
     if isinstance(source, Iterable):
         return (item for entry in source for item in items(entry, recursive))
     raise UsageError(
-        f"{type(source).__name__} is no image: give a path, a folder, a glob, an array, a tensor or a PIL image"
+        f"images must be a path, a folder, a glob, an array, a tensor, a PIL image or an iterable of these, got "
+        f"{type(source).__name__}"
     )
 
 
 def read(item: Item, preprocess: Preprocess) -> Tensor:
-    """The image as (C, H, W) uint8 with the channels that the network takes. ImageError says what is wrong."""
+    """Read an image with the number of channels that the network expects.
+
+    Args:
+        item: The image.
+        preprocess: The preprocessing of the system.
+
+    Returns:
+        The image as (C, H, W) uint8.
+
+    Raises:
+        ImageError: If the image cannot be read or has other channels.
+    """
     try:
         return preprocess.match_channels(_loaded(item))
     except UsageError as error:
@@ -73,7 +99,17 @@ def read(item: Item, preprocess: Preprocess) -> Tensor:
 
 
 def displayed(item: Item) -> Tensor:
-    """The image as (3, H, W) uint8, to be drawn on: of many channels the first three, of two the first."""
+    """Read an image for drawing.
+
+    Args:
+        item: The image.
+
+    Returns:
+        The first three channels as (3, H, W) uint8; for one or two channels the first one, repeated.
+
+    Raises:
+        ImageError: If the image cannot be read.
+    """
     image = _loaded(item)
     return image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
 
@@ -92,24 +128,24 @@ def _loaded(item: Item) -> Tensor:
 
 def _pixels(given: Any) -> Tensor:
     if _is_pillow(given):
-        # As it stands: whoever opened it decided about its orientation.
+        # The EXIF orientation is not applied; it is left to the caller, who opened the image.
         return torch.from_numpy(np.array(given.convert("RGB"))).permute(2, 0, 1)
     shape = tuple(given.shape)
     if isinstance(given, np.ndarray):
         if given.dtype != np.uint8:
-            raise ImageError(f"an array is uint8, 0 ... 255; this one is {given.dtype}")
+            raise ImageError(f"an array must have dtype uint8, with values from 0 to 255; got {given.dtype}")
         if given.ndim not in (2, 3):
-            raise ImageError(f"an array is (H, W, C) or (H, W); this one is {shape}")
+            raise ImageError(f"an array must have shape (H, W, C) or (H, W), got {shape}")
         array = np.ascontiguousarray(given if given.ndim == 3 else given[..., None])
         if not array.flags.writeable:
             array = array.copy()
         return torch.from_numpy(array).permute(2, 0, 1)
     if given.dtype != torch.uint8:
-        raise ImageError(f"a tensor is uint8, 0 ... 255; this one is {given.dtype}")
+        raise ImageError(f"a tensor must have dtype uint8, with values from 0 to 255; got {given.dtype}")
     if given.ndim not in (2, 3):
-        raise ImageError(f"a tensor is (C, H, W) or (H, W); this one is {shape}")
+        raise ImageError(f"a tensor must have shape (C, H, W) or (H, W), got {shape}")
     if given.ndim == 3 and shape[0] > 8 and shape[2] <= 4:
-        raise ImageError(f"a tensor is (C, H, W), channels first; this one is {shape}: permute(2, 0, 1) it")
+        raise ImageError(f"a tensor must have shape (C, H, W), channels first, got {shape}; use permute(2, 0, 1)")
     return (given if given.ndim == 3 else given[None]).detach().cpu()
 
 
@@ -122,9 +158,9 @@ def _named(source: str | Path, recursive: bool) -> list[Item]:
             deeper = (
                 ""
                 if recursive or not any(p.is_dir() for p in path.iterdir())
-                else "; its sub-folders were not searched (recursive=True does)"
+                else "; subfolders were not searched (use recursive=True)"
             )
-            raise UsageError(f"{path}: there are no images in this folder{deeper}")
+            raise UsageError(f"{path}: no images in this folder{deeper}")
         return [Item(p) for p in found]
     if _is_glob(source):
         names = sorted(glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207 - absolute patterns too

@@ -1,9 +1,8 @@
-"""Large images in tiles: small objects stay as large as the network saw them in training.
+"""Prediction on large images in overlapping tiles, so that small objects keep the size they had in training.
 
-Neighbouring tiles have a strip in common. What belongs to one object looks the same there from both sides, so two
-masks of one class are joined where they agree *inside the strip*; whole masks cannot be compared, as each tile sees a
-different part. Masks stay run-length codes of their tile until they are joined; no plane of the image's size is ever
-made, and a tile is a view of the image.
+Neighbouring tiles overlap in a strip. Two masks of one class are joined if they agree inside the strip; whole masks
+cannot be compared, because each tile shows a different part of an object. Masks stay run-length encoded on their tile
+until they are joined, no array of the image's size is allocated, and tiles are views of the image.
 """
 
 from __future__ import annotations
@@ -20,14 +19,21 @@ from torch import Tensor
 from maskwright.errors import UsageError
 from maskwright.structures import Instances, Masks, Placement
 
-AGREE = 0.5  # overlap (IoU) inside the strip from which on two masks are one object
-CONTAIN = 0.7  # or this share of the smaller one, where it is cut off by its tile's border
-WHOLE = 0.9  # a mask that is cut off nowhere and holds this share of all the parts is the object by itself
+AGREE = 0.5  # minimum IoU inside the strip for two masks to be the same object
+CONTAIN = 0.7  # or minimum share of a mask inside the other one, if the border of its tile truncates it
+WHOLE = 0.9  # an untruncated mask with this share of the union of all parts is used instead of the union
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A window of the image, in whole pixels."""
+    """A window of the image.
+
+    Attributes:
+        x: Left edge in pixels.
+        y: Top edge in pixels.
+        width: Width in pixels.
+        height: Height in pixels.
+    """
 
     x: int
     y: int
@@ -35,7 +41,7 @@ class Tile:
     height: int
 
     def common(self, other: Tile) -> Tile | None:
-        """The strip that both have; None where there is none."""
+        """The intersection with another tile; None if it is empty."""
         x, y = max(self.x, other.x), max(self.y, other.y)
         width = min(self.x + self.width, other.x + other.width) - x
         height = min(self.y + self.height, other.y + other.height) - y
@@ -43,8 +49,16 @@ class Tile:
 
 
 def cover(size: tuple[int, int], tile: int, overlap: float) -> list[Tile]:
-    """Tiles of one size, row by row, evenly spread over an image of `size` (H, W); neighbours have at least `overlap`
-    of a tile's side in common. A side shorter than a tile has one."""
+    """Cover an image with tiles of equal size.
+
+    Args:
+        size: Height and width of the image.
+        tile: Side of the tiles in pixels. Along a shorter side of the image there is one tile of that length.
+        overlap: Minimum overlap of neighbouring tiles as a share of `tile`.
+
+    Returns:
+        The tiles, evenly spaced, row by row.
+    """
 
     def along(length: int) -> list[int]:
         if length <= tile:
@@ -58,26 +72,45 @@ def cover(size: tuple[int, int], tile: int, overlap: float) -> list[Tile]:
 
 
 def check_tiles(tile: int | None, overlap: float, task: str) -> None:
-    """UsageError for tiles that cannot be, or that nothing joins: images divided among things and stuff."""
+    """Check the arguments for tiled prediction.
+
+    Args:
+        tile: Side of the tiles in pixels; None for no tiles.
+        overlap: Overlap of neighbouring tiles as a share of `tile`.
+        task: Name of the task.
+
+    Raises:
+        UsageError: If a value is out of range, or the task segments whole images, which tiling does not support.
+    """
     if tile is None:
         return
     if tile < 16 or not 0 <= overlap <= 0.9:
-        raise UsageError(f"tile is {tile}, overlap is {overlap}; a tile is at least 16 pixels, its overlap 0 ... 0.9")
+        raise UsageError(
+            f"`tile` must be at least 16 pixels and `overlap` in [0, 0.9], got tile={tile}, overlap={overlap}"
+        )
     if task in ("panoptic", "semantic"):
-        raise UsageError(f"tiles are joined by their objects; with task {task!r} leave tile out")
+        raise UsageError(f"tiles are supported for objects only; omit `tile` with task {task!r}")
 
 
 def tile_words(tile: int, overlap: float) -> str:
-    """For the protocol of a measurement."""
-    return f"tiles of {tile} pixels, {100 * overlap:g} % in common, each: "
+    """The tiles in words, for the protocol of an evaluation."""
+    return f"tiles of {tile} pixels, overlapping by {100 * overlap:g} %, each: "
 
 
 def predict_tiled(
     find: Callable[[Sequence[Tensor]], list[Instances]], image: Tensor, tile: int, overlap: float, batch: int = 1
 ) -> Instances:
-    """The objects of an image (C, H, W) that `find` finds in its tiles, `batch` tiles at a time, each object once.
+    """Predict the objects of a large image tile by tile.
 
-    `find` gives objects on each tile's own grid, on the host.
+    Args:
+        find: Function from a batch of tiles (C, h, w) to their objects, on each tile's grid and on the CPU.
+        image: The image (C, H, W).
+        tile: Side of the tiles in pixels.
+        overlap: Minimum overlap of neighbouring tiles as a share of `tile`.
+        batch: Tiles per call of `find`.
+
+    Returns:
+        The objects on the image's grid, without duplicates; see `join_tiles`.
     """
     size = (image.shape[1], image.shape[2])
     tiles = cover(size, tile, overlap)
@@ -89,14 +122,22 @@ def predict_tiled(
 
 
 def join_tiles(found: Sequence[Instances], tiles: Sequence[Tile], size: tuple[int, int]) -> Instances:
-    """Objects on the tiles' grids -> objects on the image's, best first, parts joined and duplicates removed.
+    """Join the objects of tiles.
 
-    Parts are joined into the union of their masks with the best of their scores; where one tile sees the whole of an
-    object, its mask and box are taken as they are. Keypoints are those of the largest part.
+    Parts of an object are joined into the union of their masks, with the highest of their scores. If a tile shows the
+    whole object, the mask and box from that tile are used. Keypoints are those of the largest part.
+
+    Args:
+        found: The objects of each tile, on the tile's grid.
+        tiles: The tiles.
+        size: Height and width of the image.
+
+    Returns:
+        The objects on the image's grid, best first.
     """
     if len(tiles) == 1:
         return found[0]
-    views = [_View.of(f, t, size) for f, t in zip(found, tiles, strict=True)]
+    views = [_View.create(f, t, size) for f, t in zip(found, tiles, strict=True)]
     starts = np.cumsum([0] + [len(f) for f in found])
     links: list[tuple[int, int]] = []
     for a, b in _neighbours(tiles):
@@ -116,7 +157,7 @@ def join_tiles(found: Sequence[Instances], tiles: Sequence[Tile], size: tuple[in
 
 
 def _neighbours(tiles: Sequence[Tile]) -> list[tuple[int, int]]:
-    """Pairs of tiles that have pixels in common."""
+    """Pairs of tiles that overlap."""
     table = np.array([(t.x, t.y, t.x + t.width, t.y + t.height) for t in tiles])
     low = np.maximum(table[:, None, :2], table[None, :, :2])
     high = np.minimum(table[:, None, 2:], table[None, :, 2:])
@@ -126,30 +167,38 @@ def _neighbours(tiles: Sequence[Tile]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class _View:
-    """What was found in a tile. Masks' own boxes are used where there are masks: predicted ones need not agree."""
+    """The objects of a tile.
+
+    Attributes:
+        objects: The objects on the tile's grid.
+        tile: The tile.
+        boxes: Boxes on the tile's grid: of the masks if there are any, since predicted boxes may differ from them.
+        cut: Whether a border of the tile that is not one of the image truncates the object.
+    """
 
     objects: Instances
     tile: Tile
-    boxes: Float[Tensor, "n 4"]  # on the tile
-    cut: Bool[Tensor, " n"]  # cut off by a border of the tile that is none of the image's
+    boxes: Float[Tensor, "n 4"]
+    cut: Bool[Tensor, " n"]
 
     @classmethod
-    def of(cls, objects: Instances, tile: Tile, size: tuple[int, int]) -> _View:
+    def create(cls, objects: Instances, tile: Tile, size: tuple[int, int]) -> _View:
+        """Compute the boxes and whether they are truncated."""
         boxes = objects.masks.boxes() if objects.masks is not None else objects.boxes.float()
         inner = [tile.x > 0, tile.y > 0, tile.x + tile.width < size[1], tile.y + tile.height < size[0]]
         gap = torch.cat([boxes[:, :2], boxes.new_tensor([tile.width, tile.height]) - boxes[:, 2:]], 1)
-        # A pixel and a half: masks of a network end a little before the border as often as at it.
+        # A tolerance of 1.5 pixels, because predicted masks often end slightly before the border.
         return cls(objects, tile, boxes, ((gap < 1.5) & torch.tensor(inner)).any(1))
 
     def within(self, strip: Tile) -> Tensor:
-        """Rows of those whose boxes reach into the strip."""
+        """Indices of the objects whose boxes intersect the strip."""
         x0, y0, x1, y1 = (self.boxes + torch.tensor([self.tile.x, self.tile.y] * 2)).unbind(1)
         reaches = (x1 > strip.x) & (y1 > strip.y) & (x0 < strip.x + strip.width) & (y0 < strip.y + strip.height)
         return reaches.nonzero().flatten()
 
 
 def _same(a: _View, b: _View) -> Bool[Tensor, "n m"]:
-    """Which objects of the one tile are which of the other, by what both say of the strip they have in common."""
+    """Which objects of two tiles are the same, judged by their parts inside the common strip."""
     result = torch.zeros(len(a.objects), len(b.objects), dtype=torch.bool)
     strip = a.tile.common(b.tile)
     if strip is None:
@@ -165,24 +214,26 @@ def _same(a: _View, b: _View) -> Bool[Tensor, "n m"]:
         iou = left.iou(right)
         of_a = left.iou(right, torch.ones(len(right), dtype=torch.bool))
         of_b = right.iou(left, torch.ones(len(left), dtype=torch.bool)).T
-    # A part cut off by its tile's border is drawn less surely, and is often only a rest of what the other tile saw.
+    # A truncated part is less reliable and often only a fragment of what the other tile shows.
     rest = ((of_a >= CONTAIN) & a.cut[rows, None]) | ((of_b >= CONTAIN) & b.cut[None, columns])
     result[rows[:, None], columns[None]] = ((iou >= AGREE) | rest) & (here.labels[:, None] == there.labels[None])
     return result
 
 
 def _window(masks: Masks, tile: Tile, strip: Tile) -> Masks:
+    """Masks of a tile, cropped to the strip."""
     placement = Placement.identity((tile.height, tile.width))
     return masks.place(placement.then_crop(strip.x - tile.x, strip.y - tile.y, (strip.height, strip.width)))
 
 
 def _window_boxes(objects: Instances, tile: Tile, strip: Tile) -> Float[Tensor, "n 4"]:
+    """Boxes of a tile, clipped to the strip."""
     boxes = objects.boxes.float() + torch.tensor([tile.x - strip.x, tile.y - strip.y] * 2)
     return boxes.clamp(min=0).minimum(boxes.new_tensor([strip.width, strip.height] * 2))
 
 
 def _box_shares(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Intersection over union, over a, over b."""
+    """Intersection over union, intersection over `a`, intersection over `b`."""
     low, high = torch.maximum(a[:, None, :2], b[None, :, :2]), torch.minimum(a[:, None, 2:], b[None, :, 2:])
     both = (high - low).clamp(min=0).prod(-1)
     of_a, of_b = ((v[:, 2:] - v[:, :2]).prod(1).clamp(min=1e-9) for v in (a, b))
@@ -190,7 +241,7 @@ def _box_shares(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _grouped(count: int, links: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Members of each connected group, in order."""
+    """Members of each connected component, in order."""
     parent = list(range(count))
 
     def root(member: int) -> int:
@@ -209,7 +260,7 @@ def _grouped(count: int, links: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 
 def _joined(members: Sequence[tuple[_View, int]], size: tuple[int, int]) -> Instances:
-    """One object out of its parts: a view and a row each."""
+    """One object from its parts, each a view and a row."""
     placed = [_on_image(view.objects[row], view.tile, size) for view, row in members]
     if len(placed) == 1:
         return placed[0]
@@ -232,6 +283,7 @@ def _joined(members: Sequence[tuple[_View, int]], size: tuple[int, int]) -> Inst
 
 
 def _on_image(part: Instances, tile: Tile, size: tuple[int, int]) -> Instances:
+    """Objects of a tile on the image's grid."""
     offset = part.boxes.new_tensor([tile.x, tile.y])
     points = part.keypoints
     if points is not None:

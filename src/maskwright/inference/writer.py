@@ -1,9 +1,7 @@
-"""What was found in images, on disk: drawn images, COCO results, planes of object numbers."""
+"""Output folder of a run: drawn images, COCO results, and label images."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,29 +9,50 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from maskwright.inference.outputs import RecordStream, write_bytes
+from maskwright.errors import DataError
+from maskwright.evaluation.tasks import TASKS, Task
+from maskwright.files import write_json
+from maskwright.inference.outputs import RecordStream, write_image
 from maskwright.structures import Instances, Panoptic
 
 Kind = Literal["drawn", "coco", "masks"]
-_LARGEST = 65_535  # objects that 16 bits can tell apart
+_LARGEST = 65_535  # maximum number of objects that 16 bits can distinguish
 
 
 class PredictionWriter:
-    """Writes predictions as they come; `close` writes what is about all of them.
+    """Writes the predictions of a run to a folder, one image at a time.
 
-    folder/drawn/NAME.jpg     the image with its objects drawn over it
-    folder/results.json       COCO results, image_id 1, 2, ... in the order they came, category_id = label + 1
-    folder/pictures.json      the "images" and "categories" that those ids mean
-    folder/masks/NAME.png     16 bits: 0 background, k the k-th best object, the better one where two overlap
+    Files for objects, by kind:
 
-    of images divided among things and `stuff`:
-    folder/panoptic.json      instead of results.json: COCO panoptic, whole ("images", "annotations", "categories")
-    folder/panoptic/NAME.png  its maps; red + 256 green + 65536 blue is a segment's number
-    folder/masks/NAME.png     16 bits: 0 nothing, k the k-th segment; with `semantic`, the pixel's label + 1
+    - "drawn": ``drawn/NAME.jpg``, the image with its objects drawn over it;
+    - "coco": ``results.json``, COCO results with image_id 1, 2, ... in the order of the images and
+      category_id = label + 1; ``pictures.json``, the "images" and "categories" that these ids refer to;
+    - "masks": ``masks/NAME.png``, 16 bits: 0 background, k the k-th best object; the better one where two overlap.
 
-    NAME is the image's path from the folder or glob it was named by. Every file is written beside and renamed;
-    results.json grows beside its place, so that nothing of a long run is held in memory but the images' names.
-    `sources` are what the images were named by; `skipped` collects (path, reason) of those with an error.
+    Files for tasks that segment whole images:
+
+    - "drawn": as for objects;
+    - "coco": ``panoptic.json``, a COCO panoptic document; ``panoptic/NAME.png``, its maps (red + 256 green + 65536 blue
+      is the id of a segment);
+    - "masks": ``masks/NAME.png``, 16 bits: 0 no segment, k the k-th segment; label + 1 for task "semantic".
+
+    NAME is the image's path relative to the source that it was found in. All files are written atomically.
+
+    Args:
+        folder: The output folder; created if missing.
+        kinds: What to write.
+        classes: The class names.
+        sources: The files, folders and globs that the images come from.
+        stuff: Those of the classes that are stuff.
+        task: What was predicted.
+
+    Attributes:
+        images: COCO entries of the images written so far.
+        skipped: Path and reason of each image without a prediction.
+        objects: Number of objects or segments so far.
+
+    Raises:
+        DataError: By all methods, if a file cannot be written.
     """
 
     def __init__(
@@ -43,21 +62,27 @@ class PredictionWriter:
         classes: Sequence[str],
         sources: Iterable[str | Path] = (),
         stuff: Sequence[str] = (),
-        semantic: bool = False,
+        task: Task = TASKS["instances"],
     ):
         self.folder, self.kinds, self.classes = Path(folder), frozenset(kinds), tuple(classes)
         self.roots = [_root(source) for source in sources]
-        self.stuff, self.semantic = tuple(stuff), semantic
-        self.divided: list[dict[str, Any]] = []
+        self.stuff, self.task = tuple(stuff), task
+        self.segments: list[dict[str, Any]] = []
         self.names: set[str] = set()
         self.images: list[dict[str, Any]] = []
-        self.results = RecordStream(self.folder / "results.json")
+        self.results = RecordStream(self.folder / TASKS["instances"].results)
         self.skipped: list[tuple[str, str]] = []
         self.objects = 0
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, path: str | Path, found: Instances | Panoptic | None, error: Any = None) -> None:
-        """One image's objects or segments; or, where `error` is given, why there are none."""
+        """Write the prediction of one image.
+
+        Args:
+            path: The image's file.
+            found: Its objects or segments; None if it was skipped.
+            error: Why it was skipped.
+        """
         if error is not None or found is None:
             self.skipped.append((str(path), str(error)))
             return
@@ -69,55 +94,53 @@ class PredictionWriter:
         if "drawn" in self.kinds:
             self._draw(Path(path), found, self.folder / "drawn" / f"{name}.jpg")
         if isinstance(found, Panoptic):
-            self._add_divided(found, name, number)
+            self._add_segments(found, name, number)
             return
         if "coco" in self.kinds:
             self.results.add(found.to_coco(number))
         if "masks" in self.kinds:
             _write_plane(_numbers(found), self.folder / "masks" / f"{name}.png")
 
-    def _add_divided(self, found: Panoptic, name: str, number: int) -> None:
+    def _add_segments(self, found: Panoptic, name: str, number: int) -> None:
         if "coco" in self.kinds:
-            self.divided.append(found.to_coco(number, file_name=f"{name}.png"))
-            _write_png(found.to_png(), self.folder / "panoptic" / f"{name}.png")
+            self.segments.append(found.to_coco(number, file_name=f"{name}.png"))
+            write_image(self.folder / "panoptic" / f"{name}.png", found.to_png(), sync=False)
         if "masks" in self.kinds:
-            plane = found.semantic() + 1 if self.semantic else found.map()
+            plane = found.semantic() + 1 if self.task.name == "semantic" else found.map()
             _write_plane(plane.numpy().astype(np.uint16), self.folder / "masks" / f"{name}.png")
 
     def close(self) -> None:
-        """Write results.json and pictures.json, or panoptic.json."""
-        if self.divided:
+        """Write the files about all images: results.json and pictures.json, or panoptic.json."""
+        if "coco" not in self.kinds:
+            return
+        if self.task.segments:
             kinds = [{"id": k + 1, "name": n, "isthing": int(n not in self.stuff)} for k, n in enumerate(self.classes)]
             images = [
                 {**entry, "file_name": self._inside(Path(entry["file_name"])).as_posix()} for entry in self.images
             ]
-            whole = {"images": images, "annotations": self.divided, "categories": kinds}
-            write_bytes(self.folder / "panoptic.json", json.dumps(whole, ensure_ascii=False).encode())
-            self.results.abandon()
-        elif "coco" in self.kinds:
+            document = {"images": images, "annotations": self.segments, "categories": kinds}
+            write_json(self.folder / self.task.results, document, DataError)
+        else:
             categories = [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
-            about = {"images": self.images, "categories": categories}
             self.results.close()
-            write_bytes(self.folder / "pictures.json", json.dumps(about, ensure_ascii=False, indent=1).encode())
+            about = {"images": self.images, "categories": categories}
+            write_json(self.folder / "pictures.json", about, DataError, indent=1)
 
     def _draw(self, path: Path, found: Instances | Panoptic, target: Path) -> None:
         from maskwright.data import read_image
 
-        drawn = found.draw(read_image(path), self.classes)
-        data = io.BytesIO()
-        drawn.convert("RGB").save(data, "JPEG", quality=92)
-        write_bytes(target, data.getvalue())
+        write_image(target, found.draw(read_image(path), self.classes).convert("RGB"), sync=False)
 
     def _inside(self, path: Path) -> Path:
-        """The image's path below the folder, or glob, that it was named by."""
+        """The image's path relative to the source that it was found in."""
         whole = path.absolute()
         root = max((r for r in self.roots if whole.is_relative_to(r)), key=lambda r: len(r.parts), default=whole.parent)
         return whole.relative_to(root)
 
     def _name(self, path: Path) -> str:
-        """The image's name among the outputs: no two the same, none outside of the folder."""
+        """A unique name for the image's output files, inside the folder."""
         inside = self._inside(path)
-        # x.jpg and x.png become x and x.png; the same name from two folders gets a number.
+        # x.jpg and x.png become x and x.png; equal names from two folders get a number.
         candidates = [str(inside.with_suffix("")), str(inside)]
         name = next((c for c in candidates if c not in self.names), None)
         count = 2
@@ -129,7 +152,7 @@ class PredictionWriter:
 
 
 def _root(source: str | Path) -> Path:
-    """The folder that a file, folder or glob starts from."""
+    """The folder that the images of a file, folder or glob are in."""
     path = Path(source).expanduser().absolute()
     if path.is_dir():
         return path
@@ -139,12 +162,12 @@ def _root(source: str | Path) -> Path:
 
 
 def _numbers(instances: Instances) -> np.ndarray:
-    """(H, W) uint16: 0, or the number of the best object at a pixel."""
+    """(H, W) uint16: number of the best object at each pixel, 0 for background."""
     height, width = instances.image_size
     plane = np.zeros((height, width), dtype=np.uint16)
     masks = instances.masks
     if masks is not None:
-        # A few planes at a time, the worst first, so that better ones come to lie on top and memory stays bounded.
+        # A few planes at a time to bound memory; worst objects first, so that better ones overwrite them.
         at_once = max(1, (64 << 20) // (height * width))
         last = min(len(instances), _LARGEST)
         for end in range(last, 0, -at_once):
@@ -159,10 +182,4 @@ def _numbers(instances: Instances) -> np.ndarray:
 def _write_plane(plane: np.ndarray, target: Path) -> None:
     from PIL import Image
 
-    _write_png(Image.fromarray(plane), target)
-
-
-def _write_png(image: Any, target: Path) -> None:
-    data = io.BytesIO()
-    image.save(data, "PNG")
-    write_bytes(target, data.getvalue())
+    write_image(target, Image.fromarray(plane), sync=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -95,11 +96,12 @@ def find(name: str) -> tuple[type[System], Mapping[str, Any]]:
     """
     if name in REGISTRY:
         return system_class(name), {}
-    owner = presets().get(name)
+    known = presets()
+    owner = known.get(name)
     if owner is None:
-        raise UnknownSystemError(
-            f"there is no system or preset {name!r}; systems: {', '.join(REGISTRY)}; presets: {', '.join(presets())}"
-        )
+        similar = get_close_matches(name, [*REGISTRY, *known], 1)
+        hint = f"did you mean {similar[0]!r}? " if similar else ""
+        raise UnknownSystemError(f"there is no system or preset {name!r}; {hint}`maskwright systems` lists all")
     kind = system_class(owner)
     return kind, kind.presets[name].options
 
