@@ -92,6 +92,8 @@ def test_an_image_is_stretched_to_the_canvas():
         assert system.preprocess.size(40, 60) == canvas
         width, height = system.anchor_shapes[0][0]
         assert (width * canvas[1], height * canvas[0]) == pytest.approx((side, side))
+    other = build("yolact", resize={"fit": "short", "short": 400, "long": 700}).preprocess
+    assert other.size(100, 200) == (350, 700)  # another rule than the canvas
 
 
 def test_the_greedy_rule_is_reached_from_predict():

@@ -86,7 +86,7 @@ class Preprocess:
                 "short". None: unchanged.
             long: New upper bound of the long side; None: unchanged.
         """
-        if self.canvas is not None and short:
+        if self.fit in ("stretch", "letterbox") and self.canvas is not None and short:
             ratio = short / min(self.canvas)
             return replace(self, canvas=(round(self.canvas[0] * ratio), round(self.canvas[1] * ratio)))
         fit = "short" if self.fit == "own" and short else self.fit
