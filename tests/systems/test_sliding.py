@@ -20,7 +20,7 @@ from maskwright.errors import UsageError
 from maskwright.ops.paste import paste_masks
 from maskwright.ops.window_tensors import MaskTensor, up_align2nat
 from maskwright.structures import Batch, Instances, Placement
-from maskwright.systems import create
+from maskwright.systems import create, describe
 from maskwright.systems.deepmask import Raw as Patches
 from maskwright.systems.families.sliding import Assignment, assign, lay_windows, own_windows, reachable
 from maskwright.systems.instancefcn import Raw as Maps
@@ -44,17 +44,15 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS.values(), ids=OPTIONS)
 def test_each_option_trains_and_detects(name, options):
-    system = build(name, **options)
-    images = torch.randn(2, 3, *SIZE)
-    for counts in ((3, 1), (0, 0)):
-        system.zero_grad()
-        terms = system.losses(system(images), [objects(n) for n in counts])
-        assert set(terms) == {"mask", "score"}
-        sum(terms.values(), torch.zeros(())).backward()
-        assert all(torch.isfinite(v) for v in terms.values()), terms
-        assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
-    with torch.no_grad():
-        found = system.eval().decode(system(images), [Placement.identity(SIZE)] * 2, detections=5)
+    system, size = build(name, **options), (64, 96)
+    raw = system(torch.randn(2, 3, *size))
+    terms = system.losses(raw, [objects(n, size) for n in (3, 0)])
+    assert set(terms) == {"mask", "score"}
+    sum(terms.values(), torch.zeros(())).backward()
+    assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+    terms |= {f"{name}, no objects": v for name, v in system.losses(raw, [objects(0, size)] * 2).items()}
+    assert all(torch.isfinite(v) for v in terms.values()), terms
+    found = system.decode(raw, [Placement.identity(size)] * 2, detections=5)
     assert all(len(own.masks) == len(own) <= 5 for own in found)
     assert all((own.labels == 0).all() for own in found)
 
@@ -105,6 +103,7 @@ def test_deepmask_is_the_simple_natural_head():
     torch.testing.assert_close(ours, natural, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("parts", "side"), [(3, 9), (5, 21), (4, 7)])
 @pytest.mark.parametrize("bins", ["nearest", "floor"])
 def test_masks_are_copied_from_the_map_of_each_part(parts, side, bins):
@@ -121,6 +120,7 @@ def test_masks_are_copied_from_the_map_of_each_part(parts, side, bins):
                 assert ours[i, j, y, x] == expected
 
 
+@pytest.mark.fast
 def test_cells_per_part():
     sizes = {}
     for bins in ("nearest", "floor"):
@@ -130,6 +130,7 @@ def test_cells_per_part():
     assert sizes == {"nearest": [4, 4, 5, 4, 4], "floor": [5, 4, 4, 4, 4]}
 
 
+@pytest.mark.fast
 def test_neighbouring_windows_share_the_values_of_a_part():
     windows = assemble(torch.randn(1, 25, 30, 30), 5, 21)[0]
     # (i, j) of the window around (y, x) is (i - 1, j) of the one around (y + 1, x): the middle part has five rows.
@@ -201,6 +202,7 @@ def test_images_are_padded_with_grey():
     assert seen[0][0, :, 32:96, 32:128].abs().max() < 1e-5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("border", "name"), [("symmetric", "symmetric"), ("reflect", "reflect")])
 @pytest.mark.parametrize("around", [1, 3])
 def test_mirrored_borders_equal_numpys(border, name, around):
@@ -209,6 +211,7 @@ def test_mirrored_borders_equal_numpys(border, name, around):
     assert np.array_equal(pad_mirrored(x, around, border).numpy(), expected)
 
 
+@pytest.mark.fast
 def test_a_dilated_vgg_keeps_its_size():
     for dilated, strides in ((False, [1, 2, 4, 8, 16]), (True, [1, 2, 4, 8, 8])):
         backbone = VGG(11, base=4, dilated=dilated)
@@ -220,6 +223,7 @@ def test_a_dilated_vgg_keeps_its_size():
 # ---- assignment ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast
 def test_windows_are_positive_for_objects_that_are_centred_and_fit():
     maps = [torch.zeros(1, 1, 20, 20)]
     windows = lay_windows(maps, (0.5,), 16, 160)  # 320 pixels of the input, 32 apart
@@ -254,6 +258,7 @@ def test_windows_are_positive_for_objects_that_are_centred_and_fit():
     assert assigned().negative.all()
 
 
+@pytest.mark.fast
 def test_windows_on_padding_are_not_reachable():
     windows = lay_windows([torch.zeros(1, 1, 5, 9)], (1.0,), 16, 64)
     inside = reachable(windows, (40, 60), 16).view(5, 9)
@@ -301,37 +306,30 @@ def in_planes(system, images):
 
 @pytest.mark.parametrize(("name", "options"), ALONE.values(), ids=ALONE)
 def test_an_image_in_a_batch_gives_the_same_as_alone(name, options):
-    system = build(name, **options).double().eval()
-    images = [torch.randn(3, 45, 70).double(), torch.randn(3, 90, 61).double()]
-    with torch.no_grad():
-        raw, places = in_planes(system, images)
-        together = system.decode(raw, places, detections=1000, nms_threshold=0.9)
-        for image, own in zip(images, together, strict=True):
-            raw, places = in_planes(system, [image])
-            assert raw.inside == ()
-            alone = system.decode(raw, places, detections=1000, nms_threshold=0.9)[0]
-            assert len(alone) == len(own) > 10
-            torch.testing.assert_close(alone.scores, own.scores)
-            torch.testing.assert_close(alone.boxes, own.boxes)
-
-
-@pytest.mark.parametrize(("name", "options"), ALONE.values(), ids=ALONE)
-def test_the_losses_of_an_image_in_a_batch_are_the_same_as_alone(name, options):
-    system = build(name, **options, assignment={"sampled": 10_000}).double()  # all windows, without sampling
-    images = [torch.randn(3, 45, 70).double(), torch.randn(3, 90, 61).double()]
-    targets = [Instances.empty((45, 70)), Instances.empty((90, 61))]
-    sums, counts = [], []
+    system = build(name, **options, assignment={"sampled": 10_000}).double().eval()  # all windows, without sampling
+    sizes = [(45, 70), (90, 61)]
+    images = [torch.randn(3, *size).double() for size in sizes]
+    decoded, sums, counts = [], [], []
     for chosen in ([0], [1], [0, 1]):
-        raw, _ = in_planes(system, [images[n] for n in chosen])
+        targets = [Instances.empty(sizes[n]) for n in chosen]
+        with torch.no_grad():
+            raw, places = in_planes(system, [images[n] for n in chosen])
+            loss = system.losses(raw, targets)["score"]
+            decoded.append(system.decode(raw, places, detections=50, nms_threshold=0.9))
+        assert (raw.inside == ()) == (len(chosen) == 1)
         windows = system.windows(raw)
         trained = [
-            own_windows(raw.inside, row, windows) & reachable(windows, targets[n].image_size, system.stride)
-            for row, n in enumerate(chosen)
+            own_windows(raw.inside, row, windows) & reachable(windows, target.image_size, system.stride)
+            for row, target in enumerate(targets)
         ]
         counts.append(sum(int(own.sum()) for own in trained))
-        sums.append(counts[-1] * system.losses(raw, [targets[n] for n in chosen])["score"])  # which is a mean
+        sums.append(counts[-1] * loss)  # which is a mean
     assert counts[0] + counts[1] == counts[2]
     torch.testing.assert_close(sums[0] + sums[1], sums[2])
+    for alone, together in zip((decoded[0][0], decoded[1][0]), decoded[2], strict=True):
+        assert len(alone) == len(together) > 10
+        torch.testing.assert_close(alone.scores, together.scores)
+        torch.testing.assert_close(alone.boxes, together.boxes)
 
 
 def test_a_batch_is_processed_at_once_if_batch_norms_are_trained():
@@ -404,6 +402,7 @@ def test_instancefcn_suppresses_by_the_boxes_of_masks():
     assert (found.boxes[0] - torch.tensor([32.0, 24, 64, 48])).abs().max() <= 1
 
 
+@pytest.mark.fast
 def test_corners_of_a_grid_are_aligned_with_the_outer_pixels():
     grid = torch.randn(1, 5, 5)
     plane = functional.interpolate(grid[None], size=(17, 23), mode="bilinear", align_corners=True)[0, 0]
@@ -439,6 +438,7 @@ def test_data_with_any_classes_is_used_for_training_and_evaluation(tmp_path):
     assert again.classes == ("object",)
 
 
+@pytest.mark.fast
 def test_invalid_options_are_refused():
     with pytest.raises(UsageError, match=r"deepmask: window must be a multiple of 2 \* stride = 32, got 72"):
         build("deepmask", window=72)
@@ -511,12 +511,12 @@ def test_norms_of_torch_7_have_several_shapes_and_optional_biases(tmp_path):
 
 
 def test_presets_are_the_published_networks():
-    system = create("deepmask-r50")
+    system = describe("deepmask-r50")
     norms = sum(b.numel() for n, b in system.named_buffers() if n.endswith(("norm.weight", "norm.bias")))
     assert round((sum(p.numel() for p in system.parameters()) + norms) / 1e6, 1) == 17.4
-    system = create("deepmask-vgg")
+    system = describe("deepmask-vgg")
     assert round(sum(p.numel() for p in system.parameters()) / 1e6) in (75, 76)
     assert system.window == 224
     assert system.assignment.canonical == 128
-    assert create("deepmask").assignment.canonical == 92
-    assert create("instancefcn-vgg16-k5").side * 8 == 168
+    assert describe("deepmask").assignment.canonical == 92
+    assert describe("instancefcn-vgg16-k5").side * 8 == 168

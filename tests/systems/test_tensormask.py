@@ -9,6 +9,7 @@ from maskwright.errors import UsageError
 from maskwright.structures import Instances, Placement
 from tests.systems.tiny import SIZE, build, objects
 
+SMALL = (64, 64)
 HEADS = {
     "bipyramid": {},
     "one window": {"windows": (15,)},
@@ -24,17 +25,15 @@ HEADS = {
 
 @pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
 def test_each_head_trains_and_detects(options):
-    system = build("tensormask", **options)
-    images = torch.randn(1, 3, *SIZE)
-    for target in (objects(2), objects(0)):
-        terms = system.losses(system(images), [target])
-        assert set(terms) == ({"class", "mask"} if options.get("boxes") is False else {"class", "box", "mask"})
-        sum(terms.values(), torch.zeros(())).backward()
-        assert all(torch.isfinite(v) for v in terms.values()), terms
+    system = build("tensormask", backbone={"width": 8}, neck_width=16, **options)
+    raw = system(torch.randn(1, 3, *SMALL))
+    terms = system.losses(raw, [objects(2, size=SMALL)])
+    assert set(terms) == ({"class", "mask"} if options.get("boxes") is False else {"class", "box", "mask"})
+    sum(terms.values(), torch.zeros(())).backward()
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
-    system.eval()
-    with torch.no_grad():
-        found = system.decode(system(images), [Placement.identity(SIZE)], score_threshold=0.0, detections=5)[0]
+    terms |= {f"{name}, no objects": v for name, v in system.losses(raw, [objects(0, size=SMALL)]).items()}
+    assert all(torch.isfinite(v) for v in terms.values()), terms
+    found = system.decode(raw, [Placement.identity(SMALL)], score_threshold=0.0, detections=5)[0]
     assert len(found.masks) == len(found) <= 5
 
 
@@ -42,9 +41,9 @@ def test_each_head_trains_and_detects(options):
     "name", ["bipyramid", "simple natural", "simple aligned", "upscale natural", "upscale nearest"]
 )
 def test_masks_of_single_windows_are_those_of_the_dense_tensor(name):
-    system = build("tensormask", **HEADS[name]).eval()
+    system = build("tensormask", backbone={"width": 8}, neck_width=16, **HEADS[name]).eval()
     with torch.no_grad():
-        raw = system(torch.randn(2, 3, *SIZE))
+        raw = system(torch.randn(2, 3, *SMALL))
         places = system.layout(raw).places
         chosen = torch.cat([(places[:, 0] == level).nonzero().flatten()[:7] for level in range(3)])
         rows = torch.cat([torch.arange(len(chosen))[:, None] % 2, places[chosen]], 1)
@@ -96,6 +95,7 @@ def test_positive_windows_contain_their_object_and_have_only_one():
     assert set(fewer.windows.tolist()) <= set(own.windows.tolist())
 
 
+@pytest.mark.fast
 def test_invalid_options_are_refused():
     with pytest.raises(UsageError, match="bipyramid=True requires aligned=True and factor=1"):
         build("tensormask", aligned=False)
