@@ -24,7 +24,6 @@ version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns: list[str] = []
-suppress_warnings = ["docutils"]  # until all docstrings are in Google style
 default_role = "literal"  # single backticks in docstrings are code, as in Markdown
 
 myst_heading_anchors = 4  # links to headings work as on a code-hosting site
@@ -47,10 +46,21 @@ napoleon_attr_annotations = False  # their types are in the signature
 # Files of the repository's root that are pages of the site too: page name to file.
 ROOT_PAGES = {"contributing": "CONTRIBUTING.md", "changelog": "CHANGELOG.md"}
 
-# Packages of the API reference. Those without `__all__` are described module by module.
-PACKAGES = (
-    "structures", "systems", "blocks", "ops", "data", "checkpoints", "evaluation", "training", "inference", "errors",
-)  # fmt: skip
+# Packages of the API reference, with modules whose names the package itself does not export. Packages without `__all__`
+# are described module by module.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "structures": ("resize",),
+    "systems": (),
+    "blocks": (),
+    "ops": (),
+    "data": ("formats",),
+    "checkpoints": (),
+    "evaluation": ("tasks", "measuring"),
+    "training": (),
+    "inference": (),
+    "options": (),
+    "errors": (),
+}
 
 
 def insert_root_pages(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -73,6 +83,8 @@ def page_of(package: str) -> str:
     module = importlib.import_module(name)
     inheritance = "   :show-inheritance:\n" if package == "errors" else ""
     parts = [heading(name, "="), f".. automodule:: {name}\n{inheritance}"]
+    for each in PACKAGES[package]:
+        parts.append(heading(f"{name}.{each}", "-") + f"\n.. automodule:: {name}.{each}\n")
     if package == "systems":
         from maskwright.systems import REGISTRY
 
