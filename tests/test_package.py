@@ -79,17 +79,17 @@ def test_every_public_name_is_there():
 
 @pytest.mark.fast
 @pytest.mark.parametrize(
-    "room", ["structures", "systems", "data", "checkpoints", "evaluation", "training", "inference"]
+    "subpackage", ["structures", "systems", "data", "checkpoints", "evaluation", "training", "inference"]
 )
-def test_every_room_gives_the_names_it_promises(room):
-    module = importlib.import_module(f"maskwright.{room}")
+def test_every_subpackage_exports_its_names(subpackage):
+    module = importlib.import_module(f"maskwright.{subpackage}")
     assert module.__all__ == sorted(module.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
     for name in module.__all__:
         assert getattr(module, name) is not None
 
 
 @pytest.mark.fast
-def test_every_file_says_what_it_is():
+def test_every_module_has_a_docstring():
     for path in (ROOT / "src").rglob("*.py"):
         text = path.read_text("utf-8")
         if text.strip():
@@ -123,11 +123,11 @@ def test_a_missing_extra_is_one_sentence_with_the_command(module, extra, action,
 
 
 @pytest.mark.fast
-def test_dependencies_have_lower_bounds_alone():
+def test_dependencies_have_lower_bounds_only():
     lists = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
     for requirement in (r for part in lists for r in part if not r.startswith("maskwright")):
         assert ">=" in requirement, requirement
-        # vernier is young and its numbers are what we publish: it alone may not move on by itself.
+        # vernier is young and computes the published numbers; only its version has an upper bound.
         assert "<" not in requirement or requirement.startswith("vernier"), requirement
 
 

@@ -135,19 +135,19 @@ def test_prefixes_of_hashes_and_sizes_are_enough(server: Server, tmp_path: Path,
     assert_whole(get(server, tmp_path, **check))
 
 
-def test_what_breaks_off_is_continued_where_it_ended(server: Server, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed(server: Server, tmp_path: Path) -> None:
     server.plan = ["cut", "cut"]
     assert_whole(get(server, tmp_path))
     assert server.seen == [(None, None), ("bytes=100000-", '"one"'), ("bytes=150000-", '"one"')]
 
 
-def test_faults_of_the_server_are_tried_again(server: Server, tmp_path: Path) -> None:
+def test_temporary_errors_of_the_server_are_retried(server: Server, tmp_path: Path) -> None:
     server.plan = ["503", "hang up", "500", "429"]
     assert_whole(get(server, tmp_path))
     assert len(server.seen) == 5
 
 
-def test_a_later_call_goes_on_from_an_earlier_one(server: Server, tmp_path: Path) -> None:
+def test_a_later_call_resumes_an_earlier_download(server: Server, tmp_path: Path) -> None:
     server.plan = ["cut", "500"]
     with pytest.raises(
         DownloadError,
@@ -159,7 +159,7 @@ def test_a_later_call_goes_on_from_an_earlier_one(server: Server, tmp_path: Path
     assert server.seen[-1] == ("bytes=100000-", '"one"')
 
 
-def test_a_server_that_ignores_ranges_is_begun_anew(server: Server, tmp_path: Path) -> None:
+def test_a_download_restarts_if_the_server_ignores_ranges(server: Server, tmp_path: Path) -> None:
     server.plan = ["cut", "no ranges"]
     assert_whole(get(server, tmp_path))
     assert server.seen[-1][0] == "bytes=100000-"
@@ -192,7 +192,7 @@ def test_two_halves_of_different_files_are_found_by_the_hash_and_fetched_anew(se
     assert [r for r, _ in server.seen] == [None, "bytes=100000-", None]
 
 
-def test_a_wrong_range_is_begun_anew(server: Server, tmp_path: Path) -> None:
+def test_a_download_restarts_after_a_wrong_range(server: Server, tmp_path: Path) -> None:
     server.plan = ["cut", "wrong range"]
     assert_whole(get(server, tmp_path))
     assert [r for r, _ in server.seen] == [None, "bytes=100000-", None]
@@ -215,7 +215,7 @@ def test_a_part_of_another_address_or_without_a_note_is_dropped(server: Server, 
     assert server.seen == [(None, None)]
 
 
-def test_a_wrong_hash_removes_what_came_and_says_so(server: Server, tmp_path: Path) -> None:
+def test_a_file_with_a_wrong_hash_is_removed(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DownloadError) as caught:
         get(server, tmp_path, sha256="00" * 32)
     assert f"sha256 {SHA}, expected {'00' * 32}" in str(caught.value)
@@ -244,7 +244,7 @@ def test_a_wrong_content_length_is_detected(server: Server, tmp_path: Path) -> N
     assert_whole(get(server, tmp_path))
 
 
-def test_a_server_that_stalls_is_left_and_tried_again(server: Server, tmp_path: Path) -> None:
+def test_a_stalled_download_is_retried(server: Server, tmp_path: Path) -> None:
     server.plan = ["slow"]
     assert_whole(get(server, tmp_path, timeout=0.2))
     assert len(server.seen) == 2
@@ -263,7 +263,7 @@ def test_a_web_page_instead_of_weights(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "words"), [("404", "not found"), ("403", "access denied"), ("410", "removed by the server")]
 )
-def test_what_is_not_there_is_not_tried_again(server: Server, tmp_path: Path, code: str, words: str) -> None:
+def test_permanent_errors_are_not_retried(server: Server, tmp_path: Path, code: str, words: str) -> None:
     server.plan = [code] * 3
     with pytest.raises(DownloadError, match=words):
         get(server, tmp_path)
@@ -307,7 +307,7 @@ def test_a_full_disk_before_and_in_the_middle(server: Server, tmp_path: Path, mo
     assert not (tmp_path / "weights.pth").exists()
 
 
-def test_a_folder_that_cannot_be_written(server: Server, tmp_path: Path) -> None:
+def test_a_folder_without_write_access_gives_an_error(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(
         DownloadError, match=r"cannot be written \(.*\); set MASKWRIGHT_CACHE to a folder that is writable"
@@ -315,7 +315,7 @@ def test_a_folder_that_cannot_be_written(server: Server, tmp_path: Path) -> None
         get(server, tmp_path / "file" / "below")
 
 
-def test_several_at_once_fetch_it_once(server: Server, tmp_path: Path) -> None:
+def test_concurrent_downloads_fetch_a_file_once(server: Server, tmp_path: Path) -> None:
     server.plan = ["slow"]  # the first holds the lock for a second while the others wait
     threads = [threading.Thread(target=get, args=(server, tmp_path)) for _ in range(3)]
     for thread in threads:
@@ -337,7 +337,7 @@ open(sys.argv[1], "wb").write(b"from the other process")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the other process locks with fcntl")
-def test_another_process_is_waited_for_and_its_file_taken(
+def test_a_download_waits_for_another_process(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "weights.pth"
@@ -371,7 +371,7 @@ def test_the_catalogue_is_fetched_into_the_cache(
     assert isinstance(DownloadError("x"), CheckpointError)
 
 
-def test_the_cache_lies_where_platforms_keep_theirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_in_the_folder_of_the_platform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MASKWRIGHT_CACHE", raising=False)
     monkeypatch.setattr(module.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

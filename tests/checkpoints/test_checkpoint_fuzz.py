@@ -1,4 +1,4 @@
-"""Damaged files of every format: either read, or refused in our words; never anything else, and never slowly."""
+"""Damaged files of every format are either read or raise a CheckpointError, quickly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def written(kind: str, path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pickle-0", "pickle-2", "pickle-4", "pickle-5", "zip", "legacy"])
-def test_no_damage_leads_anywhere_but_to_our_errors(tmp_path: Path, kind: str) -> None:
+def test_damaged_files_raise_checkpoint_errors_only(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "x.pkl"
     whole = written(kind, path)
     draw = random.Random(kind)

@@ -30,7 +30,7 @@ def rewrite(path: Path, **changes: str | None) -> None:
     save_file(load_file(path), path, metadata={k: v for k, v in metadata.items() if v is not None})
 
 
-def test_what_is_saved_comes_back(stand_in: Any, tmp_path: Path) -> None:
+def test_saving_and_loading_round_trip(stand_in: Any, tmp_path: Path) -> None:
     system = stand_in(classes=("dog", "cat"), width=5)
     system.preprocess = Preprocess(short=320, long=640)
     system.source = {"origin": "theirs", "weights_licence": "MIT"}
@@ -145,7 +145,7 @@ def test_unknown_keys_are_named(stand_in: Any, tmp_path: Path) -> None:
     assert "stand-in (theirs, twins); other (small)" in str(caught.value)
 
 
-def test_every_disagreement_is_said_before_anything_is_loaded(stand_in: Any, theirs: Any, tmp_path: Path) -> None:
+def test_every_mismatch_is_reported_before_anything_is_loaded(stand_in: Any, theirs: Any, tmp_path: Path) -> None:
     state = theirs(stand_in())
     del state["head.box.weight"], state["head.box.bias"]
     state["head.cls.weight"] = torch.zeros(4, 9)
@@ -215,7 +215,7 @@ def test_invalid_classes_are_refused(stand_in: Any, theirs: Any, tmp_path: Path)
         load(tmp_path / "small.pth", classes=["cat"], variant="small")
 
 
-def test_adapting_says_when_the_named_classes_are_wrong(stand_in: Any) -> None:
+def test_adapting_classes_checks_the_number_of_rows(stand_in: Any) -> None:
     with pytest.raises(CheckpointError, match=r"score\.weight: has 4 rows, but 2 classes need 3"):
         adapt_classes(stand_in().state_dict(), stand_in(classes=("a", "b")), ("red", "green"))
     _, kept = adapt_classes(stand_in().state_dict(), stand_in(classes=("green", "b")), ("red", "green", "blue"))
@@ -235,7 +235,7 @@ def test_more_and_fewer_channels(stand_in: Any, theirs: Any, tmp_path: Path) -> 
     assert widen_input(torch.ones(2, 3, 1, 1), 2).shape == (2, 2, 1, 1)
 
 
-def test_unknown_options_are_the_callers_mistake(stand_in: Any, theirs: Any, tmp_path: Path) -> None:
+def test_unknown_options_are_usage_errors(stand_in: Any, theirs: Any, tmp_path: Path) -> None:
     torch.save(theirs(stand_in()), tmp_path / "x.pth")
     with pytest.raises(UsageError, match="its options are classes, width, in_channels"):
         load(tmp_path / "x.pth", colour="blue")
@@ -243,7 +243,7 @@ def test_unknown_options_are_the_callers_mistake(stand_in: Any, theirs: Any, tmp
         load(tmp_path / "x.pth", width=6)
 
 
-def test_devices_that_are_not_there(stand_in: Any, tmp_path: Path) -> None:
+def test_unavailable_devices_are_refused(stand_in: Any, tmp_path: Path) -> None:
     save(stand_in(), tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match=r"device 'abacus' is not available \(.*\); use 'cpu'"):
         load(tmp_path / "x.safetensors", device="abacus")
@@ -257,7 +257,7 @@ def test_names_that_are_neither_file_nor_catalogue(stand_in: Any) -> None:
         load("https://example.org/x.pth")
 
 
-def test_weights_without_commercial_use_are_refused_when_asked(stand_in: Any, tmp_path: Path) -> None:
+def test_weights_without_commercial_use_can_be_refused(stand_in: Any, tmp_path: Path) -> None:
     system = stand_in()
     system.source = {"weights_licence": "CC-BY-NC-4.0", "commercial": "no"}
     save(system, tmp_path / "x.safetensors")
@@ -292,7 +292,7 @@ def test_a_catalogue_name_is_fetched_then_read(
     assert loaded.source["url"].endswith("model_final_f10217.pkl")
 
 
-def test_reading_the_header_of_a_foreign_file_says_so(tmp_path: Path) -> None:
+def test_reading_the_header_of_another_file_is_an_error(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match="not a checkpoint of maskwright; `convert` makes"):
         read_metadata(tmp_path / "x.safetensors")

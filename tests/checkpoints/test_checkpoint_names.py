@@ -1,4 +1,4 @@
-"""Class names that lie beside the weights."""
+"""Class names stored beside the weights."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_single_name_may_stand_alone():
         {"container": {"meta": "by hand"}},
     ],
 )
-def test_what_cannot_be_names_is_left(about):
+def test_invalid_class_names_are_ignored(about):
     assert named_by(about, TWO) is TWO
 
 

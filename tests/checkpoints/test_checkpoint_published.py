@@ -1,4 +1,4 @@
-"""The layouts that others published, as their own code makes them, read through the public door."""
+"""Published layouts, as written by the original code, read by `load`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maskwright.systems import system_class
 
 @pytest.fixture(scope="module")
 def original() -> Any:
-    """torchvision's Mask R-CNN, on a small trunk and with a narrow box head, with random weights."""
+    """torchvision's Mask R-CNN, with a small backbone, a narrow box head and random weights."""
     from torchvision.models.detection import MaskRCNN
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
     from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -70,7 +70,7 @@ def test_a_detectron2_pickle_of_arrays_is_the_same_network(original: Any, tmp_pa
 
 
 def load_as_detectron2(original: Any, folder: Path) -> Any:
-    """torchvision's numbers under detectron2's names, written as its pickles are: cut to 80 classes."""
+    """torchvision's numbers under detectron2's names, in the form of its pickles, with 80 classes."""
     import re
 
     rules = (

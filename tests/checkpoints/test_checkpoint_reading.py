@@ -219,14 +219,14 @@ def test_a_broken_file_is_one_sentence_that_names_it(tmp_path: Path, name: str) 
 
 
 @pytest.mark.fast
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file; check the path"):
         read_state(tmp_path / "nothing.pth")
 
 
 @pytest.mark.fast
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pkl", "safetensors"])
-def test_wherever_a_file_is_cut_it_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_truncated_file_is_refused(tmp_path: Path, kind: str) -> None:
     state = {"a": torch.randn(20, 20), "b": torch.randn(7)}
     path = tmp_path / "whole.pkl"
     if kind == "pkl":

@@ -1,4 +1,4 @@
-"""Files of Torch 7, written here as it writes them: networks come out flat, and nothing damaged gets through."""
+"""Files of Torch 7: networks become flat state dicts, damaged files are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYOUT = Path(__file__).parents[1] / "parity" / "layouts" / "deepmask-r50.json"
 
 
 class Writer:
-    """Lua values as Torch 7 lays them out: a tag, then what belongs to it."""
+    """Lua values in the format of Torch 7: a tag, then the content."""
 
     def __init__(self) -> None:
         self.parts: list[bytes] = []
@@ -120,7 +120,7 @@ def test_the_released_network_is_read_from_its_own_kind_of_file(tmp_path):
     assert all(torch.equal(v, other[k]) for k, v in system.state_dict().items())
 
 
-def test_what_is_named_again_is_the_same_and_functions_are_passed_over(tmp_path):
+def test_repeated_objects_are_shared_and_functions_are_skipped(tmp_path):
     array = Writer().write(np.arange(6.0).reshape(2, 3)).bytes()
     again = struct.pack("<ii", 4, 2)  # the object with the number 2, which the tensor has
     function = struct.pack("<ii", 8, 9) + struct.pack("<i", 4) + b"\x1bLua" + struct.pack("<iii", 3, 10, 0)
@@ -163,7 +163,7 @@ def test_files_that_are_cut_short_or_damaged_are_refused_in_words(tmp_path):
         read_state(path)
 
 
-def test_a_module_that_stands_in_very_many_places_does_not_take_forever():
+def test_a_module_that_occurs_very_often_is_refused():
     module = LuaObject("nn.ReLU")
     for _ in range(40):  # each level holds the one below it twice: 2 ** 40 places
         module = LuaObject("nn.Sequential", {"modules": {1: module, 2: module}})

@@ -158,7 +158,7 @@ def test_every_choice_of_the_recipe_is_an_option_of_train(capsys):
     assert f"(default: {RECIPES['detectron2-1x'].steps})" in shown, "the named recipe's values are the defaults"
 
 
-def test_train_hands_on_only_what_differs(monkeypatch, tmp_path, capsys):
+def test_train_passes_only_changed_values(monkeypatch, tmp_path, capsys):
     calls = []
     monkeypatch.setattr("maskwright.training.train", lambda *a, **k: calls.append((a, k)) or tmp_path / "best")
     line = ["train", "mask-rcnn", "--data", "d", "-o", str(tmp_path), "--epochs", "3"]

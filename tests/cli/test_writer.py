@@ -71,7 +71,7 @@ def test_the_three_kinds(image, tmp_path):
     assert about["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dög"}]
 
 
-def test_only_what_was_asked_for_is_written(image, tmp_path):
+def test_only_the_requested_kinds_are_written(image, tmp_path):
     path = image("a.png")
     writer = PredictionWriter(tmp_path / "out", ("masks",), CLASSES, [path])
     writer.add(path, found())
@@ -80,7 +80,7 @@ def test_only_what_was_asked_for_is_written(image, tmp_path):
     assert files == ["masks/a.png"]
 
 
-def test_a_image_without_objects_is_written_too(image, tmp_path):
+def test_an_image_without_objects_is_written_too(image, tmp_path):
     path = image("empty.png")
     writer = PredictionWriter(tmp_path / "out", ("drawn", "coco", "masks"), CLASSES, [path])
     writer.add(path, Instances.empty((20, 30)))

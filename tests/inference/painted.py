@@ -1,4 +1,4 @@
-"""A system without anything learnt, for images whose objects are painted: it sees exactly what is there.
+"""A system without learned parameters for painted images, whose objects it predicts exactly.
 
 Red is the object's number, green its label, blue 255 on objects; everything else is black.
 """
@@ -19,7 +19,7 @@ from maskwright.systems import Card, System
 
 @dataclass(frozen=True)
 class AsItIs(Preprocess):
-    """No resizing; the colours stay 0 ... 255."""
+    """No resizing; values stay in 0 ... 255."""
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
@@ -94,7 +94,7 @@ def seen(image: Tensor, masks: bool = True, score_threshold: float = 0.0) -> Ins
 
 
 def paint(numbers: Tensor, labels: dict[int, int] | None = None) -> Tensor:
-    """An image (3, H, W) from a plane of object numbers, -1 where there is none."""
+    """An image (3, H, W) from a plane of object numbers, -1 for background."""
     inside = numbers >= 0
     green = torch.zeros_like(numbers)
     for number, label in (labels or {}).items():

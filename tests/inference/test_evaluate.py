@@ -1,4 +1,4 @@
-"""A system that sees everything scores 1, whatever the batch, the number of processes or the order of classes."""
+"""A perfect system scores 1 for every batch size, number of processes and order of classes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_a_broken_image_among_tiled_ones(system):
         evaluate(system, gallery, tile=32)
 
 
-def test_thresholds_and_limits_lower_what_is_found(system):
+def test_thresholds_and_limits_reduce_the_detections(system):
     assert evaluate(system, Gallery(), detections=1)["segm/AP"] < 0.9
     assert evaluate(system, Gallery(), score_threshold=0.999)["segm/AP"] < 0.9
     small = evaluate(system, Gallery(), limit=3)
@@ -137,7 +137,7 @@ def test_boxes_alone():
         evaluate(Painted(masks=False).eval(), Gallery(), kinds=("segm",))
 
 
-def test_the_kinds_that_were_asked_for(system):
+def test_only_the_requested_kinds_are_measured(system):
     assert evaluate(system, Gallery(), kinds=("bbox",)).kinds == ("bbox",)
     assert "boundary" in evaluate(system, Gallery(), boundary=True).kinds
 
@@ -160,7 +160,7 @@ def test_a_strict_set_stops_at_a_broken_image(system, limit):
         evaluate(system, gallery, limit=limit)
 
 
-def test_what_cannot_be(system):
+def test_invalid_arguments_are_refused(system):
     for options, says in [
         ({"batch": 0}, "must be at least 1, got 0"),
         ({"limit": 0}, "limit must be at least 1, got 0"),

@@ -1,4 +1,4 @@
-"""Images divided among things and stuff, by a system that knows them: predict, evaluate, files, commands."""
+"""Panoptic and semantic segmentation: predict, evaluate, files, commands."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def divider() -> Divider:
     return system
 
 
-def test_a_system_that_knows_all_has_full_quality():
+def test_perfect_predictions_have_full_quality():
     dataset, system = scenes(), divider()
     result = evaluate(system, dataset, task="panoptic")
     assert result["panoptic/PQ"] == result["panoptic/PQth"] == result["panoptic/PQst"] == 1.0
@@ -87,7 +87,7 @@ def test_a_system_that_knows_all_has_full_quality():
     assert fewer["panoptic/PQ"] < 1
 
 
-def test_what_is_not_padding_is_told_to_those_who_ask():
+def test_systems_receive_the_sizes_without_padding():
     dataset, system = scenes(), divider()
     system.sizes = seen = []
     predict(system, dataset[0].image, task="panoptic")

@@ -1,4 +1,4 @@
-"""Whatever a person points at, each image in it gets its own prediction, in order, and a bad one stops nothing."""
+"""Sources of images: one prediction per image, in order; unreadable images are skipped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def system() -> Painted:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five images with 1 ... 5 objects, of different sizes, one of them in a sub-folder; and what is no image."""
+    """Five images of different sizes with 1 ... 5 objects, one of them in a subfolder, and a file that is not an image."""
     for k in range(1, 5):
         save(blocks(k, (30 + 7 * k, 50 + k)), tmp_path / f"p{k}.png")
     save(blocks(5), tmp_path / "deeper" / "p5.PNG")
@@ -203,7 +203,7 @@ def test_invalid_options_are_refused(system, options, says):
         predict(system, blocks(1), **options)
 
 
-def test_nothing_to_predict_on_is_said_at_once(system, tmp_path):
+def test_sources_without_images_are_refused_immediately(system, tmp_path):
     (tmp_path / "sub").mkdir()
     for source, says in [
         (tmp_path, "no images in this folder; subfolders were not searched"),

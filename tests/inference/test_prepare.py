@@ -1,4 +1,4 @@
-"""A prepared system gives what the original gives, only sooner; the original stays as it was."""
+"""A prepared system predicts the same as the original, faster; the original is unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL = {
 
 
 def lively(module: nn.Module) -> nn.Module:
-    """Norms as after a training: every number of theirs matters."""
+    """Norms with random parameters and statistics, as after training."""
     for part in module.modules():
         if isinstance(part, (nn.BatchNorm2d, FrozenBatchNorm)):
             with torch.no_grad():
@@ -178,7 +178,7 @@ def test_a_prepared_system_is_taken_as_it_is():
 
 
 @pytest.mark.fast
-def test_what_cannot_be_chosen():
+def test_invalid_choices_are_refused():
     system = small()
     for options, says in [
         ({"dtype": "double"}, "dtype must be one of 'float32', 'bfloat16', 'float16', got 'double'"),
@@ -191,7 +191,7 @@ def test_what_cannot_be_chosen():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_it_says_the_same():
+def test_compiled_predictions_are_the_same():
     import shutil
 
     if shutil.which("c++") is None and shutil.which("g++") is None and shutil.which("clang++") is None:

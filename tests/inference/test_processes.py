@@ -1,4 +1,4 @@
-"""Several processes measure what one does."""
+"""Evaluation in several processes gives the same result as in one."""
 
 from __future__ import annotations
 

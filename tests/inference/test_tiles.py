@@ -1,4 +1,4 @@
-"""An image cut into tiles has the same objects as the whole one: none in pieces, none twice, no two grown together."""
+"""Tiled prediction gives the objects of the whole image: none split, duplicated or merged."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.fast
 
 
 def pattern(kind: str, size: tuple[int, int], t: int) -> torch.Tensor:
-    """A plane of object numbers; all touch their neighbours, each is in one piece, most span many tiles."""
+    """A plane of object numbers; all objects touch their neighbours, are connected, and most span many tiles."""
     height, width = size
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     if kind == "columns":
@@ -97,19 +97,19 @@ def test_other_classes_are_not_joined():
     assert len(two_tiles(block(10, 40), block(0, 30, label=1))) == 2
 
 
-def test_a_sloppy_edge_is_no_second_object():
+def test_inexact_edges_do_not_duplicate_an_object():
     joined = two_tiles(block(10, 40, y0=10, y1=30), block(0, 30, y0=11, y1=33))
     assert len(joined) == 1
 
 
-def test_what_one_tile_sees_whole_is_taken_from_there():
+def test_an_object_inside_one_tile_keeps_its_mask():
     # columns 26 ... 38 of the image: whole in both tiles; the second one's mask is a little smaller
     joined = two_tiles(block(26, 38, score=0.7), block(2, 13, score=0.9))
     assert joined.boxes.tolist() == [[26, 10, 37, 30]], "the better one's own mask, no union of both"
     assert joined.masks.areas().tolist() == [11 * 20]
 
 
-def test_a_cut_off_rest_belongs_to_what_the_other_tile_saw():
+def test_a_truncated_fragment_is_joined_to_its_object():
     # The second tile saw only the upper part of what comes in from its left.
     joined = two_tiles(block(5, 34), block(0, 10, y0=10, y1=16))
     assert len(joined) == 1
@@ -157,8 +157,8 @@ def test_by_way_of_predict(tmp_path):
         assert prediction.found().labels.tolist() == plain.labels.tolist()
 
 
-def test_a_very_large_image_needs_no_plane_of_its_size():
-    """Forty objects across an image of 200 million pixels that does not even exist: only its tiles are looked at."""
+def test_a_very_large_image_needs_little_memory():
+    """Forty objects in an image of 200 million pixels, of which only the tiles are read."""
     image = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, 10_000, 20_000)
 
     def find(crops):

@@ -109,6 +109,7 @@ class Backbone(OptionGroup):
                 raise UsageError(f"backbone.{field} must be {bounds}, got {entry}")
 
     def changed(self, values: Mapping[str, Any]) -> Self:
+        """A copy with other values; a new name resets the fields that do not apply to it."""
         name = values.get("name", self.name)
         if isinstance(name, str) and name != self.name:
             reset = _reset_fields(self.name, name)
@@ -117,6 +118,7 @@ class Backbone(OptionGroup):
 
     @classmethod
     def merged(cls, before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Merge options; a new name resets the fields that do not apply to it."""
         new = changes.get("name")
         if isinstance(new, str):
             old = before.get("name")
@@ -125,6 +127,7 @@ class Backbone(OptionGroup):
         return {**before, **changes}
 
     def to_options(self) -> dict[str, Any]:
+        """The fields that the backbone has, as plain values."""
         used = options_of(self.name)
         return {name: value for name, value in super().to_options().items() if name == "name" or name in used}
 
@@ -295,7 +298,7 @@ class Family(NamedTuple):
 
 
 def families() -> Iterator[Family]:
-    """All families; a module is imported when it is its turn."""
+    """All families; each module is imported when the iteration reaches it."""
     for module in FAMILIES:
         yield import_module(f"maskwright.blocks.{module}").FAMILY
 

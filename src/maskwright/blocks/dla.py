@@ -92,7 +92,7 @@ class DLA(nn.Module):
             ]  # fmt: skip
             self.levels.append(nn.Sequential(*convs))
         for number in range(2, 6):
-            passed = widths[number - 1] if number > 2 else 0  # from the second tree on, its own input
+            passed = widths[number - 1] if number > 2 else 0  # every tree but the first also receives its input
             self.levels.append(
                 Tree(depths[number], widths[number - 1], widths[number], 2, passed, norms[number + 1], eps)
             )

@@ -282,7 +282,7 @@ def sample_in_boxes(
 class PlaneRefinement:
     """Refines masks of whole images: one logit map per object, whatever its class.
 
-    The fine feature is the same for all objects of an image, so the coarse logit alone says which object is meant. The
+    The fine feature is the same for all objects of an image; only the coarse logit identifies the object. The
     network is `PointHead(channels, 1, 1)`.
 
     Attributes:

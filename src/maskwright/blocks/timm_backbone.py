@@ -24,7 +24,7 @@ class TimmBackbone(nn.Module):
         in_channels: Channels of the image.
         pretrained: Whether to download the published weights.
         frozen: Number of parts (stem, stages) that are not trained; nor do their batch norms' statistics change.
-        deepest: Stride of the last level; what comes after it is left out.
+        deepest: Stride of the last level; later layers are removed.
 
     Attributes:
         body: The network of timm.
@@ -92,7 +92,7 @@ def _published(name: str, deepest: int) -> tuple[list[int], list[str], Levels]:
 
 
 def _parts(body: nn.Module, modules: list[str]) -> list[nn.Module] | None:
-    """The stem and the stages; what comes after the last stage is removed. None if their borders are not known.
+    """The stem and the stages, without the layers after the last stage. None if their boundaries are unknown.
 
     Args:
         body: The network.

@@ -24,8 +24,8 @@ class ViT(nn.Module):
         patch: Side of a patch in pixels.
         width: Channels of the tokens.
         prefix: Number of prefix tokens.
-        channels: As for every backbone: the width alone.
-        strides: Likewise the side of a patch.
+        channels: Channels of the features, as for every backbone: one entry, `width`.
+        strides: Their strides: one entry, `patch`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What YOLACT (arXiv 1904.02689) and YOLACT++ (1912.06218) predict with: the prototype branch and the anchor head."""
+"""The prototype branch and the prediction head of YOLACT (arXiv 1904.02689) and YOLACT++ (arXiv 1912.06218)."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ USUAL = {"do_resize": True, "resample": 2, "do_center_crop": False, "do_split_im
 
 
 class CheckpointWarning(UserWarning):
-    """A folder asks for something that a system has no option for; its weights are used without it."""
+    """A folder contains a setting for which the system has no option; the setting is ignored."""
 
 
 # ---- config.json -----------------------------------------------------------------------------------------------------

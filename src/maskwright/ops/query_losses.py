@@ -56,7 +56,9 @@ class Labelled(Protocol):
     """The objects of one image, as far as the class losses need them."""
 
     @property
-    def labels(self) -> Int[Tensor, " m"]: ...
+    def labels(self) -> Int[Tensor, " m"]:
+        """Class of each object."""
+        ...
 
     def __len__(self) -> int: ...
 

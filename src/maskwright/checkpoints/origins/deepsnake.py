@@ -63,6 +63,7 @@ def _plain(level: int, index: int) -> str:
 
 
 def recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options of the constructor, if these are the keys of the authors' code."""
     own = {re.sub(r"^(?:module\.)?(?:net\.)?(?=(?:dla|gcn|cp)\.)", "", k): v for k, v in shapes.items()}
     heat = own.get("dla.act_hm.2.weight", own.get("dla.ct_hm.2.weight"))
     head = own.get("gcn.evolve_gcn.head.conv.fc.weight")

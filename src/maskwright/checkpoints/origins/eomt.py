@@ -123,11 +123,15 @@ TRANSFORMERS_DINOV3_NAMES = {**TRANSFORMERS_NAMES, "patch": "embeddings.patch_em
 
 
 def official(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Options for the authors' layout on DINOv2; None for another network."""
     return _options(shapes, OFFICIAL_NAMES, rotary=False)
 
 
 def official_dinov3(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candidate] | None:
-    """The published files hold differences to the weights of DINOv3; files converted from them may hold the sum."""
+    """Variants of the authors' layout on DINOv3.
+
+    The published files contain differences from the weights of DINOv3; converted files may contain the sum.
+    """
     options = _options(shapes, DINOV3_NAMES, rotary=True)
     if options is None:
         return None
@@ -136,11 +140,12 @@ def official_dinov3(shapes: Shapes, about: Mapping[str, Any]) -> Sequence[Candid
 
 
 def transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Options for the layout of transformers on DINOv2; None for another network."""
     return _of_folder(_options(shapes, TRANSFORMERS_NAMES, rotary=False), about)
 
 
 def transformers_dinov3(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Whole weights: the weights of DINOv3 have been added to the published differences."""
+    """Options for the layout of transformers on DINOv3, whose files contain the sum of DINOv3 and the differences."""
     return _of_folder(_options(shapes, TRANSFORMERS_DINOV3_NAMES, rotary=True), about)
 
 

@@ -116,7 +116,7 @@ def split(state: State, options: Mapping[str, Any]) -> State:
 
 
 def whole(state: State, options: Mapping[str, Any]) -> State:
-    """Likewise; and joins the three projections of Swin, which are one here."""
+    """Splits as `split` does, and joins the three projections of Swin, which are one here."""
     ours = split(state, options)
     for key in [k for k in ours if k.startswith("dense.backbone.") and ".attention.query." in k]:
         names = [key.replace(".query.", f".{name}.") for name in ("query", "key", "value")]
@@ -125,6 +125,7 @@ def whole(state: State, options: Mapping[str, Any]) -> State:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
+    """Number of different values of the first group of `pattern` among the keys."""
     return len({m[1] for k in shapes if (m := re.match(pattern, k))})
 
 
