@@ -22,7 +22,7 @@ JOBS ?= auto
 help:
 	@sed -n 's/^#   //p' Makefile
 
-# Without Debian's python3-venv there is no ensurepip; the pip beside the interpreter then does its work.
+# Without Debian's python3-venv there is no ensurepip; the interpreter's own pip is used then.
 $(VENV)/.python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none was found. Name one: make env PYTHON=/path/to/python" >&2; exit 1; }
 	@echo "Making $(VENV) with $$($(PYTHON) --version)"
@@ -39,12 +39,12 @@ $(VENV)/.ready: $(VENV)/.python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.ready-dev: $(VENV)/.ready
-	@echo "Installing what the tests need"
+	@echo "Installing the requirements of the tests"
 	@$(PIP) install --quiet -c constraints.txt -e '.[all]' --group dev
 	@touch $@
 
 $(VENV)/.ready-docs: $(VENV)/.ready
-	@echo "Installing what the documentation needs"
+	@echo "Installing the requirements of the documentation"
 	@$(PIP) install --quiet -c constraints.txt --group docs
 	@touch $@
 
@@ -75,7 +75,7 @@ format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# The wheel alone, with its base dependencies taken from .venv, must answer: nothing may hang on the clone.
+# Installs the wheel with the base dependencies of .venv and runs it, to check that it does not depend on the clone.
 wheel: $(VENV)/.ready-dev
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
@@ -94,7 +94,7 @@ tables: $(VENV)/.ready
 
 ci: lint test wheel docs
 
-# Everything installed, without ourselves and without what belongs to one platform's torch.
+# All installed packages, except maskwright and the platform-specific parts of torch.
 constraints: $(VENV)/.ready-dev
 	@{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --all | grep -viE '^(nvidia|cuda|triton|maskwright|setuptools|-e|# )|@' | LC_ALL=C sort -f; } > constraints.new
 	@mv constraints.new constraints.txt
