@@ -153,7 +153,7 @@ def test_nothing_predicted_nothing_to_find_and_no_images_at_all(tmp_path):
     for number, (truth, made) in enumerate([(data, nothing), (bare, predictions(data)), (bare, nothing)]):
         page = read(report(result_of(truth, made), tmp_path / f"{number}.html"))
         assert "0.0" in page.text if truth is data else "–" in page.text
-    assert "nothing was found" in page.text
+    assert "There are no objects and no predictions" in page.text
     read(report(result_of(Ellipses([], []), []), tmp_path / "none.html"))
     read(report(Result(summary={}, classes=()), tmp_path / "bare.html"))
 
