@@ -89,11 +89,11 @@ def test_who_sees_everything_scores_one(system, batch):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_who_sees_everything_scores_one_in_tiles_too(system, batch):
+def test_perfect_predictions_score_one_in_tiles_too(system, batch):
     result = evaluate(system, Gallery(4), tile=32, overlap=0.5, batch=batch, device="cpu", examples=2)
     assert result["segm/AP"] == pytest.approx(1), "objects that a seam cuts are joined"
     facts = dict(result.protocol.facts())
-    assert facts["input size"].startswith("tiles of 32 pixels, 50 % in common, each: ")
+    assert facts["input size"].startswith("tiles of 32 pixels, overlapping by 50 %, each: ")
     assert facts["batch"] == str(batch)
     assert set(result.speed.stages) == {"dense", "arithmetic"}
     assert 0 < result.speed.milliseconds <= result.speed.milliseconds_p90
@@ -164,8 +164,8 @@ def test_invalid_arguments_are_refused(system):
     for options, says in [
         ({"batch": 0}, "must be at least 1, got 0"),
         ({"limit": 0}, "limit must be at least 1, got 0"),
-        ({"tile": 8}, "tile is 8"),
-        ({"tile": 32, "overlap": 0.95}, "overlap is 0.95"),
+        ({"tile": 8}, "got tile=8"),
+        ({"tile": 32, "overlap": 0.95}, "overlap=0.95"),
         ({"iou": 0.5}, "no option 'iou'"),
     ]:
         with pytest.raises(UsageError, match=says):

@@ -28,7 +28,7 @@ def system() -> Painted:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five images of different sizes with 1 ... 5 objects, one of them in a subfolder, and a file that is not an image."""
+    """Five images of different sizes with 1 ... 5 objects, one in a subfolder, and a file that is not an image."""
     for k in range(1, 5):
         save(blocks(k, (30 + 7 * k, 50 + k)), tmp_path / f"p{k}.png")
     save(blocks(5), tmp_path / "deeper" / "p5.PNG")
