@@ -237,8 +237,18 @@ class System(nn.Module):
     # ---- for loading and training ------------------------------------------------------------------------------------
 
     def groups(self) -> dict[str, list[nn.Module]]:
-        """Parts by name, from the input on, for freezing and for learning rates: at least "backbone"."""
-        return {name: [child] for name, child in self.named_children()}
+        """Parts by name, from the input on, for freezing and for learning rates: at least "backbone".
+
+        By default these are the networks, and the children of a network that has a backbone.
+        """
+        parts: dict[str, list[nn.Module]] = {}
+        for name, network in self.networks().items():
+            children = dict(network.named_children())
+            if "backbone" not in children or next(network.parameters(recurse=False), None) is not None:
+                children = {name: network}
+            for part, module in children.items():
+                parts.setdefault(part, []).append(module)
+        return parts
 
     def class_rows(self) -> Mapping[str, ClassRows | tuple[ClassRows, ...]]:
         """The parameters that hold rows per class, by their name in the state dict, for `load(..., classes=...)`."""
