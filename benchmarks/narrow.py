@@ -11,7 +11,7 @@ from maskwright.options import OptionGroup, groups_of
 from maskwright.systems import presets, system_class
 
 NARROW: Mapping[str, Any] = {
-    "backbone": {"width": 32}, "stem_width": 32, "neck_width": 64, "head_width": 64,
+    "backbone": {"width": 32}, "neck_width": 64, "head": {"width": 64}, "head_width": 64,
     "boxes": {"width": 256}, "masks": {"width": 64, "fc_width": 256}, "keypoints": {"width": 64},
     "points": {"width": 64}, "mask_width": 64,
 }  # fmt: skip
