@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.backbones import Backbone, BackboneLike, Use
+from maskwright.blocks.backbones import Backbone, BackboneLike, Use, levels_of
 from maskwright.blocks.layers import Border, set_border
 from maskwright.blocks.sliding import pyramid, resized, shares_norms
 from maskwright.errors import UsageError
@@ -94,7 +94,7 @@ class WindowNetwork(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        channels: Any = backbone.channels
+        channels = levels_of(backbone).channels
         self.backbone = backbone
         self.squeeze = nn.Conv2d(channels[-1], neck_width, 1)
         self.feature = nn.Conv2d(neck_width, feature_width, cells)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.backbones import Backbone, BackboneLike, Use
+from maskwright.blocks.backbones import Backbone, BackboneLike, Use, levels_of
 from maskwright.blocks.layers import ConvNorm
 from maskwright.blocks.sliding import pyramid, resized, shares_norms
 from maskwright.errors import UsageError
@@ -75,7 +75,7 @@ class Dense(nn.Module):
     def __init__(self, backbone: nn.Module, parts: int, width: int, scales: Sequence[float]):
         super().__init__()
         self.scales = tuple(scales)
-        channels: Any = backbone.channels
+        channels = levels_of(backbone).channels
         self.backbone = backbone
         self.part_hidden = ConvNorm(channels[-1], width, 1, relu=True)
         self.part_maps = nn.Conv2d(width, parts**2, 3, padding=1)

@@ -26,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.backbones import Backbone, BackboneLike
+from maskwright.blocks.backbones import Backbone, BackboneLike, levels_of
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.solo_grid import PRIOR, GridBranch, Head, HeadLike, coordinates, prepare_levels, tower
 from maskwright.ops.distributed import global_mean_count
@@ -112,17 +112,19 @@ class Dense(nn.Module):
     ):
         super().__init__()
         self.grids, self.coords = tuple(grids), coords
-        channels: Any = backbone.channels
+        levels = levels_of(backbone)
+        self.read = levels.indices((4, 8, 16, 32))
         self.backbone = backbone
-        self.neck = FPN(channels, neck_width)
+        self.neck = FPN([levels.channels[n] for n in self.read], neck_width)
         self.category = GridBranch(neck_width, head, classes, bias=PRIOR, align=align)
         self.mask_tower = tower(neck_width + 2 * coords, head)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
-        levels = prepare_levels(self.neck(self.backbone(images)))  # strides 8, 8, 16, 32, 32
+        features = self.backbone(images)
+        levels = prepare_levels(self.neck([features[n] for n in self.read]))  # strides 8, 8, 16, 32, 32
         classes = tuple(self.category(level, grid) for level, grid in zip(levels, self.grids, strict=True))
-        features = (self.mask_tower(_placed(level, self.coords)) for level in levels)
-        return Raw(classes, tuple(_doubled(f) for f in features), (images.shape[-2], images.shape[-1]))
+        masks = tuple(_doubled(self.mask_tower(_placed(level, self.coords))) for level in levels)
+        return Raw(classes, masks, (images.shape[-2], images.shape[-1]))
 
 
 class CellMasks(nn.Module):
@@ -181,9 +183,10 @@ class DecoupledDense(nn.Module):
     ):
         super().__init__()
         self.grids, self.coords, self.shared_tower = tuple(grids), coords, shared_tower
-        channels: Any = backbone.channels
+        levels = levels_of(backbone)
+        self.read = levels.indices((4, 8, 16, 32))
         self.backbone = backbone
-        self.neck = FPN(channels, neck_width)
+        self.neck = FPN([levels.channels[n] for n in self.read], neck_width)
         self.category = GridBranch(neck_width, head, classes, bias=PRIOR, align=align)
         if shared_tower:
             self.both = tower(neck_width + 2 * coords, head)
@@ -194,7 +197,8 @@ class DecoupledDense(nn.Module):
         self.down_output = nn.ModuleList(_mask_output(head.width, grid, 3) for grid in grids)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> DecoupledRaw:
-        levels = prepare_levels(self.neck(self.backbone(images)))  # strides 8, 8, 16, 32, 32
+        features = self.backbone(images)
+        levels = prepare_levels(self.neck([features[n] for n in self.read]))  # strides 8, 8, 16, 32, 32
         classes = tuple(self.category(level, grid) for level, grid in zip(levels, self.grids, strict=True))
         across, down = [], []
         for level, column_output, row_output in zip(levels, self.across_output, self.down_output, strict=True):

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.backbones import Backbone, BackboneLike
+from maskwright.blocks.backbones import Backbone, BackboneLike, levels_of
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.points import PlaneRefinement, PointHead
 from maskwright.blocks.solo_grid import PRIOR, GridBranch, Head, HeadLike, conv_norm, coordinates, prepare_levels
@@ -118,15 +118,17 @@ class Dense(nn.Module):
     ):
         super().__init__()
         self.grids, self.coords = tuple(grids), coords
-        channels: Any = backbone.channels
+        levels = levels_of(backbone)
+        self.read = levels.indices((4, 8, 16, 32))
         self.backbone = backbone
-        self.neck = FPN(channels, neck_width)
+        self.neck = FPN([levels.channels[n] for n in self.read], neck_width)
         self.category = GridBranch(neck_width, head, classes, bias=PRIOR)
         self.kernel = GridBranch(neck_width + 2 * coords, head, mask_channels * kernel_size**2)
         self.mask_feature = MaskFeature(neck_width, mask_width, mask_channels, head, coords=coords)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
-        pyramid = self.neck(self.backbone(images))  # P2 ... P6
+        features = self.backbone(images)
+        pyramid = self.neck([features[n] for n in self.read])  # P2 ... P6
         classes, kernels = [], []
         for level, grid in zip(prepare_levels(pyramid), self.grids, strict=True):
             # Coordinates are concatenated first and resized to the grid with the features.

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.backbones import Backbone, BackboneLike
+from maskwright.blocks.backbones import Backbone, BackboneLike, levels_of
 from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import ConvNorm
 from maskwright.errors import UsageError
@@ -150,9 +150,12 @@ class Dense(nn.Module):
         boxes: bool,
     ):
         super().__init__()
-        channels: Any = backbone.channels
+        levels = levels_of(backbone)
+        self.read = levels.indices((4, 8, 16, 32))
         self.backbone = backbone
-        self.neck = FPN(channels, neck_width, extra="input", relu="between", merge="mean")
+        self.neck = FPN(
+            [levels.channels[n] for n in self.read], neck_width, extra="input", relu="between", merge="mean"
+        )
         self.class_tower = _tower(neck_width, class_width, convs)
         self.logits = _output(class_width, sizes * classes, 3, bias=-4.595)  # an initial probability of 0.01
         self.box_tower = _tower(neck_width, box_width, convs) if boxes else None
@@ -160,7 +163,8 @@ class Dense(nn.Module):
         self.mask_tower = _tower(neck_width, mask_width, convs)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
-        levels = self.neck(self.backbone(images))  # strides 4 ... 128
+        features = self.backbone(images)
+        levels = self.neck([features[n] for n in self.read])  # strides 4 ... 128
         logits = tuple(self.logits(self.class_tower(x)) for x in levels)
         deltas = ()
         if self.box_tower is not None and self.deltas is not None:
