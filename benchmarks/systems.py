@@ -46,8 +46,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from maskwright.blocks.layers import FrozenBatchNorm
 from maskwright.data import Scenes
+from maskwright.evaluation.measuring import run_network
+from maskwright.evaluation.speed import Stopwatch
 from maskwright.inference import prepare
-from maskwright.inference.preparing import PRECISIONS, run_network
+from maskwright.inference.preparing import PRECISIONS
 from maskwright.structures import Instances, Masks
 from maskwright.systems import create, names, system_class
 
@@ -295,6 +297,13 @@ def measure(preset: str, dtype: str, device: str, rounds: int, compile: bool, pa
                 peak = peak_since(place, before)  # pyright: ignore[reportPossiblyUnboundVariable]
             if number > 1 or rounds == 0:
                 times.append((between - begun, ended - between))
+        watch = Stopwatch(place)
+        with watch.watching(system):
+            for _ in range(max(1, rounds)):
+                with watch.batch(1):
+                    raw = run_network(system, batch, place, kind)
+                    system.decode(raw if learnt is None else learnt, batch.placements)
+        stages = watch.speed(0).stages
         with FlopCounterMode(display=False) as counter:
             system.decode(run_network(system, batch, place, kind) if learnt is None else learnt, batch.placements)
             if learnt is not None:
@@ -305,6 +314,7 @@ def measure(preset: str, dtype: str, device: str, rounds: int, compile: bool, pa
         "input": "x".join(map(str, batch.images.shape[-2:])),
         "network ms": round(1e3 * network, 1),
         "decode ms": round(1e3 * decoding, 1),
+        "of which ms": ", ".join(f"{name} {value:.1f}" for name, value in stages.items()),
         "frames per second": round(1 / (network + decoding), 2),
         "peak MiB": round(peak),  # pyright: ignore[reportPossiblyUnboundVariable]
         "objects": len(found),
