@@ -33,6 +33,7 @@ PARTS = [(r"\.0\.weight$", ".conv.weight"), (r"\.1\.(\w+)$", r".norm.\1"), (r"no
          (r"norm\.beta$", "norm.bias")]  # fmt: skip
 HEADS = [
     (r"^yolo_blocks\.", "dense.blocks."),
+    (r"^transitions\.", "dense.transitions."),
     (r"^yolo_outputs\.(\d+)\.prediction\.", r"dense.outputs.\1."),
 ]
 DARKNET = [
