@@ -57,7 +57,7 @@ def painted(system, places: list[tuple[int, int]], sides: list[tuple[float, floa
     for number, ((x, y), side, label) in enumerate(zip(places, sides, labels, strict=True)):
         centres[0, label, y, x] = 4.0 - number
         sizes[0, :, y, x] = torch.tensor(side)
-    return Raw(centres, sizes, torch.zeros(1, 16, height, width))
+    return Raw(centres, sizes, torch.zeros(1, system.dense.channels, height, width))
 
 
 def test_without_offsets_a_contour_is_the_octagon_of_the_box():
@@ -78,7 +78,7 @@ def test_without_offsets_a_contour_is_the_octagon_of_the_box():
 
 
 def test_training_on_one_object_fits_its_contour():
-    system = build("deepsnake", contours={"width": 32})
+    system = build("deepsnake", neck_width=16, contours={"width": 32})
     turns = [(44 - 24 * (k % 2), k * math.pi / 5) for k in range(10)]
     ring = [v for r, a in turns for v in (64 + r * math.sin(a), 50 - r * math.cos(a))]
     masks = Masks.from_polygons([[ring]], SIZE)
@@ -225,7 +225,7 @@ def test_options_of_earlier_versions_are_converted():
 @pytest.mark.fast
 def test_the_network_of_contours_starts_from_given_octagons_or_its_own():
     system = build("deepsnake").eval()
-    feature = torch.randn(2, 16, 24, 32)
+    feature = torch.randn(2, system.dense.channels, 24, 32)
     boxes, owners = torch.tensor([[2.0, 3, 12, 20], [-4, 1, 9, 30]]), torch.tensor([1, 0])
     with torch.no_grad():
         extremes, lines = system.contours(feature, boxes, owners)

@@ -142,7 +142,7 @@ def test_a_mirrored_placement_gives_mirrored_objects():
 
 @pytest.mark.fast
 def test_images_are_stretched_to_a_square_or_keep_their_shape():
-    square, kept = build("ese-seg"), build("ese-seg", resize={"fit": "short"})
+    square, kept = (build("ese-seg", resize={"short": 128, "fit": fit}) for fit in (None, "short"))
     assert square.preprocess.size(300, 500) == (128, 128)
     assert kept.preprocess.size(300, 500) == (128, 213)
     assert kept.preprocess.size(100, 900) == (57, 512)  # a long side of four short ones
