@@ -17,7 +17,7 @@ from maskwright.structures import Placement
 from maskwright.systems import create
 from maskwright.systems.eomt import EoMT
 from tests.systems.test_mask2former import rewritten
-from tests.systems.tiny import SIZE, TINY, build
+from tests.systems.tiny import SIZE, SIZES, build
 
 
 def random_images(count: int = 1) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_there_are_earlier_predictions_only_in_training():
 def test_training_anneals_the_attention(tmp_path):
     from maskwright.data import Scenes
 
-    small = {**TINY["eomt"], "resize": {"canvas": (64, 64)}, "loss": {"points": 64}}
+    small = {**SIZES["eomt"], "resize": {"canvas": (64, 64)}, "loss": {"points": 64}}
     mw.train(
         "eomt",
         Scenes(2, size=(64, 64), seed=0),

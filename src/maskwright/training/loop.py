@@ -434,6 +434,8 @@ def _saved_run(out: Path, resume: bool) -> dict[str, Any] | None:
 
 def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
     """A state that an earlier version may have written, with today's option and parameter names."""
+    if state["system"] not in names():  # a system of the user's
+        return state
     kind = system_class(state["system"])
     options = kind.upgraded(state["options"])
     if plain(options) == plain(state["options"]):
