@@ -14,6 +14,7 @@ from maskwright.errors import UsageError
 from maskwright.inference import predict, prepare
 from maskwright.inference.preparing import fold
 from maskwright.systems import System
+from maskwright.systems.mask_rcnn import MaskRCNN
 
 SMALL = {
     "classes": ("cat", "dog"), "backbone": {"name": "resnet18", "width": 8}, "resize": {"short": 96, "long": 128},
@@ -35,7 +36,7 @@ def lively(module: nn.Module) -> nn.Module:
 
 
 def small(**options) -> System:
-    system = maskwright.create("mask-rcnn", **{**SMALL, **options})
+    system = maskwright.create("mask-rcnn", **MaskRCNN.with_options(SMALL, options))
     lively(system)
     return system
 
@@ -111,17 +112,16 @@ def test_a_norm_without_an_affine_part():
     [
         {},
         {
-            "norm": "batch",
+            "backbone": {"norm": "batch"},
             "neck_norm": "batch",
-            "box_convs": 2,
-            "box_fcs": 1,
-            "box_norm": "batch",
-            "mask_norm": "batch",
+            "proposals": {"convs": 2},
+            "boxes": {"convs": 1, "fcs": 1, "norm": "batch"},
+            "masks": {"norm": "batch"},
         },
-        {"norm": "group", "neck_norm": "group"},
-        {"deform_stages": (2, 3), "backbone": "resnet50"},
-        {"neck": "c4", "backbone": "resnet50", "anchor_sizes": (32, 64)},
-    ],
+        {"backbone": {"norm": "group"}, "neck_norm": "group"},
+        {"backbone": {"name": "resnet50", "deform_stages": (2, 3)}},
+        {"neck": "c4", "backbone": {"name": "resnet50"}, "proposals": {"anchor_sizes": (32, 64)}},
+    ],  # fmt: skip
     ids=["frozen", "batch", "group", "deformable", "c4"],
 )
 def test_a_system_answers_the_same(options):
@@ -148,7 +148,7 @@ def test_a_system_answers_the_same(options):
 
 
 def test_sixteen_bits_are_close():
-    system = small(norm="batch")
+    system = small(backbone={"norm": "batch"})
     ready = prepare(system, "cpu", "bfloat16")
     assert {p.dtype for p in ready.parameters()} == {torch.bfloat16}
     shapes = dict(ready.anchors.named_buffers())

@@ -58,7 +58,7 @@ def test_colours_of_few_and_of_many_channels():
     assert normalization_for(rules, 1, (7,), (8,)).mean == (7.0,)
     assert normalization_for(rules, 4, (1, 2, 3)).mean == (1.0, 2.0, 3.0, 2.0)
     for options, words in [
-        ({"mean": (1, 2)}, "mean has 2 entries; give one for each of 3 channels"),
+        ({"mean": (1, 2)}, "mean has 2 entries; expected one for each of 3 channels"),
         ({"std": (1, 2, 3, 4)}, "std has 4 entries"),
         ({"std": (1, 0, 1)}, r"std is .*; expected numbers above 0"),
         ({"mean": (1, float("nan"), 1)}, r"mean is .*; expected numbers"),

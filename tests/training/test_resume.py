@@ -105,7 +105,7 @@ def heard():
 def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(KeyboardInterrupt, match=r"stopped after step 8; resume the run in .*run with resume=True"):
         fit(tmp_path / "run", logger=Interrupting(), save_minutes=60)
-    assert "stopping after this step; once more to stop at once" in capsys.readouterr().err
+    assert "stopping after this step; press Ctrl-C again to stop at once" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert load_state(tmp_path / "run" / "last.ckpt")["progress"]["step"] == 8
     fit(tmp_path / "run", resume=True, save_minutes=60)
@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_intact(tmp_path: Path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with pytest.raises(
-            TrainingError, match=r"last.ckpt: cannot be written: .*An existing file of this name is unchanged"
+            TrainingError, match=r"last.ckpt: cannot be written: the disk is full .* Existing files are unchanged"
         ):
             fit(tmp_path / "run", logger=Filling())
     finally:
