@@ -114,8 +114,7 @@ def test_a_norm_without_an_affine_part():
         {
             "backbone": {"norm": "batch"},
             "neck_norm": "batch",
-            "proposals": {"convs": 2},
-            "boxes": {"convs": 1, "fcs": 1, "norm": "batch"},
+            "boxes": {"convs": 2, "fcs": 1, "norm": "batch"},
             "masks": {"norm": "batch"},
         },
         {"backbone": {"norm": "group"}, "neck_norm": "group"},

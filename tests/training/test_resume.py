@@ -110,7 +110,7 @@ def test_an_interrupt_saves_and_says_how_to_go_on(tmp_path: Path, capsys: pytest
     assert load_state(tmp_path / "run" / "last.ckpt")["progress"]["step"] == 8
     fit(tmp_path / "run", resume=True, save_minutes=60)
     said = capsys.readouterr().err
-    assert "going on from step 8 of 12" in said
+    assert "resuming from step 8 of 12" in said
     assert "changed" not in said
     fit(tmp_path / "whole")
     same_runs(tmp_path / "run", tmp_path / "whole")
