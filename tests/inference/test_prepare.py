@@ -120,7 +120,7 @@ def test_a_norm_without_an_affine_part():
         {"backbone": {"norm": "group"}, "neck_norm": "group"},
         {"backbone": {"name": "resnet50", "deform_stages": (2, 3)}},
         {"neck": "c4", "backbone": {"name": "resnet50"}, "proposals": {"anchor_sizes": (32, 64)}},
-    ],  # fmt: skip
+    ],
     ids=["frozen", "batch", "group", "deformable", "c4"],
 )
 def test_a_system_answers_the_same(options):
