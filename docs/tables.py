@@ -6,6 +6,7 @@ python docs/tables.py --check   # exit with 1 if they are not current
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def year(paper: str) -> str:
     return found[-1] if found else ""
 
 
+@functools.cache
 def outputs(name: str) -> str:
     """What a system predicts, as words, for its smallest preset."""
     small = f"{name}-small"
