@@ -61,7 +61,7 @@ def test_colours_of_few_and_of_many_channels():
         ({"mean": (1, 2)}, "mean has 2 entries; expected one for each of 3 channels"),
         ({"std": (1, 2, 3, 4)}, "std has 4 entries"),
         ({"std": (1, 0, 1)}, r"std must hold finite numbers above 0"),
-        ({"mean": (1, float("nan"), 1)}, r"mean is .*; expected numbers"),
+        ({"mean": (1, float("nan"), 1)}, r"mean must hold finite numbers"),
     ]:
         with pytest.raises(UsageError, match=words):
             normalization_for(rules, 3, **options)

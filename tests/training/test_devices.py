@@ -143,7 +143,7 @@ def validated_alone(folder: Path) -> dict[str, float]:
     system = Tiny(("red", "green"))
     system.load_state_dict(load_file(folder / "last.safetensors"))
     fabric = Fabric(accelerator="cpu", devices=1)
-    return validate(fabric, system, Shapes(5, seed=1), batch=2, workers=0, seed=0, channels_last=False)
+    return validate(fabric, system, Shapes(5, seed=1), batch=2, workers=0, seed=0)
 
 
 def test_a_batch_is_shared_evenly_or_not_at_all():
