@@ -65,7 +65,7 @@ def test_colours_of_few_and_of_many_channels():
     ]:
         with pytest.raises(UsageError, match=words):
             normalization_for(rules, 3, **options)
-    with pytest.raises(UsageError, match="in_channels is 0"):
+    with pytest.raises(UsageError, match="in_channels must be at least 1, got 0"):
         normalization_for(rules, 0)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from maskwright.data import as_dataset
 from maskwright.errors import UsageError
 from maskwright.ops.distributed import global_mean_count, local_counts
 from maskwright.training import Objective, Recipe
@@ -143,7 +144,7 @@ def validated_alone(folder: Path) -> dict[str, float]:
     system = Tiny(("red", "green"))
     system.load_state_dict(load_file(folder / "last.safetensors"))
     fabric = Fabric(accelerator="cpu", devices=1)
-    return validate(fabric, system, Shapes(5, seed=1), batch=2, workers=0, seed=0)
+    return validate(fabric, system, as_dataset(Shapes(5, seed=1)), batch=2, workers=0, seed=0)
 
 
 def test_a_batch_is_shared_evenly_or_not_at_all():
