@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+
 from maskwright.systems import create, names, system_class
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +37,8 @@ def year(paper: str) -> str:
 def outputs(name: str) -> str:
     """What a system predicts, as words, for its smallest preset."""
     small = f"{name}-small"
-    system = create(small if small in system_class(name).presets else name)
+    with torch.device("meta"):  # weights are not needed
+        system = create(small if small in system_class(name).presets else name)
     words = [word for word in ("masks", "boxes", "keypoints") if word in system.outputs]
     words += [word for word in ("panoptic", "semantic", "proposals", "prompts", "video") if word in system.tasks]
     return ", ".join(words)
