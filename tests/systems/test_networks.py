@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maskwright.structures import Placement
-from maskwright.systems import describe, names
+from maskwright.systems import describe, find, names, system_class
 from tests.systems.networks import not_plain, watched
 from tests.systems.tiny import SIZE, build, objects
 
@@ -60,3 +60,10 @@ def test_decoding_gives_the_outputs_it_announces(name):
             assert (found.masks is not None) == ("masks" in system.outputs)
             if len(found):
                 assert (found.keypoints is not None) == ("keypoints" in system.outputs)
+
+
+@pytest.mark.parametrize("name", [preset for name in names() for preset in system_class(name).presets])
+def test_every_preset_can_be_described_before_its_classes_are_known(name):
+    if "timm" in str(find(name)[1]) or "vit_" in str(find(name)[1]):
+        pytest.importorskip("timm", reason="timm is an extra")
+    assert describe(name).outputs

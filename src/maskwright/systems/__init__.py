@@ -128,11 +128,18 @@ def stuff_of(system: System) -> tuple[str, ...]:
 
 
 def describe(name: str, **options: Any) -> System:
-    """Constructs a system without memory for its weights (on the device "meta"): for its `outputs`, `needs` and
-    `tasks`,
-    which depend on options. The arguments are those of `create`."""
+    """Constructs a system on the device "meta", without memory for its weights.
+
+    It serves to read `outputs`, `needs` and `tasks`, which depend on options.
+
+    Args:
+        name: Name of a system or of a preset.
+        **options: As for `create`. Without `classes`, two placeholder names are used where the system takes several.
+    """
     import torch
 
     kind, preset = find(name)
+    if not issubclass(kind, ProposalSystem):
+        options = {"classes": preset.get("classes", ("first", "second")), **options}
     with torch.device("meta"):
         return kind.rebuild(kind.with_options(preset, options))
