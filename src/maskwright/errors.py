@@ -74,3 +74,7 @@ class DownloadError(CheckpointError):
 
 class TrainingError(MaskwrightError):
     """A training run that cannot start or continue."""
+
+
+class RenamedOptionWarning(FutureWarning):
+    """An option was given by its name in an earlier version; the command line refuses it."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from maskwright.errors import MaskwrightError, UsageError
+from maskwright.errors import MaskwrightError, RenamedOptionWarning, UsageError
 from maskwright.files import describe_os_error
 
 T = TypeVar("T")
@@ -144,6 +144,7 @@ def guarded(action: Callable[[], int]) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _mention
+            warnings.simplefilter("error", RenamedOptionWarning)
             return action()
     except KeyboardInterrupt as stop:
         complain(str(stop) or "interrupted")
@@ -167,7 +168,7 @@ def _mention(message: Warning | str, *about: Any) -> None:
 
 def explain(error: BaseException) -> str | None:
     """Return the message for an error that the user can resolve; None for a bug, which keeps its traceback."""
-    if isinstance(error, MaskwrightError):
+    if isinstance(error, (MaskwrightError, RenamedOptionWarning)):
         return str(error)
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None:

@@ -204,7 +204,6 @@ def test_the_number_of_contours_with_a_loss_is_bounded():
         ({"resize": {"canvas": (64,)}}, "resize.canvas must be a height and a width"),
         ({"backbone": {"name": "dla60"}}, "no backbone 'dla60'"),
         ({"backbone": {"name": "darknet-tiny", "width": 2}}, "levels of strides 4, 8, 16, 32 is needed"),
-        ({"iterations": 2}, "no option 'iterations': it is now contours.iterations"),
     ],
 )
 def test_invalid_options_are_errors(options, words):

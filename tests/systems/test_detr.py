@@ -170,8 +170,6 @@ def test_a_mask_head_can_be_added_to_a_box_model(tmp_path: Path):
         ({"cost": (1.0, 5.0, 2.0)}, "detr: cost must be a mapping or a BoxCost, got"),
         ({"masks": "maybe"}, "masks must be one of 'none', 'frozen', 'joint', got 'maybe'"),
         ({"stuff": ("lava",)}, "stuff has 'lava', not among the 2 classes"),
-        ({"hidden": 32}, "detr has no option 'hidden': it is now transformer.hidden"),
-        ({"weights": (1.0,) * 5}, "detr has no option 'weights': it is now loss"),
         ({"backbone": {"name": "darknet-tiny"}}, "a backbone with levels of strides 4, 8, 16 is needed"),
     ],
 )

@@ -146,8 +146,6 @@ def test_panoptic_and_semantic_output():
         ({"backbone": "vit_nothing"}, "timm cannot build 'vit_nothing' for inputs of 128 pixels"),
         ({"resize": {"canvas": (8, 128)}}, r"resize.canvas must hold at least one patch of 16 pixels, got \[8, 128\]"),
         ({"resize": {"multiple": 8}}, "resize.multiple must be a multiple of patch, that is of 16, got 8"),
-        ({"size": 128}, "eomt has no option 'size': it is now resize.canvas"),
-        ({"depth": 3}, "eomt has no option 'depth': it is now backbone.depth"),
     ],
 )
 def test_invalid_options_are_refused(options, message):

@@ -62,7 +62,6 @@ def test_each_option_trains_and_decodes(options):
             "levels of strides 8, 16, 32 is needed",
         ),
         ({"detector": "ssd"}, "detector must be one of 'yolo', 'fcos', got 'ssd'"),
-        ({"neck_width": 32}, "no option 'neck_width': it is now head.width"),
     ],
 )
 def test_invalid_options_are_errors(options, words):

@@ -171,7 +171,6 @@ def test_unused_parameters_have_a_gradient_of_zero(options):
         ({"repeats": 0}, "repeats must be at least 1, got 0"),
         ({"cost": {"giou_weight": -1.0}}, "cost.giou_weight must be at least 0, got -1.0"),
         ({"loss": {"mask_weight": 1.0}}, "loss has no option 'mask_weight'"),
-        ({"weights": (1.0, 2.0, 3.0)}, "h-detr has no option 'weights': it is now loss"),
     ],
 )
 def test_invalid_options_are_refused(options, words):

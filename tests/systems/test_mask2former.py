@@ -188,8 +188,6 @@ def test_at_most_as_many_objects_as_queries_are_matched():
         ({"loss": {"important": 2.0}}, r"loss.important must be in \[0, 1\], got 2.0"),
         ({"loss": {"point": 5}}, "loss has no option 'point'; did you mean 'points'"),
         ({"stuff": ("sky",)}, "stuff has 'sky', not among the 1 classes"),
-        ({"sampled": 4}, "mask2former has no option 'sampled': it is now encoder_points"),
-        ({"queries": 100}, "mask2former has no option 'queries': it is now decoder.queries"),
     ],
 )
 def test_invalid_options_are_refused(options, message):

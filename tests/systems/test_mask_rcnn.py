@@ -129,7 +129,6 @@ def test_a_system_needs_what_it_is_trained_on():
         ({"points": True, "masks": {"loss": "softmax"}}, "points=True requires"),
         ({"masks": {"width": 0}}, "masks.width at least 1"),
         ({"keypoints": {"count": 0}}, "keypoints.count must be at least 1"),
-        ({"box_width": 64}, "mask-rcnn has no option 'box_width': it is now boxes.width"),
     ],
 )
 def test_wrong_options_are_refused(options, words):

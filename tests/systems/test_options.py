@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
 
-from maskwright.errors import UsageError
+from maskwright.cli import main
+from maskwright.data import Scenes
+from maskwright.errors import RenamedOptionWarning, UsageError
 from maskwright.options import resolve
 from maskwright.systems import create, names, system_class
+from maskwright.systems.system import COMMON_RENAMES
 
 pytestmark = pytest.mark.fast
 
@@ -45,6 +50,37 @@ def test_presets_and_defaults_are_of_the_kinds_that_are_announced(name: str):
     for preset in kind.presets.values():
         assert set(preset.options) <= set(hints)
         resolve(kind.__init__, preset.options, name)
+
+
+@pytest.mark.parametrize("name", names())
+def test_names_of_earlier_versions_are_accepted_with_a_warning(name: str):
+    kind = system_class(name)
+    today = inspect.signature(kind.__init__).parameters
+    earlier = {old: new for old, new in {**COMMON_RENAMES, **kind.renamed_options}.items() if new and old not in today}
+    for old, new in earlier.items():
+        group, _, field = new.partition(".")
+        if group not in today:
+            continue
+        with pytest.warns(RenamedOptionWarning, match=f"{name}: option '{old}' is now {new}"):
+            options = kind.with_options({group: {field: 1, "other": 2}} if field else {}, {old: 3})
+        assert options == {group: {field: 3, "other": 2} if field else 3}
+        with pytest.raises(UsageError, match=f"{name} has no option '{old}': it is now {new}"):
+            kind(**{old: 3})
+
+
+def test_a_flat_option_beside_its_group_replaces_one_field_alone():
+    with pytest.warns(RenamedOptionWarning):
+        system = create("solov2", resize={"short": 64, "long": 96}, short=128, stem_width=8, backbone="resnet18")
+    assert (system.options["resize"]["short"], system.options["resize"]["long"]) == (128, 96)
+    assert (system.options["backbone"]["name"], system.options["backbone"]["width"]) == ("resnet18", 8)
+
+
+def test_the_command_line_refuses_names_of_earlier_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = tmp_path / "scenes"
+    Scenes(2, (32, 32), classes=("disc",)).write(data, "train")
+    assert main(["train", "solov2", "--data", str(data), "--out", str(tmp_path / "run"), "--option", "short=64"]) == 2
+    assert "solov2: option 'short' is now resize.short" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_whole_numbers_are_numbers():

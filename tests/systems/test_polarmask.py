@@ -67,7 +67,6 @@ def test_each_option_trains_and_decodes(name, options):
         ("polarmask", {"resize": {"multiple": 16}}, "resize.multiple must be a multiple of 32, got 16"),
         ("polarmask", {"normalization": "lab"}, "normalization must be one of 'caffe', 'imagenet', got 'lab'"),
         ("polarmask", {"backbone": {"name": "darknet-tiny", "width": 2}}, "levels of strides 8, 16, 32 is needed"),
-        ("polarmask", {"border": "pixels"}, "no option 'border': it is now rules.border"),
         ("fouriernet", {"coefficients": 61, "rays": 60}, "coefficients must be between 1 and the number of rays, 60"),
     ],
 )

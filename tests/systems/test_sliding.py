@@ -20,7 +20,7 @@ from maskwright.errors import UsageError
 from maskwright.ops.paste import paste_masks
 from maskwright.ops.window_tensors import MaskTensor, up_align2nat
 from maskwright.structures import Batch, Instances, Placement
-from maskwright.systems import create, describe
+from maskwright.systems import describe
 from maskwright.systems.deepmask import Raw as Patches
 from maskwright.systems.families.sliding import Assignment, assign, lay_windows, own_windows, reachable
 from maskwright.systems.instancefcn import Raw as Maps
@@ -458,8 +458,6 @@ def test_invalid_options_are_refused():
         build("deepmask", backbone="alexnet")
     with pytest.raises(UsageError, match="there is no backbone 'vgg12'"):
         build("instancefcn", backbone="vgg12")
-    with pytest.raises(UsageError, match=r"deepmask has no option 'shift': it is now assignment.shift"):
-        create("deepmask", shift=3.0)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

@@ -70,8 +70,6 @@ def test_each_option_trains_and_detects(name, options):
             "'darknet53' has no option 'deform_stage",
         ),
         ("yolact", {"backbone": "darknet-tiny"}, "levels of strides 8, 16, 32 is needed; this one has 16, 32"),
-        ("yolact", {"size": 400}, "yolact has no option 'size': it is now resize.short"),
-        ("yolact-plus", {"anchor_octaves": 2}, "yolact-plus has no option 'anchor_octaves': it is now anchors.octaves"),
     ],
 )
 def test_invalid_options_are_refused(name, options, words):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from maskwright.errors import UsageError
+from maskwright.errors import RenamedOptionWarning, UsageError
 from maskwright.options import groups_of, merged, resolve
 from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.systems.card import Ablation, Card, Preset
@@ -69,7 +70,8 @@ class System(nn.Module):
         optional_networks: Prefixes of parameter names that loading may leave random if the options passed to it ask for
             them and the file has none, such as a mask head on top of a box detector.
         renamed_options: Options of earlier versions: old name to new name, dotted for a field of a group; None for one
-            that no longer exists. Files that hold them are converted, other uses are refused with the new name.
+            that no longer exists. Files that hold them are converted; `create`, `load` and `train` accept them with a
+            warning; the constructor and the command line refuse them, with the new name.
         renamed_parameters: Prefixes of parameter names in files of earlier versions, to today's.
         options: The constructor's arguments as JSON values.
         classes: Class names; label k is `classes[k]`.
@@ -150,8 +152,25 @@ class System(nn.Module):
 
     @classmethod
     def with_options(cls, base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-        """Merges options, groups field by field; `changes` take precedence."""
-        return merged(base, changes, groups_of(cls.__init__))
+        """Merges options, groups field by field; `changes` take precedence.
+
+        Names of earlier versions in `changes` are accepted with a `RenamedOptionWarning`.
+        """
+        groups, known = groups_of(cls.__init__), inspect.signature(cls.__init__).parameters
+        earlier = {name: new for name in changes if name not in known and (new := cls._renamed(name)) is not None}
+        result = merged(base, {name: value for name, value in changes.items() if name not in earlier}, groups)
+        for name, new in earlier.items():
+            warnings.warn(f"{cls.name}: option {name!r} is now {new}", RenamedOptionWarning, stacklevel=3)
+            group, _, field = new.partition(".")
+            result = merged(result, {group: {field: changes[name]} if field else changes[name]}, groups)
+        return result
+
+    @classmethod
+    def _renamed(cls, name: str) -> str | None:
+        """Today's name of an option of an earlier version; None if there is none."""
+        new = cls.renamed_options.get(name, COMMON_RENAMES.get(name))
+        known = inspect.signature(cls.__init__).parameters
+        return new if new is not None and new.partition(".")[0] in known else None
 
     @classmethod
     def adopt(cls, loaded: System, **options: Any) -> Self:
