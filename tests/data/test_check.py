@@ -125,9 +125,10 @@ def test_classes_without_objects_and_narrow_images_are_noted(tmp_path: Path):
 def test_many_findings_are_summarized(tmp_path: Path):
     data = content(60)
     for annotation in data["annotations"]:
-        annotation["segmentation"] = []
+        annotation["segmentation"] = [[1, 2, 3, 4]]
     report = check(write(tmp_path, data), decode=False)
     assert len(report.skips) == 120
+    assert "none of its 120 annotations can be used" in str(report)
     assert "and 110 more of the same kind" in str(report)
     assert len(str(report).splitlines()) < 20
 

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from maskwright.data import coco_json
+from maskwright.data.coco_annotations import read_annotations
 from maskwright.data.coco_json import start_table, strict_json
+from maskwright.data.diagnosis import diagnose
 from maskwright.data.formats import CERTAIN, LIKELY, POSSIBLE, Match, Request
-from maskwright.data.shapes import ShapesBuilder
+from maskwright.data.judging import judge
 from maskwright.data.table import Table, Verify
 from maskwright.data.table_datasets import InstanceDataset, dataset_from_table
-from maskwright.data.values import match_id, parse_flag, parse_float, parse_id, parse_int, shortened
 from maskwright.errors import UsageError
 
 NAME = "COCO"
@@ -126,156 +125,21 @@ def read_table(path: Path, images: Path | None = None, verify: Verify | None = N
     """
     table, position, labels = start_table(path, images, verify)
     if table.usable:
-        _read_annotations(table, table.raw["annotations"], position, labels)
+        entries = table.raw["annotations"]
+        if any(isinstance(e, dict) and "segments_info" in e for e in entries[:3]):
+            what = "contains segments (COCO panoptic), not instances"
+            advice = "rename it to panoptic_SPLIT.json, or read it with read_panoptic"
+            table.add_finding("error", "file", what, advice)
+            return table
+        columns, absent = read_annotations(table, entries, position, labels)
+        kept = diagnose(table, columns)
+        if table.usable:
+            given = [(entries[row].get("bbox"), entries[row].get("area")) for row in kept.rows.tolist()]
+            judge(table, kept, {i: absent[row] for i, row in enumerate(kept.rows.tolist()) if row in absent}, given)
+            if entries and not table.ids and table.files and not table.findings_with("error"):
+                what = f"none of its {len(entries)} annotations can be used"
+                table.add_finding("error", "annotation", what, "see the other findings")
     return table
-
-
-def _read_annotations(
-    table: Table, entries: list[Any], position: dict[int | str, int | None], labels: dict[int, int]
-) -> None:
-    if any(isinstance(e, dict) and "segments_info" in e for e in entries[:3]):
-        what = "contains segments (COCO panoptic), not instances"
-        table.add_finding("error", "file", what, "rename it to panoptic_SPLIT.json, or read it with read_panoptic")
-        return
-    shapes = ShapesBuilder()
-    image_index: list[int] = []
-    rows: list[int] = []
-    ids: list[int | str] = []
-    classes: list[int] = []
-    crowd: list[bool] = []
-    first_row: dict[int | str, int] = {}
-    for row, entry in enumerate(entries):
-        number = parse_id(entry.get("id")) if isinstance(entry, dict) else None
-        if number is None:
-            what = "no valid id" if isinstance(entry, dict) else f"type {type(entry).__name__}, expected an object"
-            table.add_finding("skip", "annotation", f"annotations[{row}] has {what}", "the annotation is skipped")
-            continue
-        image = match_id(entry.get("image_id"), position)
-        if image is None:
-            value = entry.get("image_id")
-            _skip(table, number, None, f"has image_id {value!r}, which is not in the list of images")
-            continue
-        index = position[image]
-        if index is None:  # the image was skipped, with a finding
-            continue
-        category = parse_int(entry.get("category_id"))
-        if category not in labels:
-            value = entry.get("category_id")
-            _skip(table, number, index, f"has category_id {value!r}, which is not in the list of categories")
-            continue
-        flag = parse_flag(entry.get("iscrowd"))
-        if flag is None:
-            _skip(table, number, index, f"has iscrowd {entry['iscrowd']!r}; expected 0 or 1")
-            continue
-        if number in first_row:
-            what = f"annotations[{first_row[number]}] and annotations[{row}] share id {number!r}"
-            table.add_finding("note", "duplicate", what, "both are kept", image=image, annotation=number)
-        problem = shapes.add(entry.get("segmentation"), table.sizes[index])
-        if problem:
-            _skip(table, number, index, problem)
-            continue
-        first_row.setdefault(number, row)
-        image_index.append(index)
-        rows.append(row)
-        ids.append(number)
-        classes.append(labels[category])
-        crowd.append(flag)
-    sizes = np.array(table.sizes, np.float64).reshape(-1, 2)
-    where = np.array(image_index, np.int64)
-    done, problems, notes = shapes.finish(sizes[where])
-    for index, text in problems.items():
-        _skip(table, ids[index], image_index[index], text)
-    for index, text in notes:
-        image, what = table.image_ids[image_index[index]], f"annotation {ids[index]!r} {text}"
-        table.add_finding("note", "outline", what, image=image, annotation=ids[index])
-    keep = np.array([i for i in range(len(where)) if i not in problems], np.int64)
-    order = keep[np.argsort(where[keep], kind="stable")]
-    table.shapes = done.take(order)
-    table.image_index = where[order]
-    table.labels = np.array(classes, np.int64)[order]
-    table.ids = [ids[i] for i in order]
-    table.crowd = np.array(crowd, bool)[order]
-    table.rows = np.array(rows, np.int64)[order]
-    extents = table.shapes.extents(sizes[table.image_index])
-    _read_boxes_and_areas(table, entries, extents, sizes)
-    if table.keypoint_names is not None:
-        _read_keypoints(table, entries)
-
-
-def _read_boxes_and_areas(table: Table, entries: list[Any], extents: np.ndarray, sizes: np.ndarray) -> None:
-    """Those of the file if they are plausible, otherwise those of the masks."""
-    count = len(table.ids)
-    given = np.full((count, 4), np.nan)
-    areas = np.full(count, np.nan)
-    absent = np.zeros(count, bool)
-    for index, row in enumerate(table.rows.tolist()):
-        box = entries[row].get("bbox")
-        absent[index] = box is None
-        if isinstance(box, list) and len(box) == 4:
-            given[index] = [parse_float(v) for v in box]
-        area = parse_float(entries[row].get("area"))
-        if area > 0:
-            areas[index] = area
-    height, width = sizes[table.image_index].T if count else (np.zeros(0), np.zeros(0))
-    areas[~(areas <= 1.01 * height * width)] = np.nan
-    with np.errstate(invalid="ignore", over="ignore"):
-        boxes = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], 1)
-        valid = np.isfinite(boxes).all(1) & (given[:, 2:] > 0).all(1)
-        clipped = np.clip(boxes, 0, np.stack([width, height, width, height], 1))
-        low = np.maximum(clipped[:, :2], extents[:, :2])
-        both = np.maximum(0, np.minimum(clipped[:, 2:], extents[:, 2:]) - low).prod(1)
-        union = (clipped[:, 2:] - clipped[:, :2]).prod(1) + (extents[:, 2:] - extents[:, :2]).prod(1) - both
-        # Annotators differ by a pixel or two, which is much for a small object; another place or size is a mistake.
-        displaced = (np.abs(clipped - extents).max(1) > 3) & (both < 0.5 * union)
-    wrong = ~valid | displaced
-    table.boxes = np.where(wrong[:, None], extents, boxes)
-    table.areas = areas
-    for index in np.flatnonzero(wrong & ~absent).tolist():
-        value = shortened(entries[int(table.rows[index])]["bbox"])
-        what = f"annotation {table.ids[index]!r} has bbox {value}, which does not match its mask"
-        table.add_finding("note", "box", what, "the box of the mask is used", **_about(table, index))
-    for index in np.flatnonzero(np.isnan(areas)).tolist():
-        value = entries[int(table.rows[index])].get("area")
-        if value is not None:
-            what = f"annotation {table.ids[index]!r} has invalid area {shortened(value)}"
-            table.add_finding("note", "area", what, "the area of the mask is used", **_about(table, index))
-
-
-def _read_keypoints(table: Table, entries: list[Any]) -> None:
-    """COCO stores keypoints as pixel indices: the center of pixel 3 is at 3.5. Unlabelled keypoints become zeros."""
-    names = table.keypoint_names or ()
-    points = np.zeros((len(table.ids), len(names), 3), np.float32)
-    for index, row in enumerate(table.rows.tolist()):
-        given = entries[row].get("keypoints")
-        if given is None:
-            continue
-        values = np.array([parse_float(v) for v in given]) if isinstance(given, list) else np.zeros(0)
-        visibility = values[2::3]
-        labelled = visibility > 0
-        if (
-            len(values) != 3 * len(names)
-            or not np.isin(visibility, (0, 1, 2)).all()
-            or not np.isfinite(values.reshape(-1, 3)[labelled]).all()
-        ):
-            what = f"annotation {table.ids[index]!r} has keypoints that are not {len(names)} times x, y and 0, 1 or 2"
-            advice = "its keypoints are skipped, the object is kept"
-            table.add_finding("note", "keypoints", what, advice, **_about(table, index))
-            continue
-        points[index, labelled] = values.reshape(-1, 3)[labelled] + np.array([0.5, 0.5, 0])
-    table.keypoints = points
-
-
-def _skip(table: Table, number: int | str, index: int | None, sentence: str) -> None:
-    """Add the finding that an annotation is skipped; `index` is the position of its image."""
-    on = "" if index is None else f" on {table.files[index]!r}"
-    image = None if index is None else table.image_ids[index]
-    what = f"annotation {number!r}{on} {sentence}"
-    table.add_finding("skip", "annotation", what, "the annotation is skipped", image=image, annotation=number)
-
-
-def _about(table: Table, index: int) -> dict[str, int | str]:
-    """The ids of an annotation in the table and of its image."""
-    return {"image": table.image_ids[int(table.image_index[index])], "annotation": table.ids[index]}
 
 
 # ---- a repaired copy -----------------------------------------------------------------------------------------------
@@ -321,12 +185,14 @@ def _records(table: Table, skipped: set[int]) -> Iterator[dict[str, Any]]:
             number = largest
         used.add(number)
         size = table.sizes[image]
-        if table.shapes.coded[index]:
-            shape: Any = {"size": list(size), "counts": table.shapes.code(index).decode("ascii")}
+        if table.shapes is None:
+            shape: Any = []
+        elif table.shapes.coded[index]:
+            shape = {"size": list(size), "counts": table.shapes.code(index).decode("ascii")}
         else:
             shape = [ring.ravel().tolist() for ring in table.shapes.polygon(index)]
         area = float(table.areas[index])
-        if math.isnan(area):
+        if math.isnan(area) and table.shapes is not None:
             area = float(table.shapes.masks(index, index + 1, size).areas()[0])
         x0, y0, x1, y1 = table.boxes[index].tolist()
         record = {

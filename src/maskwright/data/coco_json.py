@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from maskwright.data.findings import first_few
 from maskwright.data.table import ImageEntry, Table, Verify, add_images
-from maskwright.data.values import parse_id, parse_int, parse_length, relative_path
+from maskwright.data.values import LONGEST_NAME, clean_name, parse_id, parse_int, parse_length, relative_path, shortened
 from maskwright.errors import DataError
 from maskwright.files import write_json
 
@@ -89,7 +91,8 @@ def _load(table: Table) -> dict[str, Any] | None:
         if not text.strip():
             table.add_finding("error", "file", f"the file is empty ({len(text)} bytes)", _EXPECTED)
             return None
-        raw = json.loads(text.decode("utf-8-sig"))
+        repeated = RepeatedKeys()
+        raw = json.loads(text.decode("utf-8-sig"), object_pairs_hook=repeated.collect)
     except FileNotFoundError:
         table.add_finding("error", "file", "no such file", _EXPECTED)
         return None
@@ -122,22 +125,67 @@ def _load(table: Table) -> dict[str, Any] | None:
         elif not isinstance(raw[key], list):
             what = f"{key!r} must be a list, got a value of type {type(raw[key]).__name__}"
             table.add_finding("error", "key", what, _EXPECTED)
-    return None if table.findings else raw
+    repeated.report(table, raw)
+    return None if table.findings_with("error") else raw
+
+
+class RepeatedKeys:
+    """Finds keys that occur twice in one JSON object, of which Python's parser keeps the last one."""
+
+    def __init__(self) -> None:
+        self._same: Counter[str] = Counter()
+        self._different: Counter[str] = Counter()
+        self._objects: dict[int, tuple[dict[str, Any], list[tuple[str, Any]]]] = {}
+
+    def collect(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        """Return an object; the `object_pairs_hook` of `json.loads`. Of several lists, one that is not empty counts."""
+        entry = dict(pairs)
+        if len(entry) == len(pairs):
+            return entry
+        values: dict[str, list[Any]] = {}
+        for key, value in pairs:
+            values.setdefault(key, []).append(value)
+        for key, several in values.items():
+            filled = [value for value in several if value not in ([], None)] or several[:1]
+            entry[key] = filled[-1]
+            if len(several) > 1:
+                same = all(_text(value) == _text(filled[0]) for value in filled)
+                (self._same if same else self._different)[key] += 1
+        return entry
+
+    def report(self, table: Table, raw: dict[str, Any]) -> None:
+        """Add a finding for each key: an error if its values differ."""
+        for key, count in self._different.items():
+            where = "at the top level" if key in raw else f"in {count} objects"
+            what = f"key {key!r} occurs more than once {where}, with different values"
+            table.add_finding("error", "key", what, "keep one of them, or join them; a JSON parser keeps only the last")
+        for key in self._same.keys() - self._different.keys():
+            where = "at the top level" if key in raw else f"in {self._same[key]} objects"
+            table.add_finding("note", "key", f"key {key!r} occurs more than once {where}", "its values are the same")
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
 
 
 def _read_categories(table: Table, entries: list[Any]) -> dict[int, int]:
     """Category id -> label; labels follow the ids in ascending order."""
     names: dict[int, str] = {}
     keypoints: list[list[str]] = []
+    unnamed: list[int] = []
+    cleaned: list[str] = []
     for row, entry in enumerate(entries):
         number = parse_int(entry.get("id")) if isinstance(entry, dict) else None
         if number is None:
             table.add_finding("error", "category", f"categories[{row}] has no integer id", "add one")
             continue
-        name = entry.get("name")
-        if not isinstance(name, str) or not name.strip():
-            name = f"category {number}" if name is None else str(name)
-            table.add_finding("note", "category", f"category {number} has no name", f"{name!r} is used")
+        given = entry.get("name")
+        name = clean_name("" if given is None else str(given))
+        if not name:
+            name = f"category {number}"
+            unnamed.append(number)
+        elif name != given:
+            cleaned.append(shortened(given, 40))
         if number in names and names[number] != name:
             what = f"category id {number} is used for both {names[number]!r} and {name!r}"
             table.add_finding("error", "category", what, "give each class its own id")
@@ -150,8 +198,18 @@ def _read_categories(table: Table, entries: list[Any]) -> dict[int, int]:
         points = entry.get("keypoints")
         if isinstance(points, list) and points:
             keypoints.append([str(p) for p in points])
-    if not names and not table.findings:
+    if not names and not table.findings_with("error"):
         table.add_finding("error", "category", "'categories' is empty", "list each class with an id and a name")
+    if len(unnamed) == 1:
+        what = f"category {unnamed[0]} has no name"
+        table.add_finding("note", "category", what, f"{f'category {unnamed[0]}'!r} is used")
+    elif unnamed:
+        what = f"{len(unnamed)} of {len(names)} categories have no name: {first_few(unnamed)}"
+        table.add_finding("note", "category", what, f"{f'category {unnamed[0]}'!r} and so on are used")
+    if cleaned:
+        what = f"{len(cleaned)} of {len(names)} class names are not one line of text of at most {LONGEST_NAME} letters"
+        advice = "line breaks and surrounding blanks are removed, and the rest is cut off"
+        table.add_finding("note", "category", f"{what}: {', '.join(cleaned[:3])}", advice)
     order = sorted(names)
     table.classes, table.category_ids = _unique_names(table, names, order), tuple(order)
     if keypoints:
@@ -166,15 +224,36 @@ def _unique_names(table: Table, names: dict[int, str], order: list[int]) -> tupl
     """Class names in the order of the ids; the id is added to a name that is used more than once."""
     first_id: dict[str, int] = {}
     classes: list[str] = []
+    taken = set(names.values())
+    renamed: list[tuple[int, int, str, str]] = []
     for number in order:
         name = names[number]
         if name in first_id:
             distinct = f"{name} ({number})"
-            what = f"categories {first_id[name]} and {number} have the same name {name!r}"
-            table.add_finding("note", "category", what, f"both are kept; the second is renamed to {distinct!r}")
+            while distinct in taken:
+                distinct += "'"
+            renamed.append((first_id[name], number, name, distinct))
+            taken.add(distinct)
             name = distinct
         first_id.setdefault(name, number)
         classes.append(name)
+    if len(renamed) == 1:
+        first, second, name, distinct = renamed[0]
+        what = f"categories {first} and {second} have the same name {name!r}"
+        table.add_finding("note", "category", what, f"both are kept; the second is renamed to {distinct!r}")
+    elif renamed:
+        what = (
+            f"{len(renamed)} of {len(order)} categories have the name of another: {first_few([r[2] for r in renamed])}"
+        )
+        table.add_finding("note", "category", what, f"all are kept; they are renamed to {renamed[0][3]!r} and so on")
+    folded: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names[number] for number in order):
+        folded.setdefault("".join(name.casefold().split()), []).append(name)
+    similar = [pair for pair in folded.values() if len(pair) > 1]
+    if similar:
+        shown = "; ".join(" and ".join(repr(name) for name in pair) for pair in similar[:3])
+        what = f"{sum(map(len, similar))} class names differ only in case or blanks: {shown}"
+        table.add_finding("note", "category", what, "they are separate classes; give them one name if they are one")
     return tuple(classes)
 
 
@@ -184,18 +263,23 @@ def _read_images(
     """Image id -> position in the table; None for images that cannot be used."""
     position: dict[int | str, int | None] = {}
     kept: list[ImageEntry] = []
-    repeated: set[int | str] = set()
+    repeated: dict[int | str, list[str]] = {}  # file names of images that share an id
+    first: dict[int | str, Any] = {}
+    copies: list[int | str] = []
     for row, entry in enumerate(entries):
         number = parse_id(entry.get("id")) if isinstance(entry, dict) else None
         if number is None:
             table.add_finding("skip", "image", f"images[{row}] has no valid id", "the image is skipped")
             continue
         if number in position:
-            if number not in repeated:
-                table.add_finding("error", "image", f"two images share id {number!r}", "give each image its own id")
-            repeated.add(number)
+            keys = ("file_name", "height", "width")
+            if all(entry.get(key) == first[number].get(key) for key in keys):
+                copies.append(number)
+            else:
+                repeated.setdefault(number, [first[number].get("file_name")]).append(entry.get("file_name"))
             continue
         position[number] = None
+        first[number] = entry
         name = entry.get("file_name")
         if not isinstance(name, str) or not name:
             what = f"image {number!r} has no 'file_name'"
@@ -207,12 +291,28 @@ def _read_images(
             table.add_finding("error", "path", what, "specify a path inside the folder", image=number)
             continue
         kept.append(ImageEntry(row, number, file, parse_length(entry.get("height")), parse_length(entry.get("width"))))
+    _report_repeated(table, repeated, copies, len(entries))
     kept = [entry for entry in kept if entry.id not in repeated]
     table.folder = images if images is not None else _find_folder(table.path, [entry.file for entry in kept])
     position.update(add_images(table, kept, verify))
     if entries and not table.files and not table.findings_with("error"):
         table.add_finding("error", "image", f"none of the {len(entries)} images can be used", "see the other findings")
     return position
+
+
+def _report_repeated(table: Table, repeated: dict[int | str, list[str]], copies: list[int | str], total: int) -> None:
+    """Add findings for image ids that occur more than once."""
+    if copies:
+        what = f"{len(copies)} of {total} entries of images occur twice: {first_few(copies)}"
+        table.add_finding("note", "image", what, "each is used once")
+    if len(repeated) == 1:
+        number, files = next(iter(repeated.items()))
+        what = f"{'two' if len(files) == 2 else len(files)} images share id {number!r}: {first_few(files)}"
+        table.add_finding("error", "image", what, "give each image its own id")
+    elif repeated:
+        number, files = next(iter(repeated.items()))
+        what = f"{len(repeated)} ids are shared by several images, such as {number!r} by {first_few(files)}"
+        table.add_finding("error", "image", what, "give each image its own id, and its annotations that image_id")
 
 
 def _find_folder(path: Path, files: list[str]) -> Path:

@@ -28,6 +28,7 @@ class Finding:
         advice: What to do, or what was done; may be empty.
         image: Id of the image, if there is one.
         annotation: Id of the annotation, if there is one.
+        repaired: For an error: whether the copy that `check` writes with `fix` is free of it.
     """
 
     severity: Severity
@@ -37,9 +38,29 @@ class Finding:
     advice: str = ""
     image: int | str | None = None
     annotation: int | str | None = None
+    repaired: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}: {self.sentence}" + (f"; {self.advice}" if self.advice else "")
+
+
+@dataclass(frozen=True)
+class Cause:
+    """What is wrong with a set throughout; becomes a `Finding` of its file.
+
+    Attributes:
+        severity: As of a `Finding`. An error that is not repaired makes the set unusable.
+        kind: One word that groups similar findings.
+        sentence: The cause and the number of entries it affects.
+        advice: What to do, or what was done.
+        repaired: Whether the entries have been corrected.
+    """
+
+    severity: Severity
+    kind: str
+    sentence: str
+    advice: str
+    repaired: bool = False
 
 
 def finding_lines(findings: Iterable[Finding], per_kind: int = 3) -> list[str]:

@@ -20,9 +20,9 @@ from maskwright.data.findings import first_few
 from maskwright.data.formats import CERTAIN, Match, Request
 from maskwright.data.id_maps import map_bytes, read_map, size_mismatch
 from maskwright.data.images import read_size
-from maskwright.data.table import Table, Verify
+from maskwright.data.table import Table, Verify, report_sizes
 from maskwright.data.table_datasets import PanopticDataset, dataset_from_table
-from maskwright.data.values import match_id, parse_flag, parse_int, relative_path
+from maskwright.data.values import IdIndex, parse_flag, parse_int, relative_path
 from maskwright.errors import AnnotationError, DataError, ImageError, UsageError
 from maskwright.files import write_bytes
 from maskwright.structures import Panoptic
@@ -124,6 +124,7 @@ def read_panoptic_table(
     table, position, labels = start_table(path, images, verify)
     if not table.usable:
         return table
+    report_sizes(table)
     table.stuff = _read_stuff(table, table.raw["categories"])
     folder = maps or next((p for p in _map_folders(path) if p.is_dir()), path.with_suffix(""))
     listed, records = len(table.files), _read_records(table, table.raw["annotations"], position)
@@ -179,12 +180,13 @@ def _read_records(
 ) -> dict[int, tuple[int, str]]:
     """Position of each image that has a record -> row of the record and name of its map."""
     records: dict[int, tuple[int, str]] = {}
+    known = IdIndex(position)
     for row, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("segments_info"), list):
             what = f"annotations[{row}] has no list 'segments_info'"
             table.add_finding("skip", "annotation", what, "the record is skipped")
             continue
-        image = match_id(entry.get("image_id"), position)
+        image = known.find(entry.get("image_id"))
         if image is None:
             what = f"annotations[{row}] has image_id {entry.get('image_id')!r}, which is not in the list of images"
             table.add_finding("skip", "annotation", what, "the record is skipped")
@@ -236,7 +238,7 @@ def _with_map(table: Table, records: dict[int, tuple[int, str]], folder: Path) -
 
 def _keep_images(table: Table, kept: list[int]) -> None:
     """Remove all other images from a table without annotations."""
-    for name in ("image_ids", "files", "sizes", "image_rows"):
+    for name in ("image_ids", "files", "sizes", "listed_sizes", "image_rows"):
         values = getattr(table, name)
         setattr(table, name, [values[i] for i in kept])
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
+from maskwright.data.values import parse_float, parse_length
 from maskwright.structures import Masks, rle
 from maskwright.structures import polygons as outlines
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 _FARTHEST = 1e7  # pixels from the corner of the image; larger coordinates cannot be clipped with enough precision
 
@@ -27,21 +33,21 @@ class Shapes:
         frames: (N, 4) int64, x0, y0, x1, y1 of the codes; zeros for polygons.
     """
 
-    points: np.ndarray
-    rings: np.ndarray
-    text: np.ndarray
-    spans: np.ndarray
-    coded: np.ndarray
-    frames: np.ndarray
+    points: Floats
+    rings: Ints
+    text: npt.NDArray[np.uint8]
+    spans: Ints
+    coded: Bools
+    frames: Ints
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def take(self, order: np.ndarray) -> Shapes:
+    def take(self, order: Ints) -> Shapes:
         """Return the objects at these positions, in this order; outlines are not copied."""
         return replace(self, spans=self.spans[order], coded=self.coded[order], frames=self.frames[order])
 
-    def polygon(self, index: int) -> list[np.ndarray]:
+    def polygon(self, index: int) -> list[Floats]:
         """Return the rings (P, 2) of one object; empty for a run-length code."""
         if self.coded[index]:
             return []
@@ -73,96 +79,161 @@ class Shapes:
             return Masks("rle", [self.code(i) for i in range(first, last)], size)
         return Masks.join([self.masks(i, i + 1, size) for i in range(first, last)])
 
-    def extents(self, sizes: np.ndarray) -> np.ndarray:
-        """Return boxes (N, 4) around the objects, clipped to their images; `sizes` (N, 2) are H, W of the images."""
+    def present(self) -> Bools:
+        """Return which objects (N,) have an outline or a code."""
+        return self.spans[:, 1] > self.spans[:, 0]
+
+    def extents(self, sizes: Floats | None = None) -> Floats:
+        """Return boxes (N, 4) around the objects, zeros for objects without outline and code.
+
+        Args:
+            sizes: (N, 2), H, W of the images that the boxes of outlines are clipped to; None: they are not clipped.
+        """
         boxes = self.frames.astype(np.float64)
-        drawn = np.flatnonzero(~self.coded)
-        if len(drawn) and len(self.points):
+        drawn = np.flatnonzero(~self.coded & self.present())
+        if len(drawn):
             low, high = _ring_extents(self.points, self.rings)
             first, last = self.spans[drawn].T
             ends = np.stack([first, last], 1).ravel()
-            pad = np.concatenate([low, low[-1:]]), np.concatenate([high, high[-1:]])
-            limits = sizes[drawn][:, ::-1]
-            boxes[drawn, :2] = np.clip(np.minimum.reduceat(pad[0], ends)[::2], 0, limits)
-            boxes[drawn, 2:] = np.clip(np.maximum.reduceat(pad[1], ends)[::2], 0, limits)
+            boxes[drawn, :2] = np.minimum.reduceat(np.concatenate([low, low[-1:]]), ends)[::2]
+            boxes[drawn, 2:] = np.maximum.reduceat(np.concatenate([high, high[-1:]]), ends)[::2]
+            if sizes is not None:
+                limits = np.concatenate([sizes[drawn][:, ::-1], sizes[drawn][:, ::-1]], 1)
+                boxes[drawn] = np.clip(boxes[drawn], 0, limits)
         return boxes
+
+    def pixels(self) -> Floats:
+        """Return areas (N,): exact for codes, the sum of the rings' areas for outlines, which may overlap."""
+        areas = np.zeros(len(self))
+        codes = np.flatnonzero(self.coded)
+        if len(codes):
+            starts, ends, owner = rle.runs_all([self.code(i) for i in codes.tolist()])
+            areas[codes] = np.bincount(owner, ends - starts, minlength=len(codes))
+        drawn = np.flatnonzero(~self.coded & self.present())
+        if len(drawn):
+            sums = np.concatenate([[0.0], np.cumsum(_ring_areas(self.points, self.rings))])
+            areas[drawn] = sums[self.spans[drawn, 1]] - sums[self.spans[drawn, 0]]
+        return areas
+
+    def ring_owners(self) -> Ints:
+        """Return the object of each ring (R,); -1 for rings of none."""
+        owner = np.full(len(self.rings), -1, np.int64)
+        drawn = np.flatnonzero(~self.coded & self.present())
+        first, last = self.spans[drawn].T
+        counts = last - first
+        owner[np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)] = np.repeat(
+            drawn, counts
+        )
+        return owner
+
+    def point_owners(self) -> Ints:
+        """Return the object of each point (P,); -1 for points of none."""
+        return np.repeat(self.ring_owners(), self.rings[:, 1] - self.rings[:, 0])
+
+    def with_points(self, points: Floats) -> Shapes:
+        """Return the objects with other coordinates (P, 2)."""
+        return replace(self, points=points)
+
+    def with_codes(self, codes: dict[int, bytes], frames: dict[int, rle.Frame]) -> Shapes:
+        """Return the objects with other run-length strings, and their boxes, for some of them."""
+        spans, boxes = self.spans.copy(), self.frames.copy()
+        parts, place = [self.text], len(self.text)
+        for index, code in codes.items():
+            parts.append(np.frombuffer(code, np.uint8))
+            spans[index] = place, place + len(code)
+            boxes[index] = frames[index]
+            place += len(code)
+        return replace(self, text=np.concatenate(parts), spans=spans, frames=boxes)
 
 
 class ShapesBuilder:
-    """Collects checked segmentations one by one."""
+    """Collects segmentations one by one.
+
+    Attributes:
+        absent: What objects without a segmentation have in its place, by position.
+        nested: Positions of objects whose polygons are lists of points, [[x, y], ...], or nested deeper.
+        notes: Positions of other objects that are read with a remark, and the remarks.
+        code_sizes: H, W of each run-length code; zeros for other objects.
+    """
 
     def __init__(self) -> None:
         self._numbers: list[Any] = []
-        self._parts: list[np.ndarray] = []
+        self._parts: list[Floats] = []
         self._ring_ends: list[int] = [0]
         self._text: list[bytes] = []
         self._bytes = 0
         self._spans: list[tuple[int, int]] = []
         self._coded: list[bool] = []
         self._frames: list[rle.Frame] = []
-        self._notes: list[tuple[int, str]] = []
+        self.absent: dict[int, str] = {}
+        self.nested: list[int] = []
+        self.notes: list[tuple[int, str]] = []
+        self.code_sizes: list[tuple[int, int]] = []
 
-    def add(self, segmentation: Any, size: tuple[int, int]) -> str | None:
+    def add(self, segmentation: Any) -> str | None:
         """Add one object.
 
         Args:
-            segmentation: What the annotation file has: a list of rings, or a run-length code.
-            size: H, W of its image.
+            segmentation: What the annotation file has: a list of rings, or a run-length code. An object that has
+                neither is added without.
 
         Returns:
             What is wrong with it, in which case it is not added; None if nothing is.
         """
-        if segmentation is None:
-            return "has no segmentation; a mask is required"
+        if segmentation is None or segmentation in ([], [[]], {}):
+            what = "no segmentation" if segmentation is None else "an empty segmentation"
+            self.absent[len(self._spans)] = f"has {what}; a mask is required"
+            rings = len(self._ring_ends) - 1
+            self._append(rings, rings, False, (0, 0, 0, 0), (0, 0))
+            return None
         if isinstance(segmentation, dict):
-            return self._add_code(segmentation, size)
+            return self._add_code(cast(dict[str, Any], segmentation))
         if not isinstance(segmentation, list):
             kind = type(segmentation).__name__
             return f"has a segmentation of type {kind}; expected polygons or a run-length code"
-        if not segmentation:
-            return "has an empty segmentation; a mask is required"
-        return self._add_rings(segmentation)
+        return self._add_rings(cast(list[Any], segmentation))
 
     def _add_rings(self, rings: list[Any]) -> str | None:
         note = None
         if isinstance(rings[0], (int, float)):
             rings, note = [rings], "has a flat list of numbers as its segmentation, which is read as one polygon"
+        elif (unnested := _flattened(rings)) is not None:
+            rings = unnested
+            self.nested.append(len(self._spans))
         for number, ring in enumerate(rings):
             if not isinstance(ring, list) or (ring and isinstance(ring[0], (list, dict))):
                 return f"has a polygon (number {number}) that is not a flat list x, y, x, y, ..."
-            if len(ring) % 2:
-                return f"has a polygon of {len(ring)} numbers, an odd count; expected x, y, x, y, ..."
+            if len(cast(list[Any], ring)) % 2:
+                return f"has a polygon of {len(cast(list[Any], ring))} numbers, an odd count; expected x, y, x, y, ..."
         good = [ring for ring in rings if len(ring) >= 6]
         if not good:
             return f"has a polygon of {len(rings[0]) // 2} points; at least 3 are needed"
         if len(good) < len(rings):
             note = f"has {len(rings) - len(good)} polygons with fewer than 3 points among others; these are skipped"
         if note:
-            self._notes.append((len(self._spans), note))
+            self.notes.append((len(self._spans), note))
         first = len(self._ring_ends) - 1
         for ring in good:
             self._numbers.extend(ring)
             self._ring_ends.append(self._ring_ends[-1] + len(ring) // 2)
-        self._append(first, len(self._ring_ends) - 1, False, (0, 0, 0, 0))
+        self._append(first, len(self._ring_ends) - 1, False, (0, 0, 0, 0), (0, 0))
         if len(self._numbers) > 1 << 20:
             self._convert()
         return None
 
-    def _add_code(self, code: dict[str, Any], size: tuple[int, int]) -> str | None:
-        own, counts = code.get("size"), code.get("counts")
-        if not isinstance(own, list) or len(own) != 2:
+    def _add_code(self, code: dict[str, Any]) -> str | None:
+        given, counts = code.get("size"), code.get("counts")
+        own = cast(list[Any], given) if isinstance(given, list) else []
+        height, width = (parse_length(v) for v in own) if len(own) == 2 else (None, None)
+        if height is None or width is None:
             return "has a run-length code without a size [height, width]"
-        if own != list(size):
-            if own == [size[1], size[0]]:
-                return f"has a run-length code of size {own}, that is [width, height]; expected [height, width]"
-            return f"has a run-length code of size {own}, but its image is {list(size)} (height, width)"
-        total = size[0] * size[1]
+        total = height * width
         try:
             if isinstance(counts, str):
                 text = counts.encode("ascii")
                 lengths = rle.decode_counts(text)
             elif isinstance(counts, list):
-                lengths = np.array([_run(v) for v in counts], np.int64)
+                lengths = np.array([_run(v) for v in cast(list[Any], counts)], np.int64)
                 text = None
             else:
                 kind = type(counts).__name__
@@ -176,75 +247,102 @@ class ShapesBuilder:
             return "has a run-length code without foreground pixels"
         text = rle.encode_counts(lengths) if text is None else text
         self._text.append(text)
-        self._append(self._bytes, self._bytes + len(text), True, rle.frame(text, size[0]))
+        self._append(self._bytes, self._bytes + len(text), True, rle.frame(text, height), (height, width))
         self._bytes += len(text)
         return None
 
-    def _append(self, first: int, last: int, coded: bool, frame: rle.Frame) -> None:
+    def _append(self, first: int, last: int, coded: bool, frame: rle.Frame, code_size: tuple[int, int]) -> None:
         self._spans.append((first, last))
         self._coded.append(coded)
         self._frames.append(frame)
+        self.code_sizes.append(code_size)
 
     def _convert(self) -> None:
         try:
             self._parts.append(np.array(self._numbers, np.float64))
         except (ValueError, TypeError, OverflowError):
-            self._parts.append(np.array([_coordinate(v) for v in self._numbers], np.float64))
+            self._parts.append(np.array([parse_float(v) for v in self._numbers], np.float64))
         self._numbers = []
 
-    def finish(self, sizes: np.ndarray | None = None) -> tuple[Shapes, dict[int, str], list[tuple[int, str]]]:
-        """Return all objects that were added.
-
-        Args:
-            sizes: (N, 2), H, W of the image of each object; None skips the checks that need them.
-
-        Returns:
-            The objects; what is wrong with some of them, by position (their coordinates are replaced by harmless
-            ones); and notes about others, with their positions.
-        """
+    def finish(self) -> Shapes:
+        """Return all objects that were added; coordinates that are not numbers are NaN."""
         self._convert()
-        points = np.concatenate(self._parts).reshape(-1, 2)
         ends = np.array(self._ring_ends, np.int64)
-        shapes = Shapes(
-            points,
+        return Shapes(
+            np.concatenate(self._parts).reshape(-1, 2),
             np.stack([ends[:-1], ends[1:]], 1),
             np.frombuffer(b"".join(self._text), np.uint8),
             np.array(self._spans, np.int64).reshape(-1, 2),
             np.array(self._coded, bool),
             np.array(self._frames, np.int64).reshape(-1, 4),
         )
-        problems: dict[int, str] = {}
-        if len(points) and sizes is not None:
-            problems = _check_polygons(shapes, sizes)
-        return shapes, problems, [n for n in self._notes if n[0] not in problems]
 
 
-def _check_polygons(shapes: Shapes, sizes: np.ndarray) -> dict[int, str]:
-    """What is wrong with objects made of polygons, by position; their coordinates are set to 0."""
+def _flattened(rings: list[Any]) -> list[list[Any]] | None:
+    """Polygons as flat lists, if they are lists of points [x, y] or {"x": x, "y": y}, or nested once more."""
+    if all(_is_point(part) for part in rings):
+        return [_flat(rings)] if len(rings) >= 3 else None
+    if all(isinstance(part, list) for part in rings):
+        parts = cast(list[list[Any]], rings)
+        if not parts[0] or not isinstance(parts[0][0], (list, dict)):
+            return None
+        if all(part and all(_is_point(point) for point in part) for part in parts):
+            return [_flat(part) for part in parts]
+        inner = [ring for part in parts for ring in part]
+        if inner and all(isinstance(ring, list) for ring in inner):  # one polygon, or one ring and its holes, a list
+            nested = cast(list[list[Any]], inner)
+            if all(_is_point(point) for ring in nested for point in ring):
+                return [_flat(ring) for ring in nested]
+            if all(len(ring) >= 6 and not isinstance(ring[0], (list, dict)) for ring in nested):
+                return nested
+    return None
+
+
+def _is_point(value: Any) -> bool:
+    """Whether a value is [x, y] or {"x": x, "y": y}."""
+    if isinstance(value, dict):
+        return "x" in value and "y" in value
+    if not isinstance(value, list) or len(cast(list[Any], value)) != 2:
+        return False
+    return all(isinstance(v, (int, float, str)) for v in cast(list[Any], value))
+
+
+def _flat(points: list[Any]) -> list[Any]:
+    return [v for point in points for v in ((point["x"], point["y"]) if isinstance(point, dict) else point)]
+
+
+def check_polygons(shapes: Shapes, sizes: Floats) -> dict[int, str]:
+    """Find outlines that cannot be used.
+
+    Args:
+        shapes: N objects. Coordinates that are not finite or too large are replaced by zeros.
+        sizes: (N, 2), H, W of the image of each object.
+
+    Returns:
+        What is wrong with an object, by position.
+    """
     problems: dict[int, str] = {}
     points, rings = shapes.points, shapes.rings
-    owner = np.zeros(len(rings), np.int64)  # the object that each ring belongs to
-    drawn = np.flatnonzero(~shapes.coded)
-    owner[shapes.spans[drawn, 0]] = 1
-    owner = drawn[np.cumsum(owner) - 1]
+    drawn = np.flatnonzero(~shapes.coded & shapes.present())
+    if not len(drawn):
+        return problems
+    owner = shapes.ring_owners()
     finite = np.isfinite(points).all(1)
     if not finite.all():
         broken = np.unique(owner[~np.logical_and.reduceat(finite, rings[:, 0])])
-        for index in broken.tolist():
+        for index in broken[broken >= 0].tolist():
             problems[index] = "has a polygon with a coordinate that is not a finite number"
         points[~finite] = 0
     far = (np.abs(points) > _FARTHEST).any(1)
     if far.any():
-        for index in np.unique(owner[np.logical_or.reduceat(far, rings[:, 0])]).tolist():
+        beyond = np.unique(owner[np.logical_or.reduceat(far, rings[:, 0])])
+        for index in beyond[beyond >= 0].tolist():
             problems[index] = f"has a polygon with a coordinate beyond the limit of {_FARTHEST:.0e} pixels"
         points[far] = 0
     limits = sizes[owner][:, ::-1]
     with np.errstate(over="ignore", invalid="ignore"):
         low, high = _ring_extents(points, rings)
-        following = np.arange(1, len(points) + 1)
-        following[rings[:, 1] - 1] = rings[:, 0]
-        x, y = (points - np.repeat(low, rings[:, 1] - rings[:, 0], axis=0)).T
-        area = np.abs(np.add.reduceat(x * y[following] - x[following] * y, rings[:, 0])) / 2
+        area = _ring_areas(points, rings)
         # A ring this wide and inside the image contains the centre of a pixel; the few others are rasterized to check.
         sound = (area > 2 * (high - low).max(1) + 4) & (low >= -0.5).all(1) & (high <= limits + 0.5).all(1)
     unclear = np.setdiff1d(drawn, owner[sound])
@@ -257,7 +355,7 @@ def _check_polygons(shapes: Shapes, sizes: np.ndarray) -> dict[int, str]:
     return problems
 
 
-def _polygon_problem(rings: Sequence[np.ndarray], size: tuple[int, int]) -> str | None:
+def _polygon_problem(rings: Sequence[Floats], size: tuple[int, int]) -> str | None:
     if all(_is_collinear(ring) for ring in rings):
         return "has a polygon without area: its points are collinear"
     low = np.min([r.min(0) for r in rings], 0)
@@ -269,7 +367,7 @@ def _polygon_problem(rings: Sequence[np.ndarray], size: tuple[int, int]) -> str 
     return None
 
 
-def _is_collinear(ring: np.ndarray) -> bool:
+def _is_collinear(ring: Floats) -> bool:
     """Whether all points of a ring are collinear."""
     away = ring - ring[0]
     far = away[np.abs(away).sum(1).argmax()]
@@ -281,15 +379,19 @@ def _is_collinear(ring: np.ndarray) -> bool:
     return bool(np.abs(across).max() * reach < 1e-6)
 
 
-def _ring_extents(points: np.ndarray, rings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ring_extents(points: Floats, rings: Ints) -> tuple[Floats, Floats]:
+    """Least and greatest coordinates (R, 2) of each ring."""
     return np.minimum.reduceat(points, rings[:, 0]), np.maximum.reduceat(points, rings[:, 0])
 
 
-def _coordinate(value: Any) -> float:
-    try:
-        return float(value)
-    except (ValueError, TypeError, OverflowError):
-        return float("nan")
+def _ring_areas(points: Floats, rings: Ints) -> Floats:
+    """Areas (R,) by the shoelace formula, about the corner of each ring for precision."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        low = np.minimum.reduceat(points, rings[:, 0])
+        following = np.arange(1, len(points) + 1)
+        following[rings[:, 1] - 1] = rings[:, 0]
+        x, y = (points - np.repeat(low, rings[:, 1] - rings[:, 0], axis=0)).T
+        return np.abs(np.add.reduceat(x * y[following] - x[following] * y, rings[:, 0])) / 2
 
 
 def _run(value: Any) -> int:

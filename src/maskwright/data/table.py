@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from maskwright.data.findings import Finding, Severity, first_few
+from maskwright.data.findings import Cause, Finding, Severity, first_few
 from maskwright.data.images import probe
 from maskwright.data.shapes import Shapes, ShapesBuilder
 from maskwright.errors import ImageError
@@ -44,6 +44,7 @@ class Table:
         image_ids: (M,) ids as in the file.
         files: (M,) image files, relative to `folder`, with "/".
         sizes: (M,) H, W with the EXIF orientation applied.
+        listed_sizes: (M,) H, W as the file lists them; `sizes` where it does not.
         image_rows: (M,) positions in the file's list of images.
         image_index: (A,) int64, position of the image of each annotation.
         labels: (A,) int64.
@@ -52,9 +53,10 @@ class Table:
         boxes: (A, 4) float64, x0, y0, x1, y1 in the continuous frame.
         areas: (A,) float64, pixels; NaN: to be counted on the mask.
         keypoints: (A, J, 3) float32, continuous coordinates and visibility; None if there are none.
-        shapes: (A,) outlines and run-length strings.
+        shapes: (A,) outlines and run-length strings; None: the objects have boxes only.
         rows: (A,) int64, positions in the file's list of annotations.
         maps: (M,) image files whose pixels are segment ids, in place of `shapes`; None if the masks are in `shapes`.
+        ignored: Number of annotations that are crowd regions because of a flag "ignore".
         findings: What is wrong with the file.
         usable: False if the file is too damaged for anything to be read.
         raw: The parsed file, for writing a repaired copy.
@@ -69,6 +71,7 @@ class Table:
     image_ids: list[int | str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
+    listed_sizes: list[tuple[int, int]] = field(default_factory=list)
     image_rows: list[int] = field(default_factory=list)
     image_index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -77,9 +80,10 @@ class Table:
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
     areas: np.ndarray = field(default_factory=lambda: np.zeros(0))
     keypoints: np.ndarray | None = None
-    shapes: Shapes = field(default_factory=lambda: ShapesBuilder().finish()[0])
+    shapes: Shapes | None = field(default_factory=lambda: ShapesBuilder().finish())
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     maps: list[Path] | None = None
+    ignored: int = 0
     findings: list[Finding] = field(default_factory=list)
     usable: bool = True
     raw: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +91,12 @@ class Table:
     def add_finding(self, severity: Severity, kind: str, sentence: str, advice: str = "", **about: Any) -> None:
         """Append a finding about this file; `about` gives `image` and `annotation` ids."""
         self.findings.append(Finding(severity, kind, str(self.path), sentence, advice, **about))
+
+    def add_cause(self, cause: Cause) -> None:
+        """Append what is wrong throughout; an error that is not repaired makes the table unusable."""
+        self.add_finding(cause.severity, cause.kind, cause.sentence, cause.advice, repaired=cause.repaired)
+        if cause.severity == "error" and not cause.repaired:
+            self.usable = False
 
     def findings_with(self, severity: Severity) -> list[Finding]:
         """Return the findings of one severity."""
@@ -108,7 +118,9 @@ class ImageEntry(NamedTuple):
 
 
 def add_images(table: Table, entries: Sequence[ImageEntry], verify: Verify | None) -> dict[int | str, int]:
-    """Append to `table` the images that exist and have the listed size; add findings for the others.
+    """Append to `table` the images that exist; add findings for the others.
+
+    Images of another size than listed are appended too: `diagnosis` or `report_sizes` reports them.
 
     Args:
         table: The table; its `folder` is set.
@@ -147,6 +159,8 @@ def add_images(table: Table, entries: Sequence[ImageEntry], verify: Verify | Non
         table.image_ids.append(entry.id)
         table.files.append(entry.file)
         table.sizes.append(size)
+        listed = (entry.height, entry.width)
+        table.listed_sizes.append(size if listed[0] is None or listed[1] is None else (listed[0], listed[1]))
         table.image_rows.append(entry.row)
     return positions
 
@@ -168,13 +182,27 @@ def _checked_size(table: Table, entry: ImageEntry, probed: _Probed | None) -> tu
     size, stored = probed
     if height is None or width is None or (height, width) == size:
         return size
-    what = f"image {entry.id!r} is listed as {width} x {height}, but {path} is {size[1]} x {size[0]}"
-    advice = "correct the listed size, or restore the image that was annotated; the masks would be displaced"
     if (height, width) == stored:
-        what += " with its EXIF orientation applied"
+        what = _listed(table, entry.id, entry.file, (height, width), size) + " with its EXIF orientation applied"
         advice = "the annotations refer to the image as stored: remove the EXIF orientation from the file"
-    table.add_finding("error", "size", what, advice, image=entry.id)
-    return None
+        table.add_finding("error", "size", what, advice, image=entry.id)
+        return None
+    return size
+
+
+def report_sizes(table: Table) -> None:
+    """Add an error for each image whose file has another size than listed."""
+    for index, (listed, size) in enumerate(zip(table.listed_sizes, table.sizes, strict=True)):
+        if listed != size:
+            number = table.image_ids[index]
+            what = _listed(table, number, table.files[index], listed, size)
+            advice = "correct the listed size, or restore the image that was annotated; the masks would be displaced"
+            table.add_finding("error", "size", what, advice, image=number)
+
+
+def _listed(table: Table, number: int | str, file: str, listed: tuple[int, int], size: tuple[int, int]) -> str:
+    path = table.folder / file
+    return f"image {number!r} is listed as {listed[1]} x {listed[0]}, but {path} is {size[1]} x {size[0]}"
 
 
 def _probe(paths: list[Path]) -> list[_Probed]:

@@ -75,7 +75,7 @@ class TableDataset(Dataset):
 
 
 class InstanceDataset(TableDataset):
-    """Objects as outlines or run-length strings; made by `read_coco` and other readers."""
+    """Objects as outlines, run-length strings or boxes only; made by `read_coco` and other readers."""
 
     def __init__(self, table: Table, strict: bool = False):
         super().__init__(table, strict)
@@ -97,7 +97,7 @@ class InstanceDataset(TableDataset):
             self._sizes[index],
             self._boxes[part].float(),
             self._labels[part].clone(),
-            self._shapes.masks(first, last, self._sizes[index]),
+            None if self._shapes is None else self._shapes.masks(first, last, self._sizes[index]),
             keypoints=None if self._keypoints is None else self._keypoints[part].clone(),
             crowd=self._crowd[part].clone(),
             ids=self._numbers[part].clone(),
@@ -108,7 +108,7 @@ class InstanceDataset(TableDataset):
         first, last = self._annotations(index)
         areas = self._areas[first:last].copy()
         unknown = np.isnan(areas)
-        if unknown.any():
+        if unknown.any() and self._shapes is not None:
             masks: Masks = self._shapes.masks(first, last, self._sizes[index])
             areas[unknown] = masks.areas().double().numpy()[unknown]
         return areas

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
+
+LONGEST_NAME = 200  # letters of a class name
 
 
 def parse_id(value: Any) -> int | str | None:
@@ -50,13 +52,38 @@ def parse_length(value: Any) -> int | None:
     return number if number is not None and 0 < number < 1 << 31 else None
 
 
-def match_id(value: Any, known: Mapping[int | str, Any]) -> int | str | None:
-    """Return the key of `known` that `value` refers to: exactly, or "1" for 1 and 1 for "1" if only that exists."""
-    number = parse_id(value)
-    if number is None or number in known:
-        return number
-    other = parse_int(number) if isinstance(number, str) else str(number)
-    return other if other in known else None
+class IdIndex:
+    """Finds the listed id that a value refers to.
+
+    Args:
+        ids: The listed ids.
+    """
+
+    def __init__(self, ids: Iterable[int | str]):
+        self._ids = set(ids)
+        numbers: dict[int, list[int | str]] = {}
+        for own in self._ids:
+            number = parse_int(own)
+            if number is not None:
+                numbers.setdefault(number, []).append(own)
+        self._numbers = {number: same[0] for number, same in numbers.items() if len(same) == 1}
+
+    def find(self, value: Any) -> int | str | None:
+        """Return the listed id equal to `value`, or, if only one is, the id that is the same number.
+
+        "7", "007" and 7.0 are the number 7. None if there is none.
+        """
+        own = parse_id(value)
+        if own is None or own in self._ids:
+            return own
+        number = parse_int(own)
+        return None if number is None else self._numbers.get(number)
+
+
+def clean_name(name: str) -> str:
+    """Return the name of a class as one line: runs of blanks and control characters as one blank, and not too long."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    return text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 3].rstrip() + "..."
 
 
 def relative_path(name: str) -> str | None:
