@@ -194,14 +194,20 @@ def write_bytes(path: str | Path, data: bytes, error: ErrorClass = DataError, *,
 
 
 def write_text(path: str | Path, text: str, error: ErrorClass = DataError, *, sync: bool = True) -> Path:
-    """Write `text` to `path` atomically, as UTF-8 with ``\\n`` line ends; see `write_bytes`."""
-    return write_bytes(path, text.encode(), error, sync=sync)
+    """Write `text` to `path` atomically, as UTF-8 with ``\\n`` line ends; see `write_bytes`.
+
+    Bytes of file names that are not UTF-8 (lone surrogates in Python) are written as escapes, ``\\udcff``.
+    """
+    return write_bytes(path, text.encode(errors="backslashreplace"), error, sync=sync)
 
 
 def write_json(
     path: str | Path, value: Any, error: ErrorClass = DataError, *, indent: int | None = None, sync: bool = True
 ) -> Path:
     """Write `value` to `path` atomically, as strict JSON in UTF-8; see `write_bytes`.
+
+    A file name that is not UTF-8 is written as Python represents it: each byte that cannot be decoded as the escape of
+    a lone surrogate, ``\\udc80`` ... ``\\udcff`` (PEP 383). `json.loads` returns the same name, which `open` accepts.
 
     Raises:
         ValueError: If `value` contains NaN or infinity, which JSON does not have.

@@ -13,26 +13,31 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import tyro
 
-from maskwright.errors import MaskwrightError, RenamedOptionWarning, UsageError
+from maskwright.errors import AnnotationError, MaskwrightError, RenamedOptionWarning, UsageError
 from maskwright.files import describe_os_error
+from maskwright.text import encodable, printable
 
 T = TypeVar("T")
 
 
 def say(text: str) -> None:
-    """Print `text` to stdout, and flush."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Print `text` to stdout, and flush. Control characters other than line breaks are escaped."""
+    _print(text, sys.stdout)
 
 
 def complain(text: str) -> None:
-    """Print `text` to stderr, and flush."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """Print `text` to stderr, and flush. Control characters other than line breaks are escaped."""
+    _print(text, sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """The one place where text reaches the terminal: names from files cannot control it there."""
+    stream.write(encodable(printable(text, keep="\n\t"), stream.encoding) + "\n")
+    stream.flush()
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
@@ -167,12 +172,16 @@ def _mention(message: Warning | str, *about: Any) -> None:
 
 
 def explain(error: BaseException) -> str | None:
-    """Return the message for an error that the user can resolve; None for a bug, which keeps its traceback."""
+    """Return the message for an error that the user can resolve; None for a bug, which keeps its traceback.
+
+    The message is one line, apart from the findings in an annotation file, which have a line each.
+    """
     if isinstance(error, (MaskwrightError, RenamedOptionWarning)):
-        return str(error)
+        return printable(str(error), keep="\n" if isinstance(error, AnnotationError) else "")
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{error.filename}: {describe_os_error(error)}" if error.filename else describe_os_error(error)
+        where = f"{error.filename}: " if error.filename else ""
+        return printable(where + describe_os_error(error))
     # Libraries that write files themselves do not keep the error number.
     if "No space left on device" in text or "PytorchStreamWriter failed writing" in text:
         return describe_os_error(OSError(errno.ENOSPC, ""))
@@ -196,6 +205,7 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
         The items.
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     if total is None and hasattr(items, "__len__"):
@@ -203,4 +213,4 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield from bar.track(items, total=total, description=what)
+        yield from bar.track(items, total=total, description=escape(printable(what)))

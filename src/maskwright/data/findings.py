@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from maskwright.text import printable
+
 Severity = Literal["error", "skip", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "skip", "note")
 
@@ -29,6 +31,8 @@ class Finding:
         image: Id of the image, if there is one.
         annotation: Id of the annotation, if there is one.
         repaired: For an error: whether the copy that `check` writes with `fix` is free of it.
+
+    `str()` is one line in which control characters, such as those of file names, are escaped.
     """
 
     severity: Severity
@@ -41,7 +45,7 @@ class Finding:
     repaired: bool = False
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.sentence}" + (f"; {self.advice}" if self.advice else "")
+        return printable(f"{self.file}: {self.sentence}" + (f"; {self.advice}" if self.advice else ""))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from maskwright.errors import MissingExtraError, TrainingError
 from maskwright.files import write_errors_as
+from maskwright.text import encodable, printable
 
 HEADER = "step,epoch,name,value\n"
 
@@ -138,6 +139,7 @@ class Display:
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if self.active:
+            text = encodable(printable(text, keep="\n"), self.console.encoding)
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, step: int, epoch: int, loss: float, rate: float) -> None:
