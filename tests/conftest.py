@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("MASKWRIGHT_DEBUG", "1")  # mistakes of the library keep their traceback (checkpoints/budget.py)
+
 from jaxtyping import install_import_hook
 
 from tests import shapes

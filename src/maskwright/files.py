@@ -19,6 +19,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 import time
 import zlib
@@ -120,7 +121,9 @@ class AtomicFile:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, error: ErrorClass = DataError, *, sync: bool = True) -> Generator[Path, None, None]:
-    """Yield a temporary path for libraries that open files by name; rename it to `path` at the end of the block.
+    """Yield a temporary file for libraries that open files by name; rename it to `path` at the end of the block.
+
+    The file has the permissions of any new file in that folder, as the umask gives, whatever the library sets.
 
     Args:
         path: Final path. Missing parent folders are created.
@@ -136,7 +139,11 @@ def atomic_path(path: str | Path, error: ErrorClass = DataError, *, sync: bool =
     try:
         with write_errors_as(error, path, part):
             _prepare(path)
+            part.touch(exist_ok=False)
+            mode = stat.S_IMODE(part.stat().st_mode)
             yield part
+            if stat.S_IMODE(part.stat().st_mode) != mode:  # some libraries write files that only their owner can read
+                part.chmod(mode)
             if sync:
                 with part.open("rb+") as file:
                     os.fsync(file.fileno())

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from maskwright.errors import UsageError
 from maskwright.structures import Preprocess
 
 pytestmark = pytest.mark.fast
@@ -123,7 +124,7 @@ def test_stretch_and_letterbox():
 
 
 def test_a_canvas_is_required_and_keeps_its_aspect_ratio():
-    with pytest.raises(ValueError, match="needs `canvas`"):
+    with pytest.raises(UsageError, match="needs `canvas`"):
         Preprocess(fit="stretch")
     rule = Preprocess(fit="stretch", canvas=(768, 1280))
     assert rule.at(384).canvas == (384, 640)

@@ -71,6 +71,8 @@ def _create(name: str, **options: Any) -> Any:
         import timm
     except ImportError:
         raise MissingExtraError("timm", "timm") from None
+    if not timm.is_model(name):  # "hf-hub:" and "local-dir:" would read from the network or a folder
+        raise UsageError(f"there is no model {name!r} in timm's registry")
     try:
         return timm.create_model(name, features_only=True, **options)
     except (RuntimeError, AttributeError, ValueError) as error:

@@ -59,6 +59,8 @@ class ViT(nn.Module):
             import timm
         except ImportError:
             raise MissingExtraError("timm", "timm") from None
+        if not timm.is_model(name):
+            raise UsageError(f"there is no model {name!r} in timm's registry")
         try:
             body: Any = timm.create_model(
                 name, pretrained=pretrained, num_classes=0, patch_size=patch, img_size=size, in_chans=in_channels,

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskwright._version import __version__
+from maskwright.checkpoints.budget import shown, unexpected_as_errors
+from maskwright.checkpoints.building import build_official, build_ours
 from maskwright.checkpoints.catalogue import Entry, allows_commercial, catalogue, entry_of_file, find
+from maskwright.checkpoints.containers import views
 from maskwright.checkpoints.download import fetch
-from maskwright.checkpoints.fitting import adapt_classes, fit, renamed, widen_input
-from maskwright.checkpoints.origins import Candidate, Origin, origins
-from maskwright.checkpoints.ours import is_ours, parse_metadata, preprocess_of, save
+from maskwright.checkpoints.names import has_names
+from maskwright.checkpoints.origins import Candidate, Origin, Shapes, origins
+from maskwright.checkpoints.ours import is_ours, parse_metadata, save
 from maskwright.checkpoints.reading import read_state
-from maskwright.errors import CheckpointError, UnknownLayoutError, UnknownSystemError, UsageError
-from maskwright.structures import Preprocess
-from maskwright.structures.resize import Resize
-from maskwright.systems import ProposalSystem, System, system_class
-
-Options = dict[str, Any]
+from maskwright.errors import CheckpointError, UnknownLayoutError, UsageError
+from maskwright.systems import System, system_class
 
 
 def load(
@@ -44,7 +40,8 @@ def load(
     Args:
         source: A file, a Hugging Face folder, or a name in the catalogue (see `list_checkpoints`).
         classes: Class names that replace those of the file. Rows of the heads are kept for names that match, ignoring
-            case; other rows are initialised. Ignored by systems that predict class-agnostic proposals.
+            case; other rows are initialised. If the file has no class names, as many names as it has classes are those
+            of its rows. Ignored by systems that predict class-agnostic proposals.
         device: Device of the system.
         commercial_ok: Refuse weights whose licence does not allow commercial use, before anything is downloaded.
         variant: The published variant, for files whose keys and shapes match several.
@@ -59,12 +56,30 @@ def load(
         UsageError: If an option or the device is invalid.
     """
     path, entry = _locate(source, commercial_ok)
+    with unexpected_as_errors(path):
+        system = _loaded(path, entry, classes, commercial_ok, variant, overrides)
+    try:
+        return system.eval().to(device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        words = str(error).split("\n")[0][:160]
+        raise UsageError(f"device {str(device)!r} is not available ({words}); use 'cpu'") from None
+
+
+def _loaded(
+    path: Path,
+    entry: Entry | None,
+    classes: Sequence[str] | None,
+    commercial_ok: bool,
+    variant: str | None,
+    overrides: Mapping[str, Any],
+) -> System:
+    """The system of a file, on the CPU."""
     state, about = read_state(path)
     if is_ours(about):
         metadata = parse_metadata(about)
         note = metadata["source"]
         _check_licence(str(path), note, commercial_ok)
-        system = _build_ours(state, metadata, str(path), classes, overrides)
+        system = build_ours(state, metadata, str(path), classes, overrides)
         system.source = {**note, "file": path.name}
     else:
         entry = entry or entry_of_file(path)
@@ -75,13 +90,15 @@ def load(
             found = replace(found, candidate=replace(found.candidate, options=options))
         note = _note(path, found.origin, entry, about)
         _check_licence(str(path), note, commercial_ok)
-        system = _build(found, str(path), classes, overrides)
-        system.source = {**note, **(system.source or {})}
-    try:
-        return system.eval().to(device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        words = str(error).split("\n")[0][:160]
-        raise UsageError(f"device {str(device)!r} is not available ({words}); use 'cpu'") from None
+        # The classes of files in the catalogue are known, those of others only if the file has names.
+        names = found.candidate.options.get("classes", ())
+        assumed = entry is None and not has_names(about, len(names))
+        system = build_official(
+            found.origin, found.candidate, found.state, str(path), classes, overrides, assumed=assumed
+        )
+        ignored = {"ignored": list(found.ignored)} if found.ignored else {}
+        system.source = {**note, **ignored, **(system.source or {})}
+    return system
 
 
 def convert(
@@ -116,9 +133,13 @@ def convert(
 
 def _locate(source: str | Path, commercial_ok: bool) -> tuple[Path, Entry | None]:
     """The path of a source, downloaded if necessary, and its entry in the catalogue."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return path, None
+    path = Path(source)
+    try:
+        path = path.expanduser()
+        if path.exists():
+            return path, None
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a null character
+        raise CheckpointError(f"{shown(source)}: not a valid path ({shown(error)}); check the path") from None
     entry = find(str(source))
     if entry is not None and entry.by_hand:
         page, _, file = entry.url.partition("#")
@@ -168,7 +189,8 @@ def _check_licence(path: str, note: Mapping[str, Any], commercial_ok: bool) -> N
 class _Match:
     origin: Origin
     candidate: Candidate
-    state: Mapping[str, Tensor]  # with the keys of the file
+    state: Mapping[str, Tensor]  # with the keys of the file, without a common prefix
+    ignored: tuple[str, ...] = ()  # keys of other things beside the network
 
     @property
     def label(self) -> str:
@@ -183,28 +205,53 @@ def recognise(state: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[tup
         about: What `read_state` returned about it.
     """
     shapes = {k: tuple(v.shape) for k, v in state.items()}
-    return [(origin, candidate) for origin in origins() for candidate in origin.candidates(shapes, about)]
+    return [(origin, candidate) for origin in origins() for candidate in _candidates(origin, shapes, about, [])]
+
+
+def _candidates(origin: Origin, shapes: Shapes, about: Mapping[str, Any], failures: list[Exception]) -> list[Candidate]:
+    """The variants of a layout that a file matches; none if it lacks tensors that the layout has, or their axes."""
+    try:
+        return origin.candidates(shapes, about)
+    except (LookupError, ArithmeticError, TypeError, ValueError, StopIteration) as error:
+        failures.append(error)
+        return []
+
+
+def _matches(state: Mapping[str, Tensor], about: Mapping[str, Any], failures: list[Exception]) -> list[_Match]:
+    """The layouts that the keys match, as they are or without prefixes that wrappers of modules add."""
+    for view, ignored in views(state):
+        shapes = {k: tuple(v.shape) for k, v in view.items()}
+        found = [
+            _Match(origin, candidate, view, ignored)
+            for origin in origins()
+            for candidate in _candidates(origin, shapes, about, failures)
+        ]
+        if found:
+            return found
+    return []
 
 
 def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: str | None, path: str) -> _Match:
     """The layout and variant of a file."""
-    found = [_Match(origin, candidate, state) for origin, candidate in recognise(state, about)]
+    failures: list[Exception] = []
+    found = _matches(state, about, failures)
     if not found:
         known: dict[str, list[str]] = {}
         for origin in origins():
             known.setdefault(origin.system, []).append(origin.name)
         layouts = "; ".join(f"{system} ({', '.join(names)})" for system, names in known.items()) or "none"
+        first = ", ".join(shown(key) for key in list(state)[:3])
         raise UnknownLayoutError(
-            f"{path}: the {len(state)} keys ({', '.join(list(state)[:3])}, ...) match no supported system; supported "
-            f"layouts: {layouts}. Check that the file holds a whole system, not only a backbone"
-        )
+            f"{path}: the {len(state)} keys ({first}, ...) match no supported system; supported layouts: {layouts}. "
+            "Check that the file holds a whole system, not only a backbone"
+        ) from (failures[0] if failures else None)
     if variant is not None:
         chosen = [f for f in found if variant in (f.candidate.variant, f.label, f.origin.name)]
         if not chosen and len(found) == 1 and variant in (presets := system_class(found[0].origin.system).presets):
             kind = system_class(found[0].origin.system)
             options = kind.with_options(found[0].candidate.options, presets[variant].options)
             options["classes"] = found[0].candidate.options.get("classes", options.get("classes"))
-            chosen = [_Match(found[0].origin, Candidate(variant, options), state)]
+            chosen = [replace(found[0], candidate=Candidate(variant, options))]
         if not chosen:
             raise UsageError(
                 f"{path}: the keys and shapes do not match variant {variant!r}; they match "
@@ -226,129 +273,7 @@ def _fits(found: _Match, path: str) -> bool:
     """Whether the system can be built from the file."""
     try:
         with torch.random.fork_rng(devices=[]):  # keeps the random state for the system that is built afterwards
-            _build(found, path, None, {})
+            build_official(found.origin, found.candidate, found.state, path, None, {})
     except (CheckpointError, UsageError):
         return False
     return True
-
-
-# ---- constructing the system ----------------------------------------------------------------------------------------
-
-
-def _build(found: _Match, path: str, classes: Sequence[str] | None, overrides: Mapping[str, Any]) -> System:
-    """The system of an official file."""
-    origin, options = found.origin, dict(found.candidate.options)
-    kind = system_class(origin.system)
-    unknown = sorted(set(options) - set(_options_of(kind)))
-    if unknown:
-        raise CheckpointError(
-            f"{path}: in the {origin.name} layout it needs options that {origin.system} does not have: "
-            f"{', '.join(unknown)}"
-        )
-    state = origin.translate(dict(found.state), options, path)
-    layout = f"the {origin.name} layout of {origin.system}"
-    return _fill(kind, options, state, path, layout, classes, overrides, origin.absent)
-
-
-def _build_ours(
-    state: dict[str, Tensor],
-    metadata: Mapping[str, Any],
-    path: str,
-    classes: Sequence[str] | None,
-    overrides: Mapping[str, Any],
-) -> System:
-    """The system of a checkpoint in the format of this library."""
-    name, written = metadata["system"], metadata.get("version", "(unknown version)")
-    try:
-        kind = system_class(name)
-    except UnknownSystemError:
-        raise CheckpointError(
-            f"{path}: holds system {name!r}, written by maskwright {written}; this version ({__version__}) does not "
-            "have it. Install a version that does"
-        ) from None
-    options = kind.upgraded(metadata["options"])
-    options["classes"] = metadata["classes"] or options.get("classes", [])
-    gone = sorted(set(options) - set(_options_of(kind)))
-    if gone:
-        raise CheckpointError(
-            f"{path}: written by maskwright {written} with options that {name} does not have in this version "
-            f"({__version__}): {', '.join(gone)}. Load it with that version and save it without them"
-        )
-    system = _fill(kind, options, state, path, f"{name} with the options in its header", classes, overrides, ())
-    preprocess = preprocess_of(dict(metadata))
-    if preprocess is not None:
-        system.preprocess = _preprocess_for(system, preprocess, options, overrides)
-    return system
-
-
-def _preprocess_for(system: System, saved: Preprocess, options: Options, overrides: Mapping[str, Any]) -> Preprocess:
-    """The preprocessing stored in a file, with the fields that `overrides` change."""
-    if not overrides:
-        return saved
-    with torch.device("meta"):
-        before = type(system).rebuild(options).preprocess
-    after = system.preprocess
-    names = [field.name for field in fields(Preprocess)]
-    changed = {name: getattr(after, name) for name in names if getattr(after, name) != getattr(before, name)}
-    # A size equal to that in the file's options counts too, because training may have changed the stored one.
-    given = overrides.get("resize")
-    if isinstance(given, Resize):
-        given = given.to_options()
-    stated = {name for name, value in given.items() if value is not None} if isinstance(given, Mapping) else set()
-    changed |= {name: getattr(after, name) for name in names if name in stated}
-    return replace(saved, **changed)
-
-
-def _options_of(kind: type[System]) -> list[str]:
-    """Names of the constructor's parameters."""
-    return list(inspect.signature(kind.__init__).parameters)[1:]
-
-
-def _fill(
-    kind: type[System],
-    options: Options,
-    state: Mapping[str, Tensor],
-    path: str,
-    layout: str,
-    classes: Sequence[str] | None,
-    overrides: Mapping[str, Any],
-    absent: Sequence[str],
-) -> System:
-    """Construct a system and load a state dict into it."""
-    old = tuple(options.get("classes", ()))
-    if issubclass(kind, ProposalSystem):
-        classes = None
-    final = kind.with_options(options, overrides) | ({} if classes is None else {"classes": list(classes)})
-    _check_classes(classes)
-    system = kind.rebuild(final)
-    state = renamed(state, system)
-    kept: tuple[str, ...] | None = None
-    if tuple(system.classes) != old:
-        if not system.class_rows():
-            raise UsageError(f"{path}: {kind.name} does not support replacing its classes; load it without `classes`")
-        state, kept = adapt_classes(state, system, old)
-    weight = system.input_weight()
-    if weight is not None and weight in state:
-        channels = system.state_dict()[weight].shape[1]
-        if channels != state[weight].shape[1] and "in_channels" in overrides:
-            state[weight] = widen_input(state[weight], channels)
-    new = [
-        part for part in kind.optional_networks
-        if overrides and not any(key.startswith(part) for key in state)
-    ]  # fmt: skip
-    absent = (*absent, *(f"^{re.escape(part)}" for part in new))
-    system.load_state_dict(fit(state, system, path, layout, absent), strict=True)
-    if kept is not None:
-        system.source = {"classes_kept": list(kept)}
-    return system
-
-
-def _check_classes(classes: Sequence[str] | None) -> None:
-    if classes is None:
-        return
-    if isinstance(classes, str) or not classes or not all(isinstance(c, str) and c.strip() for c in classes):
-        raise UsageError(f"`classes` must be a list of at least one name, got {classes!r}")
-    folded = [c.strip().casefold() for c in classes]
-    twice = sorted({c for c in folded if folded.count(c) > 1})
-    if twice:
-        raise UsageError(f"`classes` contains {', '.join(map(repr, twice))} more than once; class names must be unique")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,11 +61,20 @@ def class_names(count: int) -> tuple[str, ...]:
         count: Number of classes, without background.
 
     Returns:
-        The names of COCO for 80 classes, of VOC for 20, of Cityscapes for 8, ("person",) for one; otherwise
-        "class 0", "class 1", ...
+        The names of COCO for 80 classes, of VOC for 20, of Cityscapes for 8; otherwise "class 0", "class 1", ...
     """
-    known = {len(COCO): COCO, len(VOC): VOC, len(CITYSCAPES): CITYSCAPES, 1: ("person",)}
+    known = {len(COCO): COCO, len(VOC): VOC, len(CITYSCAPES): CITYSCAPES}
     return known.get(count) or tuple(f"class {k}" for k in range(count))
+
+
+def is_placeholder(name: str) -> bool:
+    """Whether a class name is one that `class_names` makes up."""
+    return re.fullmatch(r"class \d+", name) is not None
+
+
+def has_names(about: Mapping[str, Any], count: int) -> bool:
+    """Whether the file, or the folder, has names for `count` classes; see `named_by`."""
+    return len(_stored_names(about)) == count
 
 
 def segment_names(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:

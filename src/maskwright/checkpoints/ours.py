@@ -1,8 +1,9 @@
 """The checkpoint format of this library: a .safetensors file whose header describes the system.
 
 Entries of the header, all strings: "format" ("maskwright"), "format_version", "version" (of the library), "system",
-"options", "classes", "preprocess", "source" (origin and licence of the weights) and "extra" (added by the caller of
-`save`); the last five are JSON. Unknown entries are ignored, so that later versions can add some.
+"options", "classes", "preprocess", "source" (origin and licence of the weights), "extra" (added by the caller of
+`save`) and "crc32" (checksums of the tensors); the last six are JSON. Unknown entries are ignored, so that later
+versions can add some.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from maskwright._version import __version__
+from maskwright.checkpoints.budget import Budget, shown
+from maskwright.checkpoints.checksums import ENTRY, checksums
+from maskwright.checkpoints.containers import check_depth
 from maskwright.checkpoints.reading import read_state
 from maskwright.errors import CheckpointError, UsageError
 from maskwright.files import atomic_path
@@ -53,8 +57,10 @@ def save(system: System, path: str | Path, extra: dict[str, Any] | None = None) 
         "source": _json(system.source or {}, path, "source"),
         "extra": _json(extra or {}, path, "extra"),
     }
+    state = _unshared(system.state_dict())
+    metadata[ENTRY] = checksums(state)
     with atomic_path(path, CheckpointError) as part:
-        save_file(_unshared(system.state_dict()), part, metadata=metadata)
+        save_file(state, part, metadata=metadata)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -94,7 +100,8 @@ def parse_metadata(about: dict[str, Any]) -> dict[str, Any]:
         CheckpointError: If an entry is missing or not valid JSON of the expected type.
     """
     path, raw = about["path"], about["metadata"]
-    known: dict[str, Any] = dict(raw)
+    known: dict[str, Any] = {k: v for k, v in raw.items() if k != ENTRY}
+    budget = Budget.for_size(path, sum(map(len, raw.values())))
     for entry, kind in (("options", dict), ("classes", list), ("preprocess", dict), ("source", dict), ("extra", dict)):
         try:
             known[entry] = json.loads(raw.get(entry) or json.dumps(kind()))
@@ -103,16 +110,29 @@ def parse_metadata(about: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(known[entry], kind):
             expected = "object" if kind is dict else "array"
             raise CheckpointError(f"{path}: header entry {entry!r} must be a JSON {expected}; save the file again")
+        check_depth(known[entry], path, budget)
+    if not all(isinstance(name, str) and name.strip() for name in known["classes"]):
+        raise CheckpointError(f"{path}: header entry 'classes' must be an array of names; save the file again")
     if not raw.get("system"):
         raise CheckpointError(f"{path}: the header has no entry 'system'; save the file again")
     return known
 
 
 def preprocess_of(metadata: dict[str, Any]) -> Preprocess | None:
-    """The preprocessing stored in a parsed header; None if there is none. Unknown fields are ignored."""
+    """The preprocessing stored in a parsed header; None if there is none. Unknown fields are ignored.
+
+    Raises:
+        CheckpointError: If a value has the wrong type or is out of range.
+    """
     known = {field.name for field in fields(Preprocess)}
     values = {k: v for k, v in metadata["preprocess"].items() if k in known}
-    return Preprocess.from_dict(values) if values else None
+    try:
+        return Preprocess.from_dict(values) if values else None
+    except UsageError as error:
+        raise CheckpointError(
+            f"{metadata.get('path', 'the file')}: header entry 'preprocess' is invalid ({shown(error, 200)}); save the "
+            "file again"
+        ) from None
 
 
 def _json(value: Any, path: Path, entry: str) -> str:

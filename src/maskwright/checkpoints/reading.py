@@ -5,56 +5,36 @@ from __future__ import annotations
 import io
 import json
 import re
+import stat
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskwright.checkpoints.budget import Budget, shown, unexpected_as_errors
+from maskwright.checkpoints.checksums import verify
+from maskwright.checkpoints.containers import named, weights_in
+from maskwright.checkpoints.foreign import foreign_zip, refuse_foreign
+from maskwright.checkpoints.records import StorageRecord
 from maskwright.checkpoints.torch7 import MARKS, read_torch7
-from maskwright.checkpoints.unpickling import (
-    StorageKind,
-    StorageRecord,
-    byte_order_fits,
-    settle,
-    unpickle,
-)
+from maskwright.checkpoints.unpickling import StorageKind, byte_order_fits, settle, unpickle
 from maskwright.errors import CheckpointError, UnsafeCheckpointError
 
-# Keys under which code bases store the weights, in order of preference: averaged weights first.
-WRAPPERS = (
-    "state_dict_ema",
-    "model_ema",
-    "ema_model",
-    "ema",
-    "teacher",
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "module",
-    "shadow",
-    "net",
-    "network",
-    "params",
-    "weights",
-)
-PREFIXES = ("module.", "_orig_mod.")  # prefixes that DataParallel and torch.compile add to every key
 BLOAT = 20  # maximum ratio of the unpacked size of a zip file to its own; torch stores weights uncompressed
 HEADER = 100 << 20  # maximum size of a safetensors header in bytes, as in the safetensors library
-
-Read = tuple[Any, dict[str, Any]]
 
 
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read all tensors of a checkpoint file.
 
     Supported are safetensors, both formats of `torch.save`, Torch 7, pickles of arrays (detectron2, Caffe2) and Hugging
-    Face folders. In nested containers the averaged weights are preferred, then the usual names (`WRAPPERS`). A prefix
-    such as "module." that all keys have is removed.
+    Face folders. In nested containers the averaged weights are preferred, then the usual names
+    (`containers.WRAPPERS`). A prefix such as "module." that all keys have is removed.
 
     Args:
         path: A file or a folder.
@@ -74,88 +54,81 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: If the file is missing, damaged or in an unsupported format.
     """
     path = Path(path)
+    with unexpected_as_errors(path):
+        return _read(path)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     name = str(path)
     about: dict[str, Any] = {"path": name, "wrapper": []}
     about |= {part: {} for part in ("metadata", "config", "preprocessor", "container")}
     try:
-        if path.is_dir():
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
             return _folder(path, about)
-        if not path.exists():
-            raise CheckpointError(f"{name}: no such file; check the path")
-        content, found = _file(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{name}: not a regular file but a device, socket or pipe; pass the path of a file")
+        return _file(path, about)
     except CheckpointError:
         raise
+    except FileNotFoundError:
+        raise CheckpointError(f"{name}: no such file; check the path") from None
     except OSError as error:
         raise CheckpointError(f"{name}: cannot be read ({error.strerror or error}); check the file") from None
-    about.update(found)
-    if about["format"] == "safetensors":
-        return _named(content, about)
-    return _named(_weights(content, about), about)
+    except ValueError as error:
+        if "null" in str(error):  # an embedded null byte
+            raise CheckpointError(f"{shown(name)!r}: not a valid path; check the path") from None
+        raise
 
 
 # ---- recognising the format by content; file names are unreliable ---------------------------------------------------
 
 
-def _file(path: Path) -> Read:
-    """The content of a file of any format, and its format."""
-    size = path.stat().st_size
+def _file(path: Path, about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of any format, and its description."""
     name = str(path)
     with path.open("rb") as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
         head = file.read(512)
         file.seek(0)
         if not head:
             raise CheckpointError(f"{name}: the file is empty; download it again")
-        if head.startswith(b"PK\x03\x04"):
-            return _settled(*_torch_zip(file, size, name), name)
         if _is_safetensors(head):
-            return _safetensors(path, size, int.from_bytes(head[:8], "little"))
-        if head[:1] == b"\x80" and head[1:2] <= b"\x05":
-            return _settled(*_pickles(file, size, name), name)
-        if head.startswith(MARKS):
-            return _settled(read_torch7(file.read(), name), "torch7", name)
-        _refuse_known(head, name)
-        if path.suffix.lower() in (".pkl", ".pickle", ".pth", ".pt", ".bin"):
-            return _settled(*_pickles(file, size, name), name)  # pickle protocols 0 and 1 have no signature
+            state, metadata = _safetensors(path, size, int.from_bytes(head[:8], "little"))
+            return named(state, about | {"format": "safetensors", "metadata": metadata})
+        budget = Budget.for_size(name, size)
+        content, about["format"] = _content(file, head, path, budget)
+        content = settle(content, budget)
+    return named(weights_in(content, about, budget), about)
+
+
+def _content(file: io.BufferedIOBase, head: bytes, path: Path, budget: Budget) -> tuple[Any, str]:
+    """The content of a file as records, and its format."""
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+        return _torch_zip(file, budget)
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
+        return _pickles(file, budget)
+    if head.startswith(MARKS):
+        return read_torch7(file.read(), budget), "torch7"
+    refuse_foreign(head, path)
+    if path.suffix.lower() in (".pkl", ".pickle", ".pth", ".pt", ".bin", ".ckpt"):
+        return _pickles(file, budget)  # pickle protocols 0 and 1 have no signature
     raise CheckpointError(
-        f"{name}: unsupported file format; expected .safetensors, a torch file (.pth, .pt, .bin), a pickle of arrays "
+        f"{path}: unsupported file format; expected .safetensors, a torch file (.pth, .pt, .bin), a pickle of arrays "
         "(.pkl) or a Hugging Face folder"
     )
-
-
-def _settled(content: Any, form: str, name: str) -> Read:
-    return settle(content, name), {"format": form}
 
 
 def _is_safetensors(head: bytes) -> bool:
     return len(head) > 9 and head[8:].lstrip()[:1] == b"{" and int.from_bytes(head[:8], "little") <= HEADER
 
 
-def _refuse_known(head: bytes, name: str) -> None:
-    """Raise a specific error for common files that are not checkpoints."""
-    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<error")):
-        raise CheckpointError(
-            f"{name}: a web page, not weights; an error page or login page was saved instead, download the file again"
-        )
-    if text.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{name}: a Git LFS pointer, not the weights; run: git lfs pull")
-    if text.startswith(b"\x1f\x8b"):
-        raise CheckpointError(f"{name}: compressed with gzip; decompress it first")
-    if text.startswith(b"\x89hdf"):
-        raise CheckpointError(f"{name}: an HDF5 file (Keras), which is not supported; export it to .safetensors")
-    if head[257:262] == b"ustar":
-        raise CheckpointError(
-            f"{name}: a tar archive (torch's format of 2016, or an archived folder), which is not supported; extract "
-            "it, or load it with an old version of torch and save it again"
-        )
-    if text.startswith((b"{", b"[")) and not head[:1].isspace() and head.isascii() and b'"' in text:
-        raise CheckpointError(f"{name}: JSON text, not weights; pass the file with the weights")
-
-
 # ---- formats --------------------------------------------------------------------------------------------------------
 
 
-def _safetensors(path: Path, size: int, header: int) -> Read:
+def _safetensors(path: Path, size: int, header: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file in the format safetensors."""
     from safetensors import SafetensorError, safe_open
 
     if header + 8 > size:
@@ -164,37 +137,41 @@ def _safetensors(path: Path, size: int, header: int) -> Read:
         )
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            return {k: file.get_tensor(k) for k in names}, {"format": "safetensors", "metadata": file.metadata() or {}}
-    except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
-        words = str(error).split("\n")[0][:160]
+            state: dict[str, Tensor] = {k: file.get_tensor(k) for k in list(file.keys())}
+            metadata: dict[str, str] = file.metadata() or {}
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
-            f"{path}: the safetensors content is truncated or damaged ({words}); download the file again"
+            f"{path}: the safetensors content is truncated or damaged ({shown(error, 160)}); download the file again"
         ) from None
+    verify(state, metadata, str(path))
+    return state, metadata
 
 
-def _torch_zip(file: io.BufferedIOBase, size: int, name: str, depth: int = 0) -> tuple[Any, str]:
+def _torch_zip(file: io.BufferedIOBase, budget: Budget, depth: int = 0) -> tuple[Any, str]:
     """The content of a file in the zip format of `torch.save`."""
+    name, size = budget.path, _left(file)
     try:
         archive = zipfile.ZipFile(file)
         entries = {info.filename: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise CheckpointError(f"{name}: truncated or damaged ({error}); download the file again") from None
+    except (zipfile.BadZipFile, OSError, ValueError, LookupError, NotImplementedError, struct.error) as error:
+        raise CheckpointError(f"{name}: truncated or damaged ({shown(error)}); download the file again") from None
     claimed = sum(info.file_size for info in entries.values())
     if claimed > BLOAT * size + (1 << 20):
         raise CheckpointError(
             f"{name}: claims to unpack to {claimed} bytes from {size}, more than {BLOAT} times; not read, torch does "
             "not write such files"
         )
+    if not depth and claimed > size:  # compressed
+        larger = Budget.for_size(name, claimed)
+        budget.nodes, budget.bytes = larger.nodes, larger.bytes
     odd = [k for k, info in entries.items() if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]
     if odd:
         raise CheckpointError(
-            f"{name}: entry {odd[0]!r} of the zip file has an unsupported compression; save the file with torch"
+            f"{name}: entry {shown(odd[0])!r} of the zip file has an unsupported compression; save the file with torch"
         )
     roots = [key[: -len("data.pkl")] for key in entries if re.fullmatch(r"[^/]+/data\.pkl", key)]
     if len(roots) != 1:
-        inside = ", ".join(sorted(entries)[:3]) or "nothing"
-        raise CheckpointError(f"{name}: a zip archive without torch weights (it contains {inside}); extract it first")
+        raise CheckpointError(f"{name}: {foreign_zip(list(entries))}")
     root = roots[0]
     if f"{root}constants.pkl" in entries or any(key.startswith(f"{root}code/") for key in entries):
         raise UnsafeCheckpointError(
@@ -204,11 +181,13 @@ def _torch_zip(file: io.BufferedIOBase, size: int, name: str, depth: int = 0) ->
 
     def read(key: str) -> bytes:
         if key not in entries:
-            raise CheckpointError(f"{name}: entry {key!r} is missing; the file is damaged, download it again")
+            raise CheckpointError(f"{name}: entry {shown(key)!r} is missing; the file is damaged, download it again")
         try:
             return archive.read(entries[key])
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{name}: entry {key!r} is damaged ({error}); download the file again") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, ValueError, struct.error) as error:
+            raise CheckpointError(
+                f"{name}: entry {shown(key)!r} is damaged ({shown(error)}); download the file again"
+            ) from None
 
     if f"{root}byteorder" in entries and not byte_order_fits(read(f"{root}byteorder").strip() == b"little"):
         raise CheckpointError(f"{name}: written on a machine with the other byte order; convert it there")
@@ -216,33 +195,45 @@ def _torch_zip(file: io.BufferedIOBase, size: int, name: str, depth: int = 0) ->
 
     def storage(pid: Any) -> StorageRecord:
         if _nested(pid):
-            return _inner(pid[1], name, depth)
+            return _inner(pid[1], budget, depth)
         kind, key, count = _persistent(pid, name)
         if key not in storages:
             storages[key] = StorageRecord(key, kind.dtype, count, lambda: bytearray(read(f"{root}data/{key}")))
         return storages[key]
 
     pickled = read(f"{root}data.pkl")
-    return unpickle(io.BytesIO(pickled), len(pickled), name, storages=storage), "torch"
+    return unpickle(io.BytesIO(pickled), len(pickled), name, storage, budget), "torch"
 
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch's format before 1.6
 
 
-def _pickles(file: io.BufferedIOBase, size: int, name: str, depth: int = 0) -> tuple[Any, str]:
+def _left(file: io.BufferedIOBase) -> int:
+    """The number of bytes after the position of `file`."""
+    here = file.tell()
+    end = file.seek(0, io.SEEK_END)
+    file.seek(here)
+    return end - here
+
+
+def _pickles(file: io.BufferedIOBase, budget: Budget, depth: int = 0) -> tuple[Any, str]:
     """The content of a pickle of arrays, or of a file in the older format of `torch.save`."""
+    name, size = budget.path, file.tell() + _left(file)
 
     def left() -> int:
         return size - file.tell()
 
+    def read(storages: Callable[[Any], StorageRecord] | None = None) -> Any:
+        return unpickle(file, left(), name, storages, budget)
+
     def only_nested(pid: Any) -> StorageRecord:
         if _nested(pid):
-            return _inner(pid[1], name, depth)
+            return _inner(pid[1], budget, depth)
         raise UnsafeCheckpointError(
             f"{name}: the pickle refers to objects outside the file; refused, nothing was executed"
         )
 
-    first = unpickle(file, left(), name, storages=only_nested)
+    first = read(only_nested)
     if not isinstance(first, int) or first != _MAGIC:
         return first, "pickle"
 
@@ -250,7 +241,7 @@ def _pickles(file: io.BufferedIOBase, size: int, name: str, depth: int = 0) -> t
 
     def storage(pid: Any) -> StorageRecord:
         if _nested(pid):
-            return _inner(pid[1], name, depth)
+            return _inner(pid[1], budget, depth)
         kind, key, count = _persistent(pid, name)
         whole = storages.setdefault(key, StorageRecord(key, kind.dtype, count, bytearray))
         view = pid[5] if len(pid) > 5 else None
@@ -260,19 +251,19 @@ def _pickles(file: io.BufferedIOBase, size: int, name: str, depth: int = 0) -> t
             raise CheckpointError(f"{name}: an invalid view of storage {key!r}; the file is damaged, download it again")
         return StorageRecord(key, kind.dtype, count, lambda: _bytes_of(whole), shift=view[1])
 
-    unpickle(file, left(), name)  # torch's protocol version
-    system = unpickle(file, left(), name)
+    read()  # torch's protocol version
+    system = read()
     if isinstance(system, dict) and not byte_order_fits(bool(system.get("little_endian", True))):
         raise CheckpointError(f"{name}: written on a machine with the other byte order; convert it there")
-    content = unpickle(file, left(), name, storages=storage)
-    keys = unpickle(file, left(), name)
+    content = read(storage)
+    keys = read()
     for key in keys if isinstance(keys, list) else []:
         record = storages.get(key) if isinstance(key, str) else None
         if record is None:
             raise CheckpointError(f"{name}: a storage that no tensor uses; the file is damaged, download it again")
         count = int.from_bytes(file.read(8), "little", signed=True)
         length = count * (record.dtype or torch.uint8).itemsize
-        if count < record.count or length > left():
+        if not record.count <= count or length > left():
             raise CheckpointError(
                 f"{name}: storage {record.name!r} claims {count} elements, {record.count} are used and {left()} bytes "
                 "are left; the file is truncated or damaged, download it again"
@@ -298,93 +289,16 @@ def _nested(pid: Any) -> bool:
     return isinstance(pid, tuple) and len(pid) == 2 and pid[0] == "nested"
 
 
-def _inner(data: bytes, name: str, depth: int) -> StorageRecord:
+def _inner(data: bytes, budget: Budget, depth: int) -> StorageRecord:
     """A storage stored as a nested torch file, as `pickle.dump` of a tensor writes it."""
+    name = budget.path
     if depth:
         raise UnsafeCheckpointError(f"{name}: torch files nested more than once; refused, nothing was executed")
     read = _torch_zip if data.startswith(b"PK\x03\x04") else _pickles
-    content, _ = read(io.BytesIO(data), len(data), name, depth + 1)
+    content, _ = read(io.BytesIO(data), budget, depth + 1)
     if not isinstance(content, StorageRecord):
         raise UnsafeCheckpointError(f"{name}: a nested torch file without a storage; refused, nothing was executed")
     return content
-
-
-# ---- containers -----------------------------------------------------------------------------------------------------
-
-
-def _weights(content: Any, about: dict[str, Any]) -> dict[str, Tensor]:
-    """The state dict inside nested containers; plain values beside it are stored in about["container"]."""
-    name = about["path"]
-    if isinstance(content, Tensor):
-        raise CheckpointError(
-            f"{name}: contains a single tensor of shape {tuple(content.shape)}; expected a state dict"
-        )
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{name}: contains a {type(content).__name__}; expected a state dict")
-    if about["format"] == "pickle" and ("blobs" in content or _looks_like_blobs(content)):
-        about["layout"] = "caffe2"
-        blobs = content.get("blobs", content)
-        return {k: v for k, v in blobs.items() if isinstance(v, Tensor) and not k.endswith("_momentum")}
-    for _ in range(6):
-        inside = next((k for k in WRAPPERS if _holds_tensors(content.get(k))), None)
-        if inside is None:
-            break
-        about["container"].update(_plain_values({k: v for k, v in content.items() if k != inside}))
-        about["wrapper"].append(inside)
-        content = content[inside]
-    return dict(_flat(content, "", 0))
-
-
-def _holds_tensors(value: Any, depth: int = 3) -> bool:
-    if not isinstance(value, dict) or depth == 0:
-        return False
-    return any(isinstance(v, Tensor) for v in value.values()) or any(
-        _holds_tensors(v, depth - 1) for k, v in value.items() if k in WRAPPERS or depth == 3
-    )
-
-
-def _flat(content: Mapping[Any, Any], prefix: str, depth: int) -> Iterator[tuple[str, Tensor]]:
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, dict) and depth < 4:
-            yield from _flat(value, f"{prefix}{key}.", depth + 1)
-
-
-def _looks_like_blobs(content: Mapping[Any, Any]) -> bool:
-    names = [k for k, v in content.items() if isinstance(v, Tensor) and isinstance(k, str)]
-    return len(names) > 4 and not any("." in k for k in names) and sum(k.endswith(("_w", "_b")) for k in names) > 2
-
-
-def _plain_values(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """Short values other than tensors: dates, class names, arguments; without optimizer states."""
-
-    def small(value: Any, depth: int) -> Any:
-        if isinstance(value, str):
-            return value[:100_000]
-        if value is None or isinstance(value, bool | int | float):
-            return value
-        if depth < 4 and isinstance(value, dict) and len(value) <= 2000:
-            return {str(k): s for k, v in value.items() if (s := small(v, depth + 1)) is not _DROPPED}
-        if depth < 4 and isinstance(value, list | tuple) and len(value) <= 3000:
-            return [s for v in value if (s := small(v, depth + 1)) is not _DROPPED]
-        return _DROPPED
-
-    return small({k: v for k, v in values.items() if k not in ("optimizer", "optimizer_states", "scheduler")}, 0)
-
-
-_DROPPED = object()
-
-
-def _named(state: Mapping[Any, Tensor], about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors without the prefix that all keys have in common, and `about`."""
-    named = {str(k): v for k, v in state.items()}
-    if not named:
-        raise CheckpointError(f"{about['path']}: contains no tensors; pass the file with the weights")
-    for prefix in PREFIXES * 2:
-        if all(k.startswith(prefix) for k in named):
-            named = {k.removeprefix(prefix): v for k, v in named.items()}
-    return named, about
 
 
 # ---- folders --------------------------------------------------------------------------------------------------------
@@ -410,7 +324,7 @@ def _folder(folder: Path, about: dict[str, Any]) -> tuple[dict[str, Tensor], dic
             expected = "" if weights else "; expected model.safetensors, a sharded index or pytorch_model.bin"
             raise CheckpointError(f"{folder}: the folder contains {reason}{expected}")
         whole = weights[0]
-    state, inner = read_state(whole)
+    state, inner = _file(whole, {**about, "path": str(whole), "wrapper": []})
     return state, {**inner, **about, "metadata": inner["metadata"], "wrapper": inner["wrapper"]}
 
 
@@ -421,18 +335,19 @@ def _shards(folder: Path, index: Path, about: dict[str, Any]) -> tuple[dict[str,
         raise CheckpointError(f"{index}: no valid 'weight_map' from keys to files; download the folder again")
     state: dict[str, Tensor] = {}
     for shard in sorted(set(table.values())):
-        if Path(shard).name != shard or shard in ("..", "."):
-            raise UnsafeCheckpointError(f"{index}: refers to {shard!r}, which is outside the folder; refused")
+        if Path(shard).name != shard or shard in ("..", ".") or "\\" in shard or "\0" in shard:
+            raise UnsafeCheckpointError(f"{index}: refers to {shown(shard)!r}, which is outside the folder; refused")
         if not (folder / shard).is_file():
-            raise CheckpointError(f"{folder}: the file {shard} listed in {index.name} is missing; download it")
-        state.update(read_state(folder / shard)[0])
+            raise CheckpointError(f"{folder}: the file {shown(shard)} listed in {index.name} is missing; download it")
+        state.update(_file(folder / shard, {"path": str(folder / shard), "wrapper": [], "container": {}})[0])
     missing = [k for k in table if k not in state]
     if missing:
         raise CheckpointError(
-            f"{folder}: {index.name} lists {len(missing)} keys that no file contains, such as {missing[0]!r}; download "
+            f"{folder}: {index.name} lists {len(missing)} keys that no file contains, such as {shown(missing[0])!r}; "
+            "download "
             "the folder again"
         )
-    return _named(state, about)
+    return named(state, about)
 
 
 def _json(path: Path) -> dict[str, Any]:

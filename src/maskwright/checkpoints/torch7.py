@@ -10,23 +10,23 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from maskwright.checkpoints.unpickling import StorageRecord, TensorRecord
+from maskwright.checkpoints.budget import Budget, shown
+from maskwright.checkpoints.records import StorageRecord, TensorRecord
 from maskwright.errors import CheckpointError
 
 MARKS = (b"\x03\0\0\0", b"\x04\0\0\0")  # first bytes of a file that holds a table or an object
 NIL, NUMBER, STRING, TABLE, OBJECT, BOOLEAN, FUNCTION, OLD_CLOSURE, CLOSURE = range(9)
 DEEPEST = 64  # maximum depth of nesting
-MOST = 100_000  # maximum number of modules, with shared ones counted at each occurrence
 KINDS = {
     "Byte": torch.uint8, "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64,
     "Half": torch.float16, "Float": torch.float32, "Double": torch.float64, "": torch.float32,
 }  # fmt: skip
+LARGEST_KEY = 1 << 60  # larger integers can be chosen so that their hashes collide
 KEPT = ("weight", "bias", "a", "b", "running_mean", "running_var")  # fields of a module; others are buffers
 
 
@@ -43,12 +43,12 @@ class LuaObject:
     fields: dict[Any, Any] = field(default_factory=dict)
 
 
-def read_torch7(data: bytes, path: str) -> dict[str, TensorRecord]:
+def read_torch7(data: bytes, budget: Budget) -> dict[str, TensorRecord]:
     """Read the parameters of the network in a Torch 7 file.
 
     Args:
         data: Content of the file.
-        path: The file, for messages.
+        budget: What reading the file may cost.
 
     Returns:
         The parameters by name; `unpickling.settle` turns them into tensors.
@@ -56,39 +56,45 @@ def read_torch7(data: bytes, path: str) -> dict[str, TensorRecord]:
     Raises:
         CheckpointError: If the file is damaged or contains no network.
     """
+    path = budget.path
     content = _Reader(data, path).value(0)
     if isinstance(content, dict):
         content = content.get("model", content)
     if not isinstance(content, LuaObject | dict):
         raise CheckpointError(f"{path}: expected a Torch 7 network, got a {type(content).__name__}")
     fields = content.fields if isinstance(content, LuaObject) else content
-    walk = _Walk(path)
-    found = dict(walk.parameters(content, "", frozenset())) if "modules" in fields else {}
+    walk = _Walk(budget)
+    if "modules" in fields:
+        walk.visit(content, "", frozenset())
     for name, value in fields.items():
         if isinstance(value, LuaObject) and isinstance(name, str):
-            found |= dict(walk.parameters(value, f"{name}.", frozenset()))
-    return found
+            walk.visit(value, f"{name}.", frozenset())
+    return walk.found
 
 
 class _Walk:
     """Depth-first traversal of the modules of a network."""
 
-    def __init__(self, path: str):
-        self.path, self.count = path, 0
+    def __init__(self, budget: Budget):
+        self.budget = budget
+        self.found: dict[str, TensorRecord] = {}
 
-    def parameters(self, module: Any, prefix: str, above: frozenset[int]) -> Iterator[tuple[str, TensorRecord]]:
+    def visit(self, module: Any, prefix: str, above: frozenset[int]) -> None:
+        """Collect the parameters of a module and of the modules in it; `above` are those that contain it."""
         fields = module.fields if isinstance(module, LuaObject) else module
         if not isinstance(fields, dict) or id(fields) in above:
             return
-        self.count += 1
-        if self.count > MOST:
-            raise CheckpointError(f"{self.path}: more than {MOST} modules; this is not a checkpoint")
+        if len(above) > DEEPEST:
+            raise CheckpointError(
+                f"{self.budget.path}: modules nested more than {DEEPEST} deep; this is not a checkpoint"
+            )
+        self.budget.spend_nodes(1 + len(KEPT) + len(prefix) // 8)
         for name in KEPT:
             if isinstance(fields.get(name), TensorRecord):
-                yield f"{prefix}{name}", fields[name]
+                self.found[f"{prefix}{name}"] = fields[name]
         inner = fields.get("modules")
         for number, child in inner.items() if isinstance(inner, dict) else ():
-            yield from self.parameters(child, f"{prefix}{number}.", above | {id(fields)})
+            self.visit(child, f"{prefix}{number}.", above | {id(fields)})
 
 
 class _Reader:
@@ -137,11 +143,11 @@ class _Reader:
             result = self.seen[number] = LuaObject(kind)
             fields = self.value(depth + 1)
             if not isinstance(fields, dict):
-                raise self.damaged(f"an object of class {kind[:40]!r} without fields")
+                raise self.damaged(f"an object of class {shown(kind, 40)!r} without fields")
             result.fields = fields
             return result
         if found[1] not in KINDS:
-            raise self.damaged(f"a {kind[:40]}")
+            raise self.damaged(f"a {shown(kind, 40)}")
         if found[2] == "Storage":
             dtype, count = KINDS[found[1]], self.numbers("q", 1)[0]
             content = self.bytes(count * dtype.itemsize)
@@ -162,7 +168,7 @@ class _Reader:
         for _ in range(self.integer()):
             key = self.value(depth + 1)
             value = self.value(depth + 1)
-            if isinstance(key, str | int | float):
+            if isinstance(key, str | float) or (isinstance(key, int) and abs(key) < LARGEST_KEY):
                 table[key] = value
         return table
 

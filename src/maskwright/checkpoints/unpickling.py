@@ -12,25 +12,35 @@ checking that their size matches the available bytes, so that a small file canno
 from __future__ import annotations
 
 import io
-import math
 import pickle
 import re
+import struct
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from maskwright.checkpoints.budget import Budget, shown
+from maskwright.checkpoints.records import ArrayRecord, Plain, StorageRecord, TensorRecord, TypeRecord
 from maskwright.errors import CheckpointError, UnsafeCheckpointError
 
-EXPANDED = 1 << 24  # maximum number of elements of a tensor that repeats those of its storage (stride 0)
+# What the reading of a damaged program raises.
+_DAMAGE = (
+    pickle.UnpicklingError, EOFError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError,
+    AssertionError, SystemError, struct.error,
+)  # fmt: skip
+_LARGEST_KEY = 1 << 60  # hashes of larger integers can be chosen to collide, which makes dicts quadratic
 
 
 def unpickle(
-    file: io.BufferedIOBase, size: int, path: str, storages: Callable[[Any], StorageRecord] | None = None
+    file: io.BufferedIOBase,
+    size: int,
+    path: str,
+    storages: Callable[[Any], StorageRecord] | None = None,
+    budget: Budget | None = None,
 ) -> Any:
     """Read one pickle.
 
@@ -39,6 +49,7 @@ def unpickle(
         size: Number of bytes left in the file.
         path: The file, for messages.
         storages: Function from torch's persistent ids to storages; None if there must be none.
+        budget: That of the whole file; None: one for `size`.
 
     Returns:
         Containers with records, to be passed to `settle`. Byte strings of Python 2 are decoded as latin-1.
@@ -48,10 +59,11 @@ def unpickle(
         CheckpointError: If the pickle is damaged.
     """
     try:
-        return _Machine(_Bounded(file, size, path), path, storages).load()
+        budget = budget or Budget.for_size(path, size)
+        return _Machine(_Bounded(file, size, path), path, storages, budget).load()
     except CheckpointError:
         raise
-    except (pickle.UnpicklingError, EOFError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as e:
+    except _DAMAGE as e:
         raise CheckpointError(
             f"{path}: the pickle is truncated or damaged ({_words(e)}); download the file again"
         ) from None
@@ -59,12 +71,12 @@ def unpickle(
         raise CheckpointError(f"{path}: the pickle needs more memory than a checkpoint should; not read") from None
 
 
-def settle(value: Any, path: str) -> Any:
+def settle(value: Any, budget: Budget) -> Any:
     """Convert the records inside plain containers to tensors and arrays.
 
     Args:
         value: What `unpickle` returned; not modified.
-        path: The file, for messages.
+        budget: What the file may still cost.
 
     Returns:
         The same containers with tensors. Objects that occur several times are converted once.
@@ -73,6 +85,7 @@ def settle(value: Any, path: str) -> Any:
         UnsafeCheckpointError: If an array holds objects other than numbers and strings.
         CheckpointError: If a record does not match the available bytes.
     """
+    path = budget.path
     seen: dict[int, Any] = {}
     keep: list[Any] = []  # keeps the objects alive, whose ids are the keys of `seen`
 
@@ -83,10 +96,12 @@ def settle(value: Any, path: str) -> Any:
             if depth > 64:
                 raise CheckpointError(f"{path}: containers nested more than 64 deep; this is not a checkpoint")
             keep.append(item)
+        if isinstance(item, dict | list | tuple):
+            budget.spend_nodes(len(item))
         if isinstance(item, TensorRecord):
-            result: Any = item.tensor(path)
+            result: Any = item.tensor(budget)
         elif isinstance(item, ArrayRecord):
-            result = item.value(path)
+            result = item.value(budget)
         elif isinstance(item, dict):
             result = seen[id(item)] = {}  # registered before its contents, because a container may contain itself
             result.update((k, visit(v, depth + 1)) for k, v in item.items())
@@ -103,166 +118,6 @@ def settle(value: Any, path: str) -> Any:
         return result
 
     return visit(value, 0)
-
-
-@dataclass(eq=False)
-class StorageRecord:
-    """A contiguous block of elements that tensors are views of.
-
-    Attributes:
-        name: Its key in the file.
-        dtype: Type of the elements; None for bytes, whose type the tensor states.
-        count: Number of elements.
-        read: Returns the bytes; called at most once.
-        shift: Elements before the start of this view of the storage.
-    """
-
-    name: str
-    dtype: torch.dtype | None
-    count: int
-    read: Callable[[], bytearray]
-    shift: int = 0
-    _bytes: bytearray | None = None
-
-    def typed(self, dtype: torch.dtype | None, path: str) -> Tensor:
-        """All elements as a one-dimensional tensor that shares memory with the other tensors of this storage."""
-        dtype = dtype or self.dtype or torch.uint8
-        if self._bytes is None:
-            self._bytes = self.read()
-        claimed = self.count * (self.dtype or torch.uint8).itemsize
-        if claimed > len(self._bytes):
-            raise CheckpointError(
-                f"{path}: storage {self.name!r} claims {claimed} bytes, but the file has {len(self._bytes)} for it; "
-                "it is truncated or damaged, download it again"
-            )
-        if len(self._bytes) < dtype.itemsize:
-            return torch.empty(0, dtype=dtype)
-        return torch.frombuffer(self._bytes, dtype=dtype, count=len(self._bytes) // dtype.itemsize)
-
-
-@dataclass(eq=False)
-class TensorRecord:
-    """A tensor as torch pickles it: a strided view of a storage.
-
-    Attributes:
-        storage: The storage.
-        offset: Index of the first element.
-        size: Shape.
-        stride: Strides in elements.
-        dtype: Type, if the storage has none.
-    """
-
-    storage: StorageRecord
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype | None = None
-
-    def tensor(self, path: str) -> Tensor:
-        """The tensor; CheckpointError if it does not fit into its storage."""
-        whole = (self.offset, *self.size, *self.stride)
-        if (
-            len(self.size) != len(self.stride)
-            or len(self.size) > 16
-            or not all(isinstance(v, int) and 0 <= v < 1 << 48 for v in whole)
-        ):
-            raise CheckpointError(
-                f"{path}: a tensor with an invalid size or stride; the file is damaged, download it again"
-            )
-        elements = self.storage.typed(self.dtype, path)
-        count = math.prod(self.size)
-        offset = self.offset + self.storage.shift
-        if not count:
-            return torch.empty(self.size, dtype=elements.dtype)
-        last = offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
-        if last >= len(elements) or (count > len(elements) and count > EXPANDED):
-            raise CheckpointError(
-                f"{path}: a tensor of size {self.size} does not fit into its storage {self.storage.name!r} of "
-                f"{len(elements)} elements; the file is damaged, download it again"
-            )
-        view = elements.as_strided(self.size, self.stride, offset)
-        # Cloned so that a small view does not keep a large storage alive; always contiguous.
-        return view.clone(memory_format=torch.contiguous_format) if count < len(elements) else view.contiguous()
-
-
-class TypeRecord:
-    """A NumPy dtype as pickled: its type code, and the byte order from its state."""
-
-    def __init__(self, letters: Any, *_: Any):
-        self.letters = letters if isinstance(letters, str) else "O"
-
-    def build(self, state: Any) -> None:
-        """Apply the pickled state."""
-        order = state[1] if isinstance(state, tuple) and len(state) > 1 else ""
-        if isinstance(order, str) and order in ("<", ">", "=", "|"):
-            self.letters = order + self.letters.lstrip("<>=|")
-
-    def dtype(self, path: str) -> np.dtype:
-        """The dtype; UnsafeCheckpointError for types other than numbers and strings."""
-        if not re.fullmatch(r"[<>=|]?([biufcSU]\d{1,9}|\?)", self.letters):
-            raise UnsafeCheckpointError(
-                f"{path}: an array of type {self.letters!r} may contain objects of any class; only numbers and strings "
-                "are supported, nothing was executed"
-            )
-        try:
-            return np.dtype(self.letters)
-        except TypeError:
-            raise CheckpointError(
-                f"{path}: invalid array type {self.letters!r}; the file is damaged, download it again"
-            ) from None
-
-    def __str__(self) -> str:
-        return self.letters
-
-
-class ArrayRecord:
-    """A NumPy array as pickled: shape, dtype and bytes from its state."""
-
-    shape: Any = ()
-    type: Any = None
-    raw: Any = b""
-    fortran = False
-
-    def build(self, state: Any) -> None:
-        """Apply the pickled state."""
-        self.shape, self.type, self.fortran, self.raw = state[-4:]
-
-    def value(self, path: str) -> Any:
-        """A tensor for an array of numbers, nested lists for one of strings."""
-        if not isinstance(self.type, TypeRecord):
-            raise CheckpointError(f"{path}: an array without a type; the file is damaged, download it again")
-        dtype = self.type.dtype(path)
-        raw = self.raw.encode("latin-1") if isinstance(self.raw, str) else self.raw
-        shape = self.shape if isinstance(self.shape, tuple) else (self.shape,)
-        if not all(isinstance(n, int) and 0 <= n < 1 << 48 for n in shape) or len(shape) > 16:
-            raise CheckpointError(f"{path}: an array with an invalid shape; the file is damaged, download it again")
-        if not isinstance(raw, bytes | bytearray) or len(raw) != math.prod(shape) * dtype.itemsize:
-            raise CheckpointError(
-                f"{path}: an array of shape {shape} and type {dtype} needs {math.prod(shape) * dtype.itemsize} bytes, "
-                f"the file has {len(raw) if isinstance(raw, bytes | bytearray) else 'none'}; download it again"
-            )
-        array = np.frombuffer(raw, dtype) if dtype.itemsize and len(raw) else np.empty(0, dtype)
-        array = array.reshape(shape, order="F" if self.fortran else "C")
-        if dtype.kind in "SU":
-            return array.tolist()
-        # torch needs a writable array in native byte order.
-        return torch.from_numpy(np.array(array, dtype=dtype.newbyteorder("="), order="C", copy=True))
-
-
-class Plain(dict):
-    """The attributes of an object of a class that is known to be harmless.
-
-    Attributes:
-        kind: Name of the class in the file.
-    """
-
-    kind = ""
-
-    def build(self, state: Any) -> None:
-        """Apply the pickled state."""
-        for part in state if isinstance(state, tuple) else (state,):
-            if isinstance(part, dict):
-                self.update(part)
 
 
 class _Maker:
@@ -312,9 +167,9 @@ class _Machine(_BASE):
     read: Callable[[int], bytes]
     readline: Callable[[], bytes]
 
-    def __init__(self, file: _Bounded, path: str, storages: Callable[[Any], StorageRecord] | None):
+    def __init__(self, file: _Bounded, path: str, storages: Callable[[Any], StorageRecord] | None, budget: Budget):
         super().__init__(file, fix_imports=False, encoding="latin1")
-        self.path, self.storages = path, storages
+        self.path, self.storages, self.budget = path, storages, budget
 
     def find_class(self, module: str, name: str) -> Any:
         module = re.sub(r"^numpy\._core\b", "numpy.core", module)
@@ -325,11 +180,13 @@ class _Machine(_BASE):
             return _Maker(full, _FUNCTIONS[full])
         if full == "torch.storage._load_from_bytes":
             return _Maker(full, self.nested)
+        if full == "numpy.core.multiarray.scalar":
+            return _Maker(full, self.scalar)
         if _PLAIN.fullmatch(full):
             return _Maker(full, _plain(full))
         raise UnsafeCheckpointError(
-            f"{self.path}: needs {module}.{name}, which is neither a tensor nor a plain container; refused, nothing "
-            "was executed. Ask the author for a state dict"
+            f"{self.path}: needs {shown(module)}.{shown(name)}, which is neither a tensor nor a plain container; "
+            "refused, nothing was executed. Ask the author for a state dict"
         )
 
     def nested(self, data: Any) -> StorageRecord:
@@ -339,6 +196,13 @@ class _Machine(_BASE):
                 f"{self.path}: a torch file inside a tensor storage; refused, nothing was executed"
             )
         return self.storages(("nested", bytes(data)))
+
+    def scalar(self, type_: Any, raw: Any = b"\0") -> Any:
+        """A NumPy scalar: a number or a string."""
+        record = ArrayRecord()
+        record.shape, record.type, record.raw = (), type_, raw
+        value = record.value(self.budget)
+        return value.item() if isinstance(value, Tensor) else value
 
     def persistent_load(self, pid: Any) -> Any:
         if self.storages is None:
@@ -352,6 +216,9 @@ class _Machine(_BASE):
             raise UnsafeCheckpointError(
                 f"{self.path}: calls a {type(maker).__name__}, which no checkpoint does; refused, nothing was executed"
             )
+        for argument in arguments:  # which most functions copy
+            if isinstance(argument, list | tuple | dict | set | frozenset | str | bytes | bytearray):
+                self.budget.spend_nodes(len(argument))
         return maker.function(*arguments, **(keywords or {}))
 
     def plain(self, value: Any, kinds: tuple[type, ...]) -> Any:
@@ -365,8 +232,10 @@ class _Machine(_BASE):
 
     def key(self, value: Any) -> Any:
         # Only flat keys, because hashing deeply nested tuples takes exponential time.
-        flat = all(isinstance(v, _SCALARS) for v in value) if isinstance(value, tuple) else isinstance(value, _SCALARS)
-        if not flat:
+        parts = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, tuple):
+            self.budget.spend_nodes(len(value))  # hashed again at every use
+        if not all(map(_is_key, parts)):
             raise UnsafeCheckpointError(
                 f"{self.path}: a {type(value).__name__} as key of a dict or element of a set; refused, nothing was "
                 "executed"
@@ -396,6 +265,8 @@ class _Machine(_BASE):
     def load_build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, TypeRecord | ArrayRecord | Plain):
+            for part in state if isinstance(state, tuple) else (state,):
+                self.budget.spend_nodes(len(part) if isinstance(part, dict) else 1)
             target.build(state)
         elif not isinstance(target, dict | TensorRecord):  # attributes of an OrderedDict or a tensor are not weights
             self.plain(target, (dict,))
@@ -468,6 +339,12 @@ _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's name
 
 _SCALARS = (str, bytes, int, float, bool, type(None))
 
+
+def _is_key(value: Any) -> bool:
+    """Whether a value is a key that dicts find in constant time."""
+    return isinstance(value, _SCALARS) and not (isinstance(value, int) and abs(value) >= _LARGEST_KEY)
+
+
 _STORAGES = {
     "Double": torch.float64,
     "Float": torch.float32,
@@ -498,6 +375,10 @@ class StorageKind:
 def _rebuild(storage: Any, offset: int, size: Any, stride: Any, dtype: torch.dtype | None = None) -> TensorRecord:
     if not isinstance(storage, StorageRecord):
         raise ValueError("a tensor without a storage")
+    if not isinstance(size, tuple | list) or not isinstance(stride, tuple | list):
+        raise ValueError("a tensor without size and stride")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError("a tensor with an invalid type")
     return TensorRecord(storage, offset, tuple(size), tuple(stride), dtype)
 
 
@@ -510,11 +391,11 @@ def _rebuild_from_type(function: Any, _type: Any, arguments: Any, _state: Any = 
 def _dictionary(*arguments: Any) -> dict[Any, Any]:
     items = next((a for a in arguments if isinstance(a, list | tuple | dict)), ())
     pairs = items.items() if isinstance(items, dict) else items
-    return {k: v for k, v in pairs if isinstance(k, _SCALARS)}
+    return {k: v for k, v in pairs if _is_key(k)}
 
 
 def _members(kind: Callable[[Any], Any]) -> Callable[..., Any]:
-    return lambda items=(): kind(v for v in items if isinstance(v, _SCALARS))
+    return lambda items=(): kind(v for v in items if _is_key(v))
 
 
 def _sequence(items: Any = (), *_: Any) -> list[Any]:
@@ -533,13 +414,6 @@ def _bytes(*arguments: Any) -> bytes:
     if arguments and not isinstance(arguments[0], bytes | bytearray | str):
         raise ValueError("bytes made from something else than bytes")
     return bytes(arguments[0], "latin-1") if arguments and isinstance(arguments[0], str) else bytes(*arguments[:1])
-
-
-def _scalar(type_: Any, raw: Any = b"\0") -> Any:
-    record = ArrayRecord()
-    record.shape, record.type, record.raw = (), type_, raw
-    value = record.value("a scalar")
-    return value.item() if isinstance(value, Tensor) else value
 
 
 def _array_from_buffer(raw: Any, type_: Any, shape: Any, order: Any = "C", *_: Any) -> ArrayRecord:
@@ -616,7 +490,6 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "numpy.core.multiarray._reconstruct": lambda *_: ArrayRecord(),
     "numpy.ndarray": lambda *_: ArrayRecord(),
     "numpy.core.numeric._frombuffer": _array_from_buffer,
-    "numpy.core.multiarray.scalar": _scalar,
     "numpy.dtype": TypeRecord,
     **{
         f"numpy.{name}": lambda value=0, *_: value if isinstance(value, int | float) else 0
@@ -650,8 +523,3 @@ def byte_order_fits(little: bool) -> bool:
         little: Whether the file is little-endian.
     """
     return little == (sys.byteorder == "little")
-
-
-def from_bytes(data: bytes, path: str) -> Any:
-    """Read a pickle in memory; see `unpickle`."""
-    return unpickle(io.BytesIO(data), len(data), path)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,6 +17,15 @@ from torch import Tensor
 from maskwright.errors import UsageError
 from maskwright.structures.batch import Batch
 from maskwright.structures.placement import Placement
+
+LARGEST_SIDE = 1 << 16  # of the network's input, in pixels
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "resample": ("pillow", "tensor", "opencv"),
+    "channels": ("RGB", "BGR"),
+    "fit": ("short", "stretch", "letterbox", "pad", "own"),
+    "sizes": ("rounded", "floored", "benchmark", None),
+    "corner": (True, False),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Preprocess:
         corner: Place the image of "letterbox" at the upper left.
 
     Raises:
-        ValueError: If a rule needs a canvas and there is none.
+        UsageError: If a value has the wrong type or is out of range, or a rule needs a canvas and there is none.
     """
 
     short: int = 800
@@ -63,8 +72,29 @@ class Preprocess:
     corner: bool = False
 
     def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+                raise _invalid(name, f"one of {', '.join(map(repr, choices))}", value)
+        for name, most in (("short", LARGEST_SIDE), ("long", 1 << 31), ("multiple", 1 << 12)):
+            if not _is_integer(getattr(self, name), most):
+                raise _invalid(name, f"an integer between 1 and {most}", getattr(self, name))
+        for name in ("mean", "std"):
+            row: Any = getattr(self, name)
+            least = -math.inf if name == "mean" else 0.0
+            if not isinstance(row, tuple) or not row or not all(_is_number(v, least) for v in cast(tuple[Any], row)):
+                raise _invalid(name, f"a tuple of finite numbers{' above 0' * (name == 'std')}", row)
+        if len(self.mean) != len(self.std):
+            raise UsageError(f"mean has {len(self.mean)} entries and std has {len(self.std)}; they must be as many")
+        if not _is_number(self.divide, 0.0):
+            raise _invalid("divide", "a finite number above 0", self.divide)
+        canvas: Any = self.canvas
+        if canvas is not None:
+            sides: tuple[Any, ...] = cast(tuple[Any, ...], canvas) if isinstance(canvas, tuple) else ()
+            if len(sides) != 2 or not all(_is_integer(side, LARGEST_SIDE) for side in sides):
+                raise _invalid("canvas", f"a height and a width between 1 and {LARGEST_SIDE}, or None", canvas)
         if self.fit in ("stretch", "letterbox") and self.canvas is None:
-            raise ValueError(f"fit={self.fit!r} needs `canvas` (height, width)")
+            raise UsageError(f"fit={self.fit!r} needs `canvas` (height, width)")
 
     @property
     def description(self) -> str:
@@ -94,9 +124,13 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocess:
-        """Return the preprocessing that `to_dict` has described."""
-        fields: dict[str, Any] = {k: tuple(cast(list[Any], v)) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+        """Return the preprocessing that `to_dict` has described; UsageError if a field is unknown or invalid."""
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise UsageError(f"preprocess has no field {name!r}; its fields are {', '.join(known)}")
+        own: dict[str, Any] = {k: tuple(cast(list[Any], v)) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**own)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as JSON values."""
@@ -208,6 +242,20 @@ class Preprocess:
         """
         done = [self.apply(image) for image in images]
         return Batch.collate([v for v, _ in done], [p for _, p in done], names=names, multiple=self.multiple)
+
+
+def _is_integer(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _is_number(value: Any, above: float) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:  # false for NaN
+        return False
+    return value > above
+
+
+def _invalid(name: str, expected: str, value: Any) -> UsageError:
+    return UsageError(f"preprocess: `{name}` must be {expected}, got {repr(value)[:80]}")
 
 
 def _pillow(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -62,7 +62,7 @@ class Resize(OptionGroup):
         if self.fit is not None:
             try:
                 changed = replace(changed, fit=self.fit)
-            except ValueError as error:
+            except UsageError as error:
                 raise UsageError(f"resize: {error}") from None
         if self.multiple is not None:
             changed = replace(changed, multiple=self.multiple)

@@ -105,7 +105,12 @@ def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
             "norm": _norm(shapes, "roi_heads.mask_head.mask_fcn1.norm."),
             "agnostic": shapes["roi_heads.mask_head.predictor.weight"][0] == 1 and count > 1,
         }
-    return options | {"classes": class_names(count)}
+    return options | {"classes": _keypoint_names(count, options) if keypoints else class_names(count)}
+
+
+def _keypoint_names(count: int, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """Class names of a keypoint head: with COCO's 17 keypoints, one class is a person."""
+    return ("person",) if count == 1 and options["keypoints"]["count"] == 17 else class_names(count)
 
 
 def _prefix(shapes: Shapes) -> str:
@@ -239,7 +244,7 @@ def _torchvision(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
             "convs": _count(shapes, r"^roi_heads\.keypoint_head\.(\d+)\."),
             "width": shapes["roi_heads.keypoint_head.0.weight"][0],
         }
-        return options | {"classes": class_names(count)}
+        return options | {"classes": _keypoint_names(count, options)}
     convs = _count(shapes, r"^roi_heads\.box_head\.(\d)\.0\.")
     last = f"roi_heads.box_head.{convs + 1}.weight" if convs else "roi_heads.box_head.fc7.weight"
     numbered = any(k.startswith("roi_heads.mask_head.0.") for k in shapes)
