@@ -176,7 +176,12 @@ def test_missing_files_and_folders(tmp_path: Path):
         read_image(tmp_path)
 
 
-def test_float_images_are_an_error(tmp_path: Path):
-    Image.fromarray(pixels()[..., 0].astype(np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(ImageError, match="float values of unknown range; convert it to 8 or 16 bits"):
+def test_float_images_are_scaled_or_an_error(tmp_path: Path):
+    grey = pixels()[..., 0].astype(np.float32)
+    for values, words in ((grey, "taken as 0 ... 255"), (grey / 255, "0 ... 1 becomes 0 ... 255")):
+        Image.fromarray(values).save(tmp_path / "a.tiff")
+        with pytest.warns(DataWarning, match=words):
+            assert (array(tmp_path / "a.tiff")[..., 0] == grey).all()
+    Image.fromarray(grey * 30).save(tmp_path / "a.tiff")
+    with pytest.raises(ImageError, match=r"float values of unknown range, up to .*; convert it to 8 or 16 bits"):
         read_image(tmp_path / "a.tiff")

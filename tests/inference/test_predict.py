@@ -78,15 +78,18 @@ def test_the_number_is_known_where_it_can_be(system, folder):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 10])
-def test_the_batch_changes_nothing(system, folder, batch):
+def test_the_batch_changes_nothing(system, tmp_path, batch):
+    sizes = [(37, 51), (64, 64), (44, 52), (33, 64), (60, 60), (48, 49)]  # padded to 48 x 64 and 64 x 64
+    for number, size in enumerate(sizes):
+        save(blocks(number + 1, size), tmp_path / f"p{number}.png")
     ready = prepare(system)
-    found = list(predict(ready, folder, batch=batch))
-    assert counts(found) == [1, 2, 3, 4]
+    found = list(predict(ready, tmp_path, batch=batch))
+    assert [p.path.name for p in found] == [f"p{number}.png" for number in range(6)]
     for prediction in found:
         alone = predict(system, prediction.path).found()
         assert alone.masks.rle() == prediction.found().masks.rle()
         assert torch.equal(alone.boxes, prediction.found().boxes)
-    assert ready.batches[: -(-4 // batch)] == [min(batch, 4 - start) for start in range(0, 4, batch)]
+    assert sorted(ready.batches) == {1: [1] * 6, 2: [2, 2, 2], 3: [1, 2, 3], 10: [2, 4]}[batch]
 
 
 def test_thresholds_reach_the_system(system, folder):
@@ -160,8 +163,14 @@ def test_a_single_bad_image_is_an_error(system, folder):
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        (torch.zeros(3, 8, 8), "a tensor must have dtype uint8"),
-        (np.zeros((8, 8, 3)), "an array must have dtype uint8, with values from 0 to 255; got float64"),
+        (torch.zeros(3, 8, 8, dtype=torch.complex64), "a tensor must be dense with real numbers"),
+        (np.zeros((8, 8, 3), np.complex64), "an array must have real numbers as values"),
+        (np.full((8, 8, 3), 300.5), "float values of unknown range"),
+        (np.full((8, 8, 3), np.nan), "values that are not finite"),
+        (np.full((8, 8, 3), -0.5), "float values from -0.5"),
+        (np.full((8, 8), 70000, np.int32), "int32 values from 70000 to 70000"),
+        (np.zeros((3, 40, 50), np.uint8), "channels last"),
+        (b"<html>404</html>", "not a supported image"),
         (torch.zeros(50, 40, 3, dtype=torch.uint8), "channels first"),
         (torch.zeros(5, 8, 8, dtype=torch.uint8), "has 5 channels, but the system expects 3"),
         (np.zeros((0, 8, 3), np.uint8), "has no pixels"),

@@ -1,5 +1,8 @@
 """Data sets: reading, checking, generated scenes, augmentation and batches."""
 
+import warnings
+from typing import Any
+
 from maskwright.data.augment import Augment
 from maskwright.data.check import CheckReport, check
 from maskwright.data.coco import read_coco
@@ -47,3 +50,10 @@ __all__ = [
     "without_keypoints",
     "write_panoptic",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "read_picture":  # the name in earlier development versions
+        warnings.warn("read_picture is now read_image", DeprecationWarning, stacklevel=2)
+        return read_image
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,12 @@ class Sample:
     path: Path | None = None
 
     @property
+    def picture(self) -> Tensor:
+        """The name of `image` in earlier development versions."""
+        warnings.warn("Sample.picture is now Sample.image", DeprecationWarning, stacklevel=2)
+        return self.image
+
+    @property
     def name(self) -> str:
         """Name for messages: the file, or the id if there is no file."""
         return str(self.path) if self.path is not None else str(self.id)
@@ -74,6 +81,10 @@ class Dataset(torch.utils.data.Dataset[Sample]):
     stuff: tuple[str, ...] = ()
     strict: bool = False
     has_areas: bool = True
+
+    def white(self) -> int | None:
+        """Return the value that becomes 255 in images with more than 8 bits; None if there are no such images."""
+        return None
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -168,6 +179,10 @@ class AdaptedDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.inner)
+
+    def white(self) -> int | None:
+        own: Any = getattr(self.inner, "white", None)
+        return own() if callable(own) else None
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from maskwright.data.augment import Augment, Drawn, Placed, place_target
 from maskwright.data.dataset import Dataset, Sample, as_dataset, mirrored_keypoints
 from maskwright.data.findings import DataWarning
+from maskwright.data.images import reading
 from maskwright.errors import DataError, ImageError, UsageError
 from maskwright.structures import Batch, Instances, Placement, Preprocess
 
@@ -259,7 +260,8 @@ class _Plan:
         """The image at `index`, or the next readable one."""
         for step in range(self.total):
             try:
-                sample = self.dataset[(index + step) % self.total]
+                with reading(self.preprocess):
+                    sample = self.dataset[(index + step) % self.total]
             except ImageError as error:
                 if self.dataset.strict:
                     raise

@@ -11,7 +11,7 @@ import torch
 from maskwright.data.dataset import Dataset, Sample
 from maskwright.data.findings import DataWarning, format_findings
 from maskwright.data.id_maps import read_map
-from maskwright.data.images import read_image
+from maskwright.data.images import common_white, read_image, white_words
 from maskwright.data.table import Table
 from maskwright.errors import AnnotationError, ImageError
 from maskwright.structures import Instances, Masks, Panoptic
@@ -41,6 +41,8 @@ class TableDataset(Dataset):
         self._bounds = table.bounds()
         self._labels, self._crowd = torch.from_numpy(table.labels), torch.from_numpy(table.crowd)
         self._ids = table.ids
+        self._white: int | None = None
+        self._white_known = False
 
     def __len__(self) -> int:
         return len(self.files)
@@ -52,7 +54,7 @@ class TableDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]
         path = self.folder / self.files[index]
-        image = read_image(path)
+        image = read_image(path, white=self.white)
         size = (image.shape[1], image.shape[2])
         if size != self._sizes[index]:
             height, width = self._sizes[index]
@@ -61,6 +63,13 @@ class TableDataset(Dataset):
                 "correct the listed size, or restore the image that was annotated"
             )
         return Sample(image, self.targets(index), self._image_ids[index], path)
+
+    def white(self) -> int | None:
+        if not self._white_known:
+            self._white, self._white_known = common_white([self.folder / file for file in self.files]), True
+            if self._white is not None and self._white < 0xFFFF:
+                warnings.warn(f"{self.folder}: {white_words(self._white)}", DataWarning, stacklevel=2)
+        return self._white
 
     def sizes(self) -> list[tuple[int, int]]:
         return list(self._sizes)

@@ -48,6 +48,9 @@ class View(Dataset):
         kept = target[self.order(target.labels)]
         return replace(kept, labels=self.labels[kept.labels])
 
+    def white(self) -> int | None:
+        return self.inner.white()
+
     def __len__(self) -> int:
         return len(self.positions)
 

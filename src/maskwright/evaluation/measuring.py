@@ -84,7 +84,7 @@ class Measurement:
             chosen = self._kinds(kinds)
             evaluator = self.task.evaluator(self.dataset, chosen, boundary and "segm" in chosen, detections)
             result_of, arguments = evaluator.result, {"examples": examples, "title": title}
-        for position, found in self.pairs:
+        for position, found in sorted(self.pairs, key=lambda pair: pair[0]):  # batches are not in order
             if isinstance(found, Panoptic) and self.task.name == "semantic":
                 evaluator.add_at(position, found.semantic())
             else:

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from maskwright.data import Dataset, DataWarning, as_dataset, evenly_spaced, open_dataset
+from maskwright.data.images import reading
 from maskwright.errors import ImageError, UsageError
 from maskwright.evaluation import Result
 from maskwright.evaluation.measuring import Measurement, answers, measure
 from maskwright.evaluation.speed import Stopwatch
 from maskwright.evaluation.tasks import TaskName, checked_options, default_of, task_called
-from maskwright.inference.predicting import ahead
+from maskwright.inference.predicting import ahead, padded_shape, window_of
 from maskwright.inference.preparing import chosen_device, precision, prepare
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed, suppression_words
 from maskwright.inference.tiles import check_tiles, predict_tiled, tile_words
-from maskwright.structures import Batch, Instances, Placement
+from maskwright.structures import Batch, Instances, Placement, Preprocess
+from maskwright.structures.batching import streamed_batches
 from maskwright.systems import System
 
 
@@ -140,13 +142,15 @@ def evaluate(
 
 
 def _read(
-    dataset: Dataset, indices: Sequence[int], prepared: Callable[[Tensor], Any], workers: int, depth: int
-) -> Iterator[tuple[int, Any]]:
+    dataset: Dataset, indices: Sequence[int], preprocess: Preprocess, prepared: Callable[[Tensor], Any], workers: int,
+    depth: int,
+) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """Index and prepared image, in order; None for one that cannot be read if the data set is not strict."""
 
     def load(index: int) -> tuple[int, Any]:
         try:
-            return index, prepared(dataset[index].image)
+            with reading(preprocess):
+                return index, prepared(dataset[index].image)
         except ImageError as error:
             return index, error
 
@@ -163,15 +167,15 @@ def _read(
 def _batches(
     system: System, dataset: Dataset, indices: Sequence[int], batch: int, workers: int
 ) -> Iterator[tuple[list[int], Batch]]:
-    group: list[tuple[int, tuple[Tensor, Placement]]] = []
-    left = len(indices)
-    for index, laid in _read(dataset, indices, system.preprocess.apply, workers, batch + workers):
-        left -= 1
-        if laid is not None:
-            group.append((index, laid))
-        if group and (len(group) == batch or not left):
-            yield [number for number, _ in group], _collated(system, [laid for _, laid in group])
-            group = []
+    read = _read(dataset, indices, system.preprocess, system.preprocess.apply, workers, batch + workers)
+    images = ((index, laid) for index, laid in read if laid is not None)
+    shape = functools.partial(_padded_shape, multiple=system.preprocess.multiple)
+    for group in streamed_batches(images, lambda pair: shape(pair[1]), batch, window_of(batch)):
+        yield [index for _, (index, _) in group], _collated(system, [laid for _, (_, laid) in group])
+
+
+def _padded_shape(laid: tuple[Tensor, Placement], multiple: int) -> tuple[int, int]:
+    return padded_shape(laid[0], multiple)
 
 
 def _collated(system: System, laid: Sequence[tuple[Tensor, Placement]]) -> Batch:
@@ -191,7 +195,9 @@ def _measure_tiles(
         return [each for each in found if isinstance(each, Instances)]
 
     with torch.no_grad(), watch.watching(system):
-        for index, image in _read(measurement.dataset, indices, lambda image: image, workers, workers):
+        for index, image in _read(
+            measurement.dataset, indices, system.preprocess, lambda image: image, workers, workers
+        ):
             if image is not None:
                 with watch.batch(1):
                     objects = predict_tiled(find, image, tile, overlap, batch)

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskwright.data.images import Reading
 from maskwright.errors import ImageError, UsageError
 from maskwright.evaluation.measuring import run_network
 from maskwright.evaluation.tasks import checked_options, default_of, on_host, task_called
 from maskwright.inference.preparing import chosen_device, precision, prepare
-from maskwright.inference.sources import Item, displayed, is_single, items, read
+from maskwright.inference.sources import Item, displayed, is_single, items, read, reading_of
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
 from maskwright.inference.tiles import check_tiles, predict_tiled
 from maskwright.structures import Batch, Instances, Panoptic, Placement
+from maskwright.structures.batching import in_order, streamed_batches
 from maskwright.systems import System, stuff_of
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class Prediction:
         given: The image, if it came from memory.
         panoptic: The segments of the image, if a task asked for them; `instances` are its things then.
         stuff: Those of `classes` that are regions.
+        reading: How the image was read, if it has other than 8-bit RGB values.
     """
 
     path: Path | None
@@ -57,6 +60,7 @@ class Prediction:
     given: Any = field(default=None, repr=False, compare=False)
     panoptic: Panoptic | None = None
     stuff: tuple[str, ...] = field(default=(), repr=False)
+    reading: Reading = field(default_factory=Reading, repr=False, compare=False)
 
     def found(self) -> Instances:
         """The objects.
@@ -75,7 +79,7 @@ class Prediction:
             **options: See `Instances.draw`.
         """
         found = self.panoptic if self.panoptic is not None else self.found()
-        return found.draw(displayed(Item(self.path, self.given)), self.classes, **options)
+        return found.draw(displayed(Item(self.path, self.given, self.reading)), self.classes, **options)
 
     def save(self, path: str | Path, **options: Any) -> Path:
         """Writes one file, atomically.
@@ -171,9 +175,12 @@ def predict(
 
     Args:
         system: The system.
-        source: One image: a path, a PIL image, an array (H, W, 3) uint8 RGB, or a tensor (3, H, W) uint8 RGB. Many: a
-            folder, a glob, a list, a batch (4 dimensions), or a generator of any of these.
-        batch: Images (or tiles) per forward pass; images of different sizes are padded to the largest.
+        source: One image: a path, a PIL image, an array (H, W, 3) or (H, W), a tensor (3, H, W) or (H, W), RGB, or an
+            encoded file as bytes or file object. Many: a folder, a glob, a list, a batch (4 dimensions), or a generator
+            of any of these. Values of more than 8 bits and float values are scaled to 8 bits, see
+            `data.pixel_values`.
+        batch: Images (or tiles) per forward pass. Images of equal padded size are batched, so that the result is that
+            of each image alone, up to rounding; up to four batches of images wait for others of their size.
         tile: Side of the tiles that larger images are cut into, in pixels. Objects are joined across seams, see
             `inference.tiles`.
         overlap: Share of a tile that it has in common with the next.
@@ -208,7 +215,8 @@ def predict(
     place, kind = chosen_device(device), precision(dtype)
     wanted = items(source, recursive)
     ready = prepare(system, place, dtype, compile)
-    run = _Runner(ready, place, kind, options, checked_suppression(suppression), task)
+    rules = reading_of(wanted, ready.preprocess)
+    run = _Runner(ready, place, kind, options, checked_suppression(suppression), task, rules)
     stream = _tiles(run, wanted, batch, tile, overlap) if tile else _batches(run, wanted, batch, workers)
     if is_single(source):
         prediction = next(stream)
@@ -243,6 +251,13 @@ class _Runner:
     thresholds: dict[str, Any]
     suppression: Suppression | None = None
     task: Task = "instances"
+    reading: Reading = field(default_factory=Reading)
+
+    def read(self, item: Item) -> Tensor:
+        return read(replace(item, reading=self.reading), self.system.preprocess)
+
+    def skipped(self, item: Item, error: ImageError) -> Prediction:
+        return Prediction(item.path, None, None, str(error), classes=tuple(self.system.classes), given=item.given)
 
     @property
     def score_threshold(self) -> float | None:
@@ -261,49 +276,71 @@ class _Runner:
         if isinstance(found, Panoptic):
             stuff = classes if self.task == "semantic" else stuff_of(self.system)
             things, size = found.instances(), found.image_size
-            return Prediction(item.path, things, size, None, seconds, classes, item.given, found, stuff)
+            return Prediction(
+                item.path, things, size, None, seconds, classes, item.given, found, stuff, reading=self.reading
+            )
         objects = suppressed(found, self.suppression, self.score_threshold)
-        return Prediction(item.path, objects, objects.image_size, None, seconds, classes, item.given)
+        return Prediction(
+            item.path, objects, objects.image_size, None, seconds, classes, item.given, reading=self.reading
+        )
+
+
+def padded_shape(image: Tensor, multiple: int) -> tuple[int, int]:
+    """Return the size of the input for a preprocessed image (C, h, w) alone."""
+    height, width = (-(-side // multiple) * multiple for side in image.shape[1:])
+    return height, width
+
+
+def window_of(batch: int) -> int:
+    """Return how many preprocessed images wait for others of their size, at most."""
+    return 4 * batch if batch > 1 else 1
+
+
+Laid = tuple[Item, tuple[Tensor, Placement] | ImageError]
 
 
 def _batches(run: _Runner, wanted: Iterable[Item], batch: int, workers: int) -> Iterator[Prediction]:
-    def lay(item: Item) -> tuple[Item, tuple[Tensor, Placement] | ImageError]:
+    preprocess = run.system.preprocess
+
+    def lay(item: Item) -> Laid:
         try:
-            return item, run.system.preprocess.apply(read(item, run.system.preprocess))
+            return item, preprocess.apply(run.read(item))
         except ImageError as error:
             return item, error
 
-    group: list[tuple[Item, Any]] = []
-    for item, laid in ahead(lay, wanted, workers, batch + workers):
-        group.append((item, laid))
-        if sum(not isinstance(entry, ImageError) for _, entry in group) == batch:
-            yield from _flush(run, group)
-            group = []
-    yield from _flush(run, group)
+    def shape(laid: Laid) -> tuple[int, int] | None:
+        return None if isinstance(laid[1], ImageError) else padded_shape(laid[1][0], preprocess.multiple)
+
+    stream = ahead(lay, wanted, workers, batch + workers)
+    groups = streamed_batches(stream, shape, batch, window_of(batch))
+    yield from in_order(_computed(run, group) for group in groups)
 
 
-def _flush(run: _Runner, group: list[tuple[Item, Any]]) -> Iterator[Prediction]:
-    good = [laid for _, laid in group if not isinstance(laid, ImageError)]
+def _computed(run: _Runner, group: list[tuple[int, Laid]]) -> list[tuple[int, Prediction]]:
+    """The numbered predictions of a batch."""
+    good = [laid for _, (_, laid) in group if not isinstance(laid, ImageError)]
     start = time.perf_counter()
     found = iter(run(good) if good else ())
     seconds = (time.perf_counter() - start) / max(1, len(good))
-    for item, laid in group:
-        if isinstance(laid, ImageError):
-            yield Prediction(item.path, None, None, str(laid), classes=tuple(run.system.classes), given=item.given)
-        else:
-            yield run.prediction(item, next(found), seconds)
+    return [
+        (
+            number,
+            run.skipped(item, laid) if isinstance(laid, ImageError) else run.prediction(item, next(found), seconds),
+        )
+        for number, (item, laid) in group
+    ]
 
 
 def _tiles(run: _Runner, wanted: Iterable[Item], batch: int, tile: int, overlap: float) -> Iterator[Prediction]:
     def load(item: Item) -> tuple[Item, Tensor | ImageError]:
         try:
-            return item, read(item, run.system.preprocess)
+            return item, run.read(item)
         except ImageError as error:
             return item, error
 
     for item, image in ahead(load, wanted, 1, 1):
         if isinstance(image, ImageError):
-            yield Prediction(item.path, None, None, str(image), classes=tuple(run.system.classes), given=item.given)
+            yield run.skipped(item, image)
             continue
         start = time.perf_counter()
         objects = predict_tiled(

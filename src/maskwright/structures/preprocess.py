@@ -53,6 +53,9 @@ class Preprocess:
         sizes: How "short" computes integers. "rounded": half up. "floored": down. "benchmark": the long side down, as
             in maskrcnn-benchmark. None: "floored" if `resample` is "tensor", otherwise "rounded".
         corner: Place the image of "letterbox" at the upper left.
+        white: The value that is 255 in images with more than 8 bits per channel, which are scaled to 8 bits when they
+            are read; None: what the file declares or the data set holds. Training sets it from its data set.
+        bands: Numbers of the bands, from 1, that are read from image files with other bands than RGB; None: RGB.
 
     Raises:
         UsageError: If a value has the wrong type or is out of range, or a rule needs a canvas and there is none.
@@ -70,6 +73,8 @@ class Preprocess:
     canvas: tuple[int, int] | None = None
     sizes: Literal["rounded", "floored", "benchmark"] | None = None
     corner: bool = False
+    white: int | None = None
+    bands: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -93,6 +98,55 @@ class Preprocess:
             sides: tuple[Any, ...] = cast(tuple[Any, ...], canvas) if isinstance(canvas, tuple) else ()
             if len(sides) != 2 or not all(_is_integer(side, LARGEST_SIDE) for side in sides):
                 raise _invalid("canvas", f"a height and a width between 1 and {LARGEST_SIDE}, or None", canvas)
+        white, bands = cast(Any, self.white), cast(Any, self.bands)
+        if white is not None and not _is_integer(white, 0xFFFF):
+            raise _invalid("white", "an integer between 1 and 65535, or None", white)
+        if bands is not None and not (isinstance(bands, tuple) and bands and all(_is_integer(b, 1 << 16) for b in bands)):
+            raise _invalid("bands", "a tuple of numbers of bands, from 1, or None", bands)
+    """
+
+    short: int = 800
+    long: int = 1333
+    resample: Literal["pillow", "tensor", "opencv"] = "pillow"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    divide: float = 255.0
+    channels: Literal["RGB", "BGR"] = "RGB"
+    multiple: int = 32
+    fit: Literal["short", "stretch", "letterbox", "pad", "own"] = "short"
+    canvas: tuple[int, int] | None = None
+    sizes: Literal["rounded", "floored", "benchmark"] | None = None
+    corner: bool = False
+    white: int | None = None
+    bands: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+                raise _invalid(name, f"one of {', '.join(map(repr, choices))}", value)
+        for name, most in (("short", LARGEST_SIDE), ("long", 1 << 31), ("multiple", 1 << 12)):
+            if not _is_integer(getattr(self, name), most):
+                raise _invalid(name, f"an integer between 1 and {most}", getattr(self, name))
+        for name in ("mean", "std"):
+            row: Any = getattr(self, name)
+            least = -math.inf if name == "mean" else 0.0
+            if not isinstance(row, tuple) or not row or not all(_is_number(v, least) for v in cast(tuple[Any], row)):
+                raise _invalid(name, f"a tuple of finite numbers{' above 0' * (name == 'std')}", row)
+        if len(self.mean) != len(self.std):
+            raise UsageError(f"mean has {len(self.mean)} entries and std has {len(self.std)}; they must be as many")
+        if not _is_number(self.divide, 0.0):
+            raise _invalid("divide", "a finite number above 0", self.divide)
+        canvas: Any = self.canvas
+        if canvas is not None:
+            sides: tuple[Any, ...] = cast(tuple[Any, ...], canvas) if isinstance(canvas, tuple) else ()
+            if len(sides) != 2 or not all(_is_integer(side, LARGEST_SIDE) for side in sides):
+                raise _invalid("canvas", f"a height and a width between 1 and {LARGEST_SIDE}, or None", canvas)
+=======
+        if self.white is not None and not 1 <= self.white <= 0xFFFF:
+            raise ValueError(f"white must be in 1 ... 65535, got {self.white}")
+        if self.bands is not None and (not self.bands or min(self.bands) < 1):
+            raise ValueError(f"bands must be numbers of bands, from 1, got {list(self.bands)}")
         if self.fit in ("stretch", "letterbox") and self.canvas is None:
             raise UsageError(f"fit={self.fit!r} needs `canvas` (height, width)")
 
@@ -161,6 +215,15 @@ class Preprocess:
             shrink = self.long / max(new)
             new = (new[0] * shrink, new[1] * shrink)
         return max(1, int(new[0] + 0.5)), max(1, int(new[1] + 0.5))
+
+    def padded_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the size (h, w) of the input for an image of H, W alone, with its padding."""
+        size = self.size(height, width)
+        if self.fit == "letterbox":
+            size = cast(tuple[int, int], self.canvas)
+        elif self.fit == "pad":
+            size = (height // self.multiple + 1) * self.multiple, (width // self.multiple + 1) * self.multiple
+        return -(-size[0] // self.multiple) * self.multiple, -(-size[1] // self.multiple) * self.multiple
 
     def apply(self, image: UInt8[Tensor, "_c h w"]) -> tuple[Float[Tensor, "c _h _w"], Placement]:
         """Preprocess one image.

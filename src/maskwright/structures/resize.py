@@ -27,6 +27,8 @@ class Resize(OptionGroup):
         multiple: The padded batch is a multiple of this many pixels.
         mean: Mean per channel in the network's channel order, of values divided as published.
         std: Standard deviation per channel, likewise.
+        white: The value that becomes 255 in images with more than 8 bits per channel, see `Preprocess.white`.
+        bands: Numbers of the bands, from 1, that are read from image files with other bands than RGB.
     """
 
     label: ClassVar[str] = "resize"
@@ -38,6 +40,8 @@ class Resize(OptionGroup):
     multiple: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    white: int | None = None
+    bands: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +49,10 @@ class Resize(OptionGroup):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"resize.{name} must be at least 1, got {value}")
+        if self.white is not None and not 1 <= self.white <= 0xFFFF:
+            raise UsageError(f"resize.white must be in 1 ... 65535, got {self.white}")
+        if self.bands is not None and (not self.bands or min(self.bands) < 1):
+            raise UsageError(f"resize.bands must be numbers of bands, counted from 1, got {list(self.bands)}")
         if self.canvas is not None and (len(self.canvas) != 2 or min(self.canvas) < 1):
             raise UsageError(f"resize.canvas must be a height and a width of at least 1, got {list(self.canvas)}")
 
@@ -55,6 +63,15 @@ class Resize(OptionGroup):
             UsageError: If a mean or std does not fit the number of channels.
         """
         changed = published
+        if self.white is not None:
+            changed = replace(changed, white=self.white)
+        if self.bands is not None:
+            if len(self.bands) not in (1, in_channels):
+                raise UsageError(
+                    f"resize.bands names {len(self.bands)} bands, but the system has {in_channels} channels "
+                    "(in_channels)"
+                )
+            changed = replace(changed, bands=tuple(self.bands))
         if self.canvas is not None:
             changed = replace(changed, canvas=(int(self.canvas[0]), int(self.canvas[1])))
             if self.fit is None and changed.fit not in ("stretch", "letterbox"):

@@ -107,6 +107,7 @@ def train(
     train_set = setup.fit_classes(train_set, system)
     setup.check_data(train_set, "training", system)
     setup.fit_sizes(system, recipe)
+    setup.fit_white(system, train_set)
     run = Run(fabric, system, train_set, val_set, out, recipe, state, logger)
     for line in changed:
         run.display.say(f"changed since the run began: {line}")

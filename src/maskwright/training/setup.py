@@ -233,6 +233,19 @@ def fit_sizes(system: System, recipe: Recipe) -> None:
         system.preprocess = system.preprocess.at(max(recipe.short) if recipe.short else None, recipe.long)
 
 
+def fit_white(system: System, dataset: Dataset) -> None:
+    """Stores which value is white in the images of the training set, so that all later images are scaled alike.
+
+    An explicit `resize.white` is kept, and so is that of the weights if no image has more than 8 bits.
+    """
+    explicit = system.options.get("resize")
+    if (explicit.get("white") if isinstance(explicit, Mapping) else getattr(explicit, "white", None)) is not None:
+        return
+    white = dataset.white()
+    if white is not None:
+        system.preprocess = replace(system.preprocess, white=white)
+
+
 def make_augment(recipe: Recipe) -> Augment:
     """The augmentation of a recipe. What the recipe does not name is not done.
 

@@ -14,12 +14,14 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from maskwright.data import Dataset, DataWarning, Sample
+from maskwright.data.images import reading
 from maskwright.errors import ImageError
 from maskwright.evaluation import match_classes
 from maskwright.evaluation.measuring import Measurement, measure
 from maskwright.evaluation.tasks import TASKS
 from maskwright.ops.distributed import local_counts
 from maskwright.structures import Batch, Instances, Placement
+from maskwright.structures.batching import equal_batches
 from maskwright.systems import System
 from maskwright.training.state import seed_step
 
@@ -123,7 +125,10 @@ def _batches(
     if not positions:
         return
     images = _Validated(dataset, system, positions)
-    for found, batched in DataLoader(images, batch_size=batch, num_workers=workers, collate_fn=images.collate):
+    sizes = dataset.sizes()
+    shapes = [system.preprocess.padded_size(*sizes[position]) for position in positions]
+    groups = equal_batches(shapes, batch)  # padding would change the result
+    for found, batched in DataLoader(images, batch_sampler=groups, num_workers=workers, collate_fn=images.collate):
         if found:
             yield found, batched.to(device)
 
@@ -144,7 +149,8 @@ class _Validated(TorchDataset[tuple[int, Sample | None]]):
     def __getitem__(self, index: int) -> tuple[int, Sample | None]:
         position = self.positions[index]
         try:
-            return position, self.dataset[position]
+            with reading(self.preprocess):
+                return position, self.dataset[position]
         except ImageError as error:
             if self.dataset.strict:
                 raise
