@@ -12,7 +12,7 @@ from typing import Any
 
 from maskwright.data.findings import SEVERITIES, Finding, Severity, finding_lines, first_few
 from maskwright.data.formats import Match, Request, load_format
-from maskwright.data.images import is_animated, read_image
+from maskwright.data.images import common_white, is_animated, read_image, white_words
 from maskwright.data.opening import find_matches
 from maskwright.data.table import Table
 from maskwright.errors import DataError, ImageError, UsageError
@@ -190,6 +190,9 @@ def _inspect(table: Table, damaged: dict[Path, Finding | None]) -> None:
     if narrow:
         what = f"{len(narrow)} images have a side of less than {_NARROW} pixels: {first_few(narrow)}"
         table.add_finding("note", "narrow", what, "they are used, but may be too small to show objects")
+    white = common_white([table.folder / file for file in table.files])
+    if white is not None and white < 0xFFFF:
+        table.add_finding("note", "range", white_words(white))
     real = table.labels[~table.crowd]
     if not len(real):
         what = f"its {len(table.files)} images have no annotated object"

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -183,7 +183,7 @@ def tiff_layout(file: io.BufferedIOBase) -> TiffLayout | None:
     try:
         tags = ImageFileDirectory_v2(start)
         file.seek(tags.next)
-        tags.load(file)
+        tags.load(cast(IO[bytes], file))
         samples = int(tags.get(_SAMPLES, 1))
         bits = tuple(int(b) for b in tags.get(_BITS, (1,)))
         kinds = _row(tags.get(_FORMAT, (1,)))

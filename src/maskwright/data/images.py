@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -427,7 +427,7 @@ def opened(file: io.BufferedIOBase, path: Path, max_pixels: int) -> ImageFile:
         file.seek(0)
         try:
             # With a name, Pillow maps uncompressed TIFF files into memory and then gets turned images wrong.
-            image = factory(file, "" if name == "TIFF" else os.fspath(path))
+            image = factory(cast(IO[bytes], file), "" if name == "TIFF" else os.fspath(path))
         except (SyntaxError, IndexError, TypeError, KeyError, EOFError) as error:
             layout = tiff_layout(file) if name == "TIFF" else None
             if layout is not None and "mode" in str(error):
