@@ -19,8 +19,10 @@ from maskwright.systems.system import ClassRows, System
 REGISTRY = {
     "deepmask": "deepmask:DeepMask",
     "instancefcn": "instancefcn:InstanceFCN",
+    "faster-rcnn": "faster_rcnn:FasterRCNN",
     "mask-rcnn": "mask_rcnn:MaskRCNN",
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
+    "cascade-mask-rcnn": "cascade_rcnn:CascadeMaskRCNN",
     "tensormask": "tensormask:TensorMask",
     "yolact": "yolact:YOLACT",
     "yolact-plus": "yolact_plus:YOLACTPlus",

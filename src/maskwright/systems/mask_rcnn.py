@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -182,10 +183,11 @@ class MaskRCNN(TwoStage):
         self.masks = self.points = self.keypoints = None
         self.refinement: BoxRefinement | None = None
         if mask is not None:
-            self.masks = MaskHead(
-                self.channels, outputs, convs=0 if neck == "c4" else mask.convs, width=mask.width, norm=mask.norm,
-                init=self.rules.mask_init,
+            self.make_mask_head = partial(
+                MaskHead, self.channels, outputs, convs=0 if neck == "c4" else mask.convs, width=mask.width,
+                norm=mask.norm, init=self.rules.mask_init,
             )  # fmt: skip
+            self.masks = self.make_mask_head()
         if points:
             if mask is None or self.competing_masks or neck != "fpn":
                 raise UsageError("points=True requires neck='fpn' and masks with loss='sigmoid'")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ def check(system: MaskRCNN, layout: Path, ledger: Ledger) -> None:
 
 
 class Check:
+    names: ClassVar[Mapping[str, str]] = LOSSES
+
     def __init__(self, system: MaskRCNN, ledger: Ledger):
         self.system, self.ledger = system.eval(), ledger
         self.torchvision = system.options.get("rules") == "torchvision"
@@ -311,7 +313,7 @@ class Check:
     def terms(self, prefix: str, ours: dict[str, Tensor], edges: str = "") -> None:
         whole = "train_proposals_rpn" in self.ledger.arrays or "train_proposals" in self.ledger.arrays
         for name in self.ledger.names(rf"{prefix}\w+"):
-            kind = LOSSES[name.removeprefix(prefix)]
+            kind = self.names[name.removeprefix(prefix)]
             loose = edges if kind == "mask" and not whole else ""
             self.ledger.compare(name, ours[kind], LARGEST if loose else RAW, loose)
 
@@ -328,7 +330,7 @@ class Check:
         terms = system.losses(system(images), [self.target(source, sizes[0])])
         total = sum(terms.values(), torch.zeros(()))
         for name in ledger.names(r"loss_\w+"):
-            ledger.compare(name, terms[LOSSES[name.removeprefix("loss_").removeprefix("loss_")]])
+            ledger.compare(name, terms[self.names[name.removeprefix("loss_").removeprefix("loss_")]])
         ledger.compare("total", total)
         total.backward()
         names = [str(n) for n in ledger.arrays["names"]]

@@ -1,10 +1,10 @@
-"""Layouts of Mask R-CNN and Keypoint R-CNN in detectron2 and torchvision."""
+"""Layouts of Mask R-CNN, Keypoint R-CNN and Faster R-CNN in detectron2 and torchvision."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,10 +13,11 @@ from maskwright.checkpoints.origins import Origin, Shapes, State
 
 DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
 X101_STD = (57.375, 57.12, 58.395)  # only detectron2's ResNeXt models divide by it
+Head = Literal["masks", "keypoints", "none", "any"]
 DENSE = (r"^(backbone|neck|rpn)\.", r"dense.\1.")  # parts of the dense network
 
 
-def _minus(pattern: str, target: str, start: int) -> tuple[str, Any]:
+def minus(pattern: str, target: str, start: int) -> tuple[str, Any]:
     """A rule that renames `pattern`, whose group 1 is a number, to `target` with that number less `start`."""
     return pattern, lambda m: target.format(int(m[1]) - start)
 
@@ -27,35 +28,42 @@ DETECTRON2 = [
     (r"^backbone\.bottom_up\.", "backbone."),
     (r"^backbone\.stem\.conv1\.norm\.", "backbone.stem.norm."),
     (r"^backbone\.stem\.conv1\.", "backbone.stem.conv."),
-    _minus(r"^backbone\.res(\d)\.", "backbone.stages.{}.", 2),
+    minus(r"^backbone\.res(\d)\.", "backbone.stages.{}.", 2),
     (r"^roi_heads\.res5\.", "roi_stage."),
     # The offsets of a deformable convolution are beside it in detectron2, inside it here.
     (r"\.conv2_offset\.", ".conv2.offset."),
     (r"^((?:backbone\.stages|roi_stage)\..*\.(?:conv\d|shortcut))\.weight$", r"\1.conv.weight"),
-    _minus(r"^backbone\.fpn_lateral(\d)\.(?=norm)", "neck.lateral.{}.", 2),
-    _minus(r"^backbone\.fpn_lateral(\d)\.", "neck.lateral.{}.conv.", 2),
-    _minus(r"^backbone\.fpn_output(\d)\.(?=norm)", "neck.output.{}.", 2),
-    _minus(r"^backbone\.fpn_output(\d)\.", "neck.output.{}.conv.", 2),
+    minus(r"^backbone\.fpn_lateral(\d)\.(?=norm)", "neck.lateral.{}.", 2),
+    minus(r"^backbone\.fpn_lateral(\d)\.", "neck.lateral.{}.conv.", 2),
+    minus(r"^backbone\.fpn_output(\d)\.(?=norm)", "neck.output.{}.", 2),
+    minus(r"^backbone\.fpn_output(\d)\.", "neck.output.{}.conv.", 2),
     (r"^proposal_generator\.rpn_head\.conv\.conv(\d)\.", r"rpn.convs.\1."),
     (r"^proposal_generator\.rpn_head\.conv\.", "rpn.convs.0."),
     (r"^proposal_generator\.rpn_head\.objectness_logits\.", "rpn.objectness."),
     (r"^proposal_generator\.rpn_head\.anchor_deltas\.", "rpn.deltas."),
-    _minus(r"^roi_heads\.box_head\.conv(\d)\.(?=norm)", "boxes.convs.{}.", 1),
-    _minus(r"^roi_heads\.box_head\.conv(\d)\.", "boxes.convs.{}.conv.", 1),
-    _minus(r"^roi_heads\.box_head\.fc(\d)\.", "boxes.fcs.{}.", 1),
+    minus(r"^roi_heads\.box_head\.conv(\d)\.(?=norm)", "boxes.convs.{}.", 1),
+    minus(r"^roi_heads\.box_head\.conv(\d)\.", "boxes.convs.{}.conv.", 1),
+    minus(r"^roi_heads\.box_head\.fc(\d)\.", "boxes.fcs.{}.", 1),
     (r"^roi_heads\.box_predictor\.cls_score\.", "boxes.classes."),
     (r"^roi_heads\.box_predictor\.bbox_pred\.", "boxes.deltas."),
-    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.(?=norm)", "masks.convs.{}.", 1),
-    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "masks.convs.{}.conv.", 1),
+    minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.(?=norm)", "masks.convs.{}.", 1),
+    minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "masks.convs.{}.conv.", 1),
     (r"^roi_heads\.mask_head\.deconv\.", "masks.upsample."),
     (r"^roi_heads\.mask_head\.predictor\.", "masks.logits."),
-    _minus(r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.", "keypoints.convs.{}.conv.", 1),
+    minus(r"^roi_heads\.keypoint_head\.conv_fcn(\d)\.", "keypoints.convs.{}.conv.", 1),
     (r"^roi_heads\.keypoint_head\.score_lowres\.", "keypoints.logits."),
 ]
 DETECTRON2_IGNORE = [r"^proposal_generator\.anchor_generator\.", r"^pixel_(mean|std)$"]
 
 
-def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
+def detectron2_options(shapes: Shapes, head: Head) -> dict[str, Any] | None:
+    """Options of a two-stage system, by the head besides that of the boxes; None for another layout.
+
+    Args:
+        shapes: Shapes of the file's tensors.
+        head: The required head; "any": masks or none.
+    """
+    keypoints = head == "keypoints"
     # Other systems of the same code base have these keys and further ones.
     own = re.compile(
         r"^(backbone\.(bottom_up\.)?(stem|res\d)\.|backbone\.fpn_|proposal_generator\.|pixel_|roi_heads\.res5\."
@@ -67,7 +75,7 @@ def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
     if keypoints != any(k.startswith("roi_heads.keypoint_head.") for k in shapes):
         return None
     mask = "roi_heads.mask_head.predictor.weight" in shapes
-    if not mask and not keypoints:
+    if head != "any" and mask != (head == "masks"):
         return None
     options = detectron2_backbone(shapes)
     if options is None:
@@ -99,6 +107,9 @@ def _detectron2(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
             **box, "convs": _count(shapes, r"^roi_heads\.box_head\.conv(\d)\."), "fcs": fcs,
             "norm": _norm(shapes, "roi_heads.box_head.conv1.norm."), "agnostic": boxes == 4 and count > 1,
         }  # fmt: skip
+        if head == "any":
+            options["masks"] = False
+    if mask and not keypoints:
         options["masks"] = {
             "convs": _count(shapes, r"^roi_heads\.mask_head\.mask_fcn(\d)\."),
             "width": shapes["roi_heads.mask_head.deconv.weight"][1],
@@ -150,7 +161,7 @@ def detectron2_backbone(shapes: Shapes) -> dict[str, Any] | None:
     return options
 
 
-def _deformable_weights(state: State, options: Mapping[str, Any]) -> State:
+def deformable_weights(state: State, options: Mapping[str, Any]) -> State:
     """Moves the weight of a deformable convolution beside its offsets, one level above that of a plain one."""
     deformable = {k.removesuffix("offset.weight") for k in state if k.endswith(".conv2.offset.weight")}
     moved = {f"{prefix}conv.weight": f"{prefix}weight" for prefix in deformable}
@@ -175,7 +186,7 @@ TORCHVISION = [
     (r"^backbone\.body\.", "backbone."),
     (r"^backbone\.conv1\.", "backbone.stem.conv."),
     (r"^backbone\.bn1\.", "backbone.stem.norm."),
-    _minus(r"^backbone\.layer(\d)\.", "backbone.stages.{}.", 1),
+    minus(r"^backbone\.layer(\d)\.", "backbone.stages.{}.", 1),
     (r"^(backbone\.stages\..*)\.conv(\d)\.", r"\1.conv\2.conv."),
     (r"^(backbone\.stages\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
     (r"\.downsample\.0\.", ".shortcut.conv."),
@@ -196,7 +207,7 @@ TORCHVISION = [
     (r"^roi_heads\.box_head\.\d\.(weight|bias)$", r"boxes.fcs.0.\1"),
     (r"^roi_heads\.box_predictor\.cls_score\.", "boxes.classes."),
     (r"^roi_heads\.box_predictor\.bbox_pred\.", "boxes.deltas."),
-    _minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "masks.convs.{}.conv.", 1),
+    minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "masks.convs.{}.conv.", 1),
     (r"^roi_heads\.mask_head\.(\d)\.0\.", r"masks.convs.\1.conv."),
     (r"^roi_heads\.mask_head\.(\d)\.1\.", r"masks.convs.\1.norm."),
     (r"^roi_heads\.mask_predictor\.conv5_mask\.", "masks.upsample."),
@@ -207,10 +218,17 @@ TORCHVISION = [
 ]
 
 
-def _torchvision(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
-    kind = "keypoint_predictor.kps_score_lowres" if keypoints else "mask_predictor.mask_fcn_logits"
-    if f"roi_heads.{kind}.weight" not in shapes or "rpn.head.cls_logits.weight" not in shapes:
+def torchvision_options(shapes: Shapes, head: Head) -> dict[str, Any] | None:
+    """Options of a two-stage system, by the head besides that of the boxes; None for another layout."""
+    kinds: dict[str, str] = {
+        "masks": "mask_predictor.mask_fcn_logits",
+        "keypoints": "keypoint_predictor.kps_score_lowres",
+    }
+    if any((f"roi_heads.{kind}.weight" in shapes) != (head == name) for name, kind in kinds.items()):
         return None
+    if "rpn.head.cls_logits.weight" not in shapes or "roi_heads.box_predictor.cls_score.weight" not in shapes:
+        return None
+    keypoints = head == "keypoints"
     blocks = tuple(_count(shapes, rf"^backbone\.body\.layer{n}\.(\d+)\.") for n in (1, 2, 3, 4))
     if blocks not in DEPTHS:
         return None
@@ -252,6 +270,8 @@ def _torchvision(shapes: Shapes, keypoints: bool) -> dict[str, Any] | None:
     options["boxes"] = {
         "convs": convs, "fcs": 1 if convs else 2, "width": shapes[last][0], "norm": "batch" if convs else "none",
     }  # fmt: skip
+    if head == "none":
+        return options | {"classes": _named(count)}
     options["masks"] = {
         "convs": _count(shapes, rf"^roi_heads\.mask_head\.{'' if numbered else 'mask_fcn'}(\d)\."),
         "width": shapes["roi_heads.mask_predictor.conv5_mask.weight"][1],
@@ -264,7 +284,7 @@ def _named(count: int) -> tuple[str, ...]:
     return coco_by_id() if count == 90 else tuple(f"class {k + 1}" for k in range(count))
 
 
-def _background_last(state: State, options: Mapping[str, Any]) -> State:
+def background_last(state: State, options: Mapping[str, Any]) -> State:
     """Moves background from torchvision's first row to the last, and drops its unused box and mask rows."""
     result = dict(state)
     for kind in ("weight", "bias"):
@@ -275,23 +295,27 @@ def _background_last(state: State, options: Mapping[str, Any]) -> State:
     return result
 
 
+HEADS: dict[str, Head] = {"mask-rcnn": "masks", "keypoint-rcnn": "keypoints", "faster-rcnn": "none"}
 ORIGINS = [
     Origin(
         name=name,
         system=system,
         rename=rename,
-        recognise=lambda shapes, about, read=read, keypoints=keypoints: read(shapes, keypoints),
+        recognise=lambda shapes, about, read=read, head=head: read(shapes, head),
         finish=finish,
         ignore=ignore,
         code_licence=code,
         weights_licence=weights,
     )
-    for system, keypoints in (("mask-rcnn", False), ("keypoint-rcnn", True))
+    for system, head in HEADS.items()
     for name, rename, read, finish, ignore, code, weights in (
         (
-            "detectron2", [*DETECTRON2, DENSE], _detectron2, _deformable_weights, DETECTRON2_IGNORE, "Apache-2.0",
+            "detectron2", [*DETECTRON2, DENSE], detectron2_options, deformable_weights, DETECTRON2_IGNORE, "Apache-2.0",
             "CC-BY-SA-3.0",
         ),
-        ("torchvision", [*TORCHVISION, DENSE], _torchvision, _background_last, [], "BSD-3-Clause", "BSD-3-Clause"),
+        (
+            "torchvision", [*TORCHVISION, DENSE], torchvision_options, background_last, [], "BSD-3-Clause",
+            "BSD-3-Clause",
+        ),
     )
 ]  # fmt: skip

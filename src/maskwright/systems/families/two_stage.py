@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -234,6 +235,7 @@ class TwoStage(System):
         box_side: Side of the features that are pooled for `boxes`.
         anchors: Anchors of the proposal network.
         pooler: Pools features of boxes.
+        make_box_head: Constructs another box head; for further stages.
     """
 
     renamed_options: ClassVar[Mapping[str, str | None]] = {
@@ -302,10 +304,11 @@ class TwoStage(System):
                 norm=backbone.norm, eps=backbone.eps,
             )  # fmt: skip
             freeze([self.roi_stage] if backbone.frozen > 4 else [])
-        self.boxes = BoxHead(
-            self.channels, self.box_side, len(self.classes), convs=boxes.convs, conv_width=neck_width, fcs=boxes.fcs,
-            width=boxes.width, norm=boxes.norm, agnostic=boxes.agnostic,
+        self.make_box_head = partial(
+            BoxHead, self.channels, self.box_side, len(self.classes), convs=boxes.convs, conv_width=neck_width,
+            fcs=boxes.fcs, width=boxes.width, norm=boxes.norm, agnostic=boxes.agnostic,
         )  # fmt: skip
+        self.boxes = self.make_box_head()
         if rules == "torchvision":
             for module in self.modules():
                 if isinstance(module, FrozenBatchNorm):
