@@ -75,6 +75,9 @@ def test_folders_globs_lists_and_streams(system, folder):
 def test_the_number_is_known_where_it_can_be(system, folder):
     assert len(predict(system, folder)) == 4
     assert not hasattr(predict(system, iter([folder / "p1.png"])), "__len__")
+    with pytest.raises(TypeError, match=r"list\(predictions\)"):
+        predict(system, folder)[0]
+    assert predict(system, folder / "p1.png", device="auto").size
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 10])
@@ -204,6 +207,9 @@ def test_grey_and_alpha_become_three_channels(system):
         ({"detections": 2.5}, "detections must be an integer, got 2.5"),
         ({"score_threshold": "high"}, "score_threshold must be a number, got 'high'"),
         ({"score_threshold": float("nan")}, "score_threshold must be a finite number, got nan"),
+        ({"score_threshold": 1.5}, "score_threshold must be between 0 and 1, got 1.5"),
+        ({"score_threshold": -0.1}, "score_threshold must be between 0 and 1, got -0.1"),
+        ({"score_threshold": np.float32(50)}, "score_threshold must be between 0 and 1, got"),
         ({"score_threshold": True}, "score_threshold must be a number, got True"),
     ],
 )

@@ -137,11 +137,23 @@ def test_indices_of_numpy_and_python():
         (np.int64(2), [102]),
         (slice(None, None, -2), [103, 101]),
         ([], []),
+        (..., [100, 101, 102, 103]),
+        (np.array([3, 0])[::-1], [100, 103]),
+        (np.array([3, 0], ">i4"), [103, 100]),
+        (np.array([1, 2], np.uint8), [101, 102]),
+        (torch.tensor([1, 2], dtype=torch.uint8), [101, 102]),
+        ([torch.tensor(1), torch.tensor(3)], [101, 103]),
+        ([torch.tensor(True), torch.tensor(False), torch.tensor(False), torch.tensor(True)], [100, 103]),
+        (torch.tensor(2), [102]),
+        (range(1, 3), [101, 102]),
+        (-4, [100]),
+        (slice(9, None), []),
     ):
         chosen = whole[index].ids
         assert chosen is not None
         assert chosen.tolist() == ids
-    for index in ([True], [4], np.array([1.0]), True):
+    wrong = [[True], [4], -5, np.array([1.0]), [0.0], True, [None], [[0, 1]], [[0], [1, 2]], "a"]
+    for index in [*wrong, np.zeros(0, bool), np.zeros(5, bool), torch.zeros(4), np.array(["a"])]:
         with pytest.raises(IndexError, match=r"for each of 4 objects|out of range for 4 objects|must be an integer"):
             whole[index]
 

@@ -28,7 +28,7 @@ def load(
     source: str | Path,
     *,
     classes: Sequence[str] | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = "cpu",
     commercial_ok: bool = False,
     variant: str | None = None,
     **overrides: Any,
@@ -42,7 +42,7 @@ def load(
         classes: Class names that replace those of the file. Rows of the heads are kept for names that match, ignoring
             case; other rows are initialised. If the file has no class names, as many names as it has classes are those
             of its rows. Ignored by systems that predict class-agnostic proposals.
-        device: Device of the system.
+        device: Device of the system; "auto": a GPU if there is one, otherwise the CPU.
         commercial_ok: Refuse weights whose licence does not allow commercial use, before anything is downloaded.
         variant: The published variant, for files whose keys and shapes match several.
         **overrides: Options of the system's constructor. `in_channels` adapts the first convolution.
@@ -59,6 +59,8 @@ def load(
     with unexpected_as_errors(path):
         system = _loaded(path, entry, classes, commercial_ok, variant, overrides)
     try:
+        if device in (None, "auto"):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
         return system.eval().to(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         words = str(error).split("\n")[0][:160]

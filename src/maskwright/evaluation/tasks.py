@@ -118,7 +118,7 @@ def checked_options(verb: Callable[..., Any], system: str, options: Mapping[str,
 
     Raises:
         UsageError: If the method has no such option, or a value does not fit the annotation. Numbers must be finite,
-            integers not negative.
+            integers not negative, thresholds in 0 ... 1.
     """
     parameters = inspect.signature(verb).parameters
     known = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY] or list(parameters)[2:]
@@ -134,6 +134,8 @@ def checked_options(verb: Callable[..., Any], system: str, options: Mapping[str,
             check_option(name, _scalar(value), hints[name])
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{name} must be a finite number, got {value!r}")
+        if name.endswith("threshold") and isinstance(_scalar(value), (int, float)) and not 0 <= value <= 1:
+            raise UsageError(f"{name} must be between 0 and 1, got {value!r}")
         if _counts(hints.get(name)) and value < 0:
             raise UsageError(f"{name} must be an integer of at least 0, got {value!r}")
     return given

@@ -118,6 +118,9 @@ class Predictions:
         self.skipped: list[Prediction] = []
         self._stream = stream
 
+    def __getitem__(self, index: Any) -> Prediction:
+        raise TypeError("predictions are computed one after the other; list(predictions) has them all and is indexed")
+
     def __iter__(self) -> Iterator[Prediction]:
         return self
 

@@ -133,7 +133,7 @@ class Instances:
         return len(self.boxes)
 
     def __getitem__(self, index: Index) -> Instances:
-        """Select objects as NumPy does: by position, slice, positions or bools. The result is always `Instances`.
+        """Select objects as NumPy does: by position, slice, positions, bools or `...`; always returns `Instances`.
 
         Raises:
             IndexError: If a position is out of range, the number of bools is wrong, or the index has another type.

@@ -201,7 +201,7 @@ class Masks:
         return f"Masks({len(self)} x {self.size[0]} x {self.size[1]}, {self.kind})"
 
     def __getitem__(self, index: Index) -> Masks:
-        """Select masks as NumPy does: by position, slice, positions or bools. The result is always `Masks`.
+        """Select masks as NumPy does: by position, slice, positions, bools or `...`. The result is always `Masks`.
 
         Raises:
             IndexError: If a position is out of range, the number of bools is wrong, or the index has another type.
