@@ -115,8 +115,9 @@ def evaluate(
 ) -> int:
     """Evaluate weights on a data set with annotations: AP of masks and boxes as defined by COCO, or panoptic quality.
 
-    Classes are matched by name. With --out, OUT/result.json and the page OUT/report.html are written too; in a run
-    folder the page also shows the training curves.
+    Classes are matched by name. With --out, OUT/result.json and the page OUT/report.html are written too (in a run
+    folder the page also shows the training curves), and the predictions as OUT/results.json, with the image and
+    category ids of the annotations (OUT/panoptic.json for --task panoptic and semantic).
 
     Examples:
       maskwright evaluate runs/first/best.safetensors --data my-images --out runs/first
@@ -128,7 +129,7 @@ def evaluate(
         weights: A checkpoint of ours, an official file, or a name of the catalogue (`maskwright checkpoints`).
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
         split: The part of it: annotations/instances_SPLIT.json (panoptic_SPLIT.json).
-        out: Folder for result.json and report.html.
+        out: Folder for result.json, report.html and the predictions, results.json.
         task: instances: AP; panoptic: PQ of images segmented into things and stuff; semantic: IoU of labels over all
             pixels; proposals: average recall of objects regardless of class, at 10, 100 and 1000 per image.
         detections: Maximum objects per image; as many per class are counted. 100, for proposals 1000.
@@ -163,6 +164,7 @@ def evaluate(
         device=_device(device),
         dtype=dtype,
         compile=compile,
+        out=out,
     )
     say(str(result))
     if out is not None:
@@ -172,11 +174,13 @@ def evaluate(
 
 
 def predict(
-    images: Annotated[list[str], arg(metavar="IMAGES")],
+    images: Annotated[tuple[str, ...], Positional, arg(metavar="IMAGES")] = (),
     /,
     *,
     out: Output = Path("found"),
     weights: Weights = None,
+    data: Annotated[str | None, arg(metavar="DIR")] = None,
+    split: str | None = None,
     variant: str | None = None,
     task: Literal["instances", "panoptic", "semantic"] = "instances",
     format: tuple[Literal["drawn", "coco", "masks"], ...] = ("drawn", "coco"),
@@ -197,6 +201,7 @@ def predict(
 
     OUT/drawn/NAME.jpg       the image with its objects drawn over it
     OUT/results.json         COCO results; OUT/pictures.json lists the images and classes that their ids refer to
+                             (with --data the ids of the annotations, otherwise 1, 2, ... and label + 1)
     OUT/masks/NAME.png       16 bits: 0 background, k the k-th best object (the better one where two overlap)
 
     With --task panoptic or semantic, OUT/panoptic.json and OUT/panoptic/NAME.png (COCO panoptic) replace results.json.
@@ -208,12 +213,16 @@ def predict(
     Examples:
       maskwright predict photo.jpg --weights runs/first/best.safetensors
       maskwright predict holiday/ 'more/*.png' -w mask_rcnn_R_50_FPN_3x.pkl -o found --format drawn coco masks
+      maskwright predict --data my-images --split val -w runs/first/best.safetensors --score-threshold 0.05
       maskwright predict aerial.tif -w best.safetensors --tile 1024 --score-threshold 0.7
 
     Args:
-        images: Image files, folders, globs.
+        images: Image files, folders, globs; default: all images of --data.
         out: Folder for the results.
         weights: A checkpoint of ours, an official file, or a name of the catalogue (`maskwright checkpoints`).
+        data: Annotated data set that the images belong to: results have its image and category ids. It is found without
+            this option if IMAGES are in DIR/SPLIT and the annotations in DIR/annotations.
+        split: The part of --data; default: the one that has the images, or val.
         variant: The published variant, if an official file's keys fit more than one.
         task: Objects; images segmented into things and stuff; a label for every pixel (systems that support it).
         format: What to write, one or more.
@@ -233,6 +242,7 @@ def predict(
     from maskwright.checkpoints import load
     from maskwright.evaluation.tasks import task_called
     from maskwright.inference import predict as run
+    from maskwright.inference.own_ids import DatasetIds, find_ids, opened_data
     from maskwright.inference.writer import PredictionWriter
     from maskwright.systems import stuff_of
 
@@ -240,10 +250,18 @@ def predict(
         raise UsageError(
             "predict requires --weights: a file, or a name in the catalogue (`maskwright checkpoints` lists them)"
         )
+    if not images and data is None:
+        raise UsageError("predict requires IMAGES (files, folders, globs), or --data for all images of a data set")
     network = load(weights, commercial_ok=commercial_ok, variant=variant)
+    if data is not None:
+        opened = opened_data(data, split, images)
+        images = images or tuple(str(path) for path in opened.paths() if path is not None)
+        ids = DatasetIds(opened, network.classes)
+    else:
+        ids = find_ids(images, network.classes) if "coco" in format else None
     found = run(
         network,
-        images,
+        list(images),
         batch=batch,
         tile=tile,
         overlap=overlap,
@@ -260,7 +278,7 @@ def predict(
         ),
     )
     stuff = network.classes if task == "semantic" else stuff_of(network)
-    writer = PredictionWriter(out, format, network.classes, images, stuff, task_called(task))
+    writer = PredictionWriter(out, format, network.classes, images, stuff, task_called(task), ids)
     try:
         for prediction in progress(found, "images"):
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
@@ -272,6 +290,8 @@ def predict(
         " with a score of at least 0.5 (--score-threshold)" if score_threshold is None and task == "instances" else ""
     )
     say(f"{writer.objects} {what}{limit} in {len(writer.images)} images: {out}")
+    if ids is not None and "coco" in format:
+        say(ids.summary)
     for path, reason in writer.skipped:
         complain(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
     return 1 if writer.skipped else 0

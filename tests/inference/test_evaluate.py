@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from maskwright.data import DataWarning, Sample
 from maskwright.errors import ImageError, UsageError
-from maskwright.evaluation import Result
+from maskwright.evaluation import Evaluator, Result
 from maskwright.inference import evaluate
 from maskwright.structures import Instances
 from tests.inference.painted import Painted, blocks, seen
@@ -180,3 +182,18 @@ def test_a_data_set_by_its_name():
     assert isinstance(result, Result)
     assert result["segm/AP"] == 0, "nothing passes such a threshold"
     assert result.objects["all"] > 0
+
+
+def test_predictions_are_written_with_the_ids_of_the_annotations(system, tmp_path):
+    data = Gallery(classes=("dog", "cat"))
+    first = evaluate(system, data, device="cpu", examples=0, out=tmp_path)
+    records = json.loads((tmp_path / "results.json").read_text())
+    assert {r["image_id"] for r in records} <= set(data.image_ids())
+    assert {r["category_id"] for r in records} == set(data.category_ids)
+    second = Evaluator(data)
+    second.read(tmp_path / "results.json")
+    assert second.result(0).summary["segm/AP"] == pytest.approx(first.summary["segm/AP"])
+    evaluate(system, data, device="cpu", task="proposals", examples=0, out=tmp_path)
+    recall = Evaluator(data, task="proposals")
+    recall.read(tmp_path / "results.json")
+    assert recall.result(0).summary["segm/AR100"] == 1.0

@@ -102,6 +102,10 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         """Return the id of each image, exactly as in the data set."""
         raise NotImplementedError
 
+    def paths(self) -> list[Path | None]:
+        """Return the file of each image; None for an image without a file."""
+        return [None] * len(self)
+
     def targets(self, index: int) -> Instances:
         """Return the objects of one image without decoding it; `crowd` and `ids` are filled."""
         raise NotImplementedError
@@ -206,6 +210,9 @@ class AdaptedDataset(Dataset):
         if hasattr(self.inner, "image_ids"):
             return list(self.inner.image_ids())
         return list(range(1, len(self) + 1))
+
+    def paths(self) -> list[Path | None]:
+        return list(self.inner.paths()) if hasattr(self.inner, "paths") else super().paths()
 
     def targets(self, index: int) -> Instances:
         return self.inner.targets(index) if hasattr(self.inner, "targets") else self[index].target

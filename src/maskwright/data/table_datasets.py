@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,9 @@ class TableDataset(Dataset):
 
     def image_ids(self) -> list[int | str]:
         return list(self._image_ids)
+
+    def paths(self) -> list[Path | None]:
+        return [self.folder / file for file in self.files]
 
     def _annotations(self, index: int) -> tuple[int, int]:
         """First and last + 1 annotation of an image."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,10 @@ class View(Dataset):
     def image_ids(self) -> list[int | str]:
         ids = self.inner.image_ids()
         return [ids[p] for p in self.positions]
+
+    def paths(self) -> list[Path | None]:
+        paths = self.inner.paths()
+        return [paths[p] for p in self.positions]
 
     def targets(self, index: int) -> Instances:
         return self.apply(self.inner.targets(self.positions[index]))

@@ -22,6 +22,7 @@ from maskwright.evaluation.coco import Backend, Curves, Detections, Kind, Truth
 from maskwright.evaluation.confusion import ImageScore, confuse
 from maskwright.evaluation.records import read_results
 from maskwright.evaluation.result import Example, Protocol, Result
+from maskwright.evaluation.result_ids import folded
 from maskwright.files import write_json
 from maskwright.structures import Instances, Masks, Placement
 
@@ -204,9 +205,26 @@ class Evaluator:
         return write_json(path, records)
 
     def read(self, path: str | Path) -> None:
-        """Adds all predictions of a COCO results file; AnnotationError if a record is damaged."""
-        sizes = dict(zip(self._ids, self._sizes, strict=True))
-        for image_id, instances in read_results(path, sizes, self.given.category_ids).items():
+        """Adds all predictions of a COCO results file.
+
+        The ids of images and categories are matched as `read_results` describes.
+
+        Args:
+            path: The file. `pictures.json` in its folder, which `predict` writes, is used if it lists the ids.
+
+        Raises:
+            AnnotationError: If a record is damaged, or the file does not belong to the data set.
+        """
+        paths = self.given.paths()
+        found = read_results(
+            path,
+            dict(zip(self._ids, self._sizes, strict=True)),
+            self.given.category_ids,
+            classes=self.given.classes,
+            paths={image_id: p for image_id, i in zip(self._ids, self._order, strict=True) if (p := paths[i])},
+            targets=lambda image_id: self.given.targets(self._order[self._position[image_id]]),
+        )
+        for image_id, instances in found.items():
             self.add(image_id, instances)
 
     # ---- counting ------------------------------------------------------------------------------------------------
@@ -360,7 +378,8 @@ class Evaluator:
             raise UsageError(f"predictions for image {image_id!r} have a score or box that is not finite")
         wants = {"segm", "boundary"} & set(self.kinds)
         if wants and len(labels) and instances.masks is None:
-            raise UsageError(f"predictions for image {image_id!r} have no masks; evaluate kinds=('bbox',) instead")
+            others = "keypoints" if instances.keypoints is not None else "bbox"
+            raise UsageError(f"predictions for image {image_id!r} have no masks; evaluate kinds=({others!r},) instead")
         if "keypoints" in self.kinds and len(labels) and instances.keypoints is None:
             raise UsageError(f"predictions for image {image_id!r} have no keypoints; leave 'keypoints' out of kinds")
         masks = None if instances.masks is None else _texts(instances.masks)
@@ -409,8 +428,8 @@ def match_classes(ours: Sequence[str], theirs: Sequence[str]) -> Int[Tensor, " k
         UsageError: If no name is in both: all results would be zero.
     """
     exact = {name: label for label, name in reversed(list(enumerate(theirs)))}
-    loose = {_folded(name): label for label, name in reversed(list(enumerate(theirs)))}
-    found = [exact.get(name, loose.get(_folded(name), -1)) for name in ours]
+    loose = {folded(name): label for label, name in reversed(list(enumerate(theirs)))}
+    found = [exact.get(name, loose.get(folded(name), -1)) for name in ours]
     if ours and theirs and max(found) < 0:
         raise UsageError(
             f"no class of the system ({_some(ours)}) is a class of the data set ({_some(theirs)}); "
@@ -477,10 +496,6 @@ def _sizes_of(truth: Truth, ranges: Mapping[str, tuple[float, float]]) -> dict[s
 
 def _number(value: float) -> float | None:
     return None if np.isnan(value) else value
-
-
-def _folded(name: str) -> str:
-    return "".join(c for c in name.casefold() if c not in " -_")
 
 
 def _some(values: Sequence[Any]) -> str:

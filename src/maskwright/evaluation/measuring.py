@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskwright.data import Dataset
-from maskwright.errors import UsageError
+from maskwright.data import Dataset, OneClass
+from maskwright.errors import DataError, UsageError
 from maskwright.evaluation.evaluator import match_classes
 from maskwright.evaluation.result import Result
+from maskwright.evaluation.result_ids import PICTURES
 from maskwright.evaluation.speed import Stopwatch
 from maskwright.evaluation.tasks import KINDS, Task, on_host
+from maskwright.files import write_bytes, write_json
 from maskwright.structures import Batch, Instances, Panoptic
 from maskwright.systems import System
 
@@ -90,6 +94,55 @@ class Measurement:
             else:
                 evaluator.add_at(position, found)
         return result_of(**arguments)
+
+    def write(self, folder: Path) -> Path:
+        """Writes all answers with the ids of the data set.
+
+        Args:
+            folder: The folder. Objects are written to results.json, as COCO results, and what their ids stand for to
+                pictures.json; segments to panoptic.json and the folder panoptic.
+
+        Returns:
+            The JSON file.
+
+        Raises:
+            DataError: If a file cannot be written.
+        """
+        dataset = self.dataset
+        while isinstance(dataset, OneClass):  # results have the data set's own categories
+            dataset = dataset.inner
+        ids, sizes, paths = dataset.image_ids(), dataset.sizes(), dataset.paths()
+        pairs = sorted(self.pairs, key=lambda pair: pair[0])
+        images = [
+            {"id": ids[i], "file_name": str(paths[i] or ids[i]), "height": sizes[i][0], "width": sizes[i][1]}
+            for i, _ in pairs
+        ]
+        categories = [
+            {"id": int(number), "name": name, **({"isthing": int(name not in dataset.stuff)} if dataset.stuff else {})}
+            for number, name in zip(dataset.category_ids, dataset.classes, strict=True)
+        ]
+        about: dict[str, Any] = {"images": images, "categories": categories}
+        records: list[dict[str, Any]] = []
+        for position, found in pairs:
+            if isinstance(found, Panoptic):
+                name = f"{position + 1:06d}.png"
+                records.append(found.to_coco(ids[position], dataset.category_ids, name))
+                data = io.BytesIO()
+                found.to_png().save(data, "PNG")
+                write_bytes(folder / "panoptic" / name, data.getvalue(), DataError, sync=False)
+            else:
+                records += found.to_coco(ids[position], self._category_ids(dataset))
+        if self.task.segments:
+            return write_json(folder / self.task.results, {**about, "annotations": records}, DataError)
+        write_json(folder / PICTURES, about, DataError, indent=1)
+        return write_json(folder / self.task.results, records, DataError)
+
+    def _category_ids(self, dataset: Dataset) -> Sequence[int]:
+        """Category id of each label of the answers; classes of proposals that the data set lacks have its first."""
+        if self.task.name != "proposals" and "proposals" not in self.system.tasks:
+            return dataset.category_ids
+        known = {name: number for number, name in zip(dataset.category_ids, dataset.classes, strict=True)}
+        return [known.get(name, dataset.category_ids[0]) for name in self.system.classes]
 
     def _kinds(self, asked: Sequence[str] | None) -> tuple[str, ...]:
         there = [kind for output, kind in KINDS.items() if output in self.system.outputs]

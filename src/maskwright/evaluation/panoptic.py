@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from maskwright.data.dataset import as_dataset
 from maskwright.errors import UsageError
+from maskwright.evaluation.panoptic_results import read_panoptic_results
 from maskwright.evaluation.result import Protocol, Result
 from maskwright.structures import Panoptic
 
@@ -154,6 +156,11 @@ class PanopticEvaluator:
         """Adds the segments of the image at a position of the data set, see `add`."""
         self.add(self.dataset.image_ids()[index], panoptic)
 
+    def read(self, path: str | Path) -> None:
+        """Adds all images of a COCO panoptic results file; see `read_panoptic_results`."""
+        for image_id, panoptic in read_panoptic_results(path, self.dataset):
+            self.add(image_id, panoptic)
+
     def reset(self) -> None:
         """Drops all predictions."""
         self._counts = {}
@@ -232,8 +239,14 @@ class SemanticEvaluator:
             )
         self._seen[image_id] = self._pixels(truth, labels.cpu().numpy())
 
+    def read(self, path: str | Path) -> None:
+        """Adds all images of a COCO panoptic results file; see `read_panoptic_results`."""
+        for image_id, panoptic in read_panoptic_results(path, self.dataset):
+            known = panoptic.segments.labels >= 0
+            self.add(image_id, panoptic[known].semantic())
+
     def reset(self) -> None:
-        """As if nothing had been added."""
+        """Drops all predictions."""
         self._seen.clear()
 
     def _pixels(self, truth: Panoptic, labels: np.ndarray) -> Int[np.ndarray, "k k1"]:

@@ -49,6 +49,7 @@ def evaluate(
     workers: int = 2,
     title: str = "",
     suppression: Suppression | None = None,
+    out: str | Path | None = None,
     **thresholds: Any,
 ) -> Result:
     """Evaluates a system on a data set with annotations.
@@ -81,6 +82,8 @@ def evaluate(
         workers: Threads that read and resize images while the network computes.
         title: Title of the report page.
         suppression: "matrix" applies Matrix NMS to the finished masks, see `predict`.
+        out: Folder that the predictions are written to, with the data set's own image and category ids: results.json
+            and pictures.json, or panoptic.json and the folder panoptic. None: they are not written.
         **thresholds: Further options of the system's decoding.
 
     Returns:
@@ -127,6 +130,8 @@ def evaluate(
     if world > 1:
         measurement.gather(functools.partial(_gathered, world=world))
     result = measurement.result(kinds, boundary, limits.get("detections"), examples, title)
+    if out is not None and rank == 0:
+        measurement.write(Path(out))
     result.protocol = replace(
         result.protocol,
         threshold=lowest,

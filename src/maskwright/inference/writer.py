@@ -13,6 +13,7 @@ from maskwright.errors import DataError
 from maskwright.evaluation.tasks import TASKS, Task
 from maskwright.files import write_json
 from maskwright.inference.outputs import RecordStream, write_image
+from maskwright.inference.own_ids import DatasetIds
 from maskwright.structures import Instances, Panoptic
 
 Kind = Literal["drawn", "coco", "masks"]
@@ -26,7 +27,8 @@ class PredictionWriter:
 
     - "drawn": ``drawn/NAME.jpg``, the image with its objects drawn over it;
     - "coco": ``results.json``, COCO results with image_id 1, 2, ... in the order of the images and
-      category_id = label + 1; ``pictures.json``, the "images" and "categories" that these ids refer to;
+      category_id = label + 1, or the data set's own ids; ``pictures.json``, the "images" and "categories" that they
+      refer to;
     - "masks": ``masks/NAME.png``, 16 bits: 0 background, k the k-th best object; the better one where two overlap.
 
     Files for tasks that segment whole images:
@@ -45,6 +47,7 @@ class PredictionWriter:
         sources: The files, folders and globs that the images come from.
         stuff: Those of the classes that are stuff.
         task: What was predicted.
+        ids: Image and category ids of the data set that the images belong to, in place of 1, 2, ... and label + 1.
 
     Attributes:
         images: COCO entries of the images written so far.
@@ -63,10 +66,11 @@ class PredictionWriter:
         sources: Iterable[str | Path] = (),
         stuff: Sequence[str] = (),
         task: Task = TASKS["instances"],
+        ids: DatasetIds | None = None,
     ):
         self.folder, self.kinds, self.classes = Path(folder), frozenset(kinds), tuple(classes)
         self.roots = [_root(source) for source in sources]
-        self.stuff, self.task = tuple(stuff), task
+        self.stuff, self.task, self.ids = tuple(stuff), task, ids
         self.segments: list[dict[str, Any]] = []
         self.names: set[str] = set()
         self.images: list[dict[str, Any]] = []
@@ -87,7 +91,7 @@ class PredictionWriter:
             self.skipped.append((str(path), str(error)))
             return
         name = self._name(Path(path))
-        number = len(self.images) + 1
+        number = len(self.images) + 1 if self.ids is None else self.ids.image_id(Path(path))
         height, width = found.image_size
         self.images.append({"id": number, "file_name": str(path), "height": height, "width": width})
         self.objects += len(found)
@@ -97,13 +101,13 @@ class PredictionWriter:
             self._add_segments(found, name, number)
             return
         if "coco" in self.kinds:
-            self.results.add(found.to_coco(number))
+            self.results.add(found.to_coco(number, self._category_ids()))
         if "masks" in self.kinds:
             _write_plane(_numbers(found), self.folder / "masks" / f"{name}.png")
 
-    def _add_segments(self, found: Panoptic, name: str, number: int) -> None:
+    def _add_segments(self, found: Panoptic, name: str, number: int | str) -> None:
         if "coco" in self.kinds:
-            self.segments.append(found.to_coco(number, file_name=f"{name}.png"))
+            self.segments.append(found.to_coco(number, self._category_ids(), f"{name}.png"))
             write_image(self.folder / "panoptic" / f"{name}.png", found.to_png(), sync=False)
         if "masks" in self.kinds:
             plane = found.semantic() + 1 if self.task.name == "semantic" else found.map()
@@ -114,17 +118,28 @@ class PredictionWriter:
         if "coco" not in self.kinds:
             return
         if self.task.segments:
-            kinds = [{"id": k + 1, "name": n, "isthing": int(n not in self.stuff)} for k, n in enumerate(self.classes)]
+            kinds = [
+                {**entry, "isthing": int(name not in self.stuff)}
+                for entry, name in zip(self._categories(), self.classes, strict=True)
+            ]
             images = [
                 {**entry, "file_name": self._inside(Path(entry["file_name"])).as_posix()} for entry in self.images
             ]
             document = {"images": images, "annotations": self.segments, "categories": kinds}
             write_json(self.folder / self.task.results, document, DataError)
         else:
-            categories = [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
             self.results.close()
-            about = {"images": self.images, "categories": categories}
+            about = {"images": self.images, "categories": self._categories()}
             write_json(self.folder / "pictures.json", about, DataError, indent=1)
+
+    def _category_ids(self) -> list[int] | None:
+        return None if self.ids is None else self.ids.category_ids
+
+    def _categories(self) -> list[dict[str, Any]]:
+        """COCO's list of categories."""
+        if self.ids is not None:
+            return self.ids.categories(self.classes)
+        return [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
 
     def _draw(self, path: Path, found: Instances | Panoptic, target: Path) -> None:
         from maskwright.data import read_image
