@@ -12,7 +12,7 @@ import pytest
 from maskwright.data.findings import Finding, finding_lines
 from maskwright.errors import AnnotationError, UsageError
 from maskwright.files import write_json, write_text
-from maskwright.terminal import complain, explain, say
+from maskwright.terminal import explain, print_error, print_line
 from maskwright.text import encodable, printable
 
 pytestmark = pytest.mark.fast
@@ -42,12 +42,12 @@ def test_line_breaks_of_our_own_are_kept():
 
 
 def test_output_contains_no_control_characters(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    say("one\ntwo\x1b]0;title\x07")
-    complain(os.fsdecode(b"\xff.jpg"))
+    print_line("one\ntwo\x1b]0;title\x07")
+    print_error(os.fsdecode(b"\xff.jpg"))
     assert capsys.readouterr() == ("one\ntwo\\x1b]0;title\\x07\n", "\\xff.jpg\n")
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr("sys.stdout", narrow)
-    say("日")
+    print_line("日")
     narrow.seek(0)
     assert narrow.read() == "\\u65e5\n"
 

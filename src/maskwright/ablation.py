@@ -20,7 +20,7 @@ from typing import Any
 from maskwright.errors import DataError, UsageError
 from maskwright.files import write_text
 from maskwright.systems import Ablation, create, system_class
-from maskwright.terminal import choose, complain, progress, say
+from maskwright.terminal import choose, print_error, print_line, progress
 
 MEASURES = {
     "AP": "segm/AP",
@@ -118,7 +118,7 @@ def ablate(
     for seed, variant in progress(wanted, "runs"):
         found[seed, variant] = _run(system, plan, variant, seed, out / "runs", budget, device)
         summary = ", ".join(f"{name} {value:.1f}" for name, value in found[seed, variant].items() if value == value)
-        say(f"{variant}, seed {seed}: {summary}")
+        print_line(f"{variant}, seed {seed}: {summary}")
         rows = [
             Row(
                 name,
@@ -174,7 +174,7 @@ def _kept(path: Path) -> dict[str, float] | None:
         found = json.loads(path.read_text("utf-8"))["measured"]
         return {name: float(found[name]) for name in MEASURES}
     except (ValueError, KeyError, TypeError):
-        complain(f"{path} is damaged; the run is repeated")
+        print_error(f"{path} is damaged; the run is repeated")
         return None
 
 

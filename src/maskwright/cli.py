@@ -21,7 +21,7 @@ from tyro.conf import Positional, arg
 from maskwright._version import __version__
 from maskwright.errors import UsageError
 from maskwright.options import nested
-from maskwright.terminal import choose, complain, guarded, parse, progress, say
+from maskwright.terminal import choose, guarded, parse, print_error, print_line, progress
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 KeyValues = Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]
@@ -89,7 +89,9 @@ def train(
         options=nested(_values(option).items()),
         **changes,
     )
-    say(f"{best}\nnext: maskwright report {out} -o report.html; maskwright predict IMAGES --weights {best} -o found")
+    print_line(
+        f"{best}\nnext: maskwright report {out} -o report.html; maskwright predict IMAGES --weights {best} -o found"
+    )
     return 0
 
 
@@ -166,10 +168,10 @@ def evaluate(
         compile=compile,
         out=out,
     )
-    say(str(result))
+    print_line(str(result))
     if out is not None:
         result.save(out / "result.json")
-        say(f"report: {write_report(out, out / 'report.html')}")
+        print_line(f"report: {write_report(out, out / 'report.html')}")
     return 0
 
 
@@ -289,11 +291,11 @@ def predict(
     limit = (
         " with a score of at least 0.5 (--score-threshold)" if score_threshold is None and task == "instances" else ""
     )
-    say(f"{writer.objects} {what}{limit} in {len(writer.images)} images: {out}")
+    print_line(f"{writer.objects} {what}{limit} in {len(writer.images)} images: {out}")
     if ids is not None and "coco" in format:
-        say(ids.summary)
+        print_line(ids.summary)
     for path, reason in writer.skipped:
-        complain(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
+        print_error(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
     return 1 if writer.skipped else 0
 
 
@@ -312,7 +314,7 @@ def report(run: Annotated[Path, arg(metavar="RUN")], /, *, out: Output = Path("r
     """
     from maskwright.evaluation import report as write
 
-    say(f"report: {write(run, out)}")
+    print_line(f"report: {write(run, out)}")
     return 0
 
 
@@ -337,7 +339,7 @@ def check(
     from maskwright.data import check as run
 
     findings = run(source, fix=fix)
-    say(str(findings))
+    print_line(str(findings))
     return 0 if findings.ok or findings.fixed is not None else 1
 
 
@@ -363,7 +365,7 @@ def convert(
     from maskwright.checkpoints import convert as run
 
     run(source, out, variant=variant)
-    say(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+    print_line(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
@@ -383,37 +385,37 @@ def systems(name: Annotated[str | None, Positional, arg(metavar="NAME")] = None)
     if name is None:
         for each in names():
             kind = system_class(each)
-            say(f"{each:16} {kind.card.title} (arXiv {kind.card.arxiv})")
+            print_line(f"{each:16} {kind.card.title} (arXiv {kind.card.arxiv})")
             for preset, known in kind.presets.items():
                 scores = ", ".join(f"{s.what} {s.value:g}" for s in known.published)
-                say(f"  {preset:34} {scores or known.note}")
-        say("more: maskwright systems NAME; weights to start from: maskwright checkpoints")
+                print_line(f"  {preset:34} {scores or known.note}")
+        print_line("more: maskwright systems NAME; weights to start from: maskwright checkpoints")
         return 0
     kind, _ = find(name)
     card = kind.card
-    say(f"{kind.name}: {card.title}\n  paper: {card.paper}, arXiv {card.arxiv}")
-    say(f"  code:  {card.code} ({card.code_licence})")
+    print_line(f"{kind.name}: {card.title}\n  paper: {card.paper}, arXiv {card.arxiv}")
+    print_line(f"  code:  {card.code} ({card.code_licence})")
     system = describe(name)
     predicts, needs = ", ".join(sorted(system.outputs)), ", ".join(sorted({"boxes", *system.needs}))
-    say(f"  predicts {predicts}; needs {needs} in training; tasks: {', '.join(sorted(system.tasks))}")
-    say("options (train --option KEY=VALUE):")
+    print_line(f"  predicts {predicts}; needs {needs} in training; tasks: {', '.join(sorted(system.tasks))}")
+    print_line("options (train --option KEY=VALUE):")
     groups = groups_of(kind.__init__)
     for option, parameter in parameters_of(kind.__init__).items():
         value = system.options[option]
         if option in groups and isinstance(value, dict):
             for field, own in value.items():
-                say(f"  {option}.{field}={json.dumps(own, default=str)}")
+                print_line(f"  {option}.{field}={json.dumps(own, default=str)}")
         elif option != "classes":
-            say(f"  {option}={json.dumps(value, default=str)}    {parameter.annotation}")
+            print_line(f"  {option}={json.dumps(value, default=str)}    {parameter.annotation}")
     for recipe, changes in kind.recipes.items():
-        say(f"recipe {recipe} (train --recipe {recipe}): {json.dumps(dict(changes))}")
+        print_line(f"recipe {recipe} (train --recipe {recipe}): {json.dumps(dict(changes))}")
     for table, ablation in kind.ablations.items():
-        say(f"table {table} (maskwright ablate {kind.name} {table}): {ablation.title}")
+        print_line(f"table {table} (maskwright ablate {kind.name} {table}): {ablation.title}")
     for preset, known in kind.presets.items():
         if name in (preset, kind.name):
-            say(f"preset {preset}: {json.dumps(plain(known.options), default=str)} {known.note}".rstrip())
+            print_line(f"preset {preset}: {json.dumps(plain(known.options), default=str)} {known.note}".rstrip())
             for score in known.published:
-                say(f"  {score.what} {score.value:g}: {score.protocol} ({score.source})")
+                print_line(f"  {score.what} {score.value:g}: {score.protocol} ({score.source})")
     return 0
 
 
@@ -445,13 +447,13 @@ def checkpoints(
         choose(system, names(), "system")
     entries = {entry.name: entry for entry in list_checkpoints(commercial_ok, system)}
     if name is not None:
-        say(entries[choose(name, entries, "entry of the catalogue")].terms())
+        print_line(entries[choose(name, entries, "entry of the catalogue")].terms())
         return 0
     width = max(map(len, entries), default=0)
     for entry in entries.values():
         scores = ", ".join(f"{score.what} {score.value:g}" for score in entry.published)
         use = "" if entry.commercial == "yes" else " (on conditions)" if entry.commercial == "attribution" else " (NO)"
-        say(f"{entry.name:{width}}  {scores:30}  {entry.weights_licence}; commercial use{use or ' allowed'}")
+        print_line(f"{entry.name:{width}}  {scores:30}  {entry.weights_licence}; commercial use{use or ' allowed'}")
     return 0
 
 
@@ -512,7 +514,7 @@ def ablate(
     run(
         system, table, out=out, seeds=seeds, steps=steps, images=images, unseen=unseen, batch=batch, device=device
     )  # fmt: skip
-    say((out / f"table-{table}.md").read_text("utf-8"))
+    print_line((out / f"table-{table}.md").read_text("utf-8"))
     return 0
 
 
@@ -534,12 +536,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     first = arguments[0] if arguments else "--help"
     if first in ("-h", "--help", "help") and len(arguments) < 2:
-        say(_overview())
+        print_line(_overview())
         return 0
     if first == "help":
         arguments, first = [arguments[1], "--help"], arguments[1]
     if first == "--version":
-        say(f"maskwright {__version__}")
+        print_line(f"maskwright {__version__}")
         return 0
     if first.startswith("-"):
         raise UsageError(

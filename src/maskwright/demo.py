@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwright.errors import UsageError
-from maskwright.terminal import progress, say
+from maskwright.terminal import print_line, progress
 
 CLASSES = ("disc", "ring", "star", "box")
 SIDE = 192  # side of a scene in pixels
@@ -77,24 +77,24 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
 
     _make_room(out)
     began = time.monotonic()
-    say(f"1/5  generating {images + 2 * unseen} scenes: {out / 'scenes'}")
+    print_line(f"1/5  generating {images + 2 * unseen} scenes: {out / 'scenes'}")
     parts = (("train", images, 0), ("val", unseen, 1), ("test", unseen, 2))
     for split, count, part in progress(parts, "scenes"):
         scenes = Scenes(count, (SIDE, SIDE), seed=3 * seed + part, classes=CLASSES, difficulty=0.2, empty=0.02)
         scenes.write(out / "scenes", split)
 
-    say(f"2/5  training a small Mask R-CNN on the CPU for {epochs} epochs: {out / 'run'}")
+    print_line(f"2/5  training a small Mask R-CNN on the CPU for {epochs} epochs: {out / 'run'}")
     torch.manual_seed(seed)
     best = train("mask-rcnn", out / "scenes", out=out / "run", options=OPTIONS, epochs=epochs, seed=seed, **RECIPE)
 
     system = load(best)
-    say(f"3/5  evaluating on {unseen} scenes that were not used for training")
+    print_line(f"3/5  evaluating on {unseen} scenes that were not used for training")
     result = evaluate(system, open_dataset(out / "scenes", "val"), batch=8, device="cpu")
     result.title = "maskwright demo"
     result.save(out / "run" / "result.json")
-    say(str(result))
+    print_line(str(result))
 
-    say(f"4/5  predicting on {unseen} more scenes: {out / 'found' / 'drawn'}")
+    print_line(f"4/5  predicting on {unseen} more scenes: {out / 'found' / 'drawn'}")
     source = out / "scenes" / "test"
     writer = PredictionWriter(out / "found", ("drawn", "coco"), system.classes, [source])
     for prediction in progress(predict(system, source, batch=8, device="cpu", score_threshold=0.5), "images", unseen):
@@ -102,13 +102,15 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
     writer.close()
 
     page = report(out / "run", out / "report.html", title="maskwright demo")
-    say(f"5/5  done in {(time.monotonic() - began) / 60:.1f} minutes: mask AP50 {100 * result['segm/AP50']:.0f} %\n")
-    say(f"report:   {page.absolute().as_uri()}")
-    say(f"drawings: {out / 'found' / 'drawn'}")
-    say("next, predict on your own images:")
-    say(f"  {_command()} predict IMAGES --weights {best} -o found")
-    say("or train on your own data (COCO format):")
-    say(f"  {_command()} train mask-rcnn --data MY-DATA --out runs/first")
+    print_line(
+        f"5/5  done in {(time.monotonic() - began) / 60:.1f} minutes: mask AP50 {100 * result['segm/AP50']:.0f} %\n"
+    )
+    print_line(f"report:   {page.absolute().as_uri()}")
+    print_line(f"drawings: {out / 'found' / 'drawn'}")
+    print_line("next, predict on your own images:")
+    print_line(f"  {_command()} predict IMAGES --weights {best} -o found")
+    print_line("or train on your own data (COCO format):")
+    print_line(f"  {_command()} train mask-rcnn --data MY-DATA --out runs/first")
     return page
 
 

@@ -13,6 +13,7 @@ Checkpoints and recipes hold the mapping, as JSON; on the command line a field i
 from __future__ import annotations
 
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -81,6 +82,13 @@ class OptionGroup:
         for name, value in values.items():
             check_option(f"{self.label}.{name}", value, hints[name])
         return replace(self, **{name: _frozen(value) for name, value in values.items()})
+
+    def check_at_least(self, least: float, *names: str) -> None:
+        """Raises a UsageError for the first of these fields that is less than `least`, or not finite."""
+        for name in names:
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                raise UsageError(f"{self.label}.{name} must be at least {least}, got {value}")
 
     @classmethod
     def merged(cls, before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

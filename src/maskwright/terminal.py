@@ -24,12 +24,12 @@ from maskwright.text import encodable, printable
 T = TypeVar("T")
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print `text` to stdout, and flush. Control characters other than line breaks are escaped."""
     _print(text, sys.stdout)
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Print `text` to stderr, and flush. Control characters other than line breaks are escaped."""
     _print(text, sys.stderr)
 
@@ -152,7 +152,7 @@ def guarded(action: Callable[[], int]) -> int:
             warnings.simplefilter("error", RenamedOptionWarning)
             return action()
     except KeyboardInterrupt as stop:
-        complain(str(stop) or "interrupted")
+        print_error(str(stop) or "interrupted")
         return 130
     except BrokenPipeError:
         # The reader of stdout (`| head`) has exited; Python would report that again when it closes stdout.
@@ -162,13 +162,13 @@ def guarded(action: Callable[[], int]) -> int:
         sentence = explain(error)
         if sentence is None:
             raise
-        complain(f"maskwright: {sentence}")
+        print_error(f"maskwright: {sentence}")
         return 2
 
 
 def _mention(message: Warning | str, *about: Any) -> None:
     """Print a warning as one line, without its location in the code."""
-    complain(f"note: {' '.join(str(message).split())}")
+    print_error(f"note: {' '.join(str(message).split())}")
 
 
 def explain(error: BaseException) -> str | None:

@@ -318,8 +318,8 @@ def _wide(queries: Tensor, embeddings: Tensor) -> Tensor:
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-def named(terms: dict[str, Float[Tensor, " l"]], idle: Tensor | float = 0.0) -> dict[str, Tensor]:
-    """Names the terms of each prediction.
+def name_terms(terms: dict[str, Float[Tensor, " l"]], idle: Tensor | float = 0.0) -> dict[str, Tensor]:
+    """Names the loss terms of each prediction.
 
     Args:
         terms: Losses of all predictions, the last one last.

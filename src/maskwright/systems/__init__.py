@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -80,7 +80,7 @@ def system_class(name: str) -> type[System]:
         UnknownSystemError: If the registry has no such system.
     """
     if name not in REGISTRY:
-        raise UnknownSystemError(f"there is no system {name!r}; known are {', '.join(REGISTRY)}")
+        raise UnknownSystemError(f"there is no system {name!r}; {_hint(name, REGISTRY)}")
     module, attribute = REGISTRY[name].split(":")
     return getattr(import_module(f"maskwright.systems.{module}"), attribute)
 
@@ -101,11 +101,15 @@ def find(name: str) -> tuple[type[System], Mapping[str, Any]]:
     known = presets()
     owner = known.get(name)
     if owner is None:
-        similar = get_close_matches(name, [*REGISTRY, *known], 1)
-        hint = f"did you mean {similar[0]!r}? " if similar else ""
-        raise UnknownSystemError(f"there is no system or preset {name!r}; {hint}`maskwright systems` lists all")
+        raise UnknownSystemError(f"there is no system or preset {name!r}; {_hint(name, [*REGISTRY, *known])}")
     kind = system_class(owner)
     return kind, kind.presets[name].options
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """The end of the message about an unknown name."""
+    similar = get_close_matches(name, known, 1)
+    return (f"did you mean {similar[0]!r}? " if similar else "") + "`maskwright systems` lists all"
 
 
 def create(name: str, **options: Any) -> System:

@@ -35,7 +35,7 @@ from maskwright.ops.assignment import Pairs, assign
 from maskwright.ops.losses import focal_sum
 from maskwright.ops.planes import place_bits
 from maskwright.ops.query_boxes import BoxTargets, box_costs, box_losses
-from maskwright.ops.query_losses import class_losses, named, object_count, overlap_loss
+from maskwright.ops.query_losses import class_losses, name_terms, object_count, overlap_loss
 from maskwright.structures import Instances, Masks, Panoptic, Placement, Preprocess
 from maskwright.structures.resize import Resize, ResizeLike
 from maskwright.systems.card import Card, Preset, Score
@@ -46,7 +46,6 @@ from maskwright.systems.kinds.detectors import (
     FrozenLayout,
     QueryDetector,
     Transformer,
-    check_least,
     named_weights,
 )
 from maskwright.systems.kinds.panoptic import PanopticSystem
@@ -75,7 +74,7 @@ class DETRLoss(BoxLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 0, "mask_weight", "dice_weight", "no_object")
+        self.check_at_least(0, "mask_weight", "dice_weight", "no_object")
 
 
 BACKBONE, RESIZE = Backbone("resnet50"), Resize(short=800, long=1333)
@@ -368,7 +367,7 @@ class DETR(PanopticSystem, QueryDetector):
             terms |= {"mask": sums[None, 0] / count, "dice": sums[None, 1] / count}
         # A backbone with a norm for each feature map has parameters that only maps read by no term depend on.
         idle = (raw.boxes.float().sum() + sum(level.float().sum() for level in raw.levels)) * 0
-        return named({name: getattr(self.loss, f"{name}_weight") * values for name, values in terms.items()}, idle)
+        return name_terms({name: getattr(self.loss, f"{name}_weight") * values for name, values in terms.items()}, idle)
 
     @torch.no_grad()
     def costs(self, raw: Raw, objects: Sequence[BoxTargets]) -> list[Float[Tensor, "l n _m"]]:

@@ -284,7 +284,7 @@ class EoMT(QuerySystem):
             found = [self.prediction_losses(raw, layer, objects, count)[0] for layer in range(len(raw.classes))]
             idle = (raw.features.float().sum() + raw.embeddings.float().sum()) * 0
             terms = torch.stack(found, 1)  # (3, L)
-            return learning.named(dict(zip(("class", "mask", "dice"), terms, strict=True)), idle)
+            return learning.name_terms(dict(zip(("class", "mask", "dice"), terms, strict=True)), idle)
 
     def prediction_losses(
         self, raw: Raw, layer: int, objects: Sequence[learning.Objects], count: Float[Tensor, ""]

@@ -32,7 +32,7 @@ from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.assignment import assign
 from maskwright.ops.query_boxes import BoxTargets, box_costs, box_losses, focal_classes, focal_costs, inverse_sigmoid
-from maskwright.ops.query_losses import named, object_count
+from maskwright.ops.query_losses import name_terms, object_count
 from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.structures.resize import Resize, ResizeLike
 from maskwright.systems.card import Card, Preset, Score
@@ -43,7 +43,6 @@ from maskwright.systems.kinds.detectors import (
     FrozenLayout,
     QueryDetector,
     Transformer,
-    check_least,
     named_weights,
 )
 from maskwright.systems.system import ClassRows, Output, at_least
@@ -74,7 +73,7 @@ class DeformableTransformer(Transformer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "points")
+        self.check_at_least(1, "points")
         if not 3 <= self.levels <= len(STRIDES):
             raise UsageError(
                 f"transformer.levels must be from 3 (strides 8, 16, 32) to {len(STRIDES)}, got {self.levels}"
@@ -371,15 +370,15 @@ class HDETR(QueryDetector):
             terms = self._terms(first, raw.boxes[:, :, : self.count], objects, count)
             # The finest feature map may have a norm of its own, which no term depends on.
             idle = sum(values.float().sum() for values in (raw.boxes, raw.logits, raw.fine)) * 0
-            result = named(terms, idle)
+            result = name_terms(terms, idle)
             if second.shape[2]:
                 repeated = [own.repeated(self.repeats) for own in objects]
                 # As published, divided by the number of objects counted as often as they are repeated.
                 many = self._terms(second, raw.boxes[:, :, self.count :], repeated, object_count(repeated, device))
-                result |= named({f"many_{name}": self.many_weight * value for name, value in many.items()})
+                result |= name_terms({f"many_{name}": self.many_weight * value for name, value in many.items()})
             any_class = [replace(own, labels=torch.zeros_like(own.labels)) for own in objects]
             proposals = self._terms(raw.proposal_logits[None], raw.proposal_boxes[None], any_class, count)
-            return result | named({f"proposal_{name}": value for name, value in proposals.items()})
+            return result | name_terms({f"proposal_{name}": value for name, value in proposals.items()})
 
     def _terms(
         self, logits: Tensor, boxes: Tensor, objects: Sequence[BoxTargets], count: Tensor

@@ -288,7 +288,7 @@ class Mask2Former(QuerySystem):
             idle = (raw.features.float().sum() + raw.embeddings.float().sum()) * 0
             sums = (classes, mask / count, dice / count)
             terms = {n: w * t for n, w, t in zip(("class", "mask", "dice"), self.loss.weights, sums, strict=True)}
-            return learning.named(terms, idle)
+            return learning.name_terms(terms, idle)
 
     def costs(self, raw: Raw, objects: Sequence[learning.Objects]) -> list[Float[Tensor, "l n _m"]]:
         """Computes the matching costs of each image, at points that are drawn here.

@@ -50,7 +50,6 @@ from maskwright.systems.kinds.detectors import (
     FrozenFeatures,
     FrozenLayout,
     QueryDetector,
-    check_least,
     named_weights,
 )
 from maskwright.systems.system import ClassRows, System, at_least
@@ -84,8 +83,8 @@ class MaskFrozenLoss(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 0, "mask_weight", "dice_weight", "score_weight")
-        check_least(self, 1, "points", "candidates")
+        self.check_at_least(0, "mask_weight", "dice_weight", "score_weight")
+        self.check_at_least(1, "points", "candidates")
         if not 0 <= self.important <= 1:
             raise UsageError(f"loss.important must be in [0, 1], got {self.important}")
 

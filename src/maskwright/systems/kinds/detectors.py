@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -45,8 +44,8 @@ class Transformer(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 1, "width", "heads", "hidden", "decoder_layers", "queries")
-        check_least(self, 0, "encoder_layers")
+        self.check_at_least(1, "width", "heads", "hidden", "decoder_layers", "queries")
+        self.check_at_least(0, "encoder_layers")
         if self.width % 4 or self.width % self.heads:
             raise UsageError(
                 f"{self.label}.width must be a multiple of 4 and of {self.label}.heads ({self.heads}), got {self.width}"
@@ -73,7 +72,7 @@ class BoxCost(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, 0, "class_weight", "box_weight", "giou_weight")
+        self.check_at_least(0, "class_weight", "box_weight", "giou_weight")
 
 
 @dataclass(frozen=True)
@@ -87,14 +86,6 @@ class BoxLoss(BoxCost):
     """
 
     label: ClassVar[str] = "loss"
-
-
-def check_least(group: OptionGroup, least: int, *names: str) -> None:
-    """Raises a UsageError for the first field of `names` that is less than `least`, or not finite."""
-    for name in names:
-        value = getattr(group, name)
-        if not least <= value < math.inf:
-            raise UsageError(f"{group.label}.{name} must be at least {least}, got {value}")
 
 
 def named_weights(options: Mapping[str, Any], lists: Mapping[str, tuple[str, Sequence[str]]]) -> dict[str, Any]:

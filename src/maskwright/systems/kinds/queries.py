@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +46,7 @@ class QueryDecoder(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "width", "heads", "queries", "layers", "hidden")
+        self.check_at_least(1, "width", "heads", "queries", "layers", "hidden")
         if self.width % (4 * self.heads):
             raise UsageError(
                 f"decoder.width must be a multiple of 4 * decoder.heads, that is of {4 * self.heads}, got {self.width}"
@@ -76,7 +75,7 @@ class MaskLoss(OptionGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 0, "class_weight", "mask_weight", "dice_weight", "no_object")
+        self.check_at_least(0, "class_weight", "mask_weight", "dice_weight", "no_object")
 
     @property
     def weights(self) -> tuple[float, float, float]:
@@ -100,7 +99,7 @@ class PointLoss(MaskLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 1, "points", "candidates")
+        self.check_at_least(1, "points", "candidates")
         if not 0 <= self.important <= 1:
             raise UsageError(f"loss.important must be in [0, 1], got {self.important}")
 
@@ -108,14 +107,6 @@ class PointLoss(MaskLoss):
     def sampling(self) -> learning.PointSampling:
         """The points as the losses take them."""
         return learning.PointSampling(self.points, self.candidates, self.important)
-
-
-def _at_least(group: OptionGroup, least: int, *names: str) -> None:
-    """Raises a UsageError for the first field that is less than `least`, or not finite."""
-    for name in names:
-        value = getattr(group, name)
-        if not least <= value < math.inf:
-            raise UsageError(f"{group.label}.{name} must be at least {least}, got {value}")
 
 
 # ---- queries with masks ----------------------------------------------------------------------------------------------
