@@ -1,0 +1,136 @@
+"""Names of output files, and the recognition of output files among the images of a folder."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+FOLDERS = ("drawn", "masks", "panoptic")  # of an output folder
+RECORDS = ("pictures.json", "panoptic.json", "results.json")  # files beside them
+MARK = "maskwright predict"  # in the metadata of every image that is written
+
+
+class OutputNames:
+    """Gives every image a name for its output files that no other image has.
+
+    The name is the image's path relative to the source that it was found in, without suffix: ``x.jpg`` becomes ``x``.
+    Where that is taken, it is the path with suffix, then a numbered one. Names that differ only by case or by Unicode
+    normalization count as equal, since they are the same file on many file systems.
+
+    Args:
+        sources: The files, folders and globs that the images come from.
+    """
+
+    def __init__(self, sources: Iterable[str | Path] = ()):
+        self._roots = [source_root(source) for source in sources]
+        self._files: set[str] = set()
+        self._folders: set[str] = set()
+
+    def relative(self, path: Path) -> Path:
+        """The image's path relative to the source that it was found in."""
+        whole = path.absolute()
+        inside = (root for root in self._roots if whole.is_relative_to(root))
+        return whole.relative_to(max(inside, key=lambda root: len(root.parts), default=whole.parent))
+
+    def add(self, path: Path) -> str:
+        """A new name for the output files of an image, relative to their folder and without suffix."""
+        inside = self.relative(path)
+        plain, whole = str(inside.with_suffix("")), str(inside)
+        name = next((name for name in (plain, whole) if self._is_free(name)), None)
+        number = 2
+        while name is None:
+            name, number = (numbered if self._is_free(numbered := f"{plain}-{number}") else None), number + 1
+        keys = [_key(name + suffix) for suffix in ("", ".jpg", ".png")]
+        self._files.update(keys)
+        self._folders.update(_key(str(parent)) for parent in Path(name).parents if parent.parts)
+        return name
+
+    def _is_free(self, name: str) -> bool:
+        """Whether neither the name is taken, nor one of its files would be a folder of another one or vice versa."""
+        files = {_key(name + suffix) for suffix in ("", ".jpg", ".png")}
+        folders = {_key(str(parent)) for parent in Path(name).parents if parent.parts}
+        return not (_key(name) in self._files or files & self._folders or folders & self._files)
+
+
+def source_root(source: str | Path) -> Path:
+    """The folder that the images of a file, folder or glob are in."""
+    path = Path(source).expanduser().absolute()
+    if path.is_dir():
+        return path
+    parts = path.parts
+    fixed = next((k for k, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts) - 1)
+    return Path(*parts[: min(fixed, len(parts) - 1)])
+
+
+def without_outputs(paths: Iterable[Path], source: str | Path) -> list[Path]:
+    """Leave out the files that earlier predictions wrote into a source.
+
+    Args:
+        paths: Files that were found in the source.
+        source: A folder or a glob. Files in an output folder that it names itself are kept.
+
+    Returns:
+        The other files, in order.
+    """
+    root = source_root(source)
+    known: dict[Path, bool] = {}
+    return [path for path in paths if not _is_output(path, root, known)]
+
+
+def _is_output(path: Path, root: Path, known: dict[Path, bool]) -> bool:
+    """Whether the file lies below ``drawn``, ``masks`` or ``panoptic``, and beside records or with the mark."""
+    whole = path.absolute()
+    if not whole.is_relative_to(root):
+        return False
+    inside = whole.relative_to(root)
+    parents = [root / parent for parent in inside.parents if parent.name in FOLDERS]
+    for folder in parents:
+        if folder.parent not in known:
+            known[folder.parent] = any(_is_record(folder.parent / name) for name in RECORDS)
+        if known[folder.parent]:
+            return True
+    return bool(parents) and has_mark(path)
+
+
+def _is_record(path: Path) -> bool:
+    """Whether the file lists predictions of ours."""
+    try:
+        if path.name == "results.json":
+            with path.open("rb") as file:
+                return file.read(16).startswith(b'[{"image_id":')
+        value: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and "images" in value and "categories" in value
+
+
+def mark_options(suffix: str) -> dict[str, Any]:
+    """Options of Pillow's `save` that put the mark into an image; none for formats without comments."""
+    kind = suffix.lower()
+    if kind in (".jpg", ".jpeg"):
+        return {"comment": MARK.encode()}
+    if kind == ".png":
+        from PIL.PngImagePlugin import PngInfo
+
+        info = PngInfo()
+        info.add_text("Software", MARK)
+        return {"pnginfo": info}
+    return {}
+
+
+def has_mark(path: Path) -> bool:
+    """Whether the image has the mark in its metadata. Only the beginning of the file is read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+    except OSError:
+        return False
+    kinds = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+    return start.startswith(kinds) and MARK.encode() in start
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
