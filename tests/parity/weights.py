@@ -6,6 +6,7 @@ of megabytes is a few kilobytes here, and two programmes that never met hold the
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import pickle
@@ -36,14 +37,18 @@ def value(key: str, shape: tuple[int, ...], kind: str, seed: int) -> np.ndarray:
 def write_checkpoint(layout: Path, folder: Path, seed: int = 0, overrides: dict[str, Any] | None = None) -> Path:
     """The layout filled with `seed`, as a file like the published one: a pickle of arrays, or a torch file.
 
-    `overrides`: key -> a number or nested list that replaces the drawn values (broadcast to the shape).
+    `overrides`: key, or pattern with `*` -> a number or nested list, broadcast to the shape, that replaces the values.
     """
     about = json.loads(layout.read_text())
     state = {k: value(k, tuple(shape), kind, seed) for k, (shape, kind) in about["tensors"].items()}
     for ending, more in re.findall(r"keys ending (\S+) \+= ([\d.]+)", about.get("fill_fixup", "")):
         state |= {k: v + np.float32(more) for k, v in state.items() if k.endswith(ending)}
-    for key, given in (overrides or {}).items():
-        state[key] = np.broadcast_to(np.asarray(given, state[key].dtype), state[key].shape).copy()
+    for pattern, given in (overrides or {}).items():
+        keys = fnmatch.filter(state, pattern)
+        if not keys:
+            raise KeyError(pattern)
+        for key in keys:
+            state[key] = np.broadcast_to(np.asarray(given, state[key].dtype), state[key].shape).copy()
     wrapper = about.get("wrapper", "")
     if wrapper.startswith("pickle"):
         path = folder / f"{layout.stem}.pkl"

@@ -9,13 +9,14 @@ own.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.layers import ConvNorm, DeformConvNorm
+from maskwright.blocks.layers import ConvNorm, DeformConvNorm, Norm, make_norm
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import focal_sum
 
@@ -27,25 +28,56 @@ RANGES = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, 1
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def tower(channels: int, convs: int = 4, *, bias: bool = True, deformable: bool = False) -> nn.Sequential:
-    """3 x 3 convolutions with group norm and ReLU, initialised as FCOS does (normal, 0.01).
+def tower(
+    channels: int, convs: int = 4, *, bias: bool = True, deformable: bool | Literal["none", "last", "all"] = False,
+    norm: Norm = "group",
+) -> nn.Sequential:  # fmt: skip
+    """3 x 3 convolutions with normalisation and ReLU, initialised as FCOS does (normal, 0.01).
 
     Args:
         channels: Input and output channels.
         convs: Number of convolutions.
         bias: Whether they have a bias.
-        deformable: Whether they are modulated deformable convolutions (with a bias).
+        deformable: Which are modulated deformable convolutions (with a bias): none (False), the last one, all (True).
+        norm: The normalisation.
     """
     layers: list[nn.Module] = []
-    for _ in range(convs):
-        if deformable:
-            layer = DeformConvNorm(channels, channels, modulated=True, norm="group", bias=True, relu=True)
+    for number in range(convs):
+        if deformable in (True, "all") or (deformable == "last" and number == convs - 1):
+            layer = DeformConvNorm(channels, channels, modulated=True, norm=norm, bias=True, relu=True)
             nn.init.normal_(layer.weight, std=0.01)
         else:
-            layer = ConvNorm(channels, channels, 3, norm="group", relu=True, bias=bias)
+            layer = ConvNorm(channels, channels, 3, norm=norm, relu=True, bias=bias)
             nn.init.normal_(layer.conv.weight, std=0.01)
         layers.append(layer)
     return nn.Sequential(*layers)
+
+
+class LevelTower(nn.Module):
+    """A tower whose convolutions are shared by the levels, with a batch normalisation for each level.
+
+    Args:
+        channels: Input and output channels.
+        convs: Number of convolutions.
+        levels: Number of levels.
+    """
+
+    def __init__(self, channels: int, convs: int, levels: int):
+        super().__init__()
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        for _ in range(convs):
+            layer = nn.Conv2d(channels, channels, 3, padding=1)
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
+            self.convs.append(layer)
+            self.norms.append(nn.ModuleList(make_norm("batch", channels) for _ in range(levels)))
+
+    def forward(self, x: Float[Tensor, "b c h w"], level: int) -> Float[Tensor, "b c h w"]:
+        """Applies the tower to the map of a level."""
+        for conv, norms in zip(self.convs, self.norms, strict=True):
+            assert isinstance(norms, nn.ModuleList)
+            x = functional.relu(norms[level](conv(x)), inplace=True)
+        return x
 
 
 def output_conv(channels: int, outputs: int, bias: float = 0.0) -> nn.Conv2d:
@@ -134,6 +166,7 @@ def assign(
     radius: float | None = 1.5,
     allowed: Bool[Tensor, "n g"] | None = None,
     plus_one: bool = False,
+    inclusive: bool = True,
     at_once: int = 128,
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, "n 4"]]:
     """Assigns locations to objects (section 3.1; centre sampling: arXiv 2006.09214).
@@ -151,6 +184,7 @@ def assign(
         radius: Half the side of the square, in strides; None for the whole box.
         allowed: Which locations are allowed for each object; default all.
         plus_one: Whether areas have sides x1 - x0 + 1.
+        inclusive: Whether the ends of a range belong to it.
         at_once: Number of objects processed together; bounds the memory to 24 N `at_once` bytes.
 
     Returns:
@@ -176,7 +210,10 @@ def assign(
             high = torch.minimum(middle[None, rows] + reach, boxes[None, rows, 2:])
             good = ((points[:, None] > low) & (points[:, None] < high)).all(-1)
         largest = inner.amax(-1)
-        good &= (largest >= ranges[:, :1]) & (largest <= ranges[:, 1:])
+        if inclusive:
+            good &= (largest >= ranges[:, :1]) & (largest <= ranges[:, 1:])
+        else:
+            good &= (largest > ranges[:, :1]) & (largest < ranges[:, 1:])
         if allowed is not None:
             good &= allowed[:, rows]
         area, nearest = torch.where(good, areas[None, rows], torch.inf).min(1)
@@ -205,6 +242,9 @@ def overlap(
     return iou - (areas[2] - union) / (areas[2] + 1e-7) if generalised else iou
 
 
+BoxLoss = Literal["giou", "iou", "linear_iou"]
+
+
 def location_losses(
     logits: Float[Tensor, "b n k"],
     predicted: Float[Tensor, "b n 4"],
@@ -214,6 +254,10 @@ def location_losses(
     target: Float[Tensor, "b n 4"],
     *,
     smooth: float = 1.0,
+    box_loss: BoxLoss = "giou",
+    quality: Literal["centerness", "iou"] = "centerness",
+    weighted: bool = True,
+    count: Float[Tensor, ""] | None = None,
 ) -> dict[str, Tensor]:
     """Losses of the improved FCOS.
 
@@ -225,21 +269,30 @@ def location_losses(
         labels: Labels of the P positive locations, image by image.
         target: Target distances, in strides.
         smooth: See `overlap`.
+        box_loss: "giou": 1 - GIoU. "iou": -ln IoU. "linear_iou": 1 - IoU.
+        quality: Target of `central`: the centerness of the location, or the IoU of its predicted box.
+        weighted: Whether the box loss is weighted by centerness and divided by the sum of the weights, instead of by
+            the number of positive locations; always the latter with quality="iou".
+        count: Divisor of the other terms; default the number of positive locations.
 
     Returns:
-        `class` (focal loss per positive location), `box` (GIoU loss weighted by centerness, per sum of the weights) and
-        `centerness` (cross entropy per positive location); counts are those of all devices.
+        `class` (focal loss), `box` and `centerness` (cross entropy); counts are those of all devices.
     """
     image, place = positive.nonzero().unbind(1)
     truth = torch.zeros_like(logits)
     truth[image, place, labels] = 1
     predicted, target = predicted[image, place], target[image, place]
-    weights = centerness(target)
-    count, weight = global_mean_count(positive.sum()), global_mean_count(weights.sum(), 1e-6)
-    box = 1 - overlap(predicted, target, generalised=True, smooth=smooth)
-    entropy = functional.binary_cross_entropy_with_logits(central[image, place], weights, reduction="sum")
-    return {
-        "class": focal_sum(logits, truth) / count,
-        "box": (box * weights).sum() / weight,
-        "centerness": entropy / count,
-    }
+    if count is None:
+        count = global_mean_count(positive.sum())
+    iou = overlap(predicted, target, smooth=smooth)
+    if box_loss == "giou":
+        box = 1 - overlap(predicted, target, generalised=True, smooth=smooth)
+    else:
+        box = -iou.log() if box_loss == "iou" else 1 - iou
+    wanted = centerness(target) if quality == "centerness" else iou.detach()
+    if quality == "centerness" and weighted:
+        box = (box * wanted).sum() / global_mean_count(wanted.sum(), 1e-6)
+    else:
+        box = box.sum() / count
+    entropy = functional.binary_cross_entropy_with_logits(central[image, place], wanted, reduction="sum")
+    return {"class": focal_sum(logits, truth) / count, "box": box, "centerness": entropy / count}

@@ -26,6 +26,7 @@ class FPN(nn.Module):
         extra: Coarser levels. "pool": one, the coarsest level subsampled by two (Mask R-CNN, SOLO). "output": two 3 x 3
             convolutions of stride two from the coarsest level on (FCOS). "input": likewise, from the backbone's last
             features on (RetinaNet). "none".
+        coarser: Number of levels of extra="output" or "input", at most two.
         relu: "outputs": after the levels that have an input (YOLACT). "between": before the second extra convolution
             (FCOS, RetinaNet). "none".
         merge: "sum" of a level and the coarser one, or their "mean" (TensorMask).
@@ -40,6 +41,7 @@ class FPN(nn.Module):
         eps: float = 1e-5,
         upsample: Literal["double", "fit", "bilinear"] = "double",
         extra: Literal["pool", "output", "input", "none"] = "pool",
+        coarser: int = 2,
         relu: Literal["outputs", "between", "none"] = "none",
         merge: Literal["sum", "mean"] = "sum",
     ):
@@ -50,7 +52,7 @@ class FPN(nn.Module):
         self.coarser = nn.ModuleList()
         if extra in ("output", "input"):
             first = channels_in[-1] if extra == "input" else channels
-            self.coarser.extend(ConvNorm(c, channels, 3, stride=2) for c in (first, channels))
+            self.coarser.extend(ConvNorm(c, channels, 3, stride=2) for c in (first, channels)[:coarser])
         for layer in [*self.lateral, *self.output, *self.coarser]:
             assert isinstance(layer, ConvNorm)
             nn.init.kaiming_uniform_(layer.conv.weight, a=1)

@@ -32,6 +32,7 @@ REGISTRY = {
     "pointrend": "pointrend:PointRend",
     "pointrend-semantic": "pointrend_semantic:PointRendSemantic",
     "deepsnake": "deepsnake:DeepSnake",
+    "fcos": "fcos:FCOS",
     "solo": "solo:SOLO",
     "decoupled-solo": "solo:DecoupledSOLO",
     "fouriernet": "fouriernet:FourierNet",

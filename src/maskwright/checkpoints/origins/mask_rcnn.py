@@ -218,6 +218,30 @@ TORCHVISION = [
 ]
 
 
+def torchvision_backbone(shapes: Shapes) -> dict[str, Any] | None:
+    """Options of a ResNet in torchvision's detectors; None for another backbone."""
+    blocks = tuple(_count(shapes, rf"^backbone\.body\.layer{n}\.(\d+)\.") for n in (1, 2, 3, 4))
+    if blocks not in DEPTHS:
+        return None
+    depth = DEPTHS[blocks]
+    if "backbone.body.layer1.0.conv3.weight" not in shapes:
+        depth = {50: 34}.get(depth, depth)
+    stem = shapes["backbone.body.conv1.weight"]
+    width = shapes["backbone.body.layer1.0.conv2.weight"]
+    grouped = depth >= 50 and (width[1] != width[0] or width[0] != stem[0])  # ResNeXt and wide ResNet
+    tracked = "backbone.body.bn1.num_batches_tracked" in shapes
+    backbone: dict[str, Any] = {
+        "name": f"resnet{depth}", "width": stem[0], "norm": "batch" if tracked else "frozen",
+        # torchvision sets the epsilon of its published v1 weights, all of depth 50, to 0 after loading them. v2 has the
+        # default of batch norm, as have frozen norms elsewhere.
+        "norm_eps": 0.0 if depth == 50 and not grouped and not tracked else 1e-5,
+        "frozen": 0 if tracked else 2,
+    }  # fmt: skip
+    if grouped:
+        backbone |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
+    return backbone
+
+
 def torchvision_options(shapes: Shapes, head: Head) -> dict[str, Any] | None:
     """Options of a two-stage system, by the head besides that of the boxes; None for another layout."""
     kinds: dict[str, str] = {
@@ -229,27 +253,12 @@ def torchvision_options(shapes: Shapes, head: Head) -> dict[str, Any] | None:
     if "rpn.head.cls_logits.weight" not in shapes or "roi_heads.box_predictor.cls_score.weight" not in shapes:
         return None
     keypoints = head == "keypoints"
-    blocks = tuple(_count(shapes, rf"^backbone\.body\.layer{n}\.(\d+)\.") for n in (1, 2, 3, 4))
-    if blocks not in DEPTHS:
+    backbone = torchvision_backbone(shapes)
+    if backbone is None:
         return None
-    depth = DEPTHS[blocks]
-    if "backbone.body.layer1.0.conv3.weight" not in shapes:
-        depth = {50: 34}.get(depth, depth)
     stem = shapes["backbone.body.conv1.weight"]
-    width = shapes["backbone.body.layer1.0.conv2.weight"]
-    grouped = depth >= 50 and (width[1] != width[0] or width[0] != stem[0])  # ResNeXt and wide ResNet
-    tracked = "backbone.body.bn1.num_batches_tracked" in shapes
     fpn = "backbone.fpn.inner_blocks.0.1.weight" in shapes
     merged = next(v for k, v in shapes.items() if k.startswith("backbone.fpn.inner_blocks.0.") and len(v) == 4)
-    backbone: dict[str, Any] = {
-        "name": f"resnet{depth}", "width": stem[0], "norm": "batch" if tracked else "frozen",
-        # torchvision sets the epsilon of its published v1 weights, all of depth 50, to 0 after loading them. v2 has the
-        # default of batch norm, as have frozen norms elsewhere.
-        "norm_eps": 0.0 if depth == 50 and not grouped and not tracked else 1e-5,
-        "frozen": 0 if tracked else 2,
-    }  # fmt: skip
-    if grouped:
-        backbone |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
     options: dict[str, Any] = {
         "backbone": backbone, "rules": "torchvision", "in_channels": stem[1],
         "neck_norm": "batch" if fpn else "none", "neck_width": merged[0],
