@@ -70,6 +70,9 @@ def read_annotations(
         number, image = numbers[rows[index]], table.image_ids[images[rows[index]]]
         what = f"annotation {number!r} {text}"
         table.add_finding("note", "outline", what, image=image, annotation=number)
+    outlines, problems = shapes.finish()
+    for index, text in problems.items():
+        skip_annotation(table, numbers[rows[index]], images[rows[index]], text)
     kept = [cast(Entry, entries[row]) for row in rows]
     columns = Columns(
         image_index=np.array([images[row] for row in rows], np.int64),
@@ -81,9 +84,12 @@ def read_annotations(
         boxed=np.array([entry.get("bbox") is not None for entry in kept], bool),
         areas=np.array([parse_float(entry.get("area")) for entry in kept], np.float64),
         sized=np.array([entry.get("area") is not None for entry in kept], bool),
-        shapes=shapes.finish(),
+        shapes=outlines,
         code_sizes=np.array(shapes.code_sizes, np.int64).reshape(-1, 2),
     )
+    if problems:
+        columns = columns.take(np.array([i for i in range(len(rows)) if i not in problems], np.int64))
+        kept = [entries[row] for row in columns.rows.tolist()]
     _note_shared_ids(table, columns)
     if table.keypoint_names is not None:
         columns.keypoints = _keypoints(table, kept, columns)

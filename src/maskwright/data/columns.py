@@ -7,6 +7,7 @@ be used into the table. Nothing here depends on the format of the file.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -116,8 +117,18 @@ class Columns:
         """Return the boxes (N, 4) as x0, y0, x1, y1; NaN where width or height is not positive or not finite."""
         with np.errstate(invalid="ignore", over="ignore"):
             boxes = np.concatenate([self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]], 1)
-            boxes[~(np.isfinite(boxes).all(1) & (self.boxes[:, 2:] > 0).all(1))] = np.nan
+            boxes[~(every(np.isfinite(boxes)) & every(self.boxes[:, 2:] > 0))] = np.nan
         return boxes
+
+
+def every(conditions: npt.NDArray[Any]) -> Bools:
+    """Return for which rows of (N, K) all conditions hold."""
+    return np.asarray(conditions.all(1), np.bool_)
+
+
+def some(conditions: npt.NDArray[Any]) -> Bools:
+    """Return for which rows of (N, K) any condition holds."""
+    return np.asarray(conditions.any(1), np.bool_)
 
 
 def overlaps(one: Floats, two: Floats) -> Floats:

@@ -16,9 +16,16 @@ from maskwright.data.columns import Columns, Ints
 from maskwright.data.diagnosis_boxes import box_formats
 from maskwright.data.diagnosis_codes import code_order, code_sizes
 from maskwright.data.diagnosis_images import listed_sizes, repeated_files
-from maskwright.data.diagnosis_outlines import outlines_and_boxes, outlines_beyond, relative_outlines
+from maskwright.data.diagnosis_outlines import (
+    all_near_the_corner,
+    outlines_and_boxes,
+    outlines_beyond,
+    relative_outlines,
+)
 from maskwright.data.findings import Cause, first_few
 from maskwright.data.table import Table
+
+_SAMPLE = 5000  # annotations whose areas are compared with their masks before all are
 
 
 def diagnose(table: Table, columns: Columns) -> Columns:
@@ -35,6 +42,8 @@ def diagnose(table: Table, columns: Columns) -> Columns:
     for check in CHECKS:
         for cause in check(table, columns):
             table.add_cause(cause)
+        if not table.usable:  # what follows would be about coordinates that cannot be interpreted
+            return columns
     return _without_repetitions(table, columns)
 
 
@@ -43,6 +52,14 @@ def diagnose(table: Table, columns: Columns) -> Columns:
 
 def areas_of_something_else(table: Table, columns: Columns) -> Iterator[Cause]:
     """Areas that are those of the images, or in another unit than pixels."""
+    if len(columns) > 2 * _SAMPLE:  # decoding all masks takes longer than everything else
+        sample = columns.take(np.linspace(0, len(columns) - 1, _SAMPLE).astype(np.int64))
+        if not list(_areas_of_something_else(table, sample)):
+            return
+    yield from _areas_of_something_else(table, columns)
+
+
+def _areas_of_something_else(table: Table, columns: Columns) -> Iterator[Cause]:
     sizes = np.array(table.sizes, np.float64).reshape(-1, 2)[columns.image_index]
     whole = sizes.prod(1)
     masked = columns.shapes.present()
@@ -63,7 +80,7 @@ def areas_of_something_else(table: Table, columns: Columns) -> Iterator[Cause]:
         yield Cause("note", "area", what, advice, repaired=True)
         usable &= ~images
     if masked.any():
-        usable &= masked
+        usable &= masked & ~columns.shapes.coded  # codes have a size of their own
     if usable.sum() < 3:
         return
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -76,10 +93,23 @@ def areas_of_something_else(table: Table, columns: Columns) -> Iterator[Cause]:
         logs = np.log(ratio)
         middle = float(np.median(logs[usable]))
         constant = usable & (np.abs(logs - middle) < 0.15)
-    if abs(middle) > np.log(1.5) and constant.sum() >= max(3, 0.9 * usable.sum()):
-        _drop_areas(columns, constant)
-        what = f"{int(constant.sum())} of {len(columns)} areas are {np.exp(middle):.3g} times those of the {source}"
-        yield Cause("note", "area", f"{what}: they are in another unit than pixels", advice, repaired=True)
+    if abs(middle) <= np.log(1.5) or constant.sum() < max(3, 0.9 * usable.sum()):
+        return
+    factor = float(np.exp(middle / 2))
+    what = f"{int(constant.sum())} of {len(columns)} areas are {np.exp(middle):.3g} times those of the {source}"
+    ends = np.where(masked[:, None], columns.shapes.extents(), boxes)[:, 2:]
+    if factor > 1 and constant.sum() >= 10 and (ends[constant] * factor <= sizes[constant][:, ::-1] + 2).all():
+        # Correct outlines would reach further in some of the images.
+        columns.scale(constant, np.full(2, factor))
+        what += f", and {'outlines' if masked.any() else 'boxes'} {factor:.3g} times as large fit into all images"
+        advice = "scale the annotations, as `maskwright check --fix` does, or remove the areas if these are wrong"
+        yield Cause("error", "size", f"{what}: the images were enlarged after annotation", advice, repaired=True)
+        return
+    _drop_areas(columns, constant)
+    why = "they are in another unit than pixels"
+    if factor > 1:
+        why += f", or the annotations are for images {1 / factor:.3g} times as large"
+    yield Cause("note", "area", f"{what}: {why}", advice, repaired=True)
 
 
 def _drop_areas(columns: Columns, chosen: np.ndarray) -> None:
@@ -146,6 +176,7 @@ CHECKS: tuple[Check, ...] = (
     outlines_beyond,
     box_formats,
     areas_of_something_else,
+    all_near_the_corner,
     all_crowd,
     repeated_files,
 )

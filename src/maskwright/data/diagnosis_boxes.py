@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from maskwright.data.columns import Bools, Columns, Floats, agree, clipped, disagree
+from maskwright.data.columns import Bools, Columns, Floats, agree, clipped, disagree, every
 from maskwright.data.findings import Cause
 from maskwright.data.table import Table
 
@@ -25,6 +25,10 @@ def _corners(b: Floats, h: Floats, w: Floats) -> Floats:
 
 def _center(b: Floats, h: Floats, w: Floats) -> Floats:
     return _columns(b[:, 0] - b[:, 2] / 2, b[:, 1] - b[:, 3] / 2, b[:, 0] + b[:, 2] / 2, b[:, 1] + b[:, 3] / 2)
+
+
+def _on_the_bottom(b: Floats, h: Floats, w: Floats) -> Floats:
+    return _columns(b[:, 0], b[:, 1] - b[:, 3], b[:, 0] + b[:, 2], b[:, 1])
 
 
 def _plain(b: Floats, h: Floats, w: Floats) -> Floats:
@@ -54,6 +58,7 @@ def _swapped(inner: Format) -> Format:
 _PIXELS: dict[str, Format] = {
     "corners x0, y0, x1, y1": _corners,
     "center x, center y, width, height": _center,
+    "x, y, width, height with the bottom edge as y": _on_the_bottom,
 }
 _SHARES: dict[str, Format] = {
     "x, y, width, height as shares of the image": _times(_plain, 1),
@@ -67,9 +72,6 @@ _FORMATS: dict[str, Format] = {
     ),
     "x, y, width, height with the top edge counted from the bottom of the image": lambda b, h, w: _columns(
         b[:, 0], h - b[:, 1], b[:, 0] + b[:, 2], h - b[:, 1] + b[:, 3]
-    ),
-    "x, y, width, height with the bottom edge as y": lambda b, h, w: _columns(
-        b[:, 0], b[:, 1] - b[:, 3], b[:, 0] + b[:, 2], b[:, 1]
     ),
     "corners x0, y0, x1, y1 counted from the bottom of the image": lambda b, h, w: _columns(
         b[:, 0], h - np.maximum(b[:, 1], b[:, 3]), b[:, 2], h - np.minimum(b[:, 1], b[:, 3])
@@ -87,7 +89,7 @@ _FORMATS: dict[str, Format] = {
 def box_formats(table: Table, columns: Columns) -> Iterator[Cause]:
     """Boxes in another format."""
     sizes = np.array(table.sizes, np.float64).reshape(-1, 2)[columns.image_index]
-    present = columns.shapes.present() & np.isfinite(columns.boxes).all(1)
+    present = columns.shapes.present() & every(np.isfinite(columns.boxes))
     if present.sum() >= max(1, 0.1 * len(columns)):
         yield from _by_outlines(columns, sizes, present)
     elif not columns.shapes.present().any():
@@ -111,17 +113,22 @@ def _by_outlines(columns: Columns, sizes: Floats, present: Bools) -> Iterator[Ca
     height, width = sizes.T
     extents = columns.shapes.extents(sizes)
     total = int(present.sum())
+    large = (extents[:, 2:] - extents[:, :2]).min(1) > 8  # smaller ones agree with several formats
     for _ in range(3):  # a set merged from several sources may have several formats
-        wrong = present & disagree(clipped(columns.corners(), sizes), extents)
-        if wrong.sum() < max(2, ENOUGH * total) and wrong.sum() < total:
+        plain = clipped(columns.corners(), sizes)
+        off = present & ~agree(plain, extents)
+        wrong = off & disagree(plain, extents)
+        if not off.any():
             return
         with np.errstate(invalid="ignore", over="ignore"):
             fits = {
-                name: (corners := clipped(form(columns.boxes, height, width), sizes), wrong & agree(corners, extents))
+                name: (corners := clipped(form(columns.boxes, height, width), sizes), off & agree(corners, extents))
                 for name, form in _FORMATS.items()
             }
         name, (corners, explained) = max(fits.items(), key=lambda pair: int(pair[1][1].sum()))
-        if explained.sum() < max(2, ENOUGH * total):
+        clear = (explained & wrong).sum() >= max(2, ENOUGH * total)
+        throughout = total >= 2 and (explained & large).sum() >= max(2, 0.8 * total)
+        if not clear and not throughout:
             return
         convert(columns, explained, corners)
         what = f"{int(explained.sum())} of {total} boxes are {name}; expected x, y, width, height"
@@ -130,12 +137,12 @@ def _by_outlines(columns: Columns, sizes: Floats, present: Bools) -> Iterator[Ca
 
 def _by_images(columns: Columns, sizes: Floats) -> Iterator[Cause]:
     """Formats in which boxes without outlines lie inside their images, if as x, y, width, height they do not."""
-    given = columns.boxed & np.isfinite(columns.boxes).all(1)
+    given = columns.boxed & every(np.isfinite(columns.boxes))
     total = int(given.sum())
     if total < 2:
         return
     height, width = sizes.T
-    shares = given & (np.abs(columns.boxes) <= 1.001).all(1) & (sizes.min(1) > 4)
+    shares = given & every(np.abs(columns.boxes) <= 1.001) & (sizes.min(1) > 4)
     if shares.sum() >= max(2, ENOUGH * total):
         yield _chosen_format(columns, sizes, shares, shares, _SHARES)
         return
@@ -145,7 +152,7 @@ def _by_images(columns: Columns, sizes: Floats) -> Iterator[Cause]:
         area_as_corners = (columns.boxes[:, 2:] - columns.boxes[:, :2]).prod(1)
         as_corners = given & (np.abs(columns.areas - area_as_corners) <= 0.02 * columns.areas)
         as_sizes = given & (np.abs(columns.areas - columns.boxes[:, 2:].prod(1)) <= 0.02 * columns.areas)
-    proven = as_corners & ~as_sizes & (columns.boxes[:, 2:] > columns.boxes[:, :2]).all(1)
+    proven = as_corners & ~as_sizes & every(columns.boxes[:, 2:] > columns.boxes[:, :2])
     if proven.sum() >= max(2, ENOUGH * total):
         corners = _corners(columns.boxes, height, width)
         convert(columns, proven, corners)
@@ -204,5 +211,5 @@ def _inside(corners: Floats, sizes: Floats) -> Bools:
     limits = sizes[:, ::-1]
     slack = np.maximum(2, 0.02 * limits)
     with np.errstate(invalid="ignore"):
-        positive = (corners[:, 2:] > corners[:, :2]).all(1)
-        return positive & (corners[:, :2] >= -slack).all(1) & (corners[:, 2:] <= limits + slack).all(1)
+        positive = every(corners[:, 2:] > corners[:, :2])
+        return positive & every(corners[:, :2] >= -slack) & every(corners[:, 2:] <= limits + slack)

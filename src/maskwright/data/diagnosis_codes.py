@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from maskwright.data.columns import Bools, Columns, Floats, Ints, agree, clipped, disagree
+from maskwright.data.columns import Bools, Columns, Floats, Ints, agree, clipped, disagree, every, some
 from maskwright.data.findings import Cause
 from maskwright.data.table import Table
 from maskwright.structures import Masks, rle
 
 _ENOUGH = 0.1  # share of the codes from which on a cause is one of the whole set
+
+_AT_ONCE = 4096  # codes that are converted at once
 
 
 def code_order(table: Table, columns: Columns) -> Iterator[Cause]:
@@ -20,10 +22,10 @@ def code_order(table: Table, columns: Columns) -> Iterator[Cause]:
     coded = columns.shapes.coded
     if not coded.any():
         return
-    fits = coded & (columns.code_sizes == sizes).all(1)
-    turned = coded & (columns.code_sizes == sizes[:, ::-1]).all(1) & ~fits
+    fits = coded & every(columns.code_sizes == sizes)
+    turned = coded & every(columns.code_sizes == sizes[:, ::-1]) & ~fits
     boxes = columns.corners()
-    boxed = np.isfinite(boxes).all(1)
+    boxed = every(np.isfinite(boxes))
     boxes = clipped(boxes, sizes.astype(np.float64))
     frames = columns.shapes.frames.astype(np.float64)
     yield from _row_by_row(columns, sizes, fits, boxed, boxes, frames)
@@ -95,7 +97,7 @@ def code_sizes(table: Table, columns: Columns) -> Iterator[Cause]:
     """Codes for images that are larger or smaller by one factor."""
     sizes = np.array(table.sizes, np.float64).reshape(-1, 2)[columns.image_index]
     coded = columns.shapes.coded
-    other = coded & (columns.code_sizes != sizes).any(1)
+    other = coded & some(columns.code_sizes != sizes)
     if other.sum() < max(2, 0.5 * coded.sum()):
         return
     factors = sizes / np.where(other[:, None], columns.code_sizes, 1)
@@ -142,11 +144,20 @@ def _transpose(columns: Columns, chosen: Bools, sizes: Ints) -> None:
     """Read the codes of some annotations row by row."""
     codes: dict[int, bytes] = {}
     frames: dict[int, rle.Frame] = {}
-    for index in np.flatnonzero(chosen).tolist():
-        height, width = int(sizes[index, 0]), int(sizes[index, 1])
-        (x0, y0, x1, y1), crop = rle.to_crop(columns.shapes.code(index), width)
-        codes[index] = rle.from_crop(crop.T, y0, x0, (height, width))
-        frames[index] = (y0, x0, y1, x1)
+    rows = np.flatnonzero(chosen)
+    groups, owner = np.unique(sizes[rows], axis=0, return_inverse=True)
+    for number, (height, width) in enumerate(groups.tolist()):
+        members: list[int] = rows[owner.ravel() == number].tolist()
+        for first in range(0, len(members), _AT_ONCE):
+            part = members[first : first + _AT_ONCE]
+            edges: list[Ints] = []
+            for index, (box, crop) in zip(
+                part, rle.to_crops([columns.shapes.code(i) for i in part], width), strict=True
+            ):
+                x0, y0, x1, y1 = box
+                edges.append(rle.edges(crop.T, y0, x0, (height, width)))
+                frames[index] = (y0, x0, y1, x1)
+            codes.update(zip(part, rle.from_edges(edges, height * width), strict=True))
     columns.shapes = columns.shapes.with_codes(codes, frames)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from maskwright.data.columns import Columns, Floats
+from maskwright.data.columns import Columns, Floats, every, some
 from maskwright.data.diagnosis_codes import resize_codes
 from maskwright.data.findings import Cause, first_few
 from maskwright.data.table import Table, report_sizes
@@ -21,7 +21,7 @@ def listed_sizes(table: Table, columns: Columns) -> Iterator[Cause]:
     """Images whose files have another size than listed: the images were resized, or the list is wrong."""
     sizes = np.array(table.sizes, np.float64).reshape(-1, 2)
     listed = np.array(table.listed_sizes, np.float64).reshape(-1, 2)
-    wrong = (sizes != listed).any(1)
+    wrong = some(sizes != listed)
     count = int(wrong.sum())
     if not count:
         return
@@ -63,13 +63,13 @@ def _evidence(columns: Columns, sizes: Floats, listed: Floats, wrong: np.ndarray
     codes = columns.code_sizes[about]
     coded = columns.shapes.coded[about]
     if coded.any():
-        for_listed = bool((codes == own_listed).all(1)[coded].mean() > 0.9)
-        for_files = bool((codes == own_sizes).all(1)[coded].mean() > 0.9)
+        for_listed = bool(every(codes == own_listed)[coded].mean() > 0.9)
+        for_files = bool(every(codes == own_sizes)[coded].mean() > 0.9)
         if for_listed or for_files:
             return for_listed, for_files
     placed = np.where(columns.shapes.present()[:, None], columns.shapes.extents()[:, 2:], np.nan)
     ends = np.fmax(placed, columns.corners()[:, 2:])[about]
-    valid = np.isfinite(ends).all(1) & ~coded
+    valid = every(np.isfinite(ends)) & ~coded
     if not valid.any():
         return False, False
     ends, own_sizes, own_listed = ends[valid], own_sizes[valid], own_listed[valid]
@@ -92,7 +92,7 @@ def _evidence(columns: Columns, sizes: Floats, listed: Floats, wrong: np.ndarray
 
 def _beyond(ends: Floats, sizes: Floats) -> int:
     limits = sizes[:, ::-1]
-    return int((ends > limits + np.maximum(2, 0.02 * limits)).any(1).sum())
+    return int(some(ends > limits + np.maximum(2, 0.02 * limits)).sum())
 
 
 def _scale(columns: Columns, factors: Floats, wrong: np.ndarray, sizes: Floats) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from maskwright.data.columns import Bools, Columns, Floats, Ints, clipped, disagree
+from maskwright.data.columns import Bools, Columns, Floats, Ints, clipped, disagree, every, some
 from maskwright.data.findings import first_few
 from maskwright.data.shapes import check_polygons
 from maskwright.data.table import Table
@@ -76,9 +76,9 @@ def skip_annotation(table: Table, number: int | str, index: int | None, sentence
 
 def _boxes_only(table: Table, columns: Columns) -> bool:
     """Whether a set without any segmentation has boxes, or keypoints that boxes can be drawn around."""
-    valid = np.isfinite(columns.corners()).all(1)
+    valid = every(np.isfinite(columns.corners()))
     around = _around_keypoints(columns)
-    derived = ~valid & np.isfinite(around).all(1)
+    derived = ~valid & every(np.isfinite(around))
     if not (valid | derived).any():
         return False
     if derived.any():
@@ -103,7 +103,7 @@ def _around_keypoints(columns: Columns) -> Floats:
     labelled = columns.keypoints[..., 2:] > 0
     low = np.where(labelled, points, np.inf).min(1)
     high = np.where(labelled, points, -np.inf).max(1)
-    valid = (high > low).all(1)
+    valid = every(high > low)
     boxes[valid] = np.concatenate([low, high], 1)[valid]
     return boxes
 
@@ -112,9 +112,9 @@ def _problems_of_boxes(columns: Columns, sizes: Floats, given: Sequence[tuple[ob
     """What is wrong with the boxes of annotations without masks, by position."""
     problems: dict[int, str] = {}
     corners = columns.corners()
-    finite = np.isfinite(corners).all(1)
+    finite = every(np.isfinite(corners))
     inside = clipped(np.nan_to_num(corners), sizes)
-    visible = (inside[:, 2:] > inside[:, :2]).all(1)
+    visible = every(inside[:, 2:] > inside[:, :2])
     for index in np.flatnonzero(~(finite & visible)).tolist():
         if not columns.boxed[index]:
             problems[index] = "has neither a segmentation nor a bbox"
@@ -130,7 +130,7 @@ def _problems_of_masks(table: Table, columns: Columns, sizes: Floats, absent: di
     """What is wrong with masks, by position. Many annotations without a mask are one finding."""
     problems = check_polygons(columns.shapes, sizes)
     coded = columns.shapes.coded
-    for index in np.flatnonzero(coded & (columns.code_sizes != sizes).any(1)).tolist():
+    for index in np.flatnonzero(coded & some(columns.code_sizes != sizes)).tolist():
         own, size = columns.code_sizes[index].tolist(), sizes[index].astype(int).tolist()
         if own == size[::-1]:
             problems[index] = f"has a run-length code of size {own}, that is [width, height]; expected [height, width]"

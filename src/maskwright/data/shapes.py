@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,9 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+_Item = TypeVar("_Item")
+
+_AT_ONCE = 4096  # run-length codes that are decoded at once
 _FARTHEST = 1e7  # pixels from the corner of the image; larger coordinates cannot be clipped with enough precision
 
 
@@ -160,11 +163,10 @@ class ShapesBuilder:
         self._numbers: list[Any] = []
         self._parts: list[Floats] = []
         self._ring_ends: list[int] = [0]
-        self._text: list[bytes] = []
-        self._bytes = 0
+        self._codes: list[tuple[int, bytes]] = []
+        self._counts: list[tuple[int, Ints]] = []
         self._spans: list[tuple[int, int]] = []
         self._coded: list[bool] = []
-        self._frames: list[rle.Frame] = []
         self.absent: dict[int, str] = {}
         self.nested: list[int] = []
         self.notes: list[tuple[int, str]] = []
@@ -178,13 +180,14 @@ class ShapesBuilder:
                 neither is added without.
 
         Returns:
-            What is wrong with it, in which case it is not added; None if nothing is.
+            What is wrong with it, in which case it is not added; None if nothing is. Run-length codes are decoded by
+            `finish`.
         """
         if segmentation is None or segmentation in ([], [[]], {}):
             what = "no segmentation" if segmentation is None else "an empty segmentation"
             self.absent[len(self._spans)] = f"has {what}; a mask is required"
             rings = len(self._ring_ends) - 1
-            self._append(rings, rings, False, (0, 0, 0, 0), (0, 0))
+            self._append(rings, rings, False, (0, 0))
             return None
         if isinstance(segmentation, dict):
             return self._add_code(cast(dict[str, Any], segmentation))
@@ -216,7 +219,7 @@ class ShapesBuilder:
         for ring in good:
             self._numbers.extend(ring)
             self._ring_ends.append(self._ring_ends[-1] + len(ring) // 2)
-        self._append(first, len(self._ring_ends) - 1, False, (0, 0, 0, 0), (0, 0))
+        self._append(first, len(self._ring_ends) - 1, False, (0, 0))
         if len(self._numbers) > 1 << 20:
             self._convert()
         return None
@@ -227,34 +230,22 @@ class ShapesBuilder:
         height, width = (parse_length(v) for v in own) if len(own) == 2 else (None, None)
         if height is None or width is None:
             return "has a run-length code without a size [height, width]"
-        total = height * width
         try:
             if isinstance(counts, str):
-                text = counts.encode("ascii")
-                lengths = rle.decode_counts(text)
+                self._codes.append((len(self._spans), counts.encode("ascii")))
             elif isinstance(counts, list):
-                lengths = np.array([_run(v) for v in cast(list[Any], counts)], np.int64)
-                text = None
+                self._counts.append((len(self._spans), _runs(cast(list[Any], counts))))
             else:
                 kind = type(counts).__name__
                 return f"has a run-length code with counts of type {kind}; expected a string or a list"
         except (ValueError, TypeError, OverflowError) as error:
             return f"has an invalid run-length code ({error})"
-        if not len(lengths) or lengths.min() < 0 or lengths.max() > total or lengths.sum() != total:
-            covered = sum(lengths.tolist())
-            return f"has a run-length code of {covered} pixels, but its image has {total}"
-        if not lengths[1::2].any():
-            return "has a run-length code without foreground pixels"
-        text = rle.encode_counts(lengths) if text is None else text
-        self._text.append(text)
-        self._append(self._bytes, self._bytes + len(text), True, rle.frame(text, height), (height, width))
-        self._bytes += len(text)
+        self._append(0, 0, True, (height, width))
         return None
 
-    def _append(self, first: int, last: int, coded: bool, frame: rle.Frame, code_size: tuple[int, int]) -> None:
+    def _append(self, first: int, last: int, coded: bool, code_size: tuple[int, int]) -> None:
         self._spans.append((first, last))
         self._coded.append(coded)
-        self._frames.append(frame)
         self.code_sizes.append(code_size)
 
     def _convert(self) -> None:
@@ -264,18 +255,84 @@ class ShapesBuilder:
             self._parts.append(np.array([parse_float(v) for v in self._numbers], np.float64))
         self._numbers = []
 
-    def finish(self) -> Shapes:
-        """Return all objects that were added; coordinates that are not numbers are NaN."""
+    def finish(self) -> tuple[Shapes, dict[int, str]]:
+        """Return all objects that were added.
+
+        Returns:
+            The objects, with NaN for coordinates that are not numbers; and what is wrong with run-length codes, by
+            position. The latter have neither an outline nor a code.
+        """
         self._convert()
         ends = np.array(self._ring_ends, np.int64)
-        return Shapes(
+        texts, problems = self._checked_codes()
+        frames = np.zeros((len(self._spans), 4), np.int64)
+        by_height: dict[int, list[int]] = {}
+        place = 0
+        for index, text in texts.items():
+            by_height.setdefault(self.code_sizes[index][0], []).append(index)
+            self._spans[index] = place, place + len(text)
+            place += len(text)
+        for height, members in by_height.items():
+            for chunk in _chunks(members):
+                frames[chunk] = rle.frames([texts[i] for i in chunk], height)
+        shapes = Shapes(
             np.concatenate(self._parts).reshape(-1, 2),
             np.stack([ends[:-1], ends[1:]], 1),
-            np.frombuffer(b"".join(self._text), np.uint8),
+            np.frombuffer(b"".join(texts.values()), np.uint8),
             np.array(self._spans, np.int64).reshape(-1, 2),
             np.array(self._coded, bool),
-            np.array(self._frames, np.int64).reshape(-1, 4),
+            frames,
         )
+        return shapes, problems
+
+    def _checked_codes(self) -> tuple[dict[int, bytes], dict[int, str]]:
+        """The strings of all valid codes, by position, and what is wrong with the others. Many are decoded at once."""
+        texts: dict[int, bytes] = {}
+        problems: dict[int, str] = {}
+        for chunk in _chunks(self._codes):
+            try:
+                values, lengths = rle.decode_all([text for _, text in chunk])
+                pieces = np.split(values, np.cumsum(lengths)[:-1])
+            except ValueError:
+                pieces = [_decoded(text) for _, text in chunk]
+            for (index, text), runs in zip(chunk, pieces, strict=True):
+                problem = runs if isinstance(runs, str) else self._problem(index, runs)
+                if problem:
+                    problems[index] = problem
+                else:
+                    texts[index] = text
+        for chunk in _chunks(self._counts):
+            valid: list[tuple[int, Ints]] = []
+            for index, runs in chunk:
+                problem = self._problem(index, runs)
+                if problem:
+                    problems[index] = problem
+                else:
+                    valid.append((index, runs))
+            encoded = rle.encode_all([runs for _, runs in valid])
+            texts.update(zip((index for index, _ in valid), encoded, strict=True))
+        return texts, problems
+
+    def _problem(self, index: int, runs: Ints) -> str | None:
+        height, width = self.code_sizes[index]
+        total = height * width
+        if not len(runs) or runs.min() < 0 or runs.max() > total or runs.sum() != total:
+            covered = sum(runs.tolist())
+            return f"has a run-length code of {covered} pixels, but its image has {total}"
+        return None if runs[1::2].any() else "has a run-length code without foreground pixels"
+
+
+def _decoded(text: bytes) -> Ints | str:
+    """The run lengths of a string, or what is wrong with it."""
+    try:
+        return rle.decode_counts(text)
+    except ValueError as error:
+        return f"has an invalid run-length code ({error})"
+
+
+def _chunks(values: list[_Item]) -> Iterator[list[_Item]]:
+    for first in range(0, len(values), _AT_ONCE):
+        yield values[first : first + _AT_ONCE]
 
 
 def _flattened(rings: list[Any]) -> list[list[Any]] | None:
@@ -392,6 +449,17 @@ def _ring_areas(points: Floats, rings: Ints) -> Floats:
         following[rings[:, 1] - 1] = rings[:, 0]
         x, y = (points - np.repeat(low, rings[:, 1] - rings[:, 0], axis=0)).T
         return np.abs(np.add.reduceat(x * y[following] - x[following] * y, rings[:, 0])) / 2
+
+
+def _runs(counts: list[Any]) -> Ints:
+    """Run lengths as an array; ValueError if one is not an integer."""
+    try:
+        lengths = np.array(counts)
+    except ValueError:  # lists inside
+        lengths = np.zeros(0)
+    if (lengths.dtype == np.int64 and lengths.ndim == 1) or not counts:
+        return lengths.astype(np.int64)
+    return np.array([_run(v) for v in counts], np.int64)
 
 
 def _run(value: Any) -> int:

@@ -80,7 +80,7 @@ class Table:
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
     areas: np.ndarray = field(default_factory=lambda: np.zeros(0))
     keypoints: np.ndarray | None = None
-    shapes: Shapes | None = field(default_factory=lambda: ShapesBuilder().finish())
+    shapes: Shapes | None = field(default_factory=lambda: ShapesBuilder().finish()[0])
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     maps: list[Path] | None = None
     ignored: int = 0

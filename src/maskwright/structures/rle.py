@@ -100,6 +100,12 @@ def encode_counts(counts: Ints) -> bytes:
     return _encoded(np.asarray(counts, np.int64), np.array([len(counts)]))[0]
 
 
+def encode_all(counts: Sequence[Ints]) -> list[bytes]:
+    """Return the compressed strings of the run lengths of several masks."""
+    lengths = np.array([len(own) for own in counts], np.int64)
+    return _encoded(np.concatenate([np.zeros(0, np.int64), *counts]), lengths)
+
+
 def runs(text: bytes) -> tuple[Ints, Ints]:
     """Return start and end (exclusive) of each foreground run, as positions in column order."""
     edges = np.cumsum(decode_counts(text))
