@@ -34,7 +34,7 @@ Options = dict[str, Any]
 
 LARGEST_OPTION = 1 << 20  # integers in the options of a file; the largest published one is 12544
 UNBOUNDED = ("long", "ranges")  # bounds in pixels, for which a huge number means that there is none
-MORE_MODULES = 20_000  # modules that a system may have, besides ten for each tensor of the file
+MORE_MODULES = 5_000  # modules that a system may have, besides ten for each tensor of the file
 MORE_MEMORY = 1 << 28  # bytes of parameters and buffers, besides a multiple of the file's
 
 

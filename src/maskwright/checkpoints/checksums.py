@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,5 +57,5 @@ def _checksum(value: Tensor) -> str:
     """CRC-32 of type, shape and values."""
     start = zlib.crc32(f"{value.dtype} {tuple(value.shape)}".encode())
     flat = value.detach().reshape(-1).contiguous()
-    content = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    content: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
     return f"{zlib.crc32(content, start):08x}"

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import sys
 import time
 import urllib.error
@@ -22,19 +23,33 @@ from pathlib import Path
 from typing import Any
 
 from maskwright._version import __version__
+from maskwright.checkpoints import web
+from maskwright.checkpoints.budget import shown
 from maskwright.checkpoints.catalogue import Entry
+from maskwright.checkpoints.web import Retryable, TooSlow
 from maskwright.errors import CheckpointError, DownloadError
 from maskwright.files import write_json
 
-CHUNK = 1 << 18  # bytes per read
 LARGEST = 1 << 36  # maximum size of a download: 64 GiB
 
 
 def cache_folder() -> Path:
-    """The folder for downloaded files: $MASKWRIGHT_CACHE, or a folder in the platform's cache folder."""
+    """The folder for downloaded files: $MASKWRIGHT_CACHE, or a folder in the platform's cache folder.
+
+    Raises:
+        DownloadError: If the home folder is not known.
+    """
     chosen = os.environ.get("MASKWRIGHT_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
+    try:
+        return Path(chosen).expanduser() if chosen else _platform_cache()
+    except RuntimeError:
+        raise DownloadError(
+            f"the cache folder {chosen or '~/.cache'} is in a home folder that does not exist; set MASKWRIGHT_CACHE to "
+            "another folder"
+        ) from None
+
+
+def _platform_cache() -> Path:
     if sys.platform == "win32":
         base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
@@ -71,7 +86,7 @@ def fetch(entry: Entry, *, commercial_ok: bool = False, folder: Path | None = No
             "nothing was downloaded. Omit commercial_ok or choose other weights"
         )
     target = (folder or cache_folder()) / "checkpoints" / entry.name / entry.file
-    if target.is_file():
+    if _is_there(target):
         return target
     _console().print(entry.terms(), highlight=False, markup=False, soft_wrap=True)
     return download(entry.url, target, sha256=entry.sha256, md5=entry.md5, progress=progress)
@@ -91,6 +106,8 @@ def download(
 ) -> Path:
     """Download `url` to the file `target`, which appears only when it is complete and verified.
 
+    Redirects are followed to http and https only, and not to http once https was asked for. A server that sends less
+    than 1 kB per second is given up. Where neither size nor hash is known, the file must be readable as a checkpoint.
     After a failure the received part is kept beside the target (.part), and the next call resumes from it unless the
     content on the server has changed. A file with a wrong hash is removed. Processes that download the same file wait
     for each other.
@@ -113,10 +130,9 @@ def download(
         DownloadError: If the file cannot be downloaded completely, has a wrong hash or size, or cannot be written.
     """
     target = Path(target)
-    if target.is_file():
+    if _is_there(target):
         return target
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
-        raise DownloadError(f"{url}: only http and https addresses are supported")
+    web.check_address(url)
     if offline():
         raise DownloadError(
             f"{url}: not downloaded, because MASKWRIGHT_OFFLINE is set; unset it, or save the file as {target} yourself"
@@ -130,6 +146,20 @@ def download(
     except OSError as error:
         raise _write_error(error, target) from None
     return target
+
+
+def _is_there(target: Path) -> bool:
+    """Whether a file has been downloaded; DownloadError if its path cannot be used."""
+    try:
+        if target.is_file():
+            return True
+        if target.exists():
+            raise DownloadError(f"{target}: is not a file, but is in the place of one; remove it")
+        if "\0" in str(target):
+            raise DownloadError(f"{shown(target)!r}: not a valid path; set MASKWRIGHT_CACHE to another folder")
+    except OSError as error:
+        raise _write_error(error, target) from None
+    return False
 
 
 @dataclass(frozen=True)
@@ -165,20 +195,22 @@ class _Note:
     total: int | None = None
 
 
-class _Retryable(Exception):
-    """A failure after which another attempt may succeed."""
-
-
 def _retry(want: _Want, tries: int, pause: float, progress: bool) -> None:
     """Attempt the download up to `tries` times, then verify it and move it into place."""
-    reason = ""
+    reason, slow, attempt = "", 0, 0
     with _bar(want.target.name, progress) as show:
-        for attempt in range(tries):
+        for attempt in range(max(1, tries)):
             if attempt:
                 time.sleep(min(pause * 2 ** (attempt - 1), 60.0))
             try:
                 resumed = _request(want, show)
-            except _Retryable as failure:
+                _check_readable(want)
+            except TooSlow as failure:
+                reason, slow = str(failure), slow + 1
+                if slow > 1:
+                    break
+                continue
+            except Retryable as failure:
                 reason = str(failure)
                 continue
             wrong = _mismatch(want)
@@ -194,11 +226,13 @@ def _retry(want: _Want, tries: int, pause: float, progress: bool) -> None:
                 )
     have = want.part.stat().st_size if want.part.exists() else 0
     kept = f"{have} bytes are kept, the next call resumes from there" if have else "nothing was received; try later"
-    raise DownloadError(f"{want.url}: the download failed after {tries} attempts ({reason}); {kept}")
+    raise DownloadError(f"{want.url}: the download failed after {attempt + 1} attempts ({reason}); {kept}")
 
 
 def _request(want: _Want, show: Callable[[int, int | None], None]) -> bool:
     """Request the missing bytes and write them; True if an earlier part was resumed."""
+    if want.part.is_symlink() or (want.part.exists() and not want.part.is_file()):
+        want.part.unlink()  # not ours; an OSError for a folder
     note = _read_note(want)
     have = want.part.stat().st_size if want.part.exists() else 0
     # Without a validator, only a hash can verify that two parts belong to the same file.
@@ -211,33 +245,39 @@ def _request(want: _Want, show: Callable[[int, int | None], None]) -> bool:
         if note.validator:
             headers["If-Range"] = note.validator
     try:
-        with urllib.request.urlopen(urllib.request.Request(want.url, headers=headers), timeout=want.timeout) as answer:
-            return _receive(want, answer, have, note, show)
+        answer = web.open_address(want.url, headers, want.timeout)
     except urllib.error.HTTPError as error:
         with error:
             return _handle_status(want, error, have)
     except urllib.error.URLError as error:
+        host = urllib.parse.urlsplit(want.url).hostname
         if isinstance(error.reason, socket.gaierror):
-            host = urllib.parse.urlsplit(want.url).hostname
             raise DownloadError(
                 f"{want.url}: the host {host} cannot be resolved; check the network, or set https_proxy if a proxy is "
                 f"needed. The file can also be saved as {want.target} by hand"
             ) from None
-        raise _Retryable(f"no connection: {error.reason}") from None
-    except (TimeoutError, http.client.HTTPException, ConnectionError) as error:
-        raise _Retryable(f"the connection was lost: {error or type(error).__name__}") from None
+        if isinstance(error.reason, ssl.SSLCertVerificationError):
+            raise DownloadError(
+                f"{want.url}: the certificate of {host} is not valid ({shown(error.reason.verify_message)}); a proxy "
+                "may have intervened. Not downloaded"
+            ) from None
+        raise Retryable(f"no connection: {shown(error.reason)}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise Retryable(f"the connection was lost: {shown(error) or type(error).__name__}") from None
+    with answer:
+        return _receive(want, answer, have, note, show)
 
 
 def _handle_status(want: _Want, error: urllib.error.HTTPError, have: int) -> bool:
     """Handle an HTTP error; True if it means that the part is complete."""
     if error.code == 416 and have:  # no bytes after the part: it is complete, or part of another file
-        total = re.fullmatch(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
+        total = re.fullmatch(r"bytes \*/([0-9]{1,18})", error.headers.get("Content-Range", ""))
         if total and int(total[1]) == have:
             return True
         _discard(want)
-        raise _Retryable("the file on the server does not match the earlier part; restarted")
+        raise Retryable("the file on the server does not match the earlier part; restarted")
     if error.code in (408, 425, 429) or error.code >= 500:
-        raise _Retryable(f"the server responded {error.code} {error.reason}")
+        raise Retryable(f"the server responded {error.code} {shown(error.reason)}")
     hint = {
         404: "the file was not found",
         410: "the file was removed by the server",
@@ -245,39 +285,36 @@ def _handle_status(want: _Want, error: urllib.error.HTTPError, have: int) -> boo
         401: "login required",
     }
     raise DownloadError(
-        f"{want.url}: {hint.get(error.code, 'the server refused the request')} ({error.code} {error.reason}); get the "
-        f"file from its publisher and save it as {want.target}"
+        f"{want.url}: {hint.get(error.code, 'the server refused the request')} ({error.code} {shown(error.reason)}); "
+        f"get the file from its publisher and save it as {want.target}"
     )
 
 
 def _receive(want: _Want, answer: Any, have: int, note: _Note, show: Callable[[int, int | None], None]) -> bool:
     """Check the response and write its content; True if an earlier part was resumed."""
     headers = answer.headers
-    if want.url.startswith("https://") and answer.geturl().startswith("http://"):
-        raise DownloadError(
-            f"{want.url}: the server redirects to an unencrypted address, {answer.geturl()}; not downloaded"
-        )
     if headers.get_content_type() in ("text/html", "application/xhtml+xml"):
         raise DownloadError(
             f"{want.url}: the server sent a web page instead of weights; it may require a login, or a proxy intervened"
         )
-    if headers.get("Content-Encoding", "identity") != "identity":
-        raise _Retryable(f"the server compressed the file with {headers['Content-Encoding']}, which was not requested")
-    validator = headers.get("ETag", "")
+    encoding = headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise Retryable(f"the server compressed the file with {shown(encoding)}, which was not requested")
+    validator = _validator(headers.get("ETag", ""))
     if not validator or validator.startswith("W/"):
-        validator = headers.get("Last-Modified", "")
-    length = headers.get("Content-Length", "")
-    length = int(length) if length.isdigit() else None
+        validator = _validator(headers.get("Last-Modified", ""))
+    length = web.number(headers.get("Content-Length"))
 
     resumed = False
     if answer.status == 206:
-        span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", headers.get("Content-Range", ""))
-        total = int(span[3]) if span and span[3] != "*" else None
-        same = span and int(span[1]) == have and total in (None, note.total or total)
+        span = web.content_range(headers.get("Content-Range"))
+        first, total = span if span is not None else (-1, None)
+        fits = total is None or length is None or have + length <= total
+        same = first == have and total in (None, note.total or total) and fits
         if not same or (note.validator and validator and validator != note.validator):
             _discard(want)
-            raise _Retryable("the file on the server has changed since the first part was received; restarted")
-        resumed = True
+            raise Retryable("the file on the server has changed since the first part was received; restarted")
+        resumed = have > 0
         total = total if total is not None else (have + length if length is not None else None)
     else:
         have, total = 0, length  # the server does not support ranges, or the file has changed
@@ -293,33 +330,48 @@ def _receive(want: _Want, answer: Any, have: int, note: _Note, show: Callable[[i
 
     with want.part.open("r+b" if resumed else "wb") as file:
         file.seek(have)
-        have = _copy(answer, file, have, total, show)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            have = _copy(want, answer, file, have, total, show)
+        finally:
+            file.flush()
+            os.fsync(file.fileno())
     if total is not None and have < total:
-        raise _Retryable(f"the connection ended after {have} of {total} bytes")
+        raise Retryable(f"the connection ended after {have} of {total} bytes")
     return resumed
 
 
-def _copy(answer: Any, file: Any, have: int, total: int | None, show: Callable[[int, int | None], None]) -> int:
+def _validator(text: str) -> str:
+    """A header that identifies the content, if it can be sent back."""
+    return text if re.fullmatch(r"[\x20-\x7e]{1,500}", text) else ""
+
+
+def _copy(
+    want: _Want, answer: Any, file: Any, have: int, total: int | None, show: Callable[[int, int | None], None]
+) -> int:
     """Write the response to the file; returns the number of bytes that it has then."""
     show(have, total)
-    while True:
-        try:
-            data = answer.read(CHUNK)
-        except http.client.IncompleteRead as error:
-            data, broken = error.partial, True
-        except (TimeoutError, ConnectionError, http.client.HTTPException) as error:
-            raise _Retryable(f"the connection was lost after {have} bytes: {error or type(error).__name__}") from None
-        else:
-            broken = False
+    for data in web.parts_of(answer, want.timeout):
         file.write(data)
         have += len(data)
         if have > LARGEST:
-            raise DownloadError(f"{file.name}: the server sent more than {LARGEST} bytes; stopped after {have}")
+            raise DownloadError(f"{want.url}: the server sent more than {LARGEST} bytes; stopped after {have}")
         show(have, total)
-        if broken or not data:
-            return have
+    return have
+
+
+def _check_readable(want: _Want) -> None:
+    """Where nothing else tells whether the file is whole, it must be readable as a checkpoint."""
+    if want.hashed or want.size is not None or _read_note(want).total is not None:
+        return
+    from maskwright.checkpoints.reading import check_readable
+
+    try:
+        check_readable(want.part, want.target.suffix)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{want.part}: ")
+        if not _mismatch(want):
+            _discard(want)
+            raise Retryable(f"the size is not known, and what was received is no whole checkpoint: {reason}") from None
 
 
 def _mismatch(want: _Want) -> str:
@@ -354,10 +406,19 @@ def _discard(want: _Want) -> None:
 
 
 def _read_note(want: _Want) -> _Note:
+    """What is known of the part; an empty note if there is none, or it is damaged."""
     try:
-        return _Note(**json.loads(want.note.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        values = json.loads(want.note.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return _Note()
+    if not isinstance(values, dict):
+        return _Note()
+    url, validator, total = (values.get(name) for name in ("url", "validator", "total"))
+    if not isinstance(url, str) or not isinstance(validator, str):
+        return _Note()
+    if total is not None and (isinstance(total, bool) or not isinstance(total, int) or not 0 <= total <= LARGEST):
+        return _Note()
+    return _Note(url, _validator(validator), total)
 
 
 def _write_note(want: _Want, note: _Note) -> None:

@@ -84,7 +84,18 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 # ---- recognising the format by content; file names are unreliable ---------------------------------------------------
 
 
-def _file(path: Path, about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def check_readable(path: Path, suffix: str) -> None:
+    """Raise a CheckpointError unless a file can be read whole.
+
+    Args:
+        path: The file.
+        suffix: The suffix that its name will have.
+    """
+    with unexpected_as_errors(path):
+        _file(path, {"path": str(path), "wrapper": [], "metadata": {}, "container": {}}, suffix)
+
+
+def _file(path: Path, about: dict[str, Any], suffix: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file of any format, and its description."""
     name = str(path)
     with path.open("rb") as file:
@@ -98,12 +109,12 @@ def _file(path: Path, about: dict[str, Any]) -> tuple[dict[str, Tensor], dict[st
             state, metadata = _safetensors(path, size, int.from_bytes(head[:8], "little"))
             return named(state, about | {"format": "safetensors", "metadata": metadata})
         budget = Budget.for_size(name, size)
-        content, about["format"] = _content(file, head, path, budget)
+        content, about["format"] = _content(file, head, path, budget, suffix)
         content = settle(content, budget)
     return named(weights_in(content, about, budget), about)
 
 
-def _content(file: io.BufferedIOBase, head: bytes, path: Path, budget: Budget) -> tuple[Any, str]:
+def _content(file: io.BufferedIOBase, head: bytes, path: Path, budget: Budget, suffix: str | None) -> tuple[Any, str]:
     """The content of a file as records, and its format."""
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         return _torch_zip(file, budget)
@@ -112,7 +123,7 @@ def _content(file: io.BufferedIOBase, head: bytes, path: Path, budget: Budget) -
     if head.startswith(MARKS):
         return read_torch7(file.read(), budget), "torch7"
     refuse_foreign(head, path)
-    if path.suffix.lower() in (".pkl", ".pickle", ".pth", ".pt", ".bin", ".ckpt"):
+    if (path.suffix if suffix is None else suffix).lower() in (".pkl", ".pickle", ".pth", ".pt", ".bin", ".ckpt"):
         return _pickles(file, budget)  # pickle protocols 0 and 1 have no signature
     raise CheckpointError(
         f"{path}: unsupported file format; expected .safetensors, a torch file (.pth, .pt, .bin), a pickle of arrays "

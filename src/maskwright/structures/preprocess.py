@@ -270,7 +270,7 @@ def _is_integer(value: Any, most: int) -> bool:
 
 
 def _is_number(value: Any, above: float) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:  # false for NaN
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e12:  # false for NaN
         return False
     return value > above
 
