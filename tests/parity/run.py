@@ -72,10 +72,7 @@ def load(layout: Path, ledger: Ledger, folder: Path) -> System:
     overrides = about.get("overrides") or about.get("weights_override") or {}
     path = write_checkpoint(layout, folder, int(about.get("seed", about.get("weights_seed")) or 0), overrides)
     torch.manual_seed(0)
-    try:
-        return maskwright.load(path, **options)
-    except maskwright.errors.UsageError:  # of a system whose options are not grouped yet
-        return maskwright.load(path, **options.pop("backbone", {}), **options)
+    return maskwright.load(path, **options)
 
 
 def run(layout: Path | None, outputs: Path, system: System | None = None) -> Ledger:

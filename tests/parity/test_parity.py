@@ -38,8 +38,7 @@ def pairs(folder: Path, layouts: Path) -> list[str]:
 
 
 def frozen_of(system: System) -> int | None:
-    own = system.options.get("backbone")
-    return own.get("frozen") if isinstance(own, dict) else system.options.get("frozen")
+    return system.options.get("backbone", {}).get("frozen")
 
 
 class Loaded:
