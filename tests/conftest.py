@@ -6,12 +6,10 @@ import os
 
 os.environ.setdefault("MASKWRIGHT_DEBUG", "1")  # mistakes of the library keep their traceback (checkpoints/budget.py)
 
-from jaxtyping import install_import_hook
-
 from tests import shapes
 
 if shapes.ENABLED:
-    install_import_hook(shapes.MODULES, "tests.shapes.checked")
+    shapes.install()
 
 import pytest
 import torch
