@@ -130,6 +130,9 @@ def _by_outlines(columns: Columns, sizes: Floats, present: Bools) -> Iterator[Ca
         throughout = total >= 2 and (explained & large).sum() >= max(2, 0.8 * total)
         if not clear and not throughout:
             return
+        with np.errstate(invalid="ignore"):
+            closer = np.abs(corners - extents).max(1) < np.abs(plain - extents).max(1)
+        explained |= present & agree(corners, extents) & closer
         convert(columns, explained, corners)
         what = f"{int(explained.sum())} of {total} boxes are {name}; expected x, y, width, height"
         yield Cause("note", "box", what, "they are converted", repaired=True)
@@ -159,7 +162,7 @@ def _by_images(columns: Columns, sizes: Floats) -> Iterator[Cause]:
         what = f"{int(proven.sum())} of {total} boxes are corners x0, y0, x1, y1, as their areas show"
         yield Cause("note", "box", f"{what}; expected x, y, width, height", "they are converted", repaired=True)
         return
-    outside = given & ~plain
+    outside = given & ~plain & every(columns.boxes[:, 2:] > 0)
     if outside.sum() < max(1 if total < 10 else 2, 0.05 * total):
         return
     formats = dict(_PIXELS)
@@ -192,7 +195,7 @@ def _chosen_format(columns: Columns, sizes: Floats, given: Bools, wrong: Bools, 
     if fitting:
         what = f"{subject}; they fit as {' and as '.join(fitting)}"
         return Cause("error", "box", what, "convert them to x, y, width, height in pixels")
-    share = wrong.sum() / max(1, total)
+    share = wrong.sum() / max(1, total) if wrong.sum() > 1 else 0
     if formats is _SHARES:
         return Cause("error", "box", f"{subject}, others are not", "convert all to x, y, width, height in pixels")
     as_corners = inside.get("corners x0, y0, x1, y1", np.zeros_like(wrong)) & wrong

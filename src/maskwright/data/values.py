@@ -20,10 +20,11 @@ def parse_id(value: Any) -> int | str | None:
 
 
 def parse_int(value: Any) -> int | None:
-    """Return an integer, also from "3" or 3.0; None for anything else."""
+    """Return an integer, also from "3", "003", "3.0" or 3.0; None for anything else."""
     number = parse_id(value)
     if isinstance(number, str):
-        text = number.strip()
+        whole, dot, rest = number.strip().partition(".")
+        text = whole if dot and not rest.strip("0") else number.strip()
         return int(text) if text.removeprefix("-").isdecimal() and len(text) < 40 else None
     return number
 
