@@ -21,6 +21,7 @@ REGISTRY = {
     "instancefcn": "instancefcn:InstanceFCN",
     "faster-rcnn": "faster_rcnn:FasterRCNN",
     "mask-rcnn": "mask_rcnn:MaskRCNN",
+    "retinanet": "retinanet:RetinaNet",
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
     "cascade-mask-rcnn": "cascade_rcnn:CascadeMaskRCNN",
     "tensormask": "tensormask:TensorMask",
