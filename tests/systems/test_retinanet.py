@@ -23,7 +23,7 @@ def images(count: int = 2) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rules": "torchvision"}, {"norm": "group", "box_loss": "giou"}, {"convs": 0}], ids=str
+    "options", [{}, {"rules": "detectron2"}, {"norm": "group", "box_loss": "giou"}, {"convs": 0}], ids=str
 )
 def test_each_option_trains_and_detects(options):
     system = build("retinanet", **options)
@@ -40,7 +40,7 @@ def test_each_option_trains_and_detects(options):
 
 
 def test_the_normalizer_of_detectron2_is_an_exponential_mean():
-    system = build("retinanet").train()
+    system = build("retinanet", rules="detectron2").train()
     raw, target = system(images(1)), objects(2)
     anchors = torch.cat(system.anchors(raw.features, raw.size))
     positive = int((system.assign(anchors, target)[1] >= 0).sum())
