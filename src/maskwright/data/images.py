@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol, cast
+from typing import IO, TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -70,6 +70,7 @@ class Reading:
     bands: tuple[int, ...] | None = None
 
 
+@runtime_checkable
 class _Rules(Protocol):
     """What `reading` needs of a `Preprocess`."""
 
