@@ -207,6 +207,7 @@ def recognise(state: Mapping[str, Tensor], about: Mapping[str, Any]) -> list[tup
         about: What `read_state` returned about it.
     """
     shapes = {k: tuple(v.shape) for k, v in state.items()}
+    about = {**about, "tensors": state}
     return [(origin, candidate) for origin in origins() for candidate in _candidates(origin, shapes, about, [])]
 
 
@@ -223,10 +224,11 @@ def _matches(state: Mapping[str, Tensor], about: Mapping[str, Any], failures: li
     """The layouts that the keys match, as they are or without prefixes that wrappers of modules add."""
     for view, ignored in views(state):
         shapes = {k: tuple(v.shape) for k, v in view.items()}
+        seen = {**about, "tensors": view}
         found = [
             _Match(origin, candidate, view, ignored)
             for origin in origins()
-            for candidate in _candidates(origin, shapes, about, failures)
+            for candidate in _candidates(origin, shapes, seen, failures)
         ]
         if found:
             return found

@@ -92,11 +92,11 @@ class Masks:
         for number, code in enumerate(codes):
             counts: Any = code
             if isinstance(code, dict):
-                own = (int(code["size"][0]), int(code["size"][1]))
+                own = _size_in(code, number)
                 size = size or own
                 if own != tuple(size):
                     raise ValueError(f"mask {number} is {own[0]} x {own[1]}, expected {size[0]} x {size[1]}")
-                counts = code["counts"]
+                counts = code.get("counts")
             if size is None:
                 raise ValueError("run-length strings without `size` need the argument `size`")
             try:
@@ -104,7 +104,7 @@ class Masks:
                     text = counts.encode("ascii") if isinstance(counts, str) else counts
                     lengths = rle.decode_counts(text)
                 else:
-                    lengths = np.asarray(counts, np.int64)
+                    lengths = _run_lengths(counts)
                     text = None
                     if (lengths < 0).any():
                         raise ValueError("it contains a negative run")
@@ -413,3 +413,26 @@ def _placed_edges(frame: rle.Frame, crop: rle.Bools, placement: Placement) -> rl
     left, columns = source(x0, x1, scale_x, offset_x, width)
     top, rows = source(y0, y1, scale_y, offset_y, height)
     return rle.edges(crop[rows][:, columns], left, top, (height, width))
+
+
+def _size_in(code: dict[str, Any], number: int) -> tuple[int, int]:
+    """The size in a run-length code; ValueError unless it is a height and a width."""
+    sides: Any = code.get("size")
+    if isinstance(sides, (list, tuple, np.ndarray)) and len(sides) == 2 and all(map(_is_length, sides)):
+        return int(sides[0]), int(sides[1])
+    raise ValueError(f"mask {number} has the size {repr(sides)[:60]}, expected [height, width]")
+
+
+def _run_lengths(counts: Any) -> Any:
+    """Uncompressed runs as int64; ValueError unless they are a list of integers."""
+    runs = np.asarray(counts)
+    whole = runs.dtype.kind in "iu" or (runs.dtype.kind == "f" and bool((runs == np.floor(runs)).all()))
+    if runs.ndim != 1 or (len(runs) and not whole) or (runs.dtype.kind == "f" and not (np.abs(runs) < 1 << 53).all()):
+        raise ValueError(f"its runs must be a list of integers, got {repr(counts)[:60]}")
+    return runs.astype(np.int64)
+
+
+def _is_length(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        return False
+    return bool(0 <= value < 1 << 31) and int(value) == value

@@ -77,9 +77,10 @@ class Origin:
         rename: (pattern of the file's keys, replacement) pairs. All of them are applied to each key in order, each by
             `re.sub` to the result of the previous one; a table therefore renames large parts first and common suffixes
             (numbers of norms and convolutions) once, at the end. A replacement may be a function of the match.
-        recognise: Function of (shapes by key, what `read_state` returned about the file). It returns the options of the
-            constructor, including "classes", if the keys and shapes are of this layout, and None otherwise; a list of
-            `Candidate` if they match several published variants, of which `load` then requires `variant`.
+        recognise: Function of (shapes by key, what `read_state` returned about the file; its entry "tensors" has the
+            tensors by key, for what shapes do not determine). It returns the options of the constructor, including
+            "classes", if the keys and shapes are of this layout, and None otherwise; a list of `Candidate` if they
+            match several published variants, of which `load` then requires `variant`.
         finish: Function of (state, options) that returns the state dict; applied after renaming, to permute, split or
             drop tensors. It must not modify its arguments.
         ignore: Patterns of the file's keys that are dropped before renaming.

@@ -101,7 +101,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return len({m[1] for k in shapes if (m := re.match(pattern, k))})
 
 
-def _backbone(shapes: Shapes, prefix: str, stage: str, first: int, stem: str, offset: str) -> dict[str, Any] | None:
+def resnet_of(shapes: Shapes, prefix: str, stage: str, first: int, stem: str, offset: str) -> dict[str, Any] | None:
     """The options of a ResNet, from the names and shapes of its weights; None if they are not a ResNet's."""
     stages = [f"{prefix}{stage}{first + n}." for n in range(4)]
     depth = BLOCKS.get(tuple(_count(shapes, rf"^{re.escape(s)}(\d+)\.") for s in stages))
@@ -127,7 +127,7 @@ def _mmdet(shapes: Shapes) -> dict[str, Any] | None:
     last = next((k for k in ("bbox_head.solo_cate.weight", "bbox_head.dsolo_cate.weight") if k in shapes), None)
     if last is None or "neck.fpn_convs.0.conv.weight" not in shapes:
         return None
-    options = _backbone(shapes, "backbone.", "layer", 1, "backbone.conv1.weight", "conv2.conv_offset conv2_offset")
+    options = resnet_of(shapes, "backbone.", "layer", 1, "backbone.conv1.weight", "conv2.conv_offset conv2_offset")
     if options is None:
         return None
     convs = _count(shapes, r"^bbox_head\.cate_convs\.(\d+)\.")
@@ -188,7 +188,7 @@ def _adelaidet(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Non
     if "ins_head.kernel_pred.weight" not in shapes or "backbone.fpn_output2.weight" not in shapes:
         return None
     prefix = "backbone.bottom_up."
-    options = _backbone(shapes, prefix, "res", 2, f"{prefix}stem.conv1.weight", "conv2_offset")
+    options = resnet_of(shapes, prefix, "res", 2, f"{prefix}stem.conv1.weight", "conv2_offset")
     if options is None:
         return None
     # detectron2's own backbones stride in the first 1 x 1; ResNeXt strides in the 3 x 3.

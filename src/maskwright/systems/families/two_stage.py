@@ -39,7 +39,7 @@ from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.structures.resize import Resize
 from maskwright.systems.system import ClassRows, Output, System, at_least
 
-RulesName = Literal["detectron2", "torchvision"]
+RulesName = Literal["detectron2", "torchvision", "mmdetection", "mmdetection-caffe"]
 Neck = Literal["fpn", "c4", "dc5"]
 
 
@@ -90,14 +90,24 @@ RULES: Mapping[str, Rules] = {
         aligned=False, samples=2, levels="torchvision", upsample="fit", mask_targets="soft", mask_init="kaiming",
         paste="padded", finish="scale", keypoints="logit", keypoints_inside=False,
     ),
+    "mmdetection": (_MMDETECTION := Rules(
+        ProposalRules(loss="sampled", rank_by="probability"), upsample="fit", mask_init="kaiming", finish="scale",
+    )),
+    "mmdetection-caffe": _MMDETECTION,  # differs in the normalisation of images
 }  # fmt: skip
 
-# The normalisation of ImageNet models as the two code bases write it.
+# The normalisation of ImageNet models as the code bases write it.
 PREPROCESS: Mapping[str, Preprocess] = {
     "detectron2": Preprocess(
         resample="pillow", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), divide=1.0, channels="BGR"
     ),
     "torchvision": Preprocess(resample="tensor"),
+    "mmdetection": Preprocess(
+        resample="opencv", mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), divide=1.0
+    ),
+    "mmdetection-caffe": Preprocess(
+        resample="opencv", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), divide=1.0, channels="BGR"
+    ),
 }
 
 
