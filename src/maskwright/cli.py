@@ -95,6 +95,53 @@ def train(
     return 0
 
 
+def show_batch(
+    system: Annotated[str, arg(metavar="SYSTEM")],
+    /,
+    *,
+    data: Annotated[str, arg(metavar="DIR")],
+    out: Output = Path("batch.png"),
+    weights: Weights = None,
+    recipe: Annotated[str | None, arg(metavar="NAME|FILE")] = None,
+    option: KeyValues = (),
+    augment: KeyValues = (),
+    batch: int | None = None,
+    number: int = 0,
+    epoch: int = 0,
+    balance: float | None = None,
+    seed: int = 0,
+) -> int:
+    """Draw what the network is fed in training: a batch of augmented images with masks, boxes and labels.
+
+    Examples:
+      maskwright show-batch mask-rcnn --data my-images -o batch.png
+      maskwright show-batch mask-rcnn --data my-images --augment vertical_flip=0.5 quarter_turns=0.75 --batch 8
+
+    Args:
+        system: A system or preset (see `maskwright systems`), or weights to continue from.
+        data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
+        out: The image file.
+        weights: The weights that training would start from.
+        recipe: A published recipe or a recipe.json.
+        option: Options of the network, as for train.
+        augment: Options of the augmentation, as for train.
+        batch: Images in the batch; default: those of the recipe.
+        number: Number of the batch in its epoch, from 0.
+        epoch: Number of the epoch, from 0.
+        balance: Repeat images of classes in less than this share of images, as for train.
+        seed: Seed of order and augmentation, as for train.
+    """
+    from maskwright.training import Recipe
+    from maskwright.training.preview import show_batch as run
+
+    plan = _recipe(recipe) or Recipe()
+    plan = replace(plan, augment={**plan.augment, **_values(augment)})
+    changes = {"seed": seed, **_given(batch=batch, balance=balance)}
+    options = nested(_values(option).items())
+    say(str(run(system, data, out, plan, number=number, epoch=epoch, weights=weights, options=options, **changes)))
+    return 0
+
+
 def evaluate(
     weights: Annotated[str, arg(metavar="WEIGHTS")],
     /,
@@ -519,8 +566,8 @@ def ablate(
 
 
 VERBS: dict[str, Callable[..., int]] = {
-    verb.__name__: verb
-    for verb in (demo, check, train, evaluate, predict, report, convert, systems, checkpoints, ablate)
+    verb.__name__.replace("_", "-"): verb
+    for verb in (demo, check, train, show_batch, evaluate, predict, report, convert, systems, checkpoints, ablate)
 }
 
 

@@ -77,7 +77,7 @@ def mixed(folder: Path, count: int = 11) -> Path:
         sizes[entry["file_name"]] = size
     for annotation in data["annotations"]:
         ring = [5.0, 5.0, 25.0, 5.0, 25.0, 25.0]
-        annotation.update(segmentation=[ring], bbox=[5, 5, 20, 20])
+        annotation.update(segmentation=[ring], bbox=[5, 5, 20, 20], area=200.0)
     return write(folder, data, sizes=sizes)
 
 
@@ -286,8 +286,8 @@ def test_a_batch_can_be_drawn(tmp_path: Path, channels):
     batch = next(iter(make_loader(scenes, rule, batch_size=4, training=False)))
     path = show_batch(batch, rule, tmp_path / "deep" / "batch.png", scenes.classes)
     sheet = np.asarray(Image.open(path))
-    assert sheet.shape == (64 * 2 + 4, 64 * 2 + 4, 3)
-    shown = sheet[:48, :48].astype(int) - scenes[0].image.permute(1, 2, 0).numpy()
+    assert sheet.shape == (2 * (384 + 16), 2 * 384 + 4, 3), "enlarged by 6, with captions"
+    shown = sheet[3 : 48 * 6 : 6, 3 : 48 * 6 : 6].astype(int) - scenes[0].image.permute(1, 2, 0).numpy()
     assert np.abs(shown).max() <= 1, "the drawing shows the image"
     assert [p.name for p in path.parent.iterdir()] == ["batch.png"]
     (tmp_path / "file").write_text("")

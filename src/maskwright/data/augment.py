@@ -17,6 +17,7 @@ from pycocotools import mask as coco
 from torch import Tensor
 
 from maskwright.data.dataset import Sample
+from maskwright.data.own_transform import Transform, apply_transform, named_transform
 from maskwright.errors import UsageError
 from maskwright.structures import Instances, Masks, Placement, Preprocess, rle
 from maskwright.structures.instances import PERSON_KEYPOINTS_MIRRORED
@@ -29,12 +30,15 @@ class Drawn:
     """The augmentation parameters of one image.
 
     Attributes:
-        placement: The geometric transformation.
+        placement: The geometric transformation of the turned image.
         colours: Colour operations in order: name and factor; for "hue" a shift in -0.5 ... 0.5.
+        turns: Counterclockwise quarter turns of the image before everything else. An up-down flip is two of them and a
+            left-right flip.
     """
 
     placement: Placement
     colours: tuple[tuple[str, float], ...] = ()
+    turns: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Placed:
     Attributes:
         image: (C, h, w) of `placement.size`, 0 ... 255.
         target: The objects, on the same grid.
-        placement: How the image was placed there.
+        placement: How the image, after quarter turns, was placed there.
     """
 
     image: Tensor
@@ -58,6 +62,9 @@ class Augment:
 
     Args:
         flip: Probability of a left-right flip.
+        vertical_flip: Probability of an up-down flip, for images without a fixed upper side (aerial, microscopy).
+            Either flip exchanges left and right keypoints.
+        quarter_turns: Probability of a turn by 90, 180 or 270 degrees.
         short: Lengths of the short side to draw from; empty: that of the system.
         sampling: "choice": one of `short`; "range": any integer between the smallest and the largest of them.
         long: Limit of the long side; None: that of the system.
@@ -75,12 +82,17 @@ class Augment:
         paste: Probability that objects of another image, augmented as well, are pasted onto this one (copy-paste, same
             paper, section 3).
         min_area: Objects that were cut or covered are dropped below this area, in pixels of the input.
+        transform: A function that is applied first: from the image (C, H, W), uint8, and its `Instances` to both (a
+            third parameter receives a `numpy.random.Generator`), or its name, "module:function" or
+            "file.py:function". A recipe stores the name.
 
     Raises:
         UsageError: If a value is invalid.
     """
 
     flip: float = 0.5
+    vertical_flip: float = 0.0
+    quarter_turns: float = 0.0
     short: Sequence[int] = ()
     sampling: str = "choice"
     long: int | None = None
@@ -94,6 +106,7 @@ class Augment:
     hue: float = 0.0
     paste: float = 0.0
     min_area: int = 1
+    transform: Transform | str | None = None
 
     def __post_init__(self) -> None:
         # Values from JSON are lists, not tuples; one number is a square canvas or a single short side.
@@ -103,7 +116,7 @@ class Augment:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, (value,) if isinstance(value, int) else tuple(value))
-        for name in ("flip", "crop_chance", "paste"):
+        for name in ("flip", "vertical_flip", "quarter_turns", "crop_chance", "paste"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a probability in [0, 1]")
         for name in ("brightness", "contrast", "saturation"):
             self._expect(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
@@ -120,6 +133,10 @@ class Augment:
         canvas = self.canvas
         self._expect("size", canvas is None or (len(canvas) == 2 and min(canvas) >= 1), "a height and a width")
         self._expect("min_area", self.min_area >= 1, "at least 1 pixel")
+        own: Any = self.transform
+        self._expect("transform", own is None or isinstance(own, str) or callable(own), "a function or its name")
+        if isinstance(own, str):
+            named_transform(own)
 
     @property
     def canvas(self) -> tuple[int, int] | None:
@@ -144,14 +161,18 @@ class Augment:
             The parameters, for `apply`.
         """
         rule = preprocess or Preprocess()
-        placement = self._window(rng, size)
+        # No number is drawn for what is off, so that the others stay the same.
+        turns = int(rng.integers(1, 4)) if self.quarter_turns and rng.random() < self.quarter_turns else 0
+        upside_down = bool(self.vertical_flip) and bool(rng.random() < self.vertical_flip)
+        turns = (turns + 2 * upside_down) % 4
+        placement = self._window(rng, (size[1], size[0]) if turns % 2 else size)
         if self.jitter is not None or self.size is not None:
             placement = self._jittered(rng, placement, rule)
         else:
             placement = placement.then_resize(self._scaled(rng, rule).size(*placement.size))
-        if rng.random() < self.flip:
+        if (rng.random() < self.flip) != upside_down:
             placement = placement.then_mirror()
-        return Drawn(placement, self._colours(rng))
+        return Drawn(placement, self._colours(rng), turns)
 
     def _window(self, rng: np.random.Generator, size: tuple[int, int]) -> Placement:
         placement = Placement.identity(size)
@@ -210,9 +231,16 @@ class Augment:
             Image and objects on the network's grid. Objects outside the crop are dropped; those that were cut have
             the boxes of their remaining masks.
         """
-        image = _adjust_colours(place_image(sample.image, drawn.placement, resample), drawn.colours)
-        target = place_target(sample.target, drawn.placement, mirrored_keypoints, self.min_area)
+        image, target = sample.image, sample.target
+        if drawn.turns:
+            image, target = torch.rot90(image, drawn.turns, (1, 2)), target.turned(drawn.turns)
+        image = _adjust_colours(place_image(image, drawn.placement, resample), drawn.colours)
+        target = place_target(target, drawn.placement, mirrored_keypoints, self.min_area)
         return Placed(image, target, drawn.placement)
+
+    def transformed(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """Return an image after the user's own transform; see `apply_transform`."""
+        return sample if self.transform is None else apply_transform(self.transform, sample, rng)
 
     def overlay(self, rng: np.random.Generator, below: Placed, above: Placed) -> Placed:
         """Paste a random half of the objects of one image onto another (copy-paste).

@@ -82,6 +82,10 @@ class Dataset(torch.utils.data.Dataset[Sample]):
     strict: bool = False
     has_areas: bool = True
 
+    def image_labels(self, index: int) -> npt.NDArray[np.int64]:
+        """Return the labels of the objects of one image; images are not read."""
+        return self.targets(index).labels.numpy()
+
     def white(self) -> int | None:
         """Return the value that becomes 255 in images with more than 8 bits; None if there are no such images."""
         return None

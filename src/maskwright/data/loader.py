@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -16,17 +18,18 @@ from maskwright.data.augment import Augment, Drawn, Placed, place_target
 from maskwright.data.dataset import Dataset, Sample, as_dataset, mirrored_keypoints
 from maskwright.data.findings import DataWarning
 from maskwright.data.images import reading
-from maskwright.errors import DataError, ImageError, UsageError
+from maskwright.errors import DataError, ImageError, MaskwrightError, UsageError
 from maskwright.structures import Batch, Instances, Placement, Preprocess
 
 
 class Loader:
     """Batches of a data set; made by `make_loader`. Iteration yields the current epoch, which `set_epoch` selects.
 
-    In training, an epoch contains every image once, in an order that depends on the seed and the epoch. Images that
-    are taller than wide are batched separately, to reduce padding. Every batch is full: the last one is filled with
-    images from the start of the epoch. A batch over all ranks does not depend on their number, and the augmentation of
-    the image at position k depends only on (seed, epoch, k): not on the workers, nor on where a run was resumed.
+    In training, an epoch contains every image once (with `balance`, images of rare classes more often), in an order
+    that depends on the seed and the epoch. Images that are taller than wide are batched separately, to reduce padding.
+    Every batch is full: the last one is filled with images from the start of the epoch. A batch over all ranks does not
+    depend on their number, and the augmentation of the image at position k depends only on (seed, epoch, k): not on the
+    workers, nor on where a run was resumed.
 
     In evaluation, images come in the order of the data set; rank r reads r, r + world, ... The last batch may be
     smaller, and ranks may differ by one batch.
@@ -59,7 +62,7 @@ class Loader:
         else:
             results = self._read(keys)
         for result in results:
-            if isinstance(result, DataError):
+            if isinstance(result, MaskwrightError):
                 raise result
             for note in result.notes:
                 warnings.warn(note, DataWarning, stacklevel=2)
@@ -101,6 +104,7 @@ def make_loader(
     world: int = 1,
     drop_crowd: bool | None = None,
     pin: bool = False,
+    balance: float | None = None,
 ) -> Loader:
     """Make a loader of preprocessed batches with targets on the network's grid.
 
@@ -119,6 +123,7 @@ def make_loader(
         drop_crowd: Remove crowd regions from the targets; None: in training only. No system trains on them as
             objects, and the published recipes of Mask R-CNN exclude them.
         pin: Return images in pinned memory, for asynchronous copies to a GPU.
+        balance: Threshold of repeat-factor sampling in training, see `repeat_factors`; None: every image once.
 
     Returns:
         The loader. Iteration raises ImageError for a damaged image of a strict data set. Otherwise it emits a
@@ -142,6 +147,7 @@ def make_loader(
         rank,
         world,
         training if drop_crowd is None else drop_crowd,
+        balance if training else None,
     )
     return Loader(plan, workers, pin)
 
@@ -172,14 +178,18 @@ class _Plan:
         rank: int,
         world: int,
         drop_crowd: bool,
+        balance: float | None = None,
     ):
         self.dataset, self.preprocess, self.augment = dataset, preprocess, augment
         self.batch_size, self.training, self.seed = batch_size, training, seed
         self.rank, self.world, self.drop_crowd = rank, world, drop_crowd
         self.mirrored = mirrored_keypoints(dataset.keypoint_names)
         self.total, self.kinds = len(dataset), len(dataset.classes)
+        self.factors = None if balance is None else np.cumsum(repeat_factors(dataset, balance))
+        length = self.total if self.factors is None or not self.total else math.ceil(self.factors[-1] - 1e-6)
+        self.length = length  # images in an epoch of training
         if training:
-            self.count = -(-self.total // (batch_size * world))
+            self.count = -(-length // (batch_size * world))
         else:
             self.count = -(-len(range(rank, self.total, world)) // batch_size)
         sizes = np.array(dataset.sizes(), np.int64).reshape(-1, 2) if training else np.zeros((0, 2), np.int64)
@@ -195,7 +205,13 @@ class _Plan:
         if not self.training:
             return np.arange(self.total)
         if epoch not in self._orders:
-            shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.total)
+            rng = np.random.default_rng((self.seed, epoch))
+            if self.factors is None or not self.total:
+                shuffled = rng.permutation(self.total)
+            else:  # image i owns an interval of length factor i, and points lie at equal distances of at most 1
+                points = (np.arange(self.length) + rng.random()) * (self.factors[-1] / self.length)
+                positions = np.searchsorted(self.factors, points, side="right")
+                shuffled = rng.permutation(np.minimum(positions, self.total - 1))
             self._orders = {epoch: grouped(shuffled, self.tall[shuffled], self.batch_size * self.world)}
         return self._orders[epoch]
 
@@ -209,14 +225,14 @@ class _Plan:
 
     # ---- building ---------------------------------------------------------------------------------------------------
 
-    def __getitem__(self, key: tuple[int, int]) -> _Packed | DataError:
+    def __getitem__(self, key: tuple[int, int]) -> _Packed | MaskwrightError:
         """A packed batch; an error is returned, not raised, so that its message reaches the main process unchanged."""
         epoch, number = key
         order = self.order(epoch)
         notes: list[str] = []
         try:
             items = [self._item(int(order[k]), epoch, k, notes) for k in self.positions(number)]
-        except DataError as error:
+        except (DataError, UsageError) as error:
             return error
         read = [item for item in items if item is not None]
         if not read:
@@ -252,6 +268,7 @@ class _Plan:
 
     def _augmented(self, sample: Sample, rng: np.random.Generator) -> Placed:
         assert self.augment is not None
+        sample = self.augment.transformed(sample, rng)
         size = (sample.image.shape[1], sample.image.shape[2])
         drawn: Drawn = self.augment.draw(rng, size, self.preprocess)
         return self.augment.apply(sample, drawn, resample=self.preprocess.resample, mirrored_keypoints=self.mirrored)
@@ -280,6 +297,29 @@ class _Plan:
                 sample = replace(sample, target=target[~target.crowd])
             return sample
         raise ImageError(f"none of the {self.total} images can be read; last error: {notes[-1]}")
+
+
+def repeat_factors(dataset: Dataset, threshold: float) -> npt.NDArray[np.float64]:
+    """Return how often each image is repeated in an epoch, on average, so that rare classes are seen more often.
+
+    The factor of a class in a share f of the images is max(1, sqrt(threshold / f)), and that of an image is the largest
+    of its classes' (LVIS: Gupta et al., arXiv 1908.03195, section 5.4, where the threshold is 0.001). With a threshold
+    of 1, every class is repeated in inverse proportion to the root of its frequency.
+
+    Args:
+        dataset: The data set.
+        threshold: Share of images below which the images of a class are repeated.
+
+    Returns:
+        (M,), at least 1; images without objects are not repeated.
+    """
+    present = [np.unique(dataset.image_labels(index)) for index in range(len(dataset))]
+    shares = np.zeros(len(dataset.classes))
+    for labels in present:
+        shares[labels[(labels >= 0) & (labels < len(shares))]] += 1 / max(1, len(dataset))
+    factors = np.maximum(1.0, np.sqrt(threshold / np.maximum(shares, 1e-12)))
+    valid = [labels[(labels >= 0) & (labels < len(shares))] for labels in present]
+    return np.array([factors[labels].max(initial=1.0) for labels in valid])
 
 
 def grouped(order: np.ndarray, tall: np.ndarray, size: int) -> np.ndarray:

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from maskwright.errors import DataError
 from maskwright.files import write_bytes
-from maskwright.structures import Batch, Preprocess
+from maskwright.structures import Batch, Placement, Preprocess
+
+_SMALL = 384  # pixels; smaller images are enlarged by a whole factor
+_GAP, _CAPTION = 4, 16
 
 
 def show_batch(
@@ -24,6 +27,8 @@ def show_batch(
     columns: int | None = None,
 ) -> Path:
     """Draw the images of a batch with their targets into one image file.
+
+    Small images are enlarged, so that labels can be read; below each image is its name.
 
     Args:
         batch: The batch.
@@ -38,20 +43,28 @@ def show_batch(
     Raises:
         DataError: If the file cannot be written.
     """
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     path = Path(path)
-    height, width = batch.images.shape[-2:]
+    scale = max(1, _SMALL // max(batch.images.shape[-2:]))
+    height, width = (scale * side for side in batch.images.shape[-2:])
     across = columns or math.ceil(math.sqrt(len(batch)))
-    sheet = Image.new("RGB", (across * (width + 4) - 4, math.ceil(len(batch) / across) * (height + 4) - 4), "white")
+    step_x, step_y = width + _GAP, height + _CAPTION
+    sheet = Image.new("RGB", (across * step_x - _GAP, math.ceil(len(batch) / across) * step_y), "white")
     for number, values in enumerate(batch.images.cpu()):
-        image = denormalized(values, preprocess)
+        image = denormalized(values, preprocess).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         placement = batch.placements[number]
         tile = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         if batch.targets is not None:
-            valid = image[:, : placement.size[0], : placement.size[1]]
-            tile.paste(batch.targets[number].to("cpu").draw(valid, classes), (0, 0))
-        sheet.paste(tile, (number % across * (width + 4), number // across * (height + 4)))
+            target = batch.targets[number].to("cpu")
+            size = (scale * placement.size[0], scale * placement.size[1])
+            target = target.place(Placement.resize(placement.size, size), None) if scale > 1 else target
+            tile.paste(target.draw(image[:, : size[0], : size[1]], classes), (0, 0))
+        x, y = number % across * step_x, number // across * step_y
+        sheet.paste(tile, (x, y))
+        if batch.names is not None:
+            what = f"{Path(batch.names[number]).name}, {placement.size[1]} x {placement.size[0]}"
+            ImageDraw.Draw(sheet).text((x + 2, y + height + 1), what[: width // 6], fill="black")
     data = io.BytesIO()
     sheet.save(data, Image.registered_extensions().get(path.suffix.lower(), "PNG"))
     return write_bytes(path, data.getvalue(), DataError)

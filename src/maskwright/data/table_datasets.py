@@ -65,6 +65,10 @@ class TableDataset(Dataset):
             )
         return Sample(image, self.targets(index), self._image_ids[index], path)
 
+    def image_labels(self, index: int) -> np.ndarray:
+        first, last = self._annotations(index)
+        return self._labels[first:last].numpy()
+
     def white(self) -> int | None:
         if not self._white_known:
             self._white, self._white_known = common_white([self.folder / file for file in self.files]), True

@@ -49,6 +49,10 @@ class View(Dataset):
         kept = target[self.order(target.labels)]
         return replace(kept, labels=self.labels[kept.labels])
 
+    def image_labels(self, index: int) -> np.ndarray:
+        labels = torch.from_numpy(self.inner.image_labels(self.positions[index]))
+        return self.labels[labels[self.order(labels)]].numpy()
+
     def white(self) -> int | None:
         return self.inner.white()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskwright.errors import MissingExtraError
 from maskwright.structures.indexing import Index, selection
-from maskwright.structures.masks import Masks
+from maskwright.structures.masks import Masks, turned
 from maskwright.structures.placement import Placement
 
 if TYPE_CHECKING:
@@ -177,6 +177,26 @@ class Instances:
                 points = points[:, list(mirrored_keypoints)]
         masks = None if self.masks is None else self.masks.place(placement)
         return replace(self, image_size=placement.size, boxes=boxes, masks=masks, keypoints=points)
+
+    def turned(self, quarters: int) -> Instances:
+        """Return the objects of the image turned counterclockwise by a number of quarter turns."""
+        quarters %= 4
+        height, width = size = self.image_size
+        x, y = turned(self.boxes[:, 0::2], self.boxes[:, 1::2], size, quarters)
+        boxes = torch.stack([x.amin(1), y.amin(1), x.amax(1), y.amax(1)], 1) if len(self) else self.boxes
+        keypoints = self.keypoints
+        if keypoints is not None:
+            xy = torch.stack(turned(keypoints[..., 0], keypoints[..., 1], size, quarters), -1)
+            if self.scores is None:  # unlabelled annotated keypoints stay at 0, 0
+                xy = xy * (keypoints[..., 2:] > 0)
+            keypoints = torch.cat([xy, keypoints[..., 2:]], -1)
+        return replace(
+            self,
+            image_size=(width, height) if quarters % 2 else (height, width),
+            boxes=boxes,
+            masks=None if self.masks is None else self.masks.turned(quarters),
+            keypoints=keypoints,
+        )
 
     def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """Return COCO result records.

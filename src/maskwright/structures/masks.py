@@ -331,6 +331,27 @@ class Masks:
         edges = [_placed_edges(frame, crop, placement) for frame, crop in self._crops()]
         return Masks("rle", rle.from_edges(edges, placement.size[0] * placement.size[1]), placement.size)
 
+    def turned(self, quarters: int) -> Masks:
+        """Return the masks turned counterclockwise by a number of quarter turns; exact."""
+        quarters %= 4
+        height, width = self.size
+        size = (width, height) if quarters % 2 else (height, width)
+        if self.kind == "dense":
+            return Masks("dense", torch.rot90(self._data, quarters, (1, 2)), size)
+        if self.kind == "polygon":
+            objects = [
+                tuple(np.stack(turned(ring[:, 0], ring[:, 1], self.size, quarters), 1) for ring in rings)
+                for rings in self._data
+            ]
+            return Masks("polygon", objects, size, self.fill)
+        frames, crops = self.crops()
+        corners: list[list[int]] = []
+        for x0, y0, x1, y1 in cast(list[list[int]], frames.tolist()):
+            (xa, ya), (xb, yb) = turned(x0, y0, self.size, quarters), turned(x1, y1, self.size, quarters)
+            corners.append([min(xa, xb), min(ya, yb)])
+        places = torch.tensor(corners, dtype=torch.int64).reshape(-1, 2)
+        return Masks.from_crops([torch.rot90(crop, quarters, (0, 1)) for crop in crops], places, size)
+
     def resize(self, size: tuple[int, int]) -> Masks:
         """Return the masks resized to `size` (H, W)."""
         return self if size == self.size else self.place(Placement.resize(self.size, size))
@@ -364,6 +385,12 @@ class Masks:
                 yield (x0, y0, x1, y1), plane[y0:y1, x0:x1].numpy()
         else:
             yield from rle.to_crops(self._strings(), self.size[0])
+
+
+def turned(x: Any, y: Any, size: tuple[int, int], quarters: int) -> tuple[Any, Any]:
+    """Return points of an image of `size` (H, W) after counterclockwise quarter turns of it, 0 to 3."""
+    height, width = size
+    return [(x, y), (y, width - x), (width - x, height - y), (height - y, x)][quarters]
 
 
 def _dense_boxes(planes: Tensor) -> Tensor:

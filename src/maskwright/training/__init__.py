@@ -3,6 +3,7 @@
 from maskwright.training.guards import load_batch, replay
 from maskwright.training.logs import Logger
 from maskwright.training.loop import Objective, train
+from maskwright.training.preview import show_batch
 from maskwright.training.recipe import RECIPES, Recipe, named_recipe
 
-__all__ = ["RECIPES", "Logger", "Objective", "Recipe", "load_batch", "named_recipe", "replay", "train"]
+__all__ = ["RECIPES", "Logger", "Objective", "Recipe", "load_batch", "named_recipe", "replay", "show_batch", "train"]

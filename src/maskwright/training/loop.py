@@ -163,6 +163,7 @@ class Run:
             rank=fabric.global_rank,
             world=fabric.world_size,
             pin=fabric.device.type == "cuda",
+            balance=recipe.balance,
         )
         self.passes = len(self.loader)  # per epoch
         if not self.passes:

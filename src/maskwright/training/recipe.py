@@ -64,6 +64,7 @@ class Recipe:
         int, ...
     ] = ()  # short sides to draw from in training, the largest for validation; (): the system's own
     long: int | None = None  # upper bound of the long side; None: the system's own
+    balance: float | None = None  # repeat images of classes in less than this share of them (LVIS: 0.001); None: off
     workers: int = 2  # processes that read images, per device
 
     # validation
@@ -94,6 +95,7 @@ class Recipe:
             self._expect(name, value is None or (math.isfinite(value) and value > 0), "above 0")
         for name in ("workers", "warmup", "save_minutes", "weight_decay", "seed"):
             self._expect(name, getattr(self, name) >= 0, "0 or more")
+        self._expect("balance", self.balance is None or 0 < self.balance <= 1, "above 0 and at most 1")
         self._expect("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1")
         self._expect("milestones", all(0 < m < 1 for m in self.milestones), "fractions of the run between 0 and 1")
         for name in _CHOICES:
@@ -149,7 +151,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return json.loads(json.dumps(asdict(self)))
+        return json.loads(json.dumps(asdict(self), default=_as_name))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -175,6 +177,13 @@ class Recipe:
         """The fields in which `other` differs, as "name: before -> after"."""
         before, after = self.to_dict(), other.to_dict()
         return [f"{name}: {before[name]} -> {after[name]}" for name in after if before[name] != after[name]]
+
+
+def _as_name(value: Any) -> Any:
+    """A function (a transform of the user) as the name it is imported by, and numbers of NumPy as Python's."""
+    from maskwright.data.own_transform import name_of
+
+    return name_of(value) if callable(value) else value.item() if hasattr(value, "item") else str(value)
 
 
 _CHOICES = {
