@@ -257,6 +257,7 @@ def test_a_training_batch_is_drawn(tmp_path: Path):
         "mask-rcnn", Scenes(6, (96, 128), seed=1), tmp_path / "batch.png", batch=4, short=(96,), long=128,
         augment={"vertical_flip": 1.0, "quarter_turns": 0.5},
     )  # fmt: skip
-    assert Image.open(path).size[0] > 2 * 128
+    with Image.open(path) as sheet:
+        assert sheet.size[0] > 2 * 128
     with pytest.raises(UsageError, match="there is no batch 9; an epoch has 2 batches"):
         show_batch("mask-rcnn", Scenes(6, (96, 128)), tmp_path / "b.png", batch=4, number=9)
