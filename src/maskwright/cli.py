@@ -327,13 +327,11 @@ def predict(
         ),
     )
     stuff = network.classes if task == "semantic" else stuff_of(network)
-    writer = PredictionWriter(out, format, network.classes, images, stuff, task_called(task), ids)
-    try:
+    classes, total = network.classes, len(found)
+    with PredictionWriter(out, format, classes, images, stuff, task_called(task), ids, total) as writer:
         for prediction in progress(found, "images"):
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
             writer.add(prediction.path or "image", found_there, prediction.error)
-    finally:
-        writer.close()
     what = "objects" if task == "instances" else "segments"
     limit = (
         " with a score of at least 0.5 (--score-threshold)" if score_threshold is None and task == "instances" else ""
@@ -651,7 +649,7 @@ def _recipe(name: str | None) -> Any:
 
     if name is None or not name.endswith(".json"):
         return name and named_recipe(name)
-    return Recipe.from_json(Path(name).read_text("utf-8"))
+    return Recipe.load(name)
 
 
 def _saved_recipe(out: Path) -> Any:

@@ -96,10 +96,10 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
 
     print_line(f"4/5  predicting on {unseen} more scenes: {out / 'found' / 'drawn'}")
     source = out / "scenes" / "test"
-    writer = PredictionWriter(out / "found", ("drawn", "coco"), system.classes, [source])
-    for prediction in progress(predict(system, source, batch=8, device="cpu", score_threshold=0.5), "images", unseen):
-        writer.add(prediction.path, prediction.instances, prediction.error)
-    writer.close()
+    found = predict(system, source, batch=8, device="cpu", score_threshold=0.5)
+    with PredictionWriter(out / "found", ("drawn", "coco"), system.classes, [source]) as writer:
+        for prediction in progress(found, "images", unseen):
+            writer.add(prediction.path, prediction.instances, prediction.error)
 
     page = report(out / "run", out / "report.html", title="maskwright demo")
     print_line(

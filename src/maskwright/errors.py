@@ -78,3 +78,20 @@ class TrainingError(MaskwrightError):
 
 class RenamedOptionWarning(FutureWarning):
     """An option was given by its name in an earlier version; the command line refuses it."""
+
+
+def interruption(message: str, number: int = 2) -> KeyboardInterrupt:
+    """The exception that ends the work after a signal, when what can be saved has been.
+
+    It is a KeyboardInterrupt itself, of no subclass: only for that does Python end a script as Ctrl-C does.
+
+    Args:
+        message: One sentence for the user: what has been saved, how to continue.
+        number: The signal: SIGINT (Ctrl-C), SIGTERM, SIGHUP.
+
+    Returns:
+        The exception. Its attribute ``exit_code`` is 128 + `number`, the exit code of the command line.
+    """
+    error = KeyboardInterrupt(message)
+    error.__dict__["exit_code"] = 128 + number
+    return error

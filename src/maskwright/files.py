@@ -219,13 +219,17 @@ def write_json(
     Raises:
         ValueError: If `value` contains NaN or infinity, which JSON does not have.
     """
+    return write_bytes(path, json_bytes(value, indent), error, sync=sync)
+
+
+def json_bytes(value: Any, indent: int | None = None) -> bytes:
+    """`value` as strict JSON in UTF-8; see `write_json`."""
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators)
     try:
-        data = text.encode()
+        return text.encode()
     except UnicodeEncodeError:  # a file name that is not UTF-8: Python reads it with lone surrogates
-        data = json.dumps(value, allow_nan=False, indent=indent, separators=separators).encode()
-    return write_bytes(path, data, error, sync=sync)
+        return json.dumps(value, allow_nan=False, indent=indent, separators=separators).encode()
 
 
 def remove_stale_parts(folder: str | Path) -> list[Path]:
@@ -290,7 +294,7 @@ def describe_os_error(error: OSError) -> str:
 _FULL = ("the disk is full (no space left on device)", "free some space or choose a folder on another disk")
 _REASONS = {
     errno.ENOSPC: _FULL,
-    errno.EFBIG: ("the file is larger than the system allows", "raise the limit or choose another disk"),
+    errno.EFBIG: ("the disk is full or the file exceeds a size limit", "free some space or raise the limit"),
     errno.EDQUOT: ("the disk quota is used up", "free some space or choose another folder"),
     errno.EACCES: ("permission denied", "choose another folder or change its permissions"),
     errno.EPERM: ("operation not permitted", "choose another folder or change its permissions"),
@@ -368,10 +372,11 @@ def _is_stale(path: Path, process: int, host: str) -> bool:
         return False
     if process == os.getpid():  # in containers the process before often had the same number
         return path.name not in _active
-    return not _process_exists(process)
+    return not process_exists(process)
 
 
-def _process_exists(process: int) -> bool:
+def process_exists(process: int) -> bool:
+    """Whether a process with this number runs on this machine."""
     if sys.platform == "win32":  # os.kill would end the process there
         import ctypes
 

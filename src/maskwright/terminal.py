@@ -9,7 +9,9 @@ import inspect
 import io
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
@@ -17,7 +19,7 @@ from typing import Any, TextIO, TypeVar
 
 import tyro
 
-from maskwright.errors import AnnotationError, MaskwrightError, RenamedOptionWarning, UsageError
+from maskwright.errors import AnnotationError, MaskwrightError, RenamedOptionWarning, UsageError, interruption
 from maskwright.files import describe_os_error
 from maskwright.text import encodable, printable
 
@@ -143,17 +145,17 @@ def _sentence(box: str, program: str) -> str:
 def guarded(action: Callable[[], int]) -> int:
     """Run a command and return its exit code.
 
-    Errors that the user can resolve are printed as one sentence, with code 2; an interruption is code 130. Warnings
-    are printed as one line each. Other exceptions propagate.
+    Errors that the user can resolve are printed as one sentence, with code 2; an interruption is code 130 (Ctrl-C) or
+    128 + the signal's number. Warnings are printed as one line each. Other exceptions propagate.
     """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _ended_by_signals():
             warnings.showwarning = _mention
             warnings.simplefilter("error", RenamedOptionWarning)
             return action()
     except KeyboardInterrupt as stop:
         print_error(str(stop) or "interrupted")
-        return 130
+        return getattr(stop, "exit_code", 130)
     except BrokenPipeError:
         # The reader of stdout (`| head`) has exited; Python would report that again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -164,6 +166,26 @@ def guarded(action: Callable[[], int]) -> int:
             raise
         print_error(f"maskwright: {sentence}")
         return 2
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """The block that SIGTERM and SIGHUP end as Ctrl-C does, so that temporary files are removed."""
+
+    def end(number: int, _: object) -> None:
+        raise interruption(f"ended by {signal.Signals(number).name}", number)
+
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _mention(message: Warning | str, *about: Any) -> None:

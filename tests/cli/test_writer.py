@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from maskwright.errors import DataError, ImageError
+from maskwright.errors import DataError, ImageError, UsageError
 from maskwright.evaluation.tasks import task_called
 from maskwright.inference.writer import PredictionWriter
 from maskwright.structures import Instances, Masks, Panoptic
@@ -119,7 +119,7 @@ def test_a_full_disk_leaves_nothing_half_written(image, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(DataError, match=r"a\.png: cannot be written: the disk is full"):
+    with pytest.raises(DataError, match=r"a\.png: cannot be written: the disk is full"), writer:
         writer.add(path, found())
     assert [p for p in (tmp_path / "out").rglob("*") if p.is_file()] == []
 
@@ -148,3 +148,78 @@ def test_a_run_without_predictions_writes_empty_documents(tmp_path):
         writer.close()
         content = json.loads((tmp_path / task / name).read_text())
         assert (content if task == "instances" else content["annotations"]) == []
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def broken_off(writer, pairs, error=KeyboardInterrupt):
+    with writer:
+        for path, objects in pairs:
+            writer.add(path, objects)
+        raise error
+
+
+def test_an_interrupted_run_leaves_earlier_results_whole_and_keeps_its_own_apart(image, tmp_path):
+    paths, out = [image(f"{k}.png") for k in range(3)], tmp_path / "out"
+    with PredictionWriter(out, ("coco", "masks"), CLASSES, paths) as writer:
+        for path in paths:
+            writer.add(path, found())
+    before = {name: (out / name).read_bytes() for name in ("results.json", "pictures.json")}
+    with pytest.raises(KeyboardInterrupt) as stop:
+        broken_off(PredictionWriter(out, ("coco",), ("other", "names"), paths, total=3), [(paths[2], found())])
+    assert str(stop.value) == (
+        f"interrupted: 1 of 3 images are complete, their results are in {out}/results.partial.json; "
+        f"{out}/results.json of an earlier run is unchanged"
+    )
+    assert {name: (out / name).read_bytes() for name in before} == before
+    assert len(read(out / "results.partial.json")) == 3
+    about = read(out / "pictures.partial.json")
+    assert [entry["file_name"] for entry in about["images"]] == [str(paths[2])]
+    assert [c["name"] for c in about["categories"]] == ["other", "names"]
+    # A run that ends replaces both.
+    with PredictionWriter(out, ("coco",), CLASSES, paths) as writer:
+        writer.add(paths[0], found())
+    assert sorted(p.name for p in out.iterdir()) == ["masks", "pictures.json", "results.json"]
+    assert len(read(out / "results.json")) == 3
+
+
+def test_an_error_does_not_pass_for_a_complete_run(image, tmp_path):
+    path, out = image("a.png"), tmp_path / "out"
+    with pytest.raises(ZeroDivisionError):
+        broken_off(PredictionWriter(out, ("coco",), CLASSES, [path]), [(path, found())], ZeroDivisionError)
+    assert sorted(p.name for p in out.iterdir()) == ["pictures.partial.json", "results.partial.json"]
+    with pytest.raises(KeyboardInterrupt, match="0 images are complete"):
+        broken_off(PredictionWriter(out, ("coco",), CLASSES), [])
+
+
+def test_an_interrupted_run_of_segments(image, tmp_path):
+    path, out = image("a.png"), tmp_path / "out"
+    panoptic = Panoptic(found()[:1], torch.tensor([True]))
+    with pytest.raises(KeyboardInterrupt):
+        broken_off(PredictionWriter(out, ("coco",), CLASSES, [path], task=task_called("panoptic")), [(path, panoptic)])
+    assert not (out / "panoptic.json").exists()
+    assert len(read(out / "panoptic.partial.json")["annotations"]) == 1
+
+
+def test_one_run_at_a_time_has_the_folder(image, tmp_path):
+    import os
+
+    first = PredictionWriter(tmp_path, ("coco",), CLASSES)
+    with pytest.raises(UsageError, match=rf"another process writes predictions here: process {os.getpid()} on"):
+        PredictionWriter(tmp_path, ("masks",), CLASSES)
+    first.close()
+    PredictionWriter(tmp_path, ("masks",), CLASSES).close()
+
+
+def test_temporary_files_of_killed_runs_are_removed(image, tmp_path):
+    from maskwright.files import _HOST
+
+    dead = f".a.png.{2**22 + 1}.{_HOST}01234567.part"
+    for folder in ("", "drawn", "masks/deep", "panoptic"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / dead).touch()
+        (tmp_path / folder / "mine.part").touch()
+    PredictionWriter(tmp_path, ("masks",), CLASSES).close()
+    assert {p.name for p in tmp_path.rglob("*.part")} == {"mine.part"}

@@ -150,10 +150,10 @@ def test_a_changed_option_is_applied_and_announced(tmp_path: Path, capsys: pytes
     rates = {s: v for s, _, n, v in rows(tmp_path / "run") if n == "lr"}
     assert rates[8] < 0.01
     assert rates[10] == 0.5
-    # With batches of 4 an epoch has 5, that is 3 steps. Eight images of epoch 1 were seen: of its steps two are left,
-    # then come the 12 - 10 of the next.
+    # With batches of 4 an epoch has 6, that is 3 steps. Eight images of epoch 1 were seen: of its steps two are left,
+    # then come two epochs.
     last = load_state(tmp_path / "run" / "last.ckpt")
-    assert (last["progress"]["step"], last["progress"]["epoch"], last["progress"]["seen"]) == (12, 2, 16)
+    assert (last["progress"]["step"], last["progress"]["epoch"], last["progress"]["seen"]) == (8 + 2 + 2 * 3, 4, 0)
     assert last["recipe"]["lr"] == 0.5
 
 

@@ -82,7 +82,8 @@ def _loaded(
         note = metadata["source"]
         _check_licence(str(path), note, commercial_ok)
         system = build_ours(state, metadata, str(path), classes, overrides)
-        system.source = {**note, "file": path.name}
+        note.pop("classes_kept", None)  # of an earlier fine-tuning
+        system.source = {**note, **(system.source or {}), "file": path.name}
     else:
         entry = entry or entry_of_file(path)
         variant = variant or (entry.variant if entry else None)

@@ -18,6 +18,7 @@ from maskwright.data.augment import Augment, Drawn, Placed, place_target
 from maskwright.data.dataset import Dataset, Sample, as_dataset, mirrored_keypoints
 from maskwright.data.findings import DataWarning
 from maskwright.data.images import reading
+from maskwright.data.workers import end_workers, ignore_signals, iterate
 from maskwright.errors import DataError, ImageError, MaskwrightError, UsageError
 from maskwright.structures import Batch, Instances, Placement, Preprocess
 
@@ -70,6 +71,16 @@ class Loader:
             if batch is not None:
                 yield batch
 
+    @property
+    def iterator(self) -> Any:
+        """The iterator of torch's DataLoader that has the worker processes; None if there is none."""
+        return getattr(self._loader, "_iterator", None)
+
+    def close(self) -> None:
+        """End the worker processes at once. The next iteration starts new ones."""
+        end_workers(self.iterator)
+        self._loader = None
+
     def _read(self, keys: list[tuple[int, int]]) -> Any:
         if self._loader is None:
             self._keys = _Keys()
@@ -82,13 +93,10 @@ class Loader:
                 pin_memory=self.pin,
                 # Without its own generator it would use the global one, which changes the random numbers of losses.
                 generator=torch.Generator(),
+                worker_init_fn=ignore_signals,
             )
         self._keys.keys = keys
-        with warnings.catch_warnings():
-            # Since Python 3.12, forking a process with threads warns, and torch always has threads. The workers use
-            # neither these threads nor a GPU.
-            warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
-            return iter(self._loader)
+        return iterate(self._loader)
 
 
 def make_loader(

@@ -31,7 +31,7 @@ _FORMATS = {
 class RecordStream:
     """A JSON array that is written record by record and appears under its name when it is closed.
 
-    The records of a run are not held in memory. If a run fails, an existing file stays unchanged.
+    The records of a run are not held in memory. Until `close`, an existing file stays unchanged.
 
     Args:
         path: The file. Missing folders are created.
@@ -56,15 +56,16 @@ class RecordStream:
         Raises:
             DataError: If the file cannot be written. Nothing of it remains then.
         """
-        for record in records:
-            text = json.dumps(record, ensure_ascii=False, separators=(",", ":"))
-            self._write(((",\n" if self.count else "") + text).encode())
-            self.count += 1
-        if not records:
-            self._write(b"")
+        texts = [json.dumps(record, ensure_ascii=False, separators=(",", ":")) for record in records]
+        start = ",\n" if self.count and texts else ""
+        self._write((start + ",\n".join(texts)).encode())  # at once: an interruption does not divide them
+        self.count += len(texts)
 
-    def close(self) -> None:
+    def close(self, path: Path | None = None) -> None:
         """Complete the file; an empty array if nothing was added. No effect after `abandon` or a failure.
+
+        Args:
+            path: Where the file appears instead, in the same folder.
 
         Raises:
             DataError: If the file cannot be written.
@@ -73,6 +74,7 @@ class RecordStream:
             self._write(b"]\n")
             self._ended = True
             assert self._file is not None
+            self._file.path = path or self.path
             self._file.commit()
 
     def abandon(self) -> None:

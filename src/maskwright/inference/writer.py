@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,11 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from maskwright.errors import DataError
+from maskwright.errors import DataError, interruption
 from maskwright.evaluation.tasks import TASKS, Task
-from maskwright.files import write_json
+from maskwright.files import AtomicFile, json_bytes, remove_stale_parts, write_json
 from maskwright.inference.outputs import RecordStream, write_image
 from maskwright.inference.own_ids import DatasetIds
+from maskwright.locks import FolderLock
 from maskwright.structures import Instances, Panoptic
 
 Kind = Literal["drawn", "coco", "masks"]
@@ -38,7 +41,16 @@ class PredictionWriter:
       is the id of a segment);
     - "masks": ``masks/NAME.png``, 16 bits: 0 no segment, k the k-th segment; label + 1 for task "semantic".
 
-    NAME is the image's path relative to the source that it was found in. All files are written atomically.
+    NAME is the image's path relative to the source that it was found in. All files are written atomically, and one
+    writer at a time has the folder.
+
+    The files about all images replace earlier ones in `close`. If the run ends before, those of its images are written
+    with names that end in ".partial.json", and earlier ones stay as they are. As a context manager, a writer calls
+    `close` or `stop` at the end of the block::
+
+        with PredictionWriter(folder, ("coco",), system.classes) as writer:
+            for prediction in predict(system, images):
+                writer.add(prediction.path, prediction.instances, prediction.error)
 
     Args:
         folder: The output folder; created if missing.
@@ -48,6 +60,7 @@ class PredictionWriter:
         stuff: Those of the classes that are stuff.
         task: What was predicted.
         ids: Image and category ids of the data set that the images belong to, in place of 1, 2, ... and label + 1.
+        total: Number of images, for the message if the run is interrupted.
 
     Attributes:
         images: COCO entries of the images written so far.
@@ -56,6 +69,7 @@ class PredictionWriter:
 
     Raises:
         DataError: By all methods, if a file cannot be written.
+        UsageError: If another process writes predictions into the folder.
     """
 
     def __init__(
@@ -67,6 +81,7 @@ class PredictionWriter:
         stuff: Sequence[str] = (),
         task: Task = TASKS["instances"],
         ids: DatasetIds | None = None,
+        total: int | None = None,
     ):
         self.folder, self.kinds, self.classes = Path(folder), frozenset(kinds), tuple(classes)
         self.roots = [_root(source) for source in sources]
@@ -77,7 +92,12 @@ class PredictionWriter:
         self.results = RecordStream(self.folder / TASKS["instances"].results)
         self.skipped: list[tuple[str, str]] = []
         self.objects = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.total = total
+        self._lock = FolderLock(self.folder, "predict", "another process writes predictions here", DataError)
+        for name in ("drawn", "masks", "panoptic"):
+            for parent, _, _ in os.walk(self.folder / name):
+                remove_stale_parts(parent)
+        remove_stale_parts(self.folder)
 
     def add(self, path: str | Path, found: Instances | Panoptic | None, error: Any = None) -> None:
         """Write the prediction of one image.
@@ -93,17 +113,18 @@ class PredictionWriter:
         name = self._name(Path(path))
         number = len(self.images) + 1 if self.ids is None else self.ids.image_id(Path(path))
         height, width = found.image_size
-        self.images.append({"id": number, "file_name": str(path), "height": height, "width": width})
-        self.objects += len(found)
         if "drawn" in self.kinds:
             self._draw(Path(path), found, self.folder / "drawn" / f"{name}.jpg")
         if isinstance(found, Panoptic):
             self._add_segments(found, name, number)
-            return
-        if "coco" in self.kinds:
-            self.results.add(found.to_coco(number, self._category_ids()))
-        if "masks" in self.kinds:
-            _write_plane(_numbers(found), self.folder / "masks" / f"{name}.png")
+        else:
+            if "masks" in self.kinds:
+                _write_plane(_numbers(found), self.folder / "masks" / f"{name}.png")
+            if "coco" in self.kinds:
+                self.results.add(found.to_coco(number, self._category_ids()))
+        # Last, so that an interrupted run does not list an image that is incomplete.
+        self.images.append({"id": number, "file_name": str(path), "height": height, "width": width})
+        self.objects += len(found)
 
     def _add_segments(self, found: Panoptic, name: str, number: int | str) -> None:
         if "coco" in self.kinds:
@@ -115,8 +136,51 @@ class PredictionWriter:
 
     def close(self) -> None:
         """Write the files about all images: results.json and pictures.json, or panoptic.json."""
-        if "coco" not in self.kinds:
+        try:
+            if "coco" in self.kinds:
+                self._write_documents()
+                for name in ("results", "pictures", "panoptic"):
+                    (self.folder / f"{name}.partial.json").unlink(missing_ok=True)
+        finally:
+            self._lock.release()
+
+    def stop(self) -> str:
+        """Keep what has been written so far apart from the results of an earlier run.
+
+        Returns:
+            One sentence: how many images are complete, and where their results are.
+        """
+        of = "" if self.total is None else f" of {self.total}"
+        done = f"{len(self.images)}{of} images are complete"
+        if "coco" not in self.kinds or not self.images:
+            self.results.abandon()
+            self._lock.release()
+            return f"{done} in {self.folder}"
+        try:
+            self._write_documents(".partial")
+        finally:
+            self._lock.release()
+        name = f"{Path(self.task.results).stem}.partial.json"
+        earlier = self.folder / self.task.results
+        kept = f"; {earlier} of an earlier run is unchanged" if earlier.exists() else ""
+        return f"{done}, their results are in {self.folder / name}{kept}"
+
+    def __enter__(self) -> PredictionWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, _: object) -> None:
+        if raised is None:
+            self.close()
             return
+        sentence = ""
+        with contextlib.suppress(DataError):  # what ended the run matters more
+            sentence = self.stop()
+        if isinstance(raised, KeyboardInterrupt):
+            number = getattr(raised, "exit_code", 130) - 128
+            raise interruption(f"interrupted: {sentence or 'no results were written'}", number) from None
+
+    def _write_documents(self, mark: str = "") -> None:
+        """Write the files about all images, with `mark` before their suffix."""
         if self.task.segments:
             kinds = [
                 {**entry, "isthing": int(name not in self.stuff)}
@@ -125,12 +189,19 @@ class PredictionWriter:
             images = [
                 {**entry, "file_name": self._inside(Path(entry["file_name"])).as_posix()} for entry in self.images
             ]
-            document = {"images": images, "annotations": self.segments, "categories": kinds}
-            write_json(self.folder / self.task.results, document, DataError)
+            segments = self.segments[: len(images)]
+            document = {"images": images, "annotations": segments, "categories": kinds}
+            write_json(self._marked(self.task.results, mark), document, DataError)
         else:
-            self.results.close()
             about = {"images": self.images, "categories": self._categories()}
-            write_json(self.folder / "pictures.json", about, DataError, indent=1)
+            # Both at once: the ids of one file refer to the other.
+            with AtomicFile(self._marked("pictures.json", mark), DataError) as file:
+                file.write(json_bytes(about, indent=1))
+                self.results.close(self._marked(self.results.path.name, mark))
+
+    def _marked(self, name: str, mark: str) -> Path:
+        path = self.folder / name
+        return path.with_name(f"{path.stem}{mark}{path.suffix}")
 
     def _category_ids(self) -> list[int] | None:
         return None if self.ids is None else self.ids.category_ids

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskwright.errors import CheckpointError, TrainingError
+from maskwright.errors import CheckpointError, TrainingError, interruption
 from maskwright.structures import Batch, Instances, Masks, Placement
 from maskwright.systems import System, system_class
-from maskwright.training.state import save_state, seed_step
+from maskwright.training.state import entries_of, read_sealed, save_state, seed_step
 
 
 def keep_batch(
@@ -51,13 +53,14 @@ def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
         The loss terms by name.
     """
     state = _kept(path)
-    if system is None:
-        system = system_class(state["system"]).rebuild(state["options"])
-    system.load_state_dict(state["model"])
-    for name, module in system.named_modules():
-        module.training = state["training"].get(name, True)
-    targets = [_instances(t) for t in state["targets"]]
-    seed_step(*state["place"])
+    with entries_of(path):
+        if system is None:
+            system = system_class(state["system"]).rebuild(state["options"])
+        system.load_state_dict(state["model"])
+        for name, module in system.named_modules():
+            module.training = state["training"].get(name, True)
+        targets = [_instances(t) for t in state["targets"]]
+        seed_step(*state["place"])
     with torch.autocast("cpu", torch.bfloat16, enabled=state["amp"]):
         raw = system(*system.inputs(state["images"], [target.image_size for target in targets]))
         return system.losses(raw, targets)
@@ -66,8 +69,9 @@ def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
 def load_batch(path: Path) -> Batch:
     """Reads the images and targets of a batch that stopped a run."""
     state = _kept(path)
-    placements = [Placement(**p) for p in state["placements"]]
-    return Batch(state["images"], placements, [_instances(t) for t in state["targets"]], state["names"])
+    with entries_of(path):
+        placements = [Placement(**p) for p in state["placements"]]
+        return Batch(state["images"], placements, [_instances(t) for t in state["targets"]], state["names"])
 
 
 def not_finite(path: Path, step: int, terms: Mapping[str, Tensor], names: Sequence[str] | None) -> TrainingError:
@@ -102,45 +106,77 @@ def memory_advice(batch: int, step: Callable[[], int]) -> Iterator[None]:
 
 
 class Stop:
-    """Catches SIGINT (Ctrl-C) and SIGTERM, so that the loop ends after a complete step; a second signal stops at once.
+    """Catches SIGINT (Ctrl-C), SIGTERM and SIGHUP, so that the loop ends after a complete step.
 
-    Signals can be handled in the main thread only; in others this does nothing.
+    A second signal stops at once. It counts from `TWICE` seconds after the first on: `timeout`, container runtimes and
+    other wrappers deliver one signal both to the process and to its group.
+
+    Signals can be handled in the main thread only. In another thread the run stops if Ctrl-C has ended the main thread.
+
+    Args:
+        say: Prints a line for the user.
 
     Attributes:
-        asked: Whether a signal has arrived.
+        number: The signal that has arrived; None for none.
     """
 
+    TWICE = 0.3
+
     def __init__(self, say: Callable[[str], None]):
-        self.asked = False
+        self.number: int | None = None
         self._say = say
         self._before: dict[int, Any] = {}
+        self._first = 0.0
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has arrived."""
+        if self.number is None and _main_was_interrupted():
+            self.number = signal.SIGINT
+        return self.number is not None
+
+    def interruption(self, message: str) -> KeyboardInterrupt:
+        """The exception to raise when everything is saved."""
+        return interruption(message, self.number or signal.SIGINT)
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._notice)
+            hangup = getattr(signal, "SIGHUP", None)
+            if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # `nohup` ignores it
+                self._before[hangup] = signal.signal(hangup, self._notice)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: a handler that was not installed from Python
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        self._say("stopping after this step; press Ctrl-C again to stop at once")
+        now = time.monotonic()
+        if self.number is not None:
+            if now - self._first < self.TWICE:
+                return
+            raise interruption("stopped at once, before the step was complete; the last checkpoint is intact", number)
+        self.number, self._first = number, now
+        with suppress(RuntimeError):  # the signal has arrived while the same stream was being written
+            self._say("stopping after this step; press Ctrl-C again to stop at once")
+
+
+def _main_was_interrupted() -> bool:
+    """Whether this is not the main thread, and Ctrl-C has ended that: the interpreter waits for this thread then."""
+    if threading.main_thread().is_alive():
+        return False
+    return issubclass(getattr(sys, "last_type", None) or object, KeyboardInterrupt)
 
 
 def _kept(path: Path) -> dict[str, Any]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: there is no such file") from None
-    except Exception:  # not an archive, a foreign pickle: torch raises many types
-        state = None
-    if not isinstance(state, dict) or state.get("format") != "maskwright-batch":
-        raise CheckpointError(f"{path}: not a batch that a training run saved")
+    path = Path(path)
+    other = "not a batch that a training run saved"
+    state = read_sealed(path, other, "run again until it is saved anew")
+    if state.get("format") != "maskwright-batch":
+        raise CheckpointError(f"{path}: {other}")
     return state
 
 

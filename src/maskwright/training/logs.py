@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -59,7 +60,8 @@ class Logs:
         if jsonl:
             self._open("jsonl", self.jsonl, kept.get("jsonl", 0))
         if tensorboard:
-            self.board = _board(folder / "tensorboard", step)
+            with write_errors_as(TrainingError, folder / "tensorboard", folder / "tensorboard"):
+                self.board = _board(folder / "tensorboard", step)
         self.flush()
 
     def _open(self, name: str, path: Path, kept: int) -> None:
@@ -81,8 +83,9 @@ class Logs:
                 self._files["jsonl"].write(json.dumps({"step": step, "epoch": epoch, **finite}) + "\n")
             self.flush()
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            with write_errors_as(TrainingError, self.csv.with_name("tensorboard")):
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, step)
         if self.logger is not None:
             self.logger.log(step, dict(values))
 
@@ -101,10 +104,14 @@ class Logs:
 
     def close(self) -> None:
         """Closes all logs."""
+        # Closing writes what is left, which fails once more where writing has failed. Rows that a checkpoint counts are
+        # on the disk already, see `lengths`.
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):
+                file.close()
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError):
+                self.board.close()
 
 
 class Display:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from maskwright.checkpoints.fitting import renamed
 from maskwright.data import Dataset, evenly_spaced
+from maskwright.data.workers import explained, stop_if_imported
 from maskwright.errors import TrainingError, UsageError
 from maskwright.files import remove_stale_parts, write_errors_as, write_text
 from maskwright.options import plain
@@ -36,7 +37,7 @@ from maskwright.training.optimizer import (
     set_rate,
 )
 from maskwright.training.recipe import Recipe, named_recipe
-from maskwright.training.state import LAST, Progress, load_state, save_state, seed_step
+from maskwright.training.state import LAST, Progress, entries_of, load_state, save_state, seed_step
 from maskwright.training.validation import score, term_name, validate
 
 
@@ -69,7 +70,8 @@ def train(
         out: The run folder: recipe.json, log.csv, tensorboard/, last.ckpt, last.safetensors, best.safetensors.
         recipe: A `Recipe` or the name of a published one.
         resume: Continue from out/last.ckpt as if there had been no interruption; options that differ are applied and
-            reported.
+            reported. Progress is a share of the run: with another batch size, `accumulate` or size of the data set, the
+            epochs that are left are trained, and the learning rate continues where it was.
         classes: The names to learn; default: the data set's.
         weights: Start from this file (or catalogue name) instead of random weights.
         backbone_weights: Start with the backbone of this file, of any system, and random weights for the rest.
@@ -85,36 +87,46 @@ def train(
         The path of the best checkpoint, `out/best.safetensors`.
 
     Raises:
-        UsageError: If an option is invalid or contradicts another.
+        UsageError: If an option is invalid or contradicts another, or another process trains in the run folder.
         TrainingError: If there is nothing to learn from, a loss is not finite, or a file cannot be written.
+        CheckpointError: If out/last.ckpt is damaged.
+        KeyboardInterrupt: After Ctrl-C, SIGTERM or SIGHUP, when the state is saved.
     """
+    stop_if_imported()
     out = Path(out)
     state = _saved_run(out, resume)
-    recipe, changed = _settle(recipe, changes, out if resume else None, state)
+    recipe, said = _settle(recipe, changes, out if resume else None, state)
     fabric = setup.launch(recipe)
-    kind = setup.settle_kind(system, weights, options, keypoints, panoptic)
-    train_set, val_set = setup.open_sets(data, val, kind)
-    seed_step(recipe.seed)
-    if state is None:
-        if backbone_weights is not None and weights is not None:
-            raise UsageError("weights include a backbone; give weights or backbone_weights, not both")
-        stuff = train_set.stuff if kind.takes_stuff else ()
-        system = setup.make_system(system, classes or train_set.classes, weights, options, stuff)
-        if backbone_weights is not None:
-            setup.take_backbone(system, backbone_weights)
-    else:
-        system = _same_system(system, state, options)
-    train_set = setup.fit_classes(train_set, system)
-    setup.check_data(train_set, "training", system)
-    setup.fit_sizes(system, recipe)
-    setup.fit_white(system, train_set)
-    run = Run(fabric, system, train_set, val_set, out, recipe, state, logger)
-    for line in changed:
-        run.display.say(f"changed since the run began: {line}")
-    try:
-        return run.fit()
-    finally:
-        run.logs.close()
+    with setup.locked(fabric, out):
+        if (out / LAST).exists() and state is None:
+            raise UsageError(f"another process has trained in {out} meanwhile; resume its run or give another folder")
+        kind = setup.settle_kind(system, weights, options, keypoints, panoptic)
+        train_set, val_set = setup.open_sets(data, val, kind)
+        seed_step(recipe.seed)
+        if state is None:
+            if backbone_weights is not None and weights is not None:
+                raise UsageError("weights include a backbone; give weights or backbone_weights, not both")
+            stuff = train_set.stuff if kind.takes_stuff else ()
+            system = setup.make_system(system, classes or train_set.classes, weights, options, stuff, said)
+            if backbone_weights is not None:
+                setup.take_backbone(system, backbone_weights)
+        else:
+            system = _same_system(system, state, options, out / LAST)
+        train_set = setup.fit_classes(train_set, system, said)
+        if val_set is not None:
+            said += setup.unknown_objects(val_set, "validation", system)
+        setup.check_data(train_set, "training", system)
+        setup.fit_sizes(system, recipe)
+        setup.fit_white(system, train_set)
+        run = Run(fabric, system, train_set, val_set, out, recipe, state, logger)
+        for line in [*said, *run.said]:
+            run.display.say(line)
+        try:
+            with explained(lambda: run.loader.iterator):
+                return run.fit()
+        finally:
+            run.loader.close()
+            run.logs.close()
 
 
 class Objective(nn.Module):
@@ -168,8 +180,8 @@ class Run:
         self.passes = len(self.loader)  # per epoch
         if not self.passes:
             raise TrainingError(f"{len(train_set)} images do not fill a batch of {recipe.batch}; use a smaller batch")
-        per_epoch = math.ceil(self.passes / recipe.accumulate)
-        self.total = recipe.steps or recipe.epochs * per_epoch
+        self.images = len(train_set)
+        self.total = recipe.steps or recipe.epochs * math.ceil(self.passes / recipe.accumulate)
 
         # The order matters: weights before the optimizer, the device before the mean is copied, compilation last.
         self.still = freeze(system, recipe.freeze)
@@ -178,13 +190,18 @@ class Run:
         if recipe.channels_last:
             system.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if state is not None:
-            system.load_state_dict(state["model"])
+            with entries_of(out / LAST):
+                system.load_state_dict(state["model"])
         self.optimizer = build_optimizer(system, recipe)
         self.objective, self.stepper = fabric.setup(Objective(system), self.optimizer)
         self.average = None if recipe.ema is None else Average(system, recipe.ema)
         self.progress = Progress()
+        self.said: list[str] = []
         if state is not None:
-            self._restore(state)
+            with entries_of(out / LAST):
+                self._restore(state)
+        self.progress.images = self.images
+        self.end = self.total - self.progress.shift
         if recipe.compile:
             for network in system.networks().values():
                 network.compile()
@@ -203,7 +220,7 @@ class Run:
             kept=state["logs"] if state is not None else None,
             step=self.progress.step,
         )
-        self.display = Display(self.total, start=self.progress.step, active=self.leads)
+        self.display = Display(self.end, start=self.progress.step, active=self.leads)
 
     @property
     def chosen(self) -> System:
@@ -218,25 +235,25 @@ class Run:
         self.saved = time.monotonic()
         with self.display, Stop(self.display.say) as self.stop:
             if here.step:
-                self.display.say(f"resuming from step {here.step} of {self.total}")
-            while (here.step < self.total or here.validated != here.step) and not self._out_of_patience():
+                self.display.say(f"resuming from step {here.step} of {self.end}")
+            while (here.step < self.end or here.validated != here.step) and not self._out_of_patience():
                 self._learn()
                 for batches, size in self._groups():
                     self._timed_step(batches, size)
                     if self._asked_to_stop():
                         self._save()
-                        raise KeyboardInterrupt(
-                            f"stopped after step {here.step}; resume the run in {self.out} with resume=True (--resume)"
-                        )
+                        raise self._interruption()
                     if self.leads and time.monotonic() - self.saved >= 60 * recipe.save_minutes:
                         self._save()
                 ended = here.seen >= self.passes * recipe.batch
-                if here.step >= self.total or (ended and (here.epoch + 1) % recipe.val_every == 0):
+                if here.step >= self.end or (ended and (here.epoch + 1) % recipe.val_every == 0):
                     self._save()  # validation may take long and be interrupted
                     self._validate()
                 if ended:
                     here.epoch, here.seen = here.epoch + 1, 0
                 self._save()
+                if here.step < self.end and not self._out_of_patience() and self._asked_to_stop():
+                    raise self._interruption()
         best = f"{here.measure} {abs(here.best):.4f} at step {here.best_step}" if here.best is not None else "the last"
         self.display.say(f"finished after {here.step} steps; best: {best}, in {self.out / 'best.safetensors'}")
         self.fabric.barrier()
@@ -245,9 +262,10 @@ class Run:
     def step(self, batches: Iterator[Batch], size: int) -> dict[str, float]:
         """One update of the weights from the mean gradient of `size` batches; returns the means of the loss terms."""
         recipe, here = self.recipe, self.progress
-        rate = recipe.learning_rate * recipe.factor(here.step, self.total)
+        place_in_run = here.step + here.shift
+        rate = recipe.learning_rate * recipe.factor(place_in_run, self.total, here.step + here.warm_shift)
         set_rate(self.optimizer, rate)
-        self.system.on_progress(here.step / self.total)
+        self.system.on_progress(place_in_run / self.total)
         means: dict[str, float] = {}
         for number, batch in enumerate(batches):
             place = (recipe.seed, here.step, number, self.fabric.global_rank)
@@ -283,7 +301,7 @@ class Run:
         for name, value in means.items():
             here.sums[name] = here.sums.get(name, 0.0) + value
         here.terms += 1
-        if here.step % recipe.log_every == 0 or here.step == self.total:
+        if here.step % recipe.log_every == 0 or here.step == self.end:
             self._log(means["lr"])
         self.display.update(here.step, here.epoch, means["loss"], means["lr"])
 
@@ -292,11 +310,11 @@ class Run:
         here, recipe = self.progress, self.recipe
         position = min(self.passes, math.ceil(here.seen / recipe.batch))
         here.seen = position * recipe.batch
-        if here.step >= self.total or position >= self.passes:
+        if here.step >= self.end or position >= self.passes:
             return
         self.loader.set_epoch(here.epoch, start=position)
         batches = iter(self.loader)
-        while here.step < self.total and here.seen < self.passes * recipe.batch:
+        while here.step < self.end and here.seen < self.passes * recipe.batch:
             size = min(recipe.accumulate, self.passes - here.seen // recipe.batch)
             yield islice(batches, size), size
 
@@ -337,6 +355,16 @@ class Run:
         flag = torch.tensor(float(self.stop.asked), device=self.fabric.device)
         return bool(self.fabric.all_reduce(flag, reduce_op="sum") > 0)
 
+    def _interruption(self) -> KeyboardInterrupt:
+        return self.stop.interruption(
+            f"stopped after step {self.progress.step}; resume the run in {self.out} with resume=True (--resume)"
+        )
+
+    def _stop_in_validation(self) -> None:
+        """Ends a validation that a signal has interrupted; the state was saved before it began."""
+        if self.fabric.world_size == 1 and self.stop.asked:
+            raise self._interruption()
+
     def _out_of_patience(self) -> bool:
         return self.recipe.patience is not None and self.progress.stale >= self.recipe.patience
 
@@ -358,7 +386,6 @@ class Run:
     def _validate(self) -> None:
         """Evaluates the chosen weights and saves them as the last, and as the best if they are."""
         here, recipe = self.progress, self.recipe
-        here.validated = here.step
         values: dict[str, float] = {}
         if self.val_set is not None:
             began = time.perf_counter()
@@ -370,16 +397,14 @@ class Run:
                     batch=max(1, recipe.batch // self.fabric.world_size),
                     workers=recipe.workers,
                     seed=recipe.seed,
+                    between=self._stop_in_validation,
                 )
             self.logs.write(here.step, here.epoch, {**values, "time/validation": time.perf_counter() - began})
-            measure, value = score(values)
-            better = here.best is None or measure != here.measure or value > here.best
-            here.stale = 0 if better else here.stale + 1
-            if better:
-                here.best, here.best_step, here.measure = value, here.step, measure
+            better = here.improve(*score(values), values.get("val/loss", math.nan))
             self.display.say(f"step {here.step}: {_sentence(values)}{'  (best)' if better else ''}")
         else:
             better = True
+        here.validated = here.step
         self._keep("last", values)
         if better:
             self._keep("best", values)
@@ -416,7 +441,12 @@ class Run:
         save_state(self.out / LAST, state)
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.from_dict(state["progress"])
+        before = Recipe.from_dict(state["recipe"])
+        images = self.progress.images
+        self.progress.continue_with(before, self.recipe, self.images)
+        if images not in (0, self.images):
+            self.said.append(f"changed since the run began: images in the training set: {images} -> {self.images}")
         if state["optimizer"]["kind"] == self.recipe.optimizer:
             load_optimizer_state(self.optimizer, state["optimizer"]["state"])
         if self.average is not None and state["average"] is not None:
@@ -431,7 +461,9 @@ def _saved_run(out: Path, resume: bool) -> dict[str, Any] | None:
         return None
     if not resume:
         raise UsageError(f"{out} already holds a run; resume it (resume=True, --resume) or give another folder")
-    return _upgraded(load_state(path))
+    state = load_state(path)
+    with entries_of(path):
+        return _upgraded(state)
 
 
 def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
@@ -461,13 +493,14 @@ def _settle(
         recipe = before or Recipe()
         # A run that was killed before its first checkpoint has only its recipe.
         if before is None and folder is not None and (folder / "recipe.json").exists():
-            recipe = Recipe.from_json((folder / "recipe.json").read_text(encoding="utf-8"))
+            recipe = Recipe.load(folder / "recipe.json")
     recipe = recipe.with_changes(changes)
-    return recipe, [] if before is None else before.differences(recipe)
+    changed = [] if before is None else before.differences(recipe)
+    return recipe, [f"changed since the run began: {line}" for line in changed]
 
 
-def _same_system(system: str | System, state: dict[str, Any], options: Mapping[str, Any] | None) -> System:
-    """The system of an interrupted run; UsageError if the caller's arguments contradict it."""
+def _same_system(system: str | System, state: dict[str, Any], options: Mapping[str, Any] | None, path: Path) -> System:
+    """The system of the interrupted run in `path`; UsageError if the caller's arguments contradict it."""
     if isinstance(system, System):
         if (system.name, system.options) != (state["system"], state["options"]):
             raise UsageError(f"the run trains {state['system']} with other options; resume it with the same system")
@@ -475,14 +508,18 @@ def _same_system(system: str | System, state: dict[str, Any], options: Mapping[s
         asked = system if system in names() else presets().get(system)
         if asked not in (None, state["system"]):
             raise UsageError(f"the run trains {state['system']}, not {system}; resume it with the same system")
-        kind = system_class(state["system"])
+        with entries_of(path):
+            kind = system_class(state["system"])
+            kind.with_options(state["options"], {})
         wanted = kind.with_options(state["options"], plain(dict(options or {})))
         other = [name for name, value in wanted.items() if state["options"].get(name) != value]
         if other:
             raise UsageError(f"the network of a run cannot change when it is resumed: {', '.join(other)}")
-        system = kind.rebuild(state["options"])
-    system.preprocess = type(system.preprocess).from_dict(state["preprocess"])
-    system.source = state["source"]
+        with entries_of(path):
+            system = kind.rebuild(state["options"])
+    with entries_of(path):
+        system.preprocess = type(system.preprocess).from_dict(state["preprocess"])
+        system.source = state["source"]
     return system
 
 

@@ -7,9 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal, Self
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Self, cast, get_type_hints
 
 from maskwright.errors import UsageError
+from maskwright.files import describe_os_error
+from maskwright.options import check_option
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Recipe:
 
     # the machine
     seed: int = 0  # of initialisation, order, augmentation and sampling
-    device: str = "auto"  # "auto", "cpu", "cuda", "mps"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # "auto", "cpu", "cuda", "mps"
     devices: int = 1  # processes per node, one per device; under torchrun its numbers apply
     nodes: int = 1  # machines
 
@@ -85,6 +89,8 @@ class Recipe:
     jsonl: bool = False  # also write log.jsonl, one object per line of the log
 
     def __post_init__(self) -> None:
+        for name in _hints():
+            _check_value(name, getattr(self, name))
         for name in ("epochs", "batch", "accumulate", "val_every", "devices", "nodes", "log_every"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
         for name in ("steps", "val_max_images", "patience", "long"):
@@ -96,10 +102,15 @@ class Recipe:
         for name in ("workers", "warmup", "save_minutes", "weight_decay", "seed"):
             self._expect(name, getattr(self, name) >= 0, "0 or more")
         self._expect("balance", self.balance is None or 0 < self.balance <= 1, "above 0 and at most 1")
+        for name in ("momentum", "gamma", "power", "final", "warmup_from"):
+            self._expect(name, getattr(self, name) >= 0, "0 or more")
         self._expect("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1")
+        self._expect("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         self._expect("milestones", all(0 < m < 1 for m in self.milestones), "fractions of the run between 0 and 1")
-        for name in _CHOICES:
-            _choose(name, getattr(self, name))
+        self._expect("short", all(side >= 1 for side in self.short), "image sizes of at least 1")
+        self._expect(
+            "rates", all(_is_number(v) and v >= 0 for v in self.rates.values()), "numbers of 0 or more by part"
+        )
 
     def _expect(self, name: str, holds: bool, what: str) -> None:
         if not holds:
@@ -110,8 +121,14 @@ class Recipe:
         """The learning rate at the end of the warm-up, by the linear scaling rule if `lr_per_image` is given."""
         return self.lr if self.lr_per_image is None else self.lr_per_image * self.batch * self.accumulate
 
-    def factor(self, step: int, total: int) -> float:
-        """The factor on `learning_rate` at step `step` of 0 ... total - 1."""
+    def factor(self, step: int, total: int, warm: int | None = None) -> float:
+        """The factor on `learning_rate` at a step.
+
+        Args:
+            step: Position in the schedule, 0 ... total - 1.
+            total: Length of the schedule.
+            warm: Steps of warm-up done; default: `step`.
+        """
         done = step / total
         if self.schedule == "steps":
             # Rounded to integers: 60000 / 90000 of 90000 steps is step 60000, not 60001.
@@ -122,10 +139,14 @@ class Recipe:
             value = (1 - done) ** self.power
         else:
             value = 1.0
-        warmup = min(self.warmup, total // 4)
-        if step < warmup:
-            value *= self.warmup_from + (1 - self.warmup_from) * step / warmup
+        warmup, warm = self.warmup_steps(total), step if warm is None else warm
+        if warm < warmup:
+            value *= self.warmup_from + (1 - self.warmup_from) * warm / warmup
         return value
+
+    def warmup_steps(self, total: int) -> int:
+        """Length of the warm-up of a run of `total` steps."""
+        return min(self.warmup, total // 4)
 
     def with_changes(self, changes: Mapping[str, Any]) -> Self:
         """Returns a copy with some fields replaced.
@@ -142,12 +163,10 @@ class Recipe:
                     f"there is no training option {name!r}; "
                     + (f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}")
                 )
-        for name in changes.keys() & _CHOICES.keys():
-            _choose(name, changes[name])
-        try:
-            return replace(self, **{name: _frozen(name, value) for name, value in changes.items()})
-        except TypeError as error:  # a comparison in __post_init__ with a value of another type
-            raise UsageError(f"a training option has a value of the wrong type: {error}") from None
+        values = {name: _frozen(name, value) for name, value in changes.items()}
+        for name, value in values.items():
+            _check_value(name, value)
+        return replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -166,12 +185,28 @@ class Recipe:
     def from_json(cls, text: str) -> Self:
         """The recipe from `to_json`; UsageError if the text is not a JSON object."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values: Any = json.loads(text)
+        except (ValueError, RecursionError) as error:  # deeply nested, or an integer of thousands of digits
             raise UsageError(f"a recipe must be a JSON object: {error}") from None
         if not isinstance(values, dict):
             raise UsageError(f"a recipe must be a JSON object, got {type(values).__name__}")
-        return cls.from_dict(values)
+        return cls.from_dict(cast("dict[str, Any]", values))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The recipe in a file, such as the recipe.json of a run.
+
+        Raises:
+            UsageError: If the file cannot be read or does not hold a recipe.
+        """
+        try:
+            return cls.from_json(Path(path).read_bytes().decode("utf-8-sig"))
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {describe_os_error(error)}") from None
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: is not a recipe: not UTF-8 ({error.reason} at byte {error.start})") from None
+        except UsageError as error:
+            raise UsageError(f"{path}: is not a recipe: {error}") from None
 
     def differences(self, other: Recipe) -> list[str]:
         """The fields in which `other` differs, as "name: before -> after"."""
@@ -186,17 +221,24 @@ def _as_name(value: Any) -> Any:
     return name_of(value) if callable(value) else value.item() if hasattr(value, "item") else str(value)
 
 
-_CHOICES = {
-    "optimizer": ("sgd", "adamw"),
-    "schedule": ("constant", "steps", "cosine", "poly"),
-    "amp": ("no", "bf16"),
-    "device": ("auto", "cpu", "cuda", "mps"),
-}
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Recipe)
 
 
-def _choose(name: str, value: Any) -> None:
-    if value not in _CHOICES[name]:
-        raise UsageError(f"{name} must be one of {', '.join(map(repr, _CHOICES[name]))}, got {value!r}")
+def _check_value(name: str, value: Any) -> None:
+    """UsageError if a field has another type than its annotation, or a number is not finite or too large."""
+    check_option(name, value, _hints()[name])
+    for number in cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,):
+        if isinstance(number, (int, float)) and not isinstance(number, bool) and not _is_number(number):
+            raise UsageError(f"{name} must be finite and below 2 ** 53, got {value!r}")
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in cast("dict[Any, Any]", value)):
+        raise UsageError(f"{name} must have strings as keys, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a finite number that floats represent well."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**53
 
 
 _RENAMED = {"lr_per_picture": "lr_per_image"}  # fields of earlier versions, in files
@@ -206,7 +248,7 @@ _TUPLES = ("betas", "milestones", "freeze", "short", "no_decay")
 
 def _frozen(name: str, value: Any) -> Any:
     if name in _TUPLES:
-        return (value,) if isinstance(value, (str, int, float)) else tuple(value)
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
     return dict(value) if isinstance(value, Mapping) else value
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from maskwright.data import Augment, Dataset, OneClass, Renamed, as_dataset, has_split, open_dataset, things_only
-from maskwright.errors import MissingExtraError, TrainingError, UsageError
+from maskwright.errors import MaskwrightError, MissingExtraError, TrainingError, UsageError
+from maskwright.locks import FolderLock
 from maskwright.options import parameters_of
 from maskwright.systems import ProposalSystem, System, create, describe, find, names, presets, stuff_of
 from maskwright.training.recipe import Recipe
@@ -50,6 +53,30 @@ def launch(recipe: Recipe) -> Any:
     if recipe.sync_norm and fabric.world_size > 1 and kind != "cuda":
         raise UsageError("sync_norm needs GPUs; torch has no synchronised batch normalisation for this device")
     return fabric
+
+
+@contextmanager
+def locked(fabric: Any, out: Path) -> Generator[None, None, None]:
+    """The block in which this process and those that train with it are the only ones that write the run folder.
+
+    Raises:
+        UsageError: By all of them, if another process trains in it.
+    """
+    lock, refusal = None, None
+    if fabric.global_rank == 0:
+        try:
+            lock = FolderLock(out, "train", "another process trains in this folder", TrainingError)
+        except MaskwrightError as error:
+            refusal = error
+    if fabric.world_size > 1:
+        refusal = fabric.broadcast(refusal, src=0)
+    if refusal is not None:
+        raise refusal
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def device_kind(wish: str) -> str:
@@ -141,6 +168,7 @@ def make_system(
     weights: str | Path | None,
     options: Mapping[str, Any] | None,
     stuff: Sequence[str] = (),
+    said: list[str] | None = None,
 ) -> System:
     """The system to train: a given one, one by name with random weights, or one that starts from `weights`.
 
@@ -151,6 +179,7 @@ def make_system(
         weights: Weights to start from.
         options: Options of the constructor.
         stuff: Those of `classes` that are regions.
+        said: Receives a line about the rows of the head that start new.
     """
     if isinstance(system, System):
         if weights is not None or options:
@@ -172,7 +201,22 @@ def make_system(
     loaded = load(source, classes=tuple(classes), **options)
     if weights is not None and loaded.name != (wanted.name if wanted else system):
         raise UsageError(f"{weights} holds the weights of {loaded.name}, not of {wanted.name if wanted else system}")
+    if said is not None:
+        said += _new_rows(source, loaded)
     return loaded
+
+
+def _new_rows(source: str | Path, system: System) -> list[str]:
+    """A line about which class-specific rows of the heads were not in the weights; none if all were."""
+    kept = (system.source or {}).get("classes_kept")
+    if kept is None:
+        return []
+    new = [name for name in system.classes if name not in kept]
+    if not new:
+        return [f"{source}: the rows of all {len(kept)} classes are kept"]
+    heads = ", ".join(system.class_rows())
+    rows = f"the rows of {_few(kept)} are kept; those" if kept else "no class has the same name; the rows"
+    return [f"{source}: {rows} of {_few(new)} start from random values, in {heads}"]
 
 
 def take_backbone(system: System, source: str | Path) -> None:
@@ -267,8 +311,13 @@ def make_augment(recipe: Recipe) -> Augment:
         raise UsageError(f"an augmentation has a value of the wrong type: {error}") from None
 
 
-def fit_classes(dataset: Dataset, system: System) -> Dataset:
+def fit_classes(dataset: Dataset, system: System, said: list[str] | None = None) -> Dataset:
     """The data set with the labels of the system; objects of other classes are left out.
+
+    Args:
+        dataset: The data set.
+        system: The system.
+        said: Receives a line about what is left out.
 
     Raises:
         UsageError: If the two have no class in common.
@@ -284,7 +333,36 @@ def fit_classes(dataset: Dataset, system: System) -> Dataset:
             f"the system has the classes {_few(system.classes)}, the data {_few(dataset.classes)}: none in common; "
             "give classes= the names to learn"
         )
+    if said is not None:
+        said += unknown_objects(dataset, "training", system)
     return Renamed(dataset, system.classes)
+
+
+def unknown_objects(dataset: Dataset, split: str, system: System) -> list[str]:
+    """A line about the objects of classes that the system does not have, with their numbers; none if there are none."""
+    if "proposals" in system.tasks:
+        return []
+    if not stuff_of(system):
+        dataset = things_only(dataset)
+    unknown = [number for number, name in enumerate(dataset.classes) if name not in system.classes]
+    if not unknown:
+        return []
+    counts = np.zeros(len(dataset.classes), np.int64)
+    for index in range(len(dataset)):
+        target = dataset.targets(index)
+        labels = target.labels if target.crowd is None else target.labels[~target.crowd]
+        counts += np.bincount(labels.numpy(), minlength=len(counts))[: len(counts)]
+    there = [f"{counts[number]} of {dataset.classes[number]!r}" for number in unknown if counts[number]]
+    if not there:
+        return []
+    shown = ", ".join(there[:8]) + (f" and of {len(there) - 8} more classes" if len(there) > 8 else "")
+    total = int(counts[unknown].sum())
+    what = "they are left out" if split == "training" else "none of them can be predicted, which lowers the averages"
+    objects = f"{total} object{'s' if total > 1 else ''}"
+    return [
+        f"the {split} set {dataset.name} has {objects} of classes that the system does not have ({shown}); {what}. "
+        f"The system has {_few(system.classes)}"
+    ]
 
 
 def check_data(dataset: Dataset, split: str, system: System) -> None:

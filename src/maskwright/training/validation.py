@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from maskwright.data import Dataset, DataWarning, Sample
 from maskwright.data.images import reading
+from maskwright.data.workers import ignore_signals, iterate
 from maskwright.errors import ImageError
 from maskwright.evaluation import match_classes
 from maskwright.evaluation.measuring import Measurement, measure
@@ -29,7 +30,16 @@ from maskwright.training.state import seed_step
 MEASURES = ("panoptic/PQ", "keypoints/AP", "segm/AP", "bbox/AP", "segm/AR100", "bbox/AR100")
 
 
-def validate(fabric: Any, system: System, dataset: Dataset, *, batch: int, workers: int, seed: int) -> dict[str, float]:
+def validate(
+    fabric: Any,
+    system: System,
+    dataset: Dataset,
+    *,
+    batch: int,
+    workers: int,
+    seed: int,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
     """Measures losses and AP (PQ too, or recall of proposals) in float32.
 
     Rank r takes the images r, r + world, ...: shares may differ by an image, so nothing is exchanged on the way. The
@@ -42,6 +52,7 @@ def validate(fabric: Any, system: System, dataset: Dataset, *, batch: int, worke
         batch: Images per batch and process.
         workers: Processes that read images.
         seed: Seed of the random choices in the losses.
+        between: Called after each batch; may raise to end the validation.
 
     Returns:
         `val/loss`, `val/loss_NAME` for every term, and the evaluator's summary as `val/segm/AP` and so on; the same on
@@ -54,12 +65,17 @@ def validate(fabric: Any, system: System, dataset: Dataset, *, batch: int, worke
     measurements = _measurements(system, dataset)
     positions = range(fabric.global_rank, len(dataset), fabric.world_size)
     losses = _Losses(system, partial(seed_step, seed), fabric.global_rank)
+
+    def after(raw: Any, batched: Batch) -> None:
+        losses.add(raw, batched)
+        between()
+
     was_training = system.training
     system.eval()
     try:
         with local_counts():
             batches = _batches(system, dataset, list(positions), batch, workers, fabric.device)
-            measure(batches, measurements, device=fabric.device, after=losses.add)
+            measure(batches, measurements, device=fabric.device, after=after)
     finally:
         system.train(was_training)
     gather = partial(_gathered, fabric)
@@ -128,7 +144,16 @@ def _batches(
     sizes = dataset.sizes()
     shapes = [system.preprocess.padded_size(*sizes[position]) for position in positions]
     groups = equal_batches(shapes, batch)  # padding would change the result
-    for found, batched in DataLoader(images, batch_sampler=groups, num_workers=workers, collate_fn=images.collate):
+    loader = DataLoader(
+        images,
+        batch_sampler=groups,
+        num_workers=workers,
+        collate_fn=images.collate,
+        worker_init_fn=ignore_signals,
+        # Without its own generator it would use the global one.
+        generator=torch.Generator(),
+    )
+    for found, batched in iterate(loader):
         if found:
             yield found, batched.to(device)
 
