@@ -87,9 +87,9 @@ def _compiled(function: types.FunctionType) -> Callable[..., Any]:
         function.__module__,
     )
     copy.__annotations__ = hints
-    if inspect.isgeneratorfunction(function):
-        return _in_two_steps(copy)  # the arguments at the call, not at the first iteration
     try:
+        if inspect.isgeneratorfunction(function):
+            return _in_two_steps(copy)  # the arguments are checked by the call, not by the first iteration
         call = _check(copy)
     except BeartypeDecorHintException:
         return function  # `Self` outside of a class, or a protocol without run-time checks
