@@ -474,7 +474,7 @@ def test_class_names_that_are_nearly_the_same(tmp_path: Path):
 def test_sets_with_boxes_only_are_read(tmp_path: Path):
     data = made(3)
     path = saved(tmp_path / "set", objects(data, lambda a: a.update(segmentation=[])))
-    with pytest.warns(DataWarning, match="its 6 annotations have boxes, but no masks; systems that need masks"):
+    with pytest.warns(DataWarning, match="its 6 annotations have boxes, but no masks; systems of boxes can be trained"):
         dataset = read_coco(path, strict=True)
     assert dataset.targets(0).masks is None
     assert dataset.targets(0).boxes.shape == (2, 4)

@@ -194,6 +194,8 @@ def _inspect(table: Table, damaged: dict[Path, Finding | None]) -> None:
     if white is not None and white < 0xFFFF:
         table.add_finding("note", "range", white_words(white))
     real = table.labels[~table.crowd]
+    if not len(real) and table.findings_with("error"):
+        return
     if not len(real):
         what = f"its {len(table.files)} images have no annotated object"
         table.add_finding("note", "nothing", what, "add annotations before training")
@@ -208,12 +210,14 @@ def _inspect(table: Table, damaged: dict[Path, Finding | None]) -> None:
 def _contents(table: Table) -> str:
     """One line about what a table contains."""
     if not table.usable:
-        return f"{table.path}: cannot be read"
+        return f"{table.path}: cannot be used"
     what = "object" if table.maps is None else "segment"
     parts = [_count(len(table.files), "image"), _count(len(table.ids), what), _count(len(table.classes), "class")]
     if table.maps is not None:
         parts[-1] += f" ({len(table.stuff)} of them stuff)"
     crowd = int(table.crowd.sum())
+    if table.shapes is None:
+        parts.append("boxes without masks")
     if crowd:
         parts.append(_count(crowd, "crowd region"))
     if table.keypoint_names:

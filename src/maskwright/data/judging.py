@@ -44,7 +44,7 @@ def judge(table: Table, columns: Columns, absent: dict[int, str], given: Sequenc
         problems = _problems_of_masks(table, columns, sizes, absent)
     for index, text in problems.items():
         skip_annotation(table, columns.ids[index], int(columns.image_index[index]), text)
-    unnamed = absent.keys() - problems.keys() if masked else set[int]()
+    unnamed = set(absent) - set(problems) if masked else set[int]()
     kept = np.array([i for i in range(len(columns)) if i not in problems and i not in unnamed], np.int64)
     order = kept[np.argsort(columns.image_index[kept], kind="stable")]
     columns, sizes = columns.take(order), sizes[order]
@@ -89,7 +89,7 @@ def _boxes_only(table: Table, columns: Columns) -> bool:
         table.add_finding("note", "box", what, "the box around the keypoints is used")
     keypoints = columns.keypoints is not None and bool((columns.keypoints[..., 2] > 0).any())
     what = f"its {len(columns)} annotations have boxes{' and keypoints' if keypoints else ''}, but no masks"
-    advice = "systems that need masks cannot be trained on it; `maskwright systems NAME` shows what a system needs"
+    advice = "systems of boxes can be trained on it, such as faster-rcnn or fcos; systems that need masks cannot"
     table.add_finding("note", "masks", what, advice)
     return True
 
