@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from maskwright.data import coco_json
 from maskwright.data.coco_annotations import read_annotations
@@ -16,6 +16,7 @@ from maskwright.data.formats import CERTAIN, LIKELY, POSSIBLE, Match, Request
 from maskwright.data.judging import judge
 from maskwright.data.table import Table, Verify
 from maskwright.data.table_datasets import InstanceDataset, dataset_from_table
+from maskwright.data.values import parse_int
 from maskwright.errors import UsageError
 
 NAME = "COCO"
@@ -157,12 +158,14 @@ def repaired(table: Table, skipped: set[int], folder: Path) -> dict[str, Any]:
         The content of the file: what could be read, and all other entries of the original that are valid JSON.
     """
     raw = table.raw
-    images = []
+    images: list[dict[str, Any]] = []
     for index, (number, file, size) in enumerate(zip(table.image_ids, table.files, table.sizes, strict=True)):
         if index not in skipped:
             entry = strict_json(raw["images"][table.image_rows[index]])
             images.append({**entry, **coco_json.image_entry(number, file, size)})
-    originals = {e.get("id"): strict_json(e) for e in reversed(raw["categories"]) if isinstance(e, dict)}
+    listed = cast(list[Any], raw["categories"])
+    entries = [cast(dict[str, Any], e) for e in reversed(listed) if isinstance(e, dict)]
+    originals = {parse_int(entry.get("id")): strict_json(entry) for entry in entries}
     categories = [
         {**originals.get(entry["id"], {}), **entry}
         for entry in coco_json.coco_categories(table.classes, table.category_ids)
@@ -176,7 +179,8 @@ def _records(table: Table, skipped: set[int]) -> Iterator[dict[str, Any]]:
     counts = Counter(table.ids)
     largest = max((i for i in table.ids if isinstance(i, int)), default=0)
     used: set[int | str] = set()
-    for index, image in enumerate(table.image_index.tolist()):
+    image_index: list[int] = table.image_index.tolist()
+    for index, image in enumerate(image_index):
         if image in skipped:
             continue
         number = table.ids[index]
@@ -185,8 +189,9 @@ def _records(table: Table, skipped: set[int]) -> Iterator[dict[str, Any]]:
             number = largest
         used.add(number)
         size = table.sizes[image]
+        shape: dict[str, Any] | list[Any]
         if table.shapes is None:
-            shape: Any = []
+            shape = []
         elif table.shapes.coded[index]:
             shape = {"size": list(size), "counts": table.shapes.code(index).decode("ascii")}
         else:
@@ -195,7 +200,7 @@ def _records(table: Table, skipped: set[int]) -> Iterator[dict[str, Any]]:
         if math.isnan(area) and table.shapes is not None:
             area = float(table.shapes.masks(index, index + 1, size).areas()[0])
         x0, y0, x1, y1 = table.boxes[index].tolist()
-        record = {
+        record: dict[str, Any] = {
             **strict_json(table.raw["annotations"][int(table.rows[index])]),
             "id": number,
             "image_id": table.image_ids[image],

@@ -6,13 +6,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from maskwright.data.findings import first_few
 from maskwright.data.table import ImageEntry, Table, Verify, add_images
 from maskwright.data.values import LONGEST_NAME, clean_name, parse_id, parse_int, parse_length, relative_path, shortened
 from maskwright.errors import DataError
 from maskwright.files import write_json
+
+Entry = dict[str, Any]
 
 KINDS = ("instances", "person_keypoints", "panoptic")  # names of COCO's annotation files, followed by _SPLIT.json
 _OTHER_KINDS = ("captions", "stuff", "image_info")  # files of COCO without objects
@@ -112,21 +114,23 @@ def _load(table: Table) -> dict[str, Any] | None:
         table.add_finding("error", "file", f"JSON that cannot be parsed ({error})", _EXPECTED)
         return None
     if isinstance(raw, list):
-        results = raw and isinstance(raw[0], dict) and {"image_id", "category_id"} & set(raw[0])
+        items = cast(list[Any], raw)
+        results = items and isinstance(items[0], dict) and {"image_id", "category_id"} & set(cast(Entry, items[0]))
         what = "contains COCO results, not a data set" if results else "contains a list, not an object"
         table.add_finding("error", "file", what, _EXPECTED)
         return None
     if not isinstance(raw, dict):
         table.add_finding("error", "file", f"contains a value of type {type(raw).__name__}, not an object", _EXPECTED)
         return None
+    content = cast(Entry, raw)
     for key in ("images", "annotations", "categories"):
-        if key not in raw:
+        if key not in content:
             table.add_finding("error", "key", f"key {key!r} is missing", _EXPECTED)
-        elif not isinstance(raw[key], list):
-            what = f"{key!r} must be a list, got a value of type {type(raw[key]).__name__}"
+        elif not isinstance(content[key], list):
+            what = f"{key!r} must be a list, got a value of type {type(content[key]).__name__}"
             table.add_finding("error", "key", what, _EXPECTED)
-    repeated.report(table, raw)
-    return None if table.findings_with("error") else raw
+    repeated.report(table, content)
+    return None if table.findings_with("error") else content
 
 
 class RepeatedKeys:
@@ -174,8 +178,9 @@ def _read_categories(table: Table, entries: list[Any]) -> dict[int, int]:
     keypoints: list[list[str]] = []
     unnamed: list[int] = []
     cleaned: list[str] = []
-    for row, entry in enumerate(entries):
-        number = parse_int(entry.get("id")) if isinstance(entry, dict) else None
+    for row, value in enumerate(entries):
+        entry: Entry = cast(Entry, value) if isinstance(value, dict) else {}
+        number = parse_int(entry.get("id"))
         if number is None:
             table.add_finding("error", "category", f"categories[{row}] has no integer id", "add one")
             continue
@@ -197,7 +202,7 @@ def _read_categories(table: Table, entries: list[Any]) -> dict[int, int]:
         names[number] = name
         points = entry.get("keypoints")
         if isinstance(points, list) and points:
-            keypoints.append([str(p) for p in points])
+            keypoints.append([str(p) for p in cast(list[Any], points)])
     if not names and not table.findings_with("error"):
         table.add_finding("error", "category", "'categories' is empty", "list each class with an id and a name")
     if len(unnamed) == 1:
@@ -264,10 +269,11 @@ def _read_images(
     position: dict[int | str, int | None] = {}
     kept: list[ImageEntry] = []
     repeated: dict[int | str, list[str]] = {}  # file names of images that share an id
-    first: dict[int | str, Any] = {}
+    first: dict[int | str, Entry] = {}
     copies: list[int | str] = []
-    for row, entry in enumerate(entries):
-        number = parse_id(entry.get("id")) if isinstance(entry, dict) else None
+    for row, value in enumerate(entries):
+        entry: Entry = cast(Entry, value) if isinstance(value, dict) else {}
+        number = parse_id(entry.get("id"))
         if number is None:
             table.add_finding("skip", "image", f"images[{row}] has no valid id", "the image is skipped")
             continue
@@ -276,7 +282,7 @@ def _read_images(
             if all(entry.get(key) == first[number].get(key) for key in keys):
                 copies.append(number)
             else:
-                repeated.setdefault(number, [first[number].get("file_name")]).append(entry.get("file_name"))
+                repeated.setdefault(number, [str(first[number].get("file_name"))]).append(str(entry.get("file_name")))
             continue
         position[number] = None
         first[number] = entry

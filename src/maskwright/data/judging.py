@@ -48,12 +48,12 @@ def judge(table: Table, columns: Columns, absent: dict[int, str], given: Sequenc
     kept = np.array([i for i in range(len(columns)) if i not in problems and i not in unnamed], np.int64)
     order = kept[np.argsort(columns.image_index[kept], kind="stable")]
     columns, sizes = columns.take(order), sizes[order]
-    given = [given[i] for i in order.tolist()]
+    kept_given: list[tuple[object, object]] = [given[i] for i in order.tolist()]
     table.image_index, table.labels, table.ids = columns.image_index, columns.labels, columns.ids
     table.crowd, table.rows, table.keypoints = columns.crowd, columns.rows, columns.keypoints
     table.shapes = columns.shapes if masked else None
-    _set_boxes(table, columns, sizes, given)
-    _set_areas(table, columns, sizes, given)
+    _set_boxes(table, columns, sizes, kept_given)
+    _set_areas(table, columns, sizes, kept_given)
 
 
 def skip_annotation(table: Table, number: int | str, index: int | None, sentence: str) -> None:

@@ -365,7 +365,10 @@ def _is_point(value: Any) -> bool:
 
 
 def _flat(points: list[Any]) -> list[Any]:
-    return [v for point in points for v in ((point["x"], point["y"]) if isinstance(point, dict) else point)]
+    flat: list[Any] = []
+    for point in points:
+        flat += [point["x"], point["y"]] if isinstance(point, dict) else point
+    return flat
 
 
 def check_polygons(shapes: Shapes, sizes: Floats) -> dict[int, str]:
