@@ -84,8 +84,9 @@ def stem_of(dataset):
         lambda r: {"image_id": f"{r['image_id']:012d}", "category_id": f"{r['category_id']:02d}"},
         lambda r: {"category_id": CLASSES[IDS.index(r["category_id"])]},
         lambda r: {"score": "0.5"},
+        lambda r: {"image_id": f"{r['image_id']}.0"},
     ],
-    ids=["as they are", "text", "floats", "zero-padded", "class names", "score as text"],
+    ids=["as they are", "text", "floats", "zero-padded", "class names", "score as text", "floats as text"],
 )
 def test_ids_are_accepted_as_annotations_may_have_them(made, written, change):
     assert ap(made[0], written(change)) == 1.0
@@ -165,14 +166,23 @@ def test_known_ids_that_stand_for_other_images_or_classes_are_refused(made, tmp_
     with pytest.raises(AnnotationError, match=r"consistently stand for other classes .* \(2 for 'star', 3 for 'disc'"):
         ap(dataset, path)
 
+    other = read_coco(Scenes(12, (64, 64), seed=9, classes=CLASSES, empty=0).write(tmp_path / "other", "train"))
+    records_of_other = [r for i in range(12) for r in perfect(other, i).to_coco(ids[i], IDS)]
+    path.write_text(json.dumps(records_of_other))
+    with pytest.raises(AnnotationError, match=r"no more than on the objects of other images; .* another split"):
+        ap(dataset, path)
+
     mixed = [{**r, "category_id": random.Random(n).choice(IDS)} for n, r in enumerate(records)]
     path.write_text(json.dumps(mixed))
     assert 0 < ap(dataset, path) < 0.6, "a poor result is no reason to refuse"
 
 
-def test_predictions_on_nothing_are_read_with_a_warning(made, written):
+def test_predictions_on_nothing_are_refused_unless_they_score_low(made, written):
     path = written(lambda r: {"bbox": [60.0, 60.0, 2.0, 2.0], "segmentation": None})
-    with pytest.warns(DataWarning, match=r"only \d of \d\d predictions lie on an annotated object"):
+    with pytest.raises(AnnotationError, match=r"only \d of \d\d predictions lie on an object .* of another split"):
+        ap(made[0], path, ("bbox",))
+    path = written(lambda r: {"bbox": [60.0, 60.0, 2.0, 2.0], "segmentation": None, "score": 0.06})
+    with pytest.warns(DataWarning, match=r"only \d of \d\d predictions .* or of a system that has learned nothing"):
         assert ap(made[0], path, ("bbox",)) < 0.1
 
 

@@ -13,9 +13,10 @@ from torch.nn import functional
 from maskwright.checkpoints.origins import origins
 from maskwright.checkpoints.origins.deepsnake import recognise
 from maskwright.errors import UsageError
+from maskwright.ops.vertices import clipped_to_map, octagon_lines
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import system_class
-from maskwright.systems.deepsnake import CELLS, Raw, clipped_to_map, octagon_lines
+from maskwright.systems.deepsnake import CELLS, Raw
 from tests.systems.tiny import SIZE, build, objects
 
 OPTIONS = {

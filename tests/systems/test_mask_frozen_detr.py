@@ -18,6 +18,7 @@ from maskwright.errors import UsageError
 from maskwright.structures import Masks, Placement
 from maskwright.systems import System, describe
 from maskwright.systems.mask_frozen_detr import FeatureCache, MaskFrozenDETR
+from maskwright.training.setup import make_system
 from tests.systems.tiny import build as build_any
 from tests.systems.tiny import objects, tiny_options
 
@@ -366,3 +367,20 @@ def test_everything_can_be_trained_from_random_weights():
     system = describe("mask-frozen-detr-small", classes=("a",))
     assert system.options["joint"]
     assert all(p.requires_grad for p in system.parameters())
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("preset", ["mask-frozen-detr-r50", "mask-frozen-detr-swin-large", "mask-frozen-detr-small"])
+def test_a_detectors_file_takes_the_place_of_the_presets_detector(tmp_path, preset):
+    detector = build("h-detr", classes=("disc", "box"))
+    mw.save(detector, tmp_path / "detector.safetensors")
+    system = make_system(preset, ("disc", "box"), tmp_path / "detector.safetensors", LIGHT)
+    assert system.name == "mask-frozen-detr"
+    assert system.options["width"] == LIGHT["width"]
+    assert system.options["joint"] == (preset == "mask-frozen-detr-small")
+    assert system.options["detector_options"]["backbone"] == detector.options["backbone"]
+    assert all(value.equal(system.detector.state_dict()[name]) for name, value in detector.state_dict().items())
+    with pytest.raises(UsageError, match="detector_options is determined by the weights of the detector"):
+        make_system(
+            preset, ("disc", "box"), tmp_path / "detector.safetensors", {"detector_options": {"many_queries": 3}}
+        )

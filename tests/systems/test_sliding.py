@@ -15,6 +15,7 @@ from torch.nn import functional
 import maskwright as mw
 from maskwright.blocks.layers import pad_mirrored
 from maskwright.blocks.vgg import VGG
+from maskwright.checkpoints.fitting import renamed
 from maskwright.data import Scenes
 from maskwright.errors import UsageError
 from maskwright.ops.paste import paste_masks
@@ -518,3 +519,18 @@ def test_presets_are_the_published_networks():
     assert system.assignment.canonical == 128
     assert describe("deepmask").assignment.canonical == 92
     assert describe("instancefcn-vgg16-k5").side * 8 == 168
+
+
+@pytest.mark.fast
+def test_files_of_earlier_versions_have_layers_after_the_last_level():
+    pytest.importorskip("timm", reason="timm is an extra")
+    system = build("deepmask", backbone="timm:mobilenetv3_small_050")
+    state = system.state_dict()
+    body = "window.backbone.body.blocks"
+    assert f"dense.{body}.3.0.conv_pw.weight" in state
+    assert not [key for key in state if key.startswith(f"dense.{body}.4.")]
+    earlier = {key.removeprefix("dense.window."): value for key, value in state.items()}
+    earlier["backbone.body.blocks.4.0.bn1.weight"] = torch.ones(1)
+    adapted = renamed(earlier, system)
+    assert set(adapted) == set(state)
+    assert "dense.window.backbone.nothing.weight" in renamed({"backbone.nothing.weight": torch.ones(1)}, system)

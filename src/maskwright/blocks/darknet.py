@@ -22,6 +22,7 @@ class Residual(nn.Module):
         self.conv2 = ConvNorm(channels // 2, channels, 3, norm=norm, eps=eps, leaky=SLOPE)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Returns a map of the same shape."""
         return x + self.conv2(self.conv1(x))
 
 
@@ -68,6 +69,7 @@ class Darknet(nn.Module):
         freeze([self.stem, *self.stages], frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        """Returns the outputs of all stages, finest first."""
         x = self.stem(x)
         outputs = []
         for stage in self.stages:
@@ -115,6 +117,7 @@ class DarknetTiny(nn.Module):
         freeze(list(self.stages), frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        """Returns the levels of strides 16 and 32."""
         fine = self.stages[0](x)
         return [fine, self.stages[1](fine)]
 

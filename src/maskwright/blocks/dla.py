@@ -30,6 +30,7 @@ class Block(nn.Module):
         self.conv2 = ConvNorm(channels, channels, 3, norm=norm, eps=eps)
 
     def forward(self, x: Float[Tensor, "b c h w"], shortcut: Float[Tensor, "b d _h _w"]) -> Float[Tensor, "b d _h _w"]:
+        """Returns the sum of the convolutions' output and the shortcut, after ReLU."""
         return functional.relu(self.conv2(self.conv1(x)) + shortcut, inplace=True)
 
 
@@ -51,6 +52,7 @@ class Tree(nn.Module):
             self.second = Tree(depth - 1, channels, channels, 1, passed + channels, norm, eps)
 
     def forward(self, x: Float[Tensor, "b c h w"], passed: Sequence[Tensor] = ()) -> Float[Tensor, "b d _h _w"]:
+        """Returns the output of the last root."""
         if self.root is None:
             first = self.first(x)
             return self.second(first, (*passed, first))
@@ -100,6 +102,7 @@ class DLA(nn.Module):
         freeze([self.stem, *self.levels], frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        """Returns the levels of strides 4, 8, 16 and 32."""
         x = self.levels[1](self.levels[0](self.stem(x)))  # (B, 2 base, H/2, W/2)
         x = self.levels[2](x)
         outputs = [x]
@@ -167,6 +170,7 @@ class DLAUp(nn.Module):
         self.channels, self.stride = channels[0], 4
 
     def forward(self, levels: Sequence[Float[Tensor, "b _c _h _w"]]) -> Float[Tensor, "b c h w"]:
+        """Returns the merged map of stride 4."""
         levels, gathered = list(levels), []
         for step, ladder in enumerate(self.ladders):
             merged = ladder(levels[-step - 2 :])
@@ -185,6 +189,7 @@ class LightUp(nn.Module):
         self.channels, self.stride = channels, 4
 
     def forward(self, levels: Sequence[Float[Tensor, "b _c _h _w"]]) -> Float[Tensor, "b c h w"]:
+        """Returns the merged map of stride 4."""
         x = self.lateral[-1](levels[-1])
         for lateral, level in zip(reversed(self.lateral[:-1]), reversed(levels[:-1]), strict=True):
             side = lateral(level)

@@ -102,6 +102,7 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.tensor(value))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the input times the factor."""
         return x * self.scale
 
 

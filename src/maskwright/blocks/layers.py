@@ -49,6 +49,7 @@ class FrozenBatchNorm(nn.Module):
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Returns the normalised map, in the dtype of the input."""
         if self.fused and not x.requires_grad:
             return functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
@@ -83,6 +84,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     def forward(self, input: Float[Tensor, "b c *n"]) -> Float[Tensor, "b c *n"]:
+        """Returns the normalised values."""
         if math.prod(input.shape[1:]) != self.num_groups:
             return super().forward(input)
         # A value minus its mean, which is the value itself, is zero, and so are the gradients of value and scale.
@@ -168,6 +170,7 @@ class ConvNorm(nn.Module):
             nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        """Applies the convolution, the normalisation and the activation."""
         # A frozen norm is not folded into the weights here: that is no faster, and it rounds differently from the
         # original implementations, which flips decisions deep in a network (a ReLU at 0, a cell at a threshold).
         if self.border == "zeros":
@@ -268,6 +271,7 @@ class DeformConvNorm(nn.Module):
         nn.init.zeros_(self.offset.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        """Predicts offsets (and modulation) and applies the convolution and the normalisation."""
         offset, mask = self.offset(x), None
         if offset.shape[1] == 3 * self.taps:
             offset, mask = offset[:, : 2 * self.taps], offset[:, 2 * self.taps :].sigmoid()

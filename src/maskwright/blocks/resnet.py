@@ -27,6 +27,7 @@ class BasicBlock(nn.Module):
             self.shortcut = ConvNorm(channels_in, channels, 1, stride=stride, norm=norm, eps=eps)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        """Returns the sum of the convolutions' output and the shortcut, after ReLU."""
         y = self.conv2(self.conv1(x))
         y += x if self.shortcut is None else self.shortcut(x)  # in place: on a CPU a new map costs more than the sum
         return functional.relu(y, inplace=True)
@@ -74,6 +75,7 @@ class Bottleneck(nn.Module):
             self.shortcut = ConvNorm(channels_in, channels, 1, stride=stride, norm=norm, eps=eps)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d _h _w"]:
+        """Returns the sum of the convolutions' output and the shortcut, after ReLU."""
         y = self.conv3(self.conv2(self.conv1(x)))
         y += x if self.shortcut is None else self.shortcut(x)  # in place: on a CPU a new map costs more than the sum
         return functional.relu(y, inplace=True)
@@ -230,6 +232,7 @@ class ResNet(nn.Module):
         freeze([self.stem, *self.stages, *later], frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        """Returns the outputs of the stages, finest first."""
         x = functional.max_pool2d(self.stem(x), 3, 2, 1)  # (B, 64, H/4, W/4)
         outputs = []
         for stage in self.stages:

@@ -148,6 +148,7 @@ class RPNHead(nn.Module):
             nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, features: Sequence[Float[Tensor, "b c _h _w"]]) -> tuple[list[Tensor], list[Tensor]]:
+        """Returns the objectness logits and the deltas of each level."""
         objectness, deltas = [], []
         for x in features:
             for conv in self.convs:

@@ -75,6 +75,7 @@ class SwinBlock(nn.Module):
     def forward(
         self, x: Float[Tensor, "b h w c"], apart: Float[Tensor, "v n n"] | None = None
     ) -> Float[Tensor, "b h w c"]:
+        """Returns a map of the same shape."""
         height, width = x.shape[1:3]
         y = functional.pad(self.norm1(x), (0, 0, 0, -width % self.window, 0, -height % self.window))
         if self.shift:
@@ -96,6 +97,7 @@ class Merge(nn.Module):
         self.reduce = nn.Linear(4 * width, 2 * width, bias=False)
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b _h _w d"]:
+        """Returns the map of half the resolution; odd sides are padded with zeros."""
         x = functional.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
         return self.reduce(self.norm(x))
@@ -154,6 +156,7 @@ class Swin(nn.Module):
         freeze(parts, frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        """Returns the normalised levels, finest first."""
         x = functional.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
         x = self.stem_norm(self.stem(x).permute(0, 2, 3, 1))  # (B, H/4, W/4, C)
         outputs = []

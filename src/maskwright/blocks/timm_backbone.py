@@ -30,6 +30,7 @@ class TimmBackbone(nn.Module):
         body: The network of timm.
         channels: Channels of the levels.
         strides: Strides of the levels.
+        removed: Names of the layers after the last level that were removed; files of earlier versions have them.
 
     Raises:
         UsageError: If timm has no such model, or it has other strides.
@@ -45,7 +46,10 @@ class TimmBackbone(nn.Module):
         self.channels, self.strides = list(levels.channels), list(levels.strides)
         self.channels_last = getattr(self.body, "output_fmt", "NCHW") == "NHWC"
         self._frozen: list[nn.Module] = []
+        before = [name for name, _ in self.named_modules()]
         parts = _parts(self.body, modules)
+        left = {name for name, _ in self.named_modules()}
+        self.removed = tuple(name for name in before if name not in left)
         if frozen:
             if parts is None:
                 raise UsageError(f"timm's {name!r} has no stages that could be frozen; use frozen=0")
@@ -53,6 +57,7 @@ class TimmBackbone(nn.Module):
             self._frozen = parts[:frozen]
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        """Returns the levels, finest first, as (B, C, H, W)."""
         outputs = list(self.body(x))
         return [y.permute(0, 3, 1, 2) for y in outputs] if self.channels_last else outputs
 

@@ -68,6 +68,7 @@ class SelfAttention(nn.Module):
         positions: Float[Tensor, "_b n c"] | None = None,
         allowed: Bool[Tensor, "b _h _n n"] | None = None,
     ) -> Float[Tensor, "b n c"]:
+        """Returns the tokens with the result of the attention added, normalised."""
         placed = x if positions is None else x + positions
         return self.norm(x + self.drop(self.attention(placed, placed, x, allowed)))
 
@@ -89,6 +90,7 @@ class CrossAttention(nn.Module):
         positions: Float[Tensor, "_b n c"] | None = None,
         allowed: Bool[Tensor, "b _h _n m"] | None = None,
     ) -> Float[Tensor, "b n c"]:
+        """Returns the tokens with the result of the attention added, normalised."""
         placed = x if positions is None else x + positions
         return self.norm(x + self.drop(self.attention(placed, keys, memory, allowed)))
 
@@ -107,6 +109,7 @@ class FeedForward(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Float[Tensor, "b n c"]) -> Float[Tensor, "b n c"]:
+        """Returns the tokens with the output of the network added, normalised."""
         return self.norm(x + self.drop(self.reduce(self.drop(self.activation(self.expand(x))))))
 
 
@@ -124,6 +127,7 @@ class EncoderLayer(nn.Module):
         positions: Float[Tensor, "_b n c"] | None = None,
         allowed: Bool[Tensor, "b _h _n n"] | None = None,
     ) -> Float[Tensor, "b n c"]:
+        """Returns the refined tokens."""
         return self.feed_forward(self.self_attention(x, positions, allowed))
 
 
@@ -174,6 +178,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Float[Tensor, "*n c"]) -> Float[Tensor, "*n d"]:
+        """Returns the output of the last layer."""
         for number, layer in enumerate(self.layers):
             x = layer(functional.relu(x) if number else x)
         return x

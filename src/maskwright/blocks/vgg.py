@@ -61,6 +61,7 @@ class VGG(nn.Module):
         freeze(list(self.stages), frozen)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
+        """Returns the outputs of all stages, finest first."""
         outputs = []
         for number, stage in enumerate(self.stages):
             if number == 4 and self.dilated:  # 2 x 2 without a stride keeps the size if one row and column are added

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.layers import ConvNorm
+from maskwright.errors import UsageError
+from maskwright.options import OptionGroup
 
 
 class PrototypeNet(nn.Module):
@@ -27,6 +31,7 @@ class PrototypeNet(nn.Module):
         self.output = nn.Conv2d(channels, prototypes, 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k _h _w"]:
+        """Returns the prototypes."""
         x = functional.interpolate(self.before(x), scale_factor=2.0, mode="bilinear", align_corners=False)
         return functional.relu(self.output(self.after(x)))
 
@@ -70,3 +75,54 @@ def xavier(module: nn.Module) -> None:
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+SIDES = (24, 48, 96, 192, 384)  # of the anchors on P3 ... P7, for inputs of 550 pixels
+
+
+@dataclass(frozen=True)
+class Anchors(OptionGroup):
+    """The anchors of every location of the pyramid: one for each octave and ratio.
+
+    Attributes:
+        sides: Side s of the anchors on P3 ... P7, in pixels of the canvas; None scales 24, 48, 96, 192 and 384, which
+            are those for 550 pixels, with the canvas.
+        ratios: Aspect ratios r.
+        octaves: Anchors of sides s, 2^(1/octaves) s, 2^(2/octaves) s, ... below 2 s.
+        square: Whether width and height are both s sqrt(r), as in the published code, or s sqrt(r) and s / sqrt(r).
+    """
+
+    label: ClassVar[str] = "anchors"
+
+    sides: Sequence[float] | None = None
+    ratios: Sequence[float] = (1.0, 0.5, 2.0)
+    octaves: int = 1
+    square: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sides is not None and (len(self.sides) != 5 or not min(self.sides) > 0):
+            raise UsageError(f"anchors.sides must be five numbers above 0, for P3 ... P7, got {list(self.sides)}")
+        if not self.ratios or not min(self.ratios) > 0:
+            raise UsageError(f"anchors.ratios must be at least one number, all above 0, got {list(self.ratios)}")
+        if self.octaves < 1:
+            raise UsageError(f"anchors.octaves must be at least 1, got {self.octaves}")
+
+    def __len__(self) -> int:
+        return len(self.ratios) * self.octaves
+
+    def shapes(self, canvas: tuple[int, int]) -> list[list[tuple[float, float]]]:
+        """Width and height of each level's anchors as shares of the canvas (height, width), octave by octave."""
+        height, width = canvas
+        sides = [max(1, side * min(canvas) // 550) for side in SIDES] if self.sides is None else self.sides
+        result = []
+        for side in sides:
+            scales = [side * 2 ** (octave / self.octaves) for octave in range(self.octaves)]
+            result.append(
+                [
+                    (scale / width * ratio**0.5, scale / height * (ratio**0.5 if self.square else ratio**-0.5))
+                    for scale in scales
+                    for ratio in self.ratios
+                ]
+            )
+        return result

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from maskwright.blocks.timm_backbone import TimmBackbone
 from maskwright.errors import CheckpointError, UsageError
 from maskwright.systems import ClassRows, System
 
@@ -109,7 +110,10 @@ def widen_input(weight: Float[Tensor, "out channels *kernel"], channels: int) ->
 
 
 def renamed(state: Mapping[str, Tensor], system: System) -> State:
-    """The state dict with parameter names of earlier versions replaced; see `System.renamed_parameters`."""
+    """The state dict with parameter names of earlier versions replaced; see `System.renamed_parameters`.
+
+    Layers that earlier versions kept after a backbone's last level are left out.
+    """
     known = system.state_dict().keys()
     prefixes = sorted(system.renamed_parameters.items(), key=lambda pair: -len(pair[0]))
 
@@ -118,7 +122,13 @@ def renamed(state: Mapping[str, Tensor], system: System) -> State:
             return key
         return next((new + key[len(old) :] for old, new in prefixes if key.startswith(old)), key)
 
-    return {today(key): value for key, value in state.items()}
+    unused = tuple(
+        f"{name}.{layer}."
+        for name, module in system.named_modules()
+        if isinstance(module, TimmBackbone)
+        for layer in module.removed
+    )
+    return {new: value for key, value in state.items() if not (new := today(key)).startswith(unused)}
 
 
 def fit(state: Mapping[str, Tensor], system: System, path: str, layout: str, absent: Sequence[str] = ()) -> State:

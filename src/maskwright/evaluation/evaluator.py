@@ -223,6 +223,7 @@ class Evaluator:
             classes=self.given.classes,
             paths={image_id: p for image_id, i in zip(self._ids, self._order, strict=True) if (p := paths[i])},
             targets=lambda image_id: self.given.targets(self._order[self._position[image_id]]),
+            by_class=self.task != "proposals",
         )
         for image_id, instances in found.items():
             self.add(image_id, instances)

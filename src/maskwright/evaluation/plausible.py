@@ -6,6 +6,7 @@ another split that counts from 1 too. Predictions then overlap objects of other 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,10 +39,11 @@ def check_images(
         certain: Whether image ids are those of the data set; False if they were matched by the names of files.
 
     Raises:
-        AnnotationError: If the predictions fit other images far better, under a usual way of counting images.
+        AnnotationError: If the predictions fit other images far better, under a usual way of counting images; or if
+            they score high, but lie on the objects of their own images no more often than on those of others.
 
     Warns:
-        DataWarning: If hardly any prediction lies on an object.
+        DataWarning: If they do so with low scores.
     """
     sampled = _sampled(found)
     hits, total = _hits([(found[i], targets(i)) for i in sampled], reference)
@@ -61,13 +63,18 @@ def check_images(
             f"{path}: image ids are no ids of the data set; taken as names of files, only {hits} of {total} "
             "predictions lie on an object; the results are probably of another split"
         )
-    if total >= 20 and hits <= total / 20:
-        warnings.warn(
-            f"{path}: only {hits} of {total} predictions lie on an annotated object (box IoU of at least 0.5); check "
-            "that the results belong to this split",
-            DataWarning,
-            stacklevel=4,
-        )
+    if total < 12 or hits > total / 3:
+        return
+    chance = _chance([(found[i], targets(i)) for i in sampled], reference) * total
+    if hits > chance + 2 * math.sqrt(chance + 1) and hits > total / 20:
+        return
+    sentence = (
+        f"{path}: only {hits} of {total} predictions lie on an object (box IoU of at least 0.5), which is no more than "
+        "on the objects of other images; the results are probably of another split"
+    )
+    if _mean_score([found[i] for i in sampled]) >= 0.5:  # a system that has learned nothing is not that certain
+        raise AnnotationError(sentence)
+    warnings.warn(f"{sentence}, or of a system that has learned nothing", DataWarning, stacklevel=4)
 
 
 def check_classes(path: Path, found: Mapping[Id, Instances], reference: Reference, targets: Targets) -> None:
@@ -96,7 +103,8 @@ def check_classes(path: Path, found: Mapping[Id, Instances], reference: Referenc
     partner: list[int] = table.argmax(1)[used].tolist()
     agreeing = int(table[used, partner].sum())
     one_to_one = len(set(partner)) == len(used)
-    if total >= LEAST and len(used) > 1 and one_to_one and right <= total / 10 and agreeing >= 0.8 * total:
+    enough = total >= LEAST if len(used) > 1 else total >= 8 and not right
+    if enough and one_to_one and right <= total / 10 and agreeing >= 0.8 * total:
         ids = reference.category_ids
         shown = ", ".join(f"{ids[a]} for {_class(reference, b)}" for a, b in zip(used[:3], partner[:3], strict=True))
         raise AnnotationError(
@@ -128,6 +136,23 @@ def _hits(pairs: Sequence[tuple[Instances, Instances]], reference: Reference) ->
         if len(best) and len(truth) and predicted.image_size == target.image_size:
             hits += int((pairwise_iou(best.boxes.float(), truth.boxes.float()).amax(1) >= 0.5).sum())
     return hits, total
+
+
+def _chance(pairs: Sequence[tuple[Instances, Instances]], reference: Reference) -> float:
+    """Share of the predictions that lie on an object of another image."""
+    hits = total = 0
+    for shift in range(1, min(len(pairs), 6)):
+        others = [(pairs[k][0], pairs[(k + shift) % len(pairs)][1]) for k in range(len(pairs))]
+        others = [pair for pair in others if pair[0].image_size == pair[1].image_size]
+        right, count = _hits(others, reference)
+        hits, total = hits + right, total + count
+    return hits / max(1, total)
+
+
+def _mean_score(predictions: Sequence[Instances]) -> float:
+    """Mean of the best score of each image."""
+    best = [float(each.scores.max()) for each in predictions if each.scores is not None and len(each)]
+    return sum(best) / max(1, len(best))
 
 
 def _objects(target: Instances) -> Instances:

@@ -30,6 +30,7 @@ def read_results(
     classes: Sequence[str] = (),
     paths: Mapping[Any, Path] | None = None,
     targets: Callable[[Any], Instances] | None = None,
+    by_class: bool = True,
 ) -> dict[Any, Instances]:
     """Reads predictions from a COCO results file.
 
@@ -44,6 +45,8 @@ def read_results(
         classes: Class names, to match those of `pictures.json` with.
         paths: Image file by id, to match file names with.
         targets: Gives the annotated objects of an image id, to recognize ids that stand for other images or classes.
+
+        by_class: Whether classes count; False for proposals.
 
     Returns:
         Predictions by image id. Label -1 is a class that the data set does not have.
@@ -74,9 +77,9 @@ def read_results(
             raise AnnotationError(
                 f"{path}: records of image {image_id!r}, from number {group[0][0]} on, cannot be read: {error}"
             ) from None
-    if targets is not None and matched.images_by != "listing":
-        check_images(path, found, reference, targets, certain=matched.images_by == "id")
-    if targets is not None and matched.classes_by == "id":
+    if targets is not None:
+        check_images(path, found, reference, targets, certain=matched.images_by != "name")
+    if targets is not None and by_class and matched.classes_by == "id":
         check_classes(path, found, reference, targets)
     return found
 

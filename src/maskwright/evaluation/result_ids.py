@@ -9,6 +9,7 @@ their average precision would be 0, whatever the quality of the predictions.
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar, cast
 
 from maskwright.data.findings import DataWarning
-from maskwright.data.values import parse_id, parse_int, parse_length, shortened
+from maskwright.data.values import parse_float, parse_id, parse_int, parse_length, shortened
 from maskwright.errors import AnnotationError
 
 Id = int | str
@@ -308,6 +309,8 @@ class _Lookup:
         if value in self.entries:
             return self.entries[value]
         number = parse_int(value)
+        if number is None and math.isfinite(real := parse_float(value)) and real.is_integer():  # "1.0"
+            number = int(real)
         return None if number is None else self.by_value.get(number)
 
 

@@ -73,3 +73,12 @@ def lovasz_hinge(logits: Float[Tensor, "n p"], target: Float[Tensor, "n p"]) -> 
     jaccard = 1 - both / union
     steps = torch.cat([jaccard[:, :1], jaccard[:, 1:] - jaccard[:, :-1]], 1)
     return (errors.relu() * steps).sum(1)
+
+
+def focal_star_sum(
+    logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"], alpha: float = 0.3, gamma: float = 3.0
+) -> Float[Tensor, ""]:
+    """Sum of FL* (RetinaNet, arXiv 1708.02002, appendix A): -log sigmoid(gamma x_t) / gamma, where x_t is the logit of
+    the true value, with weight alpha for ones and 1 - alpha for zeros."""
+    toward = functional.logsigmoid(gamma * (2 * truth - 1) * logits)
+    return -((alpha * truth + (1 - alpha) * (1 - truth)) * toward).sum() / gamma

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from maskwright.ops import boxes as box_ops
 from maskwright.ops.boxes import pairwise_iou
 
 
@@ -169,3 +170,15 @@ def fast_nms_by_class(
     own = boxes[box]
     kept = fast_nms(pairwise_iou(own, own), threshold)
     return torch.where(kept, score, -1.0).flatten(), label.flatten(), box.flatten()
+
+
+def greedy_nms_by_class(
+    boxes: Float[Tensor, "p 4"], scores: Float[Tensor, "c p"], candidate: float, threshold: float
+) -> tuple[Float[Tensor, " d"], Int[Tensor, " d"], Int[Tensor, " d"]]:
+    """Score, class and anchor of what greedy NMS leaves among the anchors that score above `candidate` in each class.
+
+    As in the original sides count pixels, x1 - x0 + 1, and an IoU of exactly `threshold` suppresses."""
+    row, anchor = (scores > candidate).nonzero().unbind(1)
+    below = float(torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)))
+    left = box_ops.nms(boxes[anchor], scores[row, anchor], row, below, plus_one=True)
+    return scores[row[left], anchor[left]], row[left], anchor[left]

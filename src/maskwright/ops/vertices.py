@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from maskwright.ops.contours import resample
 from maskwright.structures import Masks
 
 
@@ -207,3 +208,22 @@ def _following(owners: np.ndarray, count: int) -> np.ndarray:
     last = (first + lengths - 1)[lengths > 0]
     following[last] = first[lengths > 0]
     return following
+
+
+def diamond_lines(boxes: Float[Tensor, "n 4"], count: int) -> Float[Tensor, "n {count} 2"]:
+    """The midpoints of a box's sides as a closed contour with `count` points, a quarter of them on each edge."""
+    corners = diamonds(boxes)
+    part = torch.arange(count // 4, device=boxes.device) / (count // 4)
+    edges = (corners.roll(-1, 1) - corners)[:, :, None] * part[:, None]
+    return (corners[:, :, None] + edges).flatten(1, 2)
+
+
+def octagon_lines(extremes: Float[Tensor, "n 4 2"], count: int) -> Float[Tensor, "n {count} 2"]:
+    """The octagons of extreme points as closed contours with `count` points."""
+    return resample(octagons(extremes), count)
+
+
+def clipped_to_map(points: Float[Tensor, "*n 2"], feature: Float[Tensor, "b c h w"]) -> Float[Tensor, "*n 2"]:
+    """Points x, y moved into the map."""
+    x, y = points.unbind(-1)
+    return torch.stack([x.clamp(0, feature.shape[3] - 1), y.clamp(0, feature.shape[2] - 1)], -1)

@@ -14,7 +14,7 @@ Contours are in cells of the feature map of stride 4: pixel coordinates divided 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -22,24 +22,28 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.backbones import Backbone, BackboneLike, levels_of
-from maskwright.blocks.dla import DLA, DLAUp, LightUp
+from maskwright.blocks.backbones import Backbone, BackboneLike
+from maskwright.blocks.centernet import CentreDense
+from maskwright.blocks.centernet import CentreRaw as Raw
 from maskwright.blocks.layers import Norm
-from maskwright.blocks.snake import CELLS, ComponentHead, Convolution, LineNorm, Snake
-from maskwright.errors import UsageError
+from maskwright.blocks.snake import CELLS, STRIDE, ComponentHead, ContourOptions, Contours
 from maskwright.ops import boxes as box_ops
-from maskwright.ops.centres import PRIOR, centre_focal_sum, find_peaks, gaussian_radius, paint_gaussians
-from maskwright.ops.contours import resample, resample_from
+from maskwright.ops.centres import centre_focal_sum, find_peaks, gaussian_radius, paint_gaussians
+from maskwright.ops.contours import resample_from
 from maskwright.ops.distributed import global_mean_count
-from maskwright.ops.vertices import bounds, diamonds, extreme_points, octagons, outlines_of, read_at, tidy_outlines
-from maskwright.options import OptionGroup
+from maskwright.ops.vertices import (
+    bounds,
+    diamonds,
+    extreme_points,
+    octagon_lines,
+    outlines_of,
+    tidy_outlines,
+)
 from maskwright.structures import Instances, Masks, Placement, Preprocess
 from maskwright.structures.resize import Resize, ResizeLike
 from maskwright.systems.card import Card, Preset, Score
 from maskwright.systems.system import ClassRows, System
 
-STRIDE = 4
-DILATIONS = (1, 1, 1, 2, 2, 4, 4)
 SIZE_WEIGHT = 0.1
 PUBLISHED = Preprocess(
     resample="opencv", mean=(0.40789654, 0.44719302, 0.47026115), std=(0.28863828, 0.27408164, 0.27809835),
@@ -47,189 +51,8 @@ PUBLISHED = Preprocess(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ContourOptions(OptionGroup):
-    """The contours and their network, as options; the paper compares iterations and convolutions.
-
-    Attributes:
-        points: Points of a contour.
-        start_points: Points of the diamond from which the extreme points are predicted; a multiple of 4.
-        iterations: How often a contour is moved.
-        convolution: "circular" with nine weights, or "graph" with two: of a point, and of both its neighbours.
-        width: Channels of the network.
-        norm: Its normalisation; "batch" as published.
-        align_corners: How features are sampled at points, see `ops.vertices.read_at`.
-    """
-
-    label: ClassVar[str] = "contours"
-
-    points: int = 128
-    start_points: int = 40
-    iterations: int = 3
-    convolution: Convolution = "circular"
-    width: int = 128
-    norm: LineNorm = "group"
-    align_corners: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("iterations", "width"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"contours.{name} must be at least 1, got {getattr(self, name)}")
-        reach = 4 * max(DILATIONS) if self.convolution == "circular" else max(DILATIONS)
-        least = max(12, reach)  # an octagon has 12 points; the widest convolution must not go round more than once
-        if self.points < least:
-            raise UsageError(f"contours.points must be at least {least}, got {self.points}")
-        if self.start_points % 4 or self.start_points < max(4, reach):
-            raise UsageError(
-                f"contours.start_points must be a multiple of 4 and at least {max(4, reach)}, got {self.start_points}"
-            )
-
-
 ContourOptionsLike = Mapping[str, Any] | ContourOptions
 BACKBONE, CONTOURS, RESIZE = Backbone("dla34"), ContourOptions(), Resize()
-
-
-# ---- networks --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Raw:
-    """Raw output of every cell.
-
-    Attributes:
-        centres: Logits of an object's centre, for each class.
-        sizes: Width and height of the box around the cell, in cells.
-        feature: What the network of the contours reads.
-    """
-
-    centres: Float[Tensor, "b k h w"]
-    sizes: Float[Tensor, "b 2 h w"]
-    feature: Float[Tensor, "b c h w"]
-
-
-class CentreDense(nn.Module):
-    """Backbone, a neck that merges its levels at stride 4, and the heads of CenterNet (arXiv 1904.07850)."""
-
-    def __init__(
-        self, backbone: nn.Module, classes: int, *, neck_width: int, deformable: bool, norm: Norm, eps: float,
-        head_width: int,
-    ):  # fmt: skip
-        """
-        Args:
-            backbone: With levels of strides 4, 8, 16 and 32. For a DLA the neck is that of CenterNet, for others it is
-                `LightUp`.
-            classes: Number of classes.
-            neck_width: Channels of `LightUp`.
-            deformable: Whether the neck of a DLA has deformable convolutions.
-            norm: Normalisation of the neck.
-            eps: Its epsilon.
-            head_width: Channels of the heads.
-        """
-        super().__init__()
-        levels = levels_of(backbone)
-        self.backbone = backbone
-        self.read = levels.indices((4, 8, 16, 32))
-        channels = [levels.channels[i] for i in self.read]
-        self.neck: nn.Module
-        if isinstance(backbone, DLA):
-            self.neck, self.channels = DLAUp(channels, norm=norm, eps=eps, deformable=deformable), channels[0]
-        else:
-            self.neck, self.channels = LightUp(channels, neck_width, norm=norm, eps=eps), neck_width
-        self.centres = _head(self.channels, head_width, classes, PRIOR)
-        self.sizes = _head(self.channels, head_width, 2)
-
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
-        levels = self.backbone(images)
-        feature = self.neck([levels[i] for i in self.read])  # (B, 64, H/4, W/4)
-        return Raw(self.centres(feature), self.sizes(feature), feature)
-
-
-def _head(channels: int, width: int, outputs: int, bias: float = 0.0) -> nn.Sequential:
-    last = nn.Conv2d(width, outputs, 1)
-    nn.init.constant_(last.bias, bias)  # pyright: ignore[reportArgumentType]
-    return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True), last)
-
-
-class Contours(nn.Module):
-    """From boxes to extreme points, octagons and contours (figure 3)."""
-
-    def __init__(self, channels: int, options: ContourOptions):
-        super().__init__()
-        self.options = options
-        self.fuse = nn.Conv1d(2 * channels, channels, 1)
-
-        def snake() -> Snake:
-            return Snake(channels + 2, options.width, DILATIONS, options.convolution, options.norm)
-
-        self.start = snake()
-        self.steps = nn.ModuleList(snake() for _ in range(options.iterations))
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv1d):
-                nn.init.normal_(layer.weight, std=0.01)
-                nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
-
-    def forward(
-        self,
-        feature: Float[Tensor, "b c h w"],
-        boxes: Float[Tensor, "n 4"],
-        owners: Int[Tensor, " n"],
-        octagons: Float[Tensor, "n p 2"] | None = None,
-    ) -> tuple[Float[Tensor, "n 4 2"], tuple[Float[Tensor, "n p 2"], ...]]:
-        """Predicts extreme points from boxes, and moves octagons to contours.
-
-        Args:
-            feature: Feature map of stride 4.
-            boxes: Boxes in cells of the map.
-            owners: Index of each box's image.
-            octagons: Contours to start from, in cells; default the octagons of the predicted extreme points, which are
-                clipped to the map.
-
-        Returns:
-            The extreme points (top, left, bottom, right), not clipped, and the contour after each iteration, in cells.
-        """
-        diamond = diamond_lines(boxes, self.options.start_points)
-        centres = (diamond.amin(1, keepdim=True) + diamond.amax(1, keepdim=True)) / 2
-        at_points = self._sample(feature, diamond, owners)
-        at_centre = self._sample(feature, centres, owners).expand_as(at_points)
-        offsets = self._move(self.start, self.fuse(torch.cat([at_points, at_centre], 1)), diamond)
-        extremes = (diamond + offsets)[:, :: self.options.start_points // 4]
-        if octagons is None:
-            octagons = octagon_lines(clipped_to_map(extremes, feature), self.options.points)
-        contour, contours = octagons, []
-        for step in self.steps:  # which reads and predicts pixels of the input, four per cell
-            offsets = self._move(step, self._sample(feature, contour, owners), contour * STRIDE)
-            contour = (contour * STRIDE + offsets) / STRIDE
-            contours.append(contour)
-        return extremes, tuple(contours)
-
-    def _sample(self, feature: Tensor, points: Tensor, owners: Tensor) -> Float[Tensor, "n c p"]:
-        return read_at(feature, points, owners, align_corners=self.options.align_corners).transpose(1, 2)
-
-    @staticmethod
-    def _move(snake: nn.Module, features: Tensor, points: Float[Tensor, "n p 2"]) -> Float[Tensor, "n p 2"]:
-        """Offsets of the points from their features and their coordinates relative to the contour's box."""
-        relative = (points - points.amin(1, keepdim=True)).transpose(1, 2).to(features)
-        return snake(torch.cat([features, relative], 1)).float()
-
-
-def diamond_lines(boxes: Float[Tensor, "n 4"], count: int) -> Float[Tensor, "n {count} 2"]:
-    """The midpoints of a box's sides as a closed contour with `count` points, a quarter of them on each edge."""
-    corners = diamonds(boxes)
-    part = torch.arange(count // 4, device=boxes.device) / (count // 4)
-    edges = (corners.roll(-1, 1) - corners)[:, :, None] * part[:, None]
-    return (corners[:, :, None] + edges).flatten(1, 2)
-
-
-def octagon_lines(extremes: Float[Tensor, "n 4 2"], count: int) -> Float[Tensor, "n {count} 2"]:
-    """The octagons of extreme points as closed contours with `count` points."""
-    return resample(octagons(extremes), count)
-
-
-def clipped_to_map(points: Float[Tensor, "*n 2"], feature: Float[Tensor, "b c h w"]) -> Float[Tensor, "*n 2"]:
-    """Points x, y moved into the map."""
-    x, y = points.unbind(-1)
-    return torch.stack([x.clamp(0, feature.shape[3] - 1), y.clamp(0, feature.shape[2] - 1)], -1)
 
 
 # ---- targets and detections ------------------------------------------------------------------------------------------

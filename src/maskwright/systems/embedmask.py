@@ -32,6 +32,7 @@ from maskwright.blocks.backbones import Backbone, BackboneLike, levels_of
 from maskwright.blocks.fpn import FPN
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
+from maskwright.ops.embeddings import CELL, OUTSIDE, Region, cells_inside, good_locations, group_means, mask_windows
 from maskwright.ops.losses import lovasz_hinge
 from maskwright.ops.mask_targets import seen_at
 from maskwright.ops.windows import paste_windows
@@ -40,12 +41,8 @@ from maskwright.structures.resize import Resize, ResizeLike
 from maskwright.systems.card import Card, Preset, Score
 from maskwright.systems.system import ClassRows, System, at_least
 
-CELL = 4  # input pixels of a mask's cell: the finest level (stride 8), upsampled by two
-OUTSIDE = -10.0  # log-probability outside of a detection's region, where masks are resized as logarithms
 CANDIDATE = 0.05  # class probability above which a location is a candidate
 SMALLEST = 1e-9  # distance of probabilities from 0 and 1 where their logits are computed
-# The cells in which a mask is computed: the box's cells and a margin of two cells ("padded") or one ("near").
-Region = Literal["padded", "near"]
 
 
 @dataclass(frozen=True)
@@ -317,12 +314,12 @@ class EmbedMask(System):
         good, best = good_locations(fcos.overlap(predicted, wanted), group, sum(counts))
         chosen = good if self.rules.trained_from == "good" else best
         coded = [_rows(v)[image, place] for v in (raw.embeddings, raw.margins)]  # (P, D), (P, D or 1)
-        embeddings, margins = (_means(v[chosen], group[chosen], sum(counts)).split(counts) for v in coded)
+        embeddings, margins = (group_means(v[chosen], group[chosen], sum(counts)).split(counts) for v in coded)
         assigned = torch.zeros(sum(counts), dtype=torch.bool, device=owner.device).index_fill(0, group, True)
         terms["mask"] = self._mask_loss(raw, targets, truths, embeddings, margins, assigned.split(counts))
         if self.smooth_weight:
             share = torch.cat([goal.new_full((c,), 1 / (max(1, c) * len(counts))) for c in counts])
-            spread = sum((v - _means(v[good], group[good], sum(counts))[group]).square().sum(1) for v in coded)
+            spread = sum((v - group_means(v[good], group[good], sum(counts))[group]).square().sum(1) for v in coded)
             terms["smooth"] = self.smooth_weight * (spread * share[group])[good].sum()
         return terms
 
@@ -392,7 +389,7 @@ class EmbedMask(System):
             log_p = log_p.clamp(math.log(SMALLEST), -SMALLEST)
             logits, truth = log_p - (-torch.expm1(log_p)).log(), truth.flatten(1)
             if self.crop is not None:
-                inside = _inside(boxes / CELL, pixels.shape[1:], self.crop).flatten(1)
+                inside = cells_inside(boxes / CELL, pixels.shape[1:], self.crop).flatten(1)
                 # A cell outside has no error and is sorted last: it changes neither order nor weights of the others.
                 logits, truth = logits.masked_fill(~inside, -1e9), truth & inside
             return lovasz_hinge(logits, truth.float())
@@ -613,47 +610,6 @@ class EmbedMask(System):
     }  # fmt: skip
 
 
-def mask_windows(
-    pixels: Float[Tensor, "d h w"],
-    boxes: Float[Tensor, "n 4"],
-    embeddings: Float[Tensor, "n d"],
-    margins: Float[Tensor, "n m"],
-    *,
-    region: Region,
-    logarithm: bool,
-) -> tuple[Float[Tensor, "n r c"], Int[Tensor, "n 2"]]:
-    """(Log-)probabilities of each detection in a window of cells around its box.
-
-    Args:
-        pixels: Pixel embeddings of the image.
-        boxes: Boxes of the detections, in the input's pixels.
-        embeddings: Their embeddings.
-        margins: Their margins.
-        region: The cells that are computed. They are surrounded by at least one cell of `OUTSIDE`, or 0.
-        logarithm: Whether to return log-probabilities.
-
-    Returns:
-        Windows of one size, and the cell x, y of the map at which each begins.
-    """
-    height, width = pixels.shape[1:]
-    limit, cells = boxes.new_tensor([width, height]), boxes / CELL
-    if region == "padded":
-        low, high = cells[:, :2].trunc() - 2, cells[:, 2:].trunc() + 2
-    else:
-        low, high = (cells[:, :2] - 1).ceil(), (cells[:, 2:] + 1).ceil()
-    low, high = low.clamp(min=0).long(), high.minimum(limit).long()
-    corners = low - 1
-    columns, rows = ((high - low).amax(0) + 2).clamp(min=2).tolist()
-    x = corners[:, :1] + torch.arange(columns, device=boxes.device)  # (n, c)
-    y = corners[:, 1:] + torch.arange(rows, device=boxes.device)  # (n, r)
-    across = (x >= low[:, :1]) & (x < high[:, :1])
-    inside = across[:, None] & ((y >= low[:, 1:]) & (y < high[:, 1:]))[..., None]  # (n, r, c)
-    cell = (y.clamp(0, height - 1) * width)[..., None] + x.clamp(0, width - 1)[:, None]
-    apart = pixels.flatten(1).T[cell].sub_(embeddings[:, None, None])  # (n, r, c, D); in place, since memory is slow
-    log_p = -apart.square_().mul_(margins[:, None, None]).sum(-1)
-    return torch.where(inside, log_p if logarithm else log_p.exp(), OUTSIDE if logarithm else 0.0), corners
-
-
 def _rows(levels: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "b n c"]:
     """All locations of all levels as rows."""
     return torch.cat([v.flatten(2) for v in levels], 2).transpose(1, 2)
@@ -662,41 +618,3 @@ def _rows(levels: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "b n c"
 def _corner(like: Tensor, last: float) -> Float[Tensor, " 4"]:
     """0, 0, last, last."""
     return like.new_tensor([0.0, 0.0, last, last])
-
-
-def good_locations(
-    iou: Float[Tensor, " p"], group: Int[Tensor, " p"], count: int
-) -> tuple[Bool[Tensor, " p"], Bool[Tensor, " p"]]:
-    """Selects locations whose masks are trained.
-
-    Args:
-        iou: IoU of each location's predicted box with its object.
-        group: Index of the object.
-        count: Number of objects.
-
-    Returns:
-        Which locations are good (IoU above 0.5, or the object's best if there is none), and which one is each object's
-        best, the first of equal ones.
-    """
-    peak = iou.new_full((count,), -1.0).scatter_reduce(0, group, iou, "amax")[group]
-    good = torch.where(peak > 0.5, iou > 0.5, iou == peak)
-    number = torch.arange(len(iou), device=iou.device)
-    ranked = torch.where(iou == peak, number, len(iou))
-    first = number.new_full((count,), len(iou)).scatter_reduce(0, group, ranked, "amin")
-    return good, number == first[group]
-
-
-def _means(values: Float[Tensor, "p d"], group: Int[Tensor, " p"], count: int) -> Float[Tensor, "g d"]:
-    """The mean of each object's rows; zeros if it has none."""
-    total = values.new_zeros(count, values.shape[1]).index_add(0, group, values)
-    return total / group.bincount(minlength=count).clamp(min=1)[:, None]
-
-
-def _inside(cells: Float[Tensor, "g 4"], size: Sequence[int], share: float) -> Bool[Tensor, "g h w"]:
-    """The cells of boxes enlarged by a share of their sides and one cell, without the map's last row and column."""
-    grown = (cells[:, 2:] - cells[:, :2]) * share + 1
-    low = (cells[:, :2] - grown).clamp(min=0)
-    high = (cells[:, 2:] + grown).minimum(cells.new_tensor([size[1] - 1, size[0] - 1]))
-    y, x = (torch.arange(n, device=cells.device) for n in size)
-    across = (x >= low[:, :1]) & (x < high[:, :1])
-    return across[:, None] & ((y >= low[:, 1:]) & (y < high[:, 1:]))[..., None]

@@ -10,16 +10,15 @@ No code was published and the tables of the paper could not be checked. This is 
 the paper, from a student project that rebuilt it, and from choices of our own; docs/systems/mask-frozen-detr.md lists
 which is which. Parity cannot be claimed: only the idea, its cost, and one figure of the largest model are published.
 
-Since the detector never changes, its output for an image has to be computed only once: see the option `cache`.
+The networks are in `blocks/box_masks.py`. Since the detector never changes, its output for an image has to be computed
+only once: see the option `cache`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Float, Int
@@ -27,10 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from maskwright.blocks.deformable_attention import DeformableEncoderLayer, cell_centres
-from maskwright.blocks.layers import GroupNorm
-from maskwright.blocks.positions import padding_of, sine_positions
-from maskwright.blocks.transformer import CrossAttention, FeedForward, SelfAttention
+from maskwright.blocks.box_masks import ImageEncoder, MaskNetwork, QueryEncoder, QueryPart
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.assignment import assign
@@ -48,15 +44,14 @@ from maskwright.systems.h_detr import HDETR
 from maskwright.systems.kinds.detectors import (
     BoxCost,
     FrozenFeatures,
-    FrozenLayout,
     QueryDetector,
     named_weights,
 )
+from maskwright.systems.kinds.feature_cache import FeatureCache
 from maskwright.systems.system import ClassRows, System, at_least
 
 BUDGET = 1 << 30  # bytes of the boxes that are processed at once in training; in inference they take a fraction of it
 STRIDE = 4  # of the feature map that boxes are cropped from
-QueryPart = Literal["objects", "box", "feed_forward"]
 
 
 @dataclass(frozen=True)
@@ -109,208 +104,6 @@ class Raw:
     queries: Float[Tensor, "b n c"]
     features: Float[Tensor, "b c h w"]
     detector: Any = None
-
-
-# ---- networks --------------------------------------------------------------------------------------------------------
-
-
-class ImageEncoder(nn.Module):
-    """Image feature encoder: refines the detector's memory, upsamples it to stride 4 and adds the backbone's map.
-
-    Args:
-        layout: Channels and strides of the detector's features.
-        width: Channels of the result.
-        layers: Number of deformable encoder layers.
-        hidden: Width inside their feed-forward part.
-        heads: Attention heads.
-        sampled: Sampling locations of each head on each level.
-    """
-
-    def __init__(self, layout: FrozenLayout, width: int, layers: int, hidden: int, heads: int, sampled: int):
-        super().__init__()
-        count = len(layout.strides)
-        self.levels = nn.Parameter(torch.randn(count, layout.memory), requires_grad=layers > 0)  # a code of each level
-        self.layers = nn.ModuleList(
-            DeformableEncoderLayer(layout.memory, hidden, heads, count, sampled, activation="gelu")
-            for _ in range(layers)
-        )
-        self.neck = nn.Sequential(
-            nn.Conv2d(layout.fine, layout.memory, 1, bias=False),
-            GroupNorm(math.gcd(8, layout.memory), layout.memory),
-        )
-        self.mapper = nn.Conv2d(layout.memory, width, 1)
-
-    def forward(
-        self,
-        memory: Sequence[Float[Tensor, "b d _h _w"]],
-        fine: Float[Tensor, "b e p q"],
-        valid: Int[Tensor, "b 2"],
-        size: tuple[int, int],
-    ) -> Float[Tensor, "b c p q"]:
-        """Computes the feature map that boxes are cropped from.
-
-        Args:
-            memory: Levels of the detector's memory, finest first.
-            fine: The backbone's feature map of stride 4.
-            valid: Height and width of the part of each image that is not padding.
-            size: Height and width of the network's input.
-        """
-        shapes = [(m.shape[2], m.shape[3]) for m in memory]
-        paddings = [padding_of(valid, size, shape) for shape in shapes]
-        tokens = torch.cat([m.flatten(2).mT for m in memory], 1)  # (B, S, D)
-        codes, centres, ratios = [], [], []
-        for shape, padding, level in zip(shapes, paddings, self.levels, strict=True):
-            code = sine_positions(shape, tokens.shape[2] // 2, padding=padding, shift=-0.5, device=tokens.device)
-            codes.append(code.flatten(2).mT.to(tokens.dtype) + level)
-            # The part of the level without padding: (B, 2), x and y.
-            ratio = torch.stack([(~padding[:, 0]).sum(1) / shape[1], (~padding[:, :, 0]).sum(1) / shape[0]], -1)
-            ratios.append(ratio)
-            centres.append(cell_centres([shape], tokens.device) / ratio[:, None])
-        references = torch.cat(centres, 1)[:, :, None] * torch.stack(ratios, 1)[:, None]  # (B, S, L, 2)
-        padded, positions = torch.cat([p.flatten(1) for p in paddings], 1), torch.cat(codes, 1)
-        for layer in self.layers:
-            tokens = layer(tokens, positions, references, shapes, padded)
-        finest = tokens[:, : shapes[0][0] * shapes[0][1]].mT.unflatten(2, shapes[0])
-        grid = (fine.shape[2], fine.shape[3])
-        # Padding is set to zero, so that its content does not change the statistics of the group norm.
-        lateral = self.neck(fine.masked_fill(padding_of(valid, size, grid)[:, None], 0.0))
-        return self.mapper(lateral + functional.interpolate(finest, size=grid, mode="bilinear", align_corners=False))
-
-
-class QueryEncoder(nn.Module):
-    """Query feature encoder: a linear layer, and optionally attention among the queries of an image.
-
-    Args:
-        channels: Channels of the detector's queries.
-        width: Channels of the result.
-        heads: Attention heads.
-        attention: Whether there is attention.
-    """
-
-    def __init__(self, channels: int, width: int, heads: int, attention: bool):
-        super().__init__()
-        self.mapper = nn.Linear(channels, width)
-        self.attention = SelfAttention(width, heads) if attention else None
-
-    def forward(self, queries: Float[Tensor, "b n d"]) -> Float[Tensor, "b n c"]:
-        queries = self.mapper(queries)
-        return queries if self.attention is None else self.attention(queries)
-
-
-class MaskNetwork(nn.Module):
-    """Box feature encoder and mask heads: from a crop and the query of its box to a mask and its quality.
-
-    Args:
-        width: Channels.
-        layers: Number of deformable encoder layers.
-        hidden: Width inside their feed-forward part.
-        heads: Attention heads.
-        sampled: Sampling locations of each head.
-        side: Height and width of a crop, in cells.
-        parts: What refines a query: "box" (attention to its crop), "feed_forward".
-        score_width: Width of the head that predicts the quality; None without it.
-    """
-
-    def __init__(
-        self, width: int, layers: int, hidden: int, heads: int, sampled: int, side: int, parts: Sequence[QueryPart],
-        score_width: int | None,
-    ):  # fmt: skip
-        super().__init__()
-        self.side = side
-        self.layers = nn.ModuleList(
-            DeformableEncoderLayer(width, hidden, heads, 1, sampled, activation="gelu") for _ in range(layers)
-        )
-        self.box_attention = CrossAttention(width, heads) if "box" in parts else None
-        self.feed_forward = FeedForward(width, hidden, activation="gelu") if "feed_forward" in parts else None
-        self.convs = self.score = None
-        if score_width is not None:
-            inputs, strides = (width + 1, width, width, width), (1, 1, 2, 2)
-            self.convs = nn.ModuleList(
-                nn.Conv2d(c, width, 3, stride, 1) for c, stride in zip(inputs, strides, strict=True)
-            )
-            cells = math.ceil(math.ceil(side / 2) / 2) ** 2
-            self.score = nn.Sequential(
-                nn.Linear(width * cells, score_width), nn.ReLU(), nn.Linear(score_width, score_width), nn.ReLU(),
-                nn.Linear(score_width, 1),
-            )  # fmt: skip
-
-    def forward(
-        self, crops: Float[Tensor, "r c s s"], queries: Float[Tensor, "r c"]
-    ) -> tuple[Float[Tensor, "r s s"], Float[Tensor, " r"]]:
-        """Predicts mask logits, and the quality of each mask: its IoU with the object (1 without the quality head)."""
-        width, grid = crops.shape[1], (self.side, self.side)
-        x = crops.flatten(2).mT  # (R, s s, C)
-        code = sine_positions(grid, width // 2, shift=-0.5, device=x.device).flatten(2).mT.to(x.dtype)  # (1, s s, C)
-        references = cell_centres([grid], x.device, x.dtype)[None, :, None]
-        for layer in self.layers:
-            x = layer(x, code, references, [grid])
-        if self.box_attention is not None:
-            queries = self.box_attention(queries[:, None], x, x + code)[:, 0]
-        if self.feed_forward is not None:
-            queries = self.feed_forward(queries[:, None])[:, 0]
-        logits = (x @ queries[:, :, None])[..., 0].unflatten(1, grid).float()
-        if self.convs is None or self.score is None:
-            return logits, torch.ones_like(logits[:, 0, 0])
-        # The gradient of the quality does not reach the mask.
-        y = torch.cat([logits.detach().sigmoid()[:, None].to(x.dtype), x.mT.unflatten(2, grid)], 1)
-        for conv in self.convs:
-            y = functional.relu(conv(y))
-        return logits, self.score(y.flatten(1))[:, 0].float()
-
-
-# ---- features of the frozen detector ---------------------------------------------------------------------------------
-
-
-class FeatureCache:
-    """Frozen features of images in host memory, by a hash of the images.
-
-    A full cache keeps its entries and accepts no more: an epoch reads all images before it reads the first one again.
-    Copies and pickles of a cache are empty.
-
-    Args:
-        budget: Capacity in bytes.
-    """
-
-    def __init__(self, budget: int):
-        self.budget, self.used = budget, 0
-        self.entries: dict[bytes, FrozenFeatures] = {}
-        self.hits = self.misses = 0
-        self.state: object = None  # of the network that computed the entries
-
-    def __deepcopy__(self, memo: Any) -> FeatureCache:
-        return FeatureCache(self.budget)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(FeatureCache(self.budget))
-
-    def clear(self) -> None:
-        """Removes all entries."""
-        self.__init__(self.budget)
-
-    def validate(self, state: object) -> None:
-        """Removes all entries if they were computed in another state of the network."""
-        if state != self.state:
-            self.clear()
-            self.state = state
-
-    @staticmethod
-    def key(image: Float[Tensor, "c h w"]) -> bytes:
-        """Hash of an image's values and shape."""
-        raw = image.detach().cpu().contiguous()
-        return hashlib.blake2b(raw.view(torch.uint8).numpy().data, key=str(tuple(raw.shape)).encode()).digest()
-
-    def get(self, key: bytes, device: torch.device) -> FrozenFeatures | None:
-        """The entry of a key on `device`; None if there is none."""
-        entry = self.entries.get(key)
-        self.hits, self.misses = self.hits + (entry is not None), self.misses + (entry is None)
-        return None if entry is None else _moved(entry, device)
-
-    def put(self, key: bytes, features: FrozenFeatures) -> None:
-        """Adds an entry if it fits into the budget."""
-        size = sum(t.numel() * t.element_size() for t in _tensors(features))
-        if self.used + size <= self.budget:
-            self.entries[key] = _moved(features, torch.device("cpu"))
-            self.used += size
 
 
 class MaskFrozenDETR(System):
@@ -414,7 +207,9 @@ class MaskFrozenDETR(System):
                 )
         self.joint, self.side, self.aligned, self.scoring = joint, side, aligned, scoring
         self.cost, self.loss = BoxCost.read(cost, COST), MaskFrozenLoss.read(loss, LOSS)
-        self.image_encoder = ImageEncoder(layout, width, image_layers, hidden, heads, sampled)
+        self.image_encoder = ImageEncoder(
+            layout.memory, layout.fine, len(layout.strides), width, image_layers, hidden, heads, sampled
+        )
         self.query_encoder = QueryEncoder(layout.queries, width, heads, "objects" in query_parts)
         self.masks = MaskNetwork(
             width, box_layers, hidden, heads, sampled, side, query_parts, score_width if scoring else None
@@ -648,11 +443,12 @@ class MaskFrozenDETR(System):
     # ---- loading and training ----------------------------------------------------------------------------------------
 
     @classmethod
-    def adopt(cls, loaded: System, **options: Any) -> Self:
+    def adopt(cls, loaded: System, preset: Mapping[str, Any] | None = None, **options: Any) -> Self:
         """Constructs the system with random weights on top of a trained detector.
 
         Args:
             loaded: The detector.
+            preset: Options of a preset; those that the detector determines are ignored.
             **options: Options of this constructor, besides those that the detector determines.
 
         Raises:
@@ -663,11 +459,14 @@ class MaskFrozenDETR(System):
                 f"the weights are those of {loaded.name}; mask-frozen-detr needs a detector of queries "
                 f"({' or '.join(_detectors())}), or weights of its own"
             )
-        for name in ("classes", "detector", "detector_options", "in_channels"):
+        determined = ("classes", "detector", "detector_options", "in_channels")
+        for name in determined:
             if name in options:
                 raise UsageError(f"{name} is determined by the weights of the detector ({loaded.name}); omit it")
+        base = {name: value for name, value in (preset or {}).items() if name not in determined}
         given = {"classes": loaded.classes, "in_channels": loaded.options["in_channels"], "detector": loaded.name}
-        system = cls.rebuild({**given, "detector_options": _without_shared(loaded.options), **options})
+        own = {**given, "detector_options": _without_shared(loaded.options)}
+        system = cls.rebuild({**cls.with_options(base, options), **own})
         system.detector.load_state_dict(loaded.state_dict())
         system.preprocess, system.source = loaded.preprocess, loaded.source
         return system
@@ -782,17 +581,6 @@ def _detectors() -> list[str]:
 def _without_shared(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a detector without those that this system has itself."""
     return {name: value for name, value in plain(options).items() if name not in ("classes", "in_channels")}
-
-
-def _tensors(features: FrozenFeatures) -> list[Tensor]:
-    """All tensors, in the order of the fields."""
-    return [features.boxes, features.scores, features.queries, *features.memory, features.fine]
-
-
-def _moved(features: FrozenFeatures, device: torch.device) -> FrozenFeatures:
-    """The features on `device`, without gradients."""
-    boxes, scores, queries, *memory, fine = (t.detach().to(device) for t in _tensors(features))
-    return FrozenFeatures(boxes, scores, queries, tuple(memory), fine)
 
 
 def _padded(level: Float[Tensor, "1 d h w"], size: tuple[int, int], stride: int) -> Float[Tensor, "1 d _h _w"]:

@@ -173,11 +173,12 @@ class System(nn.Module):
         return new if new is not None and new.partition(".")[0] in known else None
 
     @classmethod
-    def adopt(cls, loaded: System, **options: Any) -> Self:
+    def adopt(cls, loaded: System, preset: Mapping[str, Any] | None = None, **options: Any) -> Self:
         """A system built on a loaded one of another kind, for training on top of it.
 
         Args:
             loaded: The finished system.
+            preset: Options of a preset; those that `loaded` determines are ignored.
             **options: Options of this constructor.
 
         Raises:

@@ -30,9 +30,10 @@ from maskwright.blocks.layers import ConvNorm
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
-from maskwright.ops.losses import smooth_l1_sum
+from maskwright.ops.losses import focal_star_sum, smooth_l1_sum
 from maskwright.ops.mask_targets import mask_targets
 from maskwright.ops.paste import paste_masks
+from maskwright.ops.window_targets import Assigned, Layout, assign_windows, window_layout
 from maskwright.ops.window_tensors import (
     MaskTensor,
     Mode,
@@ -72,30 +73,6 @@ class Raw:
     deltas: tuple[Float[Tensor, "b d _h _w"], ...]
     masks: tuple[Float[Tensor, "b c _h _w"], ...]
     size: tuple[int, int]
-
-
-class Layout(NamedTuple):
-    """All windows, in the order level, row, column, size.
-
-    Attributes:
-        boxes: In pixels of the input; they may extend beyond it.
-        places: Level, y, x and index of the size.
-    """
-
-    boxes: Float[Tensor, "n 4"]
-    places: Int[Tensor, "n 4"]
-
-
-class Assigned(NamedTuple):
-    """The positive windows.
-
-    Attributes:
-        windows: Rows of the layout.
-        owners: The object of each.
-    """
-
-    windows: Int[Tensor, " p"]
-    owners: Int[Tensor, " p"]
 
 
 class Selected(NamedTuple):
@@ -376,52 +353,14 @@ class TensorMask(System):
     # ---- windows -------------------------------------------------------------------------------------------------
 
     def layout(self, raw: Raw) -> Layout:
-        """The windows of the raw output; each is centred on the upper left corner of its cell."""
-        boxes, places = [], []
-        for level, (logits, stride) in enumerate(zip(raw.logits, STRIDES, strict=True)):
-            height, width = logits.shape[-2:]
-            axes = [torch.arange(n, device=logits.device) for n in (height, width, len(self.windows))]
-            own = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)  # y, x, size
-            side = own.new_tensor([side * FINEST * 2**level for side in self.windows], dtype=torch.float32)
-            corner = own[:, [1, 0]].float() * stride
-            half = side[own[:, 2], None] / 2
-            boxes.append(torch.cat([corner - half, corner + half], 1))
-            places.append(functional.pad(own, (1, 0), value=level))
-        return Layout(torch.cat(boxes), torch.cat(places))
+        """The windows of the raw output."""
+        shapes = [(logits.shape[-2], logits.shape[-1]) for logits in raw.logits]
+        return window_layout(shapes, STRIDES, self.windows, raw.logits[0].device)
 
     def assign(self, layout: Layout, target: Instances) -> Assigned:
-        """Assigns windows to objects.
-
-        A window is positive for an object if it contains the object's box, if its side suits the longer side of the
-        box, and if their centres are close. A window that is positive for several objects is assigned to none.
-
-        With `rule` "code" (detectron2), window side - stride <= max(2 * longer side, side - stride of the smallest
-        window), and centres are at most one stride of the level apart. With "paper" (section 5), the longer side is at
-        least half the window's or the window is of the smallest size, and centres are at most one cell of the mask
-        apart (4 pixels in a bipyramid).
-        """
-        windows, levels = layout.boxes, layout.places[:, 0]
-        boxes = target.boxes.to(windows)
-        if not len(boxes):
-            none = levels.new_zeros(0)
-            return Assigned(none, none)
-        strides = torch.tensor(STRIDES, device=windows.device, dtype=windows.dtype)[levels]
-        side = windows[:, 2] - windows[:, 0]
-        contains = ((boxes[None, :, :2] >= windows[:, None, :2]) & (boxes[None, :, 2:] <= windows[:, None, 2:])).all(-1)
-        longest = (boxes[:, 2:] - boxes[:, :2]).amax(1)
-        centres, middles = (windows[:, :2] + windows[:, 2:]) / 2, (boxes[:, :2] + boxes[:, 2:]) / 2
-        distance = (centres[:, None] - middles[None]).square().sum(-1).sqrt()
+        """Assigns windows to objects; see `assign_windows`."""
         smallest = min(self.windows) * FINEST
-        if self.rule == "code":
-            suits = (side - strides)[:, None] <= (2 * longest).clamp(min=smallest - FINEST)[None]
-            close = distance <= strides[:, None]
-        else:
-            suits = (side[:, None] <= 2 * longest[None]) | (side <= smallest)[:, None]
-            unit = torch.full_like(strides, FINEST) if self.bipyramid else strides
-            close = distance <= unit[:, None]
-        positive = contains & suits & close  # (N, G)
-        chosen = (positive.sum(1) == 1).nonzero().flatten()
-        return Assigned(chosen, positive[chosen].long().argmax(1))
+        return assign_windows(layout, target.boxes, STRIDES, smallest, rule=self.rule, one_grid=self.bipyramid)
 
     @staticmethod
     def rows(maps: Sequence[Tensor], values: int) -> Float[Tensor, "b n v"]:
@@ -447,7 +386,7 @@ class TensorMask(System):
         truth = torch.zeros_like(logits)
         for image, (own, target) in enumerate(zip(assigned, targets, strict=True)):
             truth[image, own.windows, target.labels[own.owners]] = 1
-        terms = {"class": _focal_star(logits, truth) / count}
+        terms = {"class": focal_star_sum(logits, truth) / count}
         if raw.deltas:
             deltas = self.rows(raw.deltas, 4)
             total = deltas.sum() * 0
@@ -696,12 +635,3 @@ def _of_image(layout: Layout, image: int, windows: Int[Tensor, " d"]) -> Int[Ten
 def _solid(boxes: Float[Tensor, "d 4"]) -> Tensor:
     """Whether each box has an area."""
     return ((boxes[:, 2:] - boxes[:, :2]) > 0).all(1)
-
-
-def _focal_star(
-    logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"], alpha: float = 0.3, gamma: float = 3.0
-) -> Float[Tensor, ""]:
-    """Sum of FL* (RetinaNet, arXiv 1708.02002, appendix A): -log sigmoid(gamma x_t) / gamma, where x_t is the logit of
-    the true value, with weight alpha for ones and 1 - alpha for zeros."""
-    toward = functional.logsigmoid(gamma * (2 * truth - 1) * logits)
-    return -((alpha * truth + (1 - alpha) * (1 - truth)) * toward).sum() / gamma

@@ -17,13 +17,13 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.backbones import Backbone, BackboneLike, Use, levels_of
 from maskwright.blocks.fpn import FPN
-from maskwright.blocks.yolact import Head, PrototypeNet, xavier
+from maskwright.blocks.yolact import Anchors, Head, PrototypeNet, xavier
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
@@ -31,15 +31,14 @@ from maskwright.ops.losses import smooth_l1_sum
 from maskwright.ops.mask_targets import plane_targets
 from maskwright.ops.matching import IGNORED, NEGATIVE, match_each
 from maskwright.ops.planes import place_planes
-from maskwright.ops.suppression import fast_nms_by_class
+from maskwright.ops.prototypes import assemble, crop_window, decode_boxes, encode
+from maskwright.ops.suppression import fast_nms_by_class, greedy_nms_by_class
 from maskwright.options import OptionGroup, check_option
 from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.structures.resize import Resize, ResizeLike
 from maskwright.systems.card import Card, Preset, Score
 from maskwright.systems.system import ClassRows, System, at_least
 
-SIDES = (24, 48, 96, 192, 384)  # of the anchors on P3 ... P7, for inputs of 550 pixels
-VARIANCES = (0.1, 0.1, 0.2, 0.2)  # SSD's scale of the box offsets
 FAST_NMS_TOP_K = 200  # anchors of each class that are compared
 FARTHEST = float(1 << 20)  # bound of decoded boxes, in sides of the image, so that no product of two is infinite
 # ImageNet's mean and deviation as the authors write them, without a division by 255.
@@ -52,54 +51,6 @@ Suppression = Literal["fast", "greedy"]  # see `YOLACT.decode`
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Anchors(OptionGroup):
-    """The anchors of every location of the pyramid: one for each octave and ratio.
-
-    Attributes:
-        sides: Side s of the anchors on P3 ... P7, in pixels of the canvas; None scales 24, 48, 96, 192 and 384, which
-            are those for 550 pixels, with the canvas.
-        ratios: Aspect ratios r.
-        octaves: Anchors of sides s, 2^(1/octaves) s, 2^(2/octaves) s, ... below 2 s.
-        square: Whether width and height are both s sqrt(r), as in the published code, or s sqrt(r) and s / sqrt(r).
-    """
-
-    label: ClassVar[str] = "anchors"
-
-    sides: Sequence[float] | None = None
-    ratios: Sequence[float] = (1.0, 0.5, 2.0)
-    octaves: int = 1
-    square: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sides is not None and (len(self.sides) != 5 or not min(self.sides) > 0):
-            raise UsageError(f"anchors.sides must be five numbers above 0, for P3 ... P7, got {list(self.sides)}")
-        if not self.ratios or not min(self.ratios) > 0:
-            raise UsageError(f"anchors.ratios must be at least one number, all above 0, got {list(self.ratios)}")
-        if self.octaves < 1:
-            raise UsageError(f"anchors.octaves must be at least 1, got {self.octaves}")
-
-    def __len__(self) -> int:
-        return len(self.ratios) * self.octaves
-
-    def shapes(self, canvas: tuple[int, int]) -> list[list[tuple[float, float]]]:
-        """Width and height of each level's anchors as shares of the canvas (height, width), octave by octave."""
-        height, width = canvas
-        sides = [max(1, side * min(canvas) // 550) for side in SIDES] if self.sides is None else self.sides
-        result = []
-        for side in sides:
-            scales = [side * 2 ** (octave / self.octaves) for octave in range(self.octaves)]
-            result.append(
-                [
-                    (scale / width * ratio**0.5, scale / height * (ratio**0.5 if self.square else ratio**-0.5))
-                    for scale in scales
-                    for ratio in self.ratios
-                ]
-            )
-        return result
 
 
 @dataclass(frozen=True)
@@ -478,7 +429,7 @@ class YOLACT(System):
                 score, row, anchor = fast_nms_by_class(boxes, scores, kept, nms_threshold, detections, FAST_NMS_TOP_K)
             else:
                 pixels = boxes * boxes.new_tensor([width, height, width, height])
-                score, row, anchor = _greedy_nms(pixels, scores, candidate_threshold, nms_threshold)
+                score, row, anchor = greedy_nms_by_class(pixels, scores, candidate_threshold, nms_threshold)
             score, order = score.topk(min(detections, len(score)))
             row, anchor = row[order], anchor[order]
             every = Detections(boxes[anchor], score, labels[row, anchor], coefficients[anchor])
@@ -618,66 +569,6 @@ class YOLACT(System):
             note="for a few hundred images and no GPU; trains from random weights",
         ),
     }  # fmt: skip
-
-
-def decode_boxes(anchors: Float[Tensor, "*n 4"], deltas: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """Applies offsets to anchors (centre x, centre y, width, height). Unlike in other systems sides are not bounded."""
-    steps = deltas * deltas.new_tensor(VARIANCES)
-    return torch.cat(
-        [anchors[..., :2] + steps[..., :2] * anchors[..., 2:], anchors[..., 2:] * steps[..., 2:].exp()], -1
-    )
-
-
-def encode(anchors: Float[Tensor, "n 4"], boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
-    """Offsets that take anchors (centre x, centre y, width, height) to boxes (x0, y0, x1, y1)."""
-    centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
-    steps = torch.cat([(centres - anchors[:, :2]) / anchors[:, 2:], torch.log(sides / anchors[:, 2:])], 1)
-    return steps / steps.new_tensor(VARIANCES)
-
-
-def assemble(
-    prototypes: Float[Tensor, "k h w"], coefficients: Float[Tensor, "n k"], boxes: Float[Tensor, "n 4"] | None
-) -> Float[Tensor, "n h w"]:
-    """Assembles masks from prototypes (eq. 1).
-
-    Args:
-        prototypes: Prototypes of one image.
-        coefficients: One row for each mask.
-        boxes: Boxes to crop by, as shares of the sides; None for no crop.
-
-    Returns:
-        Probabilities on the prototypes' grid, zero outside of `crop_window`.
-    """
-    soft = torch.einsum("nk,khw->nhw", coefficients, prototypes).sigmoid()
-    return soft if boxes is None else soft * crop_window(boxes, (soft.shape[1], soft.shape[2]))
-
-
-def crop_window(boxes: Float[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "n h w"]:
-    """The cells of each box with a margin of one cell: x0 - 1 <= column < x1 + 1, in fractions of cells.
-
-    Args:
-        boxes: Boxes as shares of the sides.
-        size: Height and width of the grid.
-    """
-    height, width = size
-    x0, y0, x1, y1 = (boxes * boxes.new_tensor([width, height, width, height])).unbind(1)
-    columns = torch.arange(width, device=boxes.device, dtype=boxes.dtype)
-    rows = torch.arange(height, device=boxes.device, dtype=boxes.dtype)
-    across = (columns >= (x0 - 1)[:, None]) & (columns < (x1 + 1)[:, None])
-    down = (rows >= (y0 - 1)[:, None]) & (rows < (y1 + 1)[:, None])
-    return down[:, :, None] & across[:, None, :]
-
-
-def _greedy_nms(
-    boxes: Float[Tensor, "p 4"], scores: Float[Tensor, "c p"], candidate: float, threshold: float
-) -> tuple[Float[Tensor, " d"], Int[Tensor, " d"], Int[Tensor, " d"]]:
-    """Score, class and anchor of what greedy NMS leaves among the anchors that score above `candidate` in each class.
-
-    As in the original sides count pixels, x1 - x0 + 1, and an IoU of exactly `threshold` suppresses."""
-    row, anchor = (scores > candidate).nonzero().unbind(1)
-    below = float(torch.nextafter(torch.tensor(threshold), torch.tensor(0.0)))
-    left = box_ops.nms(boxes[anchor], scores[row, anchor], row, below, plus_one=True)
-    return scores[row[left], anchor[left]], row[left], anchor[left]
 
 
 def _relative_target(target: Instances, size: tuple[int, int]) -> tuple[Instances, Float[Tensor, "c 4"]]:

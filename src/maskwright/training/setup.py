@@ -266,7 +266,7 @@ def _adopted(system: str, kind: type[System], weights: str | Path, options: dict
     if loaded.name == kind.name:
         return load(weights, **variant, **options) if options else loaded
     try:
-        return kind.adopt(loaded, **kind.with_options(find(system)[1], options))
+        return kind.adopt(loaded, find(system)[1], **options)
     except UsageError as error:
         raise UsageError(f"{weights}: {error}") from None
 

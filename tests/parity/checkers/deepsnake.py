@@ -12,16 +12,9 @@ from torch.nn import functional
 from maskwright.blocks.snake import component_features
 from maskwright.ops.centres import gaussian_radius, paint_gaussians
 from maskwright.ops.contours import resample_from
-from maskwright.ops.vertices import octagons, read_at
+from maskwright.ops.vertices import clipped_to_map, diamond_lines, octagon_lines, octagons, read_at
 from maskwright.structures import Instances, Masks
-from maskwright.systems.deepsnake import (
-    DeepSnake,
-    Detections,
-    Raw,
-    clipped_to_map,
-    diamond_lines,
-    octagon_lines,
-)
+from maskwright.systems.deepsnake import DeepSnake, Detections, Raw
 from tests.parity.ledger import Ledger, inputs, matching
 from tests.parity.weights import value
 
