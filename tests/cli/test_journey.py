@@ -96,6 +96,26 @@ def test_predict_skips_and_reports_a_bad_image(house, tmp_path, capsys):
     assert {record["image_id"] for record in json.loads((tmp_path / "found/results.json").read_text())} <= ids
 
 
+def test_results_have_the_ids_of_the_annotations(house, tmp_path, capsys):
+    best, data = str(house / "run/best.safetensors"), house / "data"
+    known = {entry["id"] for entry in json.loads((data / "annotations/instances_val.json").read_text())["images"]}
+    common = ["--format", "coco", "--score-threshold", "0.05", "--device", "cpu"]
+    for images in ([], [str(data / "val")]):
+        for chosen in (["--data", str(data)], ["--data", str(data), "--split", "val"], []):
+            if not images and not chosen:
+                continue
+            out = tmp_path / f"{len(images)}{len(chosen)}"
+            assert cli.main(["predict", *images, *chosen, "-w", best, "-o", str(out), *common]) == 0
+            assert "image and category ids are those of data/val" in capsys.readouterr().out
+            about = json.loads((out / "pictures.json").read_text())
+            assert {entry["id"] for entry in about["images"]} == known
+    assert cli.main(["predict", "-w", best]) == 2
+    assert "predict requires IMAGES" in capsys.readouterr().err
+    line = ["predict", str(data / "val"), "--data", str(data), "--split", "test", "-w", best, "-o", str(tmp_path)]
+    assert cli.main(line) == 2
+    assert "no annotations of split 'test'" in capsys.readouterr().err
+
+
 def test_bad_images_only_give_no_traceback(house, tmp_path, capsys):
     (tmp_path / "x.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
     line = ["predict", str(tmp_path / "x.jpg"), "-w", str(house / "run/best.safetensors"), "-o", str(tmp_path / "o")]
