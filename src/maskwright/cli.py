@@ -138,7 +138,7 @@ def show_batch(
     plan = replace(plan, augment={**plan.augment, **_values(augment)})
     changes = {"seed": seed, **_given(batch=batch, balance=balance)}
     options = nested(_values(option).items())
-    say(str(run(system, data, out, plan, number=number, epoch=epoch, weights=weights, options=options, **changes)))
+    print_line(str(run(system, data, out, plan, number=number, epoch=epoch, weights=weights, options=options, **changes)))
     return 0
 
 
