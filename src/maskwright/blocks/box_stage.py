@@ -36,6 +36,7 @@ class BoxRules:
         positives: Largest share of foreground boxes among them.
         overlap: A box is foreground if its IoU with an object is at least this.
         weights: Weights of the deltas dx, dy, dw, dh.
+        plus_one: Sides of boxes are x1 - x0 + 1 (maskrcnn-benchmark).
     """
 
     beta: float = 0.0
@@ -45,6 +46,7 @@ class BoxRules:
     positives: float = 0.25
     overlap: float = 0.5
     weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    plus_one: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,8 @@ def sample_boxes(proposals: Float[Tensor, "n 4"], target: Instances, classes: in
 
 
 def _match(boxes: Tensor, target: Instances, rules: BoxRules) -> tuple[Tensor, Tensor]:
-    return match(box_ops.pairwise_iou(target.boxes.to(boxes), boxes), rules.overlap, rules.overlap)
+    overlap = box_ops.pairwise_iou(target.boxes.to(boxes), boxes, plus_one=rules.plus_one)
+    return match(overlap, rules.overlap, rules.overlap)
 
 
 def _assigned(
@@ -170,7 +173,7 @@ def box_losses(
     count = global_mean_count(logits.new_tensor(float(len(labels))))
     class_loss = functional.cross_entropy(logits, labels, reduction="sum") + logits.sum() * 0
     goals = [
-        box_ops.encode(own.boxes[own.foreground], target.boxes[own.owners].to(own.boxes), rules.weights)
+        box_ops.encode(own.boxes[own.foreground], target.boxes[own.owners].to(own.boxes), rules.weights, rules.plus_one)
         for own, target in zip(assigned, targets, strict=True)
         if len(own.foreground)
     ]
@@ -193,7 +196,7 @@ def own_deltas(deltas: Float[Tensor, "r d"], labels: Int[Tensor, " r"]) -> Float
 def decode_boxes(deltas: Float[Tensor, "r d"], boxes: Float[Tensor, "r 4"], rules: BoxRules) -> Float[Tensor, "r k 4"]:
     """Applies deltas to boxes: one box per class, or one for all classes if they are class-agnostic."""
     each = deltas.unflatten(1, (deltas.shape[1] // 4, 4))
-    return box_ops.decode(boxes[:, None].expand_as(each), each, rules.weights)
+    return box_ops.decode(boxes[:, None].expand_as(each), each, rules.weights, rules.plus_one)
 
 
 def detect(
@@ -216,11 +219,11 @@ def detect(
     for own, score, size in zip(boxes.split(counts), scores.split(counts), sizes, strict=True):
         good = torch.isfinite(own).all(-1).all(-1) & torch.isfinite(score).all(-1)
         row, label = ((score > score_threshold) & good[:, None]).nonzero().unbind(1)
-        chosen = box_ops.clip(own[row, label if own.shape[1] > 1 else 0], size)
+        chosen = box_ops.clip(own[row, label if own.shape[1] > 1 else 0], size, rules.plus_one)
         confidence = score[row, label]
         if rules.smallest_side > 0:
             large = (chosen[:, 2:] - chosen[:, :2] >= rules.smallest_side).all(1)
             chosen, confidence, label = chosen[large], confidence[large], label[large]
-        kept = box_ops.nms(chosen, confidence, label, nms_threshold, detections)
+        kept = box_ops.nms(chosen, confidence, label, nms_threshold, detections, rules.plus_one)
         result.append(Detections(chosen[kept], confidence[kept], label[kept]))
     return result

@@ -213,3 +213,55 @@ class KeypointHead(nn.Module):
         for conv in self.convs:
             x = conv(x)
         return functional.interpolate(self.logits(x), scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+class MaskIoUHead(nn.Module):
+    """Predicts the IoU of a predicted mask with its object, for every class (Mask Scoring R-CNN, arXiv 1903.00241).
+
+    The pooled features and the mask, reduced to their size by the maximum, pass 3 x 3 convolutions, of which the last
+    has stride two, and fully connected layers.
+
+    Args:
+        channels: Channels of the pooled features.
+        side: Their side.
+        outputs: Number of classes.
+        convs: Number of convolutions.
+        width: Their channels.
+        fc_width: Width of the two fully connected layers.
+    """
+
+    def __init__(
+        self, channels: int, side: int, outputs: int, *, convs: int = 4, width: int = 256, fc_width: int = 1024
+    ):
+        super().__init__()
+        self.convs = nn.ModuleList()
+        inputs = channels + 1
+        for number in range(convs):
+            self.convs.append(nn.Conv2d(inputs, width, 3, 2 if number == convs - 1 else 1, padding=1))
+            inputs = width
+        cells = (side + 1) // 2
+        self.fcs = nn.ModuleList([nn.Linear(inputs * cells * cells, fc_width), nn.Linear(fc_width, fc_width)])
+        self.iou = nn.Linear(fc_width, outputs)
+        for layer in self.convs:
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")  # pyright: ignore[reportArgumentType]
+        for layer in self.fcs:
+            nn.init.kaiming_uniform_(layer.weight, a=1)  # pyright: ignore[reportArgumentType]
+        nn.init.normal_(self.iou.weight, std=0.01)
+        for layer in [*self.convs, *self.fcs, self.iou]:
+            nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Float[Tensor, "r c s s"], masks: Float[Tensor, "r t t"]) -> Float[Tensor, "r k"]:
+        """Computes the IoU of each class.
+
+        Args:
+            x: Pooled features.
+            masks: Probabilities of the predicted masks, t a multiple of s.
+        """
+        step = masks.shape[-1] // x.shape[-1]
+        x = torch.cat([x, functional.max_pool2d(masks[:, None], step, step).to(x.dtype)], 1)
+        for conv in self.convs:
+            x = functional.relu(conv(x), inplace=True)
+        x = x.flatten(1)
+        for layer in self.fcs:
+            x = functional.relu(layer(x), inplace=True)
+        return self.iou(x)

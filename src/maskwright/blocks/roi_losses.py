@@ -46,6 +46,29 @@ def competing_mask_loss(
     return functional.cross_entropy(logits, goal, reduction="sum") / count + logits.sum() * 0
 
 
+def mask_iou_loss(
+    predicted: Float[Tensor, " r"], logits: Float[Tensor, "r s s"], truth: Float[Tensor, "r s s"],
+    shares: Float[Tensor, " r"],
+) -> Float[Tensor, ""]:  # fmt: skip
+    """Half the squared error of predicted mask IoUs, averaged over the masks that meet their object (Mask Scoring
+    R-CNN, arXiv 1903.00241, section 3.3).
+
+    Args:
+        predicted: The predicted IoU of each mask.
+        logits: The predicted masks.
+        truth: Masks of the objects inside the boxes.
+        shares: Share of each object that is inside its box, see `ops.mask_targets.share_inside`.
+    """
+    with torch.no_grad():
+        masks = (logits > 0).to(truth)
+        both = (masks * truth).sum((1, 2))
+        whole = truth.sum((1, 2)) / shares.clamp(min=1e-10)
+        target = both / (masks.sum((1, 2)) + whole - both).clamp(min=1)
+        counted = (target > 0).to(truth)
+    count = global_mean_count(counted.sum())
+    return (0.5 * (predicted.float() - target).square() * counted).sum() / count
+
+
 def keypoint_rois(
     rois: Foreground, targets: Sequence[Instances], count: int, inside: bool
 ) -> tuple[Foreground, Float[Tensor, "r j 3"]]:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import smooth_l1_sum
-from maskwright.ops.matching import NEGATIVE, match, sample
+from maskwright.ops.matching import IGNORED, NEGATIVE, match, sample
 from maskwright.structures import Instances
 
 AnchorRule = Literal["detectron2", "torchvision", "maskrcnn-benchmark"]
@@ -40,6 +40,9 @@ class ProposalRules:
         nms_threshold: IoU threshold of the non-maximum suppression within a level.
         sample: Anchors per image in the loss.
         positives: Largest share of positive anchors among them.
+        plus_one: Sides of boxes are x1 - x0 + 1 (maskrcnn-benchmark).
+        straddle: Anchors that reach further than this out of the image are ignored in the loss; None: none is.
+        whole_batch: In training `after` is the number of proposals of the whole batch.
     """
 
     anchors: AnchorRule = "detectron2"
@@ -54,6 +57,9 @@ class ProposalRules:
     nms_threshold: float = 0.7
     sample: int = 256
     positives: float = 0.5
+    plus_one: bool = False
+    straddle: float | None = None
+    whole_batch: bool = False
 
 
 class Anchors(nn.Module):
@@ -196,20 +202,24 @@ def propose(
             zip(_rows(objectness, 1), _rows(deltas, 4), anchors, strict=True)
         ):
             best, index = logits[..., 0].topk(min(before, len(own)), dim=1)  # (B, k)
-            chosen_boxes.append(box_ops.decode(own[index], shifts.gather(1, index[..., None].expand(-1, -1, 4))))
+            shift = shifts.gather(1, index[..., None].expand(-1, -1, 4))
+            chosen_boxes.append(box_ops.decode(own[index], shift, plus_one=rules.plus_one))
             chosen_logits.append(best)
             levels.append(best.new_full(best.shape[1:], level, dtype=torch.int64))
         boxes, logits, level = torch.cat(chosen_boxes, 1), torch.cat(chosen_logits, 1), torch.cat(levels)
         result = []
         for image, size in enumerate(sizes):
-            own, score = box_ops.clip(boxes[image], size), logits[image]
-            sides = own[:, 2:] - own[:, :2]
+            own, score = box_ops.clip(boxes[image], size, rules.plus_one), logits[image]
+            sides = own[:, 2:] - own[:, :2] + (1 if rules.plus_one else 0)
             large = sides >= rules.smallest_side if rules.inclusive else sides > rules.smallest_side
             good = large.all(1) & torch.isfinite(own).all(1) & torch.isfinite(score)
             own, score, group = own[good], score[good], level[good]
             ranked = score.sigmoid() if rules.rank_by == "probability" else score
-            kept = box_ops.nms(own, ranked, group, rules.nms_threshold, after)
+            kept = box_ops.nms(own, ranked, group, rules.nms_threshold, after, rules.plus_one)
             result.append((own[kept], score[kept]))
+        if training and rules.whole_batch and sum(len(score) for _, score in result) > after:
+            worst = torch.cat([score for _, score in result]).topk(after).values[-1]
+            result = [(own[score >= worst], score[score >= worst]) for own, score in result]
     return result
 
 
@@ -239,7 +249,10 @@ def proposal_losses(
     class_loss, box_loss, sampled = logits.sum() * 0, shifts.sum() * 0, 0
     for image, target in enumerate(targets):
         with torch.no_grad():
-            nearest, matched = match(box_ops.pairwise_iou(target.boxes, every), 0.3, 0.7, rescue=True)
+            overlap = box_ops.pairwise_iou(target.boxes, every, plus_one=rules.plus_one)
+            nearest, matched = match(overlap, 0.3, 0.7, rescue=True)
+            if rules.straddle is not None:
+                matched = torch.where(_inside(every, target.image_size, rules.straddle), matched, IGNORED)
             positive, negative = sample(matched >= 0, matched == NEGATIVE, rules.sample, rules.positives)
             index = torch.cat([positive, negative])
             truth = torch.zeros(len(index), device=logits.device)
@@ -248,9 +261,16 @@ def proposal_losses(
             logits[image, index], truth, reduction="sum"
         )
         if len(target):
-            goal = box_ops.encode(every[positive], target.boxes[nearest[positive]])
+            goal = box_ops.encode(every[positive], target.boxes[nearest[positive]], plus_one=rules.plus_one)
             box_loss = box_loss + smooth_l1_sum(shifts[image, positive], goal, rules.beta)
         sampled += len(index)
     total = len(targets) * rules.sample if rules.loss == "fixed" else sampled
     count = global_mean_count(logits.new_tensor(float(total)))
     return {"rpn_objectness": class_loss / count, "rpn_box": box_loss / count}
+
+
+def _inside(anchors: Tensor, size: tuple[int, int], margin: float) -> Tensor:
+    """Which anchors reach at most `margin` pixels out of an image of `size` (height, width)."""
+    low, high = anchors[:, :2], anchors[:, 2:]
+    limit = anchors.new_tensor([size[1] + margin, size[0] + margin])
+    return (low >= -margin).all(1) & (high < limit).all(1)

@@ -14,7 +14,7 @@ from maskwright.ops.interpolation import weights
 from maskwright.ops.pooling import roi_align
 from maskwright.structures import Masks
 
-Rule = Literal["binary", "soft"]
+Rule = Literal["binary", "soft", "maskrcnn-benchmark"]
 
 
 def mask_targets(
@@ -29,15 +29,16 @@ def mask_targets(
         side: Side of the grid.
         rule: "binary" (detectron2): polygons are rasterised on the small grid itself; other masks are cropped with
             aligned RoIAlign and thresholded at 0.5. "soft" (torchvision): RoIAlign that is not aligned, of the raster
-            mask, with values between 0 and 1.
+            mask, with values between 0 and 1. "maskrcnn-benchmark": as "binary", with boxes of at least one pixel.
 
     Returns:
         One grid per box, on the device of the boxes.
     """
     if not len(boxes):
         return boxes.new_zeros(0, side, side)
-    if masks.kind == "polygon" and rule == "binary":
-        return _rasterised(masks, owners.cpu(), boxes.cpu(), side).to(boxes.device)
+    if masks.kind == "polygon" and rule != "soft":
+        least = 0.1 if rule == "binary" else 1.0
+        return _rasterised(masks, owners.cpu(), boxes.cpu(), side, least).to(boxes.device)
     result = boxes.new_zeros(len(boxes), side, side)
     chosen, group = owners.unique(return_inverse=True)
     frames, crops = masks[chosen.cpu()].crops()
@@ -46,9 +47,9 @@ def mask_targets(
         plane, corner = _with_margin(crop, frame, masks.size)
         shift = boxes.new_tensor([0.0, corner[0], corner[1], corner[0], corner[1]])
         rois = torch.cat([boxes.new_zeros(len(rows), 1), boxes[rows]], 1) - shift
-        values = roi_align(plane.to(boxes)[None, None], rois, side, aligned=rule == "binary")
+        values = roi_align(plane.to(boxes)[None, None], rois, side, aligned=rule != "soft")
         result[rows] = values[:, 0]
-    return (result >= 0.5).to(result) if rule == "binary" else result
+    return result if rule == "soft" else (result >= 0.5).to(result)
 
 
 def plane_targets(masks: Masks, grid: tuple[int, int], size: tuple[int, int]) -> Float[Tensor, "n h w"]:
@@ -81,17 +82,65 @@ def _with_margin(crop: Tensor, frame: list[int], size: tuple[int, int]) -> tuple
     return torch.nn.functional.pad(crop.float(), (left, right, top, bottom)), (x0 - left, y0 - top)
 
 
-def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int) -> Tensor:
+def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int, least: float) -> Tensor:
     outlines = masks.polygons()
     # The scale is rounded to float32 before it is multiplied, as in detectron2 under NumPy 2: for a polygon through the
     # middle of cells (in a box as high as the image, for example) that rounding decides which cells are covered.
     corners, sides = boxes[:, :2].double().numpy(), (boxes[:, 2:] - boxes[:, :2]).float().numpy()
-    scales = (np.float32(side) / np.maximum(sides, np.float32(0.1))).astype("float64")
+    scales = (np.float32(side) / np.maximum(sides, np.float32(least))).astype("float64")
     cut = [
         [(ring - corner) * scale for ring in outlines[owner]]
         for owner, corner, scale in zip(owners.tolist(), corners, scales, strict=True)
     ]
     return Masks.from_polygons(cut, (side, side), masks.fill).dense().float()
+
+
+def share_inside(
+    masks: Masks, owners: Int[Tensor, " r"], boxes: Float[Tensor, "r 4"], *, last: float = 0.0
+) -> Float[Tensor, " r"]:
+    """The share of an object that lies inside a box (Mask Scoring R-CNN, arXiv 1903.00241, its published code).
+
+    Polygons are rasterised on canvases of whole pixels that begin at the corner of the box and at the corner of the
+    hull of box and object; the areas of an object's parts are added. Other masks are counted in pixels.
+
+    Args:
+        masks: Masks of the objects.
+        owners: The object of each box.
+        boxes: Boxes in the frame of the masks.
+        last: What x1 and y1 of a box are less than its extent: 1 if they are its last pixel.
+
+    Returns:
+        One share per box; 1 for an object without area.
+    """
+    height, width = masks.size
+    result = torch.ones(len(boxes))
+    outlines = masks.polygons() if masks.kind == "polygon" else None
+    frames, crops = (None, None) if outlines is not None else masks.crops()
+    for number, (owner, box) in enumerate(zip(owners.tolist(), boxes.cpu().double().numpy(), strict=True)):
+        if outlines is None:
+            assert frames is not None
+            assert crops is not None
+            x0, y0, _, _ = (int(v) for v in frames[owner])
+            left, top, right, bottom = (int(v) for v in (*np.floor(box[:2]), *np.ceil(box[2:] + last)))
+            inside = crops[owner][max(0, top - y0) : max(0, bottom - y0), max(0, left - x0) : max(0, right - x0)]
+            part, whole = float(inside.sum()), float(crops[owner].sum())
+        else:
+            rings = outlines[owner]
+            points = np.concatenate(rings).astype("float32")
+            low = np.maximum(np.minimum(np.trunc(box[:2]), points.min(0)), 0)
+            high = np.minimum(np.maximum(np.trunc(box[2:]) + 1, points.max(0)), [width - 1, height - 1])
+            part, whole = (_area(rings, *frame) for frame in ((box[:2], box[2:]), (low, high)))
+        if whole > 0:
+            result[number] = part / whole
+    return result.to(boxes.device)
+
+
+def _area(rings: list[np.ndarray], low: np.ndarray, high: np.ndarray) -> float:
+    """The sum of the areas of rings, rasterised on a canvas from `low` to `high`."""
+    width, height = (int(side) for side in high - low)
+    if width < 1 or height < 1:
+        return 0.0
+    return float(Masks.from_polygons([[ring - low] for ring in rings], (height, width)).areas().sum())
 
 
 def label_target(

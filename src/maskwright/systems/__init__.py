@@ -24,6 +24,7 @@ REGISTRY = {
     "retinanet": "retinanet:RetinaNet",
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
     "cascade-mask-rcnn": "cascade_rcnn:CascadeMaskRCNN",
+    "mask-scoring-rcnn": "mask_scoring_rcnn:MaskScoringRCNN",
     "tensormask": "tensormask:TensorMask",
     "yolact": "yolact:YOLACT",
     "yolact-plus": "yolact_plus:YOLACTPlus",

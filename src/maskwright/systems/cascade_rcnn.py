@@ -214,7 +214,7 @@ class CascadeMaskRCNN(MaskRCNN):
         """The boxes that a stage predicts, clipped to each image; without gradient."""
         decoded = decode_boxes(deltas.detach(), torch.cat(list(boxes)), self.stage_rules[stage])[:, 0]
         parts = decoded.split([len(own) for own in boxes])
-        return [box_ops.clip(own, size) for own, size in zip(parts, sizes, strict=True)]
+        return [box_ops.clip(own, size, self.box_rules.plus_one) for own, size in zip(parts, sizes, strict=True)]
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

@@ -108,6 +108,7 @@ class FasterRCNN(TwoStage):
         found = self.find(raw, [p.size for p in placements], score_threshold, nms_threshold, detections)
         for own, placement in zip(found, placements, strict=True):
             boxes, kept = self.boxes_to_image(own.boxes, placement)
+            boxes = self.extents(boxes)
             result.append(Instances(placement.image_size, boxes, own.labels[kept], scores=own.scores[kept]))
         return result
 

@@ -28,10 +28,18 @@ from maskwright.blocks.backbones import Backbone, BackboneLike
 from maskwright.blocks.box_stage import Assigned, Detections, Foreground, foreground_rows
 from maskwright.blocks.layers import Norm
 from maskwright.blocks.points import BoxRefinement, PointHead, PointOptions
-from maskwright.blocks.roi_heads import KeypointHead, MaskHead, Pooling
-from maskwright.blocks.roi_losses import competing_mask_loss, keypoint_loss, keypoint_rois, mask_loss, mask_truth
+from maskwright.blocks.roi_heads import KeypointHead, MaskHead, MaskIoUHead, Pooling
+from maskwright.blocks.roi_losses import (
+    competing_mask_loss,
+    keypoint_loss,
+    keypoint_rois,
+    mask_iou_loss,
+    mask_loss,
+    mask_truth,
+)
 from maskwright.errors import UsageError
 from maskwright.ops import keypoints as keypoint_ops
+from maskwright.ops.mask_targets import share_inside
 from maskwright.ops.paste import paste_masks
 from maskwright.options import OptionGroup
 from maskwright.structures import Instances, Placement
@@ -115,10 +123,33 @@ class KeypointOptions(OptionGroup):
         return super().read({"count": value} if number else value, default)
 
 
-class MaskRCNN(TwoStage):
-    """Mask R-CNN, with optional keypoints.
+@dataclass(frozen=True)
+class MaskIoUOptions(OptionGroup):
+    """The head that predicts the IoU of masks (Mask Scoring R-CNN), as options of a system.
 
-    Its networks are those of `TwoStage`, and `masks`, `points` (with points=True) and `keypoints`.
+    Attributes:
+        convs: Number of 3 x 3 convolutions.
+        width: Their channels.
+        fc_width: Width of the two fully connected layers.
+    """
+
+    label: ClassVar[str] = "mask_iou"
+
+    convs: int = 4
+    width: int = 256
+    fc_width: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("convs", "width", "fc_width"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"mask_iou.{name} must be at least 1, got {getattr(self, name)}")
+
+
+class MaskRCNN(TwoStage):
+    """Mask R-CNN, with optional keypoints and predicted mask IoU.
+
+    Its networks are those of `TwoStage`, and `masks`, `points` (with points=True), `mask_iou` and `keypoints`.
     """
 
     name = "mask-rcnn"
@@ -133,6 +164,7 @@ class MaskRCNN(TwoStage):
     masks: nn.Module | None
     points: nn.Module | None
     keypoints: nn.Module | None
+    mask_iou: nn.Module | None
 
     def __init__(
         self,
@@ -151,6 +183,7 @@ class MaskRCNN(TwoStage):
         masks: bool | Mapping[str, Any] | MaskOptions = True,
         points: bool = False,
         keypoints: bool | int | Mapping[str, Any] | KeypointOptions = False,
+        mask_iou: bool | Mapping[str, Any] | MaskIoUOptions = False,
     ):
         """
         Args:
@@ -169,6 +202,8 @@ class MaskRCNN(TwoStage):
             masks: The mask head, see `MaskOptions`; False: none.
             points: Refine masks at single points (PointRend, arXiv 1912.08193), to 224 x 224.
             keypoints: The keypoint head, see `KeypointOptions`; an integer is the number of keypoints; False: none.
+            mask_iou: Predict the IoU of each mask with its object and multiply the score by it (Mask Scoring R-CNN,
+                arXiv 1903.00241), see `MaskIoUOptions`; False: the score is that of the box.
         """
         super().__init__(
             classes, backbone=Backbone.read(backbone, BACKBONE), in_channels=in_channels,
@@ -180,7 +215,7 @@ class MaskRCNN(TwoStage):
         self.agnostic_masks = mask is not None and mask.agnostic
         self.keypoint_count = keypoint.count if keypoint is not None else 0
         outputs = 1 if self.agnostic_masks else len(self.classes) + self.competing_masks
-        self.masks = self.points = self.keypoints = None
+        self.masks = self.points = self.keypoints = self.mask_iou = None
         self.refinement: BoxRefinement | None = None
         if mask is not None:
             self.make_mask_head = partial(
@@ -193,6 +228,14 @@ class MaskRCNN(TwoStage):
                 raise UsageError("points=True requires neck='fpn' and masks with loss='sigmoid'")
             self.refinement = BoxRefinement(PointOptions(steps=3))
             self.points = PointHead(self.channels, outputs, outputs, width=mask.width)
+        quality = read_switch(MaskIoUOptions, mask_iou)
+        if quality is not None:
+            if mask is None or self.competing_masks or points:
+                raise UsageError("mask_iou requires masks with loss='sigmoid', and points=False")
+            self.mask_iou = MaskIoUHead(
+                self.channels, self.mask_side if neck != "c4" else 7, len(self.classes), convs=quality.convs,
+                width=quality.width, fc_width=quality.fc_width,
+            )  # fmt: skip
         if keypoint is not None:
             self.keypoints = KeypointHead(self.channels, keypoint.count, convs=keypoint.convs, width=keypoint.width)
 
@@ -208,7 +251,7 @@ class MaskRCNN(TwoStage):
         self, raw: Raw, features: Float[Tensor, "r c s s"], assigned: Sequence[Assigned],
         deltas: Float[Tensor, "r d"], targets: Sequence[Instances],
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Computes `mask`, `mask_point` and `keypoint`, where the system has these heads."""
+        """Computes `mask`, `mask_point`, `mask_iou` and `keypoint`, where the system has these heads."""
         terms: dict[str, Tensor] = {}
         rois = self.foreground(assigned, deltas)
         if self.masks is not None:
@@ -234,7 +277,7 @@ class MaskRCNN(TwoStage):
         self, raw: Raw, features: Float[Tensor, "r c s s"], rois: Foreground, targets: Sequence[Instances],
         network: nn.Module | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """Computes `mask`, whose target is the object's mask inside the box, and `mask_point` with points=True.
+        """Computes `mask`, whose target is the object's mask inside the box, `mask_point` and `mask_iou`.
 
         Args:
             raw: Output of the dense network.
@@ -253,6 +296,17 @@ class MaskRCNN(TwoStage):
             return {"mask": competing_mask_loss(logits, truth, labels)}
         own = logits[:, 0] if one else logits[torch.arange(len(labels), device=labels.device), labels]
         terms = {"mask": mask_loss(own, truth)}
+        if self.mask_iou is not None:
+            # The gradient flows through the mask, as in the published code.
+            iou = self.mask_iou(features, own.float().sigmoid())
+            predicted = iou[torch.arange(len(iou), device=iou.device), rois.labels]
+            shares = [
+                share_inside(target.masks, owners, boxes, last=self.last)  # pyright: ignore[reportArgumentType]
+                for target, owners, boxes in zip(targets, rois.owners, rois.boxes, strict=True)
+                if len(boxes)
+            ]
+            shares = torch.cat(shares) if shares else predicted.new_zeros(0)
+            terms["mask_iou"] = mask_iou_loss(predicted, own, truth, shares.to(predicted)) + iou.sum() * 0
         if self.refinement is not None and self.points is not None:
             terms["mask_point"] = self.refinement.loss(
                 self.points, raw.features[0], logits, rois.boxes, labels, targets, rois.owners
@@ -276,6 +330,7 @@ class MaskRCNN(TwoStage):
         detections: int = 100,
         mask_threshold: float = 0.5,
         refine: bool = True,
+        score_of: Literal["mask", "box"] = "mask",
     ) -> list[Instances]:
         """Detects objects.
 
@@ -287,9 +342,13 @@ class MaskRCNN(TwoStage):
             detections: Largest number of detections per image.
             mask_threshold: Probability from which on a pixel belongs to the mask.
             refine: Refine masks at points, where the system has them.
+            score_of: With `mask_iou`, the score of the mask (that of the box times the predicted IoU), which orders
+                the objects, or that of the box, by which the published code evaluates boxes.
         """
         found = self.find(raw, [p.size for p in placements], score_threshold, nms_threshold, detections)
         masks, keypoints = self.read_boxes(raw, [own.boxes for own in found], [own.labels for own in found], refine)
+        if self.mask_iou is not None and score_of == "mask":
+            found, masks, keypoints = self.rescored(raw, found, masks, keypoints, score_threshold)
         rows = zip(found, masks, keypoints, placements, strict=True)
         return [self.to_image(*row, threshold=mask_threshold) for row in rows]
 
@@ -315,6 +374,34 @@ class MaskRCNN(TwoStage):
         if self.keypoints is not None:
             keypoints = list(self.keypoints(features).float().split(counts))
         return masks, keypoints
+
+    def mask_scores(
+        self, raw: Raw, found: Sequence[Detections], masks: Sequence[Float[Tensor, "_n s s"]]
+    ) -> list[Float[Tensor, " _n"]]:
+        """The score of each detected box times the predicted IoU of its mask."""
+        assert self.mask_iou is not None
+        features = self.mask_features(raw, [own.boxes for own in found])
+        iou = self.mask_iou(features, torch.cat(list(masks))).float()
+        labels = torch.cat([own.labels for own in found])
+        quality = iou[torch.arange(len(iou), device=iou.device), labels].split([len(own.boxes) for own in found])
+        return [own.scores * value for own, value in zip(found, quality, strict=True)]
+
+    def rescored(
+        self, raw: Raw, found: Sequence[Detections], masks: Sequence[Any], keypoints: Sequence[Any], threshold: float
+    ) -> tuple[list[Detections], list[Tensor | None], list[Tensor | None]]:
+        """Detections, masks and keypoints in the order of the masks' scores, between 0 and 1.
+
+        With a threshold above the published one, 0.05, objects whose mask scores less are left out too.
+        """
+        result: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
+        for own, scores, mask, points in zip(found, self.mask_scores(raw, found, masks), masks, keypoints, strict=True):
+            order = scores.argsort(descending=True, stable=True)
+            if threshold > 0.05:
+                order = order[scores[order] > threshold]
+            result[0].append(Detections(own.boxes[order], scores[order].clamp(0, 1), own.labels[order]))
+            result[1].append(mask[order])
+            result[2].append(None if points is None else points[order])
+        return result
 
     def mask_probabilities(
         self, raw: Raw, features: Float[Tensor, "r c _s _s"], boxes: Sequence[Float[Tensor, "_n 4"]],
@@ -349,10 +436,14 @@ class MaskRCNN(TwoStage):
         masks = points = None
         if mask is not None:
             mask = mask[kept].flip(-1) if placement.mirrored else mask[kept]
-            masks = paste_masks(mask, boxes, placement.image_size, rule=self.rules.paste, threshold=threshold)
+            masks = paste_masks(
+                mask, boxes, placement.image_size, rule=self.rules.paste, threshold=threshold,
+                strict=self.rules.paste_above,
+            )  # fmt: skip
         if keypoint is not None:
             points = keypoint_ops.decode(keypoint[kept], found.boxes[kept], self.rules.keypoints)
             points = torch.cat([placement.points_to_image(points[..., :2]), points[..., 2:]], -1)
+        boxes = self.extents(boxes)
         return Instances(placement.image_size, boxes, found.labels[kept], masks, found.scores[kept], points)
 
     # ---- for loading and training ------------------------------------------------------------------------------------
@@ -387,6 +478,8 @@ class MaskRCNN(TwoStage):
             return rows
         for kind in ("weight", "bias"):
             rows[f"masks.logits.{kind}"] = ClassRows(background_last=self.competing_masks)
+            if self.mask_iou is not None:
+                rows[f"mask_iou.iou.{kind}"] = ClassRows()
         return rows | self.point_rows()
 
     def point_rows(self) -> dict[str, tuple[ClassRows, ...]]:

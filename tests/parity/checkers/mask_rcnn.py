@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.blocks.box_stage import sample_boxes
+from maskwright.blocks.box_stage import Detections, sample_boxes
 from maskwright.blocks.rpn import propose
 from maskwright.ops.paste import paste_masks, paste_values
 from maskwright.structures import Instances, Masks, Placement
@@ -34,10 +35,12 @@ def check(system: MaskRCNN, layout: Path, ledger: Ledger) -> None:
 
 class Check:
     names: ClassVar[Mapping[str, str]] = LOSSES
+    gt_in_proposals: ClassVar[bool] = False
 
     def __init__(self, system: MaskRCNN, ledger: Ledger):
         self.system, self.ledger = system.eval(), ledger
-        self.torchvision = system.options.get("rules") == "torchvision"
+        self.code = str(system.options.get("rules"))
+        self.background_first = self.code in ("torchvision", "maskrcnn-benchmark")  # background is the first class
         self.classes = len(system.classes)
 
     def run(self) -> None:
@@ -90,6 +93,11 @@ class Check:
         found = propose(raw.objectness, raw.deltas, anchors, sizes, self.system.proposal_rules, training)
         if name in self.ledger:
             boxes, scores = found[0]
+            if training and self.gt_in_proposals:  # the recording includes the objects' own boxes
+                boxes = torch.cat([boxes, self.ledger.given("gt_boxes")])
+                scores = torch.cat([scores, scores.new_zeros(len(boxes) - len(scores))])
+            if logits is not None and logits not in self.ledger and "proposal_scores" in self.ledger:
+                logits, scores = "proposal_scores", scores.sigmoid()
             self.boxes(name, boxes, {logits: scores} if logits and logits in self.ledger else {}, scores=scores)
         return [b for b, _ in found]
 
@@ -123,20 +131,20 @@ class Check:
     # ---- conventions of the recordings ---------------------------------------------------------------------------
 
     def their_classes(self, logits: Tensor) -> Tensor:
-        return logits.roll(1, 1) if self.torchvision else logits
+        return logits.roll(1, 1) if self.background_first else logits
 
     def their_rows(self, values: Tensor, per_class: int) -> Tensor:
-        """torchvision's first rows are background's; they are unused, and loading drops them."""
-        if not self.torchvision:
+        """The first rows may be background's; they are unused, and loading drops them."""
+        if not self.background_first:
             return values
         return torch.cat([values.new_full((len(values), per_class, *values.shape[2:]), torch.nan), values], 1)
 
     def their_label(self, labels: Tensor) -> Tensor:
-        return labels + 1 if self.torchvision else labels
+        return labels + 1 if self.background_first else labels
 
     @property
     def dropped(self) -> str:
-        return "the unused rows of background are not loaded" if self.torchvision else ""
+        return "the unused rows of background are not loaded" if self.background_first else ""
 
     # ---- heads on fixed boxes ------------------------------------------------------------------------------------
 
@@ -168,7 +176,7 @@ class Check:
                 ledger.compare("given_masks_pasted_prob", paste_values(masks[0], scaled, out, rule=rule)[:, None])
             if "given_masks_pasted" in ledger:
                 planes = paste_masks(masks[0], scaled, out, rule=rule).dense()
-                ledger.compare_bits("given_masks_pasted", planes[:, None] if self.torchvision else planes)
+                ledger.compare_bits("given_masks_pasted", planes[:, None] if self.background_first else planes)
         if system.keypoints is not None:
             from maskwright.ops.keypoints import decode
 
@@ -182,7 +190,7 @@ class Check:
     def keypoints(self, name: str, scores: str, ours: Tensor) -> None:
         if name not in self.ledger:
             return
-        if self.torchvision:  # the third number is the constant 1 there, scores are separate
+        if self.background_first:  # the third number is the constant 1 there, scores are separate
             self.ledger.compare(name, torch.cat([ours[..., :2], torch.ones_like(ours[..., 2:])], -1))
             if scores in self.ledger:
                 self.ledger.compare(scores, ours[..., 2])
@@ -226,6 +234,9 @@ class Check:
         if f"det_mask_probs{suffix}" in ledger:
             assert masks[0] is not None
             ledger.compare(f"det_mask_probs{suffix}", masks[0][rows][:, None])
+            if "det_mask_scores" in ledger:
+                found = Detections(boxes, scores, labels)
+                ledger.compare("det_mask_scores", system.mask_scores(one, [found], [masks[0]])[0][rows])
         if keypoints[0] is not None:
             on_input = system.decode(one, [Placement.identity(size)], **limits)[0]
             assert on_input.keypoints is not None
@@ -233,6 +244,8 @@ class Check:
         if f"out_boxes{suffix}" not in ledger:
             return
         out = out or tuple(ledger.given("out_size").tolist())
+        if system.mask_iou is not None:
+            limits["score_of"] = "box"  # the order of boxes
         final = system.decode(one, [Placement.resize(out, size)], **limits)[0]
         self.finished(final, rows, suffix)
 
@@ -245,7 +258,7 @@ class Check:
                 return ledger.fail(f"out_boxes{suffix}", f"{len(final)} objects instead of {len(theirs)}")
             rows = own
         final = final[rows]
-        ledger.compare(f"out_boxes{suffix}", final.boxes)
+        ledger.compare(f"out_boxes{suffix}", final.boxes - (self.system.extents(final.boxes) - final.boxes))
         if f"out_scores{suffix}" in ledger:
             assert final.scores is not None
             ledger.compare(f"out_scores{suffix}", final.scores)
@@ -273,14 +286,18 @@ class Check:
 
     def target(self, source: Ledger, size: tuple[int, int], bits: bool = False) -> Instances:
         boxes = source.given("gt_boxes")
-        labels = source.given("gt_labels") - 1 if self.torchvision else source.given("gt_classes")
+        labels = source.given("gt_labels") - 1 if self.background_first else source.given("gt_classes")
         masks = None
         if (bits or "gt_polygons" not in source) and any(n in source for n in ("gt_bitmasks", "gt_masks")):
             masks = Masks.from_dense(source.given("gt_bitmasks" if "gt_bitmasks" in source else "gt_masks"))
         elif "gt_polygons" in source:
             masks = Masks.from_polygons([[ring] for ring in source.given("gt_polygons").numpy()], size)
         keypoints = source.given("gt_keypoints") if "gt_keypoints" in source else None
-        return Instances(size, boxes, labels, masks, keypoints=keypoints)
+        return Instances(size, self.system.extents(boxes), labels, masks, keypoints=keypoints)
+
+    def inner(self, target: Instances) -> Instances:
+        """The target with the boxes of the code base, as `losses` passes it on."""
+        return dataclasses.replace(target, boxes=target.boxes - (self.system.extents(target.boxes) - target.boxes))
 
     def training(self, raw: Raw, size: tuple[int, int]) -> None:
         ledger, system = self.ledger, self.system
@@ -291,14 +308,14 @@ class Check:
             self.terms("train_loss_", self.losses(raw, target), EDGES)
             proposals = [found[0]]
             if "train_sampled_boxes" in ledger:
-                sampled = sample_boxes(proposals[0], target, self.classes, system.box_rules)
+                sampled = sample_boxes(proposals[0], self.inner(target), self.classes, system.box_rules)
                 self.boxes("train_sampled_boxes", sampled.boxes, {}, ("train_sampled_classes", sampled.labels))
             given = [ledger.given("given_boxes")]
-            self.terms("train_given_loss_", system.roi_losses(raw, given, [target]))
+            self.terms("train_given_loss_", system.roi_losses(raw, given, [self.inner(target)]))
             if ledger.names("train_(given_)?bitmask_.*"):
                 target = self.target(ledger, size, bits=True)
                 self.terms("train_bitmask_loss_", self.losses(raw, target), EDGES)
-                self.terms("train_given_bitmask_loss_", system.roi_losses(raw, given, [target]))
+                self.terms("train_given_bitmask_loss_", system.roi_losses(raw, given, [self.inner(target)]))
 
     def losses(self, raw: Raw, target: Instances) -> dict[str, Tensor]:
         """All losses; that of masks on the original's proposals if they were recorded in full (they are compared
@@ -306,8 +323,10 @@ class Check:
         terms = self.system.losses(raw, [target])
         names = ("train_proposals_rpn", "train_proposals")
         theirs = next((self.ledger.peek(n) for n in names if n in self.ledger.arrays), None)
+        if theirs is not None and self.gt_in_proposals:
+            theirs = theirs[: -len(target)]
         if theirs is not None and "mask" in terms:
-            terms["mask"] = self.system.roi_losses(raw, [theirs], [target])["mask"]
+            terms["mask"] = self.system.roi_losses(raw, [theirs], [self.inner(target)])["mask"]
         return terms
 
     def terms(self, prefix: str, ours: dict[str, Tensor], edges: str = "") -> None:
@@ -355,8 +374,7 @@ class Check:
     def our_names(self, theirs: list[str]) -> list[str]:
         from maskwright.checkpoints.origins import origins
 
-        kind = "torchvision" if self.torchvision else "detectron2"
-        origin = next(o for o in origins() if o.name == kind and o.system == self.system.name)
+        origin = next(o for o in origins() if o.name == self.code and o.system == self.system.name)
         ours, result = dict(self.system.named_parameters()), []
         for key in theirs:
             for pattern, replacement in origin.rename:

@@ -39,7 +39,7 @@ from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.structures.resize import Resize
 from maskwright.systems.system import ClassRows, Output, System, at_least
 
-RulesName = Literal["detectron2", "torchvision", "mmdetection", "mmdetection-caffe"]
+RulesName = Literal["detectron2", "torchvision", "mmdetection", "mmdetection-caffe", "maskrcnn-benchmark"]
 Neck = Literal["fpn", "c4", "dc5"]
 
 
@@ -60,6 +60,7 @@ class Rules:
         mask_targets: Targets of masks, see `ops.mask_targets.mask_targets`.
         mask_init: Initialisation of the mask head's last layer, see `blocks.roi_heads.MaskHead`.
         paste: Pasting of masks, see `ops.paste.paste_masks`.
+        paste_above: A pixel belongs to a mask if its value is above the threshold, instead of at least the threshold.
         finish: Detected boxes on the image: "clip": clipped to it and dropped if empty; "scale": only scaled.
         keypoints: Score of keypoints, see `ops.keypoints.decode`.
         keypoints_inside: Keypoints are trained only on boxes that contain at least one.
@@ -74,6 +75,7 @@ class Rules:
     mask_targets: mask_targets.Rule = "binary"
     mask_init: Literal["small", "kaiming"] = "small"
     paste: paste.Rule = "continuous"
+    paste_above: bool = False
     finish: Literal["clip", "scale"] = "clip"
     keypoints: keypoints.Scoring = "probability"
     keypoints_inside: bool = True
@@ -90,6 +92,15 @@ RULES: Mapping[str, Rules] = {
         aligned=False, samples=2, levels="torchvision", upsample="fit", mask_targets="soft", mask_init="kaiming",
         paste="padded", finish="scale", keypoints="logit", keypoints_inside=False,
     ),
+    "maskrcnn-benchmark": Rules(
+        ProposalRules(
+            anchors="maskrcnn-benchmark", loss="sampled", beta=1 / 9, inclusive=True, rank_by="probability",
+            after=(2000, 1000), plus_one=True, straddle=0.0, whole_batch=True,
+        ),
+        BoxRules(beta=1.0, sampled_order="index", plus_one=True),
+        aligned=False, samples=2, levels="maskrcnn-benchmark", mask_targets="maskrcnn-benchmark", mask_init="kaiming",
+        paste="padded", paste_above=True, finish="scale", keypoints="logit", keypoints_inside=False,
+    ),
     "mmdetection": (_MMDETECTION := Rules(
         ProposalRules(loss="sampled", rank_by="probability"), upsample="fit", mask_init="kaiming", finish="scale",
     )),
@@ -102,6 +113,14 @@ PREPROCESS: Mapping[str, Preprocess] = {
         resample="pillow", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), divide=1.0, channels="BGR"
     ),
     "torchvision": Preprocess(resample="tensor"),
+    "maskrcnn-benchmark": Preprocess(
+        resample="pillow",
+        sizes="benchmark",
+        mean=(102.9801, 115.9465, 122.7717),
+        std=(1.0, 1.0, 1.0),
+        divide=1.0,
+        channels="BGR",
+    ),
     "mmdetection": Preprocess(
         resample="opencv", mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), divide=1.0
     ),
@@ -337,6 +356,15 @@ class TwoStage(System):
     def outputs(self) -> frozenset[Output]:
         return frozenset({"boxes"})
 
+    @property
+    def last(self) -> float:
+        """What x1 and y1 of the code base's boxes are less than ours: 1 where they are the last pixel of a box."""
+        return 1.0 if self.box_rules.plus_one else 0.0
+
+    def extents(self, boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
+        """Boxes of the code base on the image, as boxes x0, y0, x1, y1 in continuous coordinates."""
+        return boxes + boxes.new_tensor([0, 0, self.last, self.last]) if self.last else boxes
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
         return self.dense(images)
 
@@ -354,6 +382,8 @@ class TwoStage(System):
         """
         device = raw.objectness[0].device
         targets = [(t if t.crowd is None else t[~t.crowd]).to(device) for t in targets]
+        if self.last:  # from here on x1 and y1 are the last pixel of a box
+            targets = [replace(t, boxes=t.boxes - t.boxes.new_tensor([0, 0, self.last, self.last])) for t in targets]
         anchors = self.anchors(raw.features, raw.size)
         terms = proposal_losses(raw.objectness, raw.deltas, anchors, targets, self.proposal_rules)
         return terms | self.roi_losses(raw, self.propose(raw, [t.image_size for t in targets], training=True), targets)
