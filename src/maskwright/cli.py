@@ -138,7 +138,8 @@ def show_batch(
     plan = replace(plan, augment={**plan.augment, **_values(augment)})
     changes = {"seed": seed, **_given(batch=batch, balance=balance)}
     options = nested(_values(option).items())
-    print_line(str(run(system, data, out, plan, number=number, epoch=epoch, weights=weights, options=options, **changes)))
+    path = run(system, data, out, plan, number=number, epoch=epoch, weights=weights, options=options, **changes)
+    print_line(str(path))
     return 0
 
 
@@ -331,7 +332,7 @@ def predict(
     with PredictionWriter(out, format, classes, images, stuff, task_called(task), ids, total) as writer:
         for prediction in progress(found, "images"):
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
-            writer.add(prediction.path or "image", found_there, prediction.error)
+            writer.add(prediction.path or "image", found_there, prediction.error, prediction.reading)
     what = "objects" if task == "instances" else "segments"
     limit = (
         " with a score of at least 0.5 (--score-threshold)" if score_threshold is None and task == "instances" else ""
@@ -368,6 +369,7 @@ def check(
     /,
     *,
     fix: Annotated[Path | None, arg(metavar="OUT")] = None,
+    bands: tuple[int, ...] = (),
 ) -> int:
     """Check a data set before training; every finding names its file and annotation.
 
@@ -380,10 +382,11 @@ def check(
     Args:
         source: A folder with annotations/ and images, or one COCO file.
         fix: Write a repaired copy into this folder.
+        bands: Bands that will be read from images with other bands than RGB, from 1 (train --option resize.bands).
     """
     from maskwright.data import check as run
 
-    findings = run(source, fix=fix)
+    findings = run(source, fix=fix, bands=bands or None)
     print_line(str(findings))
     return 0 if findings.ok or findings.fixed is not None else 1
 

@@ -86,6 +86,7 @@ def check(
     *,
     images: str | Path | None = None,
     decode: bool = True,
+    bands: Sequence[int] | None = None,
     workers: int | None = None,
 ) -> CheckReport:
     """Find everything that is wrong with a data set.
@@ -97,6 +98,7 @@ def check(
             certain and omitted otherwise, damaged images are omitted, and intact ones are linked (hard links, or
             copies where the file system has none). The source is not changed.
         images: The folder of the images of an annotation file; None: searched for.
+        bands: Numbers of the bands that will be read from images with other bands than RGB, from 1.
         decode: Decode every image; False: read only the headers and the ends of the files.
         workers: Number of threads that decode; None: chosen by the number of cores.
 
@@ -117,7 +119,9 @@ def check(
     matches = find_matches(str(source), request)
     if matches:
         tables = _read_tables(matches, request)
-        damaged = _decode_all([t.folder / file for _, t in tables for file in t.files], workers) if decode else {}
+        damaged = (
+            _decode_all([t.folder / file for _, t in tables for file in t.files], workers, bands) if decode else {}
+        )
         for _, table in tables:
             _inspect(table, damaged)
             report.findings += table.findings
@@ -129,7 +133,7 @@ def check(
     paths = [source] if source.is_file() else _image_files(source)
     if not paths:
         raise UsageError(f"{source}: contains neither annotations (annotations/instances_*.json) nor images")
-    results = _decode_all(paths, workers)
+    results = _decode_all(paths, workers, bands)
     report.findings += [finding for finding in results.values() if finding is not None]
     intact = [path for path, finding in results.items() if finding is None or finding.severity == "note"]
     report.contents.append(f"{source}: {len(intact)} of {len(paths)} images can be read")
@@ -156,12 +160,14 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
 
 
-def _decode_all(paths: Sequence[Path], workers: int | None) -> dict[Path, Finding | None]:
+def _decode_all(
+    paths: Sequence[Path], workers: int | None, bands: Sequence[int] | None = None
+) -> dict[Path, Finding | None]:
     """The problem of each image, None if it is intact. Decoding releases Python's global lock, so threads help."""
 
     def one(path: Path) -> Finding | None:
         try:
-            read_image(path, warn=False)
+            read_image(path, warn=False, bands=bands)
             if is_animated(path):
                 return Finding("note", "animation", str(path), "is animated; the first frame is used")
         except ImageError as error:

@@ -251,7 +251,8 @@ def _own_white(path: Path) -> int | None:
     with _readable(path), path.open("rb") as file, _source(file, path, MAX_PIXELS) as source:
         if not source.deep:
             return None
-        values, declared = source.values(None)
+        bands = tuple(range(1, source.layout.samples + 1)) if isinstance(source, _TiffSource) else None
+        values, declared = source.values(bands)
         if values.dtype.kind not in "ui" or values.dtype == np.uint8:
             return None
         largest = int(values.max(initial=0))

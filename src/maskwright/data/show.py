@@ -74,6 +74,8 @@ def denormalized(image: Float[Tensor, "c h w"], preprocess: Preprocess) -> UInt8
     """Return a normalized image as RGB, 0 ... 255, without further channels."""
     mean, std = (image.new_tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
     values = ((image.float() * std + mean) * preprocess.divide)[:3]
-    if preprocess.channels == "BGR":
+    if len(values) < 3:
+        values = values[:1].expand(3, -1, -1)
+    elif preprocess.channels == "BGR":
         values = values.flip(0)
     return values.round().clamp(0, 255).to(torch.uint8)

@@ -345,7 +345,8 @@ class Evaluator:
         height, width = self._sizes[position]
         shrink = min(1.0, EXAMPLE_SIDE / max(height, width))
         size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
-        image = Image.fromarray(sample.image.permute(1, 2, 0).numpy()).resize((size[1], size[0]), Image.Resampling.BOX)
+        pixels = sample.image[:3] if len(sample.image) >= 3 else sample.image[:1].expand(3, -1, -1)
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((size[1], size[0]), Image.Resampling.BOX)
         jpeg = io.BytesIO()
         image.save(jpeg, "JPEG", quality=85)
         record = self._records.get(score.id)

@@ -129,7 +129,8 @@ def evaluate(
         measure(_batches(ready, dataset, mine, batch, workers), [measurement], device=place, dtype=kind, watch=watch)
     if world > 1:
         measurement.gather(functools.partial(_gathered, world=world))
-    result = measurement.result(kinds, boundary, limits.get("detections"), examples, title)
+    with reading(ready.preprocess):  # examples show the images
+        result = measurement.result(kinds, boundary, limits.get("detections"), examples, title)
     if out is not None and rank == 0:
         measurement.write(Path(out))
     result.protocol = replace(

@@ -131,7 +131,7 @@ def reading_of(wanted: list[Item] | Iterator[Item], preprocess: Preprocess) -> R
         preprocess: The preprocessing of the system.
     """
     white = preprocess.white
-    if white is None and preprocess.bands is None and isinstance(wanted, list) and len(wanted) > 1:
+    if white is None and isinstance(wanted, list) and len(wanted) > 1:
         white = common_white([item.path for item in wanted if item.path is not None])
         if white is not None and white < 0xFFFF:
             warnings.warn(white_words(white), DataWarning, stacklevel=3)

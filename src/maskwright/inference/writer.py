@@ -11,11 +11,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from maskwright.data.images import Reading
 from maskwright.errors import DataError, interruption
 from maskwright.evaluation.tasks import TASKS, Task
 from maskwright.files import AtomicFile, json_bytes, remove_stale_parts, write_json
 from maskwright.inference.outputs import RecordStream, write_image
 from maskwright.inference.own_ids import DatasetIds
+from maskwright.inference.sources import Item, displayed
 from maskwright.locks import FolderLock
 from maskwright.structures import Instances, Panoptic
 
@@ -99,13 +101,16 @@ class PredictionWriter:
                 remove_stale_parts(parent)
         remove_stale_parts(self.folder)
 
-    def add(self, path: str | Path, found: Instances | Panoptic | None, error: Any = None) -> None:
+    def add(
+        self, path: str | Path, found: Instances | Panoptic | None, error: Any = None, reading: Reading | None = None
+    ) -> None:
         """Write the prediction of one image.
 
         Args:
             path: The image's file.
             found: Its objects or segments; None if it was skipped.
             error: Why it was skipped.
+            reading: How the image was read (`Prediction.reading`), for drawing over it.
         """
         if error is not None or found is None:
             self.skipped.append((str(path), str(error)))
@@ -114,7 +119,7 @@ class PredictionWriter:
         number = len(self.images) + 1 if self.ids is None else self.ids.image_id(Path(path))
         height, width = found.image_size
         if "drawn" in self.kinds:
-            self._draw(Path(path), found, self.folder / "drawn" / f"{name}.jpg")
+            self._draw(Path(path), found, self.folder / "drawn" / f"{name}.jpg", reading)
         if isinstance(found, Panoptic):
             self._add_segments(found, name, number)
         else:
@@ -212,10 +217,9 @@ class PredictionWriter:
             return self.ids.categories(self.classes)
         return [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
 
-    def _draw(self, path: Path, found: Instances | Panoptic, target: Path) -> None:
-        from maskwright.data import read_image
-
-        write_image(target, found.draw(read_image(path), self.classes).convert("RGB"), sync=False)
+    def _draw(self, path: Path, found: Instances | Panoptic, target: Path, reading: Reading | None) -> None:
+        image = displayed(Item(path, None, reading or Reading()))
+        write_image(target, found.draw(image, self.classes).convert("RGB"), sync=False)
 
     def _inside(self, path: Path) -> Path:
         """The image's path relative to the source that it was found in."""

@@ -68,7 +68,7 @@ def _integers_or_bools(index: Any) -> npt.NDArray[np.int64] | npt.NDArray[np.boo
     if values.dtype.kind == "b":
         return values.astype(np.bool_)
     if values.dtype.kind not in "iu" and values.shape != (0,):
-        what = repr(index) if values.ndim == 0 else f"values of {values.dtype}"
+        what = repr(values[()]) if values.ndim == 0 else f"values of {values.dtype}"
         raise IndexError(f"an index must be an integer, a slice, or one axis of integers or bools; got {what}")
     return values.astype(np.int64)
 
