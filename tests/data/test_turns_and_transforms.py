@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import sys
 from dataclasses import replace
@@ -247,6 +248,20 @@ def test_images_of_rare_classes_are_repeated(tmp_path: Path):
     assert seen[3] / 40 == pytest.approx(np.sqrt(10.5) * 24 / 23.24, abs=0.3)
     assert loader.indices(1) != loader.indices(2)
     assert len(make_loader(dataset, OWN, batch_size=1, training=True)) == 21
+
+
+@pytest.mark.parametrize("channels", [1, 2, 8])
+def test_images_of_other_channels_are_resized(channels: int):
+    image = torch.randint(0, 256, (channels, 40, 60), dtype=torch.uint8)
+    given = replace(sample(), image=image)
+    rule = replace(OWN, fit="short", short=30, long=60)
+    for options in ({"flip": 0.0}, {"flip": 1.0, "jitter": (0.5, 2.0)}):
+        augment = Augment(**options)
+        placed = augment.apply(given, augment.draw(np.random.default_rng(0), (40, 60), rule))
+        assert placed.image.shape == (channels, *placed.placement.size)
+    with pytest.raises(UsageError, match="needs 1 or 3 channels") if channels != 1 else contextlib.nullcontext():
+        augment = Augment(brightness=0.5)
+        augment.apply(given, augment.draw(np.random.default_rng(0), (40, 60), rule))
 
 
 # ---- the sheet -------------------------------------------------------------------------------------------------------

@@ -414,6 +414,10 @@ def _padded(image: Tensor, size: tuple[int, int]) -> Tensor:
 def _pillow(image: Tensor, size: tuple[int, int], box: tuple[float, float, float, float] | None) -> Tensor:
     from PIL import Image
 
+    if len(image) != 3:
+        planes = [Image.fromarray(plane.contiguous().numpy()) for plane in image]
+        parts = [np.array(plane.resize((size[1], size[0]), Image.Resampling.BILINEAR, box)) for plane in planes]
+        return torch.from_numpy(np.stack(parts))
     drawn = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     resized = np.array(drawn.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
     return torch.from_numpy(resized).permute(2, 0, 1)
@@ -422,6 +426,10 @@ def _pillow(image: Tensor, size: tuple[int, int], box: tuple[float, float, float
 def _adjust_colours(image: Tensor, colours: tuple[tuple[str, float], ...]) -> Tensor:
     if not colours:
         return image
+    if len(image) not in (1, 3):
+        raise UsageError(
+            f"colour augmentation (brightness, contrast, saturation, hue) needs 1 or 3 channels, the image has {len(image)}"
+        )
     from torchvision.transforms.v2 import functional as pixels
 
     whole = image.dtype == torch.uint8
