@@ -18,7 +18,14 @@ from safetensors.torch import save_file
 
 from maskwright import files
 from maskwright.errors import CheckpointError, DataError, TrainingError
-from maskwright.files import AtomicFile, atomic_folder, atomic_path, remove_stale_parts, write_errors_as
+from maskwright.files import (
+    _HOST,
+    AtomicFile,
+    atomic_folder,
+    atomic_path,
+    remove_stale_parts,
+    write_errors_as,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -202,3 +209,13 @@ def test_parts_of_dead_processes_are_removed_and_no_others(tmp_path: Path):
     assert remove_stale_parts(tmp_path) == [own.part], "of an earlier process with this number"
     assert names(tmp_path) == sorted([".hidden.part", parent.name, "own", "weights.pth.part"])
     assert remove_stale_parts(tmp_path / "absent") == []
+
+
+def test_a_part_is_not_that_of_a_later_process_with_the_same_number(tmp_path: Path):
+    reused = tmp_path / f".b.json.{os.getppid()}.{_HOST}01234567.part"
+    alive = tmp_path / f".c.json.{os.getppid()}.{_HOST}01234567.part"
+    for path in (reused, alive):
+        path.touch()
+    os.utime(reused, (1, 1))  # long before the process with this number began
+    assert remove_stale_parts(tmp_path) == [reused]
+    assert names(tmp_path) == [alive.name]

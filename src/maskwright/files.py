@@ -2,8 +2,8 @@
 
 Data is written to a temporary file in the same folder, flushed to disk and renamed. The temporary name is unique per
 call (``.NAME.PID.TOKEN.part``), so processes and threads that write the same file do not interfere: the last rename
-wins. The temporary file is removed on every failure, including KeyboardInterrupt; `remove_stale_parts` removes those of
-processes that were killed.
+wins. The temporary file is removed on every failure, including KeyboardInterrupt; `remove_stale_parts` removes those
+of processes that were killed.
 
 Failures become one sentence with the path and the reason, raised as the exception class that the caller passes as
 ``error``.
@@ -235,7 +235,8 @@ def json_bytes(value: Any, indent: int | None = None) -> bytes:
 def remove_stale_parts(folder: str | Path) -> list[Path]:
     """Remove temporary files and folders that killed processes left in `folder`; not those of running processes.
 
-    Files of another machine (a shared file system) are removed when they have not changed for `STALE_AFTER` seconds.
+    Those of a process whose number another process has now count as abandoned too. Files of another machine (a shared
+    file system) are removed when they have not changed for `STALE_AFTER` seconds.
     Only names that this module makes are considered.
 
     Args:
@@ -372,7 +373,23 @@ def _is_stale(path: Path, process: int, host: str) -> bool:
         return False
     if process == os.getpid():  # in containers the process before often had the same number
         return path.name not in _active
-    return not process_exists(process)
+    if not process_exists(process):
+        return True
+    with contextlib.suppress(OSError):
+        changed, began = path.stat().st_mtime, _process_began(process)
+        # A process that began later only has the same number.
+        return began > changed + 2 if began is not None else time.time() - changed > STALE_AFTER
+    return False
+
+
+def _process_began(process: int) -> float | None:
+    """When a process began, in seconds since the epoch; None where that is not known (other systems than Linux)."""
+    try:
+        ticks = int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[19])
+        booted = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+        return int(booted.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, StopIteration, AttributeError):
+        return None
 
 
 def process_exists(process: int) -> bool:

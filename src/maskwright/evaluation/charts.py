@@ -12,6 +12,7 @@ WIDTH, HEIGHT = 460, 230
 LEFT, RIGHT, TOP, BOTTOM = 46, 14, 12, 36
 POINTS = 400  # per line, about the width in pixels
 COLOURS = 6
+LARGEST = 1e100  # values above are left out, as those that are not finite
 
 Line = tuple[Sequence[float], Sequence[float]]  # x, y
 
@@ -26,7 +27,7 @@ def chart(
     """Draws lines with ticks and a legend.
 
     Args:
-        lines: x and y values by name; points that are not finite are left out.
+        lines: x and y values by name; points that are not finite are left out, or beyond `LARGEST`.
         x_name: Label of the x axis.
         percent: Whether y is 0 ... 1, shown as 0 ... 100.
         bounds: Range of y; default: that of the data.
@@ -79,7 +80,7 @@ def chart(
 def _finite(line: Line) -> tuple[list[float], list[float]]:
     """The line without gaps, averaged down to `POINTS`."""
     x, y = (np.asarray(v, np.float64) for v in line)
-    there = np.isfinite(x) & np.isfinite(y)
+    there = (np.abs(x) < LARGEST) & (np.abs(y) < LARGEST)  # not NaN either
     x, y = x[there], y[there]
     if len(x) > POINTS:
         starts = np.linspace(0, len(x), POINTS, endpoint=False).astype(int)

@@ -7,6 +7,7 @@ import io
 import json
 from base64 import b64encode
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from maskwright.evaluation.charts import Line, chart
 from maskwright.evaluation.coco import RECALLS
 from maskwright.evaluation.confusion import Confusion
 from maskwright.evaluation.result import Example, Result, percent
-from maskwright.files import write_text
+from maskwright.files import remove_stale_parts, write_bytes
 from maskwright.structures import Instances
 
 KIND_NAMES = {"segm": "masks", "bbox": "boxes", "keypoints": "keypoints", "boundary": "mask boundaries"}
@@ -58,8 +59,11 @@ def report(source: Result | str | Path, path: str | Path | None = None, *, title
             f"{folder}: has neither result.json nor log.csv; expected a run folder of train or a saved result"
         )
     path = Path(path) if path is not None else (folder or Path()) / "report.html"
+    remove_stale_parts(path.parent)
     name = title or (result.title if result else "") or (folder.resolve().name if folder else "Evaluation")
-    return write_text(path, _render(name, result, log, recipe))
+    # Names may have lone surrogates (of bytes that are not UTF-8), which are shown as escapes.
+    page = _render(name, result, log, recipe).encode("utf-8", "backslashreplace")
+    return write_bytes(path, page)
 
 
 def _render(title: str, result: Result | None, log: dict[str, Line], recipe: list[tuple[str, str]]) -> str:
@@ -98,36 +102,51 @@ def _render(title: str, result: Result | None, log: dict[str, Line], recipe: lis
 
 
 def _read_log(path: Path) -> dict[str, Line]:
-    """Every series of log.csv (step, epoch, name, value) as steps and values. An incomplete last line, which a killed
-    run
-    leaves, is ignored."""
+    """Every series of log.csv (step, epoch, name, value) as steps and values.
+
+    An incomplete last line, which a killed run leaves, is ignored.
+    """
     series: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected the log.csv of a training run") from None
     rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
-    header = next(rows, [])
+    header = next(_lines(rows, path), [])
     wanted = ("step", "name", "value")
     if any(column not in header for column in wanted):
-        raise DataError(f"{path}: its first line is {','.join(header)!r}; expected step,epoch,name,value")
+        raise DataError(f"{path}: its first line is {_cut(','.join(header))!r}; expected step,epoch,name,value")
     step, name, value = (header.index(column) for column in wanted)
-    for number, row in enumerate(rows, 2):
+    for row in _lines(rows, path):
         try:
             x, y = float(row[step]), float(row[value])
+            line = series[row[name]]
         except (ValueError, IndexError):
-            raise DataError(f"{path}: line {number} is {','.join(row)!r}; expected step,epoch,name,value") from None
-        series[row[name]][0].append(x)
-        series[row[name]][1].append(y)
+            raise DataError(
+                f"{path}: line {rows.line_num} is {_cut(','.join(row))!r}; expected step,epoch,name,value"
+            ) from None
+        line[0].append(x)
+        line[1].append(y)
     return dict(series)
+
+
+def _lines(rows: Any, path: Path) -> Iterator[list[str]]:
+    """The rows of a CSV reader; DataError for a line that is none."""
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise DataError(f"{path}: line {rows.line_num}: {error}; expected step,epoch,name,value") from None
 
 
 def _read_recipe(path: Path) -> list[tuple[str, str]]:
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        return _flat(json.loads(path.read_bytes().decode("utf-8-sig")))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not the JSON of a recipe ({error})") from None
-    return _flat(values)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from maskwright._version import __version__
-from maskwright.errors import DataError
+from maskwright.errors import DataError, MaskwrightError
 from maskwright.evaluation.confusion import Confusion, ImageScore
-from maskwright.files import write_json
+from maskwright.files import remove_stale_parts, write_json
 from maskwright.structures import Instances
 
 FORMAT = "maskwright-result"
@@ -168,7 +168,7 @@ class Example:
         return cls(
             values["rank"],
             score,
-            b64decode(values["image"] if "image" in values else values["picture"]),
+            b64decode(values["image"]),
             size,
             truth,
             found,
@@ -262,7 +262,7 @@ class Result:
         else:
             lines = [" " * 10 + "".join(f"{c:>8}" for c in ("PQ", "SQ", "RQ"))]
             for part, name in (("", "all"), ("th", "things"), ("st", "stuff")):
-                values = [self.summary[f"panoptic/{c}{part}"] for c in ("PQ", "SQ", "RQ")]
+                values = [self.summary.get(f"panoptic/{c}{part}", -1) for c in ("PQ", "SQ", "RQ")]
                 lines.append(f"{name:10}" + "".join(f"{percent(v):>8}" for v in values))
         return "\n".join([*lines, *self._missing(), str(self.protocol)])
 
@@ -284,19 +284,28 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Result:
-        """The result from `to_dict`, also of earlier versions."""
+        """The result from `to_dict`, also of earlier versions.
+
+        Raises:
+            ValueError: If a value is missing or of another type.
+        """
+        from maskwright.evaluation.stored import check_result
+
+        values = _with_new_names(values)
+        check_result(values, Protocol, Speed)
         return cls(
             **{name: values[name] for name in _PLAIN},
             classes=tuple(values["classes"]),
-            protocol=Protocol(**{k.replace("pictures", "images"): v for k, v in values["protocol"].items()}),
-            speed=Speed(**{k.replace("pictures_", "images_"): v for k, v in values["speed"].items()}),
-            confusion=Confusion.from_dict(values["confusion"]) if values["confusion"] else None,
-            images=[ImageScore(**p) for p in (values["images"] if "images" in values else values["pictures"])],
+            protocol=Protocol(**values["protocol"]),
+            speed=Speed(**values["speed"]),
+            confusion=None if values.get("confusion") is None else Confusion.from_dict(values["confusion"]),
+            images=[ImageScore(**p) for p in values["images"]],
             examples=[Example.from_dict(e) for e in values["examples"]],
         )
 
     def save(self, path: str | Path) -> Path:
         """Writes the result as JSON, atomically; returns the path."""
+        remove_stale_parts(Path(path).parent)
         return write_json(path, self.to_dict())
 
     @classmethod
@@ -304,20 +313,44 @@ class Result:
         """Reads a result that `save` wrote; DataError if the file is not one."""
         path = Path(path)
         try:
-            values = json.loads(path.read_text("utf-8"))
+            values: Any = json.loads(path.read_text("utf-8"))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); expected a result saved by evaluate") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error}); expected a result saved by evaluate") from None
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise DataError(f'{path}: has no "format": "{FORMAT}"; expected a result saved by evaluate')
         try:
             return cls.from_dict(values)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            version = values.get("maskwright", "an unknown version")
-            raise DataError(
-                f"{path}: written by maskwright {version} and not readable by {__version__} ({error!r}); evaluate again"
-            ) from None
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise _not_readable(path, values, error) from None
+        except MaskwrightError as error:
+            raise _not_readable(path, values, error) from None
+
+
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved result with the names of today: earlier versions called images pictures."""
+    values = dict(values)
+    if "images" not in values and "pictures" in values:
+        values["images"] = values["pictures"]
+    for name in ("protocol", "speed", "confusion"):
+        if isinstance(values.get(name), dict):
+            values[name] = {key.replace("pictures", "images"): value for key, value in values[name].items()}
+    for name, old, new in (("examples", "picture", "image"), ("per_class", "pictures", "images")):
+        if isinstance(values.get(name), list):
+            values[name] = [
+                {new if key == old else key: value for key, value in row.items()} if isinstance(row, dict) else row
+                for row in values[name]
+            ]
+    return values
+
+
+def _not_readable(path: Path, values: dict[str, Any], error: Exception) -> DataError:
+    version = str(values.get("maskwright", "an unknown version"))[:40]
+    return DataError(
+        f"{path}: written by maskwright {version} and not readable by {__version__} ({error}); it is damaged, or of "
+        "another version; evaluate again"
+    )
 
 
 _PLAIN = ("summary", "per_class", "objects", "curves", "missing", "title")

@@ -96,10 +96,10 @@ class PredictionWriter:
         self.objects = 0
         self.total = total
         self._lock = FolderLock(self.folder, "predict", "another process writes predictions here", DataError)
+        remove_stale_parts(self.folder)
         for name in ("drawn", "masks", "panoptic"):
             for parent, _, _ in os.walk(self.folder / name):
                 remove_stale_parts(parent)
-        remove_stale_parts(self.folder)
 
     def add(
         self, path: str | Path, found: Instances | Panoptic | None, error: Any = None, reading: Reading | None = None

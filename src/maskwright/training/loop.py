@@ -180,7 +180,7 @@ class Run:
         self.passes = len(self.loader)  # per epoch
         if not self.passes:
             raise TrainingError(f"{len(train_set)} images do not fill a batch of {recipe.batch}; use a smaller batch")
-        self.images = len(train_set)
+        self.images = self.loader.plan.length  # in an epoch
         self.total = recipe.steps or recipe.epochs * math.ceil(self.passes / recipe.accumulate)
 
         # The order matters: weights before the optimizer, the device before the mean is copied, compilation last.
@@ -446,7 +446,7 @@ class Run:
         images = self.progress.images
         self.progress.continue_with(before, self.recipe, self.images)
         if images not in (0, self.images):
-            self.said.append(f"changed since the run began: images in the training set: {images} -> {self.images}")
+            self.said.append(f"changed since the run began: images in an epoch: {images} -> {self.images}")
         if state["optimizer"]["kind"] == self.recipe.optimizer:
             load_optimizer_state(self.optimizer, state["optimizer"]["state"])
         if self.average is not None and state["average"] is not None:

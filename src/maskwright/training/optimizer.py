@@ -83,11 +83,29 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, dict[str, Any]]) -> None:
-    """Restores a state by parameter name; newly trained parameters start without state."""
+    """Restores a state by parameter name; newly trained parameters start without state.
+
+    Args:
+        optimizer: The optimizer.
+        saved: What `optimizer_state` returned.
+
+    Raises:
+        UsageError: If an entry is neither a scalar nor a tensor in the shape of its parameter.
+    """
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"], strict=True):
             if name in saved:
+                for key, value in saved[name].items():
+                    _check_state(f"{key} of {name}", value, parameter)
                 optimizer.state[parameter] = {k: _beside(v, parameter) for k, v in saved[name].items()}
+
+
+def _check_state(name: str, value: Any, parameter: Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.ndim and value.shape != parameter.shape:
+            raise UsageError(f"{name} has the shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
+    elif value is not None:  # of SGD before its first step
+        raise UsageError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 class Average:

@@ -105,12 +105,8 @@ class Recipe:
         for name in ("momentum", "gamma", "power", "final", "warmup_from"):
             self._expect(name, getattr(self, name) >= 0, "0 or more")
         self._expect("ema", self.ema is None or 0 < self.ema < 1, "between 0 and 1")
-        self._expect("betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)")
         self._expect("milestones", all(0 < m < 1 for m in self.milestones), "fractions of the run between 0 and 1")
         self._expect("short", all(side >= 1 for side in self.short), "image sizes of at least 1")
-        self._expect(
-            "rates", all(_is_number(v) and v >= 0 for v in self.rates.values()), "numbers of 0 or more by part"
-        )
 
     def _expect(self, name: str, holds: bool, what: str) -> None:
         if not holds:
@@ -232,8 +228,14 @@ def _check_value(name: str, value: Any) -> None:
     for number in cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,):
         if isinstance(number, (int, float)) and not isinstance(number, bool) and not _is_number(number):
             raise UsageError(f"{name} must be finite and below 2 ** 53, got {value!r}")
-    if isinstance(value, dict) and not all(isinstance(key, str) for key in cast("dict[Any, Any]", value)):
-        raise UsageError(f"{name} must have strings as keys, got {value!r}")
+    if name == "betas" and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
+        raise UsageError(f"betas must be two numbers in [0, 1), got {value!r}")
+    if isinstance(value, dict):
+        pairs = cast("dict[Any, Any]", value).items()
+        if not all(isinstance(key, str) for key, _ in pairs):
+            raise UsageError(f"{name} must have strings as keys, got {value!r}")
+        if name == "rates" and not all(_is_number(factor) and factor >= 0 for _, factor in pairs):
+            raise UsageError(f"rates must be numbers of 0 or more by part, got {value!r}")
 
 
 def _is_number(value: Any) -> bool:

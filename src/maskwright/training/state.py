@@ -44,7 +44,7 @@ class Progress:
         validated: Step of the last validation.
         sums: Sums of the loss terms since the last line of the log.
         terms: Number of steps in `sums`.
-        images: Size of the training set; 0 if it is not known.
+        images: Images in an epoch, the size of the training set; 0 if it is not known.
         shift: What to add to `step` for the position in the schedule: not 0 once the number of steps per epoch has
             changed.
         warm_shift: What to add to `step` for the position in the warm-up.
@@ -92,7 +92,7 @@ class Progress:
         Args:
             before: The recipe so far.
             recipe: The recipe from now on.
-            images: Size of the training set from now on.
+            images: Images in an epoch from now on.
         """
         old_images = self.images or images
         old = (before.batch, before.accumulate, old_images, before.steps is None)
@@ -241,7 +241,7 @@ def entries_of(path: Path) -> Generator[None, None, None]:
         raise
     except _UNUSABLE as error:
         raise CheckpointError(
-            f"{path}: holds an entry that cannot be used ({_first_line(error)}); resume with the version that wrote "
+            f"{path}: holds an entry that cannot be used ({_words(error)}); resume with the version that wrote "
             "it, or start a new run from the weights in last.safetensors"
         ) from error
 
@@ -355,3 +355,9 @@ def _tensors(values: dict[str, Any], where: str) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _words(error: BaseException) -> str:
+    """A message in one line; long ones are cut."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
