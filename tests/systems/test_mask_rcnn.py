@@ -67,7 +67,7 @@ def test_a_timm_backbone_under_the_pyramid():
     pytest.importorskip("timm", reason="timm is an extra")
     raw = build("mask-rcnn", backbone="timm:resnet18")(torch.randn(1, 3, *SIZE))
     assert [f.shape[-1] for f in raw.features] == [32, 16, 8, 4, 2]
-    with pytest.raises(UsageError, match="timm cannot build 'resnet7'"):
+    with pytest.raises(UsageError, match="there is no model 'resnet7' in timm's registry"):
         build("mask-rcnn", backbone="timm:resnet7")
 
 
