@@ -291,6 +291,17 @@ def test_codes_counted_row_by_row_without_boxes_are_an_error_that_the_copy_repai
     assert_right(table, data)
 
 
+def test_codes_in_the_notation_of_bytes_are_read(tmp_path: Path):
+    data = made(6)
+    wrong = objects(data, coded("F", text=True))
+    for annotation in wrong["annotations"]:
+        code = annotation["segmentation"]
+        code["counts"] = str(code["counts"].encode())
+    table = table_of(tmp_path, wrong)
+    one_finding(table, "note", "12 of 12 run-length codes are Python's notation of bytes")
+    assert_right(table, data)
+
+
 @pytest.mark.parametrize("order", ["F", "C"])
 def test_codes_with_width_before_height(tmp_path: Path, order: str):
     data = made(6)
@@ -318,6 +329,18 @@ def test_areas_in_another_unit_are_replaced(tmp_path: Path, factor: float):
     table = table_of(tmp_path, objects(data, lambda a: a.update(area=a["area"] * factor)))
     one_finding(table, "note", "16 of 16 areas are")
     assert_right(table, data)
+
+
+def test_areas_of_boxes_are_used_as_given(tmp_path: Path):
+    data = made(12)
+    triangles = objects(data, lambda a: a.update(segmentation=[points(a)[[0, 1, 4]].ravel().tolist()]))
+    for annotation in triangles["annotations"]:
+        annotation["area"] = float(annotation["bbox"][2] * annotation["bbox"][3])
+    table = table_of(tmp_path, triangles)
+    assert not table.findings
+    assert sorted(table.areas) == sorted(a["area"] for a in triangles["annotations"])
+    alone = objects(data, lambda a: a.update(segmentation=[], area=0.6 * a["area"]))
+    one_finding(table_of(tmp_path, alone), "note", "boxes, but no masks")
 
 
 def test_all_objects_marked_crowd_are_an_error_that_the_copy_repairs(tmp_path: Path):

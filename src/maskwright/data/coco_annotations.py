@@ -66,6 +66,9 @@ def read_annotations(
     if shapes.nested:
         what = f"{len(shapes.nested)} of {len(rows)} outlines are lists of points [x, y] or nested too deeply"
         table.add_finding("note", "outline", f"{what}; expected x, y, x, y, ...", "they are read as polygons")
+    if shapes.quoted:
+        what = f"{shapes.quoted} of {len(rows)} run-length codes are Python's notation of bytes, b'...'"
+        table.add_finding("note", "code", what, "they are read without the b and the quotes")
     for index, text in shapes.notes:
         number, image = numbers[rows[index]], table.image_ids[images[rows[index]]]
         what = f"annotation {number!r} {text}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from maskwright.data.columns import Columns, Ints
+from maskwright.data.columns import Bools, Columns, Ints
 from maskwright.data.diagnosis_boxes import box_formats
 from maskwright.data.diagnosis_codes import code_order, code_sizes
 from maskwright.data.diagnosis_images import listed_sizes, repeated_files
@@ -83,6 +83,8 @@ def _areas_of_something_else(table: Table, columns: Columns) -> Iterator[Cause]:
         usable &= masked & ~columns.shapes.coded  # codes have a size of their own
     if usable.sum() < 3:
         return
+    if masked.any() and _are_box_areas(columns, usable):
+        return  # some tools write the area of the box; it is used as given, as pycocotools does
     with np.errstate(invalid="ignore", divide="ignore"):
         relative = usable & (np.abs(np.log(ratio * whole)) < 0.3) & (columns.areas <= 1)
         if relative.sum() >= 0.5 * usable.sum() and relative.sum() >= 2:
@@ -93,7 +95,9 @@ def _areas_of_something_else(table: Table, columns: Columns) -> Iterator[Cause]:
         logs = np.log(ratio)
         middle = float(np.median(logs[usable]))
         constant = usable & (np.abs(logs - middle) < 0.15)
-    if abs(middle) <= np.log(1.5) or constant.sum() < max(3, 0.9 * usable.sum()):
+    # Without masks, areas may be those of masks that the file does not have: a share of the boxes.
+    expected = abs(middle) <= np.log(1.5) or (not masked.any() and np.log(0.05) < middle < 0)
+    if expected or constant.sum() < max(3, 0.9 * usable.sum()):
         return
     factor = float(np.exp(middle / 2))
     what = f"{int(constant.sum())} of {len(columns)} areas are {np.exp(middle):.3g} times those of the {source}"
@@ -110,6 +114,14 @@ def _areas_of_something_else(table: Table, columns: Columns) -> Iterator[Cause]:
     if factor > 1:
         why += f", or the annotations are for images {1 / factor:.3g} times as large"
     yield Cause("note", "area", f"{what}: {why}", advice, repaired=True)
+
+
+def _are_box_areas(columns: Columns, usable: Bools) -> bool:
+    """Whether areas are those of the boxes around the masks."""
+    extents = columns.shapes.extents()
+    with np.errstate(invalid="ignore", over="ignore"):
+        same = np.abs(columns.areas / np.maximum((extents[:, 2:] - extents[:, :2]).prod(1), 1) - 1) < 0.05
+    return bool((same & usable).sum() >= 0.9 * usable.sum())
 
 
 def _drop_areas(columns: Columns, chosen: np.ndarray) -> None:

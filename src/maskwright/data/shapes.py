@@ -155,6 +155,7 @@ class ShapesBuilder:
     Attributes:
         absent: What objects without a segmentation have in its place, by position.
         nested: Positions of objects whose polygons are lists of points, [[x, y], ...], or nested deeper.
+        quoted: Number of run-length codes that are Python's notation of bytes, "b'...'".
         notes: Positions of other objects that are read with a remark, and the remarks.
         code_sizes: H, W of each run-length code; zeros for other objects.
     """
@@ -169,6 +170,7 @@ class ShapesBuilder:
         self._coded: list[bool] = []
         self.absent: dict[int, str] = {}
         self.nested: list[int] = []
+        self.quoted = 0
         self.notes: list[tuple[int, str]] = []
         self.code_sizes: list[tuple[int, int]] = []
 
@@ -232,6 +234,9 @@ class ShapesBuilder:
             return "has a run-length code without a size [height, width]"
         try:
             if isinstance(counts, str):
+                if counts.startswith(("b'", 'b"')) and counts.endswith(counts[1]) and len(counts) > 3:
+                    counts = counts[2:-1].encode("ascii").decode("unicode_escape")
+                    self.quoted += 1
                 self._codes.append((len(self._spans), counts.encode("ascii")))
             elif isinstance(counts, list):
                 self._counts.append((len(self._spans), _runs(cast(list[Any], counts))))
