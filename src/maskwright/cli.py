@@ -151,6 +151,7 @@ def evaluate(
     split: str = "val",
     out: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
     task: Literal["instances", "panoptic", "semantic", "proposals"] = "instances",
+    classes: Annotated[str | None, arg(metavar="NAME,...")] = None,
     detections: int | None = None,
     suppression: Literal["matrix"] | None = None,
     boundary: bool = False,
@@ -182,6 +183,7 @@ def evaluate(
         out: Folder for result.json, report.html and the predictions, results.json.
         task: instances: AP; panoptic: PQ of images segmented into things and stuff; semantic: IoU of labels over all
             pixels; proposals: average recall of objects regardless of class, at 10, 100 and 1000 per image.
+        classes: Names of the classes to evaluate, separated by commas; default: all that both sides have.
         detections: Maximum objects per image; as many per class are counted. 100, for proposals 1000.
         suppression: Apply Matrix NMS to the finished masks too: scores decay with the overlap with better objects.
         boundary: Measure boundary AP too.
@@ -197,6 +199,7 @@ def evaluate(
     from maskwright.checkpoints import load
     from maskwright.evaluation import report as write_report
     from maskwright.inference import evaluate as run
+    from maskwright.inference.selecting import split_names
 
     system = load(weights, commercial_ok=commercial_ok)
     result = run(
@@ -204,6 +207,7 @@ def evaluate(
         data,
         split,
         task=task,
+        classes=None if classes is None else split_names([classes], system.classes),
         detections=detections,
         suppression=suppression,
         boundary=boundary,
@@ -234,7 +238,9 @@ def predict(
     variant: str | None = None,
     task: Literal["instances", "panoptic", "semantic"] = "instances",
     format: tuple[Literal["drawn", "coco", "masks"], ...] = ("drawn", "coco"),
+    classes: Annotated[str | None, arg(metavar="NAME,...")] = None,
     score_threshold: float | None = None,
+    threshold: Annotated[str | None, arg(metavar="NAME=X,...")] = None,
     nms_threshold: float | None = None,
     suppression: Literal["matrix"] | None = None,
     detections: int | None = None,
@@ -265,6 +271,7 @@ def predict(
       maskwright predict holiday/ 'more/*.png' -w mask_rcnn_R_50_FPN_3x.pkl -o found --format drawn coco masks
       maskwright predict --data my-images --split val -w runs/first/best.safetensors --score-threshold 0.05
       maskwright predict aerial.tif -w best.safetensors --tile 1024 --score-threshold 0.7
+      maskwright predict street/ -w best.safetensors --classes person,car --threshold person=0.7,car=0.3
 
     Args:
         images: Image files, folders, globs; default: all images of --data.
@@ -276,7 +283,9 @@ def predict(
         variant: The published variant, if an official file's keys fit more than one.
         task: Objects; images segmented into things and stuff; a label for every pixel (systems that support it).
         format: What to write, one or more.
+        classes: Names of the classes to keep, separated by commas; default: all.
         score_threshold: Objects that score less are left out; default: 0.5 for objects, otherwise the system's.
+        threshold: Score thresholds by class: person=0.7,car=0.3; the other classes keep --score-threshold.
         nms_threshold: Overlap above which the lower-scoring of two boxes of a class is dropped; default: the system's.
         suppression: Apply Matrix NMS to the finished masks too: scores decay with the overlap with better objects.
         detections: Maximum objects per image; default: the system's.
@@ -293,6 +302,7 @@ def predict(
     from maskwright.evaluation.tasks import task_called
     from maskwright.inference import predict as run
     from maskwright.inference.own_ids import DatasetIds, find_ids, opened_data
+    from maskwright.inference.selecting import parse_thresholds, split_names
     from maskwright.inference.writer import PredictionWriter
     from maskwright.systems import stuff_of
 
@@ -303,6 +313,10 @@ def predict(
     if not images and data is None:
         raise UsageError("predict requires IMAGES (files, folders, globs), or --data for all images of a data set")
     network = load(weights, commercial_ok=commercial_ok, variant=variant)
+    everything, own = parse_thresholds([threshold] if threshold else [])
+    if everything is not None and score_threshold is not None:
+        raise UsageError("--threshold with a number and --score-threshold are the same option; give one of them")
+    score_threshold = everything if score_threshold is None else score_threshold
     if data is not None:
         opened = opened_data(data, split, images)
         images = images or tuple(str(path) for path in opened.paths() if path is not None)
@@ -321,6 +335,8 @@ def predict(
         compile=compile,
         suppression=suppression,
         task=task,
+        classes=None if classes is None else split_names([classes], network.classes),
+        threshold=own or None,
         **_given(
             score_threshold=0.5 if score_threshold is None and task == "instances" else score_threshold,
             nms_threshold=nms_threshold,
@@ -334,9 +350,8 @@ def predict(
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
             writer.add(prediction.path or "image", found_there, prediction.error, prediction.reading)
     what = "objects" if task == "instances" else "segments"
-    limit = (
-        " with a score of at least 0.5 (--score-threshold)" if score_threshold is None and task == "instances" else ""
-    )
+    default = score_threshold is None and not own and task == "instances"
+    limit = " with a score of at least 0.5 (--score-threshold)" if default else ""
     print_line(f"{writer.objects} {what}{limit} in {len(writer.images)} images: {out}")
     if ids is not None and "coco" in format:
         print_line(ids.summary)

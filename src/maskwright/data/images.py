@@ -162,7 +162,7 @@ def decode(
             values = to_8_bits(values, name, white=end, declared=declared, warn=warn)
         if source.inverted:
             values = 255 - values
-        values = _turn(_as_colour(values, source.cmyk, chosen), orientation)
+        values = apply_orientation(_as_colour(values, source.cmyk, chosen), orientation)
     if animated and warn:
         warnings.warn(f"{path}: is animated; the first frame is used", DataWarning, stacklevel=3)
     return torch.from_numpy(np.require(values, requirements=["C", "W"])).permute(2, 0, 1)
@@ -298,7 +298,7 @@ class _PillowSource(_Source):
         self.format = image.format or ""
         self.animated = bool(getattr(image, "is_animated", False)) and self.format in _ANIMATED
         self.png = png_header(file) if self.format == "PNG" else None
-        self.orientation = _orientation(image, self.png is not None and not self.png.late_metadata)
+        self.orientation = orientation_of(image, self.png is not None and not self.png.late_metadata)
         width, height = image.size
         if self.format == "TIFF" and self.orientation >= 5:  # Pillow reports the turned size
             width, height = height, width
@@ -449,7 +449,7 @@ def _check_size(width: int, height: int, max_pixels: int, path: Path) -> None:
     if width * height > max_pixels:
         raise ImageError(
             f"{path}: the header declares {width} x {height} pixels, more than the limit of {max_pixels}; "
-            "resize or tile the image"
+            "resize it, or predict with `tile` (PNG, TIFF, BMP and PPM files are then read in windows)"
         )
     if width < 1 or height < 1:
         raise ImageError(f"{path}: the header declares {width} x {height} pixels; replace or remove it")
@@ -507,7 +507,7 @@ def _as_colour(values: npt.NDArray[np.uint8], cmyk: bool, bands: tuple[int, ...]
     return np.repeat(values, 3, axis=2) if values.shape[2] == 1 and bands is None else values
 
 
-def _orientation(image: PillowImage, header_only: bool = False) -> int:
+def orientation_of(image: PillowImage, header_only: bool = False) -> int:
     """The EXIF orientation. For PNG files Pillow decodes the pixels first, unless `header_only`."""
     from PIL.Image import Image
 
@@ -518,7 +518,7 @@ def _orientation(image: PillowImage, header_only: bool = False) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _turn(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
+def apply_orientation(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
     """Apply the EXIF orientation to (H, W, C); orientations 5 to 8 exchange height and width."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskwright.data import Dataset, DataWarning, as_dataset, evenly_spaced, open_dataset
+from maskwright.data import Dataset, DataWarning, Renamed, as_dataset, evenly_spaced, open_dataset
 from maskwright.data.images import reading
 from maskwright.errors import ImageError, UsageError
 from maskwright.evaluation import Result
@@ -21,6 +21,7 @@ from maskwright.evaluation.speed import Stopwatch
 from maskwright.evaluation.tasks import TaskName, checked_options, default_of, task_called
 from maskwright.inference.predicting import ahead, padded_shape, window_of
 from maskwright.inference.preparing import chosen_device, precision, prepare
+from maskwright.inference.selecting import class_labels
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed, suppression_words
 from maskwright.inference.tiles import check_tiles, predict_tiled, tile_words
 from maskwright.structures import Batch, Instances, Placement, Preprocess
@@ -40,6 +41,7 @@ def evaluate(
     device: torch.device | str | None = None,
     dtype: str = "float32",
     compile: bool = False,
+    classes: Sequence[str] | None = None,
     score_threshold: float | None = None,
     detections: int | None = None,
     limit: int | None = None,
@@ -72,6 +74,7 @@ def evaluate(
         device: Where to compute; None: a GPU if there is one, otherwise the CPU.
         dtype: Type of weights and activations: "float32", "bfloat16" or "float16".
         compile: Compile the networks with `torch.compile`.
+        classes: Names of the classes to evaluate; objects of the others are left out on both sides. None: all.
         score_threshold: Objects that score less are left out. None: the system's own, 0.05 for most systems (0 for
             proposals); higher values lower AP. Note that the command `maskwright predict` has a default of 0.5.
         detections: Objects per image; as many per class are counted. None: 100, for proposals 1000.
@@ -110,6 +113,11 @@ def evaluate(
     place, kind = chosen_device(device), precision(dtype)
     opened = open_dataset(data, split, panoptic=asked.segments or None) if isinstance(data, (str, Path)) else data
     dataset = asked.view(as_dataset(opened), system)
+    if classes is not None:
+        labels = class_labels(classes, dataset.classes)
+        if asked.segments or "proposals" in system.tasks or not labels:
+            raise UsageError("`classes` must name at least one class, and needs a system and a task with classes")
+        dataset = Renamed(dataset, [dataset.classes[label] for label in sorted(set(labels))])
     if limit is not None:
         if limit < 1:
             raise UsageError(f"limit must be at least 1, got {limit}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterable
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 FOLDERS = ("drawn", "masks", "panoptic")  # of an output folder
-RECORDS = ("pictures.json", "panoptic.json", "results.json")  # files beside them
+RECORDS = tuple(  # files beside them; the partial ones are those of an interrupted run
+    f"{name}{mark}.json" for mark in ("", ".partial") for name in ("pictures", "panoptic", "results")
+)
 MARK = "maskwright predict"  # in the metadata of every image that is written
 
 
@@ -26,6 +29,7 @@ class OutputNames:
 
     def __init__(self, sources: Iterable[str | Path] = ()):
         self._roots = [source_root(source) for source in sources]
+        self._names: set[str] = set()
         self._files: set[str] = set()
         self._folders: set[str] = set()
 
@@ -39,20 +43,36 @@ class OutputNames:
         """A new name for the output files of an image, relative to their folder and without suffix."""
         inside = self.relative(path)
         plain, whole = str(inside.with_suffix("")), str(inside)
-        name = next((name for name in (plain, whole) if self._is_free(name)), None)
-        number = 2
-        while name is None:
-            name, number = (numbered if self._is_free(numbered := f"{plain}-{number}") else None), number + 1
-        keys = [_key(name + suffix) for suffix in ("", ".jpg", ".png")]
-        self._files.update(keys)
-        self._folders.update(_key(str(parent)) for parent in Path(name).parents if parent.parts)
+        candidates = itertools.chain(
+            [plain, whole],
+            (
+                name
+                for number in itertools.count(2)
+                for name in (
+                    f"{plain}-{number}",
+                    str(
+                        Path(*(f"{part}-{number}" for part in Path(plain).parts))
+                    ),  # where a folder's name is that of a file
+                )
+            ),
+        )
+        name = next(name for name in candidates if self._is_free(name))
+        files, folders = _files_and_folders(name)
+        self._names.add(_key(name))
+        self._files |= files
+        self._folders |= folders
         return name
 
     def _is_free(self, name: str) -> bool:
-        """Whether neither the name is taken, nor one of its files would be a folder of another one or vice versa."""
-        files = {_key(name + suffix) for suffix in ("", ".jpg", ".png")}
-        folders = {_key(str(parent)) for parent in Path(name).parents if parent.parts}
-        return not (_key(name) in self._files or files & self._folders or folders & self._files)
+        """Whether the name is not taken, and none of its files would be a folder of another one or vice versa."""
+        files, folders = _files_and_folders(name)
+        return _key(name) not in self._names and not files & self._folders and not folders & self._files
+
+
+def _files_and_folders(name: str) -> tuple[set[str], set[str]]:
+    """The files that a name stands for, and the folders that they are in, as keys."""
+    parents = {_key(str(parent)) for parent in Path(name).parents if parent.parts}
+    return {_key(name + suffix) for suffix in (".jpg", ".png")}, parents
 
 
 def source_root(source: str | Path) -> Path:
@@ -92,13 +112,13 @@ def _is_output(path: Path, root: Path, known: dict[Path, bool]) -> bool:
             known[folder.parent] = any(_is_record(folder.parent / name) for name in RECORDS)
         if known[folder.parent]:
             return True
-    return bool(parents) and has_mark(path)
+    return bool(parents) and root.name not in FOLDERS and has_mark(path)
 
 
 def _is_record(path: Path) -> bool:
     """Whether the file lists predictions of ours."""
     try:
-        if path.name == "results.json":
+        if path.name.startswith("results"):
             with path.open("rb") as file:
                 return file.read(16).startswith(b'[{"image_id":')
         value: Any = json.loads(path.read_bytes())
@@ -125,7 +145,7 @@ def has_mark(path: Path) -> bool:
     """Whether the image has the mark in its metadata. Only the beginning of the file is read."""
     try:
         with path.open("rb") as file:
-            start = file.read(512)
+            start = file.read(4096)
     except OSError:
         return False
     kinds = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")

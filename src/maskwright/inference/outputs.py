@@ -12,6 +12,7 @@ import numpy as np
 
 from maskwright.errors import DataError, UsageError
 from maskwright.files import AtomicFile, write_bytes, write_json
+from maskwright.inference.naming import mark_options
 from maskwright.structures import Instances, Masks, Panoptic
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def write_image(path: Path, image: Image, *, sync: bool = True) -> Path:
             "objects"
         )
     data = io.BytesIO()
-    image.save(data, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}))
+    image.save(data, kind, **({"quality": 92} if kind in ("JPEG", "WEBP") else {}), **mark_options(path.suffix))
     return write_bytes(path, data.getvalue(), DataError, sync=sync)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskwright.data.images import Reading
+from maskwright.data.images import Reading, reading
+from maskwright.data.windows import WindowedImage, is_huge
 from maskwright.errors import ImageError, UsageError
 from maskwright.evaluation.measuring import run_network
 from maskwright.evaluation.tasks import checked_options, default_of, on_host, task_called
 from maskwright.inference.preparing import chosen_device, precision, prepare
+from maskwright.inference.selecting import ClassFilter
 from maskwright.inference.sources import Item, displayed, is_single, items, read, reading_of
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
 from maskwright.inference.tiles import check_tiles, predict_tiled
@@ -172,6 +174,8 @@ def predict(
     workers: int = 2,
     suppression: Suppression | None = None,
     task: Task = "instances",
+    classes: Sequence[str] | None = None,
+    threshold: float | Mapping[str, float] | None = None,
     **thresholds: Any,
 ) -> Any:
     """Predicts the objects in one image or in many.
@@ -196,6 +200,9 @@ def predict(
             with the overlap with better objects of the class. `nms_threshold=1` turns most systems' own off.
         task: "instances"; "panoptic": the image segmented into things and stuff; "semantic": a label for every pixel
             (as regions). The last two give `Prediction.panoptic` and need a system that supports them.
+        classes: Names of the classes to keep, before `detections` limits the number of objects; None: all.
+        threshold: Score thresholds of classes by name; the others keep `score_threshold`. A number is the same as
+            `score_threshold`, which may be such a mapping too.
         **thresholds: Options of the system's decoding: score_threshold, nms_threshold, detections (per image; per
             tile), ... The defaults are the system's: objects that score at least 0.05 for most systems. The command
             `maskwright predict` has a default score threshold of 0.5, for drawing.
@@ -214,12 +221,17 @@ def predict(
     verb = asked.of(system)
     if asked.segments and suppression is not None:
         raise UsageError(f"suppression does not apply to task {task!r}")
-    options = checked_options(verb, system.name, thresholds)
+    if asked.segments and threshold is not None:
+        raise UsageError(f"threshold does not apply to task {task!r}")
+    if threshold is None and isinstance(thresholds.get("score_threshold"), Mapping):
+        threshold = thresholds.pop("score_threshold")
+    keep = ClassFilter.create(system.classes, verb, checked_options(verb, system.name, thresholds), classes, threshold)
+    options = checked_options(verb, system.name, keep.options)
     place, kind = chosen_device(device), precision(dtype)
     wanted = items(source, recursive)
     ready = prepare(system, place, dtype, compile)
     rules = reading_of(wanted, ready.preprocess)
-    run = _Runner(ready, place, kind, options, checked_suppression(suppression), task, rules)
+    run = _Runner(ready, place, kind, options, checked_suppression(suppression), task, rules, keep)
     stream = _tiles(run, wanted, batch, tile, overlap) if tile else _batches(run, wanted, batch, workers)
     if is_single(source):
         prediction = next(stream)
@@ -255,6 +267,7 @@ class _Runner:
     suppression: Suppression | None = None
     task: Task = "instances"
     reading: Reading = field(default_factory=Reading)
+    keep: ClassFilter = field(default_factory=ClassFilter)
 
     def read(self, item: Item) -> Tensor:
         return read(replace(item, reading=self.reading), self.system.preprocess)
@@ -272,7 +285,7 @@ class _Runner:
         with torch.no_grad():  # not inference mode: the caller may change results in place
             raw = run_network(self.system, batch, self.device, self.dtype)
             found = task_called(self.task).of(self.system)(raw, batch.placements, **self.thresholds)
-        return [on_host(objects) for objects in found]
+        return [self.keep(on_host(objects)) for objects in found]
 
     def prediction(self, item: Item, found: Instances | Panoptic, seconds: float) -> Prediction:
         classes = tuple(self.system.classes)
@@ -282,7 +295,7 @@ class _Runner:
             return Prediction(
                 item.path, things, size, None, seconds, classes, item.given, found, stuff, reading=self.reading
             )
-        objects = suppressed(found, self.suppression, self.score_threshold)
+        objects = self.keep(suppressed(found, self.suppression, self.score_threshold), limit=False)
         return Prediction(
             item.path, objects, objects.image_size, None, seconds, classes, item.given, reading=self.reading
         )
@@ -335,8 +348,10 @@ def _computed(run: _Runner, group: list[tuple[int, Laid]]) -> list[tuple[int, Pr
 
 
 def _tiles(run: _Runner, wanted: Iterable[Item], batch: int, tile: int, overlap: float) -> Iterator[Prediction]:
-    def load(item: Item) -> tuple[Item, Tensor | ImageError]:
+    def load(item: Item) -> tuple[Item, Tensor | WindowedImage | ImageError]:
         try:
+            if item.path is not None and is_huge(item.path):
+                return item, WindowedImage(item.path)
             return item, run.read(item)
         except ImageError as error:
             return item, error
@@ -346,7 +361,15 @@ def _tiles(run: _Runner, wanted: Iterable[Item], batch: int, tile: int, overlap:
             yield run.skipped(item, image)
             continue
         start = time.perf_counter()
-        objects = predict_tiled(
-            lambda crops: run([run.system.preprocess.apply(c) for c in crops]), image, tile, overlap, batch
-        )
+
+        def find(crops: Sequence[Tensor]) -> list[Instances]:
+            preprocess = run.system.preprocess
+            return run([preprocess.apply(preprocess.match_channels(crop)) for crop in crops])
+
+        try:
+            with reading(run.reading):
+                objects = predict_tiled(find, image, tile, overlap, batch)
+        except ImageError as error:  # of a window
+            yield run.skipped(item, error)
+            continue
         yield run.prediction(item, objects, time.perf_counter() - start)

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from maskwright.errors import UsageError
 from maskwright.evaluation.tasks import default_of
-from maskwright.structures import Instances
+from maskwright.structures import Instances, Panoptic
 
+Found = TypeVar("Found", Instances, Panoptic)
 CANDIDATES = 10  # times as many objects are decoded when some classes are left out afterwards ...
 MOST = 1000  # ... but not more than this many
 
@@ -100,18 +101,21 @@ class ClassFilter:
         """Whether any object can be removed."""
         return self.labels is not None or bool(self.thresholds)
 
-    def __call__(self, objects: Instances, limit: bool = True) -> Instances:
-        """Keep the selected objects.
+    def __call__(self, objects: Found, limit: bool = True) -> Found:
+        """Keep the selected objects, or the segments of selected classes.
 
         Args:
-            objects: The objects, best first.
+            objects: The objects, best first, or segments.
             limit: Whether to limit their number.
 
         Returns:
-            The objects that are kept, in order.
+            Those that are kept, in order.
         """
         if not self.active or not len(objects):
             return objects
+        if isinstance(objects, Panoptic):
+            labels = objects.segments.labels
+            return objects if self.labels is None else objects[torch.isin(labels, labels.new_tensor(self.labels))]
         keep = torch.ones(len(objects), dtype=torch.bool, device=objects.labels.device)
         if self.labels is not None:
             keep &= torch.isin(objects.labels, objects.labels.new_tensor(self.labels))

@@ -24,6 +24,7 @@ from maskwright.data.findings import DataWarning
 from maskwright.data.images import Reading, common_white, decode, read_image, reading, rgb, white_words
 from maskwright.data.pixel_values import to_8_bits
 from maskwright.errors import ImageError, UsageError
+from maskwright.inference.naming import without_outputs
 from maskwright.structures import Preprocess
 
 # Suffixes that a folder is searched for. Files given by path or glob may have any name.
@@ -296,7 +297,10 @@ def _named(source: str | os.PathLike[str], recursive: bool) -> list[Item]:
     path = Path(source).expanduser()
     if path.is_dir():
         walk = path.rglob("*") if recursive else path.iterdir()
-        found = sorted(p for p in walk if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+        named = sorted(p for p in walk if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+        found = without_outputs(named, path)
+        if named and not found:
+            raise UsageError(f"{path}: all images in this folder were written by earlier predictions")
         if not found:
             deeper = (
                 ""
@@ -307,7 +311,10 @@ def _named(source: str | os.PathLike[str], recursive: bool) -> list[Item]:
         return [Item(p) for p in found]
     if _is_glob(source):
         names = sorted(glob.glob(os.fspath(path), recursive=True))  # noqa: PTH207 - absolute patterns too
-        found = [Path(n) for n in names if Path(n).is_file()]
+        named = [Path(n) for n in names if Path(n).is_file()]
+        found = without_outputs(named, path)
+        if named and not found:
+            raise UsageError(f"{source}: all files that match this pattern were written by earlier predictions")
         if not found:
             raise UsageError(f"{source}: no file matches this pattern")
         return [Item(p) for p in found]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from maskwright.data.windows import WindowedImage
 from maskwright.errors import UsageError
 from maskwright.inference.joining import Tile, join_tiles
 from maskwright.structures import Instances
@@ -68,13 +69,17 @@ def tile_words(tile: int, overlap: float) -> str:
 
 
 def predict_tiled(
-    find: Callable[[Sequence[Tensor]], list[Instances]], image: Tensor, tile: int, overlap: float, batch: int = 1
+    find: Callable[[Sequence[Tensor]], list[Instances]],
+    image: Tensor | WindowedImage,
+    tile: int,
+    overlap: float,
+    batch: int = 1,
 ) -> Instances:
     """Predict the objects of a large image tile by tile.
 
     Args:
         find: Function from a batch of tiles (C, h, w) to their objects, on each tile's grid and on the CPU.
-        image: The image (C, H, W).
+        image: The image (C, H, W), or a file of which windows are read.
         tile: Side of the tiles in pixels.
         overlap: Minimum overlap of neighbouring tiles as a share of `tile`.
         batch: Tiles per call of `find`.
@@ -82,10 +87,18 @@ def predict_tiled(
     Returns:
         The objects on the image's grid, without duplicates; see `join_tiles`.
     """
-    size = (image.shape[1], image.shape[2])
+    size = (image.shape[1], image.shape[2]) if isinstance(image, Tensor) else image.size
     tiles = cover(size, tile, overlap)
+    if not isinstance(image, Tensor):
+        source = image
+        tiles = sorted(tiles, key=lambda t: source.order(t.x, t.y, t.width, t.height))
     found: list[Instances] = []
     for start in range(0, len(tiles), batch):
-        group = tiles[start : start + batch]
-        found += find([image[:, t.y : t.y + t.height, t.x : t.x + t.width] for t in group])
+        found += find([_crop(image, t) for t in tiles[start : start + batch]])
     return join_tiles(found, tiles, size)
+
+
+def _crop(image: Tensor | WindowedImage, t: Tile) -> Tensor:
+    if isinstance(image, Tensor):
+        return image[:, t.y : t.y + t.height, t.x : t.x + t.width]
+    return image.window(t.x, t.y, t.width, t.height)

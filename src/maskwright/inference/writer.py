@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from maskwright.data.images import Reading
+from maskwright.data.windows import WindowedImage, is_huge
 from maskwright.errors import DataError, interruption
 from maskwright.evaluation.tasks import TASKS, Task
 from maskwright.files import AtomicFile, json_bytes, remove_stale_parts, write_json
+from maskwright.inference.naming import OutputNames
 from maskwright.inference.outputs import RecordStream, write_image
 from maskwright.inference.own_ids import DatasetIds
 from maskwright.inference.sources import Item, displayed
 from maskwright.locks import FolderLock
-from maskwright.structures import Instances, Panoptic
+from maskwright.structures import Instances, Panoptic, Placement
 
 Kind = Literal["drawn", "coco", "masks"]
+OVERVIEW = 1 << 24  # pixels of the drawing of an image that is too large to be decoded whole
 _LARGEST = 65_535  # maximum number of objects that 16 bits can distinguish
 
 
@@ -43,8 +45,8 @@ class PredictionWriter:
       is the id of a segment);
     - "masks": ``masks/NAME.png``, 16 bits: 0 no segment, k the k-th segment; label + 1 for task "semantic".
 
-    NAME is the image's path relative to the source that it was found in. All files are written atomically, and one
-    writer at a time has the folder.
+    NAME is the image's path relative to the source that it was found in, with its suffix or a number where another
+    image has that name, see `OutputNames`. All files are written atomically, and one writer at a time has the folder.
 
     The files about all images replace earlier ones in `close`. If the run ends before, those of its images are written
     with names that end in ".partial.json", and earlier ones stay as they are. As a context manager, a writer calls
@@ -86,10 +88,9 @@ class PredictionWriter:
         total: int | None = None,
     ):
         self.folder, self.kinds, self.classes = Path(folder), frozenset(kinds), tuple(classes)
-        self.roots = [_root(source) for source in sources]
+        self.names = OutputNames(sources)
         self.stuff, self.task, self.ids = tuple(stuff), task, ids
         self.segments: list[dict[str, Any]] = []
-        self.names: set[str] = set()
         self.images: list[dict[str, Any]] = []
         self.results = RecordStream(self.folder / TASKS["instances"].results)
         self.skipped: list[tuple[str, str]] = []
@@ -115,7 +116,7 @@ class PredictionWriter:
         if error is not None or found is None:
             self.skipped.append((str(path), str(error)))
             return
-        name = self._name(Path(path))
+        name = self.names.add(Path(path))
         number = len(self.images) + 1 if self.ids is None else self.ids.image_id(Path(path))
         height, width = found.image_size
         if "drawn" in self.kinds:
@@ -192,7 +193,8 @@ class PredictionWriter:
                 for entry, name in zip(self._categories(), self.classes, strict=True)
             ]
             images = [
-                {**entry, "file_name": self._inside(Path(entry["file_name"])).as_posix()} for entry in self.images
+                {**entry, "file_name": self.names.relative(Path(entry["file_name"])).as_posix()}
+                for entry in self.images
             ]
             segments = self.segments[: len(images)]
             document = {"images": images, "annotations": segments, "categories": kinds}
@@ -218,54 +220,25 @@ class PredictionWriter:
         return [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
 
     def _draw(self, path: Path, found: Instances | Panoptic, target: Path, reading: Reading | None) -> None:
-        image = displayed(Item(path, None, reading or Reading()))
+        if is_huge(path):
+            image = WindowedImage(path).overview(OVERVIEW)
+            objects = found if isinstance(found, Instances) else found.segments
+            found = objects.place(Placement.resize(objects.image_size, (image.shape[1], image.shape[2])))
+        else:
+            image = displayed(Item(path, None, reading or Reading()))
         write_image(target, found.draw(image, self.classes).convert("RGB"), sync=False)
-
-    def _inside(self, path: Path) -> Path:
-        """The image's path relative to the source that it was found in."""
-        whole = path.absolute()
-        root = max((r for r in self.roots if whole.is_relative_to(r)), key=lambda r: len(r.parts), default=whole.parent)
-        return whole.relative_to(root)
-
-    def _name(self, path: Path) -> str:
-        """A unique name for the image's output files, inside the folder."""
-        inside = self._inside(path)
-        # x.jpg and x.png become x and x.png; equal names from two folders get a number.
-        candidates = [str(inside.with_suffix("")), str(inside)]
-        name = next((c for c in candidates if c not in self.names), None)
-        count = 2
-        while name is None:
-            numbered = f"{candidates[0]}-{count}"
-            name, count = (numbered if numbered not in self.names else None), count + 1
-        self.names.add(name)
-        return name
-
-
-def _root(source: str | Path) -> Path:
-    """The folder that the images of a file, folder or glob are in."""
-    path = Path(source).expanduser().absolute()
-    if path.is_dir():
-        return path
-    parts = path.parts
-    fixed = next((k for k, part in enumerate(parts) if any(sign in part for sign in "*?[")), len(parts) - 1)
-    return Path(*parts[: min(fixed, len(parts) - 1)])
 
 
 def _numbers(instances: Instances) -> np.ndarray:
     """(H, W) uint16: number of the best object at each pixel, 0 for background."""
-    height, width = instances.image_size
-    plane = np.zeros((height, width), dtype=np.uint16)
-    masks = instances.masks
-    if masks is not None:
-        # A few planes at a time to bound memory; worst objects first, so that better ones overwrite them.
-        at_once = max(1, (64 << 20) // (height * width))
-        last = min(len(instances), _LARGEST)
-        for end in range(last, 0, -at_once):
-            start = max(0, end - at_once)
-            dense = masks[slice(start, end)].dense("cpu")
-            any_object, first = dense.any(0), torch.argmax(dense.to(torch.uint8), 0)
-            covered = any_object.numpy()
-            plane[covered] = (first.numpy()[covered] + start + 1).astype(np.uint16)
+    plane = np.zeros(instances.image_size, dtype=np.uint16)
+    if instances.masks is not None:
+        # Worst objects first, so that better ones overwrite them; a few at a time to bound memory.
+        for end in range(min(len(instances), _LARGEST), 0, -256):
+            start = max(0, end - 256)
+            frames, crops = instances.masks[slice(start, end)].crops()
+            for number, (x0, y0, x1, y1) in reversed(list(enumerate(frames.tolist()))):
+                plane[y0:y1, x0:x1][crops[number].numpy()] = start + number + 1
     return plane
 
 

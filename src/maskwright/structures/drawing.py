@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from maskwright.errors import UsageError
 from maskwright.structures.instances import Instances
+from maskwright.structures.masks import Masks
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +33,11 @@ PALETTE = (
     "#c61883", "#90a754", "#3888c4", "#d6e782",
 )  # fmt: skip
 GREY = (150, 150, 150)
+
+MOST_PIXELS = 1 << 29  # pixels in the windows of the masks that are drawn on one image ...
+MOST_LAYERS = 64  # ... or this many times the pixels of the image, if that is more
+MOST_NEIGHBOURS = 256  # a label is omitted where more boxes than this are near
+AT_ONCE = 1 << 20  # pixels of masks that are decoded at once
 
 # Pairs of COCO's 17 keypoints that are connected by a line.
 LIMBS = (
@@ -59,7 +65,8 @@ def draw(
 ) -> Image:
     """Draw objects over an image, large ones first, so that small ones stay visible.
 
-    Crowd regions are grey and hatched.
+    Crowd regions are grey and hatched. The time is bounded for any number of objects: masks beyond a budget of pixels,
+    `MOST_PIXELS` or `MOST_LAYERS` times those of the image, are not drawn; their boxes are.
 
     Args:
         image: uint8: a tensor (3, H, W) or (1, H, W), an array (H, W, 3) or (H, W), or a PIL image of any mode.
@@ -116,10 +123,11 @@ def draw(
 
     canvas = pillow.fromarray(pixels)
     if instances.masks is not None:
-        for number in sorted(order, key=lambda n: not crowd[n]):  # crowd regions below all objects
-            corners, crops = instances.masks[number].crops()
-            x, y = int(corners[0, 0]), int(corners[0, 1])
-            _blend(canvas, crops[0].numpy(), (x, y), colours[number], alpha, line if contours else 0, crowd[number])
+        areas = _window_areas(instances.masks)
+        chosen = _affordable(areas, height * width)
+        ordered = [n for n in sorted(order, key=lambda n: not crowd[n]) if n in chosen]  # crowd regions at the bottom
+        for number, corner, crop in _crops(instances.masks, areas, ordered):
+            _blend(canvas, crop, corner, colours[number], alpha, line if contours else 0, crowd[number])
     pen = ImageDraw.Draw(canvas)
     if boxes:
         for number in order:
@@ -180,6 +188,38 @@ def _rgb(image: Any) -> npt.NDArray[np.uint8]:
 
 
 # ---- masks ---------------------------------------------------------------------------------------------------------
+
+
+def _window_areas(masks: Masks) -> list[float]:
+    """Numbers of pixels in the windows of masks."""
+    areas: list[float] = []
+    for start in range(0, len(masks), 32):  # a few at a time to bound memory
+        frames = masks[start : start + 32].boxes().double()
+        areas += (frames[:, 2:] - frames[:, :2]).prod(1).tolist()
+    return areas
+
+
+def _affordable(areas: list[float], pixels: int) -> set[int]:
+    """Numbers of the masks to draw: as many of the first ones as fit into the budget of pixels."""
+    count = int((np.cumsum(areas) <= max(MOST_PIXELS, MOST_LAYERS * pixels)).sum())
+    return set(range(max(count, 1)))
+
+
+def _crops(
+    masks: Masks, areas: list[float], order: list[int]
+) -> Iterator[tuple[int, tuple[int, int], npt.NDArray[np.bool_]]]:
+    """Number, upper left corner and crop of masks; many are decoded at once, which is faster than one by one."""
+    start = 0
+    while start < len(order):
+        end, pixels = start, 0.0
+        while end < len(order) and end - start < 1024 and (end == start or pixels + areas[order[end]] <= AT_ONCE):
+            pixels += areas[order[end]]
+            end += 1
+        group = order[start:end]
+        corners, crops = masks[torch.tensor(group)].crops()
+        for number, (x, y, _, _), crop in zip(group, corners.tolist(), crops, strict=True):
+            yield number, (x, y), crop.numpy()
+        start = end
 
 
 def _blend(
@@ -321,10 +361,14 @@ def _write_labels(
 
     Objects with higher scores come first.
     """
-    placed = np.zeros((0, 4))
     boxes = np.array(frames).reshape(-1, 4)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     pad = max(1, size // 5)
+    # Labels only compete with what is near: boxes and placed labels are looked up in a grid.
+    grid = _Grid(8 * size)
+    for number in np.flatnonzero(areas < 128 * size * size).tolist():
+        if number not in centers:
+            grid.add(boxes[number], number, float(areas[number]))
     for number, (text, (x0, y0, x1, y1), paint) in enumerate(zip(texts, frames, colours, strict=True)):
         font = _font(size, text.isascii())
         ascent, descent = font.getmetrics()
@@ -337,10 +381,9 @@ def _write_labels(
         fitting = [(min(max(0, x), right), y) for x, y in places if 0 <= y <= image[0] - height]
         fitting = np.array(fitting or [(min(max(0, x0), right), max(0.0, min(y0, image[0] - height)))])
         rows = np.hstack([fitting, fitting + np.array([width, height])]).round()
-        small = areas < 2 * width * height
-        small[number] = False
-        small[list(centers)] = False
-        hidden = np.concatenate([placed, boxes[small]])
+        hidden = grid.near(rows, number, 2 * width * height)
+        if hidden is None:
+            continue
         low = np.maximum(rows[:, None, :2], hidden[None, :, :2])
         high = np.minimum(rows[:, None, 2:], hidden[None, :, 2:])
         covered = np.clip(high - low, 0, None).prod(-1).sum(1)
@@ -348,9 +391,36 @@ def _write_labels(
         if covered[best] > 0.25 * width * height:
             continue
         left, top, end, bottom = (int(v) for v in rows[best])
-        placed = np.concatenate([placed, rows[best : best + 1]])
+        grid.add(rows[best], -1, 0.0)
         pen.rectangle((left, top, end - 1, bottom - 1), fill=paint)
         pen.text((left + pad, top + pad // 2), text, fill=_ink(paint), font=font)
+
+
+class _Grid:
+    """Boxes by the cells of a coarse grid that they intersect."""
+
+    def __init__(self, cell: int):
+        self.cell = cell
+        self.cells: dict[tuple[int, int], list[tuple[int, float, npt.NDArray[np.float64]]]] = {}
+
+    def add(self, box: npt.NDArray[np.float64], number: int, area: float) -> None:
+        """Add a box x0, y0, x1, y1 with its number and area."""
+        for key in self._keys(box):
+            self.cells.setdefault(key, []).append((number, area, box))
+
+    def near(self, rows: npt.NDArray[np.float64], number: int, area: float) -> npt.NDArray[np.float64] | None:
+        """Boxes near `rows` that are smaller than `area`, without that of `number`; None if there are too many."""
+        found: dict[int, npt.NDArray[np.float64]] = {}
+        for key in {key for row in rows for key in self._keys(row)}:
+            entries = self.cells.get(key, ())
+            if len(entries) > MOST_NEIGHBOURS:
+                return None
+            found.update({id(box): box for other, size, box in entries if other != number and size < area})
+        return np.array(list(found.values())).reshape(-1, 4)
+
+    def _keys(self, box: npt.NDArray[np.float64]) -> Iterator[tuple[int, int]]:
+        x0, y0, x1, y1 = (int(value // self.cell) for value in box)
+        return ((x, y) for x in range(x0, x1 + 1) for y in range(y0, y1 + 1))
 
 
 def _ink(paint: tuple[int, int, int]) -> tuple[int, int, int]:
