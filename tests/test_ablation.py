@@ -146,7 +146,7 @@ def test_an_invalid_budget_is_refused_at_the_start(tmp_path, capsys, arguments, 
 def test_a_damaged_run_is_repeated(tmp_path, capsys, text):
     path = tmp_path / "measured.json"
     path.write_text(text)
-    assert _kept(path) is None
+    assert _kept(path, MaskRCNN.ablations["2b"]) is None
     assert f"{path} is damaged; the run is repeated" in capsys.readouterr().err
 
 
@@ -168,3 +168,20 @@ def test_an_interrupted_run_continues(tmp_path, monkeypatch):
             ablate("mask-rcnn", "9z", **arguments)
     assert list(tmp_path.glob("runs/*/last.ckpt"))
     assert ablate("mask-rcnn", "9z", **arguments)[0].measured["AP"]
+
+
+def test_rows_that_differ_in_decoding_share_one_training(tmp_path, monkeypatch):
+    import maskwright.training as training
+
+    runs = []
+    real = training.train
+    monkeypatch.setattr(training, "train", lambda *a, **k: runs.append(k["out"]) or real(*a, **k))
+    rows = ablate("cascade-mask-rcnn", "stages", out=tmp_path, seeds=(0,), steps=1, images=2, unseen=2, batch=2)
+    assert len(runs) == 1
+    assert [row.variant for row in rows] == ["1", "2", "1 to 2", "3", "1 to 3"]
+    assert list(rows[0].measured) == ["box AP", "AP50", "AP60", "AP70", "AP80", "AP90"]
+    text = (tmp_path / "table-stages.md").read_text()
+    assert "| variant | box AP | AP50 | AP60 | AP70 | AP80 | AP90 |" in text
+    again = ablate("cascade-mask-rcnn", "stages", out=tmp_path, seeds=(0,), steps=1, images=2, unseen=2, batch=2)
+    assert len(runs) == 1
+    assert again == rows

@@ -275,7 +275,9 @@ class Evaluator:
     def _precisions(self, curves: dict[Kind, Curves]) -> dict[str, list[float]]:
         if self.task == "proposals":  # precision is not defined: further proposals are not errors
             return {}
-        return {f"{k}/{int(o * 100)}": c for k in curves for o in (0.5, 0.75) if (c := curves[k].precision_at(o))}
+        return {
+            f"{k}/{round(o * 100)}": c for k, own in curves.items() for o in own.overlaps if (c := own.precision_at(o))
+        }
 
     def _protocol(self, truth: Truth, found: Detections) -> Protocol:
         name = self.dataset.name

@@ -189,7 +189,8 @@ class Result:
         per_class: One row per class (none for proposals) with the same keys and "class", "category_id", "objects",
             "images", "found", "threshold" (the score at which F1 at overlap 0.5 is best) and "F1" (None if undefined).
         objects: Number of annotated objects: "all", "s", "m", "l", "crowd".
-        curves: "segm/50" and so on: precision at the recalls 0, 0.01, ... 1.
+        curves: "segm/50", "segm/55", ...: precision at the recalls 0, 0.01, ... 1, for each overlap; the mean is the AP
+            at that overlap.
         confusion: The confusion matrix.
         images: The outcome for each image.
         examples: Images for the report page.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
@@ -60,6 +60,16 @@ class Preset:
     task: Literal["instances", "panoptic", "semantic", "proposals"] = "instances"
 
 
+MEASURES: Mapping[str, str] = {
+    "AP": "segm/AP",
+    "AP50": "segm/AP50",
+    "AP75": "segm/AP75",
+    "S": "segm/APs",
+    "M": "segm/APm",
+    "L": "segm/APl",
+}
+
+
 @dataclass(frozen=True)
 class Ablation:
     """A table of a paper as a list of variants, to be rerun on small data by `maskwright ablate`.
@@ -72,6 +82,10 @@ class Ablation:
         base: Options that all variants share.
         scenes: Arguments of `data.Scenes`: what the images must hold for the difference to show.
         recipe: Fields of `training.Recipe` on top of the budget.
+        decoding: Keywords of `decode` of each row, where they differ from the defaults; rows with the same options
+            share one training.
+        measures: The columns: name to a key of the result's summary ("segm/AP"), or of its curves ("bbox/60" is the
+            box AP at IoU 0.6); None: mask AP, AP50, AP75, and by size.
     """
 
     title: str
@@ -81,3 +95,10 @@ class Ablation:
     base: Mapping[str, Any]
     scenes: Mapping[str, Any]
     recipe: Mapping[str, Any]
+    decoding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    measures: Mapping[str, str] | None = None
+
+    @property
+    def columns(self) -> Mapping[str, str]:
+        """The measures, or the default ones."""
+        return MEASURES if self.measures is None else self.measures

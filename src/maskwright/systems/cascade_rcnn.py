@@ -367,12 +367,22 @@ class CascadeMaskRCNN(MaskRCNN):
     _ABLATED: ClassVar[dict[str, Any]] = {**MaskRCNN._ABLATED, "boxes": {"width": 256, "agnostic": True}}
     ablations: ClassVar[Mapping[str, Ablation]] = {
         "stages": Ablation(
-            "number of stages",
+            "boxes and scores after each stage, and the mean of the scores so far, by the IoU that is required",
+            {name: {} for name in ("1", "2", "1 to 2", "3", "1 to 3")}, {},
+            "figures of arXiv 1712.00726 are not included", _ABLATED, MaskRCNN._SCENES, MaskRCNN._TRAINED,
             {
-                "1": {"cascade": _first(1)}, "2": {"cascade": _first(2)}, "3": {},
+                "1": {"until": 1}, "2": {"until": 2, "average": False}, "1 to 2": {"until": 2},
+                "3": {"average": False},
             },
-            {}, "figures of arXiv 1712.00726 are not included",
-            _ABLATED, MaskRCNN._SCENES, MaskRCNN._TRAINED,
+            {"box AP": "bbox/AP", **{f"AP{n}": f"bbox/{n}" for n in (50, 60, 70, 80, 90)}},
+        ),
+        "thresholds": Ablation(
+            "one stage trained at a single IoU, by the IoU that is required (figure 1 of arXiv 1712.00726)",
+            {
+                f"one stage, u = {u}": {"cascade": {**_first(1), "overlaps": (u,)}} for u in (0.5, 0.6, 0.7)
+            } | {"cascade": {}},
+            {}, "figures of arXiv 1712.00726 are not included", _ABLATED, MaskRCNN._SCENES, MaskRCNN._TRAINED,
+            measures={"box AP": "bbox/AP", **{f"AP{n}": f"bbox/{n}" for n in (50, 60, 70, 80, 90)}},
         ),
         "masks": Ablation(
             "the stage beside which masks are trained",
