@@ -121,15 +121,28 @@ def test_boxes_in_another_format_are_converted(tmp_path: Path, form: str, every:
 
 
 @pytest.mark.parametrize("form", ["corners", "centers", "shares", "shares of centers"])
-def test_boxes_without_masks_are_converted_by_the_sizes_of_the_images(tmp_path: Path, form: str):
+@pytest.mark.parametrize("areas", [False, True])
+def test_boxes_without_masks_are_converted_by_the_sizes_of_the_images(tmp_path: Path, form: str, areas: bool):
     data = made(20)
     for annotation in data["annotations"]:
-        del annotation["segmentation"], annotation["area"]
+        del annotation["segmentation"]
+        if not areas:
+            del annotation["area"]
     convert, words = BOXES[form]
     table = table_of(tmp_path, objects(data, lambda a: a.update(bbox=convert(*a["bbox"]))))
     assert [f.severity for f in table.findings] == ["note", "note"]
     assert words in str(table.findings[0])
-    assert_right(table, data, masks=False, areas=False)
+    assert_right(table, data, masks=False, areas=areas)
+
+
+def test_areas_tell_corners_from_sizes_where_images_do_not(tmp_path: Path):
+    data = made(4)
+    for annotation in data["annotations"]:
+        annotation.update(segmentation=[], bbox=[2, 3, 12, 11], area=132)
+    wrong = objects(data, lambda a: a.update(bbox=[2, 3, 14, 14]))
+    table = table_of(tmp_path, wrong)
+    assert "corners x0, y0, x1, y1, as their areas show" in str(table.findings[0])
+    assert table.boxes.tolist() == [[2, 3, 14, 14]] * 8
 
 
 def test_boxes_that_fit_in_two_formats_are_an_error_that_names_both(tmp_path: Path):
@@ -357,6 +370,8 @@ def test_all_objects_marked_crowd_are_an_error_that_the_copy_repairs(tmp_path: P
     one_finding(table := read_table(saved(tmp_path / "set", objects(data, lambda a: a.update(ignore=1), 2))), "note")
     assert "3 of 6 annotations have the flag 'ignore'" in str(table.findings[0])
     assert table.crowd.tolist() == [False, True] * 3
+    both = objects(data, lambda a: a.update(ignore=1, iscrowd=1), 2)
+    assert not read_table(saved(tmp_path / "set", both)).findings
 
 
 # ---- ids, images and objects that occur twice ----------------------------------------------------------------------

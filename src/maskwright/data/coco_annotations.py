@@ -43,6 +43,7 @@ def read_annotations(
     shapes = ShapesBuilder()
     rows: list[int] = []
     crowd: list[bool] = []
+    changed = 0
     for row, number in numbers.items():
         if row not in images or row not in categories:
             continue
@@ -51,7 +52,8 @@ def read_annotations(
         if flag is None:
             skip_annotation(table, number, index, f"has iscrowd {entry['iscrowd']!r}; expected 0 or 1")
             continue
-        if not flag and parse_flag(entry.get("ignore")):
+        if parse_flag(entry.get("ignore")):
+            changed += not flag
             flag = True
             table.ignored += 1
         problem = shapes.add(entry.get("segmentation"))
@@ -60,8 +62,8 @@ def read_annotations(
             continue
         rows.append(row)
         crowd.append(flag)
-    if table.ignored:
-        what = f"{table.ignored} of {len(numbers)} annotations have the flag 'ignore'"
+    if changed:
+        what = f"{changed} of {len(numbers)} annotations have the flag 'ignore'"
         table.add_finding("note", "crowd", what, "they are treated as crowd regions: not learnt, and not counted")
     if shapes.nested:
         what = f"{len(shapes.nested)} of {len(rows)} outlines are lists of points [x, y] or nested too deeply"

@@ -156,7 +156,7 @@ def _by_images(columns: Columns, sizes: Floats) -> Iterator[Cause]:
         as_corners = given & (np.abs(columns.areas - area_as_corners) <= 0.02 * columns.areas)
         as_sizes = given & (np.abs(columns.areas - columns.boxes[:, 2:].prod(1)) <= 0.02 * columns.areas)
     proven = as_corners & ~as_sizes & every(columns.boxes[:, 2:] > columns.boxes[:, :2])
-    if proven.sum() >= max(2, ENOUGH * total):
+    if proven.sum() >= max(2, 0.5 * total):
         corners = _corners(columns.boxes, height, width)
         convert(columns, proven, corners)
         what = f"{int(proven.sum())} of {total} boxes are corners x0, y0, x1, y1, as their areas show"

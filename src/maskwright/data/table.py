@@ -56,7 +56,7 @@ class Table:
         shapes: (A,) outlines and run-length strings; None: the objects have boxes only.
         rows: (A,) int64, positions in the file's list of annotations.
         maps: (M,) image files whose pixels are segment ids, in place of `shapes`; None if the masks are in `shapes`.
-        ignored: Number of annotations that are crowd regions because of a flag "ignore".
+        ignored: Number of crowd regions that have a flag "ignore".
         findings: What is wrong with the file.
         usable: False if the file is too damaged for anything to be read.
         raw: The parsed file, for writing a repaired copy.
