@@ -428,7 +428,8 @@ def _adjust_colours(image: Tensor, colours: tuple[tuple[str, float], ...]) -> Te
         return image
     if len(image) not in (1, 3):
         raise UsageError(
-            f"colour augmentation (brightness, contrast, saturation, hue) needs 1 or 3 channels, the image has {len(image)}"
+            "colour augmentation (brightness, contrast, saturation, hue) needs 1 or 3 channels, the image has "
+            f"{len(image)}"
         )
     from torchvision.transforms.v2 import functional as pixels
 
