@@ -154,7 +154,7 @@ def _run(
     changes = {k: v for k, v in budget.items() if k not in ("images", "unseen")}
     learn = Scenes(budget["images"], seed=seed, **plan.scenes)
     judge = Scenes(budget["unseen"], seed=seed + 10_000, **plan.scenes)
-    recipe = {"tensorboard": False, "workers": 0, **plan.recipe, **changes}
+    recipe: dict[str, Any] = {"tensorboard": False, "workers": 0, **plan.recipe, **changes}
     options = kind.with_options(plan.base, plan.variants[variant])
     best = train(system, learn, val=False, out=folder, options=options, seed=seed, device=device, resume=True, **recipe)
     trained = load(best)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from functools import cache
-from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from maskwright.errors import UsageError
 
@@ -69,12 +69,13 @@ class OptionGroup:
             short = f"a {cls.shorthand}, " if cls.shorthand else ""
             raise UsageError(f"{cls.label} must be {short}a mapping or a {cls.__name__}, got {value!r}")
         known = [field.name for field in fields(cls)]
-        for name in value:
+        given = cast(Mapping[str, Any], value)
+        for name in given:
             if name not in known:
                 raise UsageError(
                     f"{cls.label} has no option {name!r}{_suggestion(name, known)}; its options are {', '.join(known)}"
                 )
-        return base.changed(value)
+        return base.changed(given)
 
     def changed(self, values: Mapping[str, Any]) -> Self:
         """Returns a copy in which the fields named by `values` are replaced; UsageError for one of the wrong type."""
@@ -185,9 +186,9 @@ def merged(
         if kind is not None and isinstance(before, str) and kind.shorthand is not None:
             before = {kind.shorthand: before}
         if isinstance(before, OptionGroup) and isinstance(value, Mapping):
-            value = type(before).merged(before.to_options(), value)
+            value = type(before).merged(before.to_options(), cast(Mapping[str, Any], value))
         elif kind is not None and isinstance(value, Mapping) and isinstance(before, Mapping):
-            value = kind.merged(before, value)
+            value = kind.merged(cast(Mapping[str, Any], before), cast(Mapping[str, Any], value))
         result[name] = value
     return result
 
@@ -207,7 +208,8 @@ def nested(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         before = options.get(head)
         if not rest:
             if isinstance(before, dict):
-                value = {**before, **(value if isinstance(value, Mapping) else {"name": value})}
+                added = cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {"name": value}
+                value = {**cast(dict[str, Any], before), **added}
             options[head] = value
             continue
         if before is None:
@@ -257,8 +259,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, OptionGroup):
         return value.to_options()
     if isinstance(value, Mapping):
-        return {key: plain(own) for key, own in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+        return {key: plain(own) for key, own in cast(Mapping[Any, Any], value).items()}
+    return [plain(v) for v in cast(Sequence[Any], value)] if isinstance(value, (tuple, list)) else value
 
 
 @cache
@@ -284,7 +286,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is not None and issubclass(origin, Mapping):
         return isinstance(value, Mapping)
     if origin is not None and issubclass(origin, Sequence):
-        return isinstance(value, (list, tuple)) and all(_fits(v, get_args(hint)[0]) for v in value)
+        return isinstance(value, (list, tuple)) and all(_fits(v, get_args(hint)[0]) for v in cast(Sequence[Any], value))
     if hint is None or hint is type(None):
         return value is None
     if hint in (int, float):
@@ -313,4 +315,4 @@ def _plural(hint: Any) -> str:
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
+    return tuple(_frozen(v) for v in cast(Sequence[Any], value)) if isinstance(value, (list, tuple)) else value

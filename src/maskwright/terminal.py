@@ -125,7 +125,7 @@ def _sentence(box: str, program: str) -> str:
     lines = [line.strip("│").rstrip() for line in box.splitlines() if line.startswith("│")]
     if not lines:  # a terminal without Unicode: a title, a rule, and lines indented by a space
         lines = [line[1:].rstrip() for line in box.splitlines()[2:]]
-    first = []
+    first: list[str] = []
     for line in lines:
         if set(line.strip()) <= {"─", "-"}:
             break

@@ -71,7 +71,7 @@ class Darknet(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         """Returns the outputs of all stages, finest first."""
         x = self.stem(x)
-        outputs = []
+        outputs: list[Tensor] = []
         for stage in self.stages:
             x = stage(x)
             outputs.append(x)

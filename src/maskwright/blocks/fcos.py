@@ -116,7 +116,7 @@ def locations(features: Sequence[Tensor], strides: Sequence[int] = STRIDES) -> l
         features: Maps of the levels (..., H, W), of which only the sizes are read.
         strides: Strides of the levels.
     """
-    result = []
+    result: list[Tensor] = []
     for feature, stride in zip(features, strides, strict=True):
         height, width = feature.shape[-2:]
         y = torch.arange(height, device=feature.device, dtype=torch.float32) * stride + stride // 2

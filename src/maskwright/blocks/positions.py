@@ -71,7 +71,7 @@ def padding_of(valid: Int[Tensor, "b 2"], size: tuple[int, int], shape: tuple[in
     Returns:
         True where a cell is padding.
     """
-    axes = []
+    axes: list[Tensor] = []
     for axis in (0, 1):
         inside = torch.arange(size[axis], device=valid.device) < valid[:, axis, None]  # (B, length)
         axes.append(

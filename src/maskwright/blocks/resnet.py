@@ -132,7 +132,8 @@ def make_stage(
         raise ValueError(f"resnet{depth} has no bottlenecks to group; use groups=1 or a deeper backbone")
     if deform_every < 1:
         raise ValueError(f"deform_every must be at least 1 (every block), got {deform_every}")
-    scale, blocks = 2**number, []
+    scale = 2**number
+    blocks: list[nn.Module] = []
     for index in range(BLOCKS[depth][number]):
         stride = 2 if index == 0 and number > 0 and dilation == 1 else 1
         if depth < 50:
@@ -234,7 +235,7 @@ class ResNet(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         """Returns the outputs of the stages, finest first."""
         x = functional.max_pool2d(self.stem(x), 3, 2, 1)  # (B, 64, H/4, W/4)
-        outputs = []
+        outputs: list[Tensor] = []
         for stage in self.stages:
             x = stage(x)
             outputs.append(x)

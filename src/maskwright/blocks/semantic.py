@@ -43,7 +43,7 @@ class SemanticFPN(nn.Module):
 
     def forward(self, features: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "b k h w"]:
         """Computes logits from the first `levels` of the features, finest first."""
-        parts = []
+        parts: list[Tensor] = []
         for number, convs in enumerate(self.levels):
             x = features[number]
             for conv in convs:  # pyright: ignore[reportGeneralTypeIssues]

@@ -226,7 +226,8 @@ class Contours(nn.Module):
         extremes = (diamond + offsets)[:, :: self.options.start_points // 4]
         if octagons is None:
             octagons = octagon_lines(clipped_to_map(extremes, feature), self.options.points)
-        contour, contours = octagons, []
+        contour = octagons
+        contours: list[Tensor] = []
         for step in self.steps:  # which reads and predicts pixels of the input, four per cell
             offsets = self._move(step, self._sample(feature, contour, owners), contour * STRIDE)
             contour = (contour * STRIDE + offsets) / STRIDE

@@ -159,7 +159,7 @@ class Swin(nn.Module):
         """Returns the normalised levels, finest first."""
         x = functional.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
         x = self.stem_norm(self.stem(x).permute(0, 2, 3, 1))  # (B, H/4, W/4, C)
-        outputs = []
+        outputs: list[Tensor] = []
         for number, (stage, norm) in enumerate(zip(self.stages, self.norms, strict=True)):
             x = self.merges[number - 1](x) if number else x
             apart = self.apart(x.shape[1], x.shape[2], x.device)

@@ -62,7 +62,7 @@ class VGG(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         """Returns the outputs of all stages, finest first."""
-        outputs = []
+        outputs: list[Tensor] = []
         for number, stage in enumerate(self.stages):
             if number == 4 and self.dilated:  # 2 x 2 without a stride keeps the size if one row and column are added
                 x = functional.max_pool2d(functional.pad(x, (0, 1, 0, 1), mode="replicate"), 2, 1)

@@ -115,7 +115,7 @@ class Anchors(OptionGroup):
         """Width and height of each level's anchors as shares of the canvas (height, width), octave by octave."""
         height, width = canvas
         sides = [max(1, side * min(canvas) // 550) for side in SIDES] if self.sides is None else self.sides
-        result = []
+        result: list[list[tuple[float, float]]] = []
         for side in sides:
             scales = [side * 2 ** (octave / self.octaves) for octave in range(self.octaves)]
             result.append(

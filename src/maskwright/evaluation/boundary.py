@@ -54,7 +54,7 @@ class BoundaryEvaluation(_Base):
     def _prepare(self) -> None:
         from maskwright.evaluation.coco import BOUNDARY_WIDTH
 
-        super()._prepare()
+        _Base._prepare(self)
         for objects in (*self._gts.values(), *self._dts.values()):
             for one in objects:
                 code: Any = one["segmentation"]
@@ -62,7 +62,7 @@ class BoundaryEvaluation(_Base):
                 one["boundary"] = {"size": code["size"], "counts": boundary(code["counts"], size, BOUNDARY_WIDTH)}
 
     def computeIoU(self, imgId: Any, catId: Any) -> Any:
-        overlaps = super().computeIoU(imgId, catId)
+        overlaps: Any = _Base.computeIoU(self, imgId, catId)
         if len(overlaps) == 0:
             return overlaps
         truth, found = self._gts[imgId, catId], self._dts[imgId, catId]

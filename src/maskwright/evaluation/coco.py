@@ -165,7 +165,7 @@ class Curves:
         precision = self.precision[self._at(overlap), :, :, 0, -1]  # (R, K)
         f1 = 2 * precision * RECALLS[:, None] / np.maximum(precision + RECALLS[:, None], 1e-12)
         best = f1.argmax(0)
-        columns = np.arange(f1.shape[1])
+        columns: np.ndarray = np.arange(f1.shape[1])
         value = np.where(precision[0] > -1, f1[best, columns], np.nan)
         scores = self.scores[self._at(overlap), :, :, 0, -1][best, columns]
         return np.where(value > 0, scores, np.nan), value
@@ -274,8 +274,9 @@ def keypoint_sigmas(keypoints: int) -> tuple[float, ...]:
 def _by_vernier(
     truth: Truth, found: Detections, kind: Kind, limits: tuple[int, ...], sigmas: Sequence[float] | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    from vernier import instance
+    from vernier import instance as module
 
+    instance: Any = module  # which exports the functions only at run time
     if truth.handle is None:
         truth.handle = _vernier_truth(truth)
     options: dict[str, Any] = {"parity_mode": "strict", "max_dets_per_image": limits[-1], "use_cats": True}
@@ -325,7 +326,7 @@ def _vernier_truth(truth: Truth) -> Any:
 def _vernier_found(truth: Truth, found: Detections, kind: Kind) -> list[Any]:
     images, starts = np.unique(found.owner, return_index=True)
     ends = np.append(starts[1:], len(found.owner))[: len(starts)].tolist()
-    batches = []
+    batches: list[Any] = []
     for image, start, end in zip(images.tolist(), starts.tolist(), ends, strict=True):
         part = slice(start, end)
         batch: dict[str, Any] = {
@@ -402,7 +403,7 @@ def _truth_records(truth: Truth, kind: Kind) -> list[dict[str, Any]]:
         record["iscrowd"] = int(crowd)
     _add_masks(records, truth, truth.masks if kind in ("segm", "boundary") else None)
     if kind == "keypoints":
-        for record, keypoints in zip(records, truth.keypoints if records else (), strict=True):  # type: ignore[arg-type]
+        for record, keypoints in zip(records, _rows_of(truth.keypoints), strict=True):
             record["keypoints"] = keypoints.ravel().tolist()
             record["num_keypoints"] = int((keypoints[:, 2] > 0).sum())
     return records
@@ -419,7 +420,7 @@ def _found_records(truth: Truth, found: Detections, kind: Kind) -> list[dict[str
         for record, text in zip(records, found.masks or (), strict=True):
             record["area"] = rle.area(text)
     if kind == "keypoints":
-        for record, keypoints in zip(records, found.keypoints if records else (), strict=True):  # type: ignore[arg-type]
+        for record, keypoints in zip(records, _rows_of(found.keypoints), strict=True):
             record["keypoints"] = keypoints.ravel().tolist()
     return records
 
@@ -430,6 +431,11 @@ def _records(owner: np.ndarray, labels: np.ndarray, boxes: np.ndarray, areas: np
         {"id": number, "image_id": image + 1, "category_id": label + 1, "bbox": box, "area": area}
         for number, (image, label, box, area) in enumerate(columns, 1)
     ]
+
+
+def _rows_of(keypoints: np.ndarray | None) -> list[np.ndarray]:
+    """The keypoints of each object; empty if there are no objects."""
+    return [] if keypoints is None else list(keypoints)
 
 
 def _add_masks(records: list[dict[str, Any]], truth: Truth, masks: list[bytes] | None) -> None:

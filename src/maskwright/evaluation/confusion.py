@@ -71,10 +71,11 @@ class Confusion:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Confusion:
         """The matrix from `to_dict`."""
-        values = dict(values)
+        values = dict[str, Any](values)
         cells = {(row, column): ids for row, column, ids in values.pop("pictures", None) or values["images"]}
         counts = np.asarray(values["counts"], np.int64)
-        return cls(**{**values, "classes": tuple(values["classes"]), "counts": counts, "images": cells})
+        known: dict[str, Any] = {**values, "classes": tuple(values["classes"]), "counts": counts, "images": cells}
+        return cls(**known)
 
 
 def confuse(
@@ -107,7 +108,7 @@ def confuse(
     count = len(classes)
     counts = np.zeros((count + 1, count + 1), np.int64)
     cells: dict[tuple[int, int], list[int | str]] = defaultdict(list)
-    scores = []
+    scores: list[ImageScore] = []
     confident = np.flatnonzero(found.scores >= score_threshold)
     ours = _grouped(found.owner[confident], len(image_ids))
     theirs = _grouped(truth.owner, len(image_ids))

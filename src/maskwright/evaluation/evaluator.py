@@ -281,7 +281,7 @@ class Evaluator:
 
     def _protocol(self, truth: Truth, found: Detections) -> Protocol:
         name = self.dataset.name
-        notes = []
+        notes: list[str] = []
         if "keypoints" in self.kinds:
             notes.append(f"keypoints: maxDets {self.keypoint_detections}")
             points = truth.keypoints if truth.keypoints is not None else found.keypoints
@@ -484,11 +484,11 @@ def _points(target: Instances, keypoints: int) -> np.ndarray:
 def _instances(record: _Record, size: tuple[int, int]) -> Instances:
     return Instances(
         size,
-        torch.from_numpy(record.boxes).float(),
-        torch.from_numpy(record.labels),
+        torch.as_tensor(record.boxes).float(),
+        torch.as_tensor(record.labels),
         None if record.masks is None else Masks.from_rle(record.masks, size),
-        torch.from_numpy(record.scores).float(),
-        None if record.keypoints is None else torch.from_numpy(record.keypoints).float(),
+        torch.as_tensor(record.scores).float(),
+        None if record.keypoints is None else torch.as_tensor(record.keypoints).float(),
     )
 
 

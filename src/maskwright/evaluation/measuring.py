@@ -42,9 +42,9 @@ class Measurement:
     task: Task
     system: System
     dataset: Dataset
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     process: Callable[[Instances], Instances] | None = None
-    pairs: list[tuple[int, Found]] = field(default_factory=list)
+    pairs: list[tuple[int, Found]] = field(default_factory=list[tuple[int, Found]])
 
     def __post_init__(self) -> None:
         if self.task.name == "proposals" or "proposals" in self.system.tasks:

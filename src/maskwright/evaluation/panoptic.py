@@ -195,7 +195,7 @@ class PanopticEvaluator:
         stuff = np.array([name in self.dataset.stuff for name in classes])
         parts = {"": None, "th": ~stuff, "st": stuff}
         summary = {f"panoptic/{n}{part}": v for part, kept in parts.items() for n, v in total.quality(kept).items()}
-        rows = []
+        rows: list[dict[str, Any]] = []
         for label, name in enumerate(classes):
             own = total.quality(np.arange(count) == label)
             objects = int(total.tp[label] + total.fn[label])

@@ -61,7 +61,7 @@ def read_panoptic_results(path: str | Path, dataset: Dataset) -> Iterator[tuple[
     stuff = torch.tensor([name in dataset.stuff for name in dataset.classes], dtype=torch.bool)
     for image, name, segments in records:
         image_id = matched.images[image]
-        plane = torch.from_numpy(read_map(folder / name, reference.sizes[image_id]))
+        plane = torch.as_tensor(read_map(folder / name, reference.sizes[image_id]))
         labels = torch.tensor([matched.labels[category] for _, category in segments], dtype=torch.int64)
         numbers = torch.tensor([number for number, _ in segments], dtype=torch.int64)
         yield image_id, Panoptic.from_map(plane, labels, ~stuff[labels] | (labels < 0), numbers=numbers)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from maskwright.data.findings import DataWarning
 from maskwright.errors import AnnotationError
@@ -166,7 +165,8 @@ def _best(predicted: Instances, count: int) -> Instances:
 
 def _sampled(found: Mapping[Id, Instances]) -> list[Id]:
     ids = list(found)
-    return [ids[i] for i in torch.linspace(0, len(ids) - 1, min(SAMPLED, len(ids))).long().tolist()]
+    count = min(SAMPLED, len(ids))
+    return [ids[i * len(ids) // count] for i in range(count)]
 
 
 def _class(reference: Reference, label: int) -> str:

@@ -179,7 +179,11 @@ def _masks(codes: Iterable[Any], size: tuple[int, int]) -> Masks:
     return Masks.join(
         [Masks.empty(size)]
         + [
-            (Masks.from_polygons([code], size) if isinstance(code, list) else Masks.from_rle([code], size)).pack()
+            (
+                Masks.from_polygons([cast(list[Any], code)], size)
+                if isinstance(code, list)
+                else Masks.from_rle([code], size)
+            ).pack()
             for code in codes
         ]
     )

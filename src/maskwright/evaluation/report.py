@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -76,7 +76,8 @@ def _render(title: str, result: Result | None, log: dict[str, Line], recipe: lis
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    house.filters["percent"] = percent
+    filters: dict[str, Any] = house.filters  # pyright: ignore[reportUnknownMemberType] - not typed by Jinja
+    filters["percent"] = percent
     return house.get_template("report.html.j2").render(
         title=title,
         version=__version__,
@@ -151,7 +152,8 @@ def _cut(text: str) -> str:
 
 def _flat(values: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(values, dict):
-        return [pair for key, value in values.items() for pair in _flat(value, f"{prefix}{key}.")]
+        named = cast(dict[str, Any], values)
+        return [pair for key, value in named.items() for pair in _flat(value, f"{prefix}{key}.")]
     text = "–" if values is None else values if isinstance(values, str) else json.dumps(values, ensure_ascii=False)
     return [(prefix.rstrip(".") or "recipe", text if len(text) <= 300 else text[:300] + " ...")]
 
@@ -252,7 +254,7 @@ def _subscript(name: str) -> tuple[str, str]:
 
 
 def _recall_charts(result: Result) -> list[tuple[str, Any]]:
-    drawn = []
+    drawn: list[tuple[str, Any]] = []
     for kind in result.kinds:
         lines = {
             f"overlap {int(name) / 100:g}": (RECALLS.tolist(), result.curves[f"{kind}/{name}"])

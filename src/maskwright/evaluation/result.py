@@ -7,7 +7,7 @@ import math
 from base64 import b64decode, b64encode
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -100,7 +100,7 @@ class Speed:
     milliseconds: float | None = None
     milliseconds_p90: float | None = None
     images_per_second: float | None = None
-    stages: dict[str, float] = field(default_factory=dict)
+    stages: dict[str, float] = field(default_factory=dict[str, float])
     peak_memory: int | None = None
     parameters: int | None = None
 
@@ -152,7 +152,7 @@ class Example:
             "size": list(self.size),
             "image": b64encode(self.image).decode("ascii"),
             "truth": self.truth.to_coco(self.score.id),
-            "crowd": [] if self.truth.crowd is None else self.truth.crowd.tolist(),
+            "crowd": [] if self.truth.crowd is None else [bool(each) for each in self.truth.crowd],
             "found": self.found.to_coco(self.score.id),
         }
 
@@ -202,12 +202,12 @@ class Result:
     summary: dict[str, float]
     classes: tuple[str, ...]
     protocol: Protocol = field(default_factory=Protocol)
-    per_class: list[dict[str, Any]] = field(default_factory=list)
-    objects: dict[str, int] = field(default_factory=dict)
-    curves: dict[str, list[float]] = field(default_factory=dict)
+    per_class: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    objects: dict[str, int] = field(default_factory=dict[str, int])
+    curves: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
     confusion: Confusion | None = None
-    images: list[ImageScore] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
+    images: list[ImageScore] = field(default_factory=list[ImageScore])
+    examples: list[Example] = field(default_factory=list[Example])
     missing: int = 0
     speed: Speed = field(default_factory=Speed)
     title: str = ""
@@ -314,12 +314,13 @@ class Result:
         """Reads a result that `save` wrote; DataError if the file is not one."""
         path = Path(path)
         try:
-            values: Any = json.loads(path.read_text("utf-8"))
+            loaded: Any = json.loads(path.read_text("utf-8"))
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}); expected a result saved by evaluate") from None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON ({error}); expected a result saved by evaluate") from None
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
+        values = cast(dict[str, Any], loaded) if isinstance(loaded, dict) else {}
+        if values.get("format") != FORMAT:
             raise DataError(f'{path}: has no "format": "{FORMAT}"; expected a result saved by evaluate')
         try:
             return cls.from_dict(values)

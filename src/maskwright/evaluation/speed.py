@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from maskwright.evaluation.result import Speed
 from maskwright.systems import System
@@ -30,10 +31,10 @@ class Stopwatch:
     """
 
     device: torch.device
-    _images: list[int] = field(default_factory=list)
-    _batches: list[dict[str, float]] = field(default_factory=list)  # seconds of each batch, by stage
-    _running: list[tuple[str, float]] = field(default_factory=list)
-    _current: dict[str, float] = field(default_factory=dict)
+    _images: list[int] = field(default_factory=list[int])
+    _batches: list[dict[str, float]] = field(default_factory=list[dict[str, float]])  # seconds of each batch, by stage
+    _running: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
+    _current: dict[str, float] = field(default_factory=dict[str, float])
     _begun: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class Stopwatch:
     @contextlib.contextmanager
     def watching(self, system: System) -> Generator[None]:
         """Times the networks of `system` within the block; they must not be called by two threads at once."""
-        handles = []
+        handles: list[RemovableHandle] = []
         for name, network in system.networks().items():
             handles.append(network.register_forward_pre_hook(self._starts(name)))
             handles.append(network.register_forward_hook(self._ends, always_call=True))

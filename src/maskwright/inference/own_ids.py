@@ -39,7 +39,7 @@ class DatasetIds:
 
     def __init__(self, dataset: Dataset, classes: Sequence[str]):
         self.dataset = dataset
-        labels: list[int] = match_classes(classes, dataset.classes).tolist()
+        labels = [int(label) for label in match_classes(classes, dataset.classes)]
         unused = 1 + max(dataset.category_ids, default=0)
         self.category_ids = [
             dataset.category_ids[label] if label >= 0 else unused + number for number, label in enumerate(labels)

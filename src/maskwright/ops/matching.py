@@ -62,7 +62,8 @@ def match_each(
     best = torch.full((count,), -1.0, device=boxes.device)
     nearest = torch.zeros(count, dtype=torch.int64, device=boxes.device)
     later = torch.arange(count - 1, -1, -1, device=boxes.device)
-    values, places = [], []
+    values: list[Tensor] = []
+    places: list[Tensor] = []
     for first in range(0, len(objects), at_once):
         iou = pairwise_iou(objects[first : first + at_once], boxes)  # (m, N)
         largest, row = iou.max(0)

@@ -99,7 +99,7 @@ def box_costs(
         The costs, in float32.
     """
     corners = box_ops.corners(predicted.float())[:, :, None]
-    costs = []
+    costs: list[Tensor] = []
     for part in true.split(max(1, BUDGET // (100 * max(1, predicted.shape[0] * predicted.shape[1])))):
         distance = torch.cdist(predicted.float(), part.expand(len(predicted), -1, -1), p=1)
         overlap = box_ops.generalised_iou(corners, box_ops.corners(part)[None, None])
@@ -120,7 +120,8 @@ def box_losses(
     Returns:
         Sums over the pairs: "box", the L1 distance, and "giou", 1 - generalised IoU.
     """
-    chosen, true = [], []
+    chosen: list[Tensor] = []
+    true: list[Tensor] = []
     for image, (target, (queries, objects)) in enumerate(zip(targets, pairs, strict=True)):
         chosen.append(predicted[:, image].float().gather(1, queries[..., None].expand(-1, -1, 4)))
         true.append(target.boxes[objects])  # (L, P, 4)

@@ -41,7 +41,8 @@ def paste_windows(
     """
     if not len(values):
         return Masks.empty(size)
-    (height, width), parts = size, []
+    height, width = size
+    parts: list[Masks] = []
     down = _axis(corners[:, 1], values.shape[1], grid[0], stretched[0], height, shift[1])
     across = _axis(corners[:, 0], values.shape[2], grid[1], stretched[1], width, shift[0])
     rows, columns = down[1].shape[1], across[1].shape[1]
@@ -71,7 +72,7 @@ def _resized_above(
     lower = (index + 1).clamp(max=values.shape[1] - 1)
     own = torch.arange(len(values), device=values.device)[:, None]
     at_once = max(1, budget // (12 * len(values) * wide.shape[2]))
-    strips = []
+    strips: list[Tensor] = []
     for i, j, s in zip(index.split(at_once, 1), lower.split(at_once, 1), share.split(at_once, 1), strict=True):
         strips.append(wide[own, i] * (1 - s)[..., None] + wide[own, j] * s[..., None] > threshold)
     return torch.cat(strips, 1)

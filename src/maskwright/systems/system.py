@@ -7,7 +7,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, get_args
 
 import torch
 from jaxtyping import Float
@@ -115,8 +115,9 @@ class System(nn.Module):
     @classmethod
     def rebuild(cls, options: Mapping[str, Any]) -> Self:
         """Constructs the system for weights that follow at once: no `pretrained` weights are downloaded for it."""
-        before = options.get("backbone")
-        if not isinstance(before, Mapping) or not before.get("pretrained"):
+        given: Any = options.get("backbone")
+        before = cast(Mapping[str, Any], given) if isinstance(given, Mapping) else {}
+        if not before.get("pretrained"):
             return cls(**options)
         system = cls(**{**options, "backbone": {**before, "pretrained": False}})
         system.options["backbone"] = {**system.options["backbone"], "pretrained": before["pretrained"]}
@@ -142,10 +143,12 @@ class System(nn.Module):
                     own[field] = value
             else:
                 result[group] = value
-        own = result.get("backbone")
-        if "backbone" in groups and isinstance(own, dict) and isinstance(own.get("name"), str):
-            used = options_of(own["name"])  # earlier versions kept fields that a family ignores
-            if own["name"].startswith("swin-") and "stem_width" in options:
+        found: Any = result.get("backbone")
+        own = cast(dict[str, Any], found) if isinstance(found, dict) else {}
+        name = own.get("name")
+        if "backbone" in groups and isinstance(name, str):
+            used = options_of(name)  # earlier versions kept fields that a family ignores
+            if name.startswith("swin-") and "stem_width" in options:
                 own["width"] = options.get("swin_width")
             result["backbone"] = {k: v for k, v in own.items() if k == "name" or k in used}
         return result
@@ -278,7 +281,8 @@ class System(nn.Module):
         """The name of the weight that reads the image, whose axis 1 is the image's channels; None if there is none."""
         from maskwright.blocks.backbones import first_weight  # imports torchvision, which is slow
 
-        for prefix, module in self.named_modules():
+        modules: list[tuple[str, nn.Module]] = list(self.named_modules())
+        for prefix, module in modules:
             if prefix.rpartition(".")[2] == "backbone":
                 name = first_weight(module)
                 return None if name is None else f"{prefix}.{name}"

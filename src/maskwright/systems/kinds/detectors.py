@@ -153,7 +153,8 @@ class QueryDetector(System):
 
     def __init__(self, **options: Any) -> None:  # the options are those of the subclasses
         super().__init__()
-        self.register_load_state_dict_post_hook(_mark_loaded)
+        module: Any = self  # the method is not typed
+        module.register_load_state_dict_post_hook(_mark_loaded)
 
     def warn_if_random(self, name: str, instead: str) -> None:
         """Warns that the weights are random, at the start of a training that does not change them.
