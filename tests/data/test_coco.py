@@ -439,7 +439,10 @@ def test_sizes_have_the_exif_orientation_applied(tmp_path: Path):
     dataset = read_coco(path, strict=True)
     assert (dataset[0].image.permute(1, 2, 0).numpy() == pixels()).all()
     Image.fromarray(pixels()).save(tmp_path / "train" / "1.png", exif=exif)
-    with pytest.raises(AnnotationError, match=r"with its EXIF orientation applied; .* refer to the image as stored"):
+    words = (
+        r"with its EXIF orientation applied, and the annotations are for the images as stored \(as those of 1 show\)"
+    )
+    with pytest.raises(AnnotationError, match=words):
         read_coco(path)
 
 
@@ -463,15 +466,20 @@ def test_an_image_that_changes_size_later_is_an_error(tmp_path: Path):
 
 
 def test_images_may_be_in_another_folder(tmp_path: Path):
-    path = write(tmp_path, content())
-    (tmp_path / "train").rename(tmp_path / "photos")
+    path = write(tmp_path / "set", content())
+    (tmp_path / "set/train").rename(tmp_path / "photos")
     with pytest.raises(
         AnnotationError, match=r"1 of 1 images are not in .*; specify the folder that contains the images"
     ):
         read_coco(path)
-    assert len(read_coco(path, tmp_path / "photos")) == 1
+    assert len(read_coco(path, tmp_path / "photos", strict=True)) == 1
     with pytest.raises(UsageError, match=re.escape(f"{tmp_path / 'none'}: no such folder of images")):
         read_coco(path, tmp_path / "none")
+    (tmp_path / "photos").rename(tmp_path / "set" / "photos")
+    with pytest.warns(
+        DataWarning, match=r"1 of 1 images .* \(folder: 1\): '1\.png' is 'photos/1\.png'; each name fits one"
+    ):
+        assert len(read_coco(path)) == 1
 
 
 def test_targets_are_copies(tmp_path: Path):

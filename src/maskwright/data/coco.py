@@ -27,7 +27,7 @@ LAYOUT = "annotations/instances_{split}.json (COCO)"
 
 
 def sniff(source: str, request: Request) -> list[Match]:
-    """Find instances_SPLIT.json and person_keypoints_SPLIT.json in a folder, or recognize a JSON file."""
+    """Find the files of instances and keypoints in a folder, or recognize a JSON file."""
     path = Path(source)
     if path.is_file():
         return _sniff_file(path) if path.suffix.lower() == ".json" and not coco_json.is_panoptic(path) else []
@@ -36,34 +36,27 @@ def sniff(source: str, request: Request) -> list[Match]:
     # `opening` documents the order; panoptic files, at 0.95, come between the two.
     order = {"person_keypoints": CERTAIN, "instances": 0.95} if request.keypoints else {"instances": CERTAIN}
     order.setdefault("person_keypoints", 0.9)
-    if request.split is None:
-        matches = [
-            Match(str(file), confidence, str(file.relative_to(path)), coco_json.split_of(file, kind))
-            for kind, confidence in order.items()
-            for file in coco_json.annotation_files(path, kind)
-        ]
-        if not matches and not coco_json.annotation_files(path, "panoptic"):
-            others = coco_json.unnamed_files(path)
-            matches = [Match(str(file), POSSIBLE, str(file.relative_to(path))) for file in others]
-        return matches
+    matches: list[Match] = []
     for kind, confidence in order.items():
-        file = coco_json.annotation_file(path, kind, request.split)
-        if file is not None:
-            return [Match(str(file), confidence, str(file.relative_to(path)), request.split)]
-    return []
+        if request.split is None:
+            files = list(coco_json.annotation_files(path, kind).items())
+        else:
+            files = coco_json.fitting_files(path, kind, request.split)
+        matches += [Match(str(file), confidence, str(file.relative_to(path)), split) for split, file in files]
+        if matches and request.split is not None:
+            return matches
+    if not matches and not coco_json.annotation_files(path, "panoptic"):
+        others = coco_json.unnamed_files(path)
+        if request.split is None:
+            matches = [Match(str(file), POSSIBLE, str(file.relative_to(path))) for file in others]
+    return matches
 
 
 def _sniff_file(path: Path) -> list[Match]:
     """A JSON file, by its name and its first 64 kB."""
     if path.stem.startswith(coco_json.KINDS):
         return [Match(str(path), CERTAIN, path.name)]
-    try:
-        with path.open("rb") as file:
-            head = file.read(1 << 16)
-    except OSError:
-        head = b""
-    keys = (b'"images"', b'"annotations"', b'"categories"')
-    return [Match(str(path), LIKELY if any(key in head for key in keys) else POSSIBLE, path.name)]
+    return [Match(str(path), LIKELY if coco_json.has_keys(path) else POSSIBLE, path.name)]
 
 
 def read(match: Match, request: Request) -> Table:

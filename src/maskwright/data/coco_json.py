@@ -8,9 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from maskwright.data import splits
 from maskwright.data.findings import first_few
+from maskwright.data.image_folder import locate_images
+from maskwright.data.image_names import listed_name
 from maskwright.data.table import ImageEntry, Table, Verify, add_images
-from maskwright.data.values import LONGEST_NAME, clean_name, parse_id, parse_int, parse_length, relative_path, shortened
+from maskwright.data.values import LONGEST_NAME, clean_name, parse_id, parse_int, parse_length, shortened
 from maskwright.errors import DataError
 from maskwright.files import write_json
 
@@ -18,6 +21,7 @@ Entry = dict[str, Any]
 
 KINDS = ("instances", "person_keypoints", "panoptic")  # names of COCO's annotation files, followed by _SPLIT.json
 _OTHER_KINDS = ("captions", "stuff", "image_info")  # files of COCO without objects
+ROBOFLOW = "_annotations.coco.json"  # the name of the annotation file in each split's folder
 
 _EXPECTED = "expected a COCO data set with the keys images, annotations and categories"
 
@@ -25,33 +29,73 @@ _EXPECTED = "expected a COCO data set with the keys images, annotations and cate
 # ---- files ---------------------------------------------------------------------------------------------------------
 
 
-def annotation_file(folder: Path, kind: str, split: str) -> Path | None:
-    """Return KIND_SPLIT.json of a data set folder, from its subfolder "annotations" or the folder itself."""
-    for place in (folder / "annotations", folder):
-        if (place / f"{kind}_{split}.json").is_file():
-            return place / f"{kind}_{split}.json"
-    return None
+def annotation_files(folder: Path, kind: str) -> dict[str | None, Path]:
+    """Return the annotation files of a data set folder.
 
+    Args:
+        folder: The folder of a data set, or of one of its splits.
+        kind: One of `KINDS`.
 
-def annotation_files(folder: Path, kind: str) -> list[Path]:
-    """Return all files KIND_*.json of a data set folder, one for each split."""
-    files: dict[str, Path] = {}
-    for place in (folder / "annotations", folder):
+    Returns:
+        The file of each split; key None is a file that is not divided into splits and serves as any. KIND_SPLIT.json
+        in the subfolder "annotations" or the folder itself. Of instances also SPLIT/_annotations.coco.json (Roboflow),
+        annotations/SPLIT.json and lvis_v1_SPLIT.json; the only other JSON file with the keys of COCO if there is no
+        other (Label Studio's result.json).
+    """
+    files: dict[str | None, Path] = {}
+    places = (folder / "annotations", folder)
+    for place in places:
         for path in sorted(place.glob(f"{kind}_*.json")):
-            files.setdefault(path.name, path)
-    return list(files.values())
+            files.setdefault(_undivided(path.stem.removeprefix(f"{kind}_")), path)
+    if kind != "instances":
+        return files
+    for path in sorted(folder.glob(f"*/{ROBOFLOW}")):
+        files.setdefault(path.parent.name, path)
+    for place in places:
+        for path in sorted(place.glob("*.json")):
+            name = path.stem.removeprefix("lvis_v1_").removeprefix("lvis_v0.5_")
+            if splits.kind_of(name) is not None and not path.stem.startswith((*KINDS, *_OTHER_KINDS)):
+                files.setdefault(name, path)
+    if not files:
+        others = unnamed_files(folder)
+        if len(others) == 1:
+            files[None] = others[0]
+    return files
+
+
+def fitting_files(folder: Path, kind: str, split: str) -> list[tuple[str | None, Path]]:
+    """Return the splits of a data set folder that `split` refers to, and their files; more than one is ambiguous."""
+    files = annotation_files(folder, kind)
+    names = splits.fitting(split, [name for name in files if name is not None])
+    return [(name, files[name]) for name in names] or [(None, path) for name, path in files.items() if name is None]
 
 
 def unnamed_files(folder: Path) -> list[Path]:
-    """Return the JSON files of the subfolder "annotations" whose names are not COCO's."""
-    return [
-        p for p in sorted((folder / "annotations").glob("*.json")) if not p.stem.startswith((*KINDS, *_OTHER_KINDS))
-    ]
+    """Return the files of a data set folder that hold COCO annotations although their names are not COCO's.
+
+    Those of the subfolder "annotations"; if there are none, those of the folder itself with COCO's keys.
+    """
+
+    def other(path: Path) -> bool:
+        return path.stem in KINDS or not path.stem.startswith((*(f"{kind}_" for kind in KINDS), *_OTHER_KINDS))
+
+    inside = [p for p in sorted((folder / "annotations").glob("*.json")) if other(p)]
+    return inside or [p for p in sorted(folder.glob("*.json")) if other(p) and has_keys(p)]
 
 
-def split_of(path: Path, kind: str) -> str:
-    """Return the split of a file KIND_SPLIT.json."""
-    return path.stem.removeprefix(f"{kind}_")
+def has_keys(path: Path) -> bool:
+    """Return whether one of COCO's keys is in the first 64 kB of a file."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+    except OSError:
+        return False
+    return any(key in head for key in (b'"images"', b'"annotations"', b'"categories"'))
+
+
+def _undivided(split: str) -> str | None:
+    """The name of a split; None for CVAT's "default", which stands for no division."""
+    return None if split == "default" else split
 
 
 def is_panoptic(path: Path) -> bool:
@@ -267,7 +311,7 @@ def _read_images(
 ) -> dict[int | str, int | None]:
     """Image id -> position in the table; None for images that cannot be used."""
     position: dict[int | str, int | None] = {}
-    kept: list[ImageEntry] = []
+    kept: list[ImageEntry] = []  # with names as listed
     repeated: dict[int | str, list[str]] = {}  # file names of images that share an id
     first: dict[int | str, Entry] = {}
     copies: list[int | str] = []
@@ -286,21 +330,15 @@ def _read_images(
             continue
         position[number] = None
         first[number] = entry
-        name = entry.get("file_name")
-        if not isinstance(name, str) or not name:
+        name = listed_name(entry)
+        if name is None:
             what = f"image {number!r} has no 'file_name'"
             table.add_finding("skip", "image", what, "the image is skipped", image=number)
             continue
-        file = relative_path(name)
-        if file is None:
-            what = f"image {number!r} has file name {name!r}, which is outside the image folder; it was not opened"
-            table.add_finding("error", "path", what, "specify a path inside the folder", image=number)
-            continue
-        kept.append(ImageEntry(row, number, file, parse_length(entry.get("height")), parse_length(entry.get("width"))))
+        kept.append(ImageEntry(row, number, name, parse_length(entry.get("height")), parse_length(entry.get("width"))))
     _report_repeated(table, repeated, copies, len(entries))
     kept = [entry for entry in kept if entry.id not in repeated]
-    table.folder = images if images is not None else _find_folder(table.path, [entry.file for entry in kept])
-    position.update(add_images(table, kept, verify))
+    position.update(add_images(table, locate_images(table, kept, images, verify), verify))
     if entries and not table.files and not table.findings_with("error"):
         table.add_finding("error", "image", f"none of the {len(entries)} images can be used", "see the other findings")
     return position
@@ -319,18 +357,6 @@ def _report_repeated(table: Table, repeated: dict[int | str, list[str]], copies:
         number, files = next(iter(repeated.items()))
         what = f"{len(repeated)} ids are shared by several images, such as {number!r} by {first_few(files)}"
         table.add_finding("error", "image", what, "give each image its own id, and its annotations that image_id")
-
-
-def _find_folder(path: Path, files: list[str]) -> Path:
-    """The folder of the images of an annotation file: the first usual place that contains one of the first files."""
-    split = path.stem.rsplit("_", 1)[-1]
-    parents = [path.parent, path.parent.parent]
-    roots = parents[::-1] if path.parent.name == "annotations" else parents
-    candidates = [root / part for root in roots for part in (split, f"images/{split}", "images", "")]
-    for candidate in candidates:
-        if any((candidate / file).is_file() for file in files[:20]):
-            return candidate
-    return next((c for c in candidates if c.is_dir()), path.parent)
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from maskwright.data.columns import Bools, Columns, Ints
 from maskwright.data.diagnosis_boxes import box_formats
 from maskwright.data.diagnosis_codes import code_order, code_sizes
 from maskwright.data.diagnosis_images import listed_sizes, repeated_files
+from maskwright.data.diagnosis_orientation import orientation
 from maskwright.data.diagnosis_outlines import (
     all_near_the_corner,
     outlines_and_boxes,
@@ -180,6 +181,7 @@ Check = Callable[[Table, Columns], Iterator[Cause]]
 
 # The order matters: later checks see what earlier ones have corrected.
 CHECKS: tuple[Check, ...] = (
+    orientation,
     listed_sizes,
     relative_outlines,
     code_order,

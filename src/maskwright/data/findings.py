@@ -10,6 +10,7 @@ from typing import Literal
 from maskwright.text import printable
 
 Severity = Literal["error", "skip", "note"]
+LONGEST_NAME = 160  # characters of a name in a message; longer ones are cut in the middle
 SEVERITIES: tuple[Severity, ...] = ("error", "skip", "note")
 
 
@@ -97,6 +98,10 @@ def format_findings(findings: Iterable[Finding], per_kind: int = 3) -> str:
 
 
 def first_few(names: Sequence[object], count: int = 3) -> str:
-    """List the first `count` names and the number of others: "'a', 'b', 'c' and 4 more"."""
-    text = ", ".join(repr(n) for n in names[:count])
+    """List the first `count` names and the number of others: "'a', 'b', 'c' and 4 more". Long names are cut."""
+    text = ", ".join(_short(repr(n)) for n in names[:count])
     return text + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 40]}...{name[-30:]}"

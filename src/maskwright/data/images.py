@@ -217,6 +217,17 @@ def read_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]
     return _header(Path(path), max_pixels)[0]
 
 
+def read_orientation(path: str | Path) -> int:
+    """Return the EXIF orientation of an image file, 1 to 8; 1 if it has none. Only the header is read.
+
+    Raises:
+        ImageError: If the header is damaged.
+    """
+    path = Path(path)
+    with path.open("rb") as file, opened(file, path, MAX_PIXELS) as image:
+        return _orientation(image)
+
+
 def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], tuple[int, int]]:
     """Check an image file by its header and its end; decode it only if the end marker of its format is missing.
 

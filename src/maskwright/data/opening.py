@@ -11,6 +11,7 @@ Which data set is read when a source has several, if the caller does not ask for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from maskwright.data.dataset import Dataset
@@ -35,9 +36,11 @@ def open_dataset(
     Args:
         source: A folder DIR with DIR/annotations/instances_{split}.json (or panoptic_{split}.json or
             person_keypoints_{split}.json) and the images in DIR/{split}; a COCO JSON file, which is panoptic if its
-            name starts with "panoptic"; or generated images, "scenes" or
+            name starts with "panoptic"; the folder of another layout of COCO files (`coco_json.annotation_files` lists
+            them), such as Roboflow's; or generated images, "scenes" or
             "scenes:count=200,size=192,seed=0,difficulty=0.5".
-        split: The split. A single annotation file serves as any split.
+        split: The split. "train", "val" (or "valid") and "test" also stand for the one split whose name begins so,
+            such as train2017. A single annotation file serves as any split.
         strict: Raise for damaged annotations and images instead of skipping them.
         keypoints: True: a data set with keypoints is required. False: keypoints are dropped. None: keypoints are kept
             if the data set has them.
@@ -90,7 +93,7 @@ def has_split(
         format: As for `open_dataset`.
     """
     request = Request(split, keypoints, panoptic)
-    return any(match.split == split for _, match in find_matches(str(source), request, format))
+    return any(match.split is not None for _, match in find_matches(str(source), request, format))
 
 
 def find_matches(source: str, request: Request, format: str | None = None) -> list[tuple[str, Match]]:
@@ -115,6 +118,8 @@ def _best_match(source: str, request: Request, format: str | None) -> tuple[str,
     if not matches:
         raise UsageError(_no_match(source, request, format))
     best = [(name, match) for name, match in matches if match.confidence == matches[0][1].confidence]
+    if len(best) > 1 and len({name for name, _ in best}) == 1:
+        raise UsageError(several_splits(source, request.split or "", [match for _, match in best]))
     if len(best) > 1:
         listed = ", ".join(f"{name} ({match.reason})" for name, match in best)
         raise UsageError(
@@ -122,6 +127,12 @@ def _best_match(source: str, request: Request, format: str | None) -> tuple[str,
             f"folder, or give format={best[0][0]!r}"
         )
     return best[0]
+
+
+def several_splits(source: str, split: str, matches: Sequence[Match]) -> str:
+    """The message for the name of a split that several splits fit."""
+    listed = " or ".join(f"{match.split} ({match.reason})" for match in matches)
+    return f"{source}: split {split!r} can be {listed}; give the split by its full name (--split {matches[0].split})"
 
 
 def _no_match(source: str, request: Request, format: str | None) -> str:
@@ -138,7 +149,10 @@ def _no_match(source: str, request: Request, format: str | None) -> str:
     others = find_matches(source, Request(split=None), format)
     if others:
         there = ", ".join(match.reason for _, match in others)
-        return f"{source}: no annotations of split {request.split!r}{wanted}; found {there}"
+        named = next((match.split for _, match in others if match.split is not None), None)
+        hint = f"; name the split (--split {named})" if named is not None and not wanted else ""
+        hint = "; name one of these files" if named is None and len(others) > 1 else hint
+        return f"{source}: no annotations of split {request.split!r}{wanted}; found {there}{hint}"
     layouts = ", ".join(_layout(load_format(name), request.split) for name in names)
     return f"{source}: no annotations of split {request.split!r}{wanted}; expected one of {layouts}"
 

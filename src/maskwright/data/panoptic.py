@@ -16,9 +16,11 @@ import torch
 
 from maskwright.data import coco_json
 from maskwright.data.coco_json import coco_categories, start_table, strict_json, write_coco_json
+from maskwright.data.diagnosis_orientation import list_upright
 from maskwright.data.findings import first_few
 from maskwright.data.formats import CERTAIN, Match, Request
 from maskwright.data.id_maps import map_bytes, read_map, size_mismatch
+from maskwright.data.image_names import is_file
 from maskwright.data.images import read_size
 from maskwright.data.table import Table, Verify, report_sizes
 from maskwright.data.table_datasets import PanopticDataset, dataset_from_table
@@ -49,12 +51,10 @@ def sniff(source: str, request: Request) -> list[Match]:
         return []
     confidence = CERTAIN if request.panoptic else 0.95  # after instances, before keypoints; see `opening`
     if request.split is None:
-        return [
-            Match(str(file), confidence, str(file.relative_to(path)), coco_json.split_of(file, "panoptic"))
-            for file in coco_json.annotation_files(path, "panoptic")
-        ]
-    file = coco_json.annotation_file(path, "panoptic", request.split)
-    return [] if file is None else [Match(str(file), confidence, str(file.relative_to(path)), request.split)]
+        files = list(coco_json.annotation_files(path, "panoptic").items())
+    else:
+        files = coco_json.fitting_files(path, "panoptic", request.split)
+    return [Match(str(file), confidence, str(file.relative_to(path)), split) for split, file in files]
 
 
 def read(match: Match, request: Request) -> Table:
@@ -124,6 +124,7 @@ def read_panoptic_table(
     table, position, labels = start_table(path, images, verify)
     if not table.usable:
         return table
+    list_upright(table)
     report_sizes(table)
     table.stuff = _read_stuff(table, table.raw["categories"])
     folder = maps or next((p for p in _map_folders(path) if p.is_dir()), path.with_suffix(""))
@@ -213,14 +214,14 @@ def _read_records(
 
 def _with_map(table: Table, records: dict[int, tuple[int, str]], folder: Path) -> dict[int, tuple[int, Path]]:
     """The records whose map exists and has the size of the image."""
-    missing = [file for _, file in records.values() if not (folder / file).is_file()]
+    missing = [file for _, file in records.values() if not is_file(folder / file)]
     if missing:
         what = f"{len(missing)} of {len(records)} maps of segments are not in {folder}: {first_few(missing)}"
         table.add_finding("error", "missing", what, "put the PNGs there, or specify their folder")
     available: dict[int, tuple[int, Path]] = {}
     for index, (row, file) in records.items():
         path, image = folder / file, table.image_ids[index]
-        if not path.is_file():
+        if not is_file(path):
             continue
         try:
             size = read_size(path)
@@ -238,7 +239,7 @@ def _with_map(table: Table, records: dict[int, tuple[int, str]], folder: Path) -
 
 def _keep_images(table: Table, kept: list[int]) -> None:
     """Remove all other images from a table without annotations."""
-    for name in ("image_ids", "files", "sizes", "listed_sizes", "image_rows"):
+    for name in ("image_ids", "files", "sizes", "listed_sizes", "stored_sizes", "image_rows"):
         values = getattr(table, name)
         setattr(table, name, [values[i] for i in kept])
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from maskwright.data.findings import Cause, Finding, Severity, first_few
+from maskwright.data.image_names import is_file
 from maskwright.data.images import probe
 from maskwright.data.shapes import Shapes, ShapesBuilder
 from maskwright.errors import ImageError
@@ -45,6 +46,7 @@ class Table:
         files: (M,) image files, relative to `folder`, with "/".
         sizes: (M,) H, W with the EXIF orientation applied.
         listed_sizes: (M,) H, W as the file lists them; `sizes` where it does not.
+        stored_sizes: (M,) H, W as stored, before the EXIF orientation is applied; `sizes` where it is not known.
         image_rows: (M,) positions in the file's list of images.
         image_index: (A,) int64, position of the image of each annotation.
         labels: (A,) int64.
@@ -72,6 +74,7 @@ class Table:
     files: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     listed_sizes: list[tuple[int, int]] = field(default_factory=list)
+    stored_sizes: list[tuple[int, int]] = field(default_factory=list)
     image_rows: list[int] = field(default_factory=list)
     image_index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -134,7 +137,7 @@ def add_images(table: Table, entries: Sequence[ImageEntry], verify: Verify | Non
     if verify is None:
         verify = "all" if len(entries) <= VERIFY_ALL_BELOW else "some"
     folder = table.folder
-    missing = [e for e in entries if not (folder / e.file).is_file()] if verify != "none" else []
+    missing = [e for e in entries if not is_file(folder / e.file)] if verify != "none" else []
     if missing:
         advice = "add them, or remove them from the annotation file"
         if len(missing) == len(entries):
@@ -149,7 +152,9 @@ def add_images(table: Table, entries: Sequence[ImageEntry], verify: Verify | Non
         for number, e in enumerate(entries)
         if e.height is None or e.width is None or (verify != "none" and number % step == 0)
     ]
-    results = dict(zip((e.id for e in probed), _probe([folder / e.file for e in probed]), strict=True))
+    results = _probed(folder, probed)
+    if len(probed) < len(entries) and any(_is_turned(e, results[e.id]) for e in probed):
+        results = _probed(folder, entries)
     positions: dict[int | str, int] = {}
     for entry in entries:
         size = _checked_size(table, entry, results.get(entry.id))
@@ -161,6 +166,8 @@ def add_images(table: Table, entries: Sequence[ImageEntry], verify: Verify | Non
         table.sizes.append(size)
         listed = (entry.height, entry.width)
         table.listed_sizes.append(size if listed[0] is None or listed[1] is None else (listed[0], listed[1]))
+        result = results.get(entry.id)
+        table.stored_sizes.append(result[1] if isinstance(result, tuple) else size)
         table.image_rows.append(entry.row)
     return positions
 
@@ -169,7 +176,7 @@ _Probed = tuple[tuple[int, int], tuple[int, int]] | ImageError
 
 
 def _checked_size(table: Table, entry: ImageEntry, probed: _Probed | None) -> tuple[int, int] | None:
-    """H, W of an image; None, with a finding, if the file is damaged or of another size."""
+    """H, W of an image; None, with a finding, if the file is damaged."""
     path, height, width = table.folder / entry.file, entry.height, entry.width
     if isinstance(probed, ImageError):
         reason = str(probed).removeprefix(f"{path}: ")
@@ -179,15 +186,12 @@ def _checked_size(table: Table, entry: ImageEntry, probed: _Probed | None) -> tu
         assert height is not None
         assert width is not None
         return height, width
-    size, stored = probed
-    if height is None or width is None or (height, width) == size:
-        return size
-    if (height, width) == stored:
-        what = _listed(table, entry.id, entry.file, (height, width), size) + " with its EXIF orientation applied"
-        advice = "the annotations refer to the image as stored: remove the EXIF orientation from the file"
-        table.add_finding("error", "size", what, advice, image=entry.id)
-        return None
-    return size
+    return probed[0]
+
+
+def _is_turned(entry: ImageEntry, probed: _Probed) -> bool:
+    """Whether an image is listed in the size in which it is stored although its EXIF orientation turns it."""
+    return not isinstance(probed, ImageError) and probed[0] != probed[1] == (entry.height, entry.width)
 
 
 def report_sizes(table: Table) -> None:
@@ -203,6 +207,10 @@ def report_sizes(table: Table) -> None:
 def _listed(table: Table, number: int | str, file: str, listed: tuple[int, int], size: tuple[int, int]) -> str:
     path = table.folder / file
     return f"image {number!r} is listed as {listed[1]} x {listed[0]}, but {path} is {size[1]} x {size[0]}"
+
+
+def _probed(folder: Path, entries: Sequence[ImageEntry]) -> dict[int | str, _Probed]:
+    return dict(zip((e.id for e in entries), _probe([folder / e.file for e in entries]), strict=True))
 
 
 def _probe(paths: list[Path]) -> list[_Probed]:

@@ -193,4 +193,6 @@ def dataset_name(table: Table) -> str:
     path = table.path
     if path.parent.name == "annotations":
         return f"{path.resolve().parent.parent.name}/{path.stem.rsplit('_', 1)[-1]}"
+    if path.name == "_annotations.coco.json":  # Roboflow: SPLIT/_annotations.coco.json
+        return f"{path.resolve().parent.parent.name}/{path.resolve().parent.name}"
     return path.stem
