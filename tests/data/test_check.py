@@ -79,10 +79,16 @@ def test_the_repaired_copy_can_be_read_in_strict_mode_and_keeps_everything_else(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_copy_links_images(tmp_path: Path):
+def test_images_are_copied_and_linked_only_if_requested(tmp_path: Path):
     write(tmp_path / "set", content(1))
+    source = tmp_path / "set/train/1.png"
     check(tmp_path / "set", tmp_path / "copy")
-    assert (tmp_path / "set/train/1.png").samefile(tmp_path / "copy/train/1.png")
+    copy = tmp_path / "copy/train/1.png"
+    assert not source.samefile(copy)
+    assert copy.read_bytes() == source.read_bytes()
+    assert copy.stat().st_mtime == source.stat().st_mtime
+    check(tmp_path / "set", tmp_path / "links", link=True)
+    assert source.samefile(tmp_path / "links/train/1.png")
 
 
 def test_an_existing_folder_is_not_written_into(tmp_path: Path):
@@ -98,8 +104,8 @@ def test_a_full_disk_leaves_no_partial_copy(tmp_path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.link", full)
-    monkeypatch.setattr("shutil.copy2", full)
+    monkeypatch.setattr("maskwright.data.repair._reflink", lambda *_: False)
+    monkeypatch.setattr("shutil.copyfile", full)
     with pytest.raises(DataError, match="copy: cannot be written: the disk is full"):
         check(tmp_path / "set", tmp_path / "copy")
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
@@ -109,7 +115,7 @@ def test_a_data_set_without_objects_is_noted(tmp_path: Path):
     data = content(3)
     data["annotations"] = []
     report = check(write(tmp_path, data))
-    assert report.ok
+    assert not report.ok, "train refuses it"
     assert "its 3 images have no annotated object; add annotations before training" in str(report)
 
 
@@ -141,7 +147,8 @@ def test_a_folder_of_images_and_one_image(tmp_path: Path):
     assert "2 of 3 images can be read" in str(report)
     assert [f.file for f in report.skips] == [str(folder / "2.png")]
     assert sorted(p.name for p in (tmp_path / "good").iterdir()) == ["1.png", "3.png"]
-    assert check(folder / "1.png").ok
+    (only,) = check(folder / "1.png").findings
+    assert only.sentence == "there are no annotations; only the images were checked"
     report = check(folder / "2.png")
     assert not report.ok
     assert "not a supported image" in str(report)

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 import maskwright.data
-from maskwright.data import Scenes, has_split, open_dataset, register_format
+from maskwright.data import Scenes, check, has_split, open_dataset, register_format
 from maskwright.data.formats import CERTAIN, FORMATS, Match, Request, load_format
 from maskwright.data.opening import find_matches
 from maskwright.errors import DataError, UsageError
@@ -82,9 +82,65 @@ def test_splits(tmp_path: Path):
     assert has_split("scenes", "val")
 
 
+@pytest.mark.parametrize("kind", ["train", "val"])
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        ("{}/_annotations.coco.json", {"train": "train", "val": "valid"}),
+        ("annotations/instances_{}.json", {"train": "train2017", "val": "val2017"}),
+        ("annotations/instances_{}.json", {"train": "training", "val": "validation"}),
+        ("annotations/{}.json", {"train": "train", "val": "val"}),
+        ("lvis_v1_{}.json", {"train": "train", "val": "val"}),
+        ("{}.json", {"train": "train_v2", "val": "valid"}),
+    ],
+)
+def test_layouts_of_other_tools(tmp_path: Path, layout: str, names: dict[str, str], kind: str):
+    for number, (_, name) in enumerate(names.items(), 1):
+        path = write(tmp_path / "images-of", content(number), name)
+        target = tmp_path / "set" / layout.format(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+        (tmp_path / "images-of" / name).rename(tmp_path / "set" / name) if layout[0] != "{" or "/" not in layout else [
+            p.rename(target.parent / p.name) for p in (tmp_path / "images-of" / name).iterdir()
+        ]
+    count = 1 if kind == "train" else 2
+    assert len(open_dataset(tmp_path / "set", kind, strict=True)) == count
+    assert len(open_dataset(tmp_path / "set", names[kind], strict=True)) == count
+    assert has_split(tmp_path / "set", kind)
+    assert not has_split(tmp_path / "set", "test")
+    assert check(tmp_path / "set").ok
+
+
+def test_a_split_of_several_names_is_ambiguous(tmp_path: Path):
+    write(tmp_path, content(1), "train2014")
+    write(tmp_path, content(2), "train2017")
+    words = (
+        r"split 'train' can be train2014 \(annotations/instances_train2014\.json\) or train2017 .*--split train2014\)"
+    )
+    with pytest.raises(UsageError, match=words):
+        open_dataset(tmp_path)
+    assert len(open_dataset(tmp_path, "train2017")) == 2
+    assert not check(tmp_path).ok
+    assert check(tmp_path, split="train2017").ok
+
+
+def test_a_single_file_under_any_name_serves_as_any_split(tmp_path: Path):
+    path = write(tmp_path, content(2))
+    path.rename(tmp_path / "result.json")
+    (tmp_path / "annotations").rmdir()
+    (tmp_path / "train").rename(tmp_path / "images")
+    (tmp_path / "package.json").write_text("{}")
+    assert len(open_dataset(tmp_path, "train", strict=True)) == len(open_dataset(tmp_path, "val", strict=True)) == 2
+    assert not has_split(tmp_path, "val")
+    (tmp_path / "result.json").rename(tmp_path / "instances_default.json")
+    assert len(open_dataset(tmp_path, "train", strict=True)) == 2
+
+
 def test_sources_that_cannot_be_opened(tmp_path: Path):
     write(tmp_path, content())
-    with pytest.raises(UsageError, match=r": no annotations of split 'test'; found annotations/instances_train\.json$"):
+    with pytest.raises(
+        UsageError, match=r"of split 'test'; found annotations/instances_train\.json; name the split \(--split train\)$"
+    ):
         open_dataset(tmp_path, "test")
     with pytest.raises(UsageError, match=r"split 'train', panoptic; found annotations/instances_train\.json$"):
         open_dataset(tmp_path, panoptic=True)

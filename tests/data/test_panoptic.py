@@ -203,7 +203,8 @@ def test_the_repaired_copy_can_be_read_in_strict_mode(tmp_path: Path):
     ids = copy.targets(0).ids
     assert ids is not None
     assert ids.tolist() == [70_000, 300]
-    assert check(tmp_path / "copy").ok
+    assert check(tmp_path / "copy", split="val").ok
+    assert not check(tmp_path / "copy").ok, "there is no split to train on"
     plane = colours_to_ids(np.asarray(Image.open(tmp_path / "copy/annotations/panoptic_val/1.png")))
     assert set(np.unique(plane).tolist()) == {0, 300, 70_000}
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
+
+from maskwright.data import splits
+from maskwright.data.classes import counted, similar_words, without_match
 from maskwright.data.findings import SEVERITIES, Finding, Severity, finding_lines, first_few
 from maskwright.data.formats import Match, Request, load_format
+from maskwright.data.image_names import SUFFIXES
 from maskwright.data.images import common_white, is_animated, read_image, white_words
-from maskwright.data.opening import find_matches
+from maskwright.data.opening import best_match, find_matches
+from maskwright.data.repair import Copying, copy_images, write_copy
 from maskwright.data.table import Table
-from maskwright.errors import DataError, ImageError, UsageError
-from maskwright.files import atomic_folder, write_json
+from maskwright.errors import ImageError, UsageError
+from maskwright.text import printable
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".jp2", ".avif")
 _NARROW = 8  # pixels; images with a shorter side are reported
 
 
@@ -33,6 +36,7 @@ class CheckReport:
         contents: One line about each annotation file.
         fixed: The repaired copy; None if none was written.
         wanted: Where a repaired copy was requested.
+        copy: The report about the repaired copy, which is checked too.
     """
 
     source: Path
@@ -40,6 +44,7 @@ class CheckReport:
     contents: list[str] = field(default_factory=list)
     fixed: Path | None = None
     wanted: Path | None = None
+    copy: CheckReport | None = None
 
     def findings_with(self, severity: Severity) -> list[Finding]:
         """Return the findings of one severity."""
@@ -62,21 +67,32 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the data set can be read, perhaps without what the skips name."""
+        """Whether the data set can be used for training, perhaps without what the skips name."""
         return not self.errors
 
+    @property
+    def usable(self) -> bool:
+        """Whether the repaired copy can be used for training; the data set itself if no copy was requested."""
+        return self.ok if self.wanted is None else self.copy is not None and self.copy.ok
+
     def __str__(self) -> str:
-        lines = list(self.contents)
+        lines = [printable(line) for line in self.contents]
         for severity in SEVERITIES:
             lines += [f"{severity:<6}{line}" for line in finding_lines(self.findings_with(severity), per_kind=10)]
         counts = [_count(len(self.findings_with(s)), s) for s in SEVERITIES]
-        lines.append(f"{self.source}: {', '.join(counts)}")
+        lines.append(printable(f"{self.source}: {', '.join(counts)}"))
         if self.fixed is not None:
-            lines.append(f"repaired copy: {self.fixed}")
+            lines.append(printable(f"repaired copy: {self.fixed}"))
+            if self.copy is not None and self.copy.findings:
+                left = [f for f in self.copy.findings if f.severity != "note"] or self.copy.findings
+                lines.append("the copy still has:")
+                lines += [f"{left[0].severity:<6}{line}" for line in finding_lines(left, per_kind=3)]
         elif self.wanted is not None:
-            lines.append(f"nothing could be repaired; {self.wanted} was not written")
+            lines.append(printable(f"nothing could be repaired; {self.wanted} was not written"))
         elif self.errors or self.skips:
-            lines.append(f"to write a repaired copy: maskwright check {self.source} --fix {self.source}-fixed")
+            lines.append(
+                printable(f"to write a repaired copy: maskwright check {self.source} --fix {self.source}-fixed")
+            )
         return "\n".join(lines)
 
 
@@ -84,29 +100,39 @@ def check(
     source: str | Path,
     fix: str | Path | None = None,
     *,
+    split: str | None = None,
     images: str | Path | None = None,
     decode: bool = True,
     bands: Sequence[int] | None = None,
     workers: int | None = None,
+    link: bool = False,
+    follow_links: bool = False,
 ) -> CheckReport:
     """Find everything that is wrong with a data set.
+
+    Whatever `train` refuses for every system is an error: also a data set without a split to train on, and one without
+    objects.
 
     Args:
         source: The folder of a data set, of which all splits are checked; an annotation file; a folder of images; or
             one image.
         fix: Folder for a repaired copy; it must not exist. Damaged annotations are repaired if the intention is
-            certain and omitted otherwise, damaged images are omitted, and intact ones are linked (hard links, or
-            copies where the file system has none). The source is not changed.
+            certain and omitted otherwise, damaged images are omitted, and intact ones are copied. The source is not
+            changed. The copy is checked, see `CheckReport.copy`.
+        split: Check this split only, and whether it can be trained on; None: every split, and the one that `train` uses
+            by default.
         images: The folder of the images of an annotation file; None: searched for.
         bands: Numbers of the bands that will be read from images with other bands than RGB, from 1.
         decode: Decode every image; False: read only the headers and the ends of the files.
         workers: Number of threads that decode; None: chosen by the number of cores.
+        link: Make hard links to the images instead of copies; editing an image then changes both.
+        follow_links: Copy images that symbolic links outside of the image folder point to; they are omitted otherwise.
 
     Returns:
         The report.
 
     Raises:
-        UsageError: If the source does not exist or contains nothing to check, or `fix` exists.
+        UsageError: If the source does not exist, contains nothing to check or not this split, or `fix` exists.
         DataError: If the repaired copy cannot be written.
     """
     source = Path(source)
@@ -115,21 +141,41 @@ def check(
         raise UsageError(f"{report.wanted}: exists already; specify a new folder for the repaired copy")
     if not source.exists():
         raise UsageError(f"{source}: no such file or folder")
-    request = Request(split=None, images=None if images is None else Path(images), verify="all")
+    if images is not None and not Path(images).is_dir():
+        raise UsageError(f"{images}: no such folder of images")
+    request = Request(split=split, images=None if images is None else Path(images), verify="all")
+    how = Copying(link, follow_links)
     matches = find_matches(str(source), request)
-    if matches:
-        tables = _read_tables(matches, request)
-        damaged = (
-            _decode_all([t.folder / file for _, t in tables for file in t.files], workers, bands) if decode else {}
-        )
-        for _, table in tables:
-            _inspect(table, damaged)
-            report.findings += table.findings
-            report.contents.append(_contents(table))
-        if report.wanted is not None and any(t.usable and t.files for _, t in tables):
-            _write_copy(source, tables, damaged, report.wanted)
-            report.fixed = report.wanted
-        return report
+    if split is not None:
+        best_match(str(source), request, None)  # raises if there is none, or several
+    if not matches:
+        return _check_images(report, decode, bands, workers, how)
+    tables = _read_tables(matches, request)
+    paths = [t.folder / file for _, t, _ in tables for file in t.files]
+    damaged = _decode_all(paths, workers, bands) if decode else {}
+    training = _training_match(source, request, report)
+    for _, table, match in tables:
+        _inspect(table, damaged, match == training)
+    _compare_classes([(table, match) for _, table, match in tables], training)
+    for _, table, _ in tables:
+        report.findings += table.findings
+        report.contents.append(_contents(table))
+    usable = [(name, table) for name, table, _ in tables if table.usable and table.files]
+    if report.wanted is not None and usable:
+        report.findings += write_copy(source, usable, damaged, report.wanted, how)
+        report.fixed = report.wanted
+        copied = report.fixed
+        if source.is_file():
+            copied = report.fixed / "annotations" / source.name
+        report.copy = check(copied, split=split, decode=False, workers=workers)
+    return report
+
+
+def _check_images(
+    report: CheckReport, decode: bool, bands: Sequence[int] | None, workers: int | None, how: Copying
+) -> CheckReport:
+    """Check images that have no annotations."""
+    source = report.source
     paths = [source] if source.is_file() else _image_files(source)
     if not paths:
         raise UsageError(f"{source}: contains neither annotations (annotations/instances_*.json) nor images")
@@ -139,25 +185,72 @@ def check(
     report.contents.append(f"{source}: {len(intact)} of {len(paths)} images can be read")
     if not intact:
         report.findings = [_as_error(f) for f in report.findings]
+    what = "there are no annotations; only the images were checked"
+    advice = "training needs annotations/instances_train.json, or another layout that the documentation lists"
+    report.findings.append(Finding("error", "annotations", str(source), what, advice))
     if report.wanted is not None and intact:
-        with atomic_folder(report.wanted, DataError) as folder:
-            for path in intact:
-                _link(path, folder / (path.relative_to(source) if source.is_dir() else path.name))
+        report.findings += copy_images(source, intact, report.wanted, how)
         report.fixed = report.wanted
+        report.copy = check(report.fixed, decode=decode, bands=bands, workers=workers)
     return report
 
 
 # ---- inspection ----------------------------------------------------------------------------------------------------
 
 
-def _read_tables(matches: Sequence[tuple[str, Match]], request: Request) -> list[tuple[str, Table]]:
+def _read_tables(matches: Sequence[tuple[str, Match]], request: Request) -> list[tuple[str, Table, Match]]:
     """The tables of all matches, with the names of their formats."""
-    tables = [(name, load_format(name).read(match, request)) for name, match in matches]
-    return [(name, table) for name, table in tables if isinstance(table, Table)]
+    tables = [(name, load_format(name).read(match, request), match) for name, match in matches]
+    return [(name, table, match) for name, table, match in tables if isinstance(table, Table)]
+
+
+def _training_match(source: Path, request: Request, report: CheckReport) -> Match | None:
+    """What `train` reads by default; None, with an error, if it would refuse the source."""
+    wanted = replace(request, split=request.split or "train")
+    try:
+        _, match = best_match(str(source), wanted, None)
+        if request.split is None and find_matches(str(source), replace(request, split="val")):
+            best_match(str(source), replace(request, split="val"), None)
+    except UsageError as error:
+        sentence, _, advice = str(error).removeprefix(f"{source}: ").partition("; ")
+        report.findings.append(Finding("error", "split", str(source), f"cannot be trained on: {sentence}", advice))
+        return None
+    return match
+
+
+def _compare_classes(tables: Sequence[tuple[Table, Match]], training: Match | None) -> None:
+    """Add findings about classes that differ between the training split and the other splits of its format."""
+    trained = next((table for table, match in tables if match == training), None)
+    if trained is None or training is None or not trained.usable:
+        return
+    for table, match in tables:
+        same_kind = match.confidence == training.confidence and (table.maps is None) == (trained.maps is None)
+        if table is trained or not table.usable or not same_kind or not table.classes:
+            continue
+        new, gone = without_match(table.classes, trained.classes), without_match(trained.classes, table.classes)
+        if not new and not gone:
+            continue
+        parts: list[str] = []
+        if new:
+            listed = counted(new, _counts(table))
+            parts.append(f"{len(new)} of {len(table.classes)} classes are not in {trained.path.name}: {listed}")
+        if gone:
+            listed = counted(gone, _counts(trained))
+            parts.append(f"{len(gone)} of {len(trained.classes)} classes of {trained.path.name} are not here: {listed}")
+        advice = "a system is measured on classes of the same name only" + similar_words(new, gone)
+        none = len(new) == len(table.classes) and splits.kind_of(match.split or "") == "val"
+        what = ("no class has the name of a class to train on; " if none else "") + "; ".join(parts)
+        table.add_finding("error" if none else "note", "classes", what, advice)
+
+
+def _counts(table: Table) -> dict[str, int]:
+    """The number of objects of each class."""
+    numbers = np.bincount(table.labels[~table.crowd], minlength=len(table.classes)).tolist()
+    return dict(zip(table.classes, numbers, strict=False))
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
 def _decode_all(
@@ -179,7 +272,7 @@ def _decode_all(
         return dict(zip(unique, threads.map(one, unique), strict=True))
 
 
-def _inspect(table: Table, damaged: dict[Path, Finding | None]) -> None:
+def _inspect(table: Table, damaged: dict[Path, Finding | None], training: bool) -> None:
     """Add the findings that concern a table as a whole."""
     if not table.usable:
         return
@@ -204,7 +297,7 @@ def _inspect(table: Table, damaged: dict[Path, Finding | None]) -> None:
         return
     if not len(real):
         what = f"its {len(table.files)} images have no annotated object"
-        table.add_finding("note", "nothing", what, "add annotations before training")
+        table.add_finding("error" if training else "note", "nothing", what, "add annotations before training")
         return
     used = set(real.tolist())
     absent = [name for label, name in enumerate(table.classes) if label not in used]
@@ -238,52 +331,3 @@ def _count(number: int, what: str) -> str:
 
 def _as_error(finding: Finding) -> Finding:
     return Finding("error", finding.kind, finding.file, finding.sentence, finding.advice)
-
-
-# ---- the repaired copy ---------------------------------------------------------------------------------------------
-
-
-def _write_copy(
-    source: Path, tables: Sequence[tuple[str, Table]], damaged: dict[Path, Finding | None], target: Path
-) -> None:
-    with atomic_folder(target, DataError) as folder:
-        (folder / "annotations").mkdir()
-        for name, table in tables:
-            repaired: Callable[[Table, set[int], Path], dict[str, Any]] | None
-            repaired = getattr(load_format(name), "repaired", None)  # optional in a format
-            if not table.usable or not table.files or repaired is None:
-                continue
-            place = _image_place(source, table)
-            skipped = {
-                index
-                for index, file in enumerate(table.files)
-                if (finding := damaged.get(table.folder / file)) is not None and finding.severity == "skip"
-            }
-            for index, file in enumerate(table.files):
-                if index not in skipped:
-                    _link(table.folder / file, folder / place / file)
-            path = folder / "annotations" / table.path.name
-            write_json(path, repaired(table, skipped, path.with_suffix("")), DataError)
-
-
-def _image_place(source: Path, table: Table) -> Path:
-    """The folder of the images inside the copy: as in the source, or "images" if they are outside of it."""
-    if source.is_dir():
-        try:
-            place = table.folder.relative_to(source)
-        except ValueError:
-            place = Path()
-        if place != Path():
-            return place
-    return Path("images")
-
-
-def _link(path: Path, to: Path) -> None:
-    """Make a hard link, or a copy where the file system has no links."""
-    if to.exists():
-        return
-    to.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path.resolve(), to)
-    except OSError:
-        shutil.copy2(path, to)

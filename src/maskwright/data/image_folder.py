@@ -99,8 +99,10 @@ def split_of_path(path: Path) -> str | None:
     """
     if path.stem.startswith("_annotations"):
         return path.parent.name
-    name = path.stem.rsplit("_", 1)[-1]
-    return name or None
+    stem = path.stem
+    for prefix in ("instances_", "person_keypoints_", "panoptic_", "lvis_v1_", "lvis_v0.5_"):
+        stem = stem.removeprefix(prefix)
+    return (stem if splits.kind_of(stem) is not None else stem.rsplit("_", 1)[-1]) or None
 
 
 def _roots(path: Path) -> list[Path]:

@@ -58,7 +58,7 @@ def open_dataset(
     """
     request = Request(split, keypoints, panoptic)
     text = str(source)
-    name, match = _best_match(text, request, format)
+    name, match = best_match(text, request, format)
     reader = load_format(name)
     data = reader.read(match, request)
     dataset = dataset_from_table(data, strict) if isinstance(data, Table) else data
@@ -112,8 +112,12 @@ def find_matches(source: str, request: Request, format: str | None = None) -> li
     return sorted(matches, key=lambda pair: -pair[1].confidence)
 
 
-def _best_match(source: str, request: Request, format: str | None) -> tuple[str, Match]:
-    """The match with the highest confidence; UsageError if there is none, or more than one."""
+def best_match(source: str, request: Request, format: str | None) -> tuple[str, Match]:
+    """Return the format and the match with the highest confidence.
+
+    Raises:
+        UsageError: If there is none, or more than one.
+    """
     matches = find_matches(source, request, format)
     if not matches:
         raise UsageError(_no_match(source, request, format))

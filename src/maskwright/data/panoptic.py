@@ -359,6 +359,7 @@ def write_panoptic(
 
 def _unused_name(stem: str, used: set[str]) -> str:
     """The name of a map that no other image has: "a/1.jpg" and "b/1.jpg" become 1.png and 1-2.png."""
+    stem = os.fsdecode(os.fsencode(stem)[:240])  # file systems allow 255 bytes per name
     suffixes = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     name = next(n for n in (f"{stem}{suffix}.png" for suffix in suffixes) if n not in used)
     used.add(name)
@@ -370,7 +371,7 @@ def repaired(table: Table, skipped: set[int], folder: Path) -> dict[str, Any]:
 
     Args:
         table: The table.
-        skipped: Positions of images that are omitted.
+        skipped: Positions of images that are omitted; those whose maps cannot be read are added.
         folder: The folder of the maps; created if needed.
 
     Returns:
@@ -383,10 +384,14 @@ def repaired(table: Table, skipped: set[int], folder: Path) -> dict[str, Any]:
         if index in skipped:
             continue
         image, size = table.image_ids[index], table.sizes[index]
+        try:
+            ids = read_map(path, size)
+        except AnnotationError:  # there is a finding about it
+            skipped.add(index)
+            continue
         entry = strict_json(raw["images"][table.image_rows[index]])
         images.append({**entry, **coco_json.image_entry(image, table.files[index], size)})
         part = slice(int(bounds[index]), int(bounds[index + 1]))
-        ids = read_map(path, size)
         kept = [n for n in table.ids[part] if isinstance(n, int)]
         ids = np.where(np.isin(ids, kept), ids, 0)
         name = _unused_name(path.stem, used)
