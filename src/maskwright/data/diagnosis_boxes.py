@@ -127,7 +127,8 @@ def _by_outlines(columns: Columns, sizes: Floats, present: Bools) -> Iterator[Ca
             }
         name, (corners, explained) = max(fits.items(), key=lambda pair: int(pair[1][1].sum()))
         clear = (explained & wrong).sum() >= max(2, ENOUGH * total)
-        throughout = total >= 2 and (explained & large).sum() >= max(2, 0.8 * total)
+        shown = int((explained & large).sum())
+        throughout = shown >= max(2, 0.8 * total) or shown >= max(3, 0.3 * total, 0.8 * off.sum())
         if not clear and not throughout:
             return
         with np.errstate(invalid="ignore"):

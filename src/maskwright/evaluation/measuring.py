@@ -158,6 +158,8 @@ class Measurement:
             return tuple(asked)
         if self.dataset.keypoint_names is None and "keypoints" in there:
             there.remove("keypoints")
+        if "segm" in there and not _has_masks(self.dataset):
+            there.remove("segm")
         return tuple(there) or ("bbox",)
 
     def _renamed(self, found: Found) -> Found:
@@ -219,3 +221,9 @@ def answers(
     if after is not None:
         after(raw, batch)
     return found
+
+
+def _has_masks(dataset: Dataset) -> bool:
+    """Whether the objects of a data set have masks; True if there are no objects."""
+    targets = (dataset.targets(index) for index in range(len(dataset)))
+    return next((target.masks is not None for target in targets if len(target)), True)
