@@ -72,14 +72,14 @@ def _summary(summary: Any) -> list[str]:
 
 def _row(row: Any, where: str, kinds: list[str]) -> None:
     """The figures of a class."""
-    _mapping(row, where)
+    _mapping(row, where, _plain)
     needed: dict[str, Check] = {"class": _text, "objects": _count, "found": _count}
     if not kinds:
         raise ValueError(f"{where}: there are no averages that it could belong to")
     if kinds[0] in WHOLE:
         needed["stuff"] = _flag
         measures = ("IoU",) if kinds[0] == "semantic" else ("PQ", "SQ", "RQ")
-        needed |= {f"{kinds[0]}/{measure}": _optional(_number) for measure in measures}
+        needed |= {f"{kinds[0]}/{measure}": _number for measure in measures}
     else:
         needed |= {"images": _count, "threshold": _optional(_number), "F1": _optional(_number)}
         for kind in kinds:
@@ -169,7 +169,7 @@ def _example(values: Any, where: str, classes: int) -> None:
 
 def _record(values: Any, where: str, classes: int) -> None:
     """An object of an example, as `Instances.to_coco` writes it."""
-    _mapping(values, where)
+    _mapping(values, where, _plain)
     if "category_id" not in values:
         raise ValueError(f"{where}.category_id is missing")
     number = values["category_id"]
@@ -226,6 +226,16 @@ def _number(value: Any, where: str) -> None:
 def _count(value: Any, where: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= LARGEST:
         raise ValueError(f"{where} must be an integer of 0 or more, got {_short(value)}")
+
+
+def _plain(value: Any, where: str) -> None:
+    """Any value whose numbers are finite."""
+    if isinstance(value, dict):
+        _mapping(value, where, _plain)
+    elif isinstance(value, list):
+        _each(value, where, _plain)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        _number(value, where)
 
 
 def _text(value: Any, where: str) -> None:
