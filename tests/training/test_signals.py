@@ -61,8 +61,8 @@ def start(folder: Path, method: str = "fork", how: str = "script", stalls: bool 
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # What starts tests in the background may have told them to ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        # What starts tests in the background may have told them to ignore these.
+        preexec_fn=lambda: [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGINT, signal.SIGHUP)],
     )
     deadline = time.monotonic() + 120
     while logged(folder) < 2:

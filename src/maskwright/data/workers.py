@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator
@@ -55,7 +54,11 @@ def iterate(loader: Any) -> Generator[Any, None, None]:
     if loader.num_workers:
         stop_if_imported()
     iterator: Any = None
-    blocking = hasattr(signal, "pthread_sigmask") and threading.current_thread() is threading.main_thread()
+    blocking = hasattr(signal, "pthread_sigmask")
+    if loader.num_workers and blocking and not _forks():
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()  # when it starts, it unblocks the signals
     with explained(lambda: iterator):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING) if blocking else set()
         os.environ[_MARK] = "1"

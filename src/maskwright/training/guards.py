@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import sys
 import threading
@@ -111,7 +112,8 @@ class Stop:
     A second signal stops at once. It counts from `TWICE` seconds after the first on: `timeout`, container runtimes and
     other wrappers deliver one signal both to the process and to its group.
 
-    Signals can be handled in the main thread only. In another thread the run stops if Ctrl-C has ended the main thread.
+    Signals can be handled in the main thread only. In another thread the run stops if Ctrl-C has ended the main thread,
+    or the interpreter ends, which waits for it; see `waited_for`.
 
     Args:
         say: Prints a line for the user.
@@ -164,8 +166,42 @@ class Stop:
             self._say("stopping after this step; press Ctrl-C again to stop at once")
 
 
+_elsewhere: set[threading.Event] = set()  # one for each run in a thread that is not the main one
+_ending = threading.Event()  # the interpreter ends
+
+
+@contextmanager
+def waited_for() -> Iterator[None]:
+    """The block that the interpreter waits for when it ends, if another thread than the main one executes it.
+
+    A `join` that Ctrl-C interrupts makes Python 3.11 regard the joined thread as ended. Daemon threads are not waited
+    for at all.
+    """
+    if threading.current_thread() is threading.main_thread():
+        yield
+        return
+    done = threading.Event()
+    _elsewhere.add(done)
+    try:
+        yield
+    finally:
+        done.set()
+        _elsewhere.discard(done)
+
+
+@atexit.register
+def _finish_elsewhere() -> None:
+    _ending.set()
+    for done in list(_elsewhere):
+        done.wait()
+
+
 def _main_was_interrupted() -> bool:
-    """Whether this is not the main thread, and Ctrl-C has ended that: the interpreter waits for this thread then."""
+    """Whether this is not the main thread, and Ctrl-C or the end of the script has ended that."""
+    if threading.current_thread() is threading.main_thread():
+        return False
+    if _ending.is_set():
+        return True
     if threading.main_thread().is_alive():
         return False
     return issubclass(getattr(sys, "last_type", None) or object, KeyboardInterrupt)

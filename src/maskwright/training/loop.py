@@ -26,7 +26,7 @@ from maskwright.options import plain
 from maskwright.structures import Batch, Instances
 from maskwright.systems import System, names, presets, system_class
 from maskwright.training import setup
-from maskwright.training.guards import Stop, keep_batch, memory_advice, not_finite
+from maskwright.training.guards import Stop, keep_batch, memory_advice, not_finite, waited_for
 from maskwright.training.logs import Display, Logger, Logs
 from maskwright.training.optimizer import (
     Average,
@@ -97,7 +97,7 @@ def train(
     state = _saved_run(out, resume)
     recipe, said = _settle(recipe, changes, out if resume else None, state)
     fabric = setup.launch(recipe)
-    with setup.locked(fabric, out):
+    with waited_for(), setup.locked(fabric, out):
         if (out / LAST).exists() and state is None:
             raise UsageError(f"another process has trained in {out} meanwhile; resume its run or give another folder")
         kind = setup.settle_kind(system, weights, options, keypoints, panoptic)

@@ -228,10 +228,6 @@ def read_sealed(path: Path, other: str, advice: str) -> dict[str, Any]:
 _UNUSABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MaskwrightError)
 
 
-# What code raises that is given another value than it expects.
-_UNUSABLE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, MaskwrightError)
-
-
 @contextmanager
 def entries_of(path: Path) -> Generator[None, None, None]:
     """The block that uses entries of a checkpoint: what they cannot be used for becomes a sentence about the file."""
