@@ -112,8 +112,8 @@ def build_ours(
             f"{path}: written by maskwright {written} with options that {name} does not have in this version "
             f"({__version__}): {shown(', '.join(gone))}. Load it with that version and save it without them"
         )
-    system = _fill(kind, options, state, path, f"{name} with the options in its header", classes, overrides, ())
     preprocess = preprocess_of({**metadata, "path": path})
+    system = _fill(kind, options, state, path, f"{name} with the options in its header", classes, overrides, ())
     if preprocess is not None:
         channels = len(cast(Preprocess, system.preprocess).mean)
         if len(preprocess.mean) != channels and "in_channels" not in overrides:
@@ -298,10 +298,14 @@ def _outline(
             outline = kind.rebuild(final)
     except (CheckpointError, MissingExtraError):
         raise
-    except Exception:
+    except Exception as error:
         with _faults_of(path), torch.device("meta"), _limited(most, path):
             kind.rebuild(options)
-        raise  # the options of the file are valid
+        # The options of the file are valid, so those of the caller are not.
+        if isinstance(error, MaskwrightError):
+            raise
+        given = ", ".join(f"{name}={shown(repr(value), 40)}" for name, value in overrides.items())
+        raise UsageError(f"{kind.name}: invalid options {given} ({type(error).__name__}: {shown(error)})") from error
     held = sum(value.numel() * value.element_size() for value in state.values())
     needed = sum(value.numel() * value.element_size() for value in (*outline.parameters(), *outline.buffers()))
     if needed > 8 * held + MORE_MEMORY:

@@ -206,9 +206,9 @@ def _of_training(content: dict[Any, Any], about: dict[str, Any], budget: Budget)
         place = {key: steps[key] for key in ("step", "epoch") if isinstance(steps.get(key), int)}
     entries = {
         "options": options,
-        "classes": classes or [],
-        "preprocess": content.get("preprocess") or {},
-        "source": content.get("source") or {},
+        "classes": [] if classes is None else classes,
+        "preprocess": {} if content.get("preprocess") is None else content["preprocess"],
+        "source": {} if content.get("source") is None else content["source"],
         "extra": place,
     }
     check_depth(entries, name, budget)
@@ -228,11 +228,10 @@ def check_depth(value: Any, path: str, budget: Budget) -> None:
     for _ in range(OWN_DEEPEST):
         inner: list[Any] = []
         for item in level:
-            if isinstance(item, dict):
-                inner.extend(cast(dict[Any, Any], item).values())
-            elif isinstance(item, list | tuple):
-                inner.extend(cast(list[Any], item))
-            budget.spend_nodes(1)
+            if isinstance(item, dict | list | tuple):
+                values = cast(dict[Any, Any], item).values() if isinstance(item, dict) else cast(list[Any], item)
+                budget.spend_nodes(len(values))
+                inner.extend(values)
         if not inner:
             return
         level = inner

@@ -190,7 +190,7 @@ def _sizes(values: tuple[Any, ...]) -> bool:
 
 
 def _lengths(values: tuple[Any, ...]) -> bool:
-    return all(isinstance(v, int) and 0 <= v < LARGEST for v in values)
+    return all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < LARGEST for v in values)
 
 
 def _array(raw: bytes | bytearray, dtype: np.dtype[Any], shape: tuple[int, ...], fortran: bool) -> np.ndarray[Any, Any]:

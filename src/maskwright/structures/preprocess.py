@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast
 
@@ -77,36 +77,7 @@ class Preprocess:
     bands: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-                raise _invalid(name, f"one of {', '.join(map(repr, choices))}", value)
-        for name, most in (("short", LARGEST_SIDE), ("long", 1 << 31), ("multiple", 1 << 12)):
-            if not _is_integer(getattr(self, name), most):
-                raise _invalid(name, f"an integer between 1 and {most}", getattr(self, name))
-        for name in ("mean", "std"):
-            row: Any = getattr(self, name)
-            least = -math.inf if name == "mean" else 0.0
-            if not isinstance(row, tuple) or not row or not all(_is_number(v, least) for v in cast(tuple[Any], row)):
-                raise _invalid(name, f"a tuple of finite numbers{' above 0' * (name == 'std')}", row)
-        if len(self.mean) != len(self.std):
-            raise UsageError(f"mean has {len(self.mean)} entries and std has {len(self.std)}; they must be as many")
-        if not _is_number(self.divide, 0.0):
-            raise _invalid("divide", "a finite number above 0", self.divide)
-        canvas: Any = self.canvas
-        if canvas is not None:
-            sides: tuple[Any, ...] = cast(tuple[Any, ...], canvas) if isinstance(canvas, tuple) else ()
-            if len(sides) != 2 or not all(_is_integer(side, LARGEST_SIDE) for side in sides):
-                raise _invalid("canvas", f"a height and a width between 1 and {LARGEST_SIDE}, or None", canvas)
-        white, bands = cast(Any, self.white), cast(Any, self.bands)
-        if white is not None and not _is_integer(white, 0xFFFF):
-            raise _invalid("white", "an integer between 1 and 65535, or None", white)
-        if bands is not None:
-            row = cast(tuple[Any, ...], bands) if isinstance(bands, tuple) else ()
-            if not row or not all(_is_integer(band, 1 << 16) for band in row):
-                raise _invalid("bands", "a tuple of numbers of bands, from 1, or None", bands)
-        if self.fit in ("stretch", "letterbox") and self.canvas is None:
-            raise UsageError(f"fit={self.fit!r} needs `canvas` (height, width)")
+        _check(vars(self))
 
     @property
     def description(self) -> str:
@@ -142,6 +113,7 @@ class Preprocess:
             if name not in known:
                 raise UsageError(f"preprocess has no field {name!r}; its fields are {', '.join(known)}")
         own: dict[str, Any] = {k: tuple(cast(list[Any], v)) if isinstance(v, list) else v for k, v in values.items()}
+        _check({field.name: field.default for field in fields(cls)} | own)  # before typed arguments receive them
         return cls(**own)
 
     def to_dict(self) -> dict[str, Any]:
@@ -263,6 +235,40 @@ class Preprocess:
         """
         done = [self.apply(image) for image in images]
         return Batch.collate([v for v, _ in done], [p for _, p in done], names=names, multiple=self.multiple)
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Raise a UsageError unless these are valid values of all fields of `Preprocess`."""
+    for name, choices in _CHOICES.items():
+        value = values[name]
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+            raise _invalid(name, f"one of {', '.join(map(repr, choices))}", value)
+    for name, most in (("short", LARGEST_SIDE), ("long", 1 << 31), ("multiple", 1 << 12)):
+        if not _is_integer(values[name], most):
+            raise _invalid(name, f"an integer between 1 and {most}", values[name])
+    for name in ("mean", "std"):
+        row = values[name]
+        least = -math.inf if name == "mean" else 0.0
+        if not isinstance(row, tuple) or not row or not all(_is_number(v, least) for v in cast(tuple[Any], row)):
+            raise _invalid(name, f"a tuple of finite numbers{' above 0' * (name == 'std')}", row)
+    mean, std = len(values["mean"]), len(values["std"])
+    if mean != std:
+        raise UsageError(f"preprocess: mean has {mean} entries and std has {std}; they must have the same number")
+    if not _is_number(values["divide"], 0.0):
+        raise _invalid("divide", "a finite number above 0", values["divide"])
+    canvas, white, bands = values["canvas"], values["white"], values["bands"]
+    if canvas is not None:
+        sides: tuple[Any, ...] = cast(tuple[Any, ...], canvas) if isinstance(canvas, tuple) else ()
+        if len(sides) != 2 or not all(_is_integer(side, LARGEST_SIDE) for side in sides):
+            raise _invalid("canvas", f"a height and a width between 1 and {LARGEST_SIDE}, or None", canvas)
+    if white is not None and not _is_integer(white, 0xFFFF):
+        raise _invalid("white", "an integer between 1 and 65535, or None", white)
+    if bands is not None:
+        row = cast(tuple[Any, ...], bands) if isinstance(bands, tuple) else ()
+        if not row or not all(_is_integer(band, 1 << 16) for band in row):
+            raise _invalid("bands", "a tuple of numbers of bands, from 1, or None", bands)
+    if values["fit"] in ("stretch", "letterbox") and canvas is None:
+        raise UsageError(f"preprocess: fit={values['fit']!r} needs `canvas` (height, width)")
 
 
 def _is_integer(value: Any, most: int) -> bool:
