@@ -174,3 +174,68 @@ def test_a_very_large_image_needs_little_memory():
     assert len(found) == len(tiles)
     assert found.masks.nbytes < 100_000
     assert found.masks.areas().unique().tolist() == [10_000]
+
+
+# ---- touching objects ------------------------------------------------------------------------------------------------
+
+
+def discs(size: tuple[int, int], radius: int, step: int) -> list[torch.Tensor]:
+    y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+    return [
+        (x - cx) ** 2 + (y - cy) ** 2 <= radius**2
+        for cy in range(radius, size[0], step)
+        for cx in range(radius, size[1], step)
+    ]
+
+
+def rectangle(size: tuple[int, int], *boxes: tuple[int, int, int, int]) -> torch.Tensor:
+    plane = torch.zeros(size, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes:
+        plane[y0:y1, x0:x1] = True
+    return plane
+
+
+SIZE = (160, 240)
+TOUCHING = {
+    "discs": discs(SIZE, 10, 20),
+    "U": [rectangle(SIZE, (20, 20, 35, 140), (205, 20, 220, 140), (20, 125, 220, 140))],
+    "bars": [rectangle(SIZE, (3, 12 + 12 * k, 237, 22 + 12 * k)) for k in range(8)],
+    "around a corner": [rectangle(SIZE, (60, 60, 120, 120)), rectangle(SIZE, (120, 62, 150, 118))],
+    "pair on a line": [rectangle(SIZE, (30, 20, 90, 50)), rectangle(SIZE, (30, 50, 90, 80))],
+}
+
+
+@pytest.mark.parametrize("kind", TOUCHING)
+@pytest.mark.parametrize(("tile", "overlap"), [(64, 0.2), (80, 0.0), (96, 0.5)])
+def test_touching_objects_stay_separate_and_long_ones_whole(kind, tile, overlap):
+    truth = torch.stack(TOUCHING[kind])
+    codes = torch.arange(SIZE[0] * SIZE[1]).reshape(SIZE)
+    image = torch.stack([(codes >> shift & 255).to(torch.uint8) for shift in (16, 8, 0)])
+
+    def find(crops):
+        found = []
+        for crop in crops:
+            place = int(crop[0, 0, 0]) << 16 | int(crop[1, 0, 0]) << 8 | int(crop[2, 0, 0])
+            y, x = divmod(place, SIZE[1])
+            part = truth[:, y : y + crop.shape[1], x : x + crop.shape[2]]
+            masks = Masks.from_dense(part[part.any(2).any(1)]).pack()
+            count = len(masks)  # all of one class and one score
+            labels = torch.zeros(count, dtype=torch.int64)
+            found.append(Instances(masks.size, masks.boxes(), labels, masks, torch.full((count,), 0.9)))
+        return found
+
+    joined = predict_tiled(find, image, tile, overlap)
+    assert joined.masks is not None
+    if tile == 80 and kind == "around a corner":
+        return  # the two share a whole edge of tiles that have no pixel in common: undecidable
+    assert len(joined) == len(truth)
+    assert joined.masks.iou(Masks.from_dense(truth)).amax(0).min() > 0.95
+
+
+def test_a_remnant_joins_the_object_that_continues_beyond_the_border():
+    # Columns 24 ... 39 are common. The first tile shows a whole disc and two columns of its right neighbour.
+    first = Instances.join([block(20, 38, score=0.9), block(38, 40, score=0.5, y0=15, y1=25)])
+    second = Instances.join([block(0, 14, score=0.9), block(14, 30, score=0.8)])
+    joined = two_tiles(first, second)
+    assert sorted(joined.boxes.tolist()) == [[20, 10, 38, 30], [38, 10, 54, 30]]
+    assert joined.scores.tolist() == pytest.approx([0.9, 0.8])

@@ -238,10 +238,10 @@ def _links_inside(a: _View, b: _View, strip: Tile) -> list[_Link]:
     one_class = here.labels[:, None] == there.labels[None]
     near = (torch.maximum(of_a, of_b) > 0) & one_class
     share_a, share_b = inside_a / a.areas[rows].clamp(min=1), inside_b / b.areas[columns].clamp(min=1)
-    # A truncated part is less reliable, and often only a fragment of what the other tile shows.
-    fragment_a = _fragments(a, b, rows, columns, of_a, share_a, near)
-    fragment_b = _fragments(b, a, columns, rows, of_b.T, share_b, near.T).T
     same = (iou >= AGREE) & one_class
+    # A truncated part is less reliable, and often only a fragment of what the other tile shows.
+    fragment_a = _fragments(a, b, rows, columns, of_a, share_a, near & ~same.any(1, keepdim=True))
+    fragment_b = _fragments(b, a, columns, rows, of_b.T, share_b, (near & ~same.any(0, keepdim=True)).T).T
     # A good match must outweigh two poor ones.
     weights = torch.where(same, 1 + iou, torch.maximum(fragment_a, fragment_b))
     links, partner_a, partner_b = _assigned(weights, rows, columns)
