@@ -39,6 +39,9 @@ def train(
     /,
     *,
     data: Annotated[str, arg(metavar="DIR")],
+    split: str = "train",
+    val: Annotated[str | None, arg(metavar="DIR")] = None,
+    val_split: str = "val",
     out: Output = _LATEST,
     weights: Weights = None,
     backbone_weights: Annotated[str | None, arg(metavar="FILE|NAME")] = None,
@@ -51,7 +54,9 @@ def train(
     """Train a system on your own images.
 
     DIR has annotations/instances_train.json with its images in train/ (COCO format), and the same for val to validate
-    on. OUT then has best.safetensors, last.safetensors, recipe.json, log.csv and tensorboard/.
+    on; other layouts, such as train2017 or Roboflow's folders, are recognized.
+
+    OUT then has best.safetensors, last.safetensors, recipe.json, log.csv and tensorboard/.
 
     Examples:
       maskwright train mask-rcnn --data my-images --out runs/first
@@ -62,6 +67,9 @@ def train(
     Args:
         system: A system or preset (see `maskwright systems`), or weights to continue from.
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
+        split: The split to train on; train also stands for train2017 and the like.
+        val: Data set to validate on; default: DIR.
+        val_split: The split to validate on; val also stands for valid, val2017 and the like.
         out: The run folder.
         weights: Start from these weights; rows of the head whose class names match are kept.
         backbone_weights: Start with the backbone of these weights, of any system, and random weights for the rest.
@@ -82,6 +90,9 @@ def train(
     best = run(
         system,
         data,
+        split=split,
+        val=val,
+        val_split=val_split,
         out=out,
         resume=resume,
         weights=weights,
@@ -384,11 +395,16 @@ def check(
     /,
     *,
     fix: Annotated[Path | None, arg(metavar="OUT")] = None,
+    split: str | None = None,
+    images: Annotated[Path | None, arg(metavar="DIR")] = None,
+    link: bool = False,
+    follow_links: bool = False,
     bands: tuple[int, ...] = (),
 ) -> int:
     """Check a data set before training; every finding names its file and annotation.
 
-    The exit code is 0 if nothing is wrong and 1 otherwise. The data set itself is never changed.
+    The exit code is 0 if the data set can be trained on, perhaps without what is skipped; 1 if `train` would refuse it;
+    2 if it could not be checked. With --fix, the copy is checked too and decides. The data set is never changed.
 
     Examples:
       maskwright check my-images
@@ -397,13 +413,19 @@ def check(
     Args:
         source: A folder with annotations/ and images, or one COCO file.
         fix: Write a repaired copy into this folder.
+        split: Check this split only; default: every split, and whether there is one to train on.
+        images: The folder of the images; default: searched for.
+        link: Make hard links to the images instead of copies; editing an image then changes both.
+        follow_links: Copy images that symbolic links outside of the image folder point to, which are omitted otherwise.
         bands: Bands that will be read from images with other bands than RGB, from 1 (train --option resize.bands).
     """
     from maskwright.data import check as run
 
-    findings = run(source, fix=fix, bands=bands or None)
+    findings = run(
+        source, fix=fix, split=split, images=images, bands=bands or None, link=link, follow_links=follow_links
+    )
     print_line(str(findings))
-    return 0 if findings.ok or findings.fixed is not None else 1
+    return 0 if findings.usable else 1
 
 
 def convert(

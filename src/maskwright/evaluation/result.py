@@ -37,6 +37,7 @@ class Protocol:
         batch: Images per forward pass.
         decoding_timed: Whether the time includes full-size masks.
         suppression: "the system's own, then Matrix NMS on the finished masks".
+        classes: Classes of the data set that the system does not have, and the reverse, with numbers of objects.
         note: Anything else.
     """
 
@@ -50,6 +51,7 @@ class Protocol:
     batch: int | None = None
     decoding_timed: bool | None = None
     suppression: str | None = None
+    classes: str | None = None
     note: str = ""
 
     def facts(self) -> list[tuple[str, str]]:
@@ -63,6 +65,7 @@ class Protocol:
             )
 
         rows = [(_FACTS[f.name], shown(getattr(self, f.name))) for f in fields(self) if f.name in _FACTS]
+        rows += [("classes", self.classes)] if self.classes else []
         return rows + ([("note", self.note)] if self.note else [])
 
     def __str__(self) -> str:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from maskwright.data import Dataset, DataWarning, Renamed, as_dataset, evenly_spaced, open_dataset
+from maskwright.data.classes import counted, label_counts, similar_words, without_match
+from maskwright.data.findings import first_few
 from maskwright.data.images import reading
 from maskwright.errors import ImageError, UsageError
 from maskwright.evaluation import Result
@@ -125,6 +127,7 @@ def evaluate(
     if not len(dataset):
         raise UsageError("the data set has no images")
 
+    unmatched = None if "proposals" in (task, *system.tasks) else _unmatched_classes(system, dataset)
     ready = prepare(system, place, dtype, compile)
     matrix = functools.partial(suppressed, kind=checked_suppression(suppression), threshold=lowest)
     measurement = Measurement(asked, ready, dataset, options, process=None if suppression is None else matrix)
@@ -150,9 +153,31 @@ def evaluate(
         batch=batch,
         decoding_timed=True,
         suppression=None if asked.segments else suppression_words(suppression),
+        classes=unmatched,
     )
     result.speed = watch.speed(sum(p.numel() for p in system.parameters()))
     return result
+
+
+def _unmatched_classes(system: System, dataset: Dataset) -> str | None:
+    """What the protocol states about classes without a counterpart; a warning if objects cannot be predicted."""
+    unknown = without_match(dataset.classes, system.classes)
+    unused = without_match(system.classes, dataset.classes)
+    parts: list[str] = []
+    if unknown:
+        counts = label_counts(dataset)
+        what = f"{len(unknown)} of {len(dataset.classes)} classes of the data set are not classes of the system: "
+        parts.append(f"{what}{counted(unknown, counts)}")
+        if any(counts[name] for name in unknown) and len(unknown) < len(dataset.classes):
+            words = f"{parts[0]}; none of their objects can be found, which lowers the averages"
+            hint = similar_words(unknown, unused)
+            warnings.warn(f"{dataset.name}: {words}{hint}", DataWarning, stacklevel=3)
+    if unused:
+        what = (
+            f"{len(unused)} of {len(system.classes)} classes of the system are not in the data set, whose predictions"
+        )
+        parts.append(f"{what} are left out: {first_few(unused, 8)}")
+    return "; ".join(parts) or None
 
 
 def _read(

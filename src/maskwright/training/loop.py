@@ -52,6 +52,8 @@ def train(
     weights: str | Path | None = None,
     backbone_weights: str | Path | None = None,
     val: Any = None,
+    split: str = "train",
+    val_split: str = "val",
     logger: Logger | None = None,
     options: Mapping[str, Any] | None = None,
     keypoints: bool | None = None,
@@ -66,7 +68,7 @@ def train(
     Args:
         system: The name of a system or preset ("mask-rcnn"), a file of weights to continue from, or a `System` (trained
             in place).
-        data: A data set, or what `open_dataset` takes; its split "train" is used.
+        data: A data set, or what `open_dataset` takes.
         out: The run folder: recipe.json, log.csv, tensorboard/, last.ckpt, last.safetensors, best.safetensors.
         recipe: A `Recipe` or the name of a published one.
         resume: Continue from out/last.ckpt as if there had been no interruption; options that differ are applied and
@@ -75,7 +77,9 @@ def train(
         classes: The names to learn; default: the data set's.
         weights: Start from this file (or catalogue name) instead of random weights.
         backbone_weights: Start with the backbone of this file, of any system, and random weights for the rest.
-        val: A validation set or its source; default: the split "val" of `data` if there is one; False for none.
+        val: A validation set or its source; default: the split `val_split` of `data` if there is one; False for none.
+        split: The split of `data` to train on. "train" also stands for train2017 and the like.
+        val_split: The split of `val`, or of `data`, to validate on. "val" also stands for valid, val2017 and the like.
         logger: Receives every figure too.
         options: Arguments of the constructor, if `system` is a name.
         keypoints: Whether annotations with keypoints are read; default: if the system needs them.
@@ -101,7 +105,7 @@ def train(
         if (out / LAST).exists() and state is None:
             raise UsageError(f"another process has trained in {out} meanwhile; resume its run or give another folder")
         kind = setup.settle_kind(system, weights, options, keypoints, panoptic)
-        train_set, val_set = setup.open_sets(data, val, kind)
+        train_set, val_set = setup.open_sets(data, val, kind, split, val_split)
         seed_step(recipe.seed)
         if state is None:
             if backbone_weights is not None and weights is not None:

@@ -136,26 +136,29 @@ def settle_kind(
     )
 
 
-def open_sets(data: Any, val: Any, kind: Kind) -> tuple[Dataset, Dataset | None]:
+def open_sets(
+    data: Any, val: Any, kind: Kind, split: str = "train", val_split: str = "val"
+) -> tuple[Dataset, Dataset | None]:
     """Opens the training set and the validation set.
 
     Args:
-        data: A data set, or a source whose split "train" is used.
-        val: A data set, a source whose split "val" is used, None for the "val" split of `data` if it has one, or False
-            for no validation.
+        data: A data set, or a source.
+        val: A data set, a source, None for the split `val_split` of `data` if it has one, or False for no validation.
         kind: What kind of data is read.
+        split: The split of `data`.
+        val_split: The split of `val`.
 
     Returns:
         The training set and the validation set, None if there is none.
     """
     if isinstance(data, (str, Path)):
-        train_set: Any = open_dataset(data, "train", keypoints=kind.keypoints, panoptic=kind.panoptic)
-        if val is None and _has_val(data, kind):
+        train_set: Any = open_dataset(data, split, keypoints=kind.keypoints, panoptic=kind.panoptic)
+        if val is None and has_split(data, val_split, keypoints=kind.keypoints, panoptic=kind.panoptic):
             val = data
     else:
         train_set = data
     if isinstance(val, (str, Path)):
-        val = open_dataset(val, "val", keypoints=kind.keypoints, panoptic=kind.panoptic)
+        val = open_dataset(val, val_split, keypoints=kind.keypoints, panoptic=kind.panoptic)
     train_set = as_dataset(train_set)
     if train_set.stuff and not kind.regions:
         train_set = things_only(train_set)
@@ -391,11 +394,6 @@ def check_data(dataset: Dataset, split: str, system: System) -> None:
                 f"the {split} set {dataset.name} has {' and '.join(has)} but no {need}, which {system.name} needs; "
                 f"annotate {need}, or train a system that needs none (`maskwright systems` lists what each needs)"
             )
-
-
-def _has_val(source: str | Path, kind: Kind) -> bool:
-    """Whether a source has a split "val"."""
-    return has_split(source, "val", keypoints=kind.keypoints, panoptic=kind.panoptic)
 
 
 def _few(classes: Sequence[str]) -> str:
