@@ -70,6 +70,8 @@ def load(layout: Path, ledger: Ledger, folder: Path) -> System:
 
     about, options = ledger.about, stated(ledger)
     overrides = about.get("overrides") or about.get("weights_override") or {}
+    if isinstance(overrides, str):  # in words: the recording beside it has the values
+        overrides = Ledger(ledger.path.with_name(ledger.path.name.replace("-grad", ""))).about["overrides"]
     path = write_checkpoint(layout, folder, int(about.get("seed", about.get("weights_seed")) or 0), overrides)
     torch.manual_seed(0)
     return maskwright.load(path, **options)

@@ -19,7 +19,7 @@ from maskwright.errors import UsageError
 from maskwright.options import OptionGroup
 
 # Modules of this package with a `FAMILY`, in the order in which error messages list them.
-FAMILIES = ("resnet", "swin", "vgg", "darknet", "dla", "timm_backbone", "vit")
+FAMILIES = ("resnet", "swin", "vgg", "darknet", "dla", "vovnet", "mobilenet", "timm_backbone", "vit")
 
 StrideIn = Literal["1x1", "3x3"]
 

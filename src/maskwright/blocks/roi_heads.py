@@ -41,6 +41,7 @@ class Pooler:
         features: Sequence[Float[Tensor, "b c _h _w"]],
         boxes: Sequence[Float[Tensor, "_n 4"]],
         side: pooling.Side,
+        levels: Int[Tensor, " r"] | None = None,
     ) -> Float[Tensor, "r c _p _q"]:
         """Pools features of boxes.
 
@@ -48,6 +49,7 @@ class Pooler:
             features: Pyramid levels, finest first; levels beyond `strides` are ignored.
             boxes: Boxes of each image, in pixels of the input.
             side: Side of the output grid, or its height and width.
+            levels: The level of each box, 0 for the finest; None: by the rule.
 
         Returns:
             One grid per box, image after image, in the dtype of the features.
@@ -55,9 +57,11 @@ class Pooler:
         rois = pooling.as_rois(list(boxes)).to(features[0].device)
         if len(self.strides) == 1:
             return self.crop(features[0], rois, side, self.strides[0])
-        lowest = self.strides[0].bit_length() - 1
-        level = box_ops.pyramid_level(rois[:, 1:], lowest, lowest + len(self.strides) - 1, self.levels) - lowest
-        chosen = pooling.levels_of(level, len(self.strides))
+        if levels is None:
+            lowest = self.strides[0].bit_length() - 1
+            highest = lowest + len(self.strides) - 1
+            levels = box_ops.pyramid_level(rois[:, 1:], lowest, highest, self.levels) - lowest
+        chosen = pooling.levels_of(levels, len(self.strides))
         parts = [
             self.crop(feature, rois[rows], side, stride)
             for feature, stride, rows in zip(features, self.strides, chosen, strict=False)
@@ -168,6 +172,12 @@ class MaskHead(nn.Module):
             nn.init.kaiming_normal_(self.logits.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.logits.bias)  # pyright: ignore[reportArgumentType]
 
+    def features(self, x: Float[Tensor, "r c s s"]) -> Float[Tensor, "r d t t"]:
+        """What the last layer reads."""
+        for conv in self.convs:
+            x = conv(x)
+        return functional.relu(self.upsample(x), inplace=True)
+
     def forward(self, x: Float[Tensor, "r c s s"], labels: Int[Tensor, " r"] | None = None) -> Float[Tensor, "r k t t"]:
         """Computes mask logits.
 
@@ -178,9 +188,7 @@ class MaskHead(nn.Module):
         Returns:
             Logits (R, outputs, 2 s, 2 s); (R, 1, 2 s, 2 s) with `labels`.
         """
-        for conv in self.convs:
-            x = conv(x)
-        x = functional.relu(self.upsample(x), inplace=True)
+        x = self.features(x)
         if labels is None:
             return self.logits(x)
         weight, bias = self.logits.weight[labels, :, 0, 0], self.logits.bias

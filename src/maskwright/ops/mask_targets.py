@@ -96,8 +96,9 @@ def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int, least: f
 
 
 def share_inside(
-    masks: Masks, owners: Int[Tensor, " r"], boxes: Float[Tensor, "r 4"], *, last: float = 0.0
-) -> Float[Tensor, " r"]:
+    masks: Masks, owners: Int[Tensor, " r"], boxes: Float[Tensor, "r 4"], *, last: float = 0.0,
+    whole_area: Literal["raster", "outline"] = "raster",
+) -> Float[Tensor, " r"]:  # fmt: skip
     """The share of an object that lies inside a box (Mask Scoring R-CNN, arXiv 1903.00241, its published code).
 
     Polygons are rasterised on canvases of whole pixels that begin at the corner of the box and at the corner of the
@@ -108,6 +109,7 @@ def share_inside(
         owners: The object of each box.
         boxes: Boxes in the frame of the masks.
         last: What x1 and y1 of a box are less than its extent: 1 if they are its last pixel.
+        whole_area: Area of a whole polygon: that of its raster, or that inside of its outline (CenterMask2).
 
     Returns:
         One share per box; 1 for an object without area.
@@ -129,10 +131,18 @@ def share_inside(
             points = np.concatenate(rings).astype("float32")
             low = np.maximum(np.minimum(np.trunc(box[:2]), points.min(0)), 0)
             high = np.minimum(np.maximum(np.trunc(box[2:]) + 1, points.max(0)), [width - 1, height - 1])
-            part, whole = (_area(rings, *frame) for frame in ((box[:2], box[2:]), (low, high)))
+            part, whole = _area(rings, box[:2], box[2:]), _area(rings, low, high)
+            if whole_area == "outline":
+                whole = sum(float(abs(_shoelace(ring))) for ring in rings)
         if whole > 0:
-            result[number] = part / whole
+            share = part / whole
+            result[number] = share if whole_area == "raster" else min(1.0, share)
     return result.to(boxes.device)
+
+
+def _shoelace(ring: np.ndarray) -> float:
+    x, y = ring[:, 0], ring[:, 1]
+    return 0.5 * float(x @ np.roll(y, 1) - y @ np.roll(x, 1))
 
 
 def _area(rings: list[np.ndarray], low: np.ndarray, high: np.ndarray) -> float:

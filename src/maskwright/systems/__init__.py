@@ -35,6 +35,7 @@ REGISTRY = {
     "pointrend-semantic": "pointrend_semantic:PointRendSemantic",
     "deepsnake": "deepsnake:DeepSnake",
     "fcos": "fcos:FCOS",
+    "centermask": "centermask:CenterMask",
     "solo": "solo:SOLO",
     "decoupled-solo": "solo:DecoupledSOLO",
     "fouriernet": "fouriernet:FourierNet",

@@ -1,8 +1,8 @@
 """What to compare, for each system and for each kind of file without weights.
 
 A module here gives `SYSTEMS` (names of the registry -> function of (system, layout, ledger)) and `OPERATORS`
-(function that says from a ledger whether it is its own -> function of the ledger). Where it has them, `FILES` are the
-names of outputs that do not begin with a system's, and `stated` gives further arguments of `load` from what the outputs
+(function that says from a ledger whether it is its own -> function of the ledger). Where it has them, `FILES` are
+what else the names of outputs begin with, and `stated` gives further arguments of `load` from what the outputs
 say of themselves.
 """
 
@@ -37,7 +37,7 @@ def mine(outputs: str) -> bool:
     """Whether recorded outputs of this name are of a system, or of operators, that a module here checks."""
     names = tuple(f"{name}-" for module in MODULES for name in getattr(module, "SYSTEMS", {}))
     files = tuple(name for module in MODULES for name in getattr(module, "FILES", ()))
-    return f"{outputs}-".startswith(names) or outputs in files
+    return f"{outputs}-".startswith((*names, *(f"{name}-" for name in files)))
 
 
 def needs_weights(ledger: Ledger) -> bool:
