@@ -15,13 +15,15 @@ The format is detected from the content, not from the file name. Formats that ex
 (PostScript) are not supported.
 """
 
+# torch.from_numpy has no type.
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import contextlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +87,7 @@ _reading: ContextVar[Reading | None] = ContextVar("maskwright_reading", default=
 
 
 @contextlib.contextmanager
-def reading(rules: _Rules) -> Iterator[None]:
+def reading(rules: _Rules) -> Generator[None, None, None]:
     """Read all images inside the `with` block as a system's preprocessing specifies, in data sets of any kind too."""
     token = _reading.set(Reading(rules.white, rules.bands))
     try:
@@ -224,8 +226,8 @@ def read_orientation(path: str | Path) -> int:
         ImageError: If the header is damaged.
     """
     path = Path(path)
-    with path.open("rb") as file, opened(file, path, MAX_PIXELS) as image:
-        return _orientation(image)
+    with _readable(path, "the header"), path.open("rb") as file, _source(file, path, MAX_PIXELS) as source:
+        return source.orientation
 
 
 def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -408,7 +410,7 @@ class _TiffSource(_Source):
 
 
 @contextlib.contextmanager
-def _source(file: io.BufferedIOBase, path: Path, max_pixels: int) -> Iterator[_Source]:
+def _source(file: io.BufferedIOBase, path: Path, max_pixels: int) -> Generator[_Source, None, None]:
     start = file.read(4)
     file.seek(0)
     if start[:2] in (b"II", b"MM"):
@@ -544,7 +546,7 @@ def apply_orientation(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.ND
 
 
 @contextlib.contextmanager
-def _readable(path: Path, what: str = "the image") -> Iterator[None]:
+def _readable(path: Path, what: str = "the image") -> Generator[None, None, None]:
     """Exceptions of decoders as `ImageError`."""
     try:
         yield

@@ -1,5 +1,6 @@
 """A transform of the user in training augmentation: a function of an image and its objects."""
 
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import contextlib
@@ -8,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -90,7 +91,9 @@ def apply_transform(transform: Transform | str, sample: Sample, rng: np.random.G
 
 def _checked(result: Any, sample: Sample, name: str) -> Sample:
     if not isinstance(result, tuple) or len(cast(tuple[Any, ...], result)) != 2:
-        raise UsageError(f"{name}: a transform must return an image and its objects, got {type(result).__name__}")
+        raise UsageError(
+            f"{name}: a transform must return an image and its objects, got {type(cast(object, result)).__name__}"
+        )
     image, target = cast(tuple[Any, Any], result)
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
         what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
@@ -118,13 +121,13 @@ def _takes_generator(function: Callable[..., Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int) -> Generator[None, None, None]:
     """Seeds the global generators of the CPU and restores them afterwards."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the user's function may use it
     with torch.random.fork_rng(devices=[]):
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         try:
             yield
         finally:

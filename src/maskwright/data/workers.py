@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.util  # registers its exit function first, so that `_end_all` runs before it
 import os
 import re
 import signal

@@ -4,6 +4,8 @@ An image in memory is a PIL image, an array, a tensor, or an encoded file as byt
 them, and image files, become 8 bits per channel by one rule (`data.pixel_values`).
 """
 
+# torch.from_numpy has no type.
+# pyright: reportUnknownMemberType=false
 from __future__ import annotations
 
 import glob
@@ -121,7 +123,7 @@ def items(source: Any, recursive: bool) -> list[Item] | Iterator[Item]:
         return found
     if isinstance(source, Iterable) and not isinstance(source, Mapping):
         return (item for entry in cast("Iterable[Any]", source) for item in items(entry, recursive))
-    raise UsageError(f"images must be {KINDS}, got {type(source).__name__}")
+    raise UsageError(f"images must be {KINDS}, got {type(cast(object, source)).__name__}")
 
 
 def reading_of(wanted: list[Item] | Iterator[Item], preprocess: Preprocess) -> Reading:
