@@ -116,7 +116,7 @@ class System(nn.Module):
     def rebuild(cls, options: Mapping[str, Any]) -> Self:
         """Constructs the system for weights that follow at once: no `pretrained` weights are downloaded for it."""
         given: Any = options.get("backbone")
-        before = cast(Mapping[str, Any], given) if isinstance(given, Mapping) else {}
+        before: Mapping[str, Any] = cast(Mapping[str, Any], given) if isinstance(given, Mapping) else {}
         if not before.get("pretrained"):
             return cls(**options)
         system = cls(**{**options, "backbone": {**before, "pretrained": False}})
