@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def shown(text: object, most: int = 80) -> str:
 
 
 @contextlib.contextmanager
-def unexpected_as_errors(path: str | Path) -> Iterator[None]:
+def unexpected_as_errors(path: str | Path) -> Generator[None, None, None]:
     """Turn exceptions that no reader expects into a CheckpointError with the exception as its cause.
 
     A damaged file can cause an exception in any library that takes part in reading it. The environment variable

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,14 +39,16 @@ def verify(state: Mapping[str, Tensor], metadata: Mapping[str, str], path: str) 
     text = metadata.get(ENTRY)
     if text is None or metadata.get("format") != "maskwright":
         return
+    expected: Any
     try:
         expected = json.loads(text)
     except (ValueError, RecursionError):
         expected = None
     if not isinstance(expected, dict):
         raise CheckpointError(f"{path}: the checksums in its metadata are damaged; use another copy of the file")
+    digits = cast(dict[str, Any], expected)
     for name, value in state.items():
-        if expected.get(name) != _checksum(value):
+        if digits.get(name) != _checksum(value):
             raise CheckpointError(
                 f"{path}: tensor {shown(name)!r} does not match its checksum; the file was damaged after it was saved, "
                 "use another copy"

@@ -204,7 +204,7 @@ def _of_training(content: dict[Any, Any], about: dict[str, Any], budget: Budget)
     if isinstance(progress, dict):
         steps = cast(dict[Any, Any], progress)
         place = {key: steps[key] for key in ("step", "epoch") if isinstance(steps.get(key), int)}
-    entries = {
+    entries: dict[str, Any] = {
         "options": options,
         "classes": [] if classes is None else classes,
         "preprocess": {} if content.get("preprocess") is None else content["preprocess"],

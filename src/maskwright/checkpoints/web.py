@@ -7,7 +7,6 @@ import http.client
 import re
 import socket
 import threading
-import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
