@@ -17,7 +17,17 @@ from maskwright.ops.vertices import clipped_to_map, octagon_lines
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import system_class
 from maskwright.systems.deepsnake import CELLS, Raw
-from tests.systems.tiny import SIZE, build, objects
+from tests.systems.tiny import SIZE, objects, sized
+
+SIZES = {
+    "backbone": {"name": "resnet18", "width": 16},
+    "neck_width": 16,
+    "head_width": 32,
+    "contours": {"points": 32, "start_points": 16, "width": 64},
+    "resize": {"canvas": SIZE},
+}
+build = sized({"deepsnake": SIZES})
+
 
 OPTIONS = {
     "DLA": {"backbone": {"name": "dla34", "width": 4}},

@@ -20,7 +20,24 @@ from maskwright.ops.query_boxes import BoxTargets
 from maskwright.structures import Batch, Panoptic, Placement
 from maskwright.systems import describe
 from maskwright.systems.detr import DETR, Raw
-from tests.systems.tiny import SIZE, build, objects
+from tests.systems.tiny import SIZE, objects, sized
+
+build = sized(
+    {
+        "detr": {
+            "backbone": {"name": "resnet18", "width": 16},
+            "transformer": {
+                "width": 128,
+                "hidden": 128,
+                "encoder_layers": 1,
+                "decoder_layers": 2,
+                "queries": 12,
+                "dropout": 0.0,
+            },
+        }
+    }
+)
+
 
 IMAGE = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
 

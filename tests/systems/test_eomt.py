@@ -17,7 +17,17 @@ from maskwright.structures import Placement
 from maskwright.systems import create
 from maskwright.systems.eomt import EoMT
 from tests.systems.test_mask2former import rewritten
-from tests.systems.tiny import SIZE, SIZES, build
+from tests.systems.tiny import SIZE, sized
+
+SIZES = {
+    "backbone": {"name": "vit_tiny_patch16_224", "width": 32, "depth": 3, "heads": 2},
+    "resize": {"canvas": (128, 128)},
+    "queries": 30,
+    "last_blocks": 2,
+    "loss": {"points": 256},
+}
+
+build = sized({"eomt": SIZES})
 
 
 def random_images(count: int = 1) -> torch.Tensor:
@@ -60,7 +70,7 @@ def test_there_are_earlier_predictions_only_in_training():
 def test_training_anneals_the_attention(tmp_path):
     from maskwright.data import Scenes
 
-    small = {**SIZES["eomt"], "resize": {"canvas": (64, 64)}, "loss": {"points": 64}}
+    small = {**SIZES, "resize": {"canvas": (64, 64)}, "loss": {"points": 64}}
     mw.train(
         "eomt",
         Scenes(2, size=(64, 64), seed=0),

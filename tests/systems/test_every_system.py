@@ -1,4 +1,4 @@
-"""What holds for every system of the registry; who adds one gets these for a line in `tiny.py`."""
+"""What holds for every system of the registry; a new system is tested here without an edit."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ def test_crowd_regions_are_not_learnt_from(name):
     system, target = build(name), objects(3)
     if "crowd_overlap" in (system.options.get("loss") or {}):  # anchors in a crowd region are not negatives either
         system = build(name, loss={"crowd_overlap": 1.0})
+    if system.options.get("background"):  # what no object covers has a class, which a crowd region takes part in
+        system = build(name, background=False)
     target.crowd = torch.tensor([False, False, True])
     torch.manual_seed(3)
     with_crowd, _ = objective(system, random_images(1), [target])
@@ -68,13 +70,14 @@ def test_crowd_regions_are_not_learnt_from(name):
 def test_a_few_steps_on_one_batch_bring_the_losses_down(name):
     system = build(name).train()
     images, targets = random_images(1), [objects(2)]
-    optimizer = torch.optim.AdamW(system.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(system.parameters(), lr=3e-3)
     values = []
-    for _ in range(14):
+    for _ in range(16):
         torch.manual_seed(0)  # the same sample of proposals each time
         total, _ = objective(system, images, targets)
         optimizer.zero_grad()
         total.backward()
+        torch.nn.utils.clip_grad_norm_(system.parameters(), 1.0)
         optimizer.step()
         values.append(float(total.detach()))
     # Not the last: once proposals hit the objects, the second stage has new boxes to learn, and its loss rises again.

@@ -18,7 +18,28 @@ from maskwright.ops.query_boxes import BoxTargets, box_costs, focal_classes, foc
 from maskwright.structures import Instances, Placement
 from maskwright.systems import describe
 from maskwright.systems.h_detr import HDETR, token_boxes
-from tests.systems.tiny import build, objects
+from tests.systems.tiny import objects, sized
+
+build = sized(
+    {
+        "h-detr": {
+            "backbone": {"name": "resnet18", "width": 16},
+            "transformer": {
+                "width": 96,
+                "heads": 6,
+                "hidden": 64,
+                "levels": 3,
+                "points": 2,
+                "queries": 12,
+                "encoder_layers": 2,
+                "decoder_layers": 3,
+            },
+            "many_queries": 24,
+            "repeats": 2,
+        }
+    }
+)
+
 
 LAYOUT = Path(__file__).parents[1] / "parity" / "layouts" / "mask-frozen-detr-hdetr_r50.json"
 SMALL = (64, 96)

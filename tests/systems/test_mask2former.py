@@ -18,7 +18,20 @@ from maskwright.ops.assignment import assign
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import create
 from maskwright.systems.mask2former import Mask2Former, Mask2FormerNetwork, Raw
-from tests.systems.tiny import SIZE, build, objects
+from tests.systems.tiny import SIZE, objects, sized
+
+build = sized(
+    {
+        "mask2former": {
+            "backbone": {"name": "resnet18", "width": 16},
+            "decoder": {"width": 64, "heads": 4, "queries": 12, "hidden": 64, "layers": 3},
+            "encoder_layers": 1,
+            "encoder_hidden": 64,
+            "loss": {"points": 256},
+        }
+    }
+)
+
 
 LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
 SMALL = (64, 96)

@@ -15,7 +15,27 @@ from maskwright.checkpoints.origins.pointrend import ORIGINS
 from maskwright.errors import UsageError
 from maskwright.ops import points as point_ops
 from maskwright.structures import Instances, Masks, Placement
-from tests.systems.tiny import SIZE, build, objects
+from tests.systems.tiny import SIZE, objects, sized
+
+build = sized(
+    {
+        "pointrend": {
+            "backbone": {"name": "resnet18", "width": 16},
+            "neck_width": 32,
+            "boxes": {"width": 64},
+            "proposals": {"before": (200, 100), "after": (100, 50)},
+            "masks": {"width": 32, "fc_width": 64},
+            "points": {"width": 32},
+        },
+        "pointrend-semantic": {
+            "backbone": {"name": "resnet18", "width": 16},
+            "neck_width": 32,
+            "coarse_width": 32,
+            "points": {"width": 32},
+            "background": False,
+        },
+    }
+)
 
 
 def make(name: str, **options: Any) -> Any:

@@ -27,7 +27,35 @@ from maskwright.systems.families.sliding import Assignment, assign, lay_windows,
 from maskwright.systems.instancefcn import Raw as Maps
 from maskwright.systems.instancefcn import assemble
 from tests.parity.weights import value
-from tests.systems.tiny import SIZE, build, objects
+from tests.systems.tiny import SIZE, objects, sized
+
+build = sized(
+    {
+        "deepmask": {
+            "backbone": {"name": "resnet18", "width": 16},
+            "classes": ("object",),
+            "stride": 16,
+            "window": 64,
+            "neck_width": 16,
+            "feature_width": 64,
+            "mask_side": 14,
+            "label_side": 28,
+            "score_width": 32,
+            "score_weight": 1.0,
+            "dropout": 0.0,
+            "scales": (0.5, 1.0),
+        },
+        "instancefcn": {
+            "classes": ("object",),
+            "backbone": {"name": "vgg11", "width": 8},
+            "head_width": 32,
+            "parts": 3,
+            "side": 9,
+            "scales": (0.5, 1.0),
+            "resize": {"short": 96},
+        },
+    }
+)
 
 LAYOUTS = Path(__file__).parents[1] / "parity" / "layouts"
 OPTIONS = {

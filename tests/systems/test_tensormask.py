@@ -7,7 +7,20 @@ import torch
 
 from maskwright.errors import UsageError
 from maskwright.structures import Instances, Placement
-from tests.systems.tiny import SIZE, build, objects
+from tests.systems.tiny import SIZE, objects, sized
+
+build = sized(
+    {
+        "tensormask": {
+            "backbone": {"name": "resnet18", "width": 16},
+            "neck_width": 32,
+            "convs": 1,
+            "class_width": 32,
+            "box_width": 32,
+            "mask_width": 32,
+        }
+    }
+)
 
 SMALL = (64, 64)
 HEADS = {

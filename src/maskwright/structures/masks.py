@@ -403,8 +403,9 @@ def _dense_boxes(planes: Tensor) -> Tensor:
 
     if not planes.numel():
         return torch.zeros(len(planes), 4, device=planes.device)
-    x0, x1 = extent(planes.any(1))
-    y0, y1 = extent(planes.any(2))
+    values = planes.view(torch.uint8)  # `any` of bool planes takes ten times as long on the CPU
+    x0, x1 = extent(values.amax(1).bool())
+    y0, y1 = extent(values.amax(2).bool())
     return torch.stack([x0, y0, x1, y1], 1).float()
 
 
