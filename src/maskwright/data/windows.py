@@ -24,7 +24,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from maskwright.data.images import MAX_PIXELS, apply_orientation, decode, opened, orientation_of, read_size
+from maskwright.data.images import MAX_PIXELS, apply_orientation, decode, opened, orientation_of
 from maskwright.errors import ImageError
 
 CACHE = 256 << 20  # bytes of decoded strips and tiles that are kept
@@ -59,7 +59,8 @@ class WindowedImage:
         file = self.path.open("rb")
         try:
             with opened(file, self.path, _HUGE) as image:
-                self._orientation = orientation_of(image)
+                # Without `header_only`, Pillow would decode all pixels of a PNG file.
+                self._orientation = orientation_of(image, header_only=True)
                 # Pillow reports the turned size of TIFF files.
                 turned = image.format == "TIFF" and self._orientation >= 5
                 stored = (image.width, image.height) if turned else (image.height, image.width)
@@ -123,10 +124,10 @@ class WindowedImage:
 def is_huge(path: Path) -> bool:
     """Whether the header of an image declares more pixels than are decoded at once; False if it cannot be read."""
     try:
-        height, width = read_size(path, _HUGE)
-    except ImageError:
+        with path.open("rb") as file, opened(file, path, _HUGE) as image:
+            return image.width * image.height > MAX_PIXELS
+    except (ImageError, OSError):
         return False
-    return height * width > MAX_PIXELS
 
 
 def _blocks(image: Any, path: Path, size: tuple[int, int]) -> _Blocks:
