@@ -36,6 +36,7 @@ REGISTRY = {
     "deepsnake": "deepsnake:DeepSnake",
     "fcos": "fcos:FCOS",
     "centermask": "centermask:CenterMask",
+    "blendmask": "blendmask:BlendMask",
     "solo": "solo:SOLO",
     "decoupled-solo": "solo:DecoupledSOLO",
     "fouriernet": "fouriernet:FourierNet",
