@@ -144,6 +144,7 @@ def test_a_repaired_copy_has_no_errors_and_contains_what_could_be_read(case: dic
         return
     again = check(report.fixed)
     assert not [f for f in again.errors if f.kind != "nothing"], str(again)  # what is left may have no object
+    assert again.ok == report.usable
     assert not again.skips, str(again)
     if report.ok:
         outcome = outcomes()[case["file"]]

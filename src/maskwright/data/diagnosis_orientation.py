@@ -125,7 +125,7 @@ def _evidence(columns: Columns, sizes: Floats, stored: Floats) -> tuple[Bools, B
 def _beyond(ends: Floats, sizes: Floats) -> Bools:
     limits = sizes[:, ::-1]
     with np.errstate(invalid="ignore"):
-        return (ends > limits + np.maximum(2, 0.02 * limits)).any(1)
+        return np.asarray((ends > limits + np.maximum(2, 0.02 * limits)).any(1), np.bool_)
 
 
 # ---- turning annotations -------------------------------------------------------------------------------------------

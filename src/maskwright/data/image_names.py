@@ -60,9 +60,9 @@ class NameMatches:
     """
 
     folder: Path
-    files: dict[str, str] = field(default_factory=dict)
-    ambiguous: dict[str, list[str]] = field(default_factory=dict)
-    reasons: Counter[str] = field(default_factory=Counter)
+    files: dict[str, str] = field(default_factory=dict[str, str])
+    ambiguous: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    reasons: Counter[str] = field(default_factory=Counter[str])
 
 
 def match_names(

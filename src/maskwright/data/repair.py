@@ -51,8 +51,8 @@ class _Copy:
 
     folder: Path
     how: Copying
-    origins: dict[Path, Path] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    origins: dict[Path, Path] = field(default_factory=dict[Path, Path])
+    findings: list[Finding] = field(default_factory=list[Finding])
 
     def add(self, path: Path, base: Path, target: Path, about: str) -> bool:
         """Copy one file, or add the finding that it is omitted; `target` is relative to the folder of the copy."""
