@@ -146,7 +146,7 @@ class Stop:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._notice)
             hangup = getattr(signal, "SIGHUP", None)
-            if hangup is not None and signal.getsignal(hangup) == signal.SIG_DFL:  # `nohup` ignores it
+            if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # `nohup` ignores it
                 self._before[hangup] = signal.signal(hangup, self._notice)
         return self
 

@@ -314,6 +314,8 @@ def _check(state: dict[str, Any]) -> None:
     for name in ("average", "source"):
         if state.get(name) is not None:
             _expect(state, name, dict)
+    for name in ("options", "preprocess", "source"):
+        _plain(state.get(name), name)
     _tensors(state["model"], "model")
     if average is not None:
         _expect(average, "updates", int, "average.")
@@ -341,6 +343,20 @@ def _expect(values: dict[str, Any], name: str, kind: type, prefix: str = "") -> 
         raise UsageError(f"{prefix}{name} must be of type {kind.__name__}, got {type(value).__name__}")
     if kind is dict and not all(isinstance(key, str) for key in value):
         raise UsageError(f"{prefix}{name} must have strings as keys")
+
+
+def _plain(value: Any, where: str) -> None:
+    """Checks that a value has the types of JSON."""
+    if isinstance(value, dict):
+        for key, own in cast("dict[Any, Any]", value).items():
+            if not isinstance(key, str):
+                raise UsageError(f"{where} must have strings as keys, got {key!r}")
+            _plain(own, f"{where}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for number, own in enumerate(cast("list[Any]", value)):
+            _plain(own, f"{where}[{number}]")
+    elif value is not None and not isinstance(value, (str, int, float)):
+        raise UsageError(f"{where} must be a JSON value, got a {type(value).__name__}")
 
 
 def _tensors(values: dict[str, Any], where: str) -> None:
