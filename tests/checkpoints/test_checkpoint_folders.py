@@ -13,6 +13,7 @@ from maskwright.checkpoints import CheckpointWarning, folders
 from maskwright.checkpoints.origins import origins
 from maskwright.errors import CheckpointError
 from maskwright.structures import Preprocess
+from maskwright.systems import describe
 from tests.systems.tiny import build
 
 pytestmark = pytest.mark.fast
@@ -78,7 +79,7 @@ def resize_of(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepared(system: str, found: dict[str, Any]) -> Preprocess:
-    return build(system, resize=resize_of(found)).preprocess
+    return describe(system, resize=resize_of(found)).preprocess
 
 
 @pytest.mark.parametrize("said", USUAL.values(), ids=USUAL)
