@@ -28,7 +28,7 @@ from maskwright.errors import CheckpointError, MaskwrightError, MissingExtraErro
 from maskwright.options import plain
 from maskwright.structures import Preprocess
 from maskwright.structures.resize import Resize
-from maskwright.systems import ProposalSystem, System, system_class
+from maskwright.systems import PanopticSystem, ProposalSystem, System, system_class
 
 Options = dict[str, Any]
 
@@ -166,18 +166,21 @@ def _fill(
     if not isinstance(old, list | tuple) or not all(isinstance(name, str) for name in cast(Sequence[Any], old)):
         raise CheckpointError(f"{path}: the class names in its header are not a list of strings; save the file again")
     old = tuple(cast(Sequence[str], old))
+    given: Any = options.get("stuff")
+    is_stuff = [isinstance(given, list | tuple) and name in given for name in old]
     if issubclass(kind, ProposalSystem):
         classes = None
     _check_classes(classes)
     if classes is not None and _names_rows(old, classes, assumed):
         old = tuple(classes)
+    stuff = [name for name, region in zip(old, is_stuff, strict=True) if region]
     with torch.random.fork_rng(devices=[]):  # keeps the random state for the system that is built afterwards
         outline, final = _outline(kind, options, overrides, classes, state, path)
         with torch.device("meta"):
             shapes = {key: torch.empty(value.shape, dtype=value.dtype) for key, value in state.items()}
-            _adapted(shapes, outline, old, path, layout, overrides, absent)
+            _adapted(shapes, outline, old, stuff, path, layout, overrides, absent)
     system = kind.rebuild(final)
-    fitted, kept = _adapted(state, system, old, path, layout, overrides, absent)
+    fitted, kept = _adapted(state, system, old, stuff, path, layout, overrides, absent)
     system.load_state_dict(fitted, strict=True)
     if kept is not None:
         system.source = {"classes_kept": list(kept)}
@@ -188,6 +191,7 @@ def _adapted(
     state: Mapping[str, Tensor],
     system: System,
     old: tuple[str, ...],
+    stuff: Sequence[str],
     path: str,
     layout: str,
     overrides: Mapping[str, Any],
@@ -196,11 +200,12 @@ def _adapted(
     """A state dict that fits the system, and the class names whose rows were kept; None if all classes stay."""
     state = renamed(state, system)
     kept: tuple[str, ...] | None = None
-    if tuple(system.classes) != old:
+    regions = isinstance(system, PanopticSystem) and system.stuff_rows() and set(system.stuff) != set(stuff)
+    if tuple(system.classes) != old or regions:
         if not system.class_rows():
             raise UsageError(f"{path}: {system.name} does not support replacing its classes; load it without `classes`")
         try:
-            state, kept = adapt_classes(state, system, old)
+            state, kept = adapt_classes(state, system, old, old_stuff=stuff)
         except (LookupError, RuntimeError) as error:  # a parameter with too few axes
             raise CheckpointError(f"{path}: a class layer has an unexpected shape ({shown(error)})") from error
     weight = system.input_weight()

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from maskwright.blocks.timm_backbone import TimmBackbone
 from maskwright.errors import CheckpointError, UsageError
-from maskwright.systems import ClassRows, System
+from maskwright.systems import ClassRows, PanopticSystem, System
 
 State = dict[str, Tensor]
 LISTED = 10  # maximum number of keys that an error message lists
 
 
 def adapt_classes(
-    state: Mapping[str, Tensor], system: System, old_classes: Sequence[str], new_classes: Sequence[str] | None = None
+    state: Mapping[str, Tensor],
+    system: System,
+    old_classes: Sequence[str],
+    new_classes: Sequence[str] | None = None,
+    old_stuff: Sequence[str] = (),
 ) -> tuple[State, tuple[str, ...]]:
     """Rearrange the class-specific rows of a state dict for other classes.
 
@@ -32,6 +36,7 @@ def adapt_classes(
         system: The system that the result is for.
         old_classes: Class names in the order of the rows of `state`.
         new_classes: Class names in the order of the result; default: those of the system.
+        old_stuff: Those of `old_classes` that are regions.
 
     Returns:
         The new state dict, and the class names whose rows were kept.
@@ -40,19 +45,43 @@ def adapt_classes(
         CheckpointError: If a parameter has another number of rows than `old_classes` need.
         UsageError: If `System.class_rows` names a parameter that the system does not have.
     """
-    new = [_fold(name) for name in (system.classes if new_classes is None else new_classes)]
-    place = {_fold(name): i for i, name in reversed(list(enumerate(old_classes)))}
-    pairs = [(i, place[name]) for i, name in enumerate(new) if name in place]
+    names = tuple(system.classes if new_classes is None else new_classes)
+    rows: dict[str, Any] = dict(system.class_rows())
+    new_stuff: Sequence[str] = ()
+    if isinstance(system, PanopticSystem):
+        rows |= system.stuff_rows()
+        new_stuff = system.stuff
+    old, new = (
+        {
+            "all": list(every),
+            "things": [name for name in every if name not in stuff],
+            "stuff": [name for name in every if name in stuff],
+        }
+        for every, stuff in ((old_classes, old_stuff), (names, new_stuff))
+    )
+    pairs = {kind: _pairs(old[kind], new[kind]) for kind in new}
     fresh = system.state_dict()
     adapted = dict(state)
-    for key, spec in system.class_rows().items():
+    for key, spec in rows.items():
         if key not in fresh:
             raise UsageError(f"{system.name}: class_rows names {key!r}, which is not one of its parameters")
         if key in adapted:
             several: Any = spec if isinstance(spec[0], tuple) else (spec,)
             specs = [ClassRows(*one) for one in several]
-            adapted[key] = _rows(adapted[key], fresh[key], specs, pairs, (len(old_classes), len(new)), key)
-    return adapted, tuple((system.classes if new_classes is None else tuple(new_classes))[i] for i, _ in pairs)
+            kind = specs[0].kind
+            counts = (len(old[kind]), len(new[kind]))
+            adapted[key] = _rows(adapted[key], fresh[key], specs, pairs[kind], counts, key)
+    kinds = (
+        ("things", "stuff") if any(isinstance(s, ClassRows) and s.kind != "all" for s in rows.values()) else ("all",)
+    )
+    kept = {new[kind][i] for kind in kinds for i, _ in pairs[kind]}
+    return adapted, tuple(name for name in names if name in kept)
+
+
+def _pairs(old: Sequence[str], new: Sequence[str]) -> list[tuple[int, int]]:
+    """Places (new, old) of the names that are in both."""
+    place = {_fold(name): i for i, name in reversed(list(enumerate(old)))}
+    return [(i, place[_fold(name)]) for i, name in enumerate(new) if _fold(name) in place]
 
 
 def _rows(

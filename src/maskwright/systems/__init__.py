@@ -25,6 +25,7 @@ REGISTRY = {
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
     "cascade-mask-rcnn": "cascade_rcnn:CascadeMaskRCNN",
     "mask-scoring-rcnn": "mask_scoring_rcnn:MaskScoringRCNN",
+    "panoptic-fpn": "panoptic_fpn:PanopticFPN",
     "tensormask": "tensormask:TensorMask",
     "yolact": "yolact:YOLACT",
     "yolact-plus": "yolact_plus:YOLACTPlus",

@@ -35,6 +35,7 @@ class ClassRows(NamedTuple):
         before: Leading entries of no class.
         first: Number of class rows at the front that keep their place whatever the classes are called, because they
             mean something else too (an object of any class).
+        kind: The classes that have rows: all, or only those that are things or stuff, in their order among all.
     """
 
     axis: int = 0
@@ -43,6 +44,7 @@ class ClassRows(NamedTuple):
     repeats: int = 1
     before: int = 0
     first: int = 0
+    kind: Literal["all", "things", "stuff"] = "all"
 
 
 class System(nn.Module):

@@ -260,6 +260,7 @@ class TwoStage(System):
         proposal_rules: Those of the proposal network, with its options.
         box_rules: Those of the box stage, with its options.
         neck_type: The neck.
+        head_classes: Number of classes of the heads: all, or the things among them.
         channels: Channels of pooled features.
         box_side: Side of the features that are pooled for `boxes`.
         anchors: Anchors of the proposal network.
@@ -295,6 +296,7 @@ class TwoStage(System):
         super().__init__()
         at_least(self.name, 1, neck_width=neck_width)
         self.classes, self.neck_type = tuple(classes), neck
+        self.head_classes = len(self.classes)
         self.rules = own = RULES[rules]
         pyramid = neck == "fpn"
         self.proposal_rules = replace(
@@ -401,7 +403,7 @@ class TwoStage(System):
     ) -> dict[str, Tensor]:
         """Computes the losses of the second stage for given proposals."""
         assigned = [
-            sample_boxes(own, target, len(self.classes), self.box_rules)
+            sample_boxes(own, target, self.head_classes, self.box_rules)
             for own, target in zip(proposals, targets, strict=True)
         ]
         features = self.pooled(raw, [own.boxes for own in assigned], self.box_side)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskwright.errors import UsageError
 from maskwright.structures import Instances, Panoptic, Placement
-from maskwright.systems.system import System, Task
+from maskwright.systems.system import ClassRows, System, Task
 
 
 class PanopticSystem(System):
@@ -47,6 +47,10 @@ class PanopticSystem(System):
     def thing_classes(self, device: torch.device | str | None = None) -> Bool[Tensor, " k"]:
         """True for each class that is a countable object."""
         return torch.tensor([name not in self.stuff for name in self.classes], dtype=torch.bool, device=device)
+
+    def stuff_rows(self) -> dict[str, ClassRows]:
+        """The parameters with rows for stuff classes only, whether the system has such classes or not."""
+        return {}
 
     def checked_stuff(self, stuff: Sequence[str]) -> tuple[str, ...]:
         """`stuff` as a tuple, for the constructor, once `classes` is set; UsageError if a name is not among them."""

@@ -1,0 +1,297 @@
+"""Panoptic FPN (Kirillov, Girshick, He, Dollár: Panoptic Feature Pyramid Networks, CVPR 2019, arXiv 1901.02446).
+
+Mask R-CNN, with a light semantic segmentation branch on the same feature pyramid (section 3.1). Mask R-CNN detects the
+things; the branch labels every pixel with one of the stuff classes, or as "things", which is a single class there. A
+fixed rule (section 3.1, as in "Panoptic Segmentation", arXiv 1801.00868) merges the two into one segmentation.
+
+    image -> backbone -> pyramid -> Mask R-CNN -> masks of things, best first, each on the pixels still free
+                                 -> strides 4 ... 32, convolved and upsampled to stride 4, added -> label of each pixel
+    free pixels of a stuff class -> one region, if it is large enough
+
+Heads of boxes and masks have rows for the things only, the branch has rows for "things" and for each stuff class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.nn import functional
+
+from maskwright.blocks.backbones import BackboneLike
+from maskwright.blocks.box_stage import Detections
+from maskwright.blocks.layers import Norm
+from maskwright.blocks.semantic import VOID, SemanticFPN, label_maps, semantic_loss
+from maskwright.errors import UsageError
+from maskwright.ops.mask_targets import label_target
+from maskwright.ops.planes import label_plane
+from maskwright.options import OptionGroup
+from maskwright.structures import Instances, Panoptic, Placement
+from maskwright.structures.resize import ResizeLike
+from maskwright.systems.card import Ablation, Card, Preset, Score
+from maskwright.systems.families.two_stage import BoxesLike, ProposalsLike, Raw, RulesName
+from maskwright.systems.kinds.panoptic import PanopticSystem
+from maskwright.systems.mask_rcnn import BACKBONE, BOXES, PROPOSALS, RESIZE, MaskOptions, MaskRCNN
+from maskwright.systems.system import ClassRows
+
+MASKS = MaskOptions()
+
+
+@dataclass(frozen=True)
+class SemanticOptions(OptionGroup):
+    """The semantic branch, as options of a system.
+
+    Attributes:
+        width: Channels of its convolutions.
+        norm: Normalisation after each of them.
+        weight: Weight of its loss; that of the other losses is 1.
+        smallest_area: Regions of stuff with fewer pixels of the image are left out.
+    """
+
+    label: ClassVar[str] = "semantic"
+
+    width: int = 128
+    norm: Norm = "group"
+    weight: float = 0.5
+    smallest_area: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least(1, "width")
+        self.check_at_least(0, "weight", "smallest_area")
+
+
+SEMANTIC = SemanticOptions()
+
+
+class PanopticFPN(MaskRCNN, PanopticSystem):
+    """Mask R-CNN for things, and a semantic branch for stuff.
+
+    Its networks are those of `MaskRCNN` and `semantic`. Boxes and masks are predicted for the things among `classes`,
+    in their order; the first output of `semantic` is "things", the others are the stuff classes in their order among
+    `classes`. Without stuff the system is Mask R-CNN, and the branch is not trained.
+    """
+
+    name = "panoptic-fpn"
+    card = Card(
+        title="Panoptic FPN",
+        paper="Kirillov, Girshick, He, Dollár: Panoptic Feature Pyramid Networks. CVPR 2019",
+        arxiv="1901.02446",
+        code="facebookresearch/detectron2",
+        code_licence="Apache-2.0",
+    )
+
+    def __init__(
+        self,
+        classes: Sequence[str] = ("object",),
+        *,
+        stuff: Sequence[str] = (),
+        backbone: BackboneLike = BACKBONE,
+        in_channels: int = 3,
+        resize: ResizeLike = RESIZE,
+        neck_width: int = 256,
+        neck_norm: Norm = "none",
+        rules: RulesName = "detectron2",
+        proposals: ProposalsLike = PROPOSALS,
+        boxes: BoxesLike = BOXES,
+        masks: Mapping[str, Any] | MaskOptions = MASKS,
+        semantic: Mapping[str, Any] | SemanticOptions = SEMANTIC,
+    ):
+        """
+        Args:
+            classes: Names of the classes, things and stuff.
+            stuff: Those of `classes` that are regions.
+            backbone: The backbone, see `Backbone`.
+            in_channels: Channels of the image.
+            resize: Size and normalisation of the input, see `Resize`.
+            neck_width: Channels of the pyramid.
+            neck_norm: Normalisation in the pyramid.
+            rules: The code base whose conventions the instance part follows.
+            proposals: The proposal network, see `Proposals`.
+            boxes: The box head, see `BoxOptions`.
+            masks: The mask head, see `MaskOptions`.
+            semantic: The semantic branch, see `SemanticOptions`.
+        """
+        things = [name for name in classes if name not in stuff]
+        if not things:
+            raise UsageError(f"{self.name} requires at least one class that is not stuff")
+        super().__init__(
+            things, backbone=backbone, in_channels=in_channels, resize=resize, neck_width=neck_width,
+            neck_norm=neck_norm, rules=rules, proposals=proposals, boxes=boxes, masks=MaskOptions.read(masks, MASKS),
+        )  # fmt: skip
+        self.classes = tuple(classes)
+        self.stuff = self.checked_stuff(stuff)
+        self.branch = SemanticOptions.read(semantic, SEMANTIC)
+        outputs = 1 + len(self.classes) - len(things)
+        self.semantic = SemanticFPN(neck_width, outputs, width=self.branch.width, norm=self.branch.norm)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def losses(self, raw: Raw, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        """Computes the losses of Mask R-CNN for the things, and `semantic`: the cross entropy of all labelled pixels.
+
+        Crowd regions of things are ignored by Mask R-CNN and are "things" in the semantic branch, as published.
+        """
+        things = self.thing_classes()
+        rows = things.cumsum(0) - 1
+        objects = [self._relabelled(target[things[target.labels.cpu()]], rows) for target in targets]
+        terms = super().losses(raw, objects)
+        logits = self.semantic(raw.features)
+        if not self.stuff:
+            return terms | {"semantic": logits.sum() * 0}
+        truth = label_maps([self.semantic_target(target) for target in targets], raw.size, logits.device)
+        return terms | {"semantic": self.branch.weight * semantic_loss(logits, truth)}
+
+    def semantic_target(self, target: Instances) -> Int[Tensor, "_h _w"]:
+        """The output of the semantic branch that each pixel belongs to: 0 for things; VOID where there is no segment.
+
+        Where segments overlap, the smaller one is on top.
+        """
+        if target.masks is None:
+            return torch.full(target.image_size, VOID)
+        stuff = ~self.thing_classes()
+        outputs = stuff.cumsum(0) * stuff
+        return label_target(target.masks, outputs[target.labels.cpu()], background=VOID)
+
+    @staticmethod
+    def _relabelled(objects: Instances, table: Int[Tensor, " k"]) -> Instances:
+        """Objects with the labels that a table has for theirs."""
+        return replace(objects, labels=table.to(objects.labels.device)[objects.labels])
+
+    # ---- detection ---------------------------------------------------------------------------------------------------
+
+    def to_image(
+        self, found: Detections, mask: Tensor | None, keypoint: Tensor | None, placement: Placement, threshold: float
+    ) -> Instances:
+        """As for Mask R-CNN, with labels among all classes."""
+        objects = super().to_image(found, mask, keypoint, placement, threshold)
+        return self._relabelled(objects, self.thing_classes().nonzero().flatten())
+
+    @torch.no_grad()
+    def decode_panoptic(
+        self,
+        raw: Raw,
+        placements: Sequence[Placement],
+        *,
+        score_threshold: float = 0.5,
+        overlap_threshold: float = 0.5,
+        smallest_area: int | None = None,
+        nms_threshold: float = 0.5,
+        detections: int = 100,
+    ) -> list[Panoptic]:
+        """Divides each image into segments: things best first, then regions of stuff by label.
+
+        A thing is painted on the pixels that better ones have left free, unless too few are left; a region on the
+        pixels of its class that no thing has taken. Pixels that the semantic branch labels as things, and that no thing
+        has taken, have no segment.
+
+        Args:
+            raw: Output of the dense network.
+            placements: How each image was placed in the input.
+            score_threshold: Things must score more than this.
+            overlap_threshold: Share of a thing's mask that must be left.
+            smallest_area: Regions with fewer pixels of the image are left out; None: as the options of the system say.
+            nms_threshold: IoU threshold of the non-maximum suppression within a class.
+            detections: Largest number of things per image.
+
+        Returns:
+            The segments of each image. The score of a region is the mean probability of its pixels.
+        """
+        things = self.decode(
+            raw, placements, score_threshold=score_threshold, nms_threshold=nms_threshold, detections=detections
+        )
+        area = self.branch.smallest_area if smallest_area is None else smallest_area
+        result: list[Panoptic] = []
+        for row, (own, placement) in enumerate(zip(things, placements, strict=True)):
+            labels, probability = self._stuff(raw, row, placement)
+            result.append(self.merged(own, labels, probability, overlap_threshold, area))
+        return result
+
+    @torch.no_grad()
+    def decode_semantic(self, raw: Raw, placements: Sequence[Placement]) -> list[Int[Tensor, "_h _w"]]:
+        """The label of each pixel: that of the thing that has taken it, otherwise of its stuff class; -1 where the
+        semantic branch sees things that are not detected."""
+        return [own.semantic() for own in self.decode_panoptic(raw, placements, smallest_area=0)]
+
+    def _stuff(self, raw: Raw, row: int, placement: Placement) -> tuple[Int[Tensor, "_h _w"], Tensor]:
+        """Output of the semantic branch (0: things; -1: none) and its probability for each pixel of one image.
+
+        The logits are resized to the input and from there to the image, as published; then the best one is chosen.
+        """
+        if not self.stuff:
+            empty = torch.zeros(placement.image_size)
+            return empty.long(), empty
+        logits = self.semantic([level[row : row + 1] for level in raw.features]).float()
+        large = functional.interpolate(logits, size=raw.size, mode="bilinear", align_corners=False)[0]
+        labels, probability = label_plane(large, placement, raw.size)
+        return labels.cpu(), probability.cpu()
+
+    def merged(
+        self, things: Instances, labels: Int[Tensor, "h w"], probability: Tensor, overlap_threshold: float, area: int
+    ) -> Panoptic:
+        """Merges the objects of one image, best first, with the outputs of the semantic branch (section 3.1)."""
+        assert things.masks is not None
+        assert things.scores is not None
+        plane = torch.full(things.image_size, -1, dtype=torch.int32)
+        kept: list[int] = []
+        frames, crops = things.masks.crops()
+        for index, ((x0, y0, x1, y1), crop) in enumerate(zip(frames.tolist(), crops, strict=True)):
+            window = plane[y0:y1, x0:x1]
+            mask = crop.cpu()
+            free = mask & (window < 0)
+            total, left = int(mask.sum()), int(free.sum())
+            if left and (total - left) / total <= 1 - overlap_threshold:
+                window[free] = len(kept)
+                kept.append(index)
+        # Outputs 1, 2, ... of the semantic branch are the stuff classes.
+        classes = (~self.thing_classes()).nonzero().flatten()
+        outputs = torch.where(plane < 0, labels, 0).clamp(min=0).flatten()
+        areas = torch.bincount(outputs, minlength=1 + len(classes))[1:]
+        sums = torch.bincount(outputs, probability.flatten().double(), 1 + len(classes))[1:]
+        regions = ((areas > 0) & (areas >= area)).nonzero().flatten()
+        numbers = torch.full((1 + len(classes),), -1, dtype=torch.int32)
+        numbers[regions + 1] = torch.arange(len(regions), dtype=torch.int32) + len(kept)
+        plane = torch.where(plane < 0, numbers[outputs].view(plane.shape), plane)
+        device = things.labels.device
+        scores = (sums[regions] / areas[regions]).to(things.scores)
+        found = torch.cat([things.labels[kept], classes[regions].to(device)])
+        return Panoptic.from_map(
+            plane, found, self.thing_classes(device)[found], numbers=torch.arange(len(found)),
+            scores=torch.cat([things.scores[kept], scores]),
+        )  # fmt: skip
+
+    # ---- for loading and training ------------------------------------------------------------------------------------
+
+    def class_rows(self) -> Mapping[str, ClassRows | tuple[ClassRows, ...]]:
+        rows: dict[str, ClassRows | tuple[ClassRows, ...]] = {}
+        for name, own in super().class_rows().items():
+            assert isinstance(own, ClassRows)
+            rows[name] = own._replace(kind="things")
+        return rows | (self.stuff_rows() if self.stuff else {})
+
+    def stuff_rows(self) -> dict[str, ClassRows]:
+        return {f"semantic.output.{kind}": ClassRows(before=1, kind="stuff") for kind in ("weight", "bias")}
+
+    _D2 = "COCO val2017, short side 800"
+    _ZOO = "detectron2 MODEL_ZOO.md"
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "panoptic-fpn-r50": Preset(
+            {"backbone": MaskRCNN._CAFFE},
+            (Score(41.5, "PQ", _D2, _ZOO), Score(40.0, "box AP", _D2, _ZOO), Score(36.5, "mask AP", _D2, _ZOO)),
+            "detectron2's R50-FPN, 3x (1x: 39.4 / 37.6 / 34.7)",
+        ),
+        "panoptic-fpn-r101": Preset(
+            {"backbone": {"name": "resnet101", **MaskRCNN._CAFFE}},
+            (Score(43.0, "PQ", _D2, _ZOO), Score(42.4, "box AP", _D2, _ZOO), Score(38.5, "mask AP", _D2, _ZOO)),
+            "detectron2's R101-FPN, 3x",
+        ),
+        "panoptic-fpn-small": Preset(
+            {**MaskRCNN._SMALL, "masks": {"width": 128}, "semantic": {"width": 64, "smallest_area": 256}},
+            note="for a few hundred images and no GPU; trains from random weights",
+        ),
+    }  # fmt: skip
+    ablations: ClassVar[Mapping[str, Ablation]] = {}  # Mask R-CNN's tables compare masks
