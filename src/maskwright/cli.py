@@ -355,8 +355,8 @@ def predict(
         ),
     )
     stuff = network.classes if task == "semantic" else stuff_of(network)
-    classes, total = network.classes, len(found)
-    with PredictionWriter(out, format, classes, images, stuff, task_called(task), ids, total) as writer:
+    names, total = network.classes, len(found)
+    with PredictionWriter(out, format, names, images, stuff, task_called(task), ids, total) as writer:
         for prediction in progress(found, "images"):
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
             writer.add(prediction.path or "image", found_there, prediction.error, prediction.reading)

@@ -7,9 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from maskwright.data import read_image
-from maskwright.data.windows import WindowedImage
+from maskwright.data import DataWarning, read_image
+from maskwright.data.images import Reading, reading
+from maskwright.data.windows import WindowedImage, is_huge
 from maskwright.errors import ImageError
+from tests.data.tiffs import write_tiff
 
 pytestmark = pytest.mark.fast
 
@@ -28,7 +30,7 @@ def picture(mode: str) -> Image.Image:
 
 
 def check(path):
-    whole = read_image(path, white=0xFFFF)
+    whole = read_image(path)
     image = WindowedImage(path)
     assert image.size == tuple(whole.shape[1:])
     height, width = image.size
@@ -76,6 +78,55 @@ def test_orientations(orientation, name, tmp_path):
     exif[0x0112] = orientation
     picture("RGB").save(tmp_path / name, exif=exif)
     check(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore::maskwright.data.DataWarning")
+@pytest.mark.parametrize("largest", [900, 4095, 16000, 65535])
+def test_deep_values_have_one_range_in_all_windows(largest, tmp_path):
+    """The largest value lies in one corner only."""
+    values = np.random.default_rng(0).integers(0, largest // 3, (SIZE[1], SIZE[0]), np.uint16)
+    values[-1, -1] = largest
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    write_tiff(tmp_path / "b.tif", np.stack([values, values // 2, values // 3], 2), tile=16, deflate=True, order=">")
+    for name in ("a.png", "a.tif", "b.tif"):
+        check(tmp_path / name)
+        assert read_image(tmp_path / name).max() > 200
+    with reading(Reading(white=4095)):
+        check(tmp_path / "a.png")
+        check(tmp_path / "b.tif")
+
+
+def test_packed_and_float_values(tmp_path):
+    values = np.random.default_rng(0).integers(0, 4096, (SIZE[1], SIZE[0], 1), np.uint16)
+    write_tiff(tmp_path / "a.tif", values, bits=12)
+    check(tmp_path / "a.tif")
+    write_tiff(tmp_path / "b.tif", values.astype(np.float32) / 4095, tile=16)
+    with pytest.warns(DataWarning, match="float values"):
+        check(tmp_path / "b.tif")
+    values[:20] = 0
+    write_tiff(tmp_path / "c.tif", values.astype(np.float32) / 50, tile=16)
+    with pytest.raises(ImageError, match=r"c\.tif: contains float values in other ranges"):
+        WindowedImage(tmp_path / "c.tif").window(0, 0, 16, 16)
+
+
+def test_bands(tmp_path, monkeypatch):
+    values = np.random.default_rng(0).integers(0, 1024, (SIZE[1], SIZE[0], 6), np.uint16)
+    values[0, 0] = 1000
+    write_tiff(tmp_path / "a.tif", values)
+    write_tiff(tmp_path / "b.tif", values.astype(np.uint8), tile=16)
+    for name in ("a.tif", "b.tif"):
+        with pytest.raises(ImageError, match="6 bands of"):
+            WindowedImage(tmp_path / name).window(0, 0, 9, 9)
+        with reading(Reading(white=1023, bands=(6, 2, 1, 5))):
+            check(tmp_path / name)
+        assert not is_huge(tmp_path / name)
+    monkeypatch.setattr("maskwright.data.windows.MAX_PIXELS", 1000)
+    assert is_huge(tmp_path / "a.tif")
+    assert is_huge(tmp_path / "b.tif")
+    write_tiff(tmp_path / "c.tif", values, planar=True)
+    with pytest.raises(ImageError, match="separate planes cannot be read; convert it"):
+        WindowedImage(tmp_path / "c.tif")
 
 
 def test_other_formats_are_refused_with_advice(tmp_path):

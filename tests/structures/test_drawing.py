@@ -195,3 +195,14 @@ def test_a_hundred_objects_on_a_large_image():
     assert drawn.size == (4000, 3000)
     assert peak < 2.5 * image.nbytes, "little more than the copy of the image"
     assert seconds < 60
+
+
+def test_thousands_of_small_objects_take_little_time():
+    """Neither columns of the image nor tables are computed for each object."""
+    count = 4000
+    corners = torch.stack([torch.arange(count) * 37 % 3980, torch.arange(count) * 101 % 3980], 1)
+    masks = Masks.from_crops([np.ones((12, 9), bool)] * count, corners, (4000, 4000))
+    found = Instances((4000, 4000), masks.boxes(), torch.zeros(count, dtype=torch.int64), masks, torch.ones(count))
+    start = time.process_time()
+    found.draw(np.zeros((4000, 4000, 3), np.uint8), ["cell"])
+    assert time.process_time() - start < 10

@@ -190,7 +190,8 @@ class AdaptedDataset(Dataset):
 
     def white(self) -> int | None:
         own: Any = getattr(self.inner, "white", None)
-        return own() if callable(own) else None
+        white: Any = own() if callable(own) else None
+        return white
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]

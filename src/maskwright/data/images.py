@@ -260,12 +260,26 @@ def _header(path: Path, max_pixels: int) -> tuple[tuple[int, int], tuple[int, in
 
 
 def _own_white(path: Path) -> int | None:
-    """The value of white of one file; None for 8 bits."""
-    with _readable(path), path.open("rb") as file, _source(file, path, MAX_PIXELS) as source:
+    """The value of white of one file; None for 8 bits, and for float values."""
+    with _readable(path), path.open("rb") as file:
+        return white_of(file, path)
+
+
+def white_of(file: io.BufferedIOBase, path: Path, *, floats: bool = False) -> int | None:
+    """Return the value of white of an opened file; None for 8 bits.
+
+    Args:
+        file: The file.
+        path: What messages call it.
+        floats: Return that of float values too: 1 if none is larger, otherwise 255.
+    """
+    with _source(file, path, MAX_PIXELS) as source:
         if not source.deep:
             return None
         bands = tuple(range(1, source.layout.samples + 1)) if isinstance(source, _TiffSource) else None
         values, declared = source.values(bands)
+        if values.dtype.kind == "f" and floats:
+            return 1 if values.max(initial=0) <= 1 else 255
         if values.dtype.kind not in "ui" or values.dtype == np.uint8:
             return None
         largest = int(values.max(initial=0))

@@ -12,9 +12,10 @@ from __future__ import annotations
 import io
 import os
 import struct
+import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -24,7 +25,18 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from maskwright.data.images import MAX_PIXELS, apply_orientation, decode, opened, orientation_of
+from maskwright.data.deep_images import tiff_layout
+from maskwright.data.findings import DataWarning
+from maskwright.data.images import (
+    MAX_PIXELS,
+    apply_orientation,
+    decode,
+    opened,
+    orientation_of,
+    read_size,
+    white_of,
+    white_words,
+)
 from maskwright.errors import ImageError
 
 CACHE = 256 << 20  # bytes of decoded strips and tiles that are kept
@@ -35,9 +47,34 @@ _ADVICE = "convert it to a tiled TIFF file, or to PNG without interlacing"
 class _Blocks(Protocol):
     """The stored image."""
 
-    def window(self, x: int, y: int, width: int, height: int) -> UInt8[Tensor, "3 h w"]:
+    def window(self, x: int, y: int, width: int, height: int) -> UInt8[Tensor, "c h w"]:
         """Decode a window of the stored image."""
         ...
+
+
+class _Range:
+    """The value of white of an image whose header does not declare it, from all of its pixels, as in small images."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files: Callable[[], Iterator[bytes]] = lambda: iter(())  # the image in parts, each as a file
+        self.known = False
+        self.white: int | None = None
+
+    def __call__(self) -> int | None:
+        if not self.known:
+            ends = [white_of(io.BytesIO(file), self.path, floats=True) for file in self.files()]
+            white = max((end for end in ends if end is not None), default=None)
+            if white == 255 and 1 in ends:
+                raise ImageError(
+                    f"{self.path}: contains float values in other ranges than 0 ... 1, of which windows cannot be "
+                    "read; convert them to 8 or 16 bits"
+                )
+            self.white = None if white == 1 else white
+            self.known = True
+            if self.white is not None and self.white < 0xFFFF:
+                warnings.warn(white_words(self.white), DataWarning, stacklevel=2)
+        return self.white
 
 
 class WindowedImage:
@@ -58,6 +95,14 @@ class WindowedImage:
         self.path = Path(path)
         file = self.path.open("rb")
         try:
+            layout = tiff_layout(file)
+            file.seek(0)
+            if layout is not None and layout.deep:
+                self._orientation = layout.orientation if 1 <= layout.orientation <= 8 else 1
+                height, width = stored = (layout.height, layout.width)
+                self.size = (width, height) if self._orientation >= 5 else stored
+                self._blocks = _Tiff(self.path, dict(layout.tags), stored, layout.order)
+                return
             with opened(file, self.path, _HUGE) as image:
                 # Without `header_only`, Pillow would decode all pixels of a PNG file.
                 self._orientation = orientation_of(image, header_only=True)
@@ -78,8 +123,10 @@ class WindowedImage:
         x, y, _, _ = self._stored(x, y, width, height)
         return y, x
 
-    def window(self, x: int, y: int, width: int, height: int) -> UInt8[Tensor, "3 h w"]:
-        """Read a window as 8-bit RGB.
+    def window(self, x: int, y: int, width: int, height: int) -> UInt8[Tensor, "c h w"]:
+        """Read a window as 8-bit RGB, or with the bands that `images.reading` specifies.
+
+        Values of more than 8 bits are scaled as in `read_image`, with one value of white for the whole image.
 
         Args:
             x: Left edge in pixels.
@@ -99,16 +146,18 @@ class WindowedImage:
         turned = apply_orientation(pixels.permute(1, 2, 0).numpy(), self._orientation)
         return torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
 
-    def overview(self, pixels: int) -> UInt8[Tensor, "3 h w"]:
+    def overview(self, pixels: int) -> UInt8[Tensor, "c h w"]:
         """Every n-th pixel of every n-th row, so that about `pixels` remain."""
         height, width = self.size
         step = max(1, int(np.ceil((height * width / pixels) ** 0.5)))
         side = max(step, 1024 // step * step)
         spots = [(x, y, min(side, width - x), min(side, height - y)) for y in range(0, height, side)
                  for x in range(0, width, side)]  # fmt: skip
-        small = torch.zeros(3, -(-height // step), -(-width // step), dtype=torch.uint8)
+        small = torch.zeros(0, -(-height // step), -(-width // step), dtype=torch.uint8)
         for x, y, w, h in sorted(spots, key=lambda spot: self.order(*spot)):
             part = self.window(x, y, w, h)[:, ::step, ::step]
+            if not len(small):
+                small = small.new_zeros(len(part), *small.shape[1:])
             small[:, y // step : y // step + part.shape[1], x // step : x // step + part.shape[2]] = part
         return small
 
@@ -124,8 +173,8 @@ class WindowedImage:
 def is_huge(path: Path) -> bool:
     """Whether the header of an image declares more pixels than are decoded at once; False if it cannot be read."""
     try:
-        with path.open("rb") as file, opened(file, path, _HUGE) as image:
-            return image.width * image.height > MAX_PIXELS
+        height, width = read_size(path, _HUGE)
+        return height * width > MAX_PIXELS
     except (ImageError, OSError):
         return False
 
@@ -133,7 +182,7 @@ def is_huge(path: Path) -> bool:
 def _blocks(image: Any, path: Path, size: tuple[int, int]) -> _Blocks:
     """The reader for the format of an image."""
     if image.format == "TIFF":
-        return _Tiff(path, dict(image.tag_v2), size, image.tag_v2.prefix)
+        return _Tiff(path, dict(image.tag_v2), size, "<" if image.tag_v2.prefix[:2] == b"II" else ">")
     if image.format == "PNG":
         return _Png(path)
     if image.tile and image.tile[0][0] == "raw" and image.mode in ("L", "RGB") and len(image.tile) == 1:
@@ -155,15 +204,17 @@ def _check_band(width: int, rows: int, path: Path) -> None:
 # ---- TIFF ------------------------------------------------------------------------------------------------------------
 
 # Tags that decide how a strip or tile is decoded.
-_TAGS = (258, 259, 262, 266, 277, 284, 301, 317, 320, 338, 339, 347, 530, 531, 532)
+_TAGS = (258, 259, 262, 266, 277, 281, 284, 301, 317, 320, 338, 339, 347, 530, 531, 532)
 
 
 class _Tiff:
     """The strips or tiles of a TIFF file."""
 
-    def __init__(self, path: Path, tags: dict[int, Any], size: tuple[int, int], prefix: bytes):
+    def __init__(self, path: Path, tags: dict[int, Any], size: tuple[int, int], order: str):
         self.path, self.tags, self.size = path, tags, size
-        self.order = "<" if prefix[:2] == b"II" else ">"
+        self.order = order
+        self.white = _Range(path)
+        self.white.files = lambda: (self._small(number) for number in range(len(self.offsets)))
         height, width = size
         tiled = 324 in tags
         if int(_first(tags.get(284, 1))) == 2 and int(_first(tags.get(277, 1))) > 1:
@@ -203,10 +254,12 @@ class _Tiff:
 
     def window(self, x: int, y: int, width: int, height: int) -> Tensor:
         block_height, block_width = self.block
-        result = torch.zeros(3, height, width, dtype=torch.uint8)
+        result = torch.zeros(0, height, width, dtype=torch.uint8)
         for row in range(y // block_height, -(-(y + height) // block_height)):
             for column in range(x // block_width, -(-(x + width) // block_width)):
                 pixels = self._decoded(row * self.across + column)
+                if not len(result):
+                    result = result.new_zeros(len(pixels), height, width)
                 top, left = row * block_height, column * block_width
                 y0, y1 = max(y, top), min(y + height, top + pixels.shape[1])
                 x0, x1 = max(x, left), min(x + width, left + pixels.shape[2])
@@ -217,6 +270,14 @@ class _Tiff:
         if number in self.cache:
             self.cache.move_to_end(number)
             return self.cache[number]
+        pixels = decode(io.BytesIO(self._small(number)), os.fspath(self.path), white=self.white).contiguous()
+        self.cache[number] = pixels
+        while len(self.cache) > 1 and sum(p.nbytes for p in self.cache.values()) > CACHE:
+            self.cache.popitem(last=False)
+        return pixels
+
+    def _small(self, number: int) -> bytes:
+        """A strip or tile as a file."""
         with self.path.open("rb") as file:
             file.seek(self.offsets[number])
             data = file.read(self.lengths[number])
@@ -225,12 +286,7 @@ class _Tiff:
         height, width = self.block
         if not self.tiled:
             height = min(height, self.size[0] - number * height)
-        small = self._file(data, height, width)
-        pixels = decode(io.BytesIO(small), os.fspath(self.path), white=0xFFFF).contiguous()
-        self.cache[number] = pixels
-        while len(self.cache) > 1 and sum(p.nbytes for p in self.cache.values()) > CACHE:
-            self.cache.popitem(last=False)
-        return pixels
+        return self._file(data, height, width)
 
     def _file(self, data: bytes, height: int, width: int) -> bytes:
         """A TIFF file with one strip."""
@@ -298,6 +354,8 @@ class _Png:
             raise ImageError(f"{path}: windows of PNG files with 16 bits per colour cannot be read; {_ADVICE}")
         self.row = (self.width * pixel + 7) // 8
         self.chunks: list[tuple[bytes, bytes]] = []  # before the pixels
+        self.white = _Range(path)
+        self.white.files = self._parts
         self._restart()
 
     def _restart(self) -> None:
@@ -324,6 +382,15 @@ class _Png:
                     self.chunks.append((name, data))
 
     def window(self, x: int, y: int, width: int, height: int) -> Tensor:
+        small, skipped = self._small(x, y, width, height)
+        return decode(io.BytesIO(small), os.fspath(self.path), white=self.white)[:, :, skipped:]
+
+    def _parts(self) -> Iterator[bytes]:
+        for y in range(0, self.height, 256):
+            yield self._small(0, y, self.width, min(256, self.height - y))[0]
+
+    def _small(self, x: int, y: int, width: int, height: int) -> tuple[bytes, int]:
+        """A window as a file, and how many columns of it are in front of the window."""
         _check_band(self.width, height, self.path)
         if y < self.first:
             self._restart()
@@ -334,8 +401,7 @@ class _Png:
         start = x * pixel // 8
         skipped = x - start * 8 // pixel
         part = rows[:, start : -(-(x + width) * pixel // 8)]
-        small = self._file(part, skipped + width, self.bits, self.kind, self.chunks)
-        return decode(io.BytesIO(small), os.fspath(self.path), white=0xFFFF)[:, :, skipped:]
+        return self._file(part, skipped + width, self.bits, self.kind, self.chunks), skipped
 
     def _advance(self, keep: int, count: int) -> None:
         """Decode `count` further rows; forget those above row `keep`."""

@@ -203,8 +203,9 @@ def _entries(values: Mapping[str, Any], where: str, needed: Mapping[str, Check])
 def _mapping(value: Any, where: str, check: Check | None = None) -> None:
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be an object, got {_short(value)}")
-    for name, own in cast("dict[str, Any]", value).items() if check is not None else ():
-        check(own, f"{where}.{name}")
+    if check is not None:
+        for name, own in cast("dict[str, Any]", value).items():
+            check(own, f"{where}.{name}")
 
 
 def _each(value: Any, where: str, check: Check) -> None:

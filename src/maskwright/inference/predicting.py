@@ -284,7 +284,7 @@ class _Runner:
         batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], multiple=self.system.preprocess.multiple)
         with torch.no_grad():  # not inference mode: the caller may change results in place
             raw = run_network(self.system, batch, self.device, self.dtype)
-            found = task_called(self.task).of(self.system)(raw, batch.placements, **self.thresholds)
+            found: list[Any] = task_called(self.task).of(self.system)(raw, batch.placements, **self.thresholds)
         return [self.keep(on_host(objects)) for objects in found]
 
     def prediction(self, item: Item, found: Instances | Panoptic, seconds: float) -> Prediction:

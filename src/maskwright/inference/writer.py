@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from maskwright.data.images import Reading
+from maskwright.data.images import reading as as_specified
 from maskwright.data.windows import WindowedImage, is_huge
 from maskwright.errors import DataError, interruption
 from maskwright.evaluation.tasks import TASKS, Task
@@ -221,7 +222,9 @@ class PredictionWriter:
 
     def _draw(self, path: Path, found: Instances | Panoptic, target: Path, reading: Reading | None) -> None:
         if is_huge(path):
-            image = WindowedImage(path).overview(OVERVIEW)
+            with as_specified(reading or Reading()):
+                image = WindowedImage(path).overview(OVERVIEW)
+            image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
             objects = found if isinstance(found, Instances) else found.segments
             found = objects.place(Placement.resize(objects.image_size, (image.shape[1], image.shape[2])))
         else:

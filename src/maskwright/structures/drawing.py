@@ -236,28 +236,38 @@ def _blend(
     Needs five bytes of memory for each pixel of the crop.
     """
     from PIL import Image as pillow
-    from PIL import ImageChops, ImageFilter
+    from PIL import ImageFilter
 
     if not crop.size:
         return
-    plane = pillow.fromarray(np.pad(crop.astype(np.uint8) * np.uint8(255), 2))
-    edge = plane.filter(ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 4, 2, 1, 2, 1), 16))
-    core = edge
-    if line:
-        # A straight edge blurred by a Gaussian of `line` pixels has the value 0.841 at this depth and the slope
-        # 0.242 / line: a ramp of one pixel around this value is the soft inner edge of the border.
-        values = (np.arange(256) / 255 - 0.841) * line / 0.242 + 0.5
-        core = plane.filter(ImageFilter.GaussianBlur(line)).point(
-            (values.clip(0, 1) * 255).round().astype(int).tolist()
-        )
+    height, width = crop.shape
+    padded = np.zeros((height + 4, width + 4), np.uint8)
+    np.multiply(crop, np.uint8(255), out=padded[2:-2, 2:-2])
+    plane = pillow.fromarray(padded)
+    edge = np.asarray(plane.filter(ImageFilter.Kernel((3, 3), (1, 2, 1, 2, 4, 2, 1, 2, 1), 16)))
+    blurred = np.asarray(plane.filter(ImageFilter.GaussianBlur(line))) if line else edge
+    core, inside = _tables(line, alpha)
     if crowd:
         x, y = np.meshgrid(np.arange(plane.width) + corner[0], np.arange(plane.height) + corner[1])
         period = max(6, 5 * line)
         kept = np.where((x + y) % period * 2 < period, 1 - alpha, 1 - alpha / 4)
-        inside = ImageChops.multiply(core, pillow.fromarray((kept * 255).astype(np.uint8)))
+        inner = (core[blurred] * kept).astype(np.uint8)
     else:
-        inside = core.point([round(v * (1 - alpha)) for v in range(256)])
-    canvas.paste(paint, (corner[0] - 2, corner[1] - 2), ImageChops.subtract(edge, inside))
+        inner = inside[blurred]
+    opacity = edge - np.minimum(edge, inner)
+    canvas.paste(paint, (corner[0] - 2, corner[1] - 2), pillow.fromarray(opacity))
+
+
+@functools.lru_cache(16)
+def _tables(line: int, alpha: float) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """For each value of a blurred mask, whether it is inside the border, 0 ... 255, and what is subtracted there."""
+    values = np.arange(256) / 255
+    if line:
+        # A straight edge blurred by a Gaussian of `line` pixels has the value 0.841 at this depth and the slope
+        # 0.242 / line: a ramp of one pixel around this value is the soft inner edge of the border.
+        values = ((values - 0.841) * line / 0.242 + 0.5).clip(0, 1)
+    core = (values * 255).round().astype(np.uint8)
+    return core, (core * (1 - alpha)).round().astype(np.uint8)
 
 
 # ---- keypoints -----------------------------------------------------------------------------------------------------
@@ -380,7 +390,7 @@ def _write_labels(
             places = [(x, y), (x, y - height), (x, y + height), (x - width, y), (x + width, y)]
         fitting = [(min(max(0, x), right), y) for x, y in places if 0 <= y <= image[0] - height]
         fitting = np.array(fitting or [(min(max(0, x0), right), max(0.0, min(y0, image[0] - height)))])
-        rows = np.hstack([fitting, fitting + np.array([width, height])]).round()
+        rows = np.hstack([fitting, fitting + np.array([width, height])]).round().astype(np.float64)
         hidden = grid.near(rows, number, 2 * width * height)
         if hidden is None:
             continue

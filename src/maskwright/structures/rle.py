@@ -268,11 +268,17 @@ def to_crops(texts: Sequence[bytes], height: int) -> Iterator[tuple[Frame, Bools
     cuts: list[int] = np.searchsorted(owner, np.arange(len(texts) + 1)).tolist()
     for box, (a, b) in zip(_frames(starts, ends, owner, len(texts), height), pairwise(cuts), strict=True):
         x0, y0, x1, y1 = box
-        line = np.zeros((x1 - x0) * height + 1, np.int8)
-        line[starts[a:b] - x0 * height] += 1
-        line[ends[a:b] - x0 * height] -= 1
-        plane = np.cumsum(line[:-1], dtype=np.int8).reshape(x1 - x0, height)
-        yield box, plane.view(bool)[:, y0:y1].T
+        rows = y1 - y0  # those of the image where a run continues in the next column
+        line = np.zeros((x1 - x0) * rows + 1, np.int8)
+        line[_in_window(starts[a:b], height, x0, y0, rows)] += 1
+        line[_in_window(ends[a:b] - 1, height, x0, y0, rows) + 1] -= 1
+        yield box, np.cumsum(line[:-1], dtype=np.int8).reshape(x1 - x0, rows).view(bool).T
+
+
+def _in_window(pixels: Ints, height: int, x0: int, y0: int, rows: int) -> Ints:
+    """Numbers of pixels, column by column, in a window instead of the image."""
+    columns = pixels // height
+    return pixels - columns * height - y0 + (columns - x0) * rows
 
 
 def area(text: bytes) -> int:

@@ -95,7 +95,7 @@ class Ablation:
     base: Mapping[str, Any]
     scenes: Mapping[str, Any]
     recipe: Mapping[str, Any]
-    decoding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    decoding: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     measures: Mapping[str, str] | None = None
 
     @property

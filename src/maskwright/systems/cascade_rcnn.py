@@ -252,7 +252,7 @@ class CascadeMaskRCNN(MaskRCNN):
     # ---- detection ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def decode(
+    def decode(  # pyright: ignore[reportIncompatibleMethodOverride]  # no points to refine, no mask scores
         self,
         raw: Raw,
         placements: Sequence[Placement],

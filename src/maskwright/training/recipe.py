@@ -214,7 +214,8 @@ def _as_name(value: Any) -> Any:
     """A function (a transform of the user) as the name it is imported by, and numbers of NumPy as Python's."""
     from maskwright.data.own_transform import name_of
 
-    return name_of(value) if callable(value) else value.item() if hasattr(value, "item") else str(value)
+    given: Any = value  # narrowing by `callable` would lose the type
+    return name_of(given) if callable(value) else value.item() if hasattr(value, "item") else str(value)
 
 
 @cache

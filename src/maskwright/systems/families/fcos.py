@@ -265,7 +265,9 @@ class FCOSSystem(System):
         if radius is not None and not radius > 0:
             raise UsageError(f"radius must be above 0, or None for the whole box, got {radius}")
         self.classes, self.rules = tuple(classes), RULES[rules]
-        self.radius, self.box_loss, self.quality = radius, box_loss, quality
+        self.radius = radius
+        self.box_loss: fcos.BoxLoss = box_loss
+        self.quality: Literal["centerness", "iou"] = quality
         self.strides: tuple[int, ...] = fcos.STRIDES[:levels]
         ends = [*(high for _, high in fcos.RANGES[: levels - 1]), 1e8]
         first = -1.0 if self.rules.inclusive else 0.0
