@@ -153,7 +153,7 @@ def test_panoptic_and_semantic_output():
         ({"backbone": {"heads": 0}}, "backbone.heads must be at least 1, got 0"),
         ({"backbone": {"depth": 0}}, "backbone.depth must be at least 1, got 0"),
         ({"backbone": "resnet18"}, r"eomt: backbone must be a plain vision transformer \(vit_...\), got 'resnet18'"),
-        ({"backbone": "vit_nothing"}, "timm cannot build 'vit_nothing' for inputs of 128 pixels"),
+        ({"backbone": "vit_nothing"}, "there is no model 'vit_nothing' in timm's registry"),
         ({"resize": {"canvas": (8, 128)}}, r"resize.canvas must hold at least one patch of 16 pixels, got \[8, 128\]"),
         ({"resize": {"multiple": 8}}, "resize.multiple must be a multiple of patch, that is of 16, got 8"),
     ],
