@@ -43,6 +43,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if both:
         raise pytest.UsageError(f"marked fast and slow at once: {', '.join(both)}")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    if config.option.markexpr == "fast":
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(autouse=True)

@@ -88,7 +88,6 @@ def test_every_subpackage_exports_its_names(subpackage):
         assert getattr(module, name) is not None
 
 
-@pytest.mark.fast
 def test_every_module_has_a_docstring():
     for path in (ROOT / "src").rglob("*.py"):
         text = path.read_text("utf-8")

@@ -23,6 +23,7 @@ def test_locations_lie_at_the_centres_of_their_cells():
     assert len(levels[0]) == 8 * 12
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("radius", [None, 1.5])
 def test_assignment_equals_the_rule_written_out(radius):
     generator = torch.Generator().manual_seed(0)

@@ -82,6 +82,7 @@ def prepared(system: str, found: dict[str, Any]) -> Preprocess:
     return describe(system, resize=resize_of(found)).preprocess
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("said", USUAL.values(), ids=USUAL)
 @pytest.mark.parametrize("system", ["detr", "maskformer", "mask2former"])
 def test_files_of_published_folders_change_nothing(system: str, said: dict[str, Any]):
@@ -100,6 +101,7 @@ def test_files_of_published_folders_of_eomt_change_nothing():
     assert options("eomt", preprocessor=said, config=config) == options("eomt")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("system", ["detr", "maskformer", "mask2former"])
 def test_images_are_prepared_as_the_folder_says(system: str):
     size = {"shortest_edge": 480, "longest_edge": 640}
@@ -117,6 +119,7 @@ def test_images_are_prepared_as_the_folder_says(system: str):
     assert options(system, preprocessor=raw) == options(system)
 
 
+@pytest.mark.thorough
 def test_eomt_is_normalised_as_the_folder_says():
     found = options("eomt", preprocessor={"image_mean": [0.5] * 3, "image_std": [0.25] * 3})
     assert found["resize"] == {"canvas": [640, 640], "mean": [0.5] * 3, "std": [0.25] * 3}

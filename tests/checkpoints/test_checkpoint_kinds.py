@@ -103,6 +103,7 @@ def nameless(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return assume
 
 
+@pytest.mark.thorough
 def test_classes_name_the_rows_of_a_file_without_names(
     stand_in: Any, theirs: Any, nameless: Any, tmp_path: Path
 ) -> None:

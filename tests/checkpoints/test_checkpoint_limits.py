@@ -82,6 +82,7 @@ def torch_file(tensors: dict[str, tuple[int, tuple[int, ...], tuple[int, ...]]],
     return whole.getvalue()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("offset", "size", "stride", "count"),
     [(0, (1 << 14, 1 << 10), (0, 0), 1), (0, (8999,), (1,), 9000), (0, (4500, 4500), (1, 1), 9000)],
@@ -114,6 +115,7 @@ def test_arrays_that_repeat_the_same_bytes_share_it_too(tmp_path: Path) -> None:
     refused(tmp_path / "x.pkl", "far more")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "maker", [b"cbuiltins\nlist\n", b"ccollections\ndeque\n", b"cbuiltins\ntuple\n", b"ctorch\nSize\n"]
 )
@@ -123,6 +125,7 @@ def test_copies_of_containers_are_counted(tmp_path: Path, maker: bytes) -> None:
     refused(path, "its containers repeat one another far more often")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("depth", [3, 4, 60])
 @pytest.mark.parametrize("kind", ["dict", "list"])
 @pytest.mark.parametrize("key", ["model", "meta", "state_dict"])
@@ -137,12 +140,14 @@ def test_containers_that_contain_one_another_many_times(tmp_path: Path, depth: i
     assert words == "" or "far more often" in words or "nested more than" in words
 
 
+@pytest.mark.thorough
 def test_keys_whose_hashes_collide_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pkl"
     path.write_bytes(pickle.dumps({"a": np.ones(1), "b": {k * ((1 << 61) - 1): 1 for k in range(1, 9000)}}))
     refused(path, "a int as key of a dict")
 
 
+@pytest.mark.thorough
 def test_arrays_of_types_and_shapes_that_do_not_exist(tmp_path: Path) -> None:
     class Kind:
         def __init__(self, letters: str):
@@ -211,6 +216,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("field", ["short", "long", "resample", "mean", "std", "divide", "channels", "multiple", "fit",
                                    "canvas", "sizes", "corner"])  # fmt: skip
 def test_every_field_of_preprocess_is_validated(small: Path, field: str) -> None:
@@ -224,6 +230,7 @@ def test_every_field_of_preprocess_is_validated(small: Path, field: str) -> None
         assert len(words) < 700
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("preprocess", [{"mean": [0.5], "std": [1.0]}, {"mean": [0.5] * 4, "std": [1.0] * 4}])
 def test_the_channels_of_preprocess_are_those_of_the_system(small: Path, preprocess: Any) -> None:
     good = read_metadata(small)["preprocess"]
@@ -231,6 +238,7 @@ def test_the_channels_of_preprocess_are_those_of_the_system(small: Path, preproc
         load(rewritten(small, preprocess={**good, **preprocess}))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", range(len(VALUES)))
 def test_options_of_any_type_are_refused_or_loaded(small: Path, number: int) -> None:
     good, value = read_metadata(small)["options"], VALUES[number]
@@ -246,6 +254,7 @@ def test_class_names_are_validated(small: Path, classes: str) -> None:
         load(rewritten(small, classes=classes))
 
 
+@pytest.mark.thorough
 def test_options_that_describe_a_huge_system_cost_nothing(small: Path) -> None:
     good = read_metadata(small)["options"]
     for change in (
@@ -256,6 +265,7 @@ def test_options_that_describe_a_huge_system_cost_nothing(small: Path) -> None:
             load(rewritten(small, options={**good, **change}))
 
 
+@pytest.mark.thorough
 def test_nothing_is_allocated_before_shapes_are_compared(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
     kind = mw.systems.system_class("solov2")
@@ -275,6 +285,7 @@ def test_nothing_is_allocated_before_shapes_are_compared(small: Path, monkeypatc
     assert built == ["meta", "meta", "cpu"]
 
 
+@pytest.mark.thorough
 def test_mistakes_of_the_caller_stay_usage_errors(small: Path) -> None:
     with pytest.raises(UsageError, match="neck_width"):
         load(small, neck_width=-1)

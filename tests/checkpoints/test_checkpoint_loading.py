@@ -298,6 +298,7 @@ def test_reading_the_header_of_another_file_is_an_error(tmp_path: Path) -> None:
         read_metadata(tmp_path / "x.safetensors")
 
 
+@pytest.mark.thorough
 def test_a_saved_system_fetches_no_pretrained_weights_again(tmp_path, monkeypatch):
     import timm
 

@@ -294,7 +294,6 @@ def test_claims_about_tensors_are_held_against_the_bytes(tmp_path: Path) -> None
         attempt(6, (2, 3), (3, -1))
 
 
-@pytest.mark.fast
 def test_archives_that_unpack_to_too_much_or_lack_parts(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     good = tensor_pickle(6, (6,), (1,))

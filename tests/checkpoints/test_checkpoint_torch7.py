@@ -104,6 +104,7 @@ def model(state: dict[str, np.ndarray]) -> bytes:
     return Writer().write(content).bytes()
 
 
+@pytest.mark.thorough
 def test_the_released_network_is_read_from_its_own_kind_of_file(tmp_path):
     state = narrow()
     (tmp_path / "model.t7").write_bytes(model(state))
@@ -139,6 +140,7 @@ def test_repeated_objects_are_shared_and_functions_are_skipped(tmp_path):
     assert torch.equal(read["layer.bias"], read["layer.weight"])
 
 
+@pytest.mark.thorough
 def test_files_that_are_cut_short_or_damaged_are_refused_in_words(tmp_path):
     data = model(narrow())
     path = tmp_path / "x.t7"

@@ -145,6 +145,7 @@ def test_the_version(capsys):
     assert capsys.readouterr().out == f"maskwright {__version__}\n"
 
 
+@pytest.mark.thorough
 def test_every_choice_of_the_recipe_is_an_option_of_train(capsys):
     from dataclasses import fields
 

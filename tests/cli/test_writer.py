@@ -42,6 +42,7 @@ def image(tmp_path):
     return make
 
 
+@pytest.mark.thorough
 def test_the_three_kinds(image, tmp_path):
     path = image("a.png")
     writer = PredictionWriter(tmp_path / "out", ("drawn", "coco", "masks"), CLASSES, [path])

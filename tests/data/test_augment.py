@@ -82,6 +82,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("resample", ["pillow", "tensor"])
 @pytest.mark.parametrize("kind", ["rle", "polygon"])
 @pytest.mark.parametrize("name", OPTIONS)
@@ -93,6 +94,7 @@ def test_image_masks_and_boxes_stay_aligned(name: str, kind: str, resample):
         check_aligned(augment.apply(sample, drawn, resample=resample))
 
 
+@pytest.mark.thorough
 @settings(max_examples=30)
 @given(st.integers(0, 10_000), st.tuples(st.integers(20, 80), st.integers(20, 80)))
 def test_placements_stay_inside_the_image_and_the_canvas(seed: int, size: tuple[int, int]):

@@ -30,6 +30,7 @@ def damaged_set(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_an_intact_data_set_has_no_findings(tmp_path: Path):
     write(tmp_path, content(2))
     report = check(tmp_path)
@@ -56,6 +57,7 @@ def test_all_problems_are_found_at_once(tmp_path: Path):
     assert f"maskwright check {tmp_path} --fix {tmp_path}-fixed" in text
 
 
+@pytest.mark.thorough
 def test_the_repaired_copy_can_be_read_in_strict_mode_and_keeps_everything_else(tmp_path: Path):
     source = damaged_set(tmp_path / "set")
     before = {p: p.read_bytes() for p in source.rglob("*") if p.is_file()}

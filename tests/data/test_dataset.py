@@ -52,6 +52,7 @@ def test_a_dataset_is_returned_unchanged():
     assert as_dataset(SCENES) is SCENES
 
 
+@pytest.mark.thorough
 def test_what_a_minimal_data_set_lacks_is_derived():
     data = as_dataset(Minimal())
     assert isinstance(data, Dataset)

@@ -162,6 +162,7 @@ def test_ranges():
 # ---- TIFF ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("count", [1, 3, 4])
 @pytest.mark.parametrize("kind", ["u1", "u2", "u4", "f2", "f4", "f8"])
 def test_tiff_of_every_layout(tmp_path: Path, kind: str, count: int):

@@ -564,6 +564,7 @@ def test_few_masks_missing_among_many(tmp_path: Path):
 # ---- no false alarms -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("images", [1, 2, 8])
 @pytest.mark.parametrize("seed", range(6))
 def test_correct_sets_of_any_size_have_no_findings(tmp_path: Path, images: int, seed: int):
@@ -577,6 +578,7 @@ def test_correct_sets_of_any_size_have_no_findings(tmp_path: Path, images: int, 
     assert not table_of(tmp_path, corner).findings
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["coco-mini", "pedestrians", "nuclei", "balloons", "fruits-nuts", "formats/coco"])
 def test_real_sets_have_no_findings(name: str):
     folder = shared(name)

@@ -122,6 +122,7 @@ def test_an_oversized_header_is_an_error(tmp_path: Path):
             read(tmp_path / "bomb.png")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", [(6000, 16000), (14000, 14000)])
 def test_large_images_below_the_limit_cause_no_warning(tmp_path: Path, size: tuple[int, int]):
     Image.new("1", size[::-1]).save(tmp_path / "a.png")  # Pillow's own open would warn or refuse

@@ -106,7 +106,6 @@ def test_an_epoch_contains_every_image_in_full_batches():
     assert found.indices(0) != loader(11, 4, augment=None, seed=1).indices(0)
 
 
-@pytest.mark.fast
 def test_fewer_images_than_a_batch_are_repeated():
     found = loader(3, 8)
     batches = list(found)
@@ -168,7 +167,6 @@ def test_tall_and_wide_images_are_batched_separately(tmp_path: Path):
     assert len(found) == 6
 
 
-@pytest.mark.fast
 @given(st.lists(st.booleans(), max_size=40), st.integers(1, 9))
 def test_grouping_keeps_every_image(tall: list[bool], size: int):
     order = np.random.default_rng(0).permutation(len(tall))
@@ -181,7 +179,6 @@ def test_grouping_keeps_every_image(tall: list[bool], size: int):
     assert (batches.any(1) & ~batches.all(1)).sum() <= 2
 
 
-@pytest.mark.fast
 def test_evaluation_uses_the_order_of_the_data_set():
     found = loader(7, 3, training=False)
     assert [len(b) for b in found] == [3, 3, 1]
@@ -255,7 +252,6 @@ def test_a_data_set_without_readable_images_is_an_error(tmp_path: Path):
         list(make_loader(dataset, RULE, batch_size=2, training=True))
 
 
-@pytest.mark.fast
 def test_keypoints_are_flipped_by_their_names():
     scenes = Scenes(3, (96, 96), keypoints=True, empty=0)
     rule = Preprocess(short=96, long=96)

@@ -213,6 +213,7 @@ def test_json_files_are_recognized_by_their_start(tmp_path: Path):
         assert [(format_name, match.confidence) for format_name, match in matches] == [("coco", confidence)]
 
 
+@pytest.mark.thorough
 def test_modules_of_the_package_do_not_import_each_other_in_circles():
     folder = Path(maskwright.data.__file__).parent
     imports: dict[str, set[str]] = {}

@@ -93,6 +93,7 @@ def test_upright_annotations_of_images_listed_as_stored_are_used(tmp_path: Path,
     assert exact(tmp_path / "copy/annotations/result.json")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("listed", [STORED, (60, 40)])
 @pytest.mark.parametrize("code", [False, True])
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])

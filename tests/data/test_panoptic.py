@@ -225,6 +225,7 @@ def test_maps_with_the_same_name_in_two_folders(tmp_path: Path):
     assert [len(copy.targets(index)) for index in range(2)] == [3, 2]
 
 
+@pytest.mark.thorough
 def test_scenes_with_stuff_label_every_pixel_and_are_read_back_exactly(tmp_path: Path):
     scenes = Scenes(3, (48, 64), seed=4, stuff=True)
     assert scenes.stuff == scenes.classes[-4:]

@@ -110,6 +110,7 @@ def test_the_findings_of_the_copy_decide(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
 
 
+@pytest.mark.thorough
 def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     two_splits(tmp_path / "good")
     write(tmp_path / "val-only", content(1), "val")

@@ -38,6 +38,7 @@ def test_targets_match_the_samples():
         assert sample.image.dtype == torch.uint8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("difficulty", [0.0, 0.5, 1.0])
 def test_masks_are_the_visible_parts(difficulty: float):
     scenes = Scenes(40, difficulty=difficulty, empty=0)
@@ -54,6 +55,7 @@ def test_masks_are_the_visible_parts(difficulty: float):
     assert min(counts) >= 1
 
 
+@pytest.mark.thorough
 def test_difficulty_gives_more_and_smaller_objects():
     easy, hard = Scenes(30, difficulty=0, empty=0), Scenes(30, difficulty=1, empty=0)
     counts = [np.mean([len(s.targets(i)) for i in range(30)]) for s in (easy, hard)]
@@ -85,6 +87,7 @@ def test_rings_have_holes():
     assert holes > 4
 
 
+@pytest.mark.thorough
 def test_all_classes_occur():
     scenes = Scenes(40)
     labels = torch.cat([scenes.targets(i).labels for i in range(40)])
@@ -97,6 +100,7 @@ def test_the_fraction_of_empty_images():
     assert all(len(Scenes(1, empty=1.0)[0].target) == 0 for _ in range(1))
 
 
+@pytest.mark.thorough
 def test_figures_have_keypoints_left_and_right():
     scenes = Scenes(12, keypoints=True, empty=0)
     assert scenes.classes == ("figure",)
@@ -127,6 +131,7 @@ def test_a_flip_swaps_left_and_right_keypoints():
     assert mirrored_keypoints(None) is None
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("keypoints", [False, True])
 def test_writing_and_reading_back(tmp_path: Path, keypoints: bool):
     scenes = Scenes(5, (48, 64), seed=2, keypoints=keypoints)

@@ -66,6 +66,7 @@ def test_quarter_turns_are_exact(kind: str, quarters: int):
     assert torch.equal(back.keypoints, target.keypoints)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["rle", "polygon"])
 @pytest.mark.parametrize(
     ("options", "expected"),
@@ -161,6 +162,7 @@ def test_a_transform_of_the_user_changes_image_and_objects():
         assert torch.equal(target.masks.dense()[0], plane == 60)
 
 
+@pytest.mark.thorough
 def test_random_transforms_are_reproducible_and_change_no_other_random_state():
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     first = batch(noisy).images
@@ -267,6 +269,7 @@ def test_images_of_other_channels_are_resized(channels: int):
 # ---- the sheet -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_training_batch_is_drawn(tmp_path: Path):
     path = show_batch(
         "mask-rcnn", Scenes(6, (96, 128), seed=1), tmp_path / "batch.png", batch=4, short=(96,), long=128,

@@ -64,6 +64,7 @@ def rows_of(view, index: int) -> list[tuple]:
     return list(zip(names, boxes, view.areas(index).tolist(), view.annotation_ids(index), strict=True))
 
 
+@pytest.mark.thorough
 def test_renamed_objects_keep_their_areas_and_ids():
     data = Numbered()
     names = ("unknown", data.classes[2], data.classes[0])
@@ -76,6 +77,7 @@ def test_renamed_objects_keep_their_areas_and_ids():
     assert any(len(rows_of(view, k)) < len(rows_of(data, k)) for k in range(len(data))), "some were omitted"
 
 
+@pytest.mark.thorough
 def test_stuff_is_omitted_with_its_areas():
     data = Numbered()
     view = things_only(data)
@@ -85,6 +87,7 @@ def test_stuff_is_omitted_with_its_areas():
         assert rows_of(view, index) == [row for row in rows_of(data, index) if row[0] not in data.stuff]
 
 
+@pytest.mark.thorough
 def test_one_class_contains_all_objects_in_the_order_of_their_labels():
     data = Numbered()
     view = OneClass(data, "thing")
@@ -119,6 +122,7 @@ def test_views_keep_the_attributes_of_the_data_set():
     assert Renamed(data, data.classes[:1]).stuff == ()
 
 
+@pytest.mark.thorough
 def test_keypoints_can_be_dropped():
     data = Scenes(2, (64, 64), keypoints=True, empty=0)
     view = without_keypoints(data)

@@ -40,7 +40,6 @@ def assert_equal(result, judged):
         assert abs(result.summary[name] - value) <= 1e-6, f"{name}: {result.summary[name]} instead of {value}"
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["segm", "bbox", "keypoints"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
@@ -52,7 +51,6 @@ def test_generated_results_score_as_pycocotools_says(engine, kind, ties, tmp_pat
     assert_equal(measured(data, made, (kind,), backend=engine), judged)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_order_of_ids_decides_ties_and_not_the_order_of_the_file(engine, tmp_path):
     ids = [int(i) for i in np.random.default_rng(5).permutation(10_000)[:15]]
@@ -61,7 +59,6 @@ def test_the_order_of_ids_decides_ties_and_not_the_order_of_the_file(engine, tmp
     assert_equal(measured(data, made, ("segm",), backend=engine), verdict(data, made, "segm", tmp_path))
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ids_may_be_huge_or_names(engine):
     plain = data_set(10)
@@ -103,7 +100,6 @@ def test_nothing_predicted_is_zero_and_nothing_to_find_is_minus_one(engine, kind
     assert measured(no_images, [], kinds, backend=engine).summary[f"{kinds[0]}/AP"] == -1
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_perfect_prediction_scores_one_everywhere(engine):
     data = data_set(8, keypoints=17, crowd=0)
@@ -137,7 +133,6 @@ def test_an_empty_mask_has_an_empty_boundary():
 
 
 @pytest.mark.skipif(util.find_spec("vernier") is None, reason="vernier is an extra")
-@pytest.mark.fast
 @pytest.mark.parametrize("crowd", [0.0, 0.3])
 def test_boundary_ap_without_vernier_is_the_same_as_with_it(crowd):
     data = data_set(15, crowd=crowd)
@@ -151,7 +146,6 @@ def test_boundary_ap_without_vernier_is_the_same_as_with_it(crowd):
 # ---- asking for what cannot be ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.fast
 def test_without_vernier_pycocotools_counts(monkeypatch):
     monkeypatch.setattr(coco_module.util, "find_spec", lambda name: None)
     data = data_set(3)
@@ -160,7 +154,6 @@ def test_without_vernier_pycocotools_counts(monkeypatch):
         Evaluator(data, backend="vernier")
 
 
-@pytest.mark.fast
 def test_other_numbers_of_keypoints_are_measured_and_the_protocol_says_how():
     data = data_set(10, keypoints=4)
     result = measured(data, predictions(data), ("keypoints",))
@@ -175,7 +168,6 @@ def test_keypoints_must_agree():
         measured(data, predictions(other), ("keypoints",))
 
 
-@pytest.mark.fast
 def test_annotations_without_masks_are_no_truth_for_masks():
     data = data_set(4)
     boxes_only = Ellipses([Instances(t.image_size, t.boxes, t.labels) for t in data.images], data.ids)
@@ -281,7 +273,6 @@ def test_from_file_to_file_the_numbers_are_those_of_pycocotools(name, tmp_path):
         assert_equal(result, verdict_of_files(annotations, records, kind, tmp_path))
 
 
-@pytest.mark.fast
 def test_overlap_thresholds_and_size_ranges_are_arguments(tmp_path):
     data = data_set(12)
     made = predictions(data)

@@ -84,6 +84,7 @@ def test_objects_of_classes_the_data_set_lacks_are_left_out():
     assert result.confusion.counts.sum() == 2
 
 
+@pytest.mark.thorough
 def test_images_that_were_not_added_count_as_empty_and_are_told():
     data = data_set(6)
     made = predictions(data)
@@ -111,6 +112,7 @@ def test_predictions_are_held_small():
 # ---- several processes, files ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_partials_merge_to_the_same_result():
     data = data_set(9)
     made = predictions(data)
@@ -130,6 +132,7 @@ def test_partials_merge_to_the_same_result():
         head.merge([{999: partials[0][data.ids[0]]}])
 
 
+@pytest.mark.thorough
 def test_results_are_written_and_read_back(tmp_path):
     data = data_set(9, keypoints=17)
     made = predictions(data)
@@ -247,6 +250,7 @@ def test_images_are_ranked_by_quality_and_empty_ones_left_out():
     assert [e.score.id for e in result.examples if e.rank == "best"] == ["a"]
 
 
+@pytest.mark.thorough
 @given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 10_000), st.sampled_from([3, 1000]))
 def test_rounds_of_mutual_bests_pair_as_going_one_by_one_does(rows, columns, seed, levels):
     rng = np.random.default_rng(seed)
@@ -272,6 +276,7 @@ def test_rounds_of_mutual_bests_pair_as_going_one_by_one_does(rows, columns, see
 # ---- the result ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_a_result_survives_its_file(tmp_path):
     data = data_set(9, keypoints=17)
     result = filled(data, predictions(data), kinds=("segm", "keypoints"), boundary=True).result(title="Ovals")

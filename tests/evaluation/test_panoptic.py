@@ -91,6 +91,7 @@ def scenes() -> Dataset:
     return Scenes(3, (48, 64), stuff=True, difficulty=0.2)
 
 
+@pytest.mark.thorough
 def test_an_evaluator_adds_images_up(tmp_path):
     dataset = scenes()
     evaluator = PanopticEvaluator(dataset)
@@ -114,6 +115,7 @@ def test_an_evaluator_adds_images_up(tmp_path):
     assert any(name in page for name in dataset.stuff)
 
 
+@pytest.mark.thorough
 def test_labels_of_pixels_are_compared(tmp_path):
     dataset = scenes()
     evaluator = SemanticEvaluator(dataset)

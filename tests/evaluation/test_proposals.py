@@ -48,7 +48,6 @@ def records_of(data, made):
     return [record for image_id, own in pairs for record in own.to_coco(image_id, data.category_ids)]
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", ["segm", "bbox"])
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
@@ -88,7 +87,6 @@ def test_recall_of_many_proposals_on_real_images_is_what_pycocotools_says(engine
     assert_equal(measured(data, made, (kind,), task="proposals", backend=engine), expected)
 
 
-@pytest.mark.fast
 def test_fewer_proposals_have_limits_of_their_own(tmp_path):
     data = data_set(8)
     made = predictions(data)
@@ -100,7 +98,6 @@ def test_fewer_proposals_have_limits_of_their_own(tmp_path):
     assert_equal(result, expected)
 
 
-@pytest.mark.fast
 def test_labels_of_proposals_mean_nothing():
     data = data_set(8, classes=3)
     made = predictions(data)
@@ -109,7 +106,6 @@ def test_labels_of_proposals_mean_nothing():
     assert plain == other
 
 
-@pytest.mark.fast
 def test_a_result_of_proposals_reads_as_one(tmp_path):
     data = data_set(8)
     result = measured(data, predictions(data), task="proposals")

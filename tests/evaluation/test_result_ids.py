@@ -151,6 +151,7 @@ def renumbered(dataset, tmp_path, images, categories):
     return read_coco(path, dataset.folder)
 
 
+@pytest.mark.thorough
 def test_known_ids_that_stand_for_other_images_or_classes_are_refused(made, tmp_path):
     dataset, records = made
     ids = dataset.image_ids()
@@ -177,6 +178,7 @@ def test_known_ids_that_stand_for_other_images_or_classes_are_refused(made, tmp_
     assert 0 < ap(dataset, path) < 0.6, "a poor result is no reason to refuse"
 
 
+@pytest.mark.thorough
 def test_predictions_on_nothing_are_refused_unless_they_score_low(made, written):
     path = written(lambda r: {"bbox": [60.0, 60.0, 2.0, 2.0], "segmentation": None})
     with pytest.raises(AnnotationError, match=r"only \d of \d\d predictions lie on an object .* of another split"):
@@ -186,6 +188,7 @@ def test_predictions_on_nothing_are_refused_unless_they_score_low(made, written)
         assert ap(made[0], path, ("bbox",)) < 0.1
 
 
+@pytest.mark.thorough
 def test_null_masks_and_keypoints_alone(made, written, tmp_path):
     assert ap(made[0], written(lambda r: {"segmentation": None}), ("bbox",)) == 1.0
     assert ap(made[0], written(lambda r: {"segmentation": []}), ("bbox",)) == 1.0
@@ -210,6 +213,7 @@ def predicted(dataset, folder, *, images=None, ids=None, classes=CLASSES):
     return folder / "results.json"
 
 
+@pytest.mark.thorough
 def test_results_of_predict_are_matched_by_name_or_have_own_ids(made, tmp_path):
     dataset, records = made
     path = predicted(dataset, tmp_path / "found")
@@ -230,6 +234,7 @@ def test_results_of_predict_are_matched_by_name_or_have_own_ids(made, tmp_path):
     assert find_ids([dataset.folder], ("cat",)) is None
 
 
+@pytest.mark.thorough
 def test_pictures_of_another_split_are_refused(made, tmp_path):
     dataset, _ = made
     other = read_coco(Scenes(12, (64, 64), seed=9, classes=CLASSES, empty=0).write(tmp_path / "other", "train"))
@@ -243,6 +248,7 @@ def test_pictures_of_another_split_are_refused(made, tmp_path):
         ap(dataset, tmp_path / "found" / "results.json")
 
 
+@pytest.mark.thorough
 def test_pictures_that_do_not_list_the_ids_belong_to_another_file(made, written):
     path = written(lambda r: {})
     (path.parent / "pictures.json").write_text(
@@ -266,6 +272,7 @@ def test_classes_that_the_data_set_lacks_get_unused_ids_and_are_left_out(made, t
     assert {int(label) for record in evaluator.partial().values() for label in record.labels} == {0, 1}
 
 
+@pytest.mark.thorough
 def test_panoptic_results_are_read_with_their_own_lists(tmp_path):
     path = Scenes(4, (48, 48), seed=4, stuff=True).write(tmp_path / "set", "val")
     dataset = read_panoptic(path)

@@ -67,6 +67,7 @@ def system() -> Painted:
     return Painted().eval()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch", [1, 3, 20])
 def test_who_sees_everything_scores_one(system, batch):
     result = evaluate(system, Gallery(), batch=batch, device="cpu", examples=2)
@@ -90,6 +91,7 @@ def test_who_sees_everything_scores_one(system, batch):
     assert speed.parameters == 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch", [1, 4])
 def test_perfect_predictions_score_one_in_tiles_too(system, batch):
     result = evaluate(system, Gallery(4), tile=32, overlap=0.5, batch=batch, device="cpu", examples=2)
@@ -101,6 +103,7 @@ def test_perfect_predictions_score_one_in_tiles_too(system, batch):
     assert 0 < result.speed.milliseconds <= result.speed.milliseconds_p90
 
 
+@pytest.mark.thorough
 def test_a_broken_image_among_tiled_ones(system):
     with pytest.warns(DataWarning, match=r"image-2\.jpg: is cut off \(counted as an image without predictions"):
         result = evaluate(system, Gallery(4, broken=(2,)), tile=32, examples=0)
@@ -111,6 +114,7 @@ def test_a_broken_image_among_tiled_ones(system):
         evaluate(system, gallery, tile=32)
 
 
+@pytest.mark.thorough
 def test_thresholds_and_limits_reduce_the_detections(system):
     assert evaluate(system, Gallery(), detections=1)["segm/AP"] < 0.9
     assert evaluate(system, Gallery(), score_threshold=0.999)["segm/AP"] < 0.9
@@ -120,6 +124,7 @@ def test_thresholds_and_limits_reduce_the_detections(system):
     assert dict(evaluate(system, Gallery(), score_threshold=0.3).protocol.facts())["score threshold"] == "0.3"
 
 
+@pytest.mark.thorough
 def test_classes_are_matched_by_name(system):
     assert evaluate(system, Gallery(classes=("bird", "dog", "cat")))["segm/AP"] == pytest.approx(1)
     stranger = Painted(("Cat", "unicorn")).eval()
@@ -132,6 +137,7 @@ def test_classes_are_matched_by_name(system):
         evaluate(Painted(("car",)), Gallery())
 
 
+@pytest.mark.thorough
 def test_boxes_alone():
     result = evaluate(Painted(masks=False).eval(), Gallery(), boundary=True)
     assert result.kinds == ("bbox",)
@@ -140,11 +146,13 @@ def test_boxes_alone():
         evaluate(Painted(masks=False).eval(), Gallery(), kinds=("segm",))
 
 
+@pytest.mark.thorough
 def test_only_the_requested_kinds_are_measured(system):
     assert evaluate(system, Gallery(), kinds=("bbox",)).kinds == ("bbox",)
     assert "boundary" in evaluate(system, Gallery(), boundary=True).kinds
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("broken", [(2,), (6,), (0, 5, 6)])
 def test_a_broken_image_counts_as_one_without_predictions(system, batch, broken):
@@ -185,6 +193,7 @@ def test_a_data_set_by_its_name():
     assert result.objects["all"] > 0
 
 
+@pytest.mark.thorough
 def test_predictions_are_written_with_the_ids_of_the_annotations(system, tmp_path):
     data = Gallery(classes=("dog", "cat"))
     first = evaluate(system, data, device="cpu", examples=0, out=tmp_path)

@@ -52,6 +52,7 @@ def images(tmp_path):
     return tmp_path / "in"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kinds", [("drawn",), ("masks",), ("drawn", "coco", "masks")])
 @pytest.mark.parametrize("inside", ["found", "."])
 def test_outputs_inside_the_source_are_left_out(images, kinds, inside):
@@ -67,6 +68,7 @@ def test_outputs_inside_the_source_are_left_out(images, kinds, inside):
     assert [p.path.name for p in predict(Painted(), f"{images}/**/b*")] == ["b.png"]
 
 
+@pytest.mark.thorough
 def test_outputs_are_recognised_by_records_or_by_their_mark(images, tmp_path):
     run(images, images / "found")
     for file in images.rglob("*.json"):
@@ -80,6 +82,7 @@ def test_outputs_are_recognised_by_records_or_by_their_mark(images, tmp_path):
     assert run(images, tmp_path / "out") == ["a.png", "mine.png", "b.png"], "by pictures.json"
 
 
+@pytest.mark.thorough
 def test_an_output_folder_that_is_named_is_read(images):
     run(images, images / "found")
     assert run(images / "found/drawn", images / "more") == ["a.jpg", "mine.jpg", "b.jpg"]

@@ -44,6 +44,7 @@ def counts(predictions) -> list[int]:
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_one_image_of_every_kind_gives_one_prediction(system, folder):
     path, image = folder / "p3.png", blocks(3, (51, 53))
     array = image.permute(1, 2, 0).numpy()
@@ -59,6 +60,7 @@ def test_one_image_of_every_kind_gives_one_prediction(system, folder):
     assert len(maskwright.predict(system, path).instances) == len(system.predict(path).instances) == 3
 
 
+@pytest.mark.thorough
 def test_folders_globs_lists_and_streams(system, folder):
     names = [str(folder / f"p{k}.png") for k in (4, 1, 3)]
     assert counts(predict(system, folder)) == [1, 2, 3, 4]
@@ -80,6 +82,7 @@ def test_the_number_is_known_where_it_can_be(system, folder):
     assert predict(system, folder / "p1.png", device="auto").size
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("batch", [1, 2, 3, 10])
 def test_the_batch_changes_nothing(system, tmp_path, batch):
     sizes = [(37, 51), (64, 64), (44, 52), (33, 64), (60, 60), (48, 49)]  # padded to 48 x 64 and 64 x 64

@@ -42,6 +42,7 @@ def test_thresholds_by_class_may_be_below_or_above_the_common_one():
     assert labels_and_numbers(found) == [(0, 0), (0, 2)]
 
 
+@pytest.mark.thorough
 def test_tiles_select_too():
     found = predict(Painted(), blocks(9, (120, 160)), tile=64, overlap=0.5, classes=["dog"]).found()
     assert labels_and_numbers(found) == [(1, 1), (1, 3), (1, 5), (1, 7)]

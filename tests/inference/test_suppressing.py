@@ -17,6 +17,7 @@ from tests.systems.tiny import build
 pytestmark = pytest.mark.fast
 
 
+@pytest.mark.thorough
 def test_scores_of_mask_rcnn_decay_and_are_sorted_again():
     system = build("mask-rcnn", resize={"short": 96, "long": 128}).eval()
     image = torch.randint(0, 255, (3, 96, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -37,6 +38,7 @@ def test_scores_of_mask_rcnn_decay_and_are_sorted_again():
     assert len(fewer) < len(plain)
 
 
+@pytest.mark.thorough
 def test_objects_apart_stay_as_they_are():
     system, image = Painted().eval(), blocks(5)
     plain, decayed = (predict(system, image, suppression=kind).found() for kind in (None, "matrix"))

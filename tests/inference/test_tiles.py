@@ -36,6 +36,7 @@ def pattern(kind: str, size: tuple[int, int], t: int) -> torch.Tensor:
     return torch.zeros(size, dtype=torch.int64)  # one that fills the image
 
 
+@pytest.mark.thorough
 @settings(max_examples=settings.default.max_examples // 3)
 @given(
     st.sampled_from(["columns", "diagonals", "rings", "combs", "islands", "whole"]),
@@ -60,6 +61,7 @@ def test_a_perfect_system_sees_the_same_in_tiles(kind, size, thick, tile, overla
     assert torch.equal(found.boxes, whole.boxes)
 
 
+@pytest.mark.thorough
 @given(st.tuples(st.integers(1, 3000), st.integers(1, 3000)), st.integers(16, 900), st.floats(0, 0.9))
 def test_tiles_cover_everything_and_overlap_enough(size, tile, overlap):
     tiles = cover(size, tile, overlap)
@@ -143,6 +145,7 @@ def test_nothing_found():
     assert len(two_tiles(empty, block(5, 10))) == 1
 
 
+@pytest.mark.thorough
 def test_by_way_of_predict(tmp_path):
     system = Painted().eval()
     paths = [save(blocks(5, (90, 130)), tmp_path / "a.png"), save(blocks(3, (30, 30)), tmp_path / "b.png")]
@@ -157,6 +160,7 @@ def test_by_way_of_predict(tmp_path):
         assert prediction.found().labels.tolist() == plain.labels.tolist()
 
 
+@pytest.mark.thorough
 def test_a_very_large_image_needs_little_memory():
     """Forty objects in an image of 200 million pixels, of which only the tiles are read."""
     image = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(3, 10_000, 20_000)
@@ -205,6 +209,7 @@ TOUCHING = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", TOUCHING)
 @pytest.mark.parametrize(("tile", "overlap"), [(64, 0.2), (80, 0.0), (96, 0.5)])
 def test_touching_objects_stay_separate_and_long_ones_whole(kind, tile, overlap):

@@ -45,7 +45,6 @@ def cast(shape: torch.Tensor, x: float, y: float) -> np.ndarray:
     return np.where(hits.any(1), far[hits.shape[1] - 1 - hits[:, ::-1].argmax(1)], np.nan)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("name", SHAPES)
 def test_exact_radii_end_where_the_ray_leaves_the_mask(name):
     frames, crops = Masks.from_dense(SHAPES[name][None]).crops()

@@ -20,6 +20,7 @@ def some_boxes(count: int, size: float = 60, seed: int = 0) -> torch.Tensor:
     return torch.cat([corners, corners + 1 + torch.rand(count, 2, generator=generator) * size], 1)
 
 
+@pytest.mark.thorough
 @given(st.integers(0, 1000), st.booleans())
 def test_decoding_undoes_encoding(seed, plus_one):
     a, b = some_boxes(5, seed=seed), some_boxes(5, seed=seed + 1)
@@ -35,6 +36,7 @@ def test_overlap_is_zero_where_nothing_overlaps_and_without_area():
     assert boxes.pairwise_iou(a[:0], b).shape == (0, 3)
 
 
+@pytest.mark.thorough
 @given(st.integers(0, 200), st.booleans())
 def test_overlaps_of_whole_pixels_are_counts_of_pixels(seed, plus_one):
     """Boxes of the frame of whole pixels, drawn as masks; with `plus_one` they end at their last pixel."""
@@ -133,6 +135,7 @@ def test_a_sample_holds_at_most_its_share_of_positives():
     assert (len(chosen), len(others)) == (3, 37)
 
 
+@pytest.mark.thorough
 @given(st.integers(1, 9), st.integers(0, 500))
 def test_weights_read_what_grid_sampling_reads(cells, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -145,6 +148,7 @@ def test_weights_read_what_grid_sampling_reads(cells, seed):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rule", ["continuous", "padded"])
 @given(seed=st.integers(0, 300))
 def test_pasting_inside_boxes_equals_pasting_on_whole_planes(rule, seed):
@@ -163,6 +167,7 @@ def test_pasting_no_boxes_gives_no_masks():
     assert len(paste.paste_masks(torch.zeros(0, 28, 28), torch.zeros(0, 4), (10, 12))) == 0
 
 
+@pytest.mark.thorough
 @given(st.integers(0, 200))
 def test_targets_from_crops_equal_those_from_whole_planes(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -193,6 +198,7 @@ def test_roi_warp_has_a_gradient_with_respect_to_the_box():
     torch.testing.assert_close(whole, torch.ones(1, 1, 3, 3))
 
 
+@pytest.mark.thorough
 @given(st.integers(0, 300))
 def test_a_keypoint_is_decoded_at_the_peak_of_its_map(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -210,6 +216,7 @@ def test_a_keypoint_is_decoded_at_the_peak_of_its_map(seed):
     assert away.max() <= 1
 
 
+@pytest.mark.thorough
 @given(st.integers(0, 1000), st.sampled_from([0, 1, 2, 3]), st.booleans(), st.sampled_from([1, 7]))
 def test_roi_align_by_rows_equals_the_reference_kernel_and_its_gradient(seed, samples, aligned, side):
     from torchvision.ops import roi_align

@@ -203,7 +203,6 @@ def test_outlines_are_clipped_at_the_image_like_opencv(points, rows):
     assert torch.equal(fill_contours(torch.tensor([points]).float(), expected.size).dense(), expected.dense())
 
 
-@pytest.mark.fast
 def test_random_outlines_are_filled_like_opencv():
     random, checksum = np.random.RandomState(0), 0
     for reach in (0, 30, 300, 5000, 1 << 20):
@@ -216,7 +215,6 @@ def test_random_outlines_are_filled_like_opencv():
     assert checksum == 0x6CBE9051  # of what cv2.fillPoly fills in versions 4.12.0 and 5.0.0
 
 
-@pytest.mark.fast
 def test_many_objects_need_little_memory_and_a_small_budget_gives_the_same_masks():
     origins = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([4000.0, 3000.0])
     ends = ray_points(origins, torch.full((60, 36), 150.0))

@@ -11,6 +11,7 @@ from maskwright.structures.batching import equal_batches, in_order, streamed_bat
 pytestmark = pytest.mark.fast
 
 
+@pytest.mark.thorough
 @given(st.lists(st.sampled_from("abc")), st.integers(1, 4))
 def test_positions_in_batches_of_equal_keys(keys, size):
     batches = equal_batches(keys, size)
@@ -19,6 +20,7 @@ def test_positions_in_batches_of_equal_keys(keys, size):
     assert len(batches) == sum(-(-keys.count(key) // size) for key in set(keys))
 
 
+@pytest.mark.thorough
 @given(st.lists(st.sampled_from(["a", "b", "c", None])), st.integers(1, 4), st.integers(1, 9))
 def test_a_stream_in_batches(items, size, window):
     taken = 0

@@ -163,6 +163,7 @@ def test_a_skeleton_and_its_unlabelled_keypoints():
     )
 
 
+@pytest.mark.thorough
 @settings(max_examples=settings.default.max_examples // 2)
 @given(planes(0, 3))
 def test_all_masks_can_be_drawn(dense):
@@ -179,6 +180,7 @@ def test_boxes_that_are_not_finite_or_outside_the_image():
     assert found.draw(grey()).size == (160, 120)
 
 
+@pytest.mark.thorough
 def test_a_hundred_objects_on_a_large_image():
     """The time limit is only exceeded if full planes are made."""
     y, x = np.mgrid[:300, :400]

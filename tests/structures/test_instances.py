@@ -38,6 +38,7 @@ def same(a: Instances, b: Instances) -> bool:
     return all(torch.equal(getattr(a, n), getattr(b, n)) for n in names) and a.masks.rle() == b.masks.rle()
 
 
+@pytest.mark.thorough
 @given(st.integers(0, 6), st.data())
 def test_selection_applies_to_all_fields(count, data):
     all_of_them = objects(count)
@@ -64,6 +65,7 @@ def test_one_object_by_position():
         objects(3)[3]
 
 
+@pytest.mark.thorough
 @given(st.integers(0, 5), st.integers(0, 5))
 def test_splitting_and_joining(count, cut):
     whole = objects(count)
@@ -191,6 +193,7 @@ def test_coco_records_are_read_by_pycocotools():
     assert [r["category_id"] for r in found.to_coco(5)] == [1, 2, 3], "the default category id is label + 1"
 
 
+@pytest.mark.thorough
 def test_conversion_to_supervision():
     pytest.importorskip("supervision")
     found = objects(3)

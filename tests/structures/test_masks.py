@@ -35,6 +35,7 @@ def forms(dense: torch.Tensor) -> list[Masks]:
 # ---- conversion ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @few
 @given(planes())
 def test_all_representations_are_equal(dense):
@@ -48,6 +49,7 @@ def test_all_representations_are_equal(dense):
         assert torch.equal(outlines.dense(), dense)
 
 
+@pytest.mark.thorough
 @given(planes())
 def test_compressed_and_uncompressed_run_lengths_are_read(dense):
     size = (dense.shape[1], dense.shape[2])
@@ -74,6 +76,7 @@ def test_a_hole_is_a_separate_ring():
     assert Masks.from_polygons([rings], (5, 5), fill="even-odd").areas().tolist() == [24]
 
 
+@pytest.mark.thorough
 @given(st.lists(st.tuples(st.floats(-30, 60), st.floats(-30, 60)), min_size=3, max_size=9), SIZES)
 def test_polygons_are_filled_as_pycocotools_fills_them(points, size):
     flat = [v for p in points for v in p]
@@ -82,6 +85,7 @@ def test_polygons_are_filled_as_pycocotools_fills_them(points, size):
     assert np.array_equal(ours.dense()[0].numpy(), theirs.astype(bool))
 
 
+@pytest.mark.thorough
 @given(
     st.lists(st.tuples(st.floats(allow_nan=True, allow_infinity=True), st.floats()), min_size=3, max_size=6),
     SIZES,
@@ -134,6 +138,7 @@ def test_random_bytes_are_an_error_or_a_valid_mask(text, size):
     assert int(masks.dense().sum()) == area == int(coco.area({"size": list(size), "counts": text}))
 
 
+@pytest.mark.thorough
 @given(planes(1, 1), st.data())
 def test_a_damaged_string_is_an_error_or_covers_the_image(dense, data):
     text = bytearray(codes_of(dense)[0]["counts"])
@@ -165,11 +170,13 @@ def test_an_invalid_code_is_an_error(codes, says):
     assert says in str(caught.value)
 
 
+@pytest.mark.thorough
 @given(st.lists(st.integers(0, 1 << 40), min_size=1, max_size=20))
 def test_encoding_and_decoding_counts(counts):
     assert rle.decode_counts(rle.encode_counts(np.array(counts))).tolist() == counts
 
 
+@pytest.mark.thorough
 @given(planes(0, 6))
 def test_decoding_many_equals_decoding_each(dense):
     height = dense.shape[1]
@@ -190,6 +197,7 @@ def test_decoding_many_equals_decoding_each(dense):
 # ---- crops ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @given(planes(0, 4), SIZES, st.data())
 def test_masks_from_crops(dense, size, data):
     corners = [[data.draw(st.integers(-30, 30)), data.draw(st.integers(-30, 30))] for _ in dense]
@@ -200,6 +208,7 @@ def test_masks_from_crops(dense, size, data):
     assert torch.equal(masks.dense(), wide[:, 60 : 60 + size[0], 60 : 60 + size[1]])
 
 
+@pytest.mark.thorough
 @few
 @given(planes())
 def test_crops_are_tight(dense):
@@ -237,6 +246,7 @@ def test_no_masks():
 # ---- measurement ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @few
 @given(planes(1))
 def test_areas_boxes_and_iou_agree_with_pycocotools(dense):
@@ -254,6 +264,7 @@ def test_areas_boxes_and_iou_agree_with_pycocotools(dense):
             assert np.allclose(masks.iou(masks, flags).numpy(), theirs, atol=1e-6)
 
 
+@pytest.mark.thorough
 @given(planes(1))
 def test_the_union_of_all(dense):
     for masks in forms(dense):
@@ -263,6 +274,7 @@ def test_the_union_of_all(dense):
 # ---- selection and joining -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @few
 @given(planes(1), st.data())
 def test_indexing_equals_that_of_a_tensor(dense, data):
@@ -315,6 +327,7 @@ def test_planes_with_a_channel_axis_are_an_error():
         from_dense(Masks, torch.zeros(4, 4))
 
 
+@pytest.mark.thorough
 @few
 @given(planes(1), planes(0, 3))
 def test_joining(dense, others):
@@ -340,6 +353,7 @@ def test_masks_can_be_pickled_and_copied():
 # ---- transformation ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @few
 @given(planes(), st.integers(1, 4), st.integers(1, 4))
 def test_enlarging_and_reducing_is_the_identity(dense, tall, wide):
@@ -351,6 +365,7 @@ def test_enlarging_and_reducing_is_the_identity(dense, tall, wide):
         assert torch.equal(large.resize(size).dense(), dense), masks
 
 
+@pytest.mark.thorough
 @given(planes(), SIZES)
 def test_resizing_uses_the_nearest_pixel(dense, size):
     rows = ((torch.arange(size[0]) + 0.5) * dense.shape[1] / size[0]).floor().long()
@@ -358,6 +373,7 @@ def test_resizing_uses_the_nearest_pixel(dense, size):
     assert torch.equal(Masks.from_dense(dense).resize(size).dense(), dense[:, rows][:, :, columns])
 
 
+@pytest.mark.thorough
 @few
 @given(planes())
 def test_a_flip_is_exact_and_its_own_inverse(dense):
@@ -367,6 +383,7 @@ def test_a_flip_is_exact_and_its_own_inverse(dense):
         assert torch.equal(masks.place(mirror).place(mirror).dense(), dense), masks
 
 
+@pytest.mark.thorough
 @few
 @given(planes(), st.integers(-9, 30), st.integers(-9, 30), SIZES)
 def test_a_crop_is_a_window_of_the_plane(dense, x, y, size):

@@ -38,6 +38,7 @@ def segments(case: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> tuple[tor
     )
 
 
+@pytest.mark.thorough
 @given(maps())
 def test_a_map_and_its_segments_are_equivalent(case):
     plane, panoptic = segments(case)
@@ -50,6 +51,7 @@ def test_a_map_and_its_segments_are_equivalent(case):
     assert torch.equal(panoptic.segments.boxes, Masks.from_dense(expected).boxes())
 
 
+@pytest.mark.thorough
 @given(maps())
 def test_every_pixel_has_the_label_of_its_segment(case):
     plane, panoptic = segments(case)
@@ -57,6 +59,7 @@ def test_every_pixel_has_the_label_of_its_segment(case):
     assert torch.equal(panoptic.semantic(void=-5).long(), labels[plane])
 
 
+@pytest.mark.thorough
 @given(maps())
 def test_segments_may_have_any_numbers(case):
     plane, panoptic = segments(case)
@@ -65,6 +68,7 @@ def test_segments_may_have_any_numbers(case):
     assert torch.equal(same.map(), panoptic.map())
 
 
+@pytest.mark.thorough
 @given(maps())
 def test_the_png_and_the_record_describe_all_segments(case):
     plane, panoptic = segments(case)
@@ -83,6 +87,7 @@ def test_the_png_and_the_record_describe_all_segments(case):
     assert record["file_name"] == "a.png"
 
 
+@pytest.mark.thorough
 @given(maps())
 def test_instances_are_the_things(case):
     _, panoptic = segments(case)
@@ -121,6 +126,7 @@ def test_invalid_segments_are_an_error():
         Panoptic(both, torch.tensor([True]))
 
 
+@pytest.mark.thorough
 def test_many_segments_of_a_large_image_need_little_memory():
     plane = torch.arange(300, dtype=torch.int32).reshape(15, 20).repeat_interleave(200, 0).repeat_interleave(200, 1)
     panoptic = Panoptic.from_map(plane, torch.zeros(299, dtype=torch.int64), torch.ones(299, dtype=torch.bool))

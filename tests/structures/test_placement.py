@@ -14,6 +14,7 @@ from tests.structures.strategies import SIZES, placements, planes
 pytestmark = pytest.mark.fast
 
 
+@pytest.mark.thorough
 @given(placements(), st.lists(st.tuples(st.floats(-50, 50), st.floats(-50, 50)), min_size=1, max_size=5))
 def test_mapping_points_is_invertible(placement, points):
     points = torch.tensor(points, dtype=torch.float64)
@@ -22,6 +23,7 @@ def test_mapping_points_is_invertible(placement, points):
     assert torch.allclose(placement.points_to_input(placement.points_to_image(points)), points, atol=1e-9)
 
 
+@pytest.mark.thorough
 @given(placements(), st.data())
 def test_mapped_boxes_are_valid_boxes(placement, data):
     low = [data.draw(st.floats(-20, 20)) for _ in range(2)]
@@ -34,6 +36,7 @@ def test_mapped_boxes_are_valid_boxes(placement, data):
     assert torch.allclose(area, (box[:, 2:] - box[:, :2]).prod() * scale, atol=1e-9)
 
 
+@pytest.mark.thorough
 @given(placements(), st.data())
 def test_flip_resize_and_crop(placement, data):
     points = torch.tensor([[data.draw(st.floats(-20, 20)), data.draw(st.floats(-20, 20))]]).double()
@@ -63,6 +66,7 @@ def test_two_flips_are_the_identity(placement):
     assert twice.scale == placement.scale
 
 
+@pytest.mark.thorough
 @settings(max_examples=settings.default.max_examples // 2)
 @given(planes(1, 2), st.data())
 def test_placing_masks_in_one_step_equals_several_steps(dense, data):
@@ -86,6 +90,7 @@ def test_placing_masks_in_one_step_equals_several_steps(dense, data):
     assert torch.equal(masks.place(placement).dense(), step_by_step.dense())
 
 
+@pytest.mark.thorough
 @settings(max_examples=settings.default.max_examples // 2)
 @given(planes(1, 2), placements())
 def test_placed_masks_are_inside_their_placed_boxes(dense, placement):
@@ -100,6 +105,7 @@ def test_placed_masks_are_inside_their_placed_boxes(dense, placement):
     assert (boxes[there, 2:] <= reach[there, 2:] + 0.501).all()
 
 
+@pytest.mark.thorough
 @settings(max_examples=settings.default.max_examples // 3)
 @given(placements(), st.data())
 def test_all_fields_of_an_object_are_placed(placement, data):

@@ -232,7 +232,6 @@ def test_options_of_earlier_versions_are_converted():
     }  # fmt: skip
 
 
-@pytest.mark.fast
 def test_the_network_of_contours_starts_from_given_octagons_or_its_own():
     system = build("deepsnake").eval()
     feature = torch.randn(2, system.dense.channels, 24, 32)

@@ -495,7 +495,6 @@ def test_rows_of_published_heads_are_category_ids_of_coco():
     assert names(91)[1] == ()
 
 
-@pytest.mark.fast
 def test_the_first_block_of_a_dilated_stage_is_not_dilated():
     system = describe("detr", dilated=True)
     stage = system.dense.backbone.stages[3]  # pyright: ignore[reportIndexIssue]

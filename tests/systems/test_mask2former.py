@@ -75,7 +75,6 @@ def painted(system, *rectangles, sure=6.0) -> Raw:
     return Raw(classes, sure * torch.eye(queries)[None, None], features, SIZE)
 
 
-@pytest.mark.fast
 def test_scores_are_class_times_mean_mask_probability():
     system = build("mask2former")
     raw = painted(system, (1, 2.0, slice(6, 14), slice(8, 20)), (0, 1.0, slice(14, 20), slice(2, 6)))

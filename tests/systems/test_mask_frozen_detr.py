@@ -298,7 +298,6 @@ def test_options_of_the_detector_are_merged_unless_it_is_another():
     assert other["detector_options"] == {"masks": "none"}
 
 
-@pytest.mark.fast
 def test_options_and_parameters_of_earlier_versions_are_converted():
     old = {
         "detector_options": {"backbone": "resnet18", "stem_width": 16, "levels": 3, "short": 64}, "points": 64,
@@ -371,7 +370,6 @@ def test_everything_can_be_trained_from_random_weights():
     assert all(p.requires_grad for p in system.parameters())
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("preset", ["mask-frozen-detr-r50", "mask-frozen-detr-swin-large", "mask-frozen-detr-small"])
 def test_a_detectors_file_takes_the_place_of_the_presets_detector(tmp_path, preset):
     detector = build("h-detr", classes=("disc", "box"))

@@ -68,6 +68,7 @@ def test_names_of_earlier_versions_are_accepted_with_a_warning(name: str):
             kind(**{old: 3})
 
 
+@pytest.mark.thorough
 def test_a_flat_option_beside_its_group_replaces_one_field_alone():
     with pytest.warns(RenamedOptionWarning):
         system = create("solov2", resize={"short": 64, "long": 96}, short=128, stem_width=8, backbone="resnet18")

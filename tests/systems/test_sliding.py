@@ -549,7 +549,6 @@ def test_presets_are_the_published_networks():
     assert describe("instancefcn-vgg16-k5").side * 8 == 168
 
 
-@pytest.mark.fast
 def test_files_of_earlier_versions_have_layers_after_the_last_level():
     pytest.importorskip("timm", reason="timm is an extra")
     system = build("deepmask", backbone="timm:mobilenetv3_small_050")
