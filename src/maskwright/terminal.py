@@ -9,13 +9,15 @@ import inspect
 import io
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any, TextIO, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar, get_type_hints
 
 import tyro
 
@@ -61,19 +63,25 @@ def parse(verb: Callable[..., int], arguments: Sequence[str], program: str) -> C
         SystemExit: With code 0, after `--help` has been printed.
     """
 
-    @functools.wraps(verb)
     def fill(*values: Any, **named: Any) -> Callable[[], int]:
         return functools.partial(verb, *values, **named)
 
-    about = re.split(r"\n\s*Args:\n", inspect.getdoc(verb) or "")[0]
-    printed = io.StringIO()
+    about, _, options = (inspect.getdoc(verb) or "").partition("\nArgs:\n")
+    # tyro keeps the line breaks of descriptions of options; they are filled to the width of the terminal instead.
+    fill.__doc__ = f"{_ABOUT}\n\nArgs:\n" + re.sub(r"\n {8,}", " ", options)
+    fill.__annotations__ = _without_empty_defaults(verb)
+    fill.__signature__ = inspect.signature(verb)  # pyright: ignore[reportFunctionMemberAccess]
+    encoding = sys.stdout.encoding or "utf-8"
+    shown, printed = io.TextIOWrapper(io.BytesIO(), encoding, newline=""), io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(printed):
             filled, unknown = tyro.cli(
-                fill, prog=program, description=about, args=list(arguments), return_unknown_args=True
+                fill, prog=program, description=_ABOUT, args=list(arguments), return_unknown_args=True
             )
     except SystemExit as leave:
         if not leave.code:
+            shown.seek(0)
+            print_line(re.sub(r" +$", "", shown.read(), flags=re.M).rstrip().replace(_ABOUT, _filled(about.strip()), 1))
             raise
         # A misspelt option is often why another one is missing, so it is reported first.
         raise UsageError(_misspelt(fill, arguments, program) or _sentence(printed.getvalue(), program)) from None
@@ -82,6 +90,33 @@ def parse(verb: Callable[..., int], arguments: Sequence[str], program: str) -> C
             _misspelt(fill, unknown, program) or f"unexpected argument {unknown[0]!r}; see {program} --help"
         )
     return filled
+
+
+def help_width() -> int:
+    """The width of help texts: that of the terminal, at most 120 characters."""
+    return min(shutil.get_terminal_size().columns, 120)
+
+
+_ABOUT = "ABOUT"  # Stands for the description while tyro formats the help; it would join the lines of lists.
+
+
+def _filled(text: str) -> str:
+    """A docstring whose paragraphs are filled to the width of the help; lists and tables keep their lines."""
+    blocks: list[str] = []
+    for block in text.split("\n\n"):
+        lines = block.splitlines()
+        prose = all(re.match(r"[^\s*-]", line) and "  " not in line for line in lines)
+        blocks.append(textwrap.fill(" ".join(lines), help_width(), break_on_hyphens=False) if prose else block)
+    return "\n\n".join(blocks)
+
+
+def _without_empty_defaults(verb: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of a command whose help does not show defaults of None or ()."""
+    hints = get_type_hints(verb, include_extras=True)
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if parameter.default is None or parameter.default == ():
+            hints[name] = Annotated[hints[name], tyro.conf.arg(help_behavior_hint="")]
+    return hints
 
 
 def choose(name: str, known: Iterable[str], what: str) -> str:
@@ -169,7 +204,7 @@ def guarded(action: Callable[[], int]) -> int:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
+def _ended_by_signals() -> Generator[None]:
     """The block that SIGTERM and SIGHUP end as Ctrl-C does, so that temporary files are removed."""
 
     def end(number: int, _: object) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from tyro.conf import arg
 
 from maskwright import cli
 from maskwright._version import __version__
+from maskwright.cli.arguments import key_values, value_of
 from maskwright.errors import UsageError
 from maskwright.terminal import choose, parse
 
@@ -102,7 +105,7 @@ def test_the_nearest_name_is_offered():
 
 
 def test_key_values_are_json_or_text():
-    assert cli._values(["depth=18", "sizes=[1, 2]", "kind=softmax", "on=true", "path=a=b"]) == {
+    assert key_values(["depth=18", "sizes=[1, 2]", "kind=softmax", "on=true", "path=a=b"]) == {
         "depth": 18,
         "sizes": [1, 2],
         "kind": "softmax",
@@ -110,14 +113,14 @@ def test_key_values_are_json_or_text():
         "path": "a=b",
     }
     with pytest.raises(UsageError, match="'depth' is not KEY=VALUE"):
-        cli._values(["depth"])
+        key_values(["depth"])
 
 
 def test_an_option_can_be_read_before_the_rest():
-    assert cli._value(["m", "--out", "x", "--recipe=small"], "--recipe") == "small"
-    assert cli._value(["m", "-o", "x"], "--out", "-o") == "x"
-    assert cli._value(["m", "--out"], "--out") is None
-    assert cli._value(["m"], "--out") is None
+    assert value_of(["m", "--out", "x", "--recipe=small"], "--recipe") == "small"
+    assert value_of(["m", "-o", "x"], "--out", "-o") == "x"
+    assert value_of(["m", "--out"], "--out") is None
+    assert value_of(["m"], "--out") is None
 
 
 @pytest.mark.parametrize("name", sorted(cli.VERBS))
@@ -129,6 +132,22 @@ def test_the_help_of_every_command_has_an_example(name, capsys):
     assert f"usage: maskwright {name}" in shown
     assert "Examples:" in shown
     assert f"\n  maskwright {name}" in shown
+
+
+@pytest.mark.parametrize("name", sorted(cli.VERBS))
+def test_help_keeps_the_lines_of_lists_and_omits_empty_defaults(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    shown = capsys.readouterr().out.splitlines()
+    about = (inspect.getdoc(cli.VERBS[name]) or "").partition("\nArgs:")[0].splitlines()
+    lists = [line for line in about if line.startswith("  ") or "  " in line]
+    assert lists
+    assert set(lists) <= set(shown)
+    if name != "train":  # the defaults of a recipe are shown, also empty ones
+        assert not {"(default: )", "(default: None)"} & set(re.findall(r"\(default: .*?\)", " ".join(shown)))
+    prose = [line for line in shown if line not in lists]
+    assert max(map(len, prose)) <= 100
 
 
 def test_the_overview_names_every_command(capsys):

@@ -64,9 +64,7 @@ class Recipe:
 
     # images
     augment: dict[str, Any] = field(default_factory=lambda: {"flip": 0.5})  # options of data.Augment
-    short: tuple[
-        int, ...
-    ] = ()  # short sides to draw from in training, the largest for validation; (): the system's own
+    short: tuple[int, ...] = ()  # short sides to draw from; the largest for validation; (): the system's own
     long: int | None = None  # upper bound of the long side; None: the system's own
     balance: float | None = None  # repeat images of classes in less than this share of them (LVIS: 0.001); None: off
     workers: int = 2  # processes that read images, per device

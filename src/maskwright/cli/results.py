@@ -1,0 +1,260 @@
+"""Commands that use weights: `predict`, `evaluate` and `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from maskwright.cli.arguments import (
+    ClassNames,
+    Device,
+    Directory,
+    Dtype,
+    Integer,
+    Name,
+    Number,
+    Output,
+    Weights,
+    device_named,
+    given,
+)
+from maskwright.errors import UsageError
+from maskwright.terminal import print_error, print_line, progress
+
+
+def predict(
+    images: Annotated[tuple[str, ...], Positional, arg(metavar="[IMAGES ...]")] = (),
+    /,
+    *,
+    out: Output = Path("found"),
+    weights: Weights = None,
+    data: Directory = None,
+    split: Name = None,
+    variant: Name = None,
+    task: Literal["instances", "panoptic", "semantic"] = "instances",
+    format: tuple[Literal["drawn", "coco", "masks"], ...] = ("drawn", "coco"),
+    classes: ClassNames = None,
+    score_threshold: Number = None,
+    threshold: Annotated[str | None, arg(metavar="NAME=X,...")] = None,
+    nms_threshold: Number = None,
+    suppression: Annotated[Literal["matrix"] | None, arg(metavar="matrix")] = None,
+    detections: Integer = None,
+    batch: int = 1,
+    tile: Integer = None,
+    overlap: float = 0.2,
+    recursive: bool = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    compile: bool = False,
+    commercial_ok: bool = False,
+) -> int:
+    """Predict the objects in images, or segment whole images into things and stuff. IMAGES are files, folders, globs.
+
+    OUT/drawn/NAME.jpg       the image with its objects drawn over it
+    OUT/results.json         COCO results; OUT/pictures.json lists the images and classes that their ids refer to
+                             (with --data the ids of the annotations, otherwise 1, 2, ... and label + 1)
+    OUT/masks/NAME.png       16 bits: 0 background, k the k-th best object (the better one where two overlap)
+
+    With --task panoptic or semantic, OUT/panoptic.json and OUT/panoptic/NAME.png (COCO panoptic) replace results.json.
+
+    Objects that score below 0.5 are left out (the Python function `predict` and `evaluate` use the system's own
+    threshold, 0.05 for most systems); --score-threshold changes it. An image that cannot be read is skipped; skipped
+    images are listed at the end, and the exit code is then 1.
+
+    Examples:
+      maskwright predict photo.jpg --weights runs/first/best.safetensors
+      maskwright predict holiday/ 'more/*.png' -w mask_rcnn_R_50_FPN_3x.pkl -o found --format drawn coco masks
+      maskwright predict --data my-images --split val -w runs/first/best.safetensors --score-threshold 0.05
+      maskwright predict aerial.tif -w best.safetensors --tile 1024 --score-threshold 0.7
+      maskwright predict street/ -w best.safetensors --classes person,car --threshold person=0.7,car=0.3
+
+    Args:
+        images: Image files, folders, globs; default: all images of --data.
+        out: Folder for the results.
+        weights: A checkpoint of maskwright, an official file, or a name of the catalogue (`maskwright checkpoints`).
+        data: Annotated data set that the images belong to: results have its image and category ids. It is found without
+            this option if IMAGES are in DIR/SPLIT and the annotations in DIR/annotations.
+        split: The part of --data; default: the one that has the images, or val.
+        variant: The published variant, if an official file's keys fit more than one.
+        task: Objects; images segmented into things and stuff; a label for every pixel (systems that support it).
+        format: What to write, one or more.
+        classes: Names of the classes to keep, separated by commas; default: all.
+        score_threshold: Objects that score less are left out; default: 0.5 for objects, otherwise the system's.
+        threshold: Score thresholds by class: person=0.7,car=0.3; the other classes keep --score-threshold.
+        nms_threshold: Overlap above which the lower-scoring of two boxes of a class is dropped; default: the system's.
+        suppression: Apply Matrix NMS to the finished masks too: scores decay with the overlap with better objects.
+        detections: Maximum objects per image; default: the system's.
+        batch: Images per forward pass.
+        tile: For large images: side of the tiles they are cut into; objects are joined across seams.
+        overlap: Share of a tile that it has in common with its neighbour.
+        recursive: Search sub-folders too.
+        device: Where to compute; auto takes a GPU if there is one.
+        dtype: Precision of the network.
+        compile: Compile the network first: slower to start, faster per image.
+        commercial_ok: Use only catalogue weights whose licence allows commercial use.
+    """
+    from maskwright.checkpoints import load
+    from maskwright.evaluation.tasks import task_called
+    from maskwright.inference import predict as run
+    from maskwright.inference.own_ids import DatasetIds, find_ids, opened_data
+    from maskwright.inference.selecting import parse_thresholds, split_names
+    from maskwright.inference.writer import PredictionWriter
+    from maskwright.systems import stuff_of
+
+    if weights is None:
+        raise UsageError(
+            "predict requires --weights: a file, or a name in the catalogue (`maskwright checkpoints` lists them)"
+        )
+    if not images and data is None:
+        raise UsageError("predict requires IMAGES (files, folders, globs), or --data for all images of a data set")
+    network = load(weights, commercial_ok=commercial_ok, variant=variant)
+    everything, own = parse_thresholds([threshold] if threshold else [])
+    if everything is not None and score_threshold is not None:
+        raise UsageError("--threshold with a number and --score-threshold are the same option; give one of them")
+    score_threshold = everything if score_threshold is None else score_threshold
+    if data is not None:
+        opened = opened_data(data, split, images)
+        images = images or tuple(str(path) for path in opened.paths() if path is not None)
+        ids = DatasetIds(opened, network.classes)
+    else:
+        ids = find_ids(images, network.classes) if "coco" in format else None
+    found = run(
+        network,
+        list(images),
+        batch=batch,
+        tile=tile,
+        overlap=overlap,
+        recursive=recursive,
+        device=device_named(device),
+        dtype=dtype,
+        compile=compile,
+        suppression=suppression,
+        task=task,
+        classes=None if classes is None else split_names([classes], network.classes),
+        threshold=own or None,
+        **given(
+            score_threshold=0.5 if score_threshold is None and task == "instances" else score_threshold,
+            nms_threshold=nms_threshold,
+            detections=detections,
+        ),
+    )
+    stuff = network.classes if task == "semantic" else stuff_of(network)
+    names, total = network.classes, len(found)
+    with PredictionWriter(out, format, names, images, stuff, task_called(task), ids, total) as writer:
+        for prediction in progress(found, "images"):
+            found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
+            writer.add(prediction.path or "image", found_there, prediction.error, prediction.reading)
+    what = "objects" if task == "instances" else "segments"
+    default = score_threshold is None and not own and task == "instances"
+    limit = " with a score of at least 0.5 (--score-threshold)" if default else ""
+    print_line(f"{writer.objects} {what}{limit} in {len(writer.images)} images: {out}")
+    if ids is not None and "coco" in format:
+        print_line(ids.summary)
+    for path, reason in writer.skipped:
+        print_error(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
+    return 1 if writer.skipped else 0
+
+
+def evaluate(
+    weights: Annotated[str, arg(metavar="WEIGHTS")],
+    /,
+    *,
+    data: Annotated[str, arg(metavar="DIR")],
+    split: str = "val",
+    out: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
+    task: Literal["instances", "panoptic", "semantic", "proposals"] = "instances",
+    classes: ClassNames = None,
+    detections: Integer = None,
+    suppression: Annotated[Literal["matrix"] | None, arg(metavar="matrix")] = None,
+    boundary: bool = False,
+    limit: Integer = None,
+    batch: int = 1,
+    tile: Integer = None,
+    overlap: float = 0.2,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    compile: bool = False,
+    commercial_ok: bool = False,
+) -> int:
+    """Evaluate weights on a data set with annotations: AP of masks and boxes as defined by COCO, or panoptic quality.
+
+    Classes are matched by name. With --out, OUT/result.json and the page OUT/report.html are written too (in a run
+    folder the page also shows the training curves), and the predictions as OUT/results.json, with the image and
+    category ids of the annotations (OUT/panoptic.json for --task panoptic and semantic).
+
+    Examples:
+      maskwright evaluate runs/first/best.safetensors --data my-images --out runs/first
+      maskwright evaluate mask_rcnn_R_50_FPN_3x.pkl --data coco --split val2017 --out runs/published
+      maskwright evaluate runs/first/best.safetensors --data my-images --task proposals
+      maskwright evaluate detr-r50-panoptic --data coco --split val2017 --task panoptic
+
+    Args:
+        weights: A checkpoint of maskwright, an official file, or a name of the catalogue (`maskwright checkpoints`).
+        data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
+        split: The part of it: annotations/instances_SPLIT.json (panoptic_SPLIT.json).
+        out: Folder for result.json, report.html and the predictions, results.json.
+        task: instances: AP; panoptic: PQ of images segmented into things and stuff; semantic: IoU of labels over all
+            pixels; proposals: average recall of objects regardless of class, at 10, 100 and 1000 per image.
+        classes: Names of the classes to evaluate, separated by commas; default: all that both sides have.
+        detections: Maximum objects per image; as many per class are counted. 100, for proposals 1000.
+        suppression: Apply Matrix NMS to the finished masks too: scores decay with the overlap with better objects.
+        boundary: Measure boundary AP too.
+        limit: Maximum number of images, evenly spread over the data set.
+        batch: Images per forward pass.
+        tile: Evaluate with tiles as predict --tile does: side of the tiles that large images are cut into.
+        overlap: Share of a tile that it has in common with its neighbour.
+        device: Where to compute; auto takes a GPU if there is one.
+        dtype: Precision of the network.
+        compile: Compile the network first: slower to start, faster per image.
+        commercial_ok: Use only catalogue weights whose licence allows commercial use.
+    """
+    from maskwright.checkpoints import load
+    from maskwright.evaluation import report as write_report
+    from maskwright.inference import evaluate as run
+    from maskwright.inference.selecting import split_names
+
+    system = load(weights, commercial_ok=commercial_ok)
+    result = run(
+        system,
+        data,
+        split,
+        task=task,
+        classes=None if classes is None else split_names([classes], system.classes),
+        detections=detections,
+        suppression=suppression,
+        boundary=boundary,
+        limit=limit,
+        batch=batch,
+        tile=tile,
+        overlap=overlap,
+        device=device_named(device),
+        dtype=dtype,
+        compile=compile,
+        out=out,
+    )
+    print_line(str(result))
+    if out is not None:
+        result.save(out / "result.json")
+        print_line(f"report: {write_report(out, out / 'report.html')}")
+    return 0
+
+
+def report(run: Annotated[Path, arg(metavar="RUN")], /, *, out: Output = Path("report.html")) -> int:
+    """Write the report page of a run folder or of a result.json: one HTML file that needs no network.
+
+    It has training curves, AP tables, a confusion matrix, and the best and worst images, annotations beside
+    predictions.
+
+    Examples:
+      maskwright report runs/first -o first.html
+
+    Args:
+        run: A run folder, or a result.json that `maskwright evaluate --out` wrote.
+        out: The page.
+    """
+    from maskwright.evaluation import report as write
+
+    print_line(f"report: {write(run, out)}")
+    return 0
