@@ -28,6 +28,7 @@ class Pooler:
         aligned: Convention of RoIAlign, see `ops.pooling.roi_align`.
         samples: Samples of RoIAlign, see `ops.pooling.roi_align`.
         levels: The rule for the level, see `ops.boxes.pyramid_level`.
+        every: Pool each box from all levels instead; their features are concatenated along the channels, finest first.
     """
 
     strides: tuple[int, ...]
@@ -35,6 +36,7 @@ class Pooler:
     aligned: bool = True
     samples: int = 0
     levels: box_ops.LevelRule = "detectron2"
+    every: bool = False
 
     def __call__(
         self,
@@ -42,7 +44,7 @@ class Pooler:
         boxes: Sequence[Float[Tensor, "_n 4"]],
         side: pooling.Side,
         levels: Int[Tensor, " r"] | None = None,
-    ) -> Float[Tensor, "r c _p _q"]:
+    ) -> Float[Tensor, "r _c _p _q"]:
         """Pools features of boxes.
 
         Args:
@@ -57,6 +59,11 @@ class Pooler:
         rois = pooling.as_rois(list(boxes)).to(features[0].device)
         if len(self.strides) == 1:
             return self.crop(features[0], rois, side, self.strides[0])
+        if self.every:
+            parts = [
+                self.crop(feature, rois, side, stride) for feature, stride in zip(features, self.strides, strict=False)
+            ]
+            return torch.cat(parts, 1)
         if levels is None:
             lowest = self.strides[0].bit_length() - 1
             highest = lowest + len(self.strides) - 1
@@ -188,7 +195,10 @@ class MaskHead(nn.Module):
         Returns:
             Logits (R, outputs, 2 s, 2 s); (R, 1, 2 s, 2 s) with `labels`.
         """
-        x = self.features(x)
+        return self.predict(self.features(x), labels)
+
+    def predict(self, x: Float[Tensor, "r d t t"], labels: Int[Tensor, " r"] | None) -> Float[Tensor, "r k t t"]:
+        """The last layer: logits of all masks, or of one mask per RoI with `labels`."""
         if labels is None:
             return self.logits(x)
         weight, bias = self.logits.weight[labels, :, 0, 0], self.logits.bias

@@ -23,6 +23,7 @@ REGISTRY = {
     "mask-rcnn": "mask_rcnn:MaskRCNN",
     "retinanet": "retinanet:RetinaNet",
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
+    "panet": "panet:PANet",
     "cascade-mask-rcnn": "cascade_rcnn:CascadeMaskRCNN",
     "mask-scoring-rcnn": "mask_scoring_rcnn:MaskScoringRCNN",
     "panoptic-fpn": "panoptic_fpn:PanopticFPN",

@@ -40,7 +40,11 @@ class Check:
     def __init__(self, system: MaskRCNN, ledger: Ledger):
         self.system, self.ledger = system.eval(), ledger
         self.code = str(system.options.get("rules"))
-        self.background_first = self.code in ("torchvision", "maskrcnn-benchmark")  # background is the first class
+        self.background_first = self.code in (
+            "torchvision",
+            "maskrcnn-benchmark",
+            "detectron",
+        )  # background is the first class
         self.classes = len(system.classes)
 
     def run(self) -> None:

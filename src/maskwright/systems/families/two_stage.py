@@ -39,7 +39,7 @@ from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.structures.resize import Resize
 from maskwright.systems.system import ClassRows, Output, System, at_least
 
-RulesName = Literal["detectron2", "torchvision", "mmdetection", "mmdetection-caffe", "maskrcnn-benchmark"]
+RulesName = Literal["detectron2", "torchvision", "mmdetection", "mmdetection-caffe", "maskrcnn-benchmark", "detectron"]
 Neck = Literal["fpn", "c4", "dc5"]
 
 
@@ -81,6 +81,15 @@ class Rules:
     keypoints_inside: bool = True
 
 
+_BENCHMARK = Rules(
+    ProposalRules(
+        anchors="maskrcnn-benchmark", loss="sampled", beta=1 / 9, inclusive=True, rank_by="probability",
+        after=(2000, 1000), plus_one=True, straddle=0.0, whole_batch=True,
+    ),
+    BoxRules(beta=1.0, sampled_order="index", plus_one=True),
+    aligned=False, samples=2, levels="maskrcnn-benchmark", mask_targets="maskrcnn-benchmark", mask_init="kaiming",
+    paste="padded", paste_above=True, finish="scale", keypoints="logit", keypoints_inside=False,
+)  # fmt: skip
 RULES: Mapping[str, Rules] = {
     "detectron2": Rules(),
     "torchvision": Rules(
@@ -92,14 +101,11 @@ RULES: Mapping[str, Rules] = {
         aligned=False, samples=2, levels="torchvision", upsample="fit", mask_targets="soft", mask_init="kaiming",
         paste="padded", finish="scale", keypoints="logit", keypoints_inside=False,
     ),
-    "maskrcnn-benchmark": Rules(
-        ProposalRules(
-            anchors="maskrcnn-benchmark", loss="sampled", beta=1 / 9, inclusive=True, rank_by="probability",
-            after=(2000, 1000), plus_one=True, straddle=0.0, whole_batch=True,
-        ),
-        BoxRules(beta=1.0, sampled_order="index", plus_one=True),
-        aligned=False, samples=2, levels="maskrcnn-benchmark", mask_targets="maskrcnn-benchmark", mask_init="kaiming",
-        paste="padded", paste_above=True, finish="scale", keypoints="logit", keypoints_inside=False,
+    "maskrcnn-benchmark": _BENCHMARK,
+    "detectron": replace(  # as PANet's code, on Detectron.pytorch, configures it
+        _BENCHMARK,
+        proposals=replace(_BENCHMARK.proposals, loss="fixed"),
+        boxes=replace(_BENCHMARK.boxes, beta=1 / 3, sampled_order="kinds"),
     ),
     "mmdetection": (_MMDETECTION := Rules(
         ProposalRules(loss="sampled", rank_by="probability"), upsample="fit", mask_init="kaiming", finish="scale",
@@ -116,6 +122,14 @@ PREPROCESS: Mapping[str, Preprocess] = {
     "maskrcnn-benchmark": Preprocess(
         resample="pillow",
         sizes="benchmark",
+        mean=(102.9801, 115.9465, 122.7717),
+        std=(1.0, 1.0, 1.0),
+        divide=1.0,
+        channels="BGR",
+    ),
+    "detectron": Preprocess(
+        resample="tensor",
+        sizes="rounded",
         mean=(102.9801, 115.9465, 122.7717),
         std=(1.0, 1.0, 1.0),
         divide=1.0,
