@@ -84,7 +84,7 @@ class LinearNorm(nn.Module):
         nn.init.kaiming_uniform_(self.linear.weight, a=1)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x: Float[Tensor, r *n]) -> Float[Tensor, "r m"]:
+    def forward(self, x: Float[Tensor, "r ..."]) -> Float[Tensor, "r m"]:
         """Computes the outputs, without activation."""
         return self.norm(self.linear(x.flatten(1)))
 
