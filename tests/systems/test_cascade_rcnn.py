@@ -76,6 +76,26 @@ def test_masks_are_trained_beside_the_stages_that_are_named(where, heads, terms)
     torch.testing.assert_close(torch.cat(masks), torch.stack(each).mean(0))
 
 
+@pytest.mark.parametrize("where", ["last", "every"])
+def test_masks_are_scored(where):
+    system = cascade(cascade={"mask_stage": where}, mask_iou={"convs": 1, "width": 16, "fc_width": 16})
+    losses = system.losses(system(images()), [objects(3), objects(0)])
+    assert {n for n in losses if n.startswith("mask_iou")} == (
+        {"mask_iou"} if where == "last" else {"mask_iou_1", "mask_iou_2", "mask_iou_3"}
+    )
+    sum(losses.values(), torch.zeros(())).backward()
+    assert not [n for n, p in system.named_parameters() if p.grad is None]
+    torch.nn.init.constant_(system.mask_iou.iou.bias, 0.5)
+    raw = system.eval()(images(1))
+    scored, plain = (
+        system.decode(raw, [Placement.identity(SIZE)], score_threshold=0.0, score_of=kind)[0]
+        for kind in ("mask", "box")
+    )
+    assert len(scored) == len(plain)
+    assert (scored.scores.diff() <= 0).all()
+    assert float(scored.scores.max()) < float(plain.scores.max())
+
+
 def test_boxes_alone():
     system = cascade(masks=False)
     assert (system.outputs, system.needs) == ({"boxes"}, set())

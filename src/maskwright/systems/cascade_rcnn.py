@@ -42,7 +42,7 @@ from maskwright.structures import Instances, Placement
 from maskwright.structures.resize import ResizeLike
 from maskwright.systems.card import Ablation, Card, Preset, Score
 from maskwright.systems.families.two_stage import BoxesLike, BoxOptions, Neck, Proposals, ProposalsLike, Raw, RulesName
-from maskwright.systems.mask_rcnn import BACKBONE, PROPOSALS, RESIZE, MaskOptions, MaskRCNN
+from maskwright.systems.mask_rcnn import BACKBONE, PROPOSALS, RESIZE, MaskIoUOptions, MaskOptions, MaskRCNN
 from maskwright.systems.system import ClassRows
 
 CASCADE_BOXES = BoxOptions(agnostic=True)
@@ -143,6 +143,7 @@ class CascadeMaskRCNN(MaskRCNN):
         boxes: BoxesLike = CASCADE_BOXES,
         pooling: Pooling = "align",
         masks: bool | Mapping[str, Any] | MaskOptions = True,
+        mask_iou: bool | Mapping[str, Any] | MaskIoUOptions = False,
         cascade: CascadeLike = CASCADE,
     ):
         """
@@ -159,6 +160,7 @@ class CascadeMaskRCNN(MaskRCNN):
             boxes: The box head of each stage, see `BoxOptions`; one box for all classes.
             pooling: How boxes are pooled: RoIAlign, RoIWarp or RoIPool.
             masks: The mask head, see `MaskOptions`; False: none (Cascade R-CNN).
+            mask_iou: Predict the IoU of each mask and multiply the score by it, see `MaskIoUOptions`; False: no.
             cascade: The stages, see `CascadeOptions`.
         """
         box, own = BoxOptions.read(boxes, CASCADE_BOXES), CascadeOptions.read(cascade, CASCADE)
@@ -172,6 +174,7 @@ class CascadeMaskRCNN(MaskRCNN):
         super().__init__(
             classes, backbone=backbone, in_channels=in_channels, resize=resize, neck=neck, neck_width=neck_width,
             neck_norm=neck_norm, rules=rules, proposals=proposal, boxes=box, pooling=pooling, masks=masks,
+            mask_iou=mask_iou,
         )  # fmt: skip
         self.cascade, count = own, len(own.overlaps)
         self.gradients = tuple(own.gradients or [1 / count] * count)
@@ -236,8 +239,9 @@ class CascadeMaskRCNN(MaskRCNN):
             network = self.mask_head(stage)
             if network is not None:
                 rois = Foreground.from_assigned(assigned)
-                own = self.mask_losses(raw, self.mask_features(raw, rois.boxes), rois, targets, network)["mask"]
-                terms[f"mask_{stage + 1}" if self.cascade.mask_stage == "every" else "mask"] = own * weight
+                found = self.mask_losses(raw, self.mask_features(raw, rois.boxes), rois, targets, network)
+                ending = f"_{stage + 1}" if self.cascade.mask_stage == "every" else ""
+                terms |= {f"{kind}{ending}": value * weight for kind, value in found.items()}
             boxes = self.refined(stage, deltas, boxes, sizes)
         return terms
 
@@ -263,6 +267,7 @@ class CascadeMaskRCNN(MaskRCNN):
         mask_threshold: float = 0.5,
         until: int | None = None,
         average: bool = True,
+        score_of: Literal["mask", "box"] = "mask",
     ) -> list[Instances]:
         """Detects objects.
 
@@ -276,6 +281,7 @@ class CascadeMaskRCNN(MaskRCNN):
             until: The last stage that is run, counted from 1; None: all.
             average: Average the scores of the stages that are run, instead of using those of the last one (arXiv
                 1712.00726, table 2 and its comparison of stages).
+            score_of: With `mask_iou`, the score of the mask or that of the box, see `MaskRCNN.decode`.
         """
         if until is not None and not 1 <= until <= self.stages:
             raise UsageError(f"until must be between 1 and {self.stages}, got {until}")
@@ -286,7 +292,9 @@ class CascadeMaskRCNN(MaskRCNN):
             scores, boxes, [len(own) for own in proposals], sizes, self.box_rules,
             score_threshold=score_threshold, nms_threshold=nms_threshold, detections=detections,
         )  # fmt: skip
-        masks, _ = self.read_boxes(raw, [own.boxes for own in found], [own.labels for own in found])
+        masks, none = self.read_boxes(raw, [own.boxes for own in found], [own.labels for own in found])
+        if self.mask_iou is not None and score_of == "mask":
+            found, masks, none = self.rescored(raw, found, masks, none, score_threshold)
         rows = zip(found, masks, placements, strict=True)
         return [self.to_image(own, mask, None, placement, mask_threshold) for own, mask, placement in rows]
 
