@@ -109,6 +109,20 @@ def test_the_box_head_of_fully_connected_layers():
     assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
 
 
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_masks_can_be_scored(adaptive: bool):
+    system = build("panet", adaptive_pooling=adaptive, mask_iou={"convs": 2, "width": 16, "fc_width": 16})
+    losses = system.losses(system(images()), [objects(3), objects(0)])
+    assert "mask_iou" in losses
+    sum(losses.values(), torch.zeros(())).backward()
+    assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
+    torch.nn.init.constant_(system.mask_iou.iou.bias, 0.5)
+    raw, place = system.eval()(images(1)), [Placement.identity(SIZE)]
+    found = [system.decode(raw, place, score_threshold=0.0, score_of=kind)[0] for kind in ("mask", "box")]
+    assert len(found[0]) == len(found[1])
+    assert not torch.equal(found[0].scores, found[1].scores)
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("classes", [20, 80])

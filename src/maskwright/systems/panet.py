@@ -30,12 +30,12 @@ from torch.nn import functional
 
 from maskwright.blocks.backbones import BackboneLike
 from maskwright.blocks.layers import ConvNorm, Norm, make_norm
-from maskwright.blocks.roi_heads import BoxHead, MaskHead
+from maskwright.blocks.roi_heads import BoxHead, MaskHead, MaskIoUHead
 from maskwright.errors import UsageError
 from maskwright.structures.resize import Resize, ResizeLike
 from maskwright.systems.card import Ablation, Card, Preset, Score
-from maskwright.systems.families.two_stage import BoxesLike, BoxOptions, ProposalsLike, RulesName
-from maskwright.systems.mask_rcnn import BACKBONE, PROPOSALS, MaskOptions, MaskRCNN
+from maskwright.systems.families.two_stage import BoxesLike, BoxOptions, ProposalsLike, RulesName, read_switch
+from maskwright.systems.mask_rcnn import BACKBONE, PROPOSALS, MaskIoUOptions, MaskOptions, MaskRCNN
 
 RESIZE = Resize(short=1000, long=1400)
 BOXES = BoxOptions(convs=4, fcs=1, norm="group")
@@ -227,7 +227,7 @@ class FusedMaskHead(MaskHead):
 
 
 class PANet(MaskRCNN):
-    """PANet. Its networks are those of Mask R-CNN."""
+    """PANet. Its networks are `dense`, `boxes`, `masks` and, with this option, `mask_iou`."""
 
     name = "panet"
     card = Card(
@@ -251,6 +251,7 @@ class PANet(MaskRCNN):
         proposals: ProposalsLike = PROPOSALS,
         boxes: BoxesLike = BOXES,
         masks: bool | Mapping[str, Any] | MaskOptions = MASKS,
+        mask_iou: bool | Mapping[str, Any] | MaskIoUOptions = False,
         bottom_up: bool = True,
         adaptive_pooling: bool = True,
         fc_fusion: bool = True,
@@ -267,6 +268,8 @@ class PANet(MaskRCNN):
             proposals: The proposal network, see `Proposals`.
             boxes: The box head, see `BoxOptions`; with convs=0 the first fully connected layer is that of each level.
             masks: The mask head, see `MaskOptions`; False: none.
+            mask_iou: Predict the IoU of each mask with its object and multiply the score by it (Mask Scoring R-CNN,
+                arXiv 1903.00241), see `MaskIoUOptions`; False: the score is that of the box.
             bottom_up: Add the bottom-up path to the pyramid.
             adaptive_pooling: Pool each box from all levels, instead of one.
             fc_fusion: Add the fully connected branch to the mask head.
@@ -278,7 +281,7 @@ class PANet(MaskRCNN):
         super().__init__(
             classes, backbone=backbone, in_channels=in_channels, resize=Resize.read(resize, RESIZE),
             neck_width=neck_width, neck_norm=neck_norm, rules=rules, proposals=proposals,
-            boxes=BoxOptions.read(boxes, BOXES), masks=masks,
+            boxes=BoxOptions.read(boxes, BOXES), masks=masks, mask_iou=mask_iou,
         )  # fmt: skip
         levels = len(self.pooler.strides)
         if bottom_up:
@@ -290,6 +293,12 @@ class PANet(MaskRCNN):
             own = self.make_box_head
             self.make_box_head = partial(AdaptiveBoxHead, *own.args, **own.keywords, levels=levels)
             self.boxes = self.make_box_head()
+            quality = read_switch(MaskIoUOptions, mask_iou)
+            if quality is not None:  # it reads the features of all levels
+                self.mask_iou = MaskIoUHead(
+                    self.channels, self.mask_side, len(self.classes), convs=quality.convs, width=quality.width,
+                    fc_width=quality.fc_width,
+                )  # fmt: skip
         if self.masks is not None and (adaptive_pooling or fc_fusion):
             own = self.make_mask_head
             self.make_mask_head = partial(
