@@ -128,13 +128,14 @@ def choose(name: str, known: Iterable[str], what: str) -> str:
         what: What they name, for the message.
 
     Raises:
-        UsageError: If it is not; the message suggests the most similar name, or lists all.
+        UsageError: If it is not; the message suggests the most similar name, or lists all if they are at most 40.
     """
     known = list(known)
     if name in known:
         return name
     similar = get_close_matches(name, known, 1)
-    hint = f"did you mean {similar[0]!r}?" if similar else f"expected one of {', '.join(known)}"
+    some = ", ".join(known) if len(known) <= 40 else f"{len(known)} names such as {', '.join(known[:3])}"
+    hint = f"did you mean {similar[0]!r}?" if similar else f"expected one of {some}"
     raise UsageError(f"unknown {what} {name!r}; {hint}")
 
 
@@ -149,9 +150,10 @@ def _misspelt(verb: Callable[..., Any], arguments: Sequence[str], program: str) 
             break
         option = argument.split("=")[0].replace("_", "-")
         if re.match(r"--?[A-Za-z]", option) and option not in known:
-            similar = get_close_matches(option, [k for k in known if k.startswith("--")], 1, cutoff=0.5)
+            words = sorted(k for k in known if k.startswith("--"))
+            similar = [k for k in words if k.startswith(option)] or get_close_matches(option, words, 1, cutoff=0.5)
             hint = f"did you mean {similar[0]}?" if similar else f"see {program} --help"
-            return f"{program} has no option {argument.split('=')[0]}; {hint}"
+            return f"{program.split()[-1]} has no option {argument.split('=')[0]}; {hint}"
     return None
 
 
@@ -168,10 +170,14 @@ def _sentence(box: str, program: str) -> str:
     if first and first[0].strip().startswith("Missing from"):
         # Names are indented by four, their descriptions by eight.
         missing = [line.strip() for line in first[1:] if re.match(r" {5}\S", line)]
-        return f"{program} also needs {' and '.join(missing)}; see {program} --help"
+        command = program.split()[-1]
+        return f"{command} also needs {' and '.join(missing)}; see {program} --help"
     text = " ".join(line.strip() for line in first).rstrip(".") or "invalid arguments"
     text = re.sub(r"Missing value for argument '(.+?)'.*", r"\1 needs a value", text)
-    return f"{program}: {text}; see {program} --help"
+    text = re.sub(r"Error parsing (\S+): invalid literal for int\(\).*?: (.*)", r"\1 must be an integer, got \2", text)
+    text = re.sub(r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 must be a number, got \2", text)
+    text = re.sub(r"\. Expected one of \((.*)\)", r"; expected one of \1", text)
+    return f"{text}; see {program} --help"
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

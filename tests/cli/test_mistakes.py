@@ -75,6 +75,9 @@ def test_a_bug_of_the_library_keeps_its_traceback():
     ("line", "words"),
     [
         ("evalute x", ["unknown command 'evalute'", "did you mean 'evaluate'?"]),
+        ("--verion", ["unknown option '--verion'; did you mean '--version'?"]),
+        ("train mask-rcn --data x", ["no system or preset 'mask-rcn'; did you mean 'mask-rcnn'?"]),
+        ("checkpoints xyz", ["names such as", "unknown entry of the catalogue 'xyz'"]),
         ("--verbose", ["the first argument must be a command"]),
         ("predict a.jpg", ["--weights"]),
         ("checkpoints --system mask-rcn", ["unknown system 'mask-rcn'", "mask-rcnn"]),

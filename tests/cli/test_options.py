@@ -72,9 +72,10 @@ def test_options_become_arguments(arguments, expected):
         (["a", "-q"], ["no option -q"]),
         (["--treshold", "1"], ["did you mean --threshold?"]),
         (["a", "b"], ["unexpected argument 'b'"]),
-        ([], ["also needs NAME"]),
+        ([], ["thing also needs NAME"]),
+        (["a", "--thresh", "1"], ["thing has no option --thresh; did you mean --threshold?"]),
         (["a", "--out"], ["--out needs a value"]),
-        (["a", "--threshold", "high"], ["--threshold", "'high'"]),
+        (["a", "--threshold", "high"], ["--threshold must be a number, got 'high'; see maskwright thing --help"]),
         (["a", "--format", "coko"], ["'coko'", "--format", "drawn", "coco"]),
     ],
 )
@@ -157,6 +158,11 @@ def test_the_overview_names_every_command(capsys):
         assert f"\n  {name} " in shown
     assert cli.main(["--help"]) == 0
     assert capsys.readouterr().out == shown
+
+
+def test_a_system_without_weights_in_the_catalogue_is_named(capsys):
+    assert cli.main(["checkpoints", "--system", "blendmask"]) == 0
+    assert capsys.readouterr().out.startswith("the catalogue has no weights of blendmask; ")
 
 
 def test_the_version(capsys):

@@ -142,7 +142,7 @@ def test_a_saved_result_gives_the_same_page(tmp_path):
 
 def test_a_run_without_a_result_shows_its_curves(tmp_path):
     page = read(report(run_folder(tmp_path / "run")))
-    assert "no result.json yet" in page.text
+    assert "has no result.json." in page.text
     assert page.tags.count("svg") == 4
 
 

@@ -12,6 +12,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 from maskwright._version import __version__
 from maskwright.cli.catalogue import checkpoints, convert, systems
@@ -47,6 +48,8 @@ def _run(arguments: list[str]) -> int:
         print_line(f"maskwright {__version__}")
         return 0
     if first.startswith("-"):
+        if get_close_matches(first, ["--version", "--help"], 1, cutoff=0.75):
+            choose(first, ["--version", "--help"], "option")
         raise UsageError(
             f"the first argument must be a command: maskwright {{{','.join(VERBS)}}}; see maskwright --help"
         )
@@ -54,7 +57,7 @@ def _run(arguments: list[str]) -> int:
     for argument in arguments[1:]:
         option = argument.split("=")[0].replace("_", "-")
         if option in RENAMED:
-            raise UsageError(f"maskwright {first}: {option} is now {RENAMED[option]}")
+            raise UsageError(f"{first}: {option} is now {RENAMED[option]}")
     if verb is train:
         verb = train_with_recipe(arguments[1:])
     return parse(verb, arguments[1:], f"maskwright {first}")()

@@ -26,9 +26,10 @@ def systems(name: Annotated[str | None, Positional, arg(metavar="[NAME]")] = Non
     from maskwright.systems import describe, find, names, system_class
 
     if name is None:
+        width = max(map(len, names()))
         for each in names():
             kind = system_class(each)
-            print_line(f"{each:16} {kind.card.title} (arXiv {kind.card.arxiv})")
+            print_line(f"{each:{width}}  {kind.card.title} (arXiv {kind.card.arxiv})")
             for preset, known in kind.presets.items():
                 scores = ", ".join(f"{s.what} {s.value:g}" for s in known.published)
                 print_line(f"  {preset:34} {scores or known.note}")
@@ -95,8 +96,11 @@ def checkpoints(
     width = max(map(len, entries), default=0)
     for entry in entries.values():
         scores = ", ".join(f"{score.what} {score.value:g}" for score in entry.published)
-        use = "" if entry.commercial == "yes" else " (on conditions)" if entry.commercial == "attribution" else " (NO)"
-        print_line(f"{entry.name:{width}}  {scores:30}  {entry.weights_licence}; commercial use{use or ' allowed'}")
+        use = {"yes": "yes", "attribution": "on conditions"}.get(entry.commercial, "no")
+        print_line(f"{entry.name:{width}}  {scores:30}  commercial use: {use}; {entry.weights_licence}")
+    if not entries:
+        which = f" of {system}" if system else ""
+        print_line(f"the catalogue has no weights{which}; a downloaded file is passed as --weights FILE")
     return 0
 
 

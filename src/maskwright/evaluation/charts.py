@@ -93,7 +93,7 @@ def _bounds(columns: Sequence[Sequence[float]]) -> tuple[float, float]:
     low, high = min(map(min, columns)), max(map(max, columns))
     if high > low:
         return low, high
-    return (low - 0.5, low + 0.5) if low == 0 else (low - abs(low) / 10, low + abs(low) / 10)
+    return (0.0, 1.0) if low == 0 else (low - abs(low) / 10, low + abs(low) / 10)
 
 
 def _ticks(low: float, high: float, count: int) -> list[float]:

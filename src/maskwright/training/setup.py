@@ -6,6 +6,7 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,16 @@ class Kind:
     takes_stuff: bool
 
 
+def _check_spelling(name: str) -> None:
+    """Raises an UnknownSystemError for what is neither a file nor in the catalogue and resembles a system's name."""
+    from maskwright.checkpoints.catalogue import catalogue
+
+    systems, entries = {*names(), *presets()}, {entry.name for entry in catalogue()}
+    similar = get_close_matches(name, systems | entries, 1)
+    if name not in entries and systems.intersection(similar) and not Path(name).exists():
+        find(name)
+
+
 def settle_kind(
     system: str | System, weights: str | Path | None, options: Mapping[str, Any] | None, keypoints: bool | None,
     panoptic: bool | None,
@@ -124,6 +135,8 @@ def settle_kind(
     else:
         from maskwright.checkpoints import load
 
+        if weights is None:
+            _check_spelling(system)
         described = load(system if weights is None else weights)
         wants_panoptic = bool(stuff_of(described))
     takes_stuff = "stuff" in parameters_of(type(described).__init__)
