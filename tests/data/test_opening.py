@@ -132,8 +132,12 @@ def test_a_single_file_under_any_name_serves_as_any_split(tmp_path: Path):
     (tmp_path / "package.json").write_text("{}")
     assert len(open_dataset(tmp_path, "train", strict=True)) == len(open_dataset(tmp_path, "val", strict=True)) == 2
     assert not has_split(tmp_path, "val")
-    (tmp_path / "result.json").rename(tmp_path / "instances_default.json")
-    assert len(open_dataset(tmp_path, "train", strict=True)) == 2
+    for before, after in (("result", "instances_default"), ("instances_default", "instances_cells")):
+        (tmp_path / f"{before}.json").rename(tmp_path / f"{after}.json")
+        assert len(open_dataset(tmp_path, "train", strict=True)) == 2
+        assert check(tmp_path).ok
+    (tmp_path / "instances_cells.json").rename(tmp_path / "instances_val.json")
+    assert not check(tmp_path).ok
 
 
 def test_sources_that_cannot_be_opened(tmp_path: Path):

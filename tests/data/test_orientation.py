@@ -107,6 +107,21 @@ def test_annotations_of_the_stored_image_are_turned_by_fix(
     assert exact(tmp_path / "copy/annotations/result.json")
 
 
+@pytest.mark.parametrize("code", [False, True])
+def test_annotations_of_images_turned_by_180_degrees_follow_the_others(tmp_path: Path, code: bool):
+    path = write_set(tmp_path / "set", [LOW, LOW, LOW, LOW], stored=True, code=code)
+    for number, orientation in ((2, 3), (3, 2), (4, 1)):
+        file = path.parent / f"images/{number}.png"
+        with Image.open(file) as image:
+            pixels = np.asarray(image)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(file, exif=exif)
+    report = check(path, fix=tmp_path / "copy")
+    assert "so are those of 2 turned by 180 degrees or mirrored" in str(report)
+    assert exact(tmp_path / "copy/annotations/result.json")
+
+
 def test_both_possibilities_are_named_where_it_cannot_be_decided(tmp_path: Path):
     path = write_set(tmp_path / "set", [SMALL, SMALL], stored=False)
     words = (

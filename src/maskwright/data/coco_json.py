@@ -40,7 +40,7 @@ def annotation_files(folder: Path, kind: str) -> dict[str | None, Path]:
         The file of each split; key None is a file that is not divided into splits and serves as any. KIND_SPLIT.json
         in the subfolder "annotations" or the folder itself. Of instances also SPLIT/_annotations.coco.json (Roboflow),
         annotations/SPLIT.json and lvis_v1_SPLIT.json; the only other JSON file with the keys of COCO if there is no
-        other (Label Studio's result.json).
+        other (Label Studio's result.json), and an only file whose split is not one of train, val and test.
     """
     files: dict[str | None, Path] = {}
     places = (folder / "annotations", folder)
@@ -60,6 +60,8 @@ def annotation_files(folder: Path, kind: str) -> dict[str | None, Path]:
         others = unnamed_files(folder)
         if len(others) == 1:
             files[None] = others[0]
+    if len(files) == 1:  # a name such as instances_default.json or instances_polygons.json divides nothing
+        files = {name if name is not None and splits.kind_of(name) else None: path for name, path in files.items()}
     return files
 
 
@@ -209,7 +211,9 @@ class RepeatedKeys:
             table.add_finding("error", "key", what, "keep one of them, or join them; a JSON parser keeps only the last")
         for key in self._same.keys() - self._different.keys():
             where = "at the top level" if key in raw else f"in {self._same[key]} objects"
-            table.add_finding("note", "key", f"key {key!r} occurs more than once {where}", "its values are the same")
+            table.add_finding(
+                "note", "key", f"key {key!r} occurs more than once {where}", "its values are the same or empty"
+            )
 
 
 def _text(value: Any) -> str:

@@ -2,11 +2,12 @@
 
 Images are read upright. Where orientation exchanges width and height, outlines that leave one of the two frames show
 which one was annotated, and so does the size of a run-length code. Orientations that keep the size (180 degrees,
-mirrored) leave no trace in the annotations.
+mirrored) leave no trace in the annotations; they are treated as the others of the set.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +16,7 @@ from maskwright.data.columns import Bools, Columns, Floats
 from maskwright.data.findings import Cause
 from maskwright.data.images import read_orientation
 from maskwright.data.table import Table
+from maskwright.errors import ImageError
 from maskwright.structures import rle
 
 _FEW = 0.05  # share of images that may contradict the others, because of single wrong outlines
@@ -83,10 +85,22 @@ def _listed_upright(table: Table, columns: Columns, chosen: Bools, upright: Bool
 
 
 def _turn(table: Table, columns: Columns, chosen: Bools, what: str, evidence: int) -> Cause:
-    turn_annotations(table, columns, chosen)
+    # What ignored the orientation of these images has also ignored 180 degrees and mirroring.
+    others = _keeping_size(table)
+    turn_annotations(table, columns, chosen | others)
     what += f" (as those of {evidence} show)"
+    what += f"; so are those of {int(others.sum())} turned by 180 degrees or mirrored" if others.any() else ""
     advice = "turn the annotations, as `maskwright check --fix` does, or remove the EXIF orientation from the files"
     return Cause("error", "size", what, advice, repaired=True)
+
+
+def _keeping_size(table: Table) -> Bools:
+    """Which images have an EXIF orientation that does not exchange width and height."""
+    result = np.zeros(len(table.files), np.bool_)
+    for index, (size, stored) in enumerate(zip(table.sizes, table.stored_sizes, strict=True)):
+        with contextlib.suppress(ImageError):
+            result[index] = size == stored and read_orientation(table.folder / table.files[index]) in (2, 3, 4)
+    return result
 
 
 def list_upright(table: Table) -> None:

@@ -284,8 +284,9 @@ class _Runner:
         batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], multiple=self.system.preprocess.multiple)
         with torch.no_grad():  # not inference mode: the caller may change results in place
             raw = run_network(self.system, batch, self.device, self.dtype)
-            found: list[Any] = task_called(self.task).of(self.system)(raw, batch.placements, **self.thresholds)
-        return [self.keep(on_host(objects)) for objects in found]
+            found = task_called(self.task).of(self.system)(raw, batch.placements, **self.thresholds)
+        moved: list[Any] = [on_host(objects) for objects in found]
+        return [self.keep(objects) for objects in moved]
 
     def prediction(self, item: Item, found: Instances | Panoptic, seconds: float) -> Prediction:
         classes = tuple(self.system.classes)
