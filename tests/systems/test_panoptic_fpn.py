@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+
 import pytest
 import torch
 
 import maskwright as mw
+from maskwright.checkpoints.names import CITYSCAPES_PANOPTIC, COCO_PANOPTIC, VOC
+from maskwright.checkpoints.origins import origins
 from maskwright.errors import UsageError
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import create
@@ -120,9 +126,8 @@ def test_decoded_labels_are_those_of_all_classes():
     assert whole.image_size == labels.shape == (120, 160)
     assert set(labels.unique().tolist()) <= {-1, 0, 1, 2, 3}
     assert len(large) == 0
-    assert (whole.segments.labels[~whole.things].unique_consecutive().tolist()) == whole.segments.labels[
-        ~whole.things
-    ].tolist()
+    regions = whole.segments.labels[~whole.things].tolist()
+    assert regions == sorted(set(regions))  # one for each class
 
 
 def test_rows_of_things_and_of_stuff_are_kept_by_name(tmp_path):
@@ -170,3 +175,31 @@ def test_without_stuff_it_is_mask_rcnn():
 def test_invalid_options_are_refused(options, words):
     with pytest.raises(UsageError, match=words), torch.device("meta"):
         create("panoptic-fpn", **{**tiny_options("panoptic-fpn"), "classes": CLASSES, "stuff": STUFF, **options})
+
+
+@pytest.mark.parametrize(
+    ("things", "regions", "names"),
+    [(80, 53, COCO_PANOPTIC), (8, 11, CITYSCAPES_PANOPTIC), (2, 1, ("class 0", "class 1", "class 2")),
+     (20, 3, (*VOC, "class 20", "class 21", "class 22"))],
+)  # fmt: skip
+def test_files_of_other_classes_and_backbones_are_recognised(things, regions, names):
+    layout = Path(__file__).parents[1] / "parity" / "layouts" / "panoptic-fpn-detectron2-r50.json"
+    shapes = {key: tuple(shape) for key, (shape, _) in json.loads(layout.read_text())["tensors"].items()}
+    for number in range(6, 23):  # ResNet-101
+        block = {k: v for k, v in shapes.items() if k.startswith("backbone.bottom_up.res4.5.")}
+        shapes |= {k.replace("res4.5.", f"res4.{number}."): v for k, v in block.items()}
+    for key, rows in (
+        ("roi_heads.box_predictor.cls_score", things + 1), ("roi_heads.box_predictor.bbox_pred", 4 * things),
+        ("roi_heads.mask_head.predictor", things), ("sem_seg_head.predictor", regions + 1),
+    ):  # fmt: skip
+        for kind in ("weight", "bias"):
+            shapes[f"{key}.{kind}"] = (rows, *shapes[f"{key}.{kind}"][1:])
+    found = [(own.system, own.recognise(shapes, {})) for own in origins()]
+    ((system, options),) = [(name, own) for name, own in found if own is not None]
+    assert system == "panoptic-fpn"
+    assert options["classes"] == names
+    assert len(options["stuff"]) == regions
+    assert options["backbone"]["name"] == "resnet101"
+    with torch.device("meta"):
+        built = create(system, **options)
+    assert sum(v.numel() for v in built.state_dict().values()) == sum(math.prod(v) for v in shapes.values())
