@@ -193,7 +193,8 @@ def propose(
         training: Whether the numbers of proposals are those of training.
 
     Returns:
-        Boxes and their logits for each image, best first, without gradient.
+        Boxes and their logits for each image, best first, without gradient. In training with `rules.whole_batch` they
+        are in the order of the levels, and best first within each.
     """
     before, after = (rules.before[0], rules.after[0]) if training else (rules.before[1], rules.after[1])
     chosen_boxes, chosen_logits, levels = [], [], []
@@ -216,6 +217,8 @@ def propose(
             own, score, group = own[good], score[good], level[good]
             ranked = score.sigmoid() if rules.rank_by == "probability" else score
             kept = box_ops.nms(own, ranked, group, rules.nms_threshold, after, rules.plus_one)
+            if training and rules.whole_batch:
+                kept = kept[group[kept].argsort(stable=True)]
             result.append((own[kept], score[kept]))
         if training and rules.whole_batch and sum(len(score) for _, score in result) > after:
             worst = torch.cat([score for _, score in result]).topk(after).values[-1]
