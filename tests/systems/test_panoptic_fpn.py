@@ -197,6 +197,7 @@ def test_files_of_other_classes_and_backbones_are_recognised(things, regions, na
     found = [(own.system, own.recognise(shapes, {})) for own in origins()]
     ((system, options),) = [(name, own) for name, own in found if own is not None]
     assert system == "panoptic-fpn"
+    assert isinstance(options, dict)
     assert options["classes"] == names
     assert len(options["stuff"]) == regions
     assert options["backbone"]["name"] == "resnet101"
