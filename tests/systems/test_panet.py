@@ -11,8 +11,8 @@ from maskwright.blocks.fpn import FPN
 from maskwright.checkpoints.origins.panet import ORIGINS
 from maskwright.errors import UsageError
 from maskwright.structures import Placement
-from maskwright.systems import create
-from maskwright.systems.panet import BottomUpPath, fuse_levels
+from maskwright.systems import create, describe
+from maskwright.systems.panet import BottomUpPath, PANet, fuse_levels
 from tests.systems.tiny import SIZE, build, objects, tiny_options
 
 PLAIN = {"bottom_up": False, "adaptive_pooling": False, "fc_fusion": False}
@@ -148,6 +148,15 @@ def test_published_files_of_other_sizes_are_recognised(masks: bool, classes: int
     assert len(options["classes"]) == classes
     assert options["boxes"] == {"convs": 4, "fcs": 1, "width": 1024}
     assert options["masks"] == ({"convs": 4, "width": 256} if masks else False)
+
+
+def test_the_rows_of_an_ablation_are_different_networks():
+    for ablation in PANet.ablations.values():
+        sizes = []
+        for row in ablation.variants.values():
+            system = describe("panet", **PANet.with_options(ablation.base, row))
+            sizes.append(sum(p.numel() for p in system.parameters()))
+        assert sizes == sorted(set(sizes))
 
 
 @pytest.mark.fast

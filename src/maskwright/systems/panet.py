@@ -338,7 +338,7 @@ class PANet(MaskRCNN):
     _PLAIN: ClassVar[dict[str, Any]] = {"bottom_up": False, "adaptive_pooling": False, "fc_fusion": False}
     _ABLATED: ClassVar[dict[str, Any]] = {
         **MaskRCNN._ABLATED, "rules": "detectron2", "neck_norm": "group",
-        "boxes": {"convs": 0, "fcs": 2, "width": 256, "norm": "group"},
+        "boxes": {"convs": 0, "fcs": 2, "width": 256, "norm": "none"},
         "masks": {"convs": 3, "width": 64, "norm": "group"},
     }  # fmt: skip
     ablations: ClassVar[Mapping[str, Ablation]] = {
@@ -354,7 +354,7 @@ class PANet(MaskRCNN):
         ),
         "neck": Ablation(
             "Mask R-CNN with PANet's neck or a feature pyramid alone",
-            {"FPN": {"bottom_up": False}, "FPN and bottom-up path": {}},
+            {"FPN": {}, "FPN and bottom-up path": {"bottom_up": True}},
             {}, "figures of arXiv 1803.01534 are not included", {**_ABLATED, **_PLAIN}, MaskRCNN._SCENES,
             MaskRCNN._TRAINED, measures={"mask AP": "segm/AP", "mask AP75": "segm/AP75", "box AP": "bbox/AP"},
         ),
