@@ -81,6 +81,11 @@ def grey(path: Path) -> None:
     Image.fromarray(np.zeros((40, 60), np.uint8)).save(path)
 
 
+def jpeg(path: Path) -> None:
+    with Image.open(path) as image:
+        image.save(path, "JPEG")
+
+
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:60])
 
@@ -90,6 +95,7 @@ def cut(path: Path) -> None:
     [
         (remove, r"1 of 2 maps of segments are not in .*panoptic_val: '2.png'; put the PNGs there"),
         (other_size, r"2.png is 60 x 20, but its image is 60 x 40; restore the map"),
+        (jpeg, r"2.png: was saved as JPEG, which changes the segment ids"),
         (grey, r"2.png: has image mode L; a map of segments must be an RGB PNG"),
     ],
 )
@@ -99,6 +105,21 @@ def test_an_invalid_map_is_an_error(tmp_path: Path, damage, words: str):
     with pytest.raises(AnnotationError, match=words):
         read_panoptic(path)
     assert not check(tmp_path).ok
+
+
+@pytest.mark.parametrize(
+    ("order", "words"), [((2, 1, 0), "with red and blue exchanged they are"), ((1, 1, 1), "none of")]
+)
+def test_maps_of_other_ids_are_one_error(tmp_path: Path, order: tuple[int, int, int], words: str):
+    path = small_set(tmp_path)
+    for file in path.with_suffix("").glob("*.png"):
+        with Image.open(file) as image:
+            pixels = np.asarray(image)
+        other = pixels[:, :, list(order)] if order == (2, 1, 0) else np.where(pixels > 0, 77, pixels).astype(np.uint8)
+        Image.fromarray(np.ascontiguousarray(other)).save(file)
+    with pytest.raises(AnnotationError, match=words) as caught:
+        read_panoptic(path)
+    assert str(caught.value).count("none of the listed segments is in the maps (2 were read)") == 1
 
 
 def test_a_truncated_map_is_an_error(tmp_path: Path):

@@ -35,6 +35,11 @@ def read_map(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
                     f"{path}: has image mode {image.mode}; a map of segments must be an RGB PNG whose pixels are "
                     "segment ids, red + 256 green + 65536 blue"
                 )
+            if image.format == "JPEG":
+                raise AnnotationError(
+                    f"{path}: was saved as JPEG, which changes the segment ids in its pixels; a map of segments must "
+                    "be an RGB PNG"
+                )
             return colours_to_ids(np.asarray(image))
     except FileNotFoundError:
         raise AnnotationError(f"{path}: no such map of segments") from None

@@ -288,6 +288,8 @@ def _verify_maps(table: Table, verify: Verify | None) -> None:
     bounds = table.bounds()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         results = list(threads.map(partial(_ids_in_map, table), chosen))
+    if _of_other_ids(table, [(i, r[0]) for i, r in zip(chosen, results, strict=True) if not isinstance(r, str)]):
+        return
     for index, result in zip(chosen, results, strict=True):
         image = table.image_ids[index]
         if isinstance(result, str):
@@ -308,6 +310,24 @@ def _verify_maps(table: Table, verify: Verify | None) -> None:
                 f"{first_few([n for n, _ in unknown])}"
             )
             table.add_finding("skip", "map", what, "they belong to no segment", image=image)
+
+
+def _of_other_ids(table: Table, maps: list[tuple[int, list[int]]]) -> bool:
+    """Add one finding if no map has an id of its listed segments."""
+    bounds = table.bounds()
+    listed = [set(table.ids[bounds[index] : bounds[index + 1]]) for index, _ in maps]
+    used = [{number for number in numbers if number} for _, numbers in maps]
+    if not any(listed) or not any(used) or any(own & found for own, found in zip(listed, used, strict=True)):
+        return False
+    reversed_ids = [{(n & 0xFF) << 16 | n & 0xFF00 | n >> 16 for n in found} for found in used]
+    swapped = any(own & found for own, found in zip(listed, reversed_ids, strict=True))
+    what = f"none of the listed segments is in the maps ({len(maps)} were read)"
+    advice = "restore the maps that belong to this file; the id of a segment is red + 256 green + 65536 blue"
+    if swapped:
+        what += "; with red and blue exchanged they are"
+        advice = "write the maps in the order red, green, blue (OpenCV's order is blue, green, red)"
+    table.add_finding("error", "map", what, advice)
+    return True
 
 
 def _ids_in_map(table: Table, index: int) -> tuple[list[int], list[int]] | str:
