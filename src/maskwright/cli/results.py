@@ -146,15 +146,20 @@ def predict(
         for prediction in progress(found, "images"):
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
             writer.add(prediction.path or "image", found_there, prediction.error, prediction.reading)
-    what = "objects" if task == "instances" else "segments"
+    what = "object" if task == "instances" else "segment"
     default = score_threshold is None and not own and task == "instances"
     limit = " with a score of at least 0.5 (--score-threshold)" if default else ""
-    print_line(f"{writer.objects} {what}{limit} in {len(writer.images)} images: {out}")
+    print_line(f"{_count(writer.objects, what)}{limit} in {_count(len(writer.images), 'image')}: {out}")
     if ids is not None and "coco" in format:
         print_line(ids.summary)
     for path, reason in writer.skipped:
         print_error(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
     return 1 if writer.skipped else 0
+
+
+def _count(number: int, noun: str) -> str:
+    """A number with its noun, in the plural if it is not one."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def evaluate(
