@@ -7,6 +7,7 @@
     ├── DataError                   an image, an annotation file, a data set
     │   ├── ImageError              an image that cannot be read
     │   └── AnnotationError         an annotation file, or one of its entries, that cannot be read
+    │       └── MaskCodeError       an invalid run-length code; a ValueError too
     ├── CheckpointError             a file of weights
     │   ├── UnsafeCheckpointError   loading it would execute code, or it is not a checkpoint
     │   ├── UnknownLayoutError      its keys match no supported system
@@ -54,6 +55,10 @@ class ImageError(DataError):
 
 class AnnotationError(DataError):
     """An annotation file, or one of its entries, that cannot be read."""
+
+
+class MaskCodeError(AnnotationError, ValueError):
+    """A run-length code of a mask that is invalid, or does not fit the size of its image."""
 
 
 class CheckpointError(MaskwrightError):

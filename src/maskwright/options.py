@@ -23,6 +23,16 @@ from typing import Any, ClassVar, Literal, Self, TypeVar, Union, cast, get_args,
 
 from maskwright.errors import UsageError
 
+LARGEST_OPTION = 1 << 20  # the largest published integer is 12544; a network cannot be built with far larger ones
+UNBOUNDED = ("long", "ranges")  # bounds in pixels, for which a huge number means that there is none
+
+# Endings of names of options that count something a network cannot lack. Others may be 0.
+_POSITIVE = (
+    "width", "channels", "hidden", "heads", "queries", "points", "side", "sides", "grids", "rays", "prototypes",
+    "coefficients", "bases", "kernel_size", "stride", "window", "windows", "groups", "levels", "octaves", "parts",
+    "patch", "multiple", "depth", "depths", "most_contours", "anchor_sizes", "canvas", "deform_every",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class OptionGroup:
@@ -147,6 +157,8 @@ def resolve(function: Callable[..., Any], given: Mapping[str, Any], owner: str) 
                 continue
             try:
                 options[name] = read_group(groups[name], value, parameter.default).to_options()
+                for field, own in options[name].items():
+                    check_range(f"{name}.{field}", own)
             except UsageError as error:
                 raise UsageError(f"{owner}: {error}") from None
             continue
@@ -154,6 +166,7 @@ def resolve(function: Callable[..., Any], given: Mapping[str, Any], owner: str) 
         if name in hints:
             try:
                 check_option(name, options[name], hints[name])
+                check_range(name, options[name])
             except UsageError as error:
                 raise UsageError(f"{owner}: {error}") from None
     return options
@@ -236,6 +249,28 @@ def check_option(name: str, value: Any, hint: Any) -> None:
         return
     words = _words(hint) if isinstance(value, str) else []
     raise UsageError(f"{name} must be {describe(hint)}, got {value!r}{_suggestion(value, words)}")
+
+
+def check_range(name: str, value: Any) -> None:
+    """Raises a UsageError for an integer that no network can be built with: negative, far too large, or 0 as a width.
+
+    Args:
+        name: Name of the option, with a dot between a group and its field.
+        value: Its value; lists are checked entry by entry, and what is no integer is ignored.
+    """
+    if isinstance(value, Mapping):
+        for key, own in cast(Mapping[str, Any], value).items():
+            check_range(f"{name}.{key}", own)
+    elif isinstance(value, (list, tuple)):
+        for own in cast(Sequence[Any], value):
+            check_range(name, own)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        field = name.rpartition(".")[2]
+        least = int(field.endswith(_POSITIVE))
+        if value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
+        if value > LARGEST_OPTION and field not in UNBOUNDED:
+            raise UsageError(f"{name} must be at most {LARGEST_OPTION}, got {str(value)[:30]}")
 
 
 def describe(hint: Any) -> str:

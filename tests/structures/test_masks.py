@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from maskwright.errors import UsageError
+from maskwright.errors import MaskCodeError, UsageError
 from maskwright.structures import Masks, Placement, rle
 from tests.structures.strategies import SIZES, planes
 
@@ -162,12 +162,15 @@ def test_a_damaged_string_is_an_error_or_covers_the_image(dense, data):
         ([{"size": [2, 2], "counts": ["x"]}], "mask 0"),
         ([b"4"], "need the argument `size`"),
         ([], "the argument `size` is needed"),
+        ([{"size": [445], "counts": [1.5, 2]}], "mask 0 has the size [445], expected [height, width]"),
+        ({"size": [2, 2], "counts": [4]}, "codes must be a list of run-length codes of masks, got a single dict"),
     ],
 )
 def test_an_invalid_code_is_an_error(codes, says):
-    with pytest.raises(ValueError, match=r"mask|size") as caught:
+    with pytest.raises(MaskCodeError, match=r"mask|size") as caught:
         Masks.from_rle(codes)
     assert says in str(caught.value)
+    assert isinstance(caught.value, ValueError)
 
 
 @pytest.mark.thorough

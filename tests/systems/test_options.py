@@ -12,7 +12,7 @@ from maskwright.cli import main
 from maskwright.data import Scenes
 from maskwright.errors import RenamedOptionWarning, UsageError
 from maskwright.options import resolve
-from maskwright.systems import create, names, system_class
+from maskwright.systems import create, describe, names, system_class
 from maskwright.systems.system import COMMON_RENAMES
 
 pytestmark = pytest.mark.fast
@@ -87,3 +87,35 @@ def test_the_command_line_refuses_names_of_earlier_versions(tmp_path: Path, caps
 def test_whole_numbers_are_numbers():
     options = {"backbone": {"norm_eps": 0}, "proposals": {"anchor_sizes": [1, 2.5]}, "boxes": {"beta": None}}
     resolve(system_class("mask-rcnn").__init__, options, "mask-rcnn")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("solov2", {"neck_width": -1}, "solov2: neck_width must be at least 1, got -1"),
+        ("solov2", {"neck_width": 0}, "solov2: neck_width must be at least 1, got 0"),
+        ("mask-rcnn", {"neck_width": 10**9}, "mask-rcnn: neck_width must be at most 1048576, got 1000000000"),
+        ("mask-rcnn", {"in_channels": 10**9}, "mask-rcnn: in_channels must be at most 1048576"),
+        ("mask-rcnn", {"backbone": {"groups": 0}}, "groups must be at least 1, got 0"),
+        ("mask-rcnn", {"backbone": {"frozen": -1}}, "frozen must be at least 0, got -1"),
+        ("yolact", {"prototypes": -3}, "yolact: prototypes must be at least 1, got -3"),
+        ("solov2", {"cells": {"grids": [40, 36, 24, 0, 12]}}, "solov2: cells.grids must be at least 1, got [40"),
+    ],
+)
+def test_integers_that_no_network_can_have_are_sentences(name: str, options: dict[str, Any], says: str):
+    with pytest.raises(UsageError) as caught:
+        describe(name, **options)
+    assert says in str(caught.value)
+    with pytest.raises(UsageError):
+        create(name, classes=("a",), **options)
+
+
+def test_options_that_exclude_one_another_are_named(monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: Any, **__: Any) -> None:
+        raise ValueError("num_channels must be divisible by num_groups")
+
+    monkeypatch.setattr(system_class("solov2"), "rebuild", fails)
+    with pytest.raises(UsageError, match=r"solov2 cannot be built with neck_width=7 \(ValueError: num_channels must"):
+        describe("solov2", neck_width=7)
+    with pytest.raises(ValueError, match="num_channels"):  # without options of the caller, it is an error of ours
+        describe("solov2")

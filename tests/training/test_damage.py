@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from maskwright.checkpoints.building import compare_with_meta
 from maskwright.errors import CheckpointError, MaskwrightError, TrainingError, UsageError
+from maskwright.systems import describe
 from maskwright.training import Recipe, load_batch
 from maskwright.training.state import load_state, save_state
 from tests.training.test_resume import same
@@ -136,6 +138,29 @@ def test_the_entry_is_named(run: Path, tmp_path: Path, place: tuple[str, ...], v
     with pytest.raises(CheckpointError, match=r"last.ckpt: holds an entry that cannot be used") as caught:
         fit(tmp_path, resume=True, epochs=1)
     assert words in str(caught.value)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"neck_width": 1 << 30}, "option 'neck_width' in its header is 1073741824, which is out of range"),
+        ({"neck_width": 1 << 19}, "a system with its options needs"),
+        ({"neck_width": 64}, r"is \(256, .*, but has the shape \(64, "),
+        ({"neck_width": -1}, "neck_width must be at least 1, got -1"),
+    ],
+)
+def test_options_in_a_checkpoint_are_compared_with_its_weights_before_memory_is_allocated(
+    changes: dict[str, Any], words: str | None
+):
+    system = describe("solov2")
+    state, options = system.state_dict(), {**system.options, **changes}
+    if words is None:
+        compare_with_meta(type(system), options, state, "last.ckpt")
+        return
+    with pytest.raises(CheckpointError, match=words):
+        compare_with_meta(type(system), options, state, "last.ckpt")
 
 
 @pytest.mark.fast

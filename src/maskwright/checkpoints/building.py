@@ -25,15 +25,13 @@ from maskwright.checkpoints.names import is_placeholder
 from maskwright.checkpoints.origins import Candidate, Origin
 from maskwright.checkpoints.ours import preprocess_of
 from maskwright.errors import CheckpointError, MaskwrightError, MissingExtraError, UnknownSystemError, UsageError
-from maskwright.options import plain
+from maskwright.options import LARGEST_OPTION, UNBOUNDED, plain
 from maskwright.structures import Preprocess
 from maskwright.structures.resize import Resize
 from maskwright.systems import PanopticSystem, ProposalSystem, System, system_class
 
 Options = dict[str, Any]
 
-LARGEST_OPTION = 1 << 20  # integers in the options of a file; the largest published one is 12544
-UNBOUNDED = ("long", "ranges")  # bounds in pixels, for which a huge number means that there is none
 MORE_MODULES = 5_000  # modules that a system may have, besides ten for each tensor of the file
 MORE_MEMORY = 1 << 28  # bytes of parameters and buffers, besides a multiple of the file's
 
@@ -254,6 +252,30 @@ def _names_rows(old: Sequence[str], new: Sequence[str], assumed: bool) -> bool:
         return True
     folded = {name.strip().casefold() for name in old}
     return assumed and 2 * sum(name.strip().casefold() in folded for name in new) <= len(new)
+
+
+def compare_with_meta(kind: type[System], options: Options, state: Mapping[str, Tensor], path: str) -> None:
+    """Compares the options that a file states with its tensors, before memory is allocated for the system.
+
+    Args:
+        kind: The class of the system.
+        options: The options in the file, with today's names.
+        state: The tensors in the file.
+        path: The file, for messages.
+
+    Raises:
+        CheckpointError: If the options are invalid, or describe another system than the tensors do.
+    """
+    check_values(options, path)
+    outline, _ = _outline(kind, options, {}, None, state, path)
+    wanted = outline.state_dict()
+    for name in wanted:
+        if name not in state or wanted[name].shape != state[name].shape:
+            has = tuple(state[name].shape) if name in state else "missing"
+            raise CheckpointError(
+                f"{path}: {shown(name)} is {has}, but has the shape {tuple(wanted[name].shape)} with the options in "
+                "the file; the file is damaged"
+            )
 
 
 # ---- checks before construction --------------------------------------------------------------------------------------

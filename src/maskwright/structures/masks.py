@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from pycocotools import mask as coco
 from torch import Tensor
 
-from maskwright.errors import UsageError
+from maskwright.errors import MaskCodeError, UsageError
 from maskwright.structures import polygons as outlines
 from maskwright.structures import rle
 from maskwright.structures.indexing import Index, pick, selection
@@ -85,9 +85,13 @@ class Masks:
             The masks, of kind "rle".
 
         Raises:
-            ValueError: If a code is invalid, has another size, or does not cover H * W pixels (the message gives its
+            MaskCodeError: If a code is invalid, has another size, or does not cover H * W pixels (the message gives its
                 position); or if no size is known.
         """
+        if isinstance(codes, (Mapping, str, bytes)):
+            raise MaskCodeError(
+                f"codes must be a list of run-length codes of masks, got a single {type(codes).__name__}"
+            )
         strings: list[bytes] = []
         for number, code in enumerate(codes):
             counts: Any = code
@@ -95,10 +99,10 @@ class Masks:
                 own = _size_in(code, number)
                 size = size or own
                 if own != tuple(size):
-                    raise ValueError(f"mask {number} is {own[0]} x {own[1]}, expected {size[0]} x {size[1]}")
+                    raise MaskCodeError(f"mask {number} is {own[0]} x {own[1]}, expected {size[0]} x {size[1]}")
                 counts = code.get("counts")
             if size is None:
-                raise ValueError("run-length strings without `size` need the argument `size`")
+                raise MaskCodeError("run-length strings without `size` need the argument `size`")
             try:
                 if isinstance(counts, (bytes, str)):
                     text = counts.encode("ascii") if isinstance(counts, str) else counts
@@ -109,15 +113,15 @@ class Masks:
                     if (lengths < 0).any():
                         raise ValueError("it contains a negative run")
             except (ValueError, TypeError, OverflowError) as error:
-                raise ValueError(f"mask {number} is not a valid run-length code: {error}") from None
+                raise MaskCodeError(f"mask {number} is not a valid run-length code: {error}") from None
             # Single runs are checked first, because the sum of very long ones could overflow to the right number.
             if lengths.max(initial=0) > size[0] * size[1] or lengths.sum() != size[0] * size[1]:
-                raise ValueError(
+                raise MaskCodeError(
                     f"the runs of mask {number} cover {lengths.sum()} pixels, but its image has {size[0] * size[1]}"
                 )
             strings.append(text if text is not None else rle.encode_counts(lengths))
         if size is None:
-            raise ValueError("without masks, the argument `size` is needed")
+            raise MaskCodeError("without masks, the argument `size` is needed")
         return cls("rle", strings, size)
 
     @classmethod
@@ -444,11 +448,11 @@ def _placed_edges(frame: rle.Frame, crop: rle.Bools, placement: Placement) -> rl
 
 
 def _size_in(code: dict[str, Any], number: int) -> tuple[int, int]:
-    """The size in a run-length code; ValueError unless it is a height and a width."""
+    """The size in a run-length code; MaskCodeError unless it is a height and a width."""
     sides: Any = code.get("size")
     if isinstance(sides, (list, tuple, np.ndarray)) and len(sides) == 2 and all(map(_is_length, sides)):
         return int(sides[0]), int(sides[1])
-    raise ValueError(f"mask {number} has the size {repr(sides)[:60]}, expected [height, width]")
+    raise MaskCodeError(f"mask {number} has the size {repr(sides)[:60]}, expected [height, width]")
 
 
 def _run_lengths(counts: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
-from maskwright.errors import UnknownSystemError
+from maskwright.errors import UnknownSystemError, UsageError
 from maskwright.systems.card import Ablation, Card, Preset, Score
 from maskwright.systems.kinds.detectors import FrozenFeatures, FrozenLayout, QueryDetector
 from maskwright.systems.kinds.panoptic import PanopticSystem
@@ -129,10 +130,27 @@ def create(name: str, **options: Any) -> System:
 
     Raises:
         UnknownSystemError: If there is no such name.
-        UsageError: If an option does not exist or has an invalid value.
+        UsageError: If an option does not exist or has an invalid value, or no network can be built with the options.
     """
     kind, preset = find(name)
-    return kind(**kind.with_options(preset, options))
+    final = kind.with_options(preset, options)
+    with _explained(kind, options):
+        return kind(**final)
+
+
+@contextmanager
+def _explained(kind: type[System], options: Mapping[str, Any]) -> Generator[None, None, None]:
+    """Turn what torch raises for options of the caller that exclude one another into a UsageError."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, MemoryError) as error:
+        given = ", ".join(f"{name}={str(value)[:60]}" for name, value in options.items() if name != "classes")
+        if not given:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"{kind.name} cannot be built with {given} ({type(error).__name__}: {reason}); change these options"
+        ) from error
 
 
 def stuff_of(system: System) -> tuple[str, ...]:
@@ -154,5 +172,6 @@ def describe(name: str, **options: Any) -> System:
     kind, preset = find(name)
     if not issubclass(kind, ProposalSystem):
         options = {"classes": preset.get("classes", ("first", "second")), **options}
-    with torch.device("meta"):
-        return kind.rebuild(kind.with_options(preset, options))
+    final = kind.with_options(preset, options)
+    with torch.device("meta"), _explained(kind, options):
+        return kind.rebuild(final)

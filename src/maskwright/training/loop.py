@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskwright.checkpoints.building import check_values, compare_with_meta
 from maskwright.checkpoints.fitting import renamed
 from maskwright.data import Dataset, evenly_spaced
 from maskwright.data.workers import explained, stop_if_imported
@@ -467,10 +468,10 @@ def _saved_run(out: Path, resume: bool) -> dict[str, Any] | None:
         raise UsageError(f"{out} already holds a run; resume it (resume=True, --resume) or give another folder")
     state = load_state(path)
     with entries_of(path):
-        return _upgraded(state)
+        return _upgraded(state, path)
 
 
-def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
+def _upgraded(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """A state that an earlier version may have written, with today's option and parameter names."""
     if state["system"] not in names():  # a system of the user's
         return state
@@ -478,7 +479,9 @@ def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
     options = kind.upgraded(state["options"])
     if plain(options) == plain(state["options"]):
         return state
-    system = kind.rebuild(options)
+    check_values(options, str(path))
+    with torch.device("meta"):
+        system = kind.rebuild(options)
     state |= {"options": system.options, "model": renamed(state["model"], system)}
     state["optimizer"] |= {"state": renamed(state["optimizer"]["state"], system)}
     if state["average"] is not None:
@@ -515,6 +518,7 @@ def _same_system(system: str | System, state: dict[str, Any], options: Mapping[s
         with entries_of(path):
             kind = system_class(state["system"])
             kind.with_options(state["options"], {})
+            compare_with_meta(kind, state["options"], state["model"], str(path))
         wanted = kind.with_options(state["options"], plain(dict(options or {})))
         other = [name for name, value in wanted.items() if state["options"].get(name) != value]
         if other:
