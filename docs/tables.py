@@ -22,6 +22,7 @@ BEGIN, END = "<!-- systems: begin (make tables) -->", "<!-- systems: end -->"
 PAGES = {
     "decoupled-solo": "solo",
     "keypoint-rcnn": "mask-rcnn",
+    "rfcn": "fcis",
     "h-detr": "mask-frozen-detr",
     "pointrend-semantic": "pointrend",
 }

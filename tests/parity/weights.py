@@ -41,8 +41,13 @@ def write_checkpoint(layout: Path, folder: Path, seed: int = 0, overrides: dict[
     """
     about = json.loads(layout.read_text())
     state = {k: value(k, tuple(shape), kind, seed) for k, (shape, kind) in about["tensors"].items()}
-    for ending, more in re.findall(r"keys ending (\S+) \+= ([\d.]+)", about.get("fill_fixup", "")):
+    fixup = about.get("fill_fixup", "")
+    for ending, more in re.findall(r"(?:keys ending |\*)(\S+) \+= ([\d.]+)", fixup):
         state |= {k: v + np.float32(more) for k, v in state.items() if k.endswith(ending)}
+    for ending in re.findall(r"\*(\S+) = 1 \+ 0\.25\*tanh\(10\*v\)", fixup):
+        state |= {k: (1 + 0.25 * np.tanh(10 * v)).astype("float32") for k, v in state.items() if k.endswith(ending)}
+    for key, factor in re.findall(r"(\S+) \*= ([\d.]+)", fixup):
+        state[key] = state[key] * np.float32(factor)
     for pattern, given in (overrides or {}).items():
         keys = fnmatch.filter(state, pattern)
         if not keys:

@@ -209,6 +209,7 @@ class Use:
         dilated: Whether the last stage is dilated instead of strided.
         dilate_first: Whether the first block of a dilated stage is dilated too (detectron2) or not (torchvision).
         deform_bias: Whether deformable convolutions have a bias.
+        caffe_pool: Whether the max pooling of a ResNet rounds sizes up and has no padding, as in Caffe and MXNet.
         size: Side of the input that tables of positions are made for, of a vision transformer, in pixels.
         patch: Side of a patch of a plain vision transformer, in pixels.
     """
@@ -217,6 +218,7 @@ class Use:
     dilated: bool = False
     dilate_first: bool = True
     deform_bias: bool = False
+    caffe_pool: bool = False
     size: int | None = None
     patch: int | None = None
 

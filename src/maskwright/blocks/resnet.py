@@ -182,6 +182,7 @@ class ResNet(nn.Module):
         norm: Normalisation.
         eps: Epsilon of the normalisation.
         frozen: Number of parts (stem, four stages) that are not trained; nor do their batch norms' statistics change.
+        caffe_pool: Whether the max pooling rounds sizes up and has no padding.
 
     Attributes:
         channels: Channels of the levels.
@@ -208,8 +209,10 @@ class ResNet(nn.Module):
         norm: Norm = "frozen",
         eps: float = 1e-5,
         frozen: int = 0,
+        caffe_pool: bool = False,
     ):
         super().__init__()
+        self.caffe_pool = caffe_pool
         still: Norm = "frozen" if norm in ("batch", "still") else norm
         self.stem = ConvNorm(in_channels, base, 7, stride=2, norm=still if frozen else norm, eps=eps, relu=True)
         self.stages = nn.ModuleList()
@@ -234,7 +237,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> list[Tensor]:
         """Returns the outputs of the stages, finest first."""
-        x = functional.max_pool2d(self.stem(x), 3, 2, 1)  # (B, 64, H/4, W/4)
+        padding = 0 if self.caffe_pool else 1
+        x = functional.max_pool2d(self.stem(x), 3, 2, padding, ceil_mode=self.caffe_pool)  # (B, 64, H/4, W/4)
         outputs: list[Tensor] = []
         for stage in self.stages:
             x = stage(x)
@@ -257,7 +261,7 @@ def _build(spec: Backbone, in_channels: int, use: Use) -> ResNet:
         group_width=spec.group_width, stride_in=spec.stride_in, dilation=2 if use.dilated else 1,
         dilate_first=use.dilate_first, deform_stages=spec.deform_stages, deform_modulated=spec.deform_modulated,
         deform_every=spec.deform_every, deform_groups=spec.deform_groups, deform_bias=use.deform_bias, norm=spec.norm,
-        eps=spec.eps, frozen=spec.frozen,
+        eps=spec.eps, frozen=spec.frozen, caffe_pool=use.caffe_pool,
     )  # fmt: skip
 
 

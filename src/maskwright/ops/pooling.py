@@ -167,6 +167,60 @@ def roi_warp(
     return result
 
 
+def position_sensitive_pool(
+    features: Float[Tensor, "b cgg h w"], rois: Float[Tensor, "r 5"], group: int, side: int, scale: float = 1.0
+) -> Float[Tensor, "r c side side"]:
+    """Averages the cells of each bin, of the map that belongs to the bin's part of the box (R-FCN, arXiv 1605.06409).
+
+    A box consists of G x G parts, each of which has its own map. The corners of a box are rounded to pixels, and it
+    includes its last pixel, as in the published code; a bin without cells is 0. The computation reads the cells that
+    the bins cover, as rows of C channels, and writes one row for each bin.
+
+    Args:
+        features: Feature maps of the images, C x G x G channels: the parts of an output, row by row, are neighbours.
+        rois: Batch index and box x0, y0, x1, y1 in pixels of the image; x1 and y1 are the last pixel.
+        group: Parts G of a box along each axis.
+        side: Side of the output grid; bin p belongs to part floor(p * G / side).
+        scale: 1 / stride of the feature map.
+
+    Returns:
+        One grid per RoI.
+    """
+    height, width = features.shape[-2:]
+    values = _computed(features).unflatten(1, (-1, group * group))
+    if not len(rois):
+        return features.new_zeros(0, values.shape[1], side, side)
+    boxes = rois[:, 1:].float()
+    boxes = torch.sign(boxes) * torch.floor(boxes.abs() + 0.5)  # halves are rounded away from zero
+    left, columns = _covered(boxes[:, 0] * scale, (boxes[:, 2] + 1) * scale, side, width)
+    top, rows = _covered(boxes[:, 1] * scale, (boxes[:, 3] + 1) * scale, side, height)
+
+    # A bag is one bin: rows x columns cells, beginning at `corner`.
+    part = torch.arange(side, device=rois.device) * group // side
+    part = (part[:, None] * group + part).expand(len(rois), side, side)
+    corner = ((rois[:, :1].long() * height + top) * width)[:, :, None] + left[:, None, :]  # (R, s, s)
+    cells = (rows[:, :, None] * columns[:, None, :]).flatten()
+    first = cells.cumsum(0) - cells
+    wide = columns[:, None, :].expand_as(corner)
+    facts = torch.stack([first, wide.flatten(), corner.flatten(), part.flatten()], 1)
+    first_, wide_, corner_, part_ = facts.repeat_interleave(cells, 0).unbind(1)
+    within = torch.arange(len(first_), device=rois.device) - first_
+    y = within.div(wide_, rounding_mode="floor")
+    index = (corner_ + y * width + within - y * wide_) * group**2 + part_
+    table = values.permute(0, 3, 4, 2, 1).reshape(-1, values.shape[1])
+    means = torch.nn.functional.embedding_bag(index, table, first, mode="mean")
+    return means.view(len(rois), side, side, -1).permute(0, 3, 1, 2).to(features.dtype)
+
+
+def _covered(low: Tensor, high: Tensor, side: int, length: int) -> tuple[Tensor, Tensor]:
+    """First cell and number of cells of each bin (R, side) between `low` and `high` on an axis of `length` cells."""
+    width = ((high - low).clamp(min=0.1) / side)[:, None]
+    number = torch.arange(side, device=low.device, dtype=low.dtype)
+    start = (number * width + low[:, None]).floor().clamp(0, length)
+    end = ((number + 1) * width + low[:, None]).ceil().clamp(0, length)
+    return start.long(), (end - start).clamp(min=0).long()
+
+
 def as_rois(boxes: list[Float[Tensor, "_n 4"]]) -> Float[Tensor, "r 5"]:
     """Converts boxes of each image to RoIs of the batch, in the same order."""
     if not boxes:

@@ -21,6 +21,8 @@ REGISTRY = {
     "deepmask": "deepmask:DeepMask",
     "instancefcn": "instancefcn:InstanceFCN",
     "faster-rcnn": "faster_rcnn:FasterRCNN",
+    "rfcn": "fcis:RFCN",
+    "fcis": "fcis:FCIS",
     "mask-rcnn": "mask_rcnn:MaskRCNN",
     "retinanet": "retinanet:RetinaNet",
     "keypoint-rcnn": "keypoint_rcnn:KeypointRCNN",
