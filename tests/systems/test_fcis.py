@@ -114,6 +114,19 @@ def test_all_parameters_are_trained_with_objects_and_without(name: str, mining: 
         assert not [n for n, p in system.named_parameters() if p.requires_grad and p.grad is None]
 
 
+@pytest.mark.parametrize("name", ["fcis", "rfcn"])
+def test_losses_in_half_precision_are_close(name: str):
+    system, target = build(name), objects(3)
+    assert isinstance(system, RFCN)
+    raw = system(images(1))
+    own = [system.assign(system.propose(raw, [SIZE])[0], target)]
+    exact = system.roi_losses(raw, own, [target])
+    with torch.autocast("cpu", torch.bfloat16):
+        coarse = system.roi_losses(system(images(1)), own, [target])
+    for term, value in exact.items():
+        torch.testing.assert_close(coarse[term].float(), value, rtol=0.05, atol=0.01)
+
+
 def test_rfcn_detects_boxes_alone_and_fcis_masks_too():
     place = Placement.resize((48, 64), SIZE)
     for name, masks in (("rfcn", False), ("fcis", True)):

@@ -653,5 +653,6 @@ def mask_targets(
             low, high = places[rows, axis, None], places[rows, axis + 2, None]
             cells = (bins * (high - low + 1) - 0.5).clamp(min=0).minimum(high - low)
             axes.append(weights(cells + low - start, length))
-        result[rows] = axes[0] @ plane @ axes[1].transpose(1, 2)
+        with torch.autocast(boxes.device.type, enabled=False):  # half precision would move the threshold
+            result[rows] = axes[0] @ plane @ axes[1].transpose(1, 2)
     return (result >= 0.4).to(result)
