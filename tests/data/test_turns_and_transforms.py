@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import multiprocessing
 import random
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -279,3 +282,13 @@ def test_a_training_batch_is_drawn(tmp_path: Path):
         assert sheet.size[0] > 2 * 128
     with pytest.raises(UsageError, match="there is no batch 9; an epoch has 2 batches"):
         show_batch("mask-rcnn", Scenes(6, (96, 128)), tmp_path / "b.png", batch=4, number=9)
+
+
+def test_a_loader_that_is_dropped_after_an_error_leaves_no_workers():
+    for _ in range(2):
+        with pytest.raises(UsageError, match="must return an image and its objects"):
+            batch(lambda image, target: image, workers=1)
+    start = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - start < 3  # torch's own way of ending them takes 10 s for each
+    assert not multiprocessing.active_children()

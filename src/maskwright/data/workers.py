@@ -31,6 +31,8 @@ def ignore_signals(_: int = 0) -> None:
     A terminal, a batch system or a service manager sends them to all processes of a job. The main process decides what
     to do then, and needs its workers until it has ended the step.
     """
+    for iterator in list(_iterators):  # inherited: collected here, they would end the workers of the main process
+        iterator._shutdown = True
     for number in _STOPPING:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
@@ -69,7 +71,10 @@ def iterate(loader: Any) -> Generator[Any, None, None]:
                 # use neither these threads nor a GPU.
                 warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
                 iterator = iter(loader)
-            _iterators.add(iterator)
+            if iterator not in _iterators:
+                _iterators.add(iterator)
+                # torch asks the workers to end when the iterator is collected, which takes seconds and may fail.
+                weakref.finalize(loader, _end_own_workers, iterator, os.getpid())
         finally:
             del os.environ[_MARK]
             if blocking:
@@ -153,6 +158,12 @@ def end_workers(iterator: Any) -> None:
             worker.kill()
     with contextlib.suppress(Exception):
         iterator._shutdown_workers()
+
+
+def _end_own_workers(iterator: Any, owner: int) -> None:
+    """`end_workers`, in the process that has started them."""
+    if os.getpid() == owner:
+        end_workers(iterator)
 
 
 @atexit.register
