@@ -11,6 +11,7 @@ import json
 import math
 import pickle
 import re
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,22 @@ def write_checkpoint(layout: Path, folder: Path, seed: int = 0, overrides: dict[
         path = folder / f"{layout.stem}.pkl"
         path.write_bytes(pickle.dumps({"model": state, "__author__": "Detectron2 Model Zoo"}))
         return path
+    if wrapper.startswith("MXNet"):
+        path = folder / f"{layout.stem}-0000.params"
+        path.write_bytes(mxnet_file(state))
+        return path
     path = folder / f"{layout.stem}.pth"
     tensors = {k: torch.from_numpy(np.asarray(v)) for k, v in state.items()}
     torch.save({"model": tensors} if wrapper.startswith("{'model'") else tensors, path)
     return path
+
+
+def mxnet_file(state: dict[str, np.ndarray]) -> bytes:
+    """The arrays as MXNet 0.9 to 0.12 saved them, in float32."""
+    parts = [struct.pack("<QQQ", 0x112, 0, len(state))]
+    for array in state.values():
+        parts.append(struct.pack(f"<II{array.ndim}qiii", 0xF993FAC8, array.ndim, *array.shape, 1, 0, 0))
+        parts.append(np.ascontiguousarray(array, "<f4").tobytes())
+    parts.append(struct.pack("<Q", len(state)))
+    parts.extend(struct.pack("<Q", len(name)) + name.encode() for name in state)
+    return b"".join(parts)

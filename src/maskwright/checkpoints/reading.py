@@ -20,6 +20,8 @@ from maskwright.checkpoints.budget import Budget, shown, unexpected_as_errors
 from maskwright.checkpoints.checksums import verify
 from maskwright.checkpoints.containers import named, weights_in
 from maskwright.checkpoints.foreign import foreign_zip, refuse_foreign
+from maskwright.checkpoints.mxnet import MARK as MXNET_MARK
+from maskwright.checkpoints.mxnet import read_mxnet
 from maskwright.checkpoints.records import StorageRecord
 from maskwright.checkpoints.torch7 import MARKS, read_torch7
 from maskwright.checkpoints.unpickling import StorageKind, byte_order_fits, settle, unpickle
@@ -32,8 +34,8 @@ HEADER = 100 << 20  # maximum size of a safetensors header in bytes, as in the s
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read all tensors of a checkpoint file.
 
-    Supported are safetensors, both formats of `torch.save`, Torch 7, pickles of arrays (detectron2, Caffe2) and Hugging
-    Face folders. In nested containers the averaged weights are preferred, then the usual names
+    Supported are safetensors, both formats of `torch.save`, Torch 7, MXNet, pickles of arrays (detectron2, Caffe2) and
+    Hugging Face folders. In nested containers the averaged weights are preferred, then the usual names
     (`containers.WRAPPERS`). A prefix such as "module." that all keys have is removed.
 
     Args:
@@ -42,7 +44,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Returns:
         The tensors by name, on the CPU, and a description of the file with the keys
 
-        - "path"; "format": "safetensors", "torch", "torch-legacy", "torch7", "pickle" or "huggingface";
+        - "path"; "format": "safetensors", "torch", "torch-legacy", "torch7", "mxnet", "pickle" or "huggingface";
         - "layout": "caffe2" for the blobs of Detectron, otherwise missing;
         - "wrapper": the keys that lead to the weights;
         - "metadata": of the safetensors header;
@@ -122,6 +124,8 @@ def _content(file: io.BufferedIOBase, head: bytes, path: Path, budget: Budget, s
         return _pickles(file, budget)
     if head.startswith(MARKS):
         return read_torch7(file.read(), budget), "torch7"
+    if head.startswith(MXNET_MARK):
+        return read_mxnet(file.read(), budget), "mxnet"
     refuse_foreign(head, path)
     if (path.suffix if suffix is None else suffix).lower() in (".pkl", ".pickle", ".pth", ".pt", ".bin", ".ckpt"):
         return _pickles(file, budget)  # pickle protocols 0 and 1 have no signature
