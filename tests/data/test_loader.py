@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 import warnings
 from functools import cache
 from pathlib import Path
@@ -300,3 +304,38 @@ def test_pixels_without_normalization_are_unchanged(tmp_path: Path):
         warnings.simplefilter("error")
         batch = next(iter(make_loader(dataset, rule, batch_size=1, training=True, augment=Augment(flip=0))))
     assert (batch.images[0, :, :40, :60].permute(1, 2, 0).numpy() == pixels()).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the fork server exists on POSIX only")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, method: str):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, os\n"
+        "from torch.utils.data import DataLoader\n"
+        "from maskwright.data.workers import ignore_signals, iterate\n"
+        "if __name__ == '__main__':\n"
+        f"    multiprocessing.set_start_method({method!r})\n"
+        "    batches = iterate(DataLoader(range(1000), num_workers=1, worker_init_fn=ignore_signals))\n"
+        "    next(batches)\n"
+        "    print(*[each.pid for each in multiprocessing.active_children()], flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    with (tmp_path / "out").open("w") as out:  # not a pipe: the workers would keep it open
+        subprocess.run([sys.executable, script], stdout=out, stderr=subprocess.DEVNULL, timeout=240)
+    workers = [int(word) for word in (tmp_path / "out").read_text().split()]
+    assert len(workers) == 1
+    end = time.monotonic() + 60
+    while (left := [pid for pid in workers if _runs(pid)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, 9)
+    assert not left
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

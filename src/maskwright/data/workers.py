@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator
@@ -37,6 +38,24 @@ def ignore_signals(_: int = 0) -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
+    """End this worker when the process that started it is gone.
+
+    torch compares the parent's process ID for that. It misses the end of a process whose workers are children of the
+    fork server, or that ends before a spawned worker has imported torch.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or _forks():  # forked siblings hold one another's pipes; there, torch's comparison is right
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
 def iterate(loader: Any) -> Generator[Any, None, None]:
