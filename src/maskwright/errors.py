@@ -82,7 +82,7 @@ class TrainingError(MaskwrightError):
 
 
 class RenamedOptionWarning(FutureWarning):
-    """An option was given by its name in an earlier version; the command line refuses it."""
+    """An option was given by its name in an earlier version; it has been accepted."""
 
 
 def interruption(message: str, number: int = 2) -> KeyboardInterrupt:

@@ -192,7 +192,7 @@ def guarded(action: Callable[[], int]) -> int:
     try:
         with warnings.catch_warnings(), _ended_by_signals():
             warnings.showwarning = _mention
-            warnings.simplefilter("error", RenamedOptionWarning)
+            warnings.simplefilter("default", RenamedOptionWarning)  # whatever PYTHONWARNINGS says
             return action()
     except KeyboardInterrupt as stop:
         print_error(str(stop) or "interrupted")
@@ -239,7 +239,7 @@ def explain(error: BaseException) -> str | None:
 
     The message is one line, apart from the findings in an annotation file, which have a line each.
     """
-    if isinstance(error, (MaskwrightError, RenamedOptionWarning)):
+    if isinstance(error, MaskwrightError):
         return printable(str(error), keep="\n" if isinstance(error, AnnotationError) else "")
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None:

@@ -76,12 +76,23 @@ def test_a_flat_option_beside_its_group_replaces_one_field_alone():
     assert (system.options["backbone"]["name"], system.options["backbone"]["width"]) == ("resnet18", 8)
 
 
-def test_the_command_line_refuses_names_of_earlier_versions(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_line_accepts_names_of_earlier_versions_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    given: dict[str, Any] = {}
+
+    def stops(name: str, **options: Any) -> None:
+        given.update(system_class(name).with_options({}, options))
+        raise UsageError("far enough")
+
+    monkeypatch.setattr("maskwright.training.setup.describe", stops)
     data = tmp_path / "scenes"
     Scenes(2, (32, 32), classes=("disc",)).write(data, "train")
     assert main(["train", "solov2", "--data", str(data), "--out", str(tmp_path / "run"), "--option", "short=64"]) == 2
-    assert "solov2: option 'short' is now resize.short" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert given == {"resize": {"short": 64}}
+    said = capsys.readouterr().err
+    assert "note: solov2: option 'short' is now resize.short" in said
+    assert "maskwright: far enough" in said
 
 
 def test_whole_numbers_are_numbers():

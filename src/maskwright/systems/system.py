@@ -72,8 +72,8 @@ class System(nn.Module):
         optional_networks: Prefixes of parameter names that loading may leave random if the options passed to it ask for
             them and the file has none, such as a mask head on top of a box detector.
         renamed_options: Options of earlier versions: old name to new name, dotted for a field of a group; None for one
-            that no longer exists. Files that hold them are converted; `create`, `load` and `train` accept them with a
-            warning; the constructor and the command line refuse them, with the new name.
+            that no longer exists. Files that hold them are converted; `create`, `load`, `train` and the command line
+            accept them with a warning; the constructor refuses them, with the new name.
         renamed_parameters: Prefixes of parameter names in files of earlier versions, to today's.
         options: The constructor's arguments as JSON values.
         classes: Class names; label k is `classes[k]`.
