@@ -85,8 +85,8 @@ def test_mirrored_placements_give_mirrored_masks():
     [
         ({"masks": {"convs": 0}}, "masks.convs must be at least 1"),
         ({"masks": {"levels": "area"}}, "masks.levels must be one of 'image', 'size'"),
-        ({"backbone": {"name": "vovnet19-dw", "deform_stages": (1,)}}, "depthwise convolutions"),
-        ({"backbone": {"name": "vovnet39", "width": 20}}, "must be a multiple of 8"),
+        ({"backbone": {"name": "vovnet19-dw", "deform_stages": (1,)}}, "has no option 'deform_stages'"),
+        ({"backbone": {"name": "vovnet39", "width": 10}}, "must be a multiple of 4"),
         ({"backbone": "vovnet38"}, "did you mean 'vovnet39'"),
     ],
 )

@@ -50,7 +50,7 @@ def test_each_option_trains_and_decodes(options):
     ("options", "words"),
     [
         ({"backbone": {"name": "darknet19"}}, "no backbone 'darknet19'"),
-        ({"coefficients": 0}, "coefficients must be between 1 and 360, got 0"),
+        ({"coefficients": 0}, "coefficients must be at least 1, got 0"),
         ({"coefficients": 361}, "coefficients must be between 1 and 360, got 361"),
         ({"head_width": 0}, "head_width must be at least 1, got 0"),
         ({"anchors": ()}, "anchors must be pairs .* got 0 entries"),

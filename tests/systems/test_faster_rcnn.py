@@ -35,7 +35,7 @@ def test_it_detects_boxes_and_nothing_else():
 
 def test_it_is_mask_rcnn_without_its_masks():
     masks = build("mask-rcnn").eval()
-    options = {k: v for k, v in masks.options.items() if k not in ("masks", "points", "keypoints")}
+    options = {k: v for k, v in masks.options.items() if k not in ("masks", "points", "keypoints", "mask_iou")}
     system = mw.create("faster-rcnn", **options).eval()
     system.load_state_dict({k: v for k, v in masks.state_dict().items() if not k.startswith("masks.")})
     image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))

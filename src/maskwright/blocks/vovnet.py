@@ -180,10 +180,8 @@ class VoVNet(nn.Module):
 
 def _build(spec: Backbone, in_channels: int, use: Use) -> VoVNet:
     body, base = BODIES[spec.name], spec.width or 64
-    if base % 8:
-        raise UsageError(f"backbone.width of {spec.name!r} must be a multiple of 8, got {base}")
-    if body.depthwise and spec.deform_stages:
-        raise UsageError(f"backbone {spec.name!r} has depthwise convolutions; deform_stages must be empty")
+    if base % 4:
+        raise UsageError(f"backbone.width of {spec.name!r} must be a multiple of 4, got {base}")
     return VoVNet(
         body, in_channels=in_channels, base=base, norm=spec.norm, eps=spec.eps, frozen=spec.frozen,
         deform_stages=spec.deform_stages, deform_modulated=spec.deform_modulated,
@@ -200,4 +198,5 @@ FAMILY = Family(
     options=frozenset(("width", "norm", "norm_eps", "frozen", "deform_stages", "deform_modulated")),
     levels=_levels,
     build=_build,
+    without={name: frozenset(("deform_stages", "deform_modulated")) for name, body in BODIES.items() if body.depthwise},
 )

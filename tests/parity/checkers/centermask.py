@@ -101,8 +101,8 @@ def training(system: CenterMask, raw: Raw, size: tuple[int, int], ledger: Ledger
     labels = torch.full_like(owner, len(system.classes))
     labels[owner >= 0] = assigned.labels
     ledger.equal("fcos_target_labels", labels)
-    theirs = ledger.peek("fcos_target_reg")
-    ledger.compare("fcos_target_reg", torch.where((owner >= 0)[:, None], assigned.distances[0], theirs))
+    # Locations that are not positive have the distances to the first object, in the original too.
+    ledger.compare("fcos_target_reg", assigned.distances[0])
     terms = system.losses(raw, [target])
     boxes = system.roi_losses(raw, [ledger.given("given_boxes")], [target])
     for prefix, own in (("train_loss_", terms), ("train_given_loss_", boxes)):
