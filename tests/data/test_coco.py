@@ -397,8 +397,8 @@ def test_an_unusable_data_set_is_an_error(tmp_path: Path, damage: str):
         ('{"images": nonsense}', "invalid JSON: .* at line 1, column 12"),
         ('[{"image_id": 1, "category_id": 1, "score": 0.5}]', "contains COCO results, not a data set"),
         ("7", "contains a value of type int, not an object"),
-        ("[" * 200_000, "JSON that cannot be parsed|truncated JSON"),
-        ('{"images": ' + "9" * 5000 + "}", "JSON that cannot be parsed"),
+        ("[" * 200_000, "invalid JSON|truncated JSON"),
+        ('{"images": ' + "9" * 5000 + "}", "invalid JSON"),
     ],
 )
 def test_files_that_are_not_data_sets_are_described(tmp_path: Path, text: str, words: str):

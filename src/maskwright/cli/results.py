@@ -60,8 +60,8 @@ def predict(
     With --task panoptic or semantic, OUT/panoptic.json and OUT/panoptic/NAME.png (COCO panoptic) replace results.json.
 
     Objects that score below 0.5 are left out (the Python function `predict` and `evaluate` use the system's own
-    threshold, 0.05 for most systems); --score-threshold changes it. An image that cannot be read is skipped; skipped
-    images are listed at the end, and the exit code is then 1.
+    threshold, 0.05 for most systems); --score-threshold changes it. Unreadable images are skipped and listed at
+    the end, and the exit code is then 1.
 
     Examples:
       maskwright predict photo.jpg --weights runs/first/best.safetensors

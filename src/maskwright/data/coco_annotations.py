@@ -30,7 +30,7 @@ def read_annotations(
     Args:
         table: The table with its images and classes; findings are added.
         entries: The file's list of annotations.
-        position: Position in the table of each image id; None for images that cannot be used.
+        position: Position in the table of each image id; None for unusable images.
         labels: Label of each category id.
 
     Returns:
@@ -144,7 +144,7 @@ def _note_shared_ids(table: Table, columns: Columns) -> None:
 def _image_ids(
     table: Table, entries: Sequence[Any], numbers: dict[int, int | str], position: dict[int | str, int | None]
 ) -> dict[int, int]:
-    """Position of the image of each entry; entries of images that cannot be used are missing."""
+    """Position of the image of each entry; entries of unusable images are missing."""
     index = IdIndex(position)
     found: dict[int, int] = {}
     unknown: list[int] = []

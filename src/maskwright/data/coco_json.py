@@ -119,8 +119,8 @@ def start_table(
         verify: Number of images whose headers are read; see `add_images`.
 
     Returns:
-        The table without annotations; the position of each image id in it, None for images that cannot be used; and
-        the label of each category id. All are empty if the table is not usable.
+        The table without annotations; the position of each image id in it, None for unusable images; and the
+        label of each category id. All are empty if the table is not usable.
     """
     table = Table(path, images or path.parent)
     raw = _load(table)
@@ -157,7 +157,7 @@ def _load(table: Table) -> dict[str, Any] | None:
         table.add_finding("error", "file", f"{what}: {where}", "export the file again")
         return None
     except (ValueError, RecursionError) as error:
-        table.add_finding("error", "file", f"JSON that cannot be parsed ({error})", _EXPECTED)
+        table.add_finding("error", "file", f"invalid JSON ({error})", _EXPECTED)
         return None
     if isinstance(raw, list):
         items = cast(list[Any], raw)
@@ -313,7 +313,7 @@ def _unique_names(table: Table, names: dict[int, str], order: list[int]) -> tupl
 def _read_images(
     table: Table, entries: list[Any], images: Path | None, verify: Verify | None
 ) -> dict[int | str, int | None]:
-    """Image id -> position in the table; None for images that cannot be used."""
+    """Image id -> position in the table; None for unusable images."""
     position: dict[int | str, int | None] = {}
     kept: list[ImageEntry] = []  # with names as listed
     repeated: dict[int | str, list[str]] = {}  # file names of images that share an id

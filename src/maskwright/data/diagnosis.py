@@ -43,7 +43,7 @@ def diagnose(table: Table, columns: Columns) -> Columns:
     for check in CHECKS:
         for cause in check(table, columns):
             table.add_cause(cause)
-        if not table.usable:  # what follows would be about coordinates that cannot be interpreted
+        if not table.usable:  # the following checks need coordinates whose meaning is known
             return columns
     return _without_repetitions(table, columns)
 

@@ -174,7 +174,7 @@ def common_white(paths: Sequence[Path]) -> int | None:
     """Return the value that becomes 255 in all files of a set with more than 8 bits.
 
     It is the end of the smallest range of 8, 10, 12, 14 or 16 bits that contains the values of all files (of 256 of
-    them, evenly spaced, if there are more), or that the files declare. Files that cannot be read are ignored.
+    them, evenly spaced, if there are more), or that the files declare. Unreadable files are ignored.
 
     Args:
         paths: The files of the set.

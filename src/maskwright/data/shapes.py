@@ -377,7 +377,7 @@ def _flat(points: list[Any]) -> list[Any]:
 
 
 def check_polygons(shapes: Shapes, sizes: Floats) -> dict[int, str]:
-    """Find outlines that cannot be used.
+    """Find invalid outlines.
 
     Args:
         shapes: N objects. Coordinates that are not finite or too large are replaced by zeros.

@@ -80,7 +80,7 @@ def evaluate(
         score_threshold: Objects that score less are left out. None: the system's own, 0.05 for most systems (0 for
             proposals); higher values lower AP. Note that the command `maskwright predict` has a default of 0.5.
         detections: Objects per image; as many per class are counted. None: 100, for proposals 1000.
-        limit: At most this many images, evenly evenly_spaced over the data set.
+        limit: At most this many images, evenly spaced over the data set.
         kinds: What to measure, of "segm", "bbox", "keypoints"; None: all that the system predicts and the data set has.
         boundary: Measure boundary AP too.
         examples: Number of images to keep for the report page.

@@ -25,10 +25,8 @@ from maskwright.blocks import fcos
 from maskwright.blocks.backbones import Backbone, BackboneLike
 from maskwright.blocks.layers import ConvNorm, Norm
 from maskwright.errors import UsageError
-from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.mask_targets import mask_targets
-from maskwright.ops.paste import paste_masks
 from maskwright.ops.pooling import as_rois, roi_align
 from maskwright.options import OptionGroup
 from maskwright.structures import Instances, Placement
@@ -241,8 +239,8 @@ class BlendMask(FCOSSystem):
         sizes = [p.size for p in placements]
         found = self.find(raw, sizes, score_threshold, nms_threshold, detections, candidates, "product")
         masks = self.read_boxes(raw, found)
-        rows = zip(found, masks, placements, strict=True)
-        return [self._on_image(*row, mask_threshold) for row in rows]
+        rows = zip(found, placements, masks, strict=True)
+        return [self.on_image(*row, mask_threshold) for row in rows]
 
     @torch.no_grad()
     def read_boxes(self, raw: Raw, found: Sequence[Located]) -> list[Float[Tensor, "_n s s"]]:
@@ -251,13 +249,6 @@ class BlendMask(FCOSSystem):
         chosen = torch.cat([attention[image, own.places] for image, own in enumerate(found)])
         pooled = self.pooled(self.bases(raw.features), [own.boxes for own in found])
         return list(self.blended(pooled, chosen).sigmoid().split([len(own.boxes) for own in found]))
-
-    def _on_image(self, found: Located, masks: Tensor, placement: Placement, threshold: float) -> Instances:
-        boxes = box_ops.clip(placement.boxes_to_image(found.boxes), placement.image_size)
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero().flatten()
-        mask = masks[kept].flip(-1) if placement.mirrored else masks[kept]
-        pasted = paste_masks(mask, boxes[kept], placement.image_size, threshold=threshold)
-        return Instances(placement.image_size, boxes[kept], found.labels[kept], pasted, found.scores[kept])
 
     # ---- for loading and training ------------------------------------------------------------------------------------
 

@@ -27,7 +27,6 @@ from maskwright.blocks.roi_losses import mask_iou_loss, mask_loss, mask_truth
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.mask_targets import share_inside
-from maskwright.ops.paste import paste_masks
 from maskwright.options import OptionGroup
 from maskwright.structures import Instances, Placement
 from maskwright.structures.resize import Resize, ResizeLike
@@ -237,7 +236,11 @@ class CenterMask(FCOSSystem):
         result = []
         for own, mask, quality, placement in zip(found, masks, scores, placements, strict=True):
             score = (own.scores * quality).clamp(0, 1) if score_of == "mask" else own.scores
-            result.append(self._on_image(own, mask, score, placement, score_threshold, mask_threshold))
+            order = score.argsort(descending=True, stable=True)
+            if score_threshold > self.rules.score_threshold:
+                order = order[score[order] > score_threshold]
+            best = Located(own.boxes[order], score[order], own.labels[order], own.places[order])
+            result.append(self.on_image(best, placement, mask[order], mask_threshold))
         return result
 
     @torch.no_grad()
@@ -254,21 +257,6 @@ class CenterMask(FCOSSystem):
             iou = self.mask_iou(features, masks).float()
             quality = iou[torch.arange(len(iou), device=iou.device), every]
         return list(masks.split(counts)), list(quality.split(counts))
-
-    def _on_image(
-        self, found: Located, masks: Tensor, scores: Tensor, placement: Placement, score_threshold: float,
-        mask_threshold: float,
-    ) -> Instances:  # fmt: skip
-        """Detections of one image on the image, in the order of `scores`."""
-        boxes = box_ops.clip(placement.boxes_to_image(found.boxes), placement.image_size)
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
-        if score_threshold > self.rules.score_threshold:
-            kept &= scores > score_threshold
-        rows = kept.nonzero().flatten()
-        rows = rows[scores[rows].argsort(descending=True, stable=True)]
-        mask = masks[rows].flip(-1) if placement.mirrored else masks[rows]
-        pasted = paste_masks(mask, boxes[rows], placement.image_size, threshold=mask_threshold)
-        return Instances(placement.image_size, boxes[rows], found.labels[rows], pasted, scores[rows])
 
     # ---- for loading and training ------------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from maskwright.blocks.backbones import Backbone, BackboneLike
 from maskwright.blocks.fcos import BoxLoss
-from maskwright.ops import boxes as box_ops
 from maskwright.structures import Instances, Placement
 from maskwright.structures.resize import Resize, ResizeLike
 from maskwright.systems.card import Card, Preset, Score
@@ -112,12 +111,7 @@ class FCOS(FCOSSystem):
             candidates: (location, class) pairs of a level that are kept before suppression.
         """
         found = self.find(raw, [p.size for p in placements], score_threshold, nms_threshold, detections, candidates)
-        result = []
-        for own, placement in zip(found, placements, strict=True):
-            boxes = box_ops.clip(placement.boxes_to_image(own.boxes), placement.image_size)
-            kept = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero().flatten()
-            result.append(Instances(placement.image_size, boxes[kept], own.labels[kept], scores=own.scores[kept]))
-        return result
+        return [self.on_image(own, placement) for own, placement in zip(found, placements, strict=True)]
 
     _CAFFE: ClassVar[dict[str, Any]] = {"norm": "frozen", "frozen": 2, "stride_in": "1x1"}
     _HOW = "COCO val2017, short side 800, pycocotools"

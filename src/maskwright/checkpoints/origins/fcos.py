@@ -26,6 +26,8 @@ NECK = [
     minus(r"^backbone\.fpn_output(\d)\.", "neck.output.{}.conv.", 3),
     minus(r"^backbone\.top_block\.p(\d)\.", "neck.coarser.{}.conv.", 6),
 ]
+# A pyramid with two more levels in torchvision.
+TORCHVISION_DENSE = [minus(r"^backbone\.fpn\.extra_blocks\.p(\d)\.", "neck.coarser.{}.conv.", 6), *TORCHVISION]
 # Layers of towers keep the original's numbers until `numbered_towers`.
 ADELAIDET = [
     (r"^backbone\.bottom_up\.base_layer\.0\.", "backbone.stem.conv."),  # DLA
@@ -203,8 +205,7 @@ ORIGINS = [
         name="torchvision",
         system="fcos",
         rename=[
-            (r"^backbone\.fpn\.extra_blocks\.p(\d)\.", lambda m: f"neck.coarser.{int(m[1]) - 6}.conv."),
-            *TORCHVISION,
+            *TORCHVISION_DENSE,
             (r"^head\.classification_head\.conv\.", "head.class_tower."),
             (r"^head\.regression_head\.conv\.", "head.box_tower."),
             (r"^head\.classification_head\.cls_logits\.", "head.logits."),

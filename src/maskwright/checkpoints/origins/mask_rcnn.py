@@ -182,15 +182,19 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 # ---- torchvision -------------------------------------------------------------------------------------------------
 
+# Layers of a block in torchvision's ResNet, and in code bases that took their names from it.
+RESNET_BLOCKS = [
+    (r"^(backbone\.stages\..*)\.conv(\d)\.", r"\1.conv\2.conv."),
+    (r"^(backbone\.stages\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
+    (r"\.downsample\.0\.", ".shortcut.conv."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+]
 TORCHVISION = [
     (r"^backbone\.body\.", "backbone."),
     (r"^backbone\.conv1\.", "backbone.stem.conv."),
     (r"^backbone\.bn1\.", "backbone.stem.norm."),
     minus(r"^backbone\.layer(\d)\.", "backbone.stages.{}.", 1),
-    (r"^(backbone\.stages\..*)\.conv(\d)\.", r"\1.conv\2.conv."),
-    (r"^(backbone\.stages\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
-    (r"\.downsample\.0\.", ".shortcut.conv."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
+    *RESNET_BLOCKS,
     (r"^backbone\.fpn\.inner_blocks\.", "neck.lateral."),
     (r"^backbone\.fpn\.layer_blocks\.", "neck.output."),
     (r"^(neck\.\w+\.\d)\.0\.", r"\1.conv."),

@@ -8,17 +8,14 @@ from typing import Any
 
 from maskwright.checkpoints.names import class_names
 from maskwright.checkpoints.origins import Origin, Shapes, State
-from maskwright.checkpoints.origins.mask_rcnn import DENSE, DEPTHS, background_last, minus
+from maskwright.checkpoints.origins.mask_rcnn import DENSE, DEPTHS, RESNET_BLOCKS, background_last, minus
 
 RENAME = [
     (r"^module\.", ""),
     (r"^backbone\.body\.stem\.conv1\.", "backbone.stem.conv."),
     (r"^backbone\.body\.stem\.bn1\.", "backbone.stem.norm."),
     minus(r"^backbone\.body\.layer(\d)\.", "backbone.stages.{}.", 1),
-    (r"^(backbone\.stages\..*)\.conv(\d)\.", r"\1.conv\2.conv."),
-    (r"^(backbone\.stages\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
-    (r"\.downsample\.0\.", ".shortcut.conv."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
+    *RESNET_BLOCKS,
     minus(r"^backbone\.fpn\.fpn_inner(\d)\.", "neck.lateral.{}.conv.", 1),
     minus(r"^backbone\.fpn\.fpn_layer(\d)\.", "neck.output.{}.conv.", 1),
     (r"^rpn\.head\.conv\.", "rpn.convs.0."),

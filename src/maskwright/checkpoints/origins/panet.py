@@ -10,7 +10,7 @@ import torch
 
 from maskwright.checkpoints.names import class_names
 from maskwright.checkpoints.origins import Origin, Shapes, State
-from maskwright.checkpoints.origins.mask_rcnn import DENSE, DEPTHS, background_last, minus
+from maskwright.checkpoints.origins.mask_rcnn import DENSE, DEPTHS, RESNET_BLOCKS, background_last, minus
 
 
 def _reversed(pattern: str, target: str, last: int) -> tuple[str, Callable[[re.Match[str]], str]]:
@@ -23,10 +23,7 @@ RENAME = [
     (r"^Conv_Body\.conv_body\.res1\.conv1\.", "backbone.stem.conv."),
     (r"^Conv_Body\.conv_body\.res1\.bn1\.", "backbone.stem.norm."),
     minus(r"^Conv_Body\.conv_body\.res(\d)\.", "backbone.stages.{}.", 2),
-    (r"^(backbone\.stages\..*)\.conv(\d)\.", r"\1.conv\2.conv."),
-    (r"^(backbone\.stages\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
-    (r"\.downsample\.0\.", ".shortcut.conv."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
+    *RESNET_BLOCKS,
     (r"^Conv_Body\.conv_top\.", "neck.pyramid.lateral.3."),
     _reversed(r"^Conv_Body\.topdown_lateral_modules\.(\d)\.conv_lateral\.", "neck.pyramid.lateral.{}.", 2),
     _reversed(r"^Conv_Body\.posthoc_modules\.(\d)\.", "neck.pyramid.output.{}.", 3),

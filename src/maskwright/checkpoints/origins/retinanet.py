@@ -8,11 +8,10 @@ from typing import Any
 
 from maskwright.checkpoints.names import class_names
 from maskwright.checkpoints.origins import Origin, Shapes, State
-from maskwright.checkpoints.origins.fcos import NECK, torchvision_names
+from maskwright.checkpoints.origins.fcos import NECK, TORCHVISION_DENSE, torchvision_names
 from maskwright.checkpoints.origins.mask_rcnn import (
     DETECTRON2,
     DETECTRON2_IGNORE,
-    TORCHVISION,
     deformable_weights,
     detectron2_backbone,
     torchvision_backbone,
@@ -89,8 +88,7 @@ ORIGINS = [
         name="torchvision",
         system="retinanet",
         rename=[
-            (r"^backbone\.fpn\.extra_blocks\.p(\d)\.", lambda m: f"neck.coarser.{int(m[1]) - 6}.conv."),
-            *TORCHVISION,
+            *TORCHVISION_DENSE,
             (r"^head\.classification_head\.conv\.", "class_tower."),
             (r"^head\.regression_head\.conv\.", "box_tower."),
             (r"^(\w+_tower)\.(\d+)\.0\.", r"\1.\2.conv."),

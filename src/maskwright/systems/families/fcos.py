@@ -24,8 +24,9 @@ from maskwright.blocks.rpn import Anchors
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
+from maskwright.ops.paste import paste_masks
 from maskwright.options import OptionGroup
-from maskwright.structures import Instances, Preprocess
+from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.structures.resize import Resize
 from maskwright.systems.system import ClassRows, Output, System, at_least
 
@@ -382,6 +383,26 @@ class FCOSSystem(System):
             rows = rows[kept]
             result.append(Located(boxes[kept], score[number, rows], label[number, rows], own[kept]))
         return result
+
+    @staticmethod
+    def on_image(
+        found: Located, placement: Placement, masks: Float[Tensor, "d s s"] | None = None, threshold: float = 0.5
+    ) -> Instances:
+        """Detections of one image on the image, without those that are empty there.
+
+        Args:
+            found: The detections.
+            placement: How the image was placed in the input.
+            masks: Masks inside the boxes, as probabilities; None: boxes alone.
+            threshold: Probability from which on a pixel belongs to the mask.
+        """
+        boxes = box_ops.clip(placement.boxes_to_image(found.boxes), placement.image_size)
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(1).nonzero().flatten()
+        pasted = None
+        if masks is not None:
+            own = masks[kept].flip(-1) if placement.mirrored else masks[kept]
+            pasted = paste_masks(own, boxes[kept], placement.image_size, threshold=threshold)
+        return Instances(placement.image_size, boxes[kept], found.labels[kept], pasted, found.scores[kept])
 
     # ---- for loading and training ------------------------------------------------------------------------------------
 
