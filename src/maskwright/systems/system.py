@@ -6,7 +6,7 @@ import inspect
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self, cast, get_args
 
 import torch
@@ -283,7 +283,7 @@ class System(nn.Module):
         """The name of the weight that reads the image, whose axis 1 is the image's channels; None if there is none."""
         from maskwright.blocks.backbones import first_weight  # imports torchvision, which is slow
 
-        modules: list[tuple[str, nn.Module]] = list(self.named_modules())
+        modules = cast("Iterator[tuple[str, nn.Module]]", self.named_modules())  # not annotated in torch
         for prefix, module in modules:
             if prefix.rpartition(".")[2] == "backbone":
                 name = first_weight(module)
@@ -294,7 +294,7 @@ class System(nn.Module):
         """Predicts objects in an image, several, a folder or a glob: see `maskwright.predict`."""
         from maskwright.inference import predict  # the one upward import: so that load(...).predict(...) reads well
 
-        return predict(self, source, **options)
+        return cast("Any", predict(self, source, **options))  # only the call decides which overload applies
 
 
 # Options that every system had under other names before they became groups.

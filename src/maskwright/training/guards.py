@@ -7,14 +7,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskwright.errors import CheckpointError, TrainingError, interruption
 from maskwright.structures import Batch, Instances, Masks, Placement
@@ -26,12 +26,13 @@ def keep_batch(
     path: Path, system: System, batch: Batch, terms: Mapping[str, Tensor], place: Sequence[int], amp: bool = False
 ) -> None:
     """Saves what `replay` needs to compute the same losses again: images, targets, weights, seed."""
-    state = {
+    modules = cast("Iterator[tuple[str, nn.Module]]", system.named_modules())  # not annotated in torch
+    state: dict[str, Any] = {
         "format": "maskwright-batch",
         "system": system.name,
         "options": system.options,
         "model": {k: v.detach().cpu() for k, v in system.state_dict().items()},
-        "training": {name: module.training for name, module in system.named_modules()},
+        "training": {name: module.training for name, module in modules},
         "images": batch.images.detach().cpu(),
         "targets": [_plain(t) for t in batch.targets or []],
         "placements": [vars(p) for p in batch.placements],
@@ -58,7 +59,8 @@ def replay(path: Path, system: System | None = None) -> dict[str, Tensor]:
         if system is None:
             system = system_class(state["system"]).rebuild(state["options"])
         system.load_state_dict(state["model"])
-        for name, module in system.named_modules():
+        modules = cast("Iterator[tuple[str, nn.Module]]", system.named_modules())
+        for name, module in modules:
             module.training = state["training"].get(name, True)
         targets = [_instances(t) for t in state["targets"]]
         seed_step(*state["place"])
@@ -88,7 +90,7 @@ def not_finite(path: Path, step: int, terms: Mapping[str, Tensor], names: Sequen
 
 
 @contextmanager
-def memory_advice(batch: int, step: Callable[[], int]) -> Iterator[None]:
+def memory_advice(batch: int, step: Callable[[], int]) -> Generator[None, None, None]:
     """Turns a failed allocation into a TrainingError that says what to change."""
     try:
         yield
@@ -171,7 +173,7 @@ _ending = threading.Event()  # the interpreter ends
 
 
 @contextmanager
-def waited_for() -> Iterator[None]:
+def waited_for() -> Generator[None, None, None]:
     """The block that the interpreter waits for when it ends, if another thread than the main one executes it.
 
     A `join` that Ctrl-C interrupts makes Python 3.11 regard the joined thread as ended. Daemon threads are not waited
@@ -230,4 +232,5 @@ def _plain(target: Instances) -> dict[str, Any]:
 def _instances(plain: dict[str, Any]) -> Instances:
     size = (plain["image_size"][0], plain["image_size"][1])
     masks = None if plain["masks"] is None else Masks.from_rle(plain["masks"], size)
-    return Instances(**{**plain, "image_size": size, "masks": masks})
+    whole: dict[str, Any] = {**plain, "image_size": size, "masks": masks}
+    return Instances(**whole)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -191,9 +191,9 @@ class Run:
         # The order matters: weights before the optimizer, the device before the mean is copied, compilation last.
         self.still = freeze(system, recipe.freeze)
         if recipe.sync_norm and fabric.world_size > 1:
-            nn.SyncBatchNorm.convert_sync_batchnorm(system)
+            nn.SyncBatchNorm.convert_sync_batchnorm(system)  # pyright: ignore[reportUnknownMemberType] - no types in torch
         if recipe.channels_last:
-            system.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            system.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - missing in the overloads
         if state is not None:
             with entries_of(out / LAST):
                 system.load_state_dict(state["model"])
@@ -209,7 +209,7 @@ class Run:
         self.end = self.total - self.progress.shift
         if recipe.compile:
             for network in system.networks().values():
-                network.compile()
+                network.compile()  # pyright: ignore[reportUnknownMemberType] - no types in torch
 
         if self.leads:
             with write_errors_as(TrainingError, out):
@@ -285,7 +285,8 @@ class Run:
                 self.fabric.backward(total / size)
             norm = self._clip() if last else total.new_zeros(())
             # The only wait for the device in a step, when everything has been queued.
-            values = torch.stack([total.detach(), norm, *(t.detach() for t in terms.values())]).tolist()
+            every = torch.stack([total.detach(), norm, *(t.detach() for t in terms.values())])
+            values = cast("list[float]", every.tolist())  # pyright: ignore[reportUnknownMemberType] - no types in torch
             self._check(batch, terms, values, place)
             for name, value in zip(("loss", "gradient", *map(term_name, terms)), values, strict=True):
                 means[name] = means.get(name, 0.0) + (value if name == "gradient" else value / size)

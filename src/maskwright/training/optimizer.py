@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage] - no public base class
+from torch.nn.modules.instancenorm import _InstanceNorm  # pyright: ignore[reportPrivateUsage] - likewise
 
 from maskwright.errors import UsageError
 from maskwright.systems import System
 from maskwright.training.recipe import Recipe
 
-_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _InstanceNorm)
 
 
 def freeze(system: System, names: tuple[str, ...]) -> list[nn.Module]:
@@ -34,7 +36,7 @@ def freeze(system: System, names: tuple[str, ...]) -> list[nn.Module]:
     for name in names:
         for parameter in _named(system, name, "freeze").values():
             parameter.requires_grad_(False)
-    still = []
+    still: list[nn.Module] = []
     for module in system.modules():
         own = list(module.parameters(recurse=False))
         if isinstance(module, _BatchNorm) and own and not any(p.requires_grad for p in own):
@@ -131,7 +133,9 @@ class Average:
         self.updates += 1
         mean, now = self.system.state_dict(), system.state_dict()
         learnt = [n for n, p in system.named_parameters() if p.requires_grad]
-        torch._foreach_lerp_([mean[n] for n in learnt], [now[n].detach() for n in learnt], 1 - decay)
+        means, weights = [mean[n] for n in learnt], [now[n].detach() for n in learnt]
+        # There is no public name for this function.
+        torch._foreach_lerp_(means, weights, 1 - decay)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         for name in mean.keys() - set(learnt):
             mean[name].copy_(now[name])
 
@@ -158,8 +162,9 @@ def _matching(system: System, name: str) -> dict[str, nn.Parameter]:
 
 def _decays(system: System, recipe: Recipe) -> dict[str, bool]:
     """Whether weight decay applies to each parameter."""
-    decays = {}
-    for prefix, module in system.named_modules():
+    decays: dict[str, bool] = {}
+    modules = cast("Iterator[tuple[str, nn.Module]]", system.named_modules())  # not annotated in torch
+    for prefix, module in modules:
         for name, _ in module.named_parameters(recurse=False):
             if isinstance(module, _NORMS):
                 decays[f"{prefix}.{name}" if prefix else name] = recipe.decay_norms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import cache
@@ -40,7 +40,8 @@ class Recipe:
     decay_norms: bool = False  # whether weight decay also applies to normalisation layers
     decay_biases: bool = False  # whether weight decay also applies to biases
     no_decay: tuple[str, ...] = ()  # parts or globs of parameter names to which it never applies
-    rates: dict[str, float] = field(default_factory=dict)  # part (see System.groups) or glob of names -> factor on lr
+    # part (see System.groups) or glob of names -> factor on lr
+    rates: dict[str, float] = field(default_factory=dict[str, float])
     clip: float | None = 1.0  # maximum norm of all gradients together
 
     # learning rate over the run
@@ -227,8 +228,10 @@ def _check_value(name: str, value: Any) -> None:
     for number in cast("tuple[Any, ...]", value) if isinstance(value, tuple) else (value,):
         if isinstance(number, (int, float)) and not isinstance(number, bool) and not _is_number(number):
             raise UsageError(f"{name} must be finite and below 2 ** 53, got {value!r}")
-    if name == "betas" and not (len(value) == 2 and all(0 <= beta < 1 for beta in value)):
-        raise UsageError(f"betas must be two numbers in [0, 1), got {value!r}")
+    if name == "betas":
+        betas = cast("tuple[float, ...]", value)
+        if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+            raise UsageError(f"betas must be two numbers in [0, 1), got {value!r}")
     if isinstance(value, dict):
         pairs = cast("dict[Any, Any]", value).items()
         if not all(isinstance(key, str) for key, _ in pairs):
@@ -249,8 +252,8 @@ _TUPLES = ("betas", "milestones", "freeze", "short", "no_decay")
 
 def _frozen(name: str, value: Any) -> Any:
     if name in _TUPLES:
-        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    return dict(value) if isinstance(value, Mapping) else value
+        return tuple(cast("Sequence[Any]", value)) if isinstance(value, (list, tuple)) else (value,)
+    return dict(cast("Mapping[Any, Any]", value)) if isinstance(value, Mapping) else value
 
 
 # What most published recipes have in common; those of the systems (`System.recipes`) are changes of it.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -299,7 +299,11 @@ def fit_white(system: System, dataset: Dataset) -> None:
     An explicit `resize.white` is kept, and so is that of the weights if no image has more than 8 bits.
     """
     explicit = system.options.get("resize")
-    if (explicit.get("white") if isinstance(explicit, Mapping) else getattr(explicit, "white", None)) is not None:
+    if isinstance(explicit, Mapping):
+        kept: Any = cast("Mapping[str, Any]", explicit).get("white")
+    else:
+        kept = getattr(explicit, "white", None)
+    if kept is not None:
         return
     white = dataset.white()
     if white is not None:
@@ -312,7 +316,7 @@ def make_augment(recipe: Recipe) -> Augment:
     Raises:
         UsageError: If an augmentation does not exist or has an invalid value.
     """
-    options = {"flip": 0.0, **recipe.augment}
+    options: dict[str, Any] = {"flip": 0.0, **recipe.augment}
     if recipe.short:
         options.setdefault("short", recipe.short)
     if recipe.long:

@@ -156,7 +156,7 @@ def seed_step(seed: int, *place: int) -> None:
     word = int(np.random.SeedSequence([seed, *place]).generate_state(1, np.uint64)[0])
     random.seed(word)
     np.random.seed(word % 2**32)  # noqa: NPY002 - users' augmentations and losses may use the old generator
-    torch.manual_seed(word % 2**63)
+    torch.manual_seed(word % 2**63)  # pyright: ignore[reportUnknownMemberType] - no types in torch
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
