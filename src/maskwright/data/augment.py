@@ -202,9 +202,9 @@ class Augment:
         return placement.then_resize(large).then_crop(x0, y0, part)
 
     def _colours(self, rng: np.random.Generator) -> tuple[tuple[str, float], ...]:
-        drawn = []
+        drawn: list[tuple[str, float]] = []
         for name in _COLOURS:
-            reach = getattr(self, name)
+            reach: float = getattr(self, name)
             if reach:
                 drawn.append((name, float(rng.uniform(-reach, reach)) + (0.0 if name == "hue" else 1.0)))
         return tuple(drawn)
@@ -259,7 +259,7 @@ class Augment:
         """
         if len(above.target) and above.target.masks is None:
             raise UsageError("copy-paste augmentation (`paste`) needs masks; the data set has boxes only")
-        chosen = torch.from_numpy(rng.random(len(above.target)) < 0.5)
+        chosen = torch.from_numpy(rng.random(len(above.target)) < 0.5)  # pyright: ignore[reportUnknownMemberType] - untyped in torch
         pasted = above.target[chosen]
         size = below.placement.size
         if self.size is not None:
@@ -380,7 +380,8 @@ def _visible(target: Instances, cover: Masks, plane: Tensor, min_area: int) -> I
     open_part = {"size": list(size), "counts": _complement(cover.rle()[0]["counts"])}
     before = target.masks.pack()
     codes: list[Any] = before.rle()
-    for index in overlapping.nonzero().flatten().tolist():
+    positions = cast(list[int], overlapping.nonzero().flatten().tolist())  # pyright: ignore[reportUnknownMemberType] - untyped in torch
+    for index in positions:
         codes[index] = coco.merge(cast(Any, [codes[index], open_part]), intersect=True)
     masks = Masks("rle", [code["counts"] for code in codes], size)
     areas = masks.areas()
@@ -417,10 +418,10 @@ def _pillow(image: Tensor, size: tuple[int, int], box: tuple[float, float, float
     if len(image) != 3:
         planes = [Image.fromarray(plane.contiguous().numpy()) for plane in image]
         parts = [np.array(plane.resize((size[1], size[0]), Image.Resampling.BILINEAR, box)) for plane in planes]
-        return torch.from_numpy(np.stack(parts))
+        return torch.from_numpy(np.stack(parts))  # pyright: ignore[reportUnknownMemberType] - untyped in torch
     drawn = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     resized = np.array(drawn.resize((size[1], size[0]), Image.Resampling.BILINEAR, box))
-    return torch.from_numpy(resized).permute(2, 0, 1)
+    return torch.from_numpy(resized).permute(2, 0, 1)  # pyright: ignore[reportUnknownMemberType] - untyped in torch
 
 
 def _adjust_colours(image: Tensor, colours: tuple[tuple[str, float], ...]) -> Tensor:
@@ -431,7 +432,7 @@ def _adjust_colours(image: Tensor, colours: tuple[tuple[str, float], ...]) -> Te
             "colour augmentation (brightness, contrast, saturation, hue) needs 1 or 3 channels, the image has "
             f"{len(image)}"
         )
-    from torchvision.transforms.v2 import functional as pixels
+    from torchvision.transforms.v2 import functional as pixels  # pyright: ignore[reportMissingTypeStubs] - has none
 
     whole = image.dtype == torch.uint8
     values = image.contiguous() if whole else image / 255

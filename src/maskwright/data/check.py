@@ -40,8 +40,8 @@ class CheckReport:
     """
 
     source: Path
-    findings: list[Finding] = field(default_factory=list)
-    contents: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list[Finding])
+    contents: list[str] = field(default_factory=list[str])
     fixed: Path | None = None
     wanted: Path | None = None
     copy: CheckReport | None = None

@@ -191,6 +191,10 @@ def turn_annotations(table: Table, columns: Columns, chosen: Bools) -> None:
 
 def _turned(points: Floats, orientations: np.ndarray, stored: Floats) -> Floats:
     """Points (N, 2) x, y of stored images of sizes (N, 2), H, W, in the upright images."""
+    x: Floats
+    y: Floats
+    height: Floats
+    width: Floats
     x, y = points.T
     height, width = stored.T
     exchanged = orientations >= 5

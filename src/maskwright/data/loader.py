@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -218,7 +218,7 @@ class _Plan:
                 shuffled = rng.permutation(self.total)
             else:  # image i owns an interval of length factor i, and points lie at equal distances of at most 1
                 points = (np.arange(self.length) + rng.random()) * (self.factors[-1] / self.length)
-                positions = np.searchsorted(self.factors, points, side="right")
+                positions = cast(npt.NDArray[np.intp], np.searchsorted(self.factors, points, side="right"))
                 shuffled = rng.permutation(np.minimum(positions, self.total - 1))
             self._orders = {epoch: grouped(shuffled, self.tall[shuffled], self.batch_size * self.world)}
         return self._orders[epoch]
@@ -297,9 +297,10 @@ class _Plan:
             sample = replace(sample, image=self.preprocess.match_channels(sample.image))
             target = sample.target
             if not ((target.labels >= 0) & (target.labels < self.kinds)).all():
+                labels = cast(list[int], target.labels.tolist())  # pyright: ignore[reportUnknownMemberType] - untyped in torch
                 raise DataError(
                     f"{sample.name}: labels must be in 0 ... {self.kinds - 1} for {self.kinds} classes, got "
-                    f"{sorted(set(target.labels.tolist()))}"
+                    f"{sorted(set(labels))}"
                 )
             if self.drop_crowd and target.crowd is not None and bool(target.crowd.any()):
                 sample = replace(sample, target=target[~target.crowd])
@@ -344,7 +345,9 @@ def grouped(order: np.ndarray, tall: np.ndarray, size: int) -> np.ndarray:
     """
     if not len(order):
         return order
-    batches, ends, rest = [], [], []
+    batches: list[npt.NDArray[np.intp]] = []
+    ends: list[npt.NDArray[np.intp]] = []
+    rest: list[npt.NDArray[np.intp]] = []
     for places in (np.flatnonzero(tall), np.flatnonzero(~tall)):
         full = len(places) // size * size
         batches.append(places[:full].reshape(-1, size))
@@ -382,4 +385,4 @@ def _numpy(target: Instances) -> dict[str, Any]:
 
 
 def _tensor(value: Any) -> Any:
-    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value  # pyright: ignore[reportUnknownMemberType] - untyped in torch

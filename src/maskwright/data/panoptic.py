@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from maskwright.data import coco_json
-from maskwright.data.coco_json import coco_categories, start_table, strict_json, write_coco_json
+from maskwright.data.coco_json import Entry, coco_categories, start_table, strict_json, write_coco_json
 from maskwright.data.diagnosis_orientation import list_upright
 from maskwright.data.findings import first_few
 from maskwright.data.formats import CERTAIN, Match, Request
@@ -159,8 +159,9 @@ def _read_stuff(table: Table, entries: list[Any]) -> tuple[str, ...]:
     """The classes whose "isthing" is 0."""
     classes = dict(zip(table.category_ids, table.classes, strict=True))
     names: list[str] = []
-    for entry in entries:
-        number = parse_int(entry.get("id")) if isinstance(entry, dict) else None
+    for value in entries:
+        entry: Entry = cast(Entry, value) if isinstance(value, dict) else {}
+        number = parse_int(entry.get("id"))
         if number not in classes:
             continue
         thing = parse_flag(entry["isthing"]) if entry.get("isthing") is not None else None
@@ -182,8 +183,9 @@ def _read_records(
     """Position of each image that has a record -> row of the record and name of its map."""
     records: dict[int, tuple[int, str]] = {}
     known = IdIndex(position)
-    for row, entry in enumerate(entries):
-        if not isinstance(entry, dict) or not isinstance(entry.get("segments_info"), list):
+    for row, value in enumerate(entries):
+        entry: Entry = cast(Entry, value) if isinstance(value, dict) else {}
+        if not isinstance(entry.get("segments_info"), list):
             what = f"annotations[{row}] has no list 'segments_info'"
             table.add_finding("skip", "annotation", what, "the record is skipped")
             continue
@@ -244,24 +246,23 @@ def _keep_images(table: Table, kept: list[int]) -> None:
         setattr(table, name, [values[i] for i in kept])
 
 
-def _read_segments(
-    table: Table, entry: dict[str, Any], labels: dict[int, int], image: int | str
-) -> list[tuple[int, int, bool]]:
+def _read_segments(table: Table, entry: Entry, labels: dict[int, int], image: int | str) -> list[tuple[int, int, bool]]:
     """Id, label and crowd flag of each valid segment of a record."""
     kept: list[tuple[int, int, bool]] = []
     used: set[int] = set()
-    for row, segment in enumerate(entry["segments_info"]):
-        number = parse_int(segment.get("id")) if isinstance(segment, dict) else None
+    for row, value in enumerate(cast(list[Any], entry["segments_info"])):
+        segment: Entry = cast(Entry, value) if isinstance(value, dict) else {}
+        number = parse_int(segment.get("id"))
         if number is None or not 0 < number <= LARGEST_ID:
-            shown = segment.get("id") if isinstance(segment, dict) else segment
+            shown = segment.get("id") if isinstance(value, dict) else value
             problem = f"segment {row} of image {image!r} has id {shown!r}; expected 1 ... {LARGEST_ID}"
         elif number in used:
             problem = f"two segments of image {image!r} share id {number}"
             table.add_finding("skip", "segment", problem, "the first one gets all its pixels", image=image)
             continue
         elif (category := parse_int(segment.get("category_id"))) not in labels:
-            value = segment.get("category_id")
-            problem = f"segment {number} of image {image!r} has category_id {value!r}, which is not in the list"
+            shown = segment.get("category_id")
+            problem = f"segment {number} of image {image!r} has category_id {shown!r}, which is not in the list"
         elif (crowd := parse_flag(segment.get("iscrowd"))) is None:
             problem = f"segment {number} of image {image!r} has iscrowd {segment['iscrowd']!r}; expected 0 or 1"
         else:
@@ -366,7 +367,9 @@ def write_panoptic(
         DataError: If a file cannot be written. Each file is complete or absent; the JSON file is written last.
     """
     path = Path(path)
-    entries, records, used = [], [], set()
+    entries: list[Entry] = []
+    records: list[Entry] = []
+    used: set[str] = set()
     for entry, panoptic in images:
         name = _unused_name(Path(entry["file_name"]).stem, used)
         data = io.BytesIO()
@@ -399,7 +402,9 @@ def repaired(table: Table, skipped: set[int], folder: Path) -> dict[str, Any]:
     """
     raw, maps, bounds = table.raw, table.maps or [], table.bounds()
     folder.mkdir(parents=True, exist_ok=True)
-    images, records, used = [], [], set()
+    images: list[Entry] = []
+    records: list[Entry] = []
+    used: set[str] = set()
     for index, path in enumerate(maps):
         if index in skipped:
             continue
@@ -416,9 +421,9 @@ def repaired(table: Table, skipped: set[int], folder: Path) -> dict[str, Any]:
         ids = np.where(np.isin(ids, kept), ids, 0)
         name = _unused_name(path.stem, used)
         write_bytes(folder / name, map_bytes(ids), DataError, sync=False)
-        labels, crowd = torch.from_numpy(table.labels[part]), torch.from_numpy(table.crowd[part])
+        labels, crowd = torch.from_numpy(table.labels[part]), torch.from_numpy(table.crowd[part])  # pyright: ignore[reportUnknownMemberType] - untyped in torch
         panoptic = Panoptic.from_map(
-            torch.from_numpy(ids),
+            torch.from_numpy(ids),  # pyright: ignore[reportUnknownMemberType] - untyped in torch
             labels,
             torch.ones(len(labels), dtype=torch.bool),
             numbers=torch.tensor(kept, dtype=torch.int64),

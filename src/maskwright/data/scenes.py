@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFilter
 
@@ -112,7 +113,7 @@ class Scenes(Dataset):
     def __getitem__(self, index: int) -> Sample:
         index = range(self.count)[index]
         layout = self._layout(index)
-        pixels = torch.from_numpy(self._paint(index, layout)).permute(2, 0, 1)
+        pixels = torch.from_numpy(self._paint(index, layout)).permute(2, 0, 1)  # pyright: ignore[reportUnknownMemberType] - untyped in torch
         return Sample(pixels, self._target(index, layout), index + 1)
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -178,7 +179,8 @@ class Scenes(Dataset):
 
     def _target(self, index: int, layout: _Layout) -> Instances:
         chosen = [n for n, thing in enumerate(layout.things) if thing.label >= 0]
-        crops, corners = [], []
+        crops: list[npt.NDArray[np.bool_]] = []
+        corners: list[tuple[int, int]] = []
         for n in chosen:
             stamp = layout.things[n].stamp
             _, window = _cut(stamp.alpha, stamp, self.size)
@@ -224,7 +226,7 @@ class Scenes(Dataset):
             inside = np.all((keypoints >= 0) & (keypoints < (width, height)), axis=1)
             x, y = np.clip(keypoints.astype(int), 0, (width - 1, height - 1)).T
             mark = np.where(layout.owner[y, x] == n, 2, 1) * inside
-            points[row] = torch.from_numpy(np.concatenate([keypoints * inside[:, None], mark[:, None]], 1))
+            points[row] = torch.from_numpy(np.concatenate([keypoints * inside[:, None], mark[:, None]], 1))  # pyright: ignore[reportUnknownMemberType] - untyped in torch
         return points
 
     # ---- appearance -------------------------------------------------------------------------------------------------
@@ -263,7 +265,8 @@ class Scenes(Dataset):
             DataError: If a file cannot be written.
         """
         folder = Path(folder)
-        entries, annotations = [], []
+        entries: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for index in range(self.count):
             sample = self[index]
             name = f"{index + 1:06d}.png"
@@ -287,9 +290,10 @@ class Scenes(Dataset):
     def _records(self, index: int, target: Instances) -> list[dict[str, Any]]:
         assert target.masks is not None
         assert target.ids is not None
-        areas = target.masks.areas().tolist()
+        areas = cast(list[int], target.masks.areas().tolist())  # pyright: ignore[reportUnknownMemberType] - untyped in torch
+        ids = cast(list[int], target.ids.tolist())  # pyright: ignore[reportUnknownMemberType] - untyped in torch
         records = target.to_coco(index + 1, self.category_ids)
-        for row, (record, number) in enumerate(zip(records, target.ids.tolist(), strict=True)):
+        for row, (record, number) in enumerate(zip(records, ids, strict=True)):
             record.update(id=number, area=areas[row], iscrowd=0)
             if target.keypoints is not None:
                 record["keypoints"] = [round(v, 3) for v in record["keypoints"]]
@@ -304,7 +308,7 @@ class Scenes(Dataset):
 def _noise() -> tuple[np.ndarray, ...]:
     """Periodic noise fields (512, 512) float32 with mean 0 and standard deviation 1, from fine to coarse."""
     rng = np.random.default_rng(20)
-    fields = []
+    fields: list[np.ndarray] = []
     for cell in (1, 4, 16, 64):
         rough = rng.standard_normal((_POOL // cell, _POOL // cell)).astype(np.float32)
         wide = np.pad(rough, 4, mode="wrap")

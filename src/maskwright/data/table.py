@@ -70,15 +70,15 @@ class Table:
     category_ids: tuple[int, ...] = ()
     keypoint_names: tuple[str, ...] | None = None
     stuff: tuple[str, ...] = ()
-    image_ids: list[int | str] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    listed_sizes: list[tuple[int, int]] = field(default_factory=list)
-    stored_sizes: list[tuple[int, int]] = field(default_factory=list)
-    image_rows: list[int] = field(default_factory=list)
+    image_ids: list[int | str] = field(default_factory=list[int | str])
+    files: list[str] = field(default_factory=list[str])
+    sizes: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    listed_sizes: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    stored_sizes: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    image_rows: list[int] = field(default_factory=list[int])
     image_index: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    ids: list[int | str] = field(default_factory=list)
+    ids: list[int | str] = field(default_factory=list[int | str])
     crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
     areas: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -87,9 +87,9 @@ class Table:
     rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     maps: list[Path] | None = None
     ignored: int = 0
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list[Finding])
     usable: bool = True
-    raw: dict[str, Any] = field(default_factory=dict)
+    raw: dict[str, Any] = field(default_factory=dict[str, Any])
 
     def add_finding(self, severity: Severity, kind: str, sentence: str, advice: str = "", **about: Any) -> None:
         """Append a finding about this file; `about` gives `image` and `annotation` ids."""

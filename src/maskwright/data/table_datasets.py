@@ -40,7 +40,7 @@ class TableDataset(Dataset):
         self.files = table.files
         self._image_ids, self._sizes = table.image_ids, table.sizes
         self._bounds = table.bounds()
-        self._labels, self._crowd = torch.from_numpy(table.labels), torch.from_numpy(table.crowd)
+        self._labels, self._crowd = torch.from_numpy(table.labels), torch.from_numpy(table.crowd)  # pyright: ignore[reportUnknownMemberType] - untyped in torch
         self._ids = table.ids
         self._white: int | None = None
         self._white_known = False
@@ -96,8 +96,8 @@ class InstanceDataset(TableDataset):
 
     def __init__(self, table: Table, strict: bool = False):
         super().__init__(table, strict)
-        self._boxes, self._areas, self._shapes = torch.from_numpy(table.boxes), table.areas, table.shapes
-        self._keypoints = None if table.keypoints is None else torch.from_numpy(table.keypoints)
+        self._boxes, self._areas, self._shapes = torch.from_numpy(table.boxes), table.areas, table.shapes  # pyright: ignore[reportUnknownMemberType] - untyped in torch
+        self._keypoints = None if table.keypoints is None else torch.from_numpy(table.keypoints)  # pyright: ignore[reportUnknownMemberType] - untyped in torch
         exact = all(isinstance(i, int) and -_LARGEST <= i <= _LARGEST for i in table.ids)
         self._numbers = torch.tensor(table.ids if exact else range(len(table.ids)), dtype=torch.int64)
 
@@ -154,7 +154,7 @@ class PanopticDataset(TableDataset):
         index = range(len(self))[index]
         part = slice(*self._annotations(index))
         numbers, labels = self._numbers[part], self._labels[part]
-        plane = torch.from_numpy(read_map(self.maps[index], self._sizes[index]))
+        plane = torch.from_numpy(read_map(self.maps[index], self._sizes[index]))  # pyright: ignore[reportUnknownMemberType] - untyped in torch
         things = torch.ones(len(labels), dtype=torch.bool)
         segments = Panoptic.from_map(
             plane, labels.clone(), things, numbers=numbers, crowd=self._crowd[part].clone(), ids=numbers.clone()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ class View(Dataset):
         return replace(kept, labels=self.labels[kept.labels])
 
     def image_labels(self, index: int) -> np.ndarray:
-        labels = torch.from_numpy(self.inner.image_labels(self.positions[index]))
+        labels = torch.from_numpy(self.inner.image_labels(self.positions[index]))  # pyright: ignore[reportUnknownMemberType] - untyped in torch
         return self.labels[labels[self.order(labels)]].numpy()
 
     def white(self) -> int | None:
@@ -86,7 +86,7 @@ class View(Dataset):
         return [ids[row] for row in self._rows(index)]
 
     def _rows(self, index: int) -> list[int]:
-        return self.order(self.inner.targets(self.positions[index]).labels).tolist()
+        return cast(list[int], self.order(self.inner.targets(self.positions[index]).labels).tolist())  # pyright: ignore[reportUnknownMemberType] - untyped in torch
 
 
 class Subset(View):
@@ -117,7 +117,8 @@ class Renamed(View):
         known = dict(zip(self.classes, self.category_ids, strict=False))
         self.classes = tuple(classes)
         # A class that the data set does not have gets an id that the data set does not have either.
-        unused = 1 + max((i for i in known.values() if isinstance(i, int)), default=0)
+        ids = cast(Iterable[object], known.values())  # a user's own data set may have other ids
+        unused = 1 + max((i for i in ids if isinstance(i, int)), default=0)
         self.category_ids = tuple(known.get(name, unused + number) for number, name in enumerate(classes))
         self.stuff = tuple(name for name in self.stuff if name in numbers)
 

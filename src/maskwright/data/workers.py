@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import inspect
 import multiprocessing
-import multiprocessing.util  # registers its exit function first, so that `_end_all` runs before it
+
+# Registers its exit function first, so that `_end_all` runs before it.
+import multiprocessing.util  # pyright: ignore[reportUnusedImport]
 import os
 import re
 import signal
@@ -82,7 +85,7 @@ def iterate(loader: Any) -> Generator[Any, None, None]:
 
         resource_tracker.ensure_running()  # when it starts, it unblocks the signals
     with explained(lambda: iterator):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING) if blocking else set()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING) if blocking else set[int]()
         os.environ[_MARK] = "1"
         try:
             with warnings.catch_warnings():
@@ -171,7 +174,8 @@ def end_workers(iterator: Any) -> None:
         if iterator._worker_pids_set:
             import torch
 
-            torch._C._remove_worker_pids(id(iterator))  # or their end raises an error in this process
+            # Otherwise their end raises an error in this process.
+            torch._C._remove_worker_pids(id(iterator))  # pyright: ignore[reportPrivateUsage] - torch has no public name
             iterator._worker_pids_set = False
         for worker in iterator._workers:
             worker.kill()
@@ -200,7 +204,7 @@ def _forks() -> bool:
 def _main_is_running() -> bool:
     """Whether the caller is reached from the top level of the main script."""
     main = sys.modules.get("__main__")
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":
             return main is not None and getattr(main, "__file__", None) is not None
