@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -369,6 +370,32 @@ def test_the_catalogue_is_fetched_into_the_cache(
     fetch(entry, progress=False)
     assert capsys.readouterr().err == ""
     assert isinstance(DownloadError("x"), CheckpointError)
+
+
+def test_control_characters_in_names_and_addresses_are_escaped(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal for rich, which shows the progress bar
+    monkeypatch.setenv("COLUMNS", "200")
+    name = "a\x9b31m\u202e[red].pth"
+    entry = Entry(
+        "thing", "mask-rcnn", "them", f"{server.url}/{name}", "https://code\x1b[2J\nb", "MIT", "MIT", "yes", "\x07"
+    )
+    assert fetch(entry, folder=tmp_path).name == name
+    attempts = [True, True, False]  # another process holds the lock once
+    monkeypatch.setattr(module, "_lock", lambda _: attempts.pop())
+    download(server.url, tmp_path / "b\x9b\x1b[2J.pth", size=len(CONTENT), progress=False)
+    server.plan = ["cut"]
+    with pytest.raises(DownloadError, match=r"/a\\x9b31m\\u202e\[red\]\.pth: the download failed after 1 attempts"):
+        download(entry.url, tmp_path / "c.pth", tries=1, progress=False)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().err)  # without the colours of rich
+    assert r"code MIT (https://code\x1b[2J\nb)" in shown
+    assert f"thing: {server.url}/" r"a\x9b31m\u202e[red].pth" in shown
+    assert r"  \x07" in shown
+    assert r"waiting for another process that downloads b\x9b\x1b[2J.pth" in shown
+    assert r"a\x9b31m\u202e[red].pth" in shown.split("checked by")[1]  # the progress bar
+    assert not set("\x07\x9b\u202e") & set(shown)
+    assert "\x1b[2J" not in shown
 
 
 def test_the_cache_is_in_the_folder_of_the_platform(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ class TimmBackbone(nn.Module):
         before = [name for name, _ in self.named_modules()]
         parts = _parts(self.body, modules)
         left = {name for name, _ in self.named_modules()}
-        self.removed = tuple(name for name in before if name not in left)
+        self.removed: tuple[str, ...] = tuple(name for name in before if name not in left)
         if frozen:
             if parts is None:
                 raise UsageError(f"timm's {name!r} has no stages that could be frozen; use frozen=0")

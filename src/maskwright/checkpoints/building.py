@@ -7,7 +7,7 @@ import inspect
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
 
@@ -113,7 +113,7 @@ def build_ours(
     preprocess = preprocess_of({**metadata, "path": path})
     system = _fill(kind, options, state, path, f"{name} with the options in its header", classes, overrides, ())
     if preprocess is not None:
-        channels = len(cast(Preprocess, system.preprocess).mean)
+        channels = len(system.preprocess.mean)
         if len(preprocess.mean) != channels and "in_channels" not in overrides:
             raise CheckpointError(
                 f"{path}: header entry 'preprocess' has a mean of {len(preprocess.mean)} channels, the system has "
@@ -172,7 +172,8 @@ def _fill(
     if classes is not None and _names_rows(old, classes, assumed):
         old = tuple(classes)
     stuff = [name for name, region in zip(old, is_stuff, strict=True) if region]
-    with torch.random.fork_rng(devices=[]):  # keeps the random state for the system that is built afterwards
+    # Keeps the random state for the system that is built afterwards.
+    with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType] - not typed by torch
         outline, final = _outline(kind, options, overrides, classes, state, path)
         with torch.device("meta"):
             shapes = {key: torch.empty(value.shape, dtype=value.dtype) for key, value in state.items()}
@@ -230,7 +231,7 @@ def _final(
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 
-def _check_classes(classes: Sequence[str] | None) -> None:
+def _check_classes(classes: Sequence[Any] | None) -> None:
     if classes is None:
         return
     if isinstance(classes, str) or not classes or not all(isinstance(c, str) and c.strip() for c in classes):
@@ -344,7 +345,7 @@ def _outline(
 
 
 @contextlib.contextmanager
-def _faults_of(path: str) -> Iterator[None]:
+def _faults_of(path: str) -> Generator[None, None, None]:
     """Turn any exception of a constructor into a CheckpointError, because its options come from the file."""
     try:
         yield
@@ -360,7 +361,7 @@ def _faults_of(path: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _limited(most: int, path: str) -> Iterator[None]:
+def _limited(most: int, path: str) -> Generator[None, None, None]:
     """Limit the number of modules and parameters that this thread constructs."""
     thread, count = threading.get_ident(), 0
 

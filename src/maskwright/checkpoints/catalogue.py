@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from maskwright.systems import Score
+from maskwright.text import printable
 
 Commercial = Literal["yes", "attribution", "no"]
 HUB_NAMES = ("pytorch_model.bin", "model.safetensors")  # file names that identify no model
@@ -53,7 +54,7 @@ class Entry:
     md5: str = ""
     published: tuple[Score, ...] = ()
     variant: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def file(self) -> str:
@@ -74,7 +75,7 @@ class Entry:
         return "unverified: no hash is published"
 
     def terms(self) -> str:
-        """Origin, licence and scores as a few lines of text; shown before a download."""
+        """Origin, licence and scores as a few lines of text, without control characters; shown before a download."""
         use = {"yes": "allowed", "attribution": "allowed on conditions", "no": "NOT allowed"}[self.commercial]
         size = f", about {self.bytes / 1e6:.0f} MB" if self.bytes else ""
         scores = ", ".join(f"{s.what} {s.value:g}" for s in self.published)
@@ -85,7 +86,7 @@ class Entry:
             f"  published: {scores} ({self.published[0].protocol})" if scores else "",
             f"  checked by: {self.verified}",
         ]
-        return "\n".join(line for line in lines if line)
+        return "\n".join(printable(line) for line in lines if line)
 
 
 def list_checkpoints(commercial_ok: bool = False, system: str | None = None) -> list[Entry]:
@@ -131,7 +132,7 @@ def catalogue() -> tuple[Entry, ...]:
 
 def parse_catalogue(text: str) -> tuple[Entry, ...]:
     """Parse a catalogue in TOML; the format is described at the head of `catalogue.toml`."""
-    entries = []
+    entries: list[Entry] = []
     for origin, publisher in tomllib.loads(text).items():
         for name, file in publisher["files"].items():
             digits = re.search(r"[-_]([0-9a-f]{6,64})\.\w+$", file["path"])

@@ -16,11 +16,10 @@ import sys
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from maskwright._version import __version__
 from maskwright.checkpoints import web
@@ -29,6 +28,7 @@ from maskwright.checkpoints.catalogue import Entry
 from maskwright.checkpoints.web import Retryable, TooSlow
 from maskwright.errors import CheckpointError, DownloadError
 from maskwright.files import write_json
+from maskwright.text import printable
 
 LARGEST = 1 << 36  # maximum size of a download: 64 GiB
 
@@ -197,7 +197,7 @@ class _Note:
 
 def _retry(want: _Want, tries: int, pause: float, progress: bool) -> None:
     """Attempt the download up to `tries` times, then verify it and move it into place."""
-    reason, slow, attempt = "", 0, 0
+    address, reason, slow, attempt = printable(want.url), "", 0, 0
     with _bar(want.target.name, progress) as show:
         for attempt in range(max(1, tries)):
             if attempt:
@@ -221,12 +221,12 @@ def _retry(want: _Want, tries: int, pause: float, progress: bool) -> None:
             reason = wrong
             if not resumed:
                 raise DownloadError(
-                    f"{want.url}: the download is not the published file ({wrong}) and was removed; the file may have "
+                    f"{address}: the download is not the published file ({wrong}) and was removed; the file may have "
                     "been replaced on the server or altered by a proxy. Try another network or report it"
                 )
     have = want.part.stat().st_size if want.part.exists() else 0
     kept = f"{have} bytes are kept, the next call resumes from there" if have else "nothing was received; try later"
-    raise DownloadError(f"{want.url}: the download failed after {attempt + 1} attempts ({reason}); {kept}")
+    raise DownloadError(f"{address}: the download failed after {attempt + 1} attempts ({printable(reason)}); {kept}")
 
 
 def _request(want: _Want, show: Callable[[int, int | None], None]) -> bool:
@@ -413,7 +413,8 @@ def _read_note(want: _Want) -> _Note:
         return _Note()
     if not isinstance(values, dict):
         return _Note()
-    url, validator, total = (values.get(name) for name in ("url", "validator", "total"))
+    entries = cast(dict[str, Any], values)
+    url, validator, total = (entries.get(name) for name in ("url", "validator", "total"))
     if not isinstance(url, str) or not isinstance(validator, str):
         return _Note()
     if total is not None and (isinstance(total, bool) or not isinstance(total, int) or not 0 <= total <= LARGEST):
@@ -447,13 +448,13 @@ def _write_error(error: OSError, target: Path) -> DownloadError:
 
 
 @contextlib.contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def _locked(target: Path) -> Generator[None, None, None]:
     """Hold the lock of this target, after waiting for other processes that hold it."""
     with target.with_name(target.name + ".lock").open("a+b") as file:
         waited = False
         while not _lock(file):
             if not waited:
-                _console().print(f"waiting for another process that downloads {target.name}", markup=False)
+                _console().print(f"waiting for another process that downloads {printable(target.name)}", markup=False)
             waited = True
             time.sleep(0.1)
         try:
@@ -500,11 +501,11 @@ def _console() -> Any:
 
 
 @contextlib.contextmanager
-def _bar(name: str, progress: bool) -> Iterator[Callable[[int, int | None], None]]:
+def _bar(name: str, progress: bool) -> Generator[Callable[[int, int | None], None], None, None]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -512,5 +513,5 @@ def _bar(name: str, progress: bool) -> Iterator[Callable[[int, int | None], None
     )
     console = _console()
     with Progress(*columns, console=console, disable=not (progress and console.is_terminal)) as bar:
-        task = bar.add_task(name, total=None)
+        task = bar.add_task(printable(name), total=None)
         yield lambda have, total: bar.update(task, completed=have, total=total)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskwright.blocks.timm_backbone import TimmBackbone
 from maskwright.errors import CheckpointError, UsageError
@@ -89,9 +89,10 @@ def _rows(
     key: str,
 ) -> Tensor:  # fmt: skip
     """`fresh` with the rows of the class pairs (new, old) copied from `old`."""
-    part, targets = old, []
+    part = old
+    targets: list[tuple[int, Tensor]] = []
     for spec in specs:
-        places = []
+        places: list[Tensor] = []
         for tensor, classes, chosen in ((fresh, counts[1], 0), (old, counts[0], 1)):
             entries = classes + spec.background_last
             length = spec.before + spec.repeats * entries * spec.per_class
@@ -151,11 +152,9 @@ def renamed(state: Mapping[str, Tensor], system: System) -> State:
             return key
         return next((new + key[len(old) :] for old, new in prefixes if key.startswith(old)), key)
 
+    modules = cast(Iterator[tuple[str, nn.Module]], system.named_modules())
     unused = tuple(
-        f"{name}.{layer}."
-        for name, module in system.named_modules()
-        if isinstance(module, TimmBackbone)
-        for layer in module.removed
+        f"{name}.{layer}." for name, module in modules if isinstance(module, TimmBackbone) for layer in module.removed
     )
     return {new: value for key, value in state.items() if not (new := today(key)).startswith(unused)}
 

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from maskwright.errors import CheckpointError
 
@@ -41,13 +41,14 @@ def heads(about: Mapping[str, Any], width: int, *names: str, inside: str = "") -
     Raises:
         CheckpointError: If the values contradict each other, or layers of this width cannot have so many heads.
     """
-    config = about.get("config", {})
+    config: Mapping[str, Any] = about.get("config", {})
     if inside:
-        config = config.get(inside)
-        if config is None:
+        table: Any = config.get(inside)
+        if table is None:
             return None
-        if not isinstance(config, Mapping):
-            raise _wrong(about, CONFIG, inside, config, "an object")
+        if not isinstance(table, Mapping):
+            raise _wrong(about, CONFIG, inside, table, "an object")
+        config = cast(Mapping[str, Any], table)
     found = {name: count for name in names if (count := integer(about, CONFIG, name, config.get(name))) is not None}
     if len(set(found.values())) > 1:
         values = " and ".join(f"{name} {count}" for name, count in found.items())
@@ -64,9 +65,10 @@ def heads(about: Mapping[str, Any], width: int, *names: str, inside: str = "") -
 
 def side(about: Mapping[str, Any]) -> int | None:
     """`image_size` of config.json, for square images; None if the file has none."""
-    value = about.get("config", {}).get("image_size")
-    if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
-        value = value[0]
+    value: Any = about.get("config", {}).get("image_size")
+    pair = cast(list[Any], value) if isinstance(value, list) else []
+    if len(pair) == 2 and pair[0] == pair[1]:
+        value = pair[0]
     return integer(about, CONFIG, "image_size", value)
 
 
@@ -178,7 +180,8 @@ def _size(about: Mapping[str, Any], said: Mapping[str, Any], asked: dict[str, An
     if not isinstance(size, Mapping):  # older files
         longest = said.get("max_size")
         return integer(about, PREPROCESSOR, "size", size), integer(about, PREPROCESSOR, "max_size", longest)
-    sides = {name: integer(about, PREPROCESSOR, f"size.{name}", value) for name, value in size.items()}
+    given = cast(Mapping[str, Any], size)
+    sides = {name: integer(about, PREPROCESSOR, f"size.{name}", value) for name, value in given.items()}
     short = sides.get("shortest_edge")
     if short is None:
         asked["size"] = size
@@ -196,23 +199,25 @@ def _normalization(
     factor = said.get("rescale_factor")
     factor = RESCALE if factor is None else _number(about, PREPROCESSOR, "rescale_factor", factor)
     factor = factor if said.get("do_rescale") is not False else 1.0
-    rows = []
+    rows: list[tuple[float, ...] | None] = []
     for name, usual, neutral in (("image_mean", MEAN, 0.0), ("image_std", STD, 1.0)):
-        row = said.get(name)
+        given: Any = said.get(name)
         if said.get("do_normalize") is False:
-            row = [neutral] * channels
-        row = list(usual) if row is None else row if isinstance(row, list) else [row] * channels
-        row = [_number(about, PREPROCESSOR, name, value, positive=name == "image_std") for value in row]
+            given = [neutral] * channels
+        values = (
+            list(usual) if given is None else cast(list[Any], given) if isinstance(given, list) else [given] * channels
+        )
+        row = [_number(about, PREPROCESSOR, name, value, positive=name == "image_std") for value in values]
         # The three channels of an image may be followed by others.
         if len(row) != channels and not len(row) == 3 < channels:
             if said.get(name) is not None:
                 raise _wrong(about, PREPROCESSOR, name, row, f"one number for each of the {channels} input channels")
             rows.append(None)
             continue
-        row = tuple(value / (factor * 255) for value in row)
+        scaled = tuple(value / (factor * 255) for value in row)
         # Some files hold ImageNet's values rounded to float32, and 1 / 255 with few digits.
-        same = len(row) == 3 and all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(row, usual, strict=True))
-        rows.append(None if same else row)
+        same = len(scaled) == 3 and all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(scaled, usual, strict=True))
+        rows.append(None if same else scaled)
     return rows[0], rows[1]
 
 

@@ -277,7 +277,8 @@ def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: s
 def _fits(found: _Match, path: str) -> bool:
     """Whether the system can be built from the file."""
     try:
-        with torch.random.fork_rng(devices=[]):  # keeps the random state for the system that is built afterwards
+        # Keeps the random state for the system that is built afterwards.
+        with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType] - not typed by torch
             build_official(found.origin, found.candidate, found.state, path, None, {})
     except (CheckpointError, UsageError):
         return False

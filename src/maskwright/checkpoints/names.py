@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 # fmt: off
 COCO = (
@@ -115,19 +115,23 @@ def named_by(about: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[st
 
 def _stored_names(about: Mapping[str, Any]) -> tuple[str, ...]:
     """The class names stored beside the weights; empty if there are none, or invalid or repeated ones."""
-    table, meta = about.get("config", {}).get("id2label"), about.get("container", {}).get("meta")
-    names: Any = None
-    if isinstance(table, Mapping) and table.keys() == {str(k) for k in range(len(table))}:
-        names = [table[str(k)] for k in range(len(table))]
-        if names == [f"LABEL_{k}" for k in range(len(names))]:  # the default of transformers
+    table, meta = _table(about.get("config", {}).get("id2label")), _table(about.get("container", {}).get("meta"))
+    found: Any = None
+    if table is not None and set(table) == {str(k) for k in range(len(table))}:
+        found = [table[str(k)] for k in range(len(table))]
+        if found == [f"LABEL_{k}" for k in range(len(table))]:  # the default of transformers
             return ()
-    elif isinstance(meta, Mapping):
-        newer = meta.get("dataset_meta")
-        names = meta.get("CLASSES") or (
-            newer.get("classes") or newer.get("CLASSES") if isinstance(newer, Mapping) else None
-        )
-        names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(n, str) and n.strip() for n in names):
+    elif meta is not None:
+        newer = _table(meta.get("dataset_meta")) or {}
+        found = meta.get("CLASSES") or newer.get("classes") or newer.get("CLASSES")
+        found = [found] if isinstance(found, str) else found
+    stored = cast(list[Any], found) if isinstance(found, list) else []
+    if not all(isinstance(n, str) and n.strip() for n in stored):
         return ()
-    names = [n.strip() for n in names]
+    names = [cast(str, n).strip() for n in stored]
     return tuple(names) if len({n.casefold() for n in names}) == len(names) else ()
+
+
+def _table(value: Any) -> Mapping[str, Any] | None:
+    """`value` if it is a mapping."""
+    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else None

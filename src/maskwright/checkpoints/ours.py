@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType] - os.PathLike without its type
 
 from maskwright._version import __version__
 from maskwright.checkpoints.budget import Budget, shown
@@ -150,18 +150,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, set | frozenset):
-        return sorted(value)
+        return sorted(cast(set[Any] | frozenset[Any], value))
     if hasattr(value, "item") and getattr(value, "size", None) in (1, ()):  # a numpy scalar
         return value.item()
     if isinstance(value, torch.Tensor):
-        return value.tolist()
+        return cast(Any, value).tolist()
     raise TypeError(f"a {type(value).__name__}")
 
 
 def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors on the CPU, contiguous, without shared memory, which the format does not allow."""
     seen: set[int] = set()
-    plain = {}
+    plain: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         value = value.detach().cpu().contiguous()
         pointer = value.untyped_storage().data_ptr()

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata, util
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from maskwright.errors import MissingExtraError, UsageError
 from maskwright.structures import rle
@@ -165,7 +166,7 @@ class Curves:
         precision = self.precision[self._at(overlap), :, :, 0, -1]  # (R, K)
         f1 = 2 * precision * RECALLS[:, None] / np.maximum(precision + RECALLS[:, None], 1e-12)
         best = f1.argmax(0)
-        columns: np.ndarray = np.arange(f1.shape[1])
+        columns = cast(npt.NDArray[np.intp], np.arange(f1.shape[1]))
         value = np.where(precision[0] > -1, f1[best, columns], np.nan)
         scores = self.scores[self._at(overlap), :, :, 0, -1][best, columns]
         return np.where(value > 0, scores, np.nan), value

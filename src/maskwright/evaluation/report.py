@@ -76,7 +76,7 @@ def _render(title: str, result: Result | None, log: dict[str, Line], recipe: lis
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: dict[str, Any] = house.filters  # pyright: ignore[reportUnknownMemberType] - not typed by Jinja
+    filters = cast(dict[str, Any], house.filters)  # pyright: ignore[reportUnknownMemberType] - not typed by Jinja
     filters["percent"] = percent
     return house.get_template("report.html.j2").render(
         title=title,
@@ -113,7 +113,7 @@ def _read_log(path: Path) -> dict[str, Line]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}); expected the log.csv of a training run") from None
     rows = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
-    header = next(_lines(rows, path), [])
+    header = next(_lines(rows, path), list[str]())
     wanted = ("step", "name", "value")
     if any(column not in header for column in wanted):
         raise DataError(f"{path}: its first line is {_cut(','.join(header))!r}; expected step,epoch,name,value")

@@ -344,8 +344,10 @@ def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
     for name, old, new in (("examples", "picture", "image"), ("per_class", "pictures", "images")):
         if isinstance(values.get(name), list):
             values[name] = [
-                {new if key == old else key: value for key, value in row.items()} if isinstance(row, dict) else row
-                for row in values[name]
+                {new if key == old else key: value for key, value in cast(dict[str, Any], row).items()}
+                if isinstance(row, dict)
+                else row
+                for row in cast(list[Any], values[name])
             ]
     return values
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Bool, Float
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType] - untyped
 from torch import Tensor
 
 from maskwright.structures import Instances, Masks, Placement
@@ -284,8 +286,8 @@ def _fragments(
         cut = a.cut[rows, side]
         if not reaches[side] or not bool((enough & cut[:, None]).any()):
             continue
-        i, j = (enough & cut[:, None]).nonzero().unbind(1)
-        i, j = i.unique(), j.unique()
+        facing = enough & cut[:, None]
+        i, j = facing.any(1).nonzero().flatten(), facing.any(0).nonzero().flatten()
         depth = abs((o.x, o.y, o.right, o.bottom)[side] - lines[side])
         ends = a.border(rows[i], side, lines[side], 2 * THIN).any(1)
         goes_on = b.border(columns[j], (side + 2) % 4, lines[side], min(2, depth)).any(1)
@@ -332,7 +334,8 @@ def _links_along(a: _View, b: _View, axis: int) -> list[_Link]:
 
 def _assigned(weights: Tensor, rows: Tensor, columns: Tensor) -> tuple[list[_Link], set[int], set[int]]:
     """The one-to-one assignment with the largest total weight, and the positions that have a partner."""
-    first, second = linear_sum_assignment(weights.numpy(), maximize=True)
+    assigned = cast(Any, linear_sum_assignment)(weights.numpy(), maximize=True)  # scipy is not typed
+    first, second = cast(tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]], assigned)
     pairs = [(int(i), int(j)) for i, j in zip(first, second, strict=True) if weights[i, j] > 0]
     links = [_Link(int(rows[i]), int(columns[j]), float(weights[i, j])) for i, j in pairs]
     return links, {i for i, _ in pairs}, {j for _, j in pairs}

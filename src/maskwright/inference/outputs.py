@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from maskwright.errors import DataError, UsageError
 from maskwright.files import AtomicFile, write_bytes, write_json
@@ -212,9 +213,12 @@ def load_objects(path: str | Path) -> tuple[Instances, tuple[str, ...]]:
 
     try:
         with np.load(path, allow_pickle=False) as file:
-            values = {name: file[name] for name in file.files}
+            values: dict[str, npt.NDArray[Any]] = {name: file[name] for name in file.files}
         size = (int(values["size"][0]), int(values["size"][1]))
-        tensors = {n: torch.from_numpy(values[n]) for n in ("boxes", "labels", "scores", "keypoints") if n in values}
+        tensors: dict[str, torch.Tensor] = {}
+        for name in ("boxes", "labels", "scores", "keypoints"):
+            if name in values:
+                tensors[name] = torch.from_numpy(values[name])  # pyright: ignore[reportUnknownMemberType] - not typed by torch
         masks = Masks.from_rle(values["counts"].tolist(), size) if "counts" in values else None
         return Instances(size, masks=masks, **tensors), tuple(values["classes"].tolist())
     except FileNotFoundError:

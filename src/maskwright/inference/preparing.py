@@ -46,12 +46,12 @@ def prepare(
     fold(ready)
     # Tables that are not part of the checkpoint (anchors, positions) hold pixels, which bfloat16 cannot represent.
     for module in ready.modules():
-        for name, value in module._parameters.items():
-            if value is not None:
-                module._parameters[name] = nn.Parameter(_converted(value.detach(), kind), requires_grad=False)
-        for name, value in module._buffers.items():
-            if value is not None and name not in module._non_persistent_buffers_set:
-                module._buffers[name] = _converted(value, kind)
+        for name, value in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, nn.Parameter(_converted(value.detach(), kind), requires_grad=False))
+        tables = module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage] - nothing public lists them
+        for name, value in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            if name not in tables:
+                setattr(module, name, _converted(value, kind))
     ready.to(place)
     ready.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if compile:
@@ -74,15 +74,15 @@ def fold(module: nn.Module) -> int:
     count = 0
     for child in module.modules():
         if isinstance(child, nn.Sequential):
-            names = list(child._modules)
-            for first, second in itertools.pairwise(names):
-                conv, norm = child._modules[first], child._modules[second]
+            for first, second in itertools.pairwise(range(len(child))):
+                conv, norm = child[first], child[second]
                 if _follows(norm, conv):
                     _fold_into(conv, norm)
-                    child._modules[second] = nn.Identity()
+                    child[second] = nn.Identity()
                     count += 1
             continue
-        order = [name for name in child._modules if name in ("conv", "norm")]
+        names = list(child._modules)  # pyright: ignore[reportPrivateUsage] - named_children omits second names
+        order = [name for name in names if name in ("conv", "norm")]
         if order == ["conv", "norm"] and _follows(child.norm, child.conv):
             _fold_into(child.conv, child.norm)
             child.norm = nn.Identity()

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -240,7 +240,8 @@ def _numbers(instances: Instances) -> np.ndarray:
         for end in range(min(len(instances), _LARGEST), 0, -256):
             start = max(0, end - 256)
             frames, crops = instances.masks[slice(start, end)].crops()
-            for number, (x0, y0, x1, y1) in reversed(list(enumerate(frames.tolist()))):
+            windows = cast(list[list[int]], cast(Any, frames).tolist())
+            for number, (x0, y0, x1, y1) in reversed(list(enumerate(windows))):
                 plane[y0:y1, x0:x1][crops[number].numpy()] = start + number + 1
     return plane
 
