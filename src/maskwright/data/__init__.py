@@ -6,6 +6,7 @@ from typing import Any
 from maskwright.data.augment import Augment
 from maskwright.data.check import CheckReport, check
 from maskwright.data.coco import read_coco
+from maskwright.data.contour_scenes import ContourScenes
 from maskwright.data.dataset import PERSON_KEYPOINTS, Dataset, Sample, as_dataset, mirrored_keypoints
 from maskwright.data.findings import DataWarning, Finding
 from maskwright.data.formats import register_format
@@ -22,6 +23,7 @@ __all__ = [
     "PERSON_KEYPOINTS",
     "Augment",
     "CheckReport",
+    "ContourScenes",
     "DataWarning",
     "Dataset",
     "Finding",

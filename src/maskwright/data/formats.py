@@ -26,6 +26,7 @@ from maskwright.errors import UsageError
 FORMATS: dict[str, str] = {
     "coco": "maskwright.data.coco",
     "coco-panoptic": "maskwright.data.panoptic",
+    "contours": "maskwright.data.contour_scenes",
     "scenes": "maskwright.data.scenes",
 }
 

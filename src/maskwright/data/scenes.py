@@ -7,52 +7,34 @@ the visible parts: hidden parts and holes are excluded. `difficulty` ranges from
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFilter
 
-from maskwright.data.coco_json import coco_categories, image_entry, write_coco_json
-from maskwright.data.dataset import PERSON_KEYPOINTS, Dataset, Sample
-from maskwright.data.drawing_shapes import SHAPES, Stamp, draw_figure, draw_shape
+from maskwright.data.dataset import PERSON_KEYPOINTS
+from maskwright.data.drawing_shapes import SHAPES, draw_figure, draw_shape
 from maskwright.data.formats import CERTAIN, Match, Request
-from maskwright.data.panoptic import write_panoptic
-from maskwright.errors import DataError, UsageError
-from maskwright.files import write_bytes
-from maskwright.structures import Instances, Masks
+from maskwright.data.generated import GeneratedScenes, Layout
+from maskwright.data.painting import (
+    GROUNDS,
+    noise_fields,
+    noise_window,
+    paint_clutter,
+    paint_ground,
+    paint_grounds,
+    paint_stamp,
+)
+from maskwright.errors import UsageError
+from maskwright.structures import Instances
 
 NAME = "generated scenes"
 LAYOUT = "scenes:count=200 (generated)"
 
 CLASSES = ("disc", "ring", "star", "box", "crescent", "cross")
-GROUNDS = ("sky", "grass", "water", "gravel")  # the regions of `stuff`
-_POOL = 512  # side of the precomputed noise
 
 
-@dataclass
-class _Thing:
-    """One object of a scene: its position and outline; its appearance is drawn later."""
-
-    stamp: Stamp
-    label: int
-    area: int  # pixels inside the image, including hidden ones
-
-
-@dataclass
-class _Layout:
-    things: list[_Thing]
-    owner: np.ndarray  # (H, W) int16: position of the visible thing at a pixel, -1 for the background
-    ground: np.ndarray | None = None  # (H, W) int64: position in GROUNDS at a pixel, visible or not
-
-
-class Scenes(Dataset):
+class Scenes(GeneratedScenes):
     """Generated images with objects; image i depends only on `seed` and i.
 
     One core generates 120 to 220 images of 192 x 192 per second, fewer at high difficulty; figures about 70. Image ids
@@ -104,38 +86,15 @@ class Scenes(Dataset):
         self.name = f"scenes (seed {seed}, difficulty {difficulty:g}{kind})"
         self.strict = True
 
-    def __len__(self) -> int:
-        return self.count
-
-    def __repr__(self) -> str:
-        return f"{self.name}: {self.count} images of {self.size[0]} x {self.size[1]}, {len(self.classes)} classes"
-
-    def __getitem__(self, index: int) -> Sample:
-        index = range(self.count)[index]
-        layout = self._layout(index)
-        pixels = torch.from_numpy(self._paint(index, layout)).permute(2, 0, 1)  # pyright: ignore[reportUnknownMemberType] - untyped in torch
-        return Sample(pixels, self._target(index, layout), index + 1)
-
-    def sizes(self) -> list[tuple[int, int]]:
-        return [self.size] * self.count
-
-    def image_ids(self) -> list[int | str]:
-        return list(range(1, self.count + 1))
-
-    def targets(self, index: int) -> Instances:
-        index = range(self.count)[index]
-        return self._target(index, self._layout(index))
-
     # ---- layout -----------------------------------------------------------------------------------------------------
 
-    def _layout(self, index: int) -> _Layout:
+    def _layout(self, index: int) -> Layout:
         rng = np.random.default_rng((self.seed, index))
         height, width = self.size
         hard, short = self.difficulty, min(self.size)
-        layout = _Layout([], np.full(self.size, -1, np.int16), self._regions(index) if self.stuff else None)
+        layout = Layout([], np.full(self.size, -1, np.int16), self._regions(index) if self.stuff else None)
         if rng.random() < self.empty:
             return layout
-        left: list[int] = []  # visible pixels of each thing so far
         fewest = 0.25 + 0.5 * (1 - hard)  # fraction of an object that must stay visible
         for _ in range(int(rng.integers(2, 5 + round(11 * hard)))):
             figure = self.keypoints and rng.random() < 0.7
@@ -154,54 +113,21 @@ class Scenes(Dataset):
                         centre,
                         radius,
                     )
-                if self._lay(layout, left, stamp, label if figure or not self.keypoints else -1, fewest):
+                if layout.lay(stamp, label if figure or not self.keypoints else -1, fewest, apart=hard < 0.15):
                     break
         return layout
 
-    def _lay(self, layout: _Layout, left: list[int], stamp: Stamp, label: int, fewest: float) -> bool:
-        """Place a stamp on top, unless too little of it or of what it covers would stay visible."""
-        mask, window = _cut(stamp.alpha, stamp, self.size)
-        solid = mask >= 128
-        area = int(np.count_nonzero(solid))
-        if area < 20 or area < 0.5 * np.count_nonzero(stamp.alpha >= 128):
-            return False
-        below = layout.owner[*window]
-        covered = np.bincount(below[solid] + 1, minlength=len(left) + 1)[1:]
-        if self.difficulty < 0.15 and covered.any():
-            return False
-        after = [seen - lost for seen, lost in zip(left, covered.tolist(), strict=True)]
-        if any(seen < max(12, fewest * t.area) for seen, t in zip(after, layout.things, strict=True)):
-            return False
-        below[solid] = len(left)
-        left[:] = [*after, area]
-        layout.things.append(_Thing(stamp, label, area))
-        return True
-
-    def _target(self, index: int, layout: _Layout) -> Instances:
+    def _target(self, index: int, layout: Layout) -> Instances:
         chosen = [n for n, thing in enumerate(layout.things) if thing.label >= 0]
-        crops: list[npt.NDArray[np.bool_]] = []
-        corners: list[tuple[int, int]] = []
-        for n in chosen:
-            stamp = layout.things[n].stamp
-            _, window = _cut(stamp.alpha, stamp, self.size)
-            crops.append(layout.owner[*window] == n)
-            corners.append((window[1].start, window[0].start))
+        crops, corners = layout.visible_parts(chosen)
         labels = [layout.things[n].label for n in chosen]
         if layout.ground is not None:
             for region in np.unique(layout.ground[layout.owner < 0]).tolist():
                 crops.append((layout.ground == region) & (layout.owner < 0))
                 corners.append((0, 0))
                 labels.append(len(self.shapes) + region)
-        masks = Masks.from_crops(crops, torch.tensor(corners, dtype=torch.int64).reshape(-1, 2), self.size)
-        return Instances(
-            self.size,
-            masks.boxes(),
-            torch.tensor(labels, dtype=torch.int64),
-            masks,
-            keypoints=self._keypoints(layout, chosen) if self.keypoints else None,
-            crowd=torch.zeros(len(labels), dtype=torch.bool),
-            ids=torch.arange(len(labels)) + index * 1000 + 1,
-        )
+        keypoints = self._keypoints(layout, chosen) if self.keypoints else None
+        return self._instances(index, crops, corners, labels, keypoints)
 
     def _regions(self, index: int) -> np.ndarray:
         """One to three different grounds above each other, with wavy borders."""
@@ -216,7 +142,7 @@ class Scenes(Dataset):
             plane[np.arange(height)[:, None] >= (level + waves) * height] = kind
         return plane
 
-    def _keypoints(self, layout: _Layout, chosen: list[int]) -> torch.Tensor:
+    def _keypoints(self, layout: Layout, chosen: list[int]) -> torch.Tensor:
         """(N, 17, 3): visibility 2 if the figure is visible at the keypoint, 1 if it is hidden, 0 outside the image."""
         height, width = self.size
         points = torch.zeros(len(chosen), len(PERSON_KEYPOINTS), 3)
@@ -231,230 +157,20 @@ class Scenes(Dataset):
 
     # ---- appearance -------------------------------------------------------------------------------------------------
 
-    def _paint(self, index: int, layout: _Layout) -> np.ndarray:
+    def _paint(self, index: int, layout: Layout) -> np.ndarray:
         rng = np.random.default_rng((self.seed, index, 1))
         hard = self.difficulty
         if layout.ground is None:
-            canvas, ground = _ground(rng, self.size, hard)
+            canvas, ground = paint_ground(rng, self.size, hard)
         else:
-            canvas = _grounds(rng, layout.ground, hard)
+            canvas = paint_grounds(rng, layout.ground, hard)
             ground = canvas[::8, ::8].mean((0, 1))
-        _clutter(rng, canvas, hard)
+        paint_clutter(rng, canvas, hard)
         for thing in layout.things:
-            _paint_thing(rng, canvas, thing.stamp, ground, hard)
-        grain = _noise()[0]
-        canvas += _piece(rng, grain, self.size)[..., None] * np.float32(2 + 10 * hard * rng.random())
+            paint_stamp(rng, canvas, thing.stamp, ground, hard)
+        grain = noise_fields()[0]
+        canvas += noise_window(rng, grain, self.size)[..., None] * np.float32(2 + 10 * hard * rng.random())
         return np.clip(canvas, 0, 255).astype(np.uint8)
-
-    # ---- writing ----------------------------------------------------------------------------------------------------
-
-    def write(self, folder: str | Path, split: str = "train") -> Path:
-        """Write a COCO data set: `FOLDER/SPLIT/*.png` and `FOLDER/annotations/instances_SPLIT.json`.
-
-        With stuff, panoptic_SPLIT.json and its maps are written instead; with figures, person_keypoints_SPLIT.json is
-        written as well. Reading the data set returns the same images and masks.
-
-        Args:
-            folder: The folder; created if needed.
-            split: Name of the split.
-
-        Returns:
-            The annotation file.
-
-        Raises:
-            DataError: If a file cannot be written.
-        """
-        folder = Path(folder)
-        entries: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for index in range(self.count):
-            sample = self[index]
-            name = f"{index + 1:06d}.png"
-            data = io.BytesIO()
-            Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(data, "PNG")
-            write_bytes(folder / split / name, data.getvalue(), DataError, sync=False)
-            entries.append(image_entry(index + 1, name, self.size))
-            annotations += self._records(index, sample.target)
-        if self.stuff:
-            segments = ((entry, self.panoptic(index)) for index, entry in enumerate(entries))
-            path = folder / "annotations" / f"panoptic_{split}.json"
-            return write_panoptic(path, segments, self.classes, self.category_ids, self.stuff)
-        categories = coco_categories(self.classes, self.category_ids, keypoints=self.keypoint_names)
-        info = {"description": repr(self)}
-        if self.keypoint_names:
-            path = folder / "annotations" / f"person_keypoints_{split}.json"
-            write_coco_json(path, entries, annotations, categories, info=info)
-        path = folder / "annotations" / f"instances_{split}.json"
-        return write_coco_json(path, entries, annotations, categories, info=info)
-
-    def _records(self, index: int, target: Instances) -> list[dict[str, Any]]:
-        assert target.masks is not None
-        assert target.ids is not None
-        areas = cast(list[int], target.masks.areas().tolist())  # pyright: ignore[reportUnknownMemberType] - untyped in torch
-        ids = cast(list[int], target.ids.tolist())  # pyright: ignore[reportUnknownMemberType] - untyped in torch
-        records = target.to_coco(index + 1, self.category_ids)
-        for row, (record, number) in enumerate(zip(records, ids, strict=True)):
-            record.update(id=number, area=areas[row], iscrowd=0)
-            if target.keypoints is not None:
-                record["keypoints"] = [round(v, 3) for v in record["keypoints"]]
-                record["num_keypoints"] = int((target.keypoints[row, :, 2] > 0).sum())
-        return records
-
-
-# ---- painting ------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
-def _noise() -> tuple[np.ndarray, ...]:
-    """Periodic noise fields (512, 512) float32 with mean 0 and standard deviation 1, from fine to coarse."""
-    rng = np.random.default_rng(20)
-    fields: list[np.ndarray] = []
-    for cell in (1, 4, 16, 64):
-        rough = rng.standard_normal((_POOL // cell, _POOL // cell)).astype(np.float32)
-        wide = np.pad(rough, 4, mode="wrap")
-        large = Image.fromarray(wide).resize((wide.shape[1] * cell, wide.shape[0] * cell), Image.Resampling.BICUBIC)
-        field = np.asarray(large)[4 * cell : 4 * cell + _POOL, 4 * cell : 4 * cell + _POOL]
-        fields.append(field / field.std())
-    return tuple(fields)
-
-
-def _piece(rng: np.random.Generator, field: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A random window of a field."""
-    y, x = rng.integers(_POOL, size=2)
-    if y + size[0] <= _POOL and x + size[1] <= _POOL:
-        return field[y : y + size[0], x : x + size[1]]
-    return field[(y + np.arange(size[0])) % _POOL][:, (x + np.arange(size[1])) % _POOL]
-
-
-def _ground(rng: np.random.Generator, size: tuple[int, int], hard: float) -> tuple[np.ndarray, np.ndarray]:
-    """The background (H, W, 3) float32 and its mean colour."""
-    height, width = size
-    tone = rng.uniform(50, 205)
-    first = tone + rng.uniform(-45, 45, 3)
-    second = first + rng.uniform(-1, 1, 3) * (25 + 30 * hard)
-    turn = rng.uniform(0, 2 * np.pi)
-    along = (
-        np.linspace(0, np.cos(turn), width, dtype=np.float32)
-        + np.linspace(0, np.sin(turn), height, dtype=np.float32)[:, None]
-    )
-    blend = along + np.float32(0.25) * _piece(rng, _noise()[3], size)
-    canvas = first.astype(np.float32) + blend[..., None].astype(np.float32) * (second - first).astype(np.float32)
-    rough = _noise()[int(rng.integers(1, 3))]
-    canvas += _piece(rng, rough, size)[..., None] * np.float32(rng.uniform(2, 4 + 14 * hard))
-    if rng.random() < 0.2 + 0.5 * hard:
-        across = np.float32(rng.uniform(0.15, 0.6))
-        turn = rng.uniform(0, np.pi)
-        waves = np.sin(
-            np.arange(width, dtype=np.float32) * across * np.float32(np.cos(turn))
-            + np.arange(height, dtype=np.float32)[:, None] * across * np.float32(np.sin(turn))
-        )
-        canvas += (waves * np.float32(3 + 10 * hard * rng.random()))[..., None]
-    return canvas, canvas[::8, ::8].mean((0, 1))
-
-
-def _grounds(rng: np.random.Generator, plane: np.ndarray, hard: float) -> np.ndarray:
-    """The background (H, W, 3) float32 of a map of GROUNDS, each with its own varying hue and texture."""
-    size = (plane.shape[0], plane.shape[1])
-    hues = np.array([(150, 190, 230), (80, 140, 60), (40, 80, 140), (150, 130, 115)], np.float32)
-    canvas = (hues + rng.uniform(-1, 1, (len(GROUNDS), 3)) * (8 + 22 * hard)).astype(np.float32)[plane]
-    rows = np.arange(size[0], dtype=np.float32)[:, None]
-    fields = [
-        _piece(rng, _noise()[3], size) * np.float32(6),
-        _piece(rng, _noise()[1], size) * np.float32(16),
-        np.sin(rows * np.float32(rng.uniform(0.5, 0.9)) + _piece(rng, _noise()[2], size)) * np.float32(14),
-        _piece(rng, _noise()[0], size) * np.float32(22),
-    ]
-    return canvas + np.stack(fields)[plane, rows.astype(np.int64), np.arange(size[1])][..., None]
-
-
-def _clutter(rng: np.random.Generator, canvas: np.ndarray, hard: float) -> None:
-    """Draw unlabelled lines and faint spots."""
-    height, width = canvas.shape[:2]
-    count = int(rng.integers(0, 2 + round(8 * hard)))
-    if not count:
-        return
-    half = (max(1, width // 2), max(1, height // 2))
-    plane = Image.new("L", half)
-    pen = ImageDraw.Draw(plane)
-    for _ in range(count):
-        start = rng.uniform(0, 1, 2) * half
-        if rng.random() < 0.6:
-            steps = rng.normal(0, 0.06 * max(half), (5, 2)) + rng.normal(0, 0.05 * max(half), 2)
-            line = np.concatenate([start[None], start + np.cumsum(steps, 0)])
-            pen.line(line.ravel().tolist(), fill=int(rng.integers(90, 200)), width=int(rng.integers(1, 3)))
-        else:
-            reach = rng.uniform(0.03, 0.1, 2) * min(half)
-            pen.ellipse([*(start - reach), *(start + reach)], fill=int(rng.integers(30, 90)))
-    soft = plane.resize((width, height), Image.Resampling.BICUBIC)
-    strength = np.asarray(soft, dtype=np.float32)[..., None] / 255
-    canvas += strength * rng.uniform(-70, 70, 3).astype(np.float32)
-
-
-def _paint_thing(rng: np.random.Generator, canvas: np.ndarray, stamp: Stamp, ground: np.ndarray, hard: float) -> None:
-    size = canvas.shape[:2]
-    height, width = stamp.alpha.shape
-    fall = max(1, round(stamp.radius * 0.07))
-    shadow = np.asarray(Image.fromarray(stamp.alpha).filter(ImageFilter.BoxBlur(fall)))
-    part, window = _cut(shadow, Stamp(shadow, stamp.x0 + fall, stamp.y0 + fall, stamp.radius), size)
-    canvas[window] *= 1 - part[..., None] * np.float32((0.42 - 0.2 * hard) / 255)
-
-    across = np.linspace(-1, 1, width, dtype=np.float32)
-    down = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
-    light = 1 - np.float32(0.16) * (across + down)  # from the upper left
-    if stamp.colours is not None:
-        body = stamp.colours * light[..., None]
-    else:
-        body = (light + _texture(rng, across, down, stamp.radius, hard))[..., None] * _colour(rng, ground, hard)
-    body = body + _piece(rng, _noise()[1], (height, width))[..., None] * np.float32(2 + 6 * hard)
-    cover, window = _cut(stamp.alpha, stamp, size)
-    y, x = window[0].start - stamp.y0, window[1].start - stamp.x0
-    body = body[y : y + cover.shape[0], x : x + cover.shape[1]]
-    canvas[window] += (body - canvas[window]) * (cover[..., None] * np.float32(1 / 255))
-
-
-def _colour(rng: np.random.Generator, ground: np.ndarray, hard: float) -> np.ndarray:
-    """A colour that differs from the background, less so at high difficulty."""
-    wanted = 125 - 85 * hard
-    bright = rng.uniform(20, 245, (12, 3))
-    away = np.linalg.norm(bright - ground, axis=1)
-    good = np.flatnonzero(away >= wanted)
-    if not len(good):
-        return bright[away.argmax()].astype(np.float32)
-    faint = rng.random() < hard - 0.4
-    return bright[good[away[good].argmin()] if faint else good[0]].astype(np.float32)
-
-
-def _texture(
-    rng: np.random.Generator, across: np.ndarray, down: np.ndarray, radius: float, hard: float
-) -> np.ndarray | np.float32:
-    """A pattern around 0, as a fraction of the object's brightness."""
-    kind = int(rng.integers(6))
-    turn = rng.uniform(0, np.pi)
-    c, s = np.float32(np.cos(turn)), np.float32(np.sin(turn))
-    # Periods of at least four pixels, so that patterns do not average out to grey.
-    often = np.float32(min(rng.uniform(4, 14), 2 * np.pi * radius / 4))
-    deep = np.float32(rng.uniform(0.06, 0.14 + 0.2 * hard))
-    if kind == 0:
-        return np.float32(0)
-    if kind == 1:
-        return np.sin((across * c + down * s) * often) * deep
-    if kind == 2:
-        return np.sign(np.sin((across * c + down * s) * often)) * deep
-    if kind == 3:
-        return np.sign(np.sin((across * c + down * s) * often) * np.sin((down * c - across * s) * often)) * deep
-    if kind == 4:
-        spots = np.cos((across * c + down * s) * often) + np.cos((down * c - across * s) * often)
-        return np.where(spots > 0.8, deep, -deep / 2).astype(np.float32)
-    return _piece(rng, _noise()[2], (len(down), len(across))) * deep * np.float32(0.7)
-
-
-def _cut(plane: np.ndarray, stamp: Stamp, size: tuple[int, int]) -> tuple[np.ndarray, tuple[slice, slice]]:
-    """The part of a stamp's plane that lies in the image, and its position there."""
-    y0, x0 = max(0, stamp.y0), max(0, stamp.x0)
-    y1 = max(y0, min(size[0], stamp.y0 + plane.shape[0]))
-    x1 = max(x0, min(size[1], stamp.x0 + plane.shape[1]))
-    part = plane[y0 - stamp.y0 : y1 - stamp.y0, x0 - stamp.x0 : x1 - stamp.x0]
-    return part, (slice(y0, y1), slice(x0, x1))
 
 
 # ---- the format ----------------------------------------------------------------------------------------------------
