@@ -78,8 +78,10 @@ def outline(label: int) -> Outline:
         # Straight edges between few corners.
         corners = np.sort(rng.choice(len(_ANGLES), int(rng.integers(4, 11)), replace=False))
         steps = np.arange(len(_ANGLES))
-        x, y = (np.interp(steps, corners, points[corners, n], period=len(_ANGLES)) for n in (0, 1))
-        points = np.stack([x, y], 1)
+        sides: list[npt.NDArray[np.float64]] = [
+            np.interp(steps, corners, side, period=72) for side in points[corners].T
+        ]
+        points = np.stack(sides, 1)
     hole = float(rng.uniform(0.3, 0.65)) if rng.random() < 0.12 else 0.0
     rings = 0 if hole else int(rng.choice([0, 0, 0, 1, 2, 3]))
     return Outline(points / np.linalg.norm(points, axis=1).max(), float(rng.uniform(0.35, 1.0)), rings, hole)
