@@ -36,6 +36,7 @@ NARROW = {
         "resnet18": {"width": 8},
         "resnet50": {"width": 8, "deform_stages": (2,)},
         "swin-tiny": {"width": 12, "depths": (1, 1, 2, 1), "heads": (1, 1, 2, 2)},
+        "hiera-tiny": {"width": 8, "depths": (1, 1, 3, 1)},
         "vgg11": {"width": 4},
         "darknet53": {"width": 4},
         "darknet-tiny": {"width": 2},
@@ -124,8 +125,8 @@ def test_every_field_takes_effect_or_is_refused(name):
     spec = NARROW[name]
     before = fingerprint(on_meta(spec))
     for field, value in CHANGES.items():
-        if field == "heads" and name.startswith("vit_"):
-            value = 3
+        if field == "heads" and name.startswith(("vit_", "hiera-")):
+            value = 3 if name.startswith("vit_") else 2
         if field in options_of(name):
             changed = spec.changed({field: value})
             assert changed == replace(spec, **{field: value})
@@ -288,6 +289,9 @@ def test_a_use_that_a_backbone_does_not_offer_is_refused(spec, use, words):
         (Backbone(deform_stages=(3,), deform_groups=7), Use(), "offset_groups must divide the 512 input channels"),
         (Backbone(norm="batch", norm_eps=0.0), Use(), "norm_eps must be above 0 with norm='batch'"),
         (Backbone("swin-tiny", heads=4), Use(), "heads of a Swin Transformer must be a list"),
+        (Backbone("hiera-tiny", heads=(1, 2)), Use(), "heads of Hiera must be an integer"),
+        (Backbone("hiera-tiny", heads=5), Use(), r"width must be a multiple of backbone.heads \(5\), got 96"),
+        (Backbone("hiera-tiny", depths=(1, 2)), Use(), r"depths of Hiera must be 4 integers, got \[1, 2\]"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(spec, use, words):

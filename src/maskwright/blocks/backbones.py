@@ -19,7 +19,7 @@ from maskwright.errors import UsageError
 from maskwright.options import OptionGroup
 
 # Modules of this package with a `FAMILY`, in the order in which error messages list them.
-FAMILIES = ("resnet", "swin", "vgg", "darknet", "dla", "vovnet", "mobilenet", "timm_backbone", "vit")
+FAMILIES = ("resnet", "swin", "hiera", "vgg", "darknet", "dla", "vovnet", "mobilenet", "timm_backbone", "vit")
 
 StrideIn = Literal["1x1", "3x3"]
 
@@ -36,16 +36,17 @@ class Backbone(OptionGroup):
     as `width`.
 
     Attributes:
-        name: "resnet18" ... "resnet152", "swin-tiny" ... "swin-large", "vgg11" ... "vgg19", "darknet53",
-            "darknet-tiny", "dla34", "timm:NAME" for any model of timm with strides 4 to 32, or the name of one of
-            timm's plain vision transformers where a system is built on one.
+        name: "resnet18" ... "resnet152", "swin-tiny" ... "swin-large", "hiera-tiny" ... "hiera-large",
+            "vgg11" ... "vgg19", "darknet53", "darknet-tiny", "dla34", "timm:NAME" for any model of timm with strides 4
+            to 32, or the name of one of timm's plain vision transformers where a system is built on one.
         pretrained: Download timm's published weights. Other backbones start from random weights.
         width: Channels after the stem, with which all stages scale; None is the published number.
         depth: Number of blocks, of a plain vision transformer.
-        depths: Number of blocks of each stage, of a Swin Transformer.
-        heads: Attention heads: of each stage, or of each block of a plain vision transformer.
+        depths: Number of blocks of each stage, of a Swin Transformer or Hiera.
+        heads: Attention heads: of each stage, of the first stage of Hiera, or of each block of a plain vision
+            transformer.
         window: Side of the attention window of a Swin Transformer, in patches.
-        drop_path: Stochastic depth of the last block of a Swin Transformer (arXiv 1603.09382).
+        drop_path: Stochastic depth of the last block of a Swin Transformer or Hiera (arXiv 1603.09382).
         norm: Normalisation layers: "group" trains from random weights and with small batches; "frozen" (statistics and
             affine fixed) and "still" (statistics fixed) are what most published weights have; "batch"; "none".
         norm_eps: Epsilon of the normalisation; None is 1e-5, or timm's own.

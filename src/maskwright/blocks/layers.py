@@ -92,6 +92,17 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(input - input, self.num_groups, self.weight, self.bias, self.eps)
 
 
+class LayerNorm2d(nn.LayerNorm):
+    """Normalises the channels of each cell of a map (B, C, H, W)."""
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__(channels, eps)  # pyright: ignore[reportUnknownMemberType] - not typed by torch
+
+    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Returns the normalised map."""
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 def make_norm(kind: Norm, channels: int, eps: float = 1e-5) -> nn.Module:
     """Constructs a normalisation layer.
 

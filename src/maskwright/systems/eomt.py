@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.backbones import Backbone, BackboneLike, Use
+from maskwright.blocks.layers import LayerNorm2d
 from maskwright.blocks.vit import ViT
 from maskwright.errors import UsageError
 from maskwright.ops import query_losses as learning
@@ -69,13 +70,6 @@ class Raw:
 # ---- network ---------------------------------------------------------------------------------------------------------
 
 
-class LayerNorm2d(nn.LayerNorm):
-    """Layer normalisation over the channels of a feature map."""
-
-    def forward(self, input: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class ScaleBlock(nn.Module):
     """Doubles the resolution: transposed 2 x 2 convolution, GELU, depthwise 3 x 3 convolution, norm."""
 
@@ -83,7 +77,7 @@ class ScaleBlock(nn.Module):
         super().__init__()
         self.up = nn.ConvTranspose2d(width, width, 2, stride=2)
         self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
-        self.norm = LayerNorm2d(width, eps=1e-6)
+        self.norm = LayerNorm2d(width)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         return self.norm(self.depthwise(functional.gelu(self.up(x))))
