@@ -1,0 +1,375 @@
+"""Systems that segment what they are prompted for: points, boxes and masks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from maskwright.blocks.prompting import ABSENT, FIRST_CORNER, LAST_CORNER, NOTHING, Decoded
+from maskwright.errors import UsageError
+from maskwright.ops.planes import place_planes
+from maskwright.structures import Choices, Embedding, Masks, Placement, Prompts
+from maskwright.systems.kinds.proposals import ProposalSystem
+from maskwright.systems.system import Task
+
+Answers = Literal[1, 3, 4]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the image encoder gives for B images: the raw output of a promptable system.
+
+    Attributes:
+        image: The image embedding.
+        finer: Finer feature maps, for decoders that use them; otherwise empty.
+        size: Height and width of the network's input, padding included.
+    """
+
+    image: Float[Tensor, "b c h w"]
+    finer: tuple[Float[Tensor, "b _c _h _w"], ...] = ()
+    size: tuple[int, int] = (0, 0)
+
+    def of(self, index: int) -> Features:
+        """The features of one image, with batch size 1."""
+        part = slice(index, index + 1)
+        return replace(self, image=self.image[part], finer=tuple(level[part] for level in self.finer))
+
+    def __getitem__(self, owner: Int[Tensor, " n"]) -> Features:
+        """The features of the image of each of n prompts."""
+        return replace(self, image=self.image[owner], finer=tuple(level[owner] for level in self.finer))
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Prompts as the networks read them, see `blocks.prompting`.
+
+    Attributes:
+        points: x, y in units of the input's width and height.
+        labels: What each slot holds.
+        logits: Masks; None if no prompt has one.
+        has_mask: Which prompts have a mask; None: all, if there are `logits`.
+        ragged: Whether a slot is `ABSENT`.
+    """
+
+    points: Float[Tensor, "n t 2"]
+    labels: Int[Tensor, "n t"]
+    logits: Float[Tensor, "n 1 h w"] | None = None
+    has_mask: Bool[Tensor, " n"] | None = None
+    ragged: bool = False
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, rows: slice | Tensor) -> Slots:
+        """Selects prompts."""
+        logits, has_mask = (None if v is None else v[rows] for v in (self.logits, self.has_mask))
+        return replace(self, points=self.points[rows], labels=self.labels[rows], logits=logits, has_mask=has_mask)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Slots:
+        """Moves the prompts to a device; `dtype` is that of mask logits."""
+        return replace(
+            self,
+            points=self.points.float().to(device),
+            labels=self.labels.to(device),
+            logits=None if self.logits is None else self.logits.to(device, dtype),
+            has_mask=None if self.has_mask is None else self.has_mask.to(device),
+        )
+
+    @property
+    def allowed(self) -> Bool[Tensor, "n t"] | None:
+        """The slots that hold a prompt; None: all."""
+        return self.labels != ABSENT if self.ragged else None
+
+
+class PromptableSystem(ProposalSystem):
+    """A system that encodes an image once (`embed`) and then answers prompts fast (`segment`).
+
+    Both keep no state: one embedding serves any number of threads. Objects have no class. `decode` prompts with a grid
+    of points and keeps what is good ("segment everything"), so that prediction and evaluation work as for any system.
+
+    A subclass has the direct submodules `image_encoder` (images to `Features`), `prompt_encoder` and `mask_decoder`
+    with the interfaces of `blocks.prompting`, and may override `padding` and `choose`.
+
+    Attributes:
+        steps: How mask logits reach the image: 2, resized to the network's input and from there (SAM); 1, at once.
+    """
+
+    image_encoder: nn.Module
+    prompt_encoder: nn.Module
+    mask_decoder: nn.Module
+    steps: ClassVar[Literal[1, 2]] = 2
+
+    @property
+    def tasks(self) -> frozenset[Task]:
+        return frozenset({"instances", "proposals", "prompts"})
+
+    # ---- the slow half -----------------------------------------------------------------------------------------------
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
+        """Encodes images."""
+        found = self.image_encoder(images)
+        if not isinstance(found, Features):
+            found = Features(found)
+        return replace(found, size=(images.shape[-2], images.shape[-1]))
+
+    @torch.no_grad()
+    def embed(self, images: Float[Tensor, "b c h w"], placements: Sequence[Placement]) -> list[Embedding]:
+        """Encodes images, once for any number of prompts.
+
+        Args:
+            images: Preprocessed images, as in `Batch.images`.
+            placements: How each image was placed in the input.
+
+        Returns:
+            The embedding of each image.
+        """
+        parameter = next(self.image_encoder.parameters())
+        return self.embeddings(self(images.to(parameter.device, parameter.dtype)), placements)
+
+    def embeddings(self, features: Features, placements: Sequence[Placement]) -> list[Embedding]:
+        """The embedding of each image of a batch, from the raw output."""
+        name, found = self.fingerprint, list[Embedding]()
+        for index, placement in enumerate(placements):
+            tensors = {"image": features.image[index]}
+            tensors |= {f"finer.{number}": level[index] for number, level in enumerate(features.finer)}
+            found.append(Embedding(tensors, placement, features.size, name))
+        return found
+
+    def features(self, embedding: Embedding) -> Features:
+        """The features in an embedding, with batch size 1, on the device of the decoder and in its type.
+
+        Raises:
+            UsageError: If the embedding is of another system or of other weights.
+        """
+        if embedding.system != self.fingerprint:
+            raise UsageError(
+                f"the embedding was computed by {embedding.system}, but this system is {self.fingerprint}; embed the "
+                "image with this system"
+            )
+        parameter = next(self.mask_decoder.parameters())
+        tensors = {name: value[None].to(parameter.device, parameter.dtype) for name, value in embedding.tensors.items()}
+        finer = tuple(tensors[f"finer.{number}"] for number in range(len(tensors) - 1))
+        return Features(tensors["image"], finer, embedding.input_size)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the system and the weights of its image encoder: `NAME-` and 16 digits.
+
+        A copy made by `prepare` (another precision, folded norms) has that of the original. Values are sampled from
+        every tensor, so that it takes little time; it is computed again when weights change.
+        """
+        kept = self.__dict__.get("_pinned")
+        if kept is not None:
+            return kept
+        tensors = [*self.image_encoder.parameters(), *self.image_encoder.buffers()]
+        state = tuple((id(t), t._version) for t in tensors)  # pyright: ignore[reportPrivateUsage] - no public counter
+        cached = self.__dict__.get("_fingerprint")
+        if cached is None or cached[0] != state:
+            samples = [t.detach().flatten()[:: max(1, t.numel() // 16)][:16].double() for t in tensors]
+            about = json.dumps({k: v for k, v in self.options.items() if k != "classes"}, sort_keys=True)
+            digest = hashlib.sha256(about.encode() + torch.cat(samples).cpu().numpy().tobytes())
+            cached = state, f"{self.name}-{digest.hexdigest()[:16]}"
+            self.__dict__["_fingerprint"] = cached
+        return cached[1]
+
+    def pin_fingerprint(self, name: str) -> None:
+        """Keeps a fingerprint whatever the weights become; for copies that compute the same in another form."""
+        self.__dict__["_pinned"] = name
+
+    # ---- the fast half -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def segment(
+        self, embedding: Embedding, prompts: Prompts, *, answers: Answers | None = None, budget: int = 1 << 30
+    ) -> Choices:
+        """Answers prompts.
+
+        Objects may have different kinds and numbers of prompts; each gets the same answer as alone.
+
+        Args:
+            embedding: The encoded image.
+            prompts: What to segment.
+            answers: Masks for each prompt: 1 is the mask for prompts without ambiguity, 3 are whole, part and sub-part
+                for ambiguous ones, 4 are both, in this order. None: one, the best of the three by predicted IoU for a
+                single point, otherwise the first.
+            budget: Bytes of scratch memory; it limits how many prompts are decoded at a time.
+
+        Raises:
+            UsageError: If the embedding is of another system or image, or mask logits have the wrong size.
+        """
+        if answers not in (None, 1, 3, 4):
+            raise UsageError(f"answers must be 1, 3, 4 or None, got {answers!r}")
+        if prompts.image_size != tuple(embedding.image_size):
+            raise UsageError(
+                f"the prompts are for an image of {prompts.image_size}, the embedding is of one of "
+                f"{tuple(embedding.image_size)}"
+            )
+        features = self.features(embedding)
+        slots = self.slots(prompts, embedding.placement, features)
+        ambiguous = self.ambiguous(prompts).to(features.image.device)
+        step = self.prompts_at_once(features, budget)
+        parts = [
+            self.choose(self.answer(features, slots[rows]), ambiguous[rows], answers)
+            for first in range(0, max(1, len(slots)), step)
+            for rows in (slice(first, first + step),)
+        ]
+        return self.choices(parts, embedding)
+
+    def choices(self, parts: Sequence[Decoded], embedding: Embedding) -> Choices:
+        """Joins decoded prompts of one image to `Choices`."""
+        logits, scores, tokens = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "scores", "tokens")
+        )
+        present = [part.present for part in parts if part.present is not None]
+        return Choices(
+            embedding.image_size,
+            logits.float(),
+            scores.float(),
+            partial(self.place, placement=embedding.placement, size=embedding.input_size),
+            torch.cat(present).float() if present else None,
+            tokens,
+        )
+
+    def place(self, logits: Float[Tensor, "k h w"], placement: Placement, size: tuple[int, int]) -> Masks:
+        """Resizes mask logits to masks of the image.
+
+        Args:
+            logits: Mask logits on the low-resolution grid.
+            placement: How the image was placed in the input.
+            size: Height and width of the network's input.
+        """
+        return place_planes(logits, placement, size, threshold=0.0, steps=self.steps)
+
+    def answer(self, features: Features, slots: Slots) -> Decoded:
+        """Runs prompt encoder and mask decoder.
+
+        Args:
+            features: Of one image (batch size 1), or of the image of each prompt.
+            slots: The prompts.
+        """
+        like = features.image
+        slots = slots.to(like.device, like.dtype)
+        prompts = self.prompt_encoder(slots.points, slots.labels, tuple(like.shape[-2:]), slots.logits, slots.has_mask)
+        return self.mask_decoder(like, prompts, slots.allowed, features.finer)
+
+    def choose(self, decoded: Decoded, ambiguous: Bool[Tensor, " n"], answers: Answers | None) -> Decoded:
+        """Selects among the answers to each prompt; see `segment`."""
+        if answers == 4:
+            return decoded
+        if answers == 3:
+            index = torch.arange(1, decoded.scores.shape[1], device=decoded.scores.device).expand(len(ambiguous), -1)
+        else:
+            index = self.single(decoded)
+            if answers is None and decoded.scores.shape[1] > 1:
+                index = torch.where(ambiguous, 1 + decoded.scores[:, 1:].argmax(1), index)
+            index = index[:, None]
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        logits, scores, tokens = (v[rows, index] for v in (decoded.logits, decoded.scores, decoded.tokens))
+        return Decoded(logits, scores, tokens, decoded.present)
+
+    def single(self, decoded: Decoded) -> Int[Tensor, " n"]:
+        """The answer for each prompt without ambiguity: the first."""
+        return torch.zeros(len(decoded.scores), dtype=torch.int64, device=decoded.scores.device)
+
+    def ambiguous(self, prompts: Prompts) -> Bool[Tensor, " n"]:
+        """The prompts that may mean several objects: at most one point, and neither box nor mask."""
+        return (prompts.point_counts <= 1) & ~prompts.has_box & ~prompts.has_mask
+
+    # ---- prompts as tensors ------------------------------------------------------------------------------------------
+
+    def slots(self, prompts: Prompts, placement: Placement, features: Features) -> Slots:
+        """Converts prompts of an image to what the networks read.
+
+        Coordinates are mapped to the input and moved by 0.5 pixels, points and corners of boxes alike, as in the
+        original code, which regards them as the index of a pixel and encodes its centre.
+
+        Args:
+            prompts: Prompts on the image's own grid.
+            placement: How the image was placed in the input.
+            features: The features of the image, for the sizes of input and embedding.
+        """
+        unit = prompts.points.new_tensor([features.size[1], features.size[0]])
+        counts, boxed = prompts.point_counts, prompts.has_box
+        points = (placement.points_to_input(prompts.points) + 0.5) / unit
+        labels = torch.where(prompts.point_labels < 0, ABSENT, prompts.point_labels)
+        fill = self.padding(counts, boxed)  # (n,)
+        most = int(fill.max()) if len(fill) else 0
+        parts = [(points, labels)]
+        parts.append(
+            (points.new_zeros(len(points), most, 2), torch.where(torch.arange(most) < fill[:, None], NOTHING, ABSENT))
+        )
+        if prompts.boxes is not None:
+            corners = placement.boxes_to_input(prompts.boxes).reshape(-1, 2, 2)
+            corners = (corners + 0.5) / unit.to(corners)
+            kinds = torch.tensor([FIRST_CORNER, LAST_CORNER]).expand(len(corners), -1)
+            parts.append((corners.nan_to_num().to(points), torch.where(boxed[:, None], kinds, ABSENT)))
+        points, labels = torch.cat([p for p, _ in parts], 1), torch.cat([v for _, v in parts], 1)
+        used = (labels != ABSENT).any(0)
+        points, labels = points[:, used], labels[:, used]
+        logits, has_mask = self.mask_logits(prompts, placement, features)
+        return Slots(points, labels, logits, has_mask, bool((labels == ABSENT).any()))
+
+    def padding(self, counts: Int[Tensor, " n"], boxed: Bool[Tensor, " n"]) -> Int[Tensor, " n"]:
+        """The number of "not a point" tokens of each prompt: one if there are points but no box.
+
+        Args:
+            counts: Points of each prompt.
+            boxed: Which prompts have a box.
+        """
+        return ((counts > 0) & ~boxed).long()
+
+    def mask_logits(
+        self, prompts: Prompts, placement: Placement, features: Features
+    ) -> tuple[Float[Tensor, "n 1 h w"] | None, Bool[Tensor, " n"] | None]:
+        """The mask prompts on the grid that the prompt encoder reads, and which prompts have one (None: all).
+
+        Logits of earlier answers are taken as they are. A mask of the image becomes 20 p - 10, where p is the share of
+        a cell that it covers (as SAM 2 scales masks).
+        """
+        given = prompts.has_mask
+        if not bool(given.any()):
+            return None, None
+        grid = (4 * features.image.shape[-2], 4 * features.image.shape[-1])
+        logits = prompts.logits
+        if logits is not None and tuple(logits.shape[1:]) != grid:
+            raise UsageError(f"mask logits must be {grid[0]} x {grid[1]}, got {logits.shape[1]} x {logits.shape[2]}")
+        if prompts.masks is not None:
+            drawn = _shares(prompts.masks, placement, features.size, grid) * 20 - 10
+            if logits is None:
+                logits = drawn
+            else:
+                logits = torch.where(logits[:, :1, :1].isnan(), drawn.to(logits), logits)
+        assert logits is not None
+        return logits[:, None].nan_to_num(), None if bool(given.all()) else given
+
+    @staticmethod
+    def prompts_at_once(features: Features, budget: int) -> int:
+        """How many prompts can be decoded at a time with so many bytes of scratch memory."""
+        _, width, height, columns = features.image.shape
+        return max(1, budget // (14 * height * columns * width * 4))  # measured: 13 maps in float32 at the peak
+
+    # ---- everything --------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def decode(self, raw: Features, placements: Sequence[Placement]) -> list[Any]:
+        """Segments everything."""
+
+
+def _shares(masks: Masks, placement: Placement, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """(n, h, w): the share of each cell of a grid over the input that each mask covers."""
+    placed, parts = masks.place(placement), list[Tensor]()
+    for first in range(0, len(placed), 16):
+        planes = placed[first : first + 16].dense().float()
+        planes = functional.pad(planes, (0, size[1] - planes.shape[2], 0, size[0] - planes.shape[1]))
+        parts.append(functional.adaptive_avg_pool2d(planes[:, None], grid)[:, 0])
+    return torch.cat(parts) if parts else torch.zeros(0, *grid)
