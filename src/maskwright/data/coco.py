@@ -30,7 +30,9 @@ def sniff(source: str, request: Request) -> list[Match]:
     """Find the files of instances and keypoints in a folder, or recognize a JSON file."""
     path = Path(source)
     if path.is_file():
-        return _sniff_file(path) if path.suffix.lower() == ".json" and not coco_json.is_panoptic(path) else []
+        if path.suffix.lower() != ".json" or coco_json.is_panoptic(path) or coco_json.has_videos(path):
+            return []
+        return _sniff_file(path)
     if not path.is_dir() or request.panoptic:
         return []
     # `opening` documents the order; panoptic files, at 0.95, come between the two.
@@ -42,7 +44,11 @@ def sniff(source: str, request: Request) -> list[Match]:
             files = list(coco_json.annotation_files(path, kind).items())
         else:
             files = coco_json.fitting_files(path, kind, request.split)
-        matches += [Match(str(file), confidence, str(file.relative_to(path)), split) for split, file in files]
+        matches += [
+            Match(str(file), confidence, str(file.relative_to(path)), split)
+            for split, file in files
+            if not coco_json.has_videos(file)
+        ]
         if matches and request.split is not None:
             return matches
     if not matches and not coco_json.annotation_files(path, "panoptic"):

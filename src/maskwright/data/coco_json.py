@@ -95,6 +95,19 @@ def has_keys(path: Path) -> bool:
     return any(key in head for key in (b'"images"', b'"annotations"', b'"categories"'))
 
 
+def has_videos(path: Path) -> bool:
+    """Return whether a JSON file lists clips instead of images (YouTube-VIS), by its first and last 64 kB."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(1 << 16)
+            file.seek(max(0, path.stat().st_size - (1 << 16)))
+            tail = file.read(1 << 16)
+    except OSError:
+        return False
+    keys = (b'"videos"', b'"file_names"', b'"segmentations"')
+    return head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and any(key in head or key in tail for key in keys)
+
+
 def _undivided(split: str) -> str | None:
     """The name of a split; None for CVAT's "default", which stands for no division."""
     return None if split == "default" else split

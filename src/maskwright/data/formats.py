@@ -28,6 +28,9 @@ FORMATS: dict[str, str] = {
     "coco-panoptic": "maskwright.data.panoptic",
     "contours": "maskwright.data.contour_scenes",
     "scenes": "maskwright.data.scenes",
+    "clips": "maskwright.data.moving_scenes",
+    "davis": "maskwright.data.davis",
+    "youtube-vis": "maskwright.data.youtube_vis",
 }
 
 # Degrees of confidence of a `Match`.
