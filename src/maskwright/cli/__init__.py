@@ -18,13 +18,27 @@ from maskwright._version import __version__
 from maskwright.cli.catalogue import checkpoints, convert, systems
 from maskwright.cli.data import check
 from maskwright.cli.results import evaluate, predict, report
+from maskwright.cli.serving import serve
 from maskwright.cli.training import ablate, demo, show_batch, train, train_with_recipe
 from maskwright.errors import UsageError
 from maskwright.terminal import choose, guarded, help_width, parse, print_line
 
 VERBS: dict[str, Callable[..., int]] = {
     verb.__name__.replace("_", "-"): verb
-    for verb in (demo, check, train, show_batch, evaluate, predict, report, convert, systems, checkpoints, ablate)
+    for verb in (
+        demo,
+        check,
+        train,
+        show_batch,
+        evaluate,
+        predict,
+        serve,
+        report,
+        convert,
+        systems,
+        checkpoints,
+        ablate,
+    )
 }
 
 

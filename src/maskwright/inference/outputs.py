@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ _FORMATS = {
     ".tif": "TIFF",
     ".tiff": "TIFF",
 }
+
+_LARGEST = 65_535  # maximum number of objects that 16 bits can distinguish
 
 
 class RecordStream:
@@ -141,13 +143,7 @@ def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), im
         DataError: If the file cannot be written.
     """
     if path.suffix.lower() == ".json":
-        height, width = objects.image_size
-        document = {
-            "images": [{"id": 1, "file_name": _name_of(image), "height": height, "width": width}],
-            "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)],
-            "annotations": [{"id": n + 1, **r} for n, r in enumerate(objects.to_coco(1))],
-        }
-        return write_json(path, document, DataError)
+        return write_json(path, coco_document(objects, classes, _name_of(image)), DataError)
     arrays = {name: getattr(objects, name) for name in ("boxes", "labels", "scores", "keypoints")}
     values = {name: value.detach().cpu().numpy() for name, value in arrays.items() if value is not None}
     if objects.masks is not None:
@@ -158,6 +154,25 @@ def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), im
         data, size=np.array(objects.image_size), classes=np.array(list(classes), dtype=np.str_), **values
     )
     return write_bytes(path, data.getvalue(), DataError)
+
+
+def coco_document(objects: Instances, classes: Sequence[str], name: str) -> dict[str, Any]:
+    """Return the objects of one image as a COCO document.
+
+    Args:
+        objects: The objects.
+        classes: The class names; category_id = label + 1.
+        name: The image's file name.
+
+    Returns:
+        "images", "categories" and "annotations"; the latter have scores.
+    """
+    height, width = objects.image_size
+    return {
+        "images": [{"id": 1, "file_name": name, "height": height, "width": width}],
+        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)],
+        "annotations": [{"id": n + 1, **r} for n, r in enumerate(objects.to_coco(1))],
+    }
 
 
 def save_panoptic(
@@ -227,3 +242,24 @@ def load_objects(path: str | Path) -> tuple[Instances, tuple[str, ...]]:
         raise DataError(
             f"{path}: not a file of objects ({error}); expected an .npz file written by `Prediction.save`"
         ) from None
+
+
+def label_plane(instances: Instances) -> np.ndarray:
+    """Return the objects as a label image.
+
+    Args:
+        instances: The objects, best first; only the first 65,535 fit.
+
+    Returns:
+        (H, W) uint16: number of the best object at each pixel, from 1; 0 for background.
+    """
+    plane = np.zeros(instances.image_size, dtype=np.uint16)
+    if instances.masks is not None:
+        # Worst objects first, so that better ones overwrite them; a few at a time to bound memory.
+        for end in range(min(len(instances), _LARGEST), 0, -256):
+            start = max(0, end - 256)
+            frames, crops = instances.masks[slice(start, end)].crops()
+            windows = cast(list[list[int]], cast(Any, frames).tolist())
+            for number, (x0, y0, x1, y1) in reversed(list(enumerate(windows))):
+                plane[y0:y1, x0:x1][crops[number].numpy()] = start + number + 1
+    return plane

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from maskwright.errors import DataError, interruption
 from maskwright.evaluation.tasks import TASKS, Task
 from maskwright.files import AtomicFile, json_bytes, remove_stale_parts, write_json
 from maskwright.inference.naming import OutputNames
-from maskwright.inference.outputs import RecordStream, write_image
+from maskwright.inference.outputs import RecordStream, label_plane, write_image
 from maskwright.inference.own_ids import DatasetIds
 from maskwright.inference.sources import Item, displayed
 from maskwright.locks import FolderLock
@@ -25,7 +25,6 @@ from maskwright.structures import Instances, Panoptic, Placement
 
 Kind = Literal["drawn", "coco", "masks"]
 OVERVIEW = 1 << 24  # pixels of the drawing of an image that is too large to be decoded whole
-_LARGEST = 65_535  # maximum number of objects that 16 bits can distinguish
 
 
 class PredictionWriter:
@@ -126,7 +125,7 @@ class PredictionWriter:
             self._add_segments(found, name, number)
         else:
             if "masks" in self.kinds:
-                _write_plane(_numbers(found), self.folder / "masks" / f"{name}.png")
+                _write_plane(label_plane(found), self.folder / "masks" / f"{name}.png")
             if "coco" in self.kinds:
                 self.results.add(found.to_coco(number, self._category_ids()))
         # Last, so that an interrupted run does not list an image that is incomplete.
@@ -230,20 +229,6 @@ class PredictionWriter:
         else:
             image = displayed(Item(path, None, reading or Reading()))
         write_image(target, found.draw(image, self.classes).convert("RGB"), sync=False)
-
-
-def _numbers(instances: Instances) -> np.ndarray:
-    """(H, W) uint16: number of the best object at each pixel, 0 for background."""
-    plane = np.zeros(instances.image_size, dtype=np.uint16)
-    if instances.masks is not None:
-        # Worst objects first, so that better ones overwrite them; a few at a time to bound memory.
-        for end in range(min(len(instances), _LARGEST), 0, -256):
-            start = max(0, end - 256)
-            frames, crops = instances.masks[slice(start, end)].crops()
-            windows = cast(list[list[int]], cast(Any, frames).tolist())
-            for number, (x0, y0, x1, y1) in reversed(list(enumerate(windows))):
-                plane[y0:y1, x0:x1][crops[number].numpy()] = start + number + 1
-    return plane
 
 
 def _write_plane(plane: np.ndarray, target: Path) -> None:

@@ -1,0 +1,1 @@
+"""Servers: predictions over HTTP (extra `web`)."""

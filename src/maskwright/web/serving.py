@@ -1,0 +1,437 @@
+"""Predictions over HTTP: one image in, its objects out as COCO JSON, a label image or a drawing.
+
+    POST /predict    an image as the body, or as the file `image` of a form; query: format, score_threshold, ...
+    GET  /health     whether the server accepts requests, and what it serves
+    GET  /metrics    counts and latencies for Prometheus
+
+Memory is bounded: by the size of a body, the pixels of an image, the number of requests in progress and the pixels that
+wait for the model. Above these limits a request is refused (413, 503) instead of queued.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import io
+import ipaddress
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from urllib.parse import urlsplit
+
+from PIL import Image
+from torch import Tensor
+
+from maskwright.data.images import Reading, decode, reading
+from maskwright.errors import ImageError, MaskwrightError, MissingExtraError, UsageError
+from maskwright.inference import predict
+from maskwright.inference.outputs import coco_document, label_plane
+from maskwright.inference.predicting import Prediction
+from maskwright.inference.preparing import chosen_device, prepare
+from maskwright.systems import System
+from maskwright.web.batching import Batcher, StoppedError
+
+try:
+    import uvicorn
+    from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+    from starlette.applications import Starlette
+    from starlette.datastructures import UploadFile
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.routing import Route
+except ImportError:
+    raise MissingExtraError("the server", "web") from None
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+Format = Literal["json", "png", "overlay"]
+_TYPES: dict[str, Format] = {"application/json": "json", "image/png": "png", "image/jpeg": "overlay"}
+_LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server accepts.
+
+    Attributes:
+        bytes: Largest size of a request's body.
+        pixels: Most pixels of an image.
+        requests: Most requests in progress, from the first byte of the request to the last of the answer; more are
+            refused with 503.
+        timeout: Seconds within which a body has to arrive, and within which the model has to answer.
+        batch: Most images per forward pass.
+        wait: Seconds that an image waits for others to share its forward pass.
+    """
+
+    bytes: int = 20_000_000
+    pixels: int = 50_000_000
+    requests: int = 32
+    timeout: float = 30.0
+    batch: int = 4
+    wait: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name in ("bytes", "pixels", "requests", "batch"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"serve: {name} must be at least 1, got {getattr(self, name)}")
+        if self.timeout <= 0 or self.wait < 0:
+            raise UsageError(
+                f"serve: timeout must be positive and wait not negative, got {self.timeout} and {self.wait}"
+            )
+
+
+class PredictionServer:
+    """An ASGI application that predicts with one system.
+
+    Args:
+        system: The system; prepared for inference.
+        limits: What is accepted.
+        token: Value that requests must carry as `Authorization: Bearer TOKEN`; None: none.
+        hosts: Allowed values of the Host header without the port, against DNS rebinding; None: any.
+        device: See `predict`, as `dtype` and `compile`.
+        dtype: See there.
+        compile: See there.
+        decoders: Threads that decode images and encode answers.
+
+    Attributes:
+        app: The application.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        limits: Limits | None = None,
+        token: str | None = None,
+        hosts: frozenset[str] | None = LOCAL_HOSTS,
+        device: str | None = None,
+        dtype: str = "float32",
+        compile: bool = False,
+        decoders: int = 2,
+    ):
+        self.limits, self.token, self.hosts = limits or Limits(), token, hosts
+        self._options: dict[str, Any] = {"device": device, "dtype": dtype, "compile": compile}
+        self.system = prepare(system, chosen_device(device), dtype, compile)
+        self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="maskwright-web")
+        self._open, self._pixels, self._accepting = 0, 0, False
+        self.registry = CollectorRegistry()
+        self._answers = Counter("maskwright_requests", "Answered requests", ["path", "status"], registry=self.registry)
+        self._latency = Histogram(
+            "maskwright_request_seconds", "Time to answer", ["path"], buckets=_LATENCIES, registry=self.registry
+        )
+        self._sizes = Histogram(
+            "maskwright_batch_images", "Images per forward pass", buckets=(1, 2, 4, 8, 16, 32), registry=self.registry
+        )
+        self._model = Histogram(
+            "maskwright_model_seconds", "Time of a forward pass and its decoding", buckets=_LATENCIES,
+            registry=self.registry,
+        )  # fmt: skip
+        gauge = Gauge("maskwright_requests_in_progress", "Requests in progress", registry=self.registry)
+        gauge.set_function(lambda: self._open)
+        waiting = Gauge("maskwright_images_waiting", "Images that wait for the model", registry=self.registry)
+        self._batcher: Batcher[Tensor, Prediction] = Batcher(
+            self._compute, self.limits.batch, self.limits.wait, self._observe
+        )
+        waiting.set_function(lambda: self._batcher.waiting)
+        routes = [
+            Route("/predict", self._predict, methods=["POST"]),
+            Route("/health", self._health),
+            Route("/metrics", self._metrics),
+        ]
+        handlers: Mapping[Any, Any] = {HTTPException: _refusal, MaskwrightError: _fault}
+        self.app: ASGIApp = _Guard(self, Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan))
+
+    # ---- the model -------------------------------------------------------------------------------------------------
+
+    def _compute(self, images: Sequence[Tensor], options: Hashable) -> list[Prediction]:
+        found = predict(self.system, list(images), batch=len(images), **self._options, **dict(cast(Any, options)))
+        return list(found)
+
+    def _observe(self, images: int, seconds: float) -> None:
+        self._sizes.observe(images)
+        self._model.observe(seconds)
+
+    def _decoded(self, data: bytes) -> Tensor:
+        rules = self.system.preprocess
+        with reading(Reading(rules.white, rules.bands)):
+            image = decode(io.BytesIO(data), "the image", self.limits.pixels, warn=False)
+        if not image.numel():
+            raise ImageError("the image has no pixels")
+        return rules.match_channels(image)
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncGenerator[None]:
+        self._batcher.start()
+        self._accepting = True
+        try:
+            yield
+        finally:
+            self._accepting = False
+            await asyncio.get_running_loop().run_in_executor(None, self._batcher.stop)
+            self._pool.shutdown()
+
+    # ---- the routes ------------------------------------------------------------------------------------------------
+
+    async def _health(self, _: Request) -> Response:
+        state = {
+            "status": "ok" if self._accepting else "stopping",
+            "system": self.system.name,
+            "classes": list(self.system.classes),
+            "requests_in_progress": self._open,
+        }
+        return JSONResponse(state, 200 if self._accepting else 503)
+
+    async def _metrics(self, _: Request) -> Response:
+        return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _predict(self, request: Request) -> Response:
+        if not self._accepting:
+            raise _busy("the server is stopping")
+        if self._open >= self.limits.requests:
+            raise _busy(f"{self.limits.requests} requests are in progress")
+        self._open += 1
+        try:
+            kind, options = _wanted_format(request), self._wanted_options(request)
+            name, data = await self._within("the body did not arrive", 408, self._body(request))
+            return await self._answer(request, kind, options, name, data)
+        finally:
+            self._open -= 1
+
+    async def _answer(
+        self, request: Request, kind: Format, options: tuple[tuple[str, Any], ...], name: str, data: bytes
+    ) -> Response:
+        loop = asyncio.get_running_loop()
+        try:
+            image = await loop.run_in_executor(self._pool, self._decoded, data)
+        except (ImageError, UsageError) as error:
+            raise HTTPException(400, str(error)) from None
+        del data
+        pixels = image.shape[-1] * image.shape[-2]
+        if self._pixels and self._pixels + pixels > 2 * self.limits.pixels:
+            raise _busy("too many pixels wait for the model")
+        self._pixels += pixels
+        try:
+            found = await self._within("the model did not answer", 504, self._unless_gone(request, image, options))
+            body, media = await loop.run_in_executor(self._pool, _encoded, kind, found, image, name)
+        except UsageError as error:  # of an option's value
+            raise HTTPException(400, str(error)) from None
+        except StoppedError:
+            raise _busy("the server is stopping") from None
+        finally:
+            self._pixels -= pixels
+        return Response(body, media_type=media)
+
+    async def _unless_gone(self, request: Request, image: Tensor, options: Hashable) -> Prediction:
+        """The prediction; its request is dropped as soon as the client has gone."""
+        work = asyncio.ensure_future(self._batcher.submit(image, options))
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
+            return work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+
+    async def _within(self, what: str, status: int, work: Awaitable[Any]) -> Any:
+        try:
+            return await asyncio.wait_for(work, self.limits.timeout)
+        except TimeoutError:
+            raise HTTPException(status, f"{what} within {self.limits.timeout:g} s") from None
+
+    async def _body(self, request: Request) -> tuple[str, bytes]:
+        """The name and the content of the image."""
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > self.limits.bytes:
+            raise _large(self.limits.bytes)
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            return await self._form(request)
+        parts: list[bytes] = []
+        size = 0
+        async for part in request.stream():
+            size += len(part)
+            if size > self.limits.bytes:
+                raise _large(self.limits.bytes)
+            parts.append(part)
+        if not size:
+            raise HTTPException(400, "the body is empty; send the content of an image file")
+        return "image", b"".join(parts)
+
+    async def _form(self, request: Request) -> tuple[str, bytes]:
+        """The file `image` (or the only file) of a form."""
+        received, size = request.receive, 0
+
+        async def counted() -> Any:
+            nonlocal size
+            message = await received()
+            size += len(cast(bytes, message.get("body", b"")))
+            if size > self.limits.bytes:
+                raise _large(self.limits.bytes)
+            return message
+
+        limited = Request(request.scope, counted)
+        async with limited.form(max_files=4, max_fields=4, max_part_size=1 << 16) as form:
+            files = {key: value for key, value in form.multi_items() if isinstance(value, UploadFile)}
+            chosen = files.get("image") or (next(iter(files.values())) if len(files) == 1 else None)
+            if chosen is None:
+                raise HTTPException(400, "the form has no file named 'image'")
+            data = await chosen.read()
+        if not data:
+            raise HTTPException(400, "the file 'image' is empty")
+        return chosen.filename or "image", data
+
+    def _wanted_options(self, request: Request) -> tuple[tuple[str, Any], ...]:
+        """The decoding options of the query, in a form that can be compared."""
+        options: dict[str, Any] = {"score_threshold": 0.5}
+        for name, text in request.query_params.items():
+            if name == "format":
+                continue
+            if name == "classes":
+                options[name] = tuple(part for part in text.split(",") if part)
+            elif name in ("score_threshold", "nms_threshold", "detections"):
+                try:
+                    options[name] = int(text) if name == "detections" else float(text)
+                except ValueError:
+                    raise HTTPException(400, f"{name} must be a number, got {text!r}") from None
+            else:
+                raise HTTPException(
+                    400,
+                    f"unknown option {name!r}; the options are format, classes, score_threshold, nms_threshold and "
+                    "detections",
+                )
+        return tuple(sorted(options.items()))
+
+    # ---- counting --------------------------------------------------------------------------------------------------
+
+    def count(self, path: str, status: int, seconds: float) -> None:
+        """Record an answer."""
+        known = path if path in ("/predict", "/health", "/metrics") else "other"
+        self._answers.labels(known, str(status)).inc()
+        self._latency.labels(known).observe(seconds)
+
+
+class _Guard:
+    """Checks host, origin and token before the application sees a request, and counts every answer."""
+
+    def __init__(self, server: PredictionServer, inner: ASGIApp):
+        self._server, self._inner = server, inner
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._inner(scope, receive, send)
+            return
+        start, status = time.perf_counter(), 500
+
+        async def noted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            refused = self._refused(Request(scope))
+            if refused is not None:
+                await refused(scope, receive, noted)
+            else:
+                await self._inner(scope, receive, noted)
+        except ClientDisconnect:
+            status = 499  # the client has gone: nothing can be sent
+        finally:
+            self._server.count(scope["path"], status, time.perf_counter() - start)
+
+    def _refused(self, request: Request) -> Response | None:
+        host = request.headers.get("host", "")
+        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+        if self._server.hosts is not None and name.lower() not in self._server.hosts:
+            return JSONResponse({"error": f"this server does not answer for host {name!r}"}, 421)
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return JSONResponse({"error": f"requests from pages of {origin!r} are refused"}, 403)
+        token = self._server.token
+        if token is not None and request.url.path != "/health":
+            given = request.headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                answer = {"error": "the request needs the header 'Authorization: Bearer TOKEN' with the server's token"}
+                return JSONResponse(answer, 401, {"WWW-Authenticate": "Bearer"})
+        return None
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _wanted_format(request: Request) -> Format:
+    """The format of the query, or of the first accepted type that is one of ours."""
+    named = request.query_params.get("format")
+    if named is not None:
+        if named not in get_args(Format):
+            raise HTTPException(400, f"format must be json, png or overlay, got {named!r}")
+        return cast(Format, named)
+    accepted = [part.split(";")[0].strip() for part in request.headers.get("accept", "").split(",")]
+    for part in accepted:
+        if part in _TYPES:
+            return _TYPES[part]
+    return "json"
+
+
+def _encoded(kind: Format, found: Prediction, image: Tensor, name: str) -> tuple[bytes, str]:
+    """The body of an answer and its media type."""
+    if kind == "json":
+        document = coco_document(found.found(), found.classes, name)
+        return json.dumps(document, separators=(",", ":")).encode(), "application/json"
+    data = io.BytesIO()
+    if kind == "png":
+        Image.fromarray(label_plane(found.found())).save(data, "PNG")
+        return data.getvalue(), "image/png"
+    found.draw().convert("RGB").save(data, "JPEG", quality=92)
+    return data.getvalue(), "image/jpeg"
+
+
+def _busy(why: str) -> HTTPException:
+    return HTTPException(503, f"{why}; try again later", {"Retry-After": "1"})
+
+
+def _large(limit: int) -> HTTPException:
+    return HTTPException(413, f"the body is larger than {limit} bytes")
+
+
+def _refusal(_: Request, error: Exception) -> Response:
+    refused = cast(HTTPException, error)
+    return JSONResponse({"error": refused.detail}, refused.status_code, refused.headers)
+
+
+def _fault(_: Request, error: Exception) -> Response:
+    return JSONResponse({"error": str(error)}, 500)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def run_server(server: PredictionServer, host: str, port: int, grace: float = 30.0) -> Callable[[], None]:
+    """Return the function that serves until SIGINT or SIGTERM; requests in progress are answered before it returns.
+
+    Args:
+        server: What to serve.
+        host: Address to listen on.
+        port: Its port.
+        grace: Seconds that requests in progress have after the signal.
+    """
+    config = uvicorn.Config(
+        server.app, host, port, log_level="warning", access_log=False, server_header=False, lifespan="on",
+        timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=15, h11_max_incomplete_event_size=1 << 16,
+        ws="none",
+    )  # fmt: skip
+    return uvicorn.Server(config).run

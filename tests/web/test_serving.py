@@ -1,0 +1,278 @@
+"""The prediction server over a real connection: answers, refusals, limits, overload and stopping."""
+
+from __future__ import annotations
+
+import http.client
+import io
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("uvicorn", reason="needs the extra web")
+pytest.importorskip("starlette", reason="needs the extra web")
+pytest.importorskip("prometheus_client", reason="needs the extra web")
+pytest.importorskip("python_multipart", reason="needs the extra web")
+
+import uvicorn
+
+import maskwright as mw
+from maskwright.data import Scenes
+from maskwright.errors import UsageError
+from maskwright.web.serving import LOCAL_HOSTS, Limits, PredictionServer, is_loopback
+from tests.systems.tiny import build
+
+
+@pytest.fixture(scope="module")
+def system() -> mw.System:
+    torch.manual_seed(0)
+    return build("solov2").eval()
+
+
+@contextmanager
+def running(system: mw.System, hold: threading.Event | None = None, **options: Any) -> Iterator[Any]:
+    """A server on a free port; `hold`, while cleared, keeps the model busy."""
+    server = PredictionServer(system, **options)
+    compute = server._batcher._compute
+
+    def held(images: Any, chosen: Any) -> Any:
+        assert hold is None or hold.wait(20)
+        return compute(images, chosen)
+
+    server._batcher._compute = held
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    runner = uvicorn.Server(
+        uvicorn.Config(server.app, "127.0.0.1", port, log_level="error", timeout_graceful_shutdown=20, ws="none")
+    )
+    thread = threading.Thread(target=runner.run, daemon=True)
+    thread.start()
+    until = time.monotonic() + 20
+    while not runner.started and time.monotonic() < until:
+        time.sleep(0.01)
+    assert runner.started
+    try:
+        yield _Client(port, runner, thread)
+    finally:
+        if hold is not None:
+            hold.set()
+        runner.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+class _Client:
+    def __init__(self, port: int, runner: uvicorn.Server, thread: threading.Thread):
+        self.port, self.runner, self.thread = port, runner, thread
+
+    def __call__(
+        self, method: str, path: str, body: bytes | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, path, body, named)
+            answer = connection.getresponse()
+            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+
+def encoded(size: tuple[int, int] = (64, 96), kind: str = "PNG", seed: int = 0) -> bytes:
+    pixels = Scenes(1, size, seed=seed)[0].image.permute(1, 2, 0).numpy()
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, kind)
+    return data.getvalue()
+
+
+def form(name: str, data: bytes, filename: str = "photo.png") -> tuple[bytes, str]:
+    head = f'--XX\r\nContent-Disposition: form-data; name="{name}"; filename="{filename}"\r\n'
+    return (
+        head + "Content-Type: image/png\r\n\r\n"
+    ).encode() + data + b"\r\n--XX--\r\n", "multipart/form-data; boundary=XX"
+
+
+def test_the_answers_are_those_of_predict(system: mw.System):
+    data = encoded()
+    expected = cast(Any, mw.predict(system, data, score_threshold=0.0, detections=5)).instances
+    assert len(expected) > 0
+    with running(system) as client:
+        path = "/predict?score_threshold=0&detections=5"
+        status, headers, body = client("POST", path, data)
+        assert (status, headers["content-type"]) == (200, "application/json")
+        document = json.loads(body)
+        assert document["images"] == [{"id": 1, "file_name": "image", "height": 64, "width": 96}]
+        assert [c["name"] for c in document["categories"]] == list(system.classes)
+        scores = [a["score"] for a in document["annotations"]]
+        assert scores == pytest.approx(expected.scores.tolist(), abs=1e-5)
+        codes = [a["segmentation"]["counts"] for a in document["annotations"]]
+        assert codes == [code["counts"].decode() for code in expected.masks.rle()]
+        content, kind = form("image", data)
+        named = json.loads(client("POST", path, content, Content_Type=kind)[2])
+        assert named["annotations"] == document["annotations"]
+        assert named["images"][0]["file_name"] == "photo.png"
+
+        status, headers, body = client("POST", path + "&format=png", data)
+        plane = np.asarray(Image.open(io.BytesIO(body)))
+        assert (status, headers["content-type"], plane.shape) == (200, "image/png", (64, 96))
+        covered = expected.masks.dense().any(0).numpy()
+        assert np.array_equal(plane > 0, covered)
+        status, headers, body = client("POST", path, data, Accept="image/jpeg")
+        assert (status, headers["content-type"]) == (200, "image/jpeg")
+        assert Image.open(io.BytesIO(body)).size == (96, 64)
+
+        status, _, body = client("GET", "/health")
+        assert (status, json.loads(body)["status"], json.loads(body)["system"]) == (200, "ok", system.name)
+        text = client("GET", "/metrics")[2].decode()
+        assert 'maskwright_requests_total{path="/predict",status="200"} 4.0' in text
+        assert "maskwright_batch_images_count 4.0" in text
+        assert "maskwright_requests_in_progress 0.0" in text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status", "words"),
+    [
+        ("/predict", b"", {}, 400, "the body is empty"),
+        ("/predict", b"no image at all", {}, 400, "not a supported image"),
+        ("/predict", encoded()[:200], {}, 400, "image"),
+        ("/predict?format=gif", encoded(), {}, 400, "format must be json, png or overlay, got 'gif'"),
+        ("/predict?score_threshold=much", encoded(), {}, 400, "score_threshold must be a number, got 'much'"),
+        ("/predict?limit=3", encoded(), {}, 400, "unknown option 'limit'"),
+        ("/predict?classes=unicorn", encoded(), {}, 400, "unicorn"),
+        ("/predict?detections=-1", encoded(), {}, 400, "detections"),
+        ("/predict", b"x" * 30_001, {}, 413, "larger than 30000 bytes"),
+        ("/predict", encoded((300, 400), "JPEG"), {}, 400, "pixels"),
+        ("/predict", b"--XX--\r\n", {"Content_Type": "multipart/form-data; boundary=XX"}, 400, "no file named 'image'"),
+        ("/predict", b"rubbish", {"Content_Type": "multipart/form-data"}, 400, "boundary"),
+        ("/nothing", b"", {}, 404, "Not Found"),
+        ("/predict", encoded(), {"Host": "evil.example"}, 421, "does not answer for host 'evil.example'"),
+        ("/predict", encoded(), {"Origin": "https://evil.example"}, 403, "are refused"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused_in_a_sentence(
+    client: Any, path: str, body: bytes, headers: dict[str, str], status: int, words: str
+):
+    got, _, answer = client("POST", path, body, **headers)
+    assert got == status, answer
+    assert words in json.loads(answer)["error"]
+    assert client("POST", "/predict", encoded())[0] == 200, "the server still answers"
+
+
+@pytest.fixture(scope="module")
+def client(system: mw.System) -> Iterator[Any]:
+    with running(system, limits=Limits(bytes=30_000, pixels=50_000)) as served:
+        yield served
+
+
+def test_a_body_without_a_length_is_limited_too(client: Any):
+    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as raw:
+        raw.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(4):
+            raw.sendall(b"2710\r\n" + b"x" * 10_000 + b"\r\n")
+        assert b" 413 " in raw.recv(65536)
+
+
+def test_an_exposed_server_needs_its_token(system: mw.System):
+    with running(system, token="secret", hosts=None) as client:
+        data = encoded()
+        assert client("POST", "/predict", data)[0] == 401
+        assert client("POST", "/predict", data, Authorization="Bearer wrong")[0] == 401
+        assert client("GET", "/metrics")[0] == 401
+        assert client("POST", "/predict", data, Authorization="Bearer secret", Host="any.example")[0] == 200
+        assert client("GET", "/health")[0] == 200
+
+
+def test_overload_is_refused_and_clears(system: mw.System):
+    hold = threading.Event()
+    with running(system, hold, limits=Limits(requests=3, batch=1)) as client:
+        data = encoded()
+        answers: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(client("POST", "/predict", data)[0])) for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + 10
+        while b"in_progress 3.0" not in client("GET", "/metrics")[2] and time.monotonic() < until:
+            time.sleep(0.02)
+        status, headers, body = client("POST", "/predict", data)
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert "3 requests are in progress" in json.loads(body)["error"]
+        hold.set()
+        for thread in threads:
+            thread.join(20)
+        assert answers == [200, 200, 200]
+        assert client("POST", "/predict", data)[0] == 200
+
+
+def test_slow_bodies_and_slow_models_time_out(system: mw.System):
+    hold = threading.Event()
+    with running(system, hold, limits=Limits(timeout=0.3)) as client:
+        status, _, body = client("POST", "/predict", encoded())
+        assert (status, json.loads(body)["error"]) == (504, "the model did not answer within 0.3 s")
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as raw:
+            raw.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nonly this")
+            assert b" 408 " in raw.recv(65536)
+
+
+def test_requests_of_clients_that_leave_are_dropped(system: mw.System):
+    hold = threading.Event()
+    with running(system, hold, limits=Limits(batch=1)) as client:
+        data = encoded()
+        head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        left = [socket.create_connection(("127.0.0.1", client.port)) for _ in range(4)]
+        for raw in left:
+            raw.sendall(head + data)
+        until = time.monotonic() + 10
+        while b"in_progress 4.0" not in client("GET", "/metrics")[2] and time.monotonic() < until:
+            time.sleep(0.02)
+        for raw in left:
+            raw.close()
+        while b"in_progress 0.0" not in client("GET", "/metrics")[2] and time.monotonic() < until:
+            time.sleep(0.02)
+        hold.set()
+        assert client("POST", "/predict", data)[0] == 200
+        text = client("GET", "/metrics")[2].decode()
+        computed = next(line for line in text.splitlines() if line.startswith("maskwright_batch_images_count"))
+        assert float(computed.split()[1]) <= 2, "the one that had begun, and the last"
+
+
+def test_requests_in_progress_are_answered_before_the_server_ends(system: mw.System):
+    hold = threading.Event()
+    with running(system, hold) as client:
+        answers: list[int] = []
+        thread = threading.Thread(target=lambda: answers.append(client("POST", "/predict", encoded())[0]))
+        thread.start()
+        until = time.monotonic() + 10
+        while b"in_progress 1.0" not in client("GET", "/metrics")[2] and time.monotonic() < until:
+            time.sleep(0.02)
+        client.runner.should_exit = True
+        time.sleep(0.2)
+        hold.set()
+        thread.join(20)
+        assert answers == [200]
+        client.thread.join(20)
+        with pytest.raises(OSError, match="refused"):
+            client("GET", "/health")
+
+
+def test_limits_and_addresses_are_checked():
+    with pytest.raises(UsageError, match="batch must be at least 1"):
+        Limits(batch=0)
+    with pytest.raises(UsageError, match="timeout must be positive"):
+        Limits(timeout=0)
+    assert is_loopback("127.0.0.1")
+    assert is_loopback("::1")
+    assert is_loopback("localhost")
+    assert not is_loopback("0.0.0.0")
+    assert not is_loopback("::")
+    assert "localhost" in LOCAL_HOSTS
