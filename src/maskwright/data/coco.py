@@ -12,6 +12,7 @@ from maskwright.data import coco_json
 from maskwright.data.coco_annotations import read_annotations
 from maskwright.data.coco_json import start_table, strict_json
 from maskwright.data.diagnosis import diagnose
+from maskwright.data.exchange.files import json_kind
 from maskwright.data.formats import CERTAIN, LIKELY, POSSIBLE, Match, Request
 from maskwright.data.judging import judge
 from maskwright.data.table import Table, Verify
@@ -62,6 +63,8 @@ def _sniff_file(path: Path) -> list[Match]:
     """A JSON file, by its name and its first 64 kB."""
     if path.stem.startswith(coco_json.KINDS):
         return [Match(str(path), CERTAIN, path.name)]
+    if json_kind(path) is not None:
+        return []
     return [Match(str(path), LIKELY if coco_json.has_keys(path) else POSSIBLE, path.name)]
 
 

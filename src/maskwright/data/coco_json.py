@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from maskwright.data import splits
+from maskwright.data.exchange.files import json_kind
 from maskwright.data.findings import first_few
 from maskwright.data.image_folder import locate_images
 from maskwright.data.image_names import listed_name
@@ -54,7 +55,8 @@ def annotation_files(folder: Path, kind: str) -> dict[str | None, Path]:
     for place in places:
         for path in sorted(place.glob("*.json")):
             name = path.stem.removeprefix("lvis_v1_").removeprefix("lvis_v0.5_")
-            if splits.kind_of(name) is not None and not path.stem.startswith((*KINDS, *_OTHER_KINDS)):
+            named = splits.kind_of(name) is not None and not path.stem.startswith((*KINDS, *_OTHER_KINDS))
+            if named and json_kind(path) is None:
                 files.setdefault(name, path)
     if not files:
         others = unnamed_files(folder)
@@ -79,7 +81,8 @@ def unnamed_files(folder: Path) -> list[Path]:
     """
 
     def other(path: Path) -> bool:
-        return path.stem in KINDS or not path.stem.startswith((*(f"{kind}_" for kind in KINDS), *_OTHER_KINDS))
+        foreign = path.stem.startswith((*(f"{kind}_" for kind in KINDS), *_OTHER_KINDS)) or json_kind(path) is not None
+        return path.stem in KINDS or not foreign
 
     inside = [p for p in sorted((folder / "annotations").glob("*.json")) if other(p)]
     return inside or [p for p in sorted(folder.glob("*.json")) if other(p) and has_keys(p)]

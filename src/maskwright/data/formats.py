@@ -31,6 +31,13 @@ FORMATS: dict[str, str] = {
     "clips": "maskwright.data.moving_scenes",
     "davis": "maskwright.data.davis",
     "youtube-vis": "maskwright.data.youtube_vis",
+    "yolo": "maskwright.data.exchange.yolo",
+    "labelme": "maskwright.data.exchange.labelme",
+    "via": "maskwright.data.exchange.via",
+    "cvat": "maskwright.data.exchange.cvat",
+    "voc": "maskwright.data.exchange.voc",
+    "cityscapes": "maskwright.data.exchange.cityscapes",
+    "label-maps": "maskwright.data.exchange.label_maps",
 }
 
 # Degrees of confidence of a `Match`.

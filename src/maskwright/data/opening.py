@@ -37,8 +37,9 @@ def open_dataset(
         source: A folder DIR with DIR/annotations/instances_{split}.json (or panoptic_{split}.json or
             person_keypoints_{split}.json) and the images in DIR/{split}; a COCO JSON file, which is panoptic if its
             name starts with "panoptic"; the folder of another layout of COCO files (`coco_json.annotation_files` lists
-            them), such as Roboflow's; or generated images, "scenes" or
-            "scenes:count=200,size=192,seed=0,difficulty=0.5".
+            them), such as Roboflow's; a data set in the format of another tool (`formats.FORMATS`); or generated
+            images, "scenes" or "scenes:count=200,size=192,seed=0,difficulty=0.5". The name of a format in front, as in
+            "yolo:DIR", selects it.
         split: The split. "train", "val" (or "valid") and "test" also stand for the one split whose name begins so,
             such as train2017. A single annotation file serves as any split.
         strict: Raise for damaged annotations and images instead of skipping them.
@@ -107,9 +108,23 @@ def find_matches(source: str, request: Request, format: str | None = None) -> li
     Returns:
         Pairs of the format's name and the match, highest confidence first.
     """
+    source, format = without_prefix(source, format)
     names = FORMATS if format is None else [format]
     matches = [(name, match) for name in names for match in load_format(name).sniff(source, request)]
     return sorted(matches, key=lambda pair: -pair[1].confidence)
+
+
+def without_prefix(source: str, format: str | None = None) -> tuple[str, str | None]:
+    """Return a source without the name of a format in front of it, as in "yolo:DIR", and that name.
+
+    Args:
+        source: A path, or a text that is no path.
+        format: Name of the format that the caller has given; it is kept.
+    """
+    name, _, rest = source.partition(":")
+    if format is not None or name not in FORMATS or not rest or Path(source).exists() or not Path(rest).exists():
+        return source, format
+    return rest, name
 
 
 def best_match(source: str, request: Request, format: str | None) -> tuple[str, Match]:
@@ -128,7 +143,7 @@ def best_match(source: str, request: Request, format: str | None) -> tuple[str, 
         listed = ", ".join(f"{name} ({match.reason})" for name, match in best)
         raise UsageError(
             f"{source}: {len(best)} formats fit equally well: {listed}; name the annotation file instead of the "
-            f"folder, or give format={best[0][0]!r}"
+            f"folder, or give format={best[0][0]!r} ({best[0][0]}:{source} on the command line)"
         )
     return best[0]
 
@@ -141,6 +156,7 @@ def several_splits(source: str, split: str, matches: Sequence[Match]) -> str:
 
 def _no_match(source: str, request: Request, format: str | None) -> str:
     """The message for a source at which nothing fits the request."""
+    source, format = without_prefix(source, format)
     path = Path(source)
     if not path.exists():
         return f"{source}: no such file or folder; give the folder of a data set, an annotation file or 'scenes'"

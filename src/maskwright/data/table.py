@@ -62,6 +62,7 @@ class Table:
         findings: What is wrong with the file.
         usable: False if the file is too damaged for anything to be read.
         raw: The parsed file, for writing a repaired copy.
+        name: Short name of the data set; empty: derived from `path`.
     """
 
     path: Path
@@ -90,6 +91,7 @@ class Table:
     findings: list[Finding] = field(default_factory=list[Finding])
     usable: bool = True
     raw: dict[str, Any] = field(default_factory=dict[str, Any])
+    name: str = ""
 
     def add_finding(self, severity: Severity, kind: str, sentence: str, advice: str = "", **about: Any) -> None:
         """Append a finding about this file; `about` gives `image` and `annotation` ids."""

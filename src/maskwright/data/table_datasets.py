@@ -191,6 +191,8 @@ def dataset_from_table(table: Table, strict: bool = False) -> TableDataset:
 def dataset_name(table: Table) -> str:
     """Return "balloons/train" for balloons/annotations/instances_train.json, otherwise the name of the file."""
     path = table.path
+    if table.name:
+        return table.name
     if path.parent.name == "annotations":
         return f"{path.resolve().parent.parent.name}/{path.stem.rsplit('_', 1)[-1]}"
     if path.name == "_annotations.coco.json":  # Roboflow: SPLIT/_annotations.coco.json

@@ -1,0 +1,282 @@
+"""VGG Image Annotator (VIA) 1 and 2: the regions of all images in one JSON file, a project or bare annotations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from maskwright.data.exchange import outlines
+from maskwright.data.exchange.collecting import (
+    ClassNames,
+    Collector,
+    matches_of,
+    new_table,
+    split_in_path,
+    unwanted,
+)
+from maskwright.data.exchange.files import (
+    FileProblem,
+    add_file_problem,
+    as_dict,
+    as_list,
+    files_below,
+    json_kind,
+    read_json,
+)
+from maskwright.data.formats import CERTAIN, Match, Request
+from maskwright.data.table import Table
+from maskwright.data.values import parse_flag, shortened
+
+NAME = "VIA"
+LAYOUT = "via_region_data.json (VIA)"
+
+_CLASS = ("class", "label", "category", "class_name", "classname", "name", "type", "object", "object_name", "species")
+_OBJECT = ("instance", "instance_id", "object_id", "group_id", "group")
+_OTHERS = (
+    *_OBJECT,
+    "crowd",
+    "iscrowd",
+    "is_crowd",
+    "score",
+    "confidence",
+    "id",
+    "image_quality",
+    "occluded",
+    "truncated",
+)
+_NOT_AREAS = ("point", "polyline", "line")
+
+
+# ---- the format ----------------------------------------------------------------------------------------------------
+
+
+def sniff(source: str, request: Request) -> list[Match]:
+    """Find VIA files in a folder and its subfolders, or recognize one file."""
+    path = Path(source)
+    if unwanted(request):
+        return []
+    if path.is_file():
+        fits = path.suffix.lower() == ".json" and json_kind(path) == "via"
+        return [Match(str(path), CERTAIN, path.name)] if fits else []
+    if not path.is_dir():
+        return []
+    files = via_files(path)
+    splits: dict[str | None, str] = {}
+    for file in files:
+        splits.setdefault(split_in_path(file), file)
+    return matches_of(splits, request, CERTAIN, lambda split: str(path / splits[split]))
+
+
+def via_files(root: Path) -> list[str]:
+    """Return the VIA files of a folder and its subfolders, bare annotations before projects."""
+    found = [f for f in files_below(root, lambda n: n.lower().endswith(".json"), 3) if json_kind(root / f) == "via"]
+    return sorted(found, key=lambda file: (file.count("/"), "project" in file.lower(), file))
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Image:
+    """One entry.
+
+    Attributes:
+        key: Its key in the file.
+        file: Name of the image.
+        regions: Its regions.
+    """
+
+    key: str
+    file: str
+    regions: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+
+
+def read(match: Match, request: Request) -> Table:
+    """Read one VIA file."""
+    path = Path(match.location)
+    folder = path.parent if match.split is None else _folder(path, match.split)
+    table = new_table(path, folder, "/".join(filter(None, [folder.resolve().name, match.split])))
+    try:
+        raw = read_json(path)
+    except FileProblem as problem:
+        add_file_problem(table, path, problem)
+        table.usable = False
+        return table
+    content = as_dict(raw)
+    entries = as_dict(content.get("_via_img_metadata")) if "_via_img_metadata" in content else content
+    images = _images(table, entries)
+    if not table.usable:
+        return table
+    attribute, options = _class_attribute(table, content, images)
+    used = {name for image in images for region in image.regions if (name := _class(region, attribute)) is not None}
+    used |= _classes_elsewhere(path, attribute)
+    names = ClassNames(options, used or ([] if options else ["object"]))
+    names.fill(table)
+    collector = Collector(table, request)
+    collector.place_images([image.file for image in images])
+    for row, image in enumerate(images):
+        if row in collector.positions:
+            _add_regions(collector, row, image, attribute, names)
+    return collector.finish()
+
+
+def _folder(path: Path, split: str) -> Path:
+    """The folder of a split: the one of its name above the file."""
+    return next((p for p in path.parents if p.name == split), path.parent)
+
+
+def _images(table: Table, entries: dict[str, Any]) -> list[_Image]:
+    """The images of a file."""
+    images: list[_Image] = []
+    for key, value in entries.items():
+        entry = as_dict(value)
+        name = entry.get("filename")
+        if not isinstance(name, str) or not name:
+            if isinstance(value, dict) and not key.startswith("_via_"):
+                table.add_finding("skip", "image", f"entry {shortened(key)} has no 'filename'", "the entry is skipped")
+            continue
+        regions: Any = entry.get("regions")
+        # VIA 1 writes {"0": ..., "1": ...}, VIA 2 a list.
+        listed = list(cast(dict[str, Any], regions).values()) if isinstance(regions, dict) else as_list(regions)
+        images.append(_Image(key, name, [as_dict(region) for region in listed]))
+    if not images:
+        table.add_finding("error", "file", "has no images", "expected entries with 'filename' and 'regions'")
+        table.usable = False
+    return images
+
+
+# ---- classes -------------------------------------------------------------------------------------------------------
+
+
+def _class_attribute(table: Table, content: dict[str, Any], images: Sequence[_Image]) -> tuple[str | None, list[str]]:
+    """The region attribute that is the class, and the names that the project lists for it."""
+    counts: Counter[str] = Counter()
+    values: dict[str, set[str]] = {}
+    regions = 0
+    for image in images:
+        for region in image.regions:
+            regions += 1
+            for key, value in as_dict(region.get("region_attributes")).items():
+                if value not in ("", None, {}):
+                    counts[key] += 1
+                    values.setdefault(key, set()).add(shortened(value, 80))
+    declared = as_dict(as_dict(content.get("_via_attributes")).get("region"))
+    candidates = [key for key in {**declared, **counts} if key.lower() not in _OTHERS]
+    if not candidates:
+        if regions:
+            what = "its regions have no attribute with a class"
+            table.add_finding("note", "class", what, "all are read as the one class 'object'")
+        return None, []
+    usual = [key for wanted in _CLASS for key in candidates if key.lower() == wanted]
+    by_use = sorted(candidates, key=lambda key: (-counts[key], len(values.get(key, ()))))
+    usual = [key for key in usual if counts[key] >= 0.5 * counts[by_use[0]]]
+    chosen = usual[0] if usual else by_use[0]
+    if len(candidates) > 1 and not usual:
+        what = f"its regions have the attributes {', '.join(map(repr, candidates[:5]))}"
+        table.add_finding("note", "class", what, f"{chosen!r} is read as the class")
+    options = as_dict(as_dict(declared.get(chosen)).get("options"))
+    return chosen, [name for name in options if name not in ("", "undefined")]
+
+
+def _classes_elsewhere(path: Path, attribute: str | None) -> set[str]:
+    """The classes in the files of the other splits, so that all splits have the same classes."""
+    own = split_in_path(path.as_posix())
+    root = next((p.parent for p in path.parents if p.name == own), None)
+    if own is None or root is None:
+        return set()
+    found: set[str] = set()
+    for file in via_files(root):
+        if split_in_path(file) is None or root / file == path:
+            continue
+        try:
+            content = as_dict(read_json(root / file))
+        except FileProblem:
+            continue
+        entries = as_dict(content.get("_via_img_metadata")) if "_via_img_metadata" in content else content
+        for entry in entries.values():
+            regions: Any = as_dict(entry).get("regions")
+            listed = list(cast(dict[str, Any], regions).values()) if isinstance(regions, dict) else as_list(regions)
+            found |= {name for region in listed if (name := _class(as_dict(region), attribute)) is not None}
+    return found
+
+
+def _class(region: dict[str, Any], attribute: str | None) -> str | None:
+    """The class of a region; None if it has none."""
+    if attribute is None:
+        return "object"
+    value: Any = as_dict(region.get("region_attributes")).get(attribute)
+    if isinstance(value, dict):  # checkboxes: {"cup": true}
+        chosen = [key for key, ticked in cast(dict[str, Any], value).items() if ticked]
+        return chosen[0] if len(chosen) == 1 else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    return value.strip() or None if isinstance(value, str) else None
+
+
+# ---- regions -------------------------------------------------------------------------------------------------------
+
+
+def _add_regions(collector: Collector, row: int, image: _Image, attribute: str | None, names: ClassNames) -> None:
+    """Add the objects of an image; regions with the same class and number of an instance are parts of one object."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for number, region in enumerate(image.regions):
+        attributes = as_dict(region.get("region_attributes"))
+        own = next((attributes[key] for key in _OBJECT if attributes.get(key) not in (None, "")), None)
+        groups.setdefault((number,) if own is None else (str(own), _class(region, attribute)), []).append(number)
+    for members in groups.values():
+        name = f"{image.file}: regions[{members[0]}]"
+        label = _class(image.regions[members[0]], attribute)
+        if label is None:
+            value = as_dict(image.regions[members[0]].get("region_attributes")).get(attribute or "")
+            collector.skip(name, row, f"has no single class (attribute {attribute!r} is {shortened(value)})", "class")
+            continue
+        rings: list[list[float]] = []
+        crowd = False
+        for number in members:
+            part = _ring(as_dict(image.regions[number].get("shape_attributes")))
+            attributes = as_dict(image.regions[number].get("region_attributes"))
+            crowd |= any(bool(parse_flag(attributes.get(key))) for key in ("crowd", "iscrowd", "is_crowd"))
+            if isinstance(part, str):
+                kind = part if "shape" in part else None
+                collector.skip(f"{image.file}: regions[{number}]", row, part, kind)
+            else:
+                rings.append(part)
+        if rings:
+            collector.add(row, names.label(label), rings, name, crowd)
+
+
+def _ring(shape: dict[str, Any]) -> list[float] | str:
+    """The outline of a region, or what is wrong with it."""
+    kind = shape.get("name")
+    if kind == "polygon":
+        return _polygon(shape)
+    if kind not in ("rect", "circle", "ellipse"):
+        return f"has the shape {shortened(kind, 30)}; expected polygon, rect, circle or ellipse"
+    keys = {"rect": ("x", "y", "width", "height"), "circle": ("cx", "cy", "r"), "ellipse": ("cx", "cy", "rx", "ry")}
+    values = outlines.numbers([shape.get(key) for key in keys[kind]])
+    if values is None:
+        return f"is a {kind} without the numbers {', '.join(keys[kind])}"
+    if min(values[2:]) <= 0 or max(values) > 1e7:
+        return f"is a {kind} without area"
+    if kind == "rect":
+        x, y, width, height = values
+        return outlines.rectangle(x, y, x + width, y + height)
+    angle = outlines.numbers([shape.get("theta", 0)]) or [0.0]
+    return outlines.ellipse(values[0], values[1], values[2], values[-1], angle[0])
+
+
+def _polygon(shape: dict[str, Any]) -> list[float] | str:
+    xs, ys = as_list(shape.get("all_points_x")), as_list(shape.get("all_points_y"))
+    if len(xs) != len(ys):
+        return f"has a polygon with {len(xs)} x and {len(ys)} y coordinates"
+    if len(xs) < 3:
+        return f"has a polygon of {len(xs)} points; at least 3 are needed"
+    x, y = outlines.numbers(xs), outlines.numbers(ys)
+    if x is None or y is None:
+        return "has a polygon with a coordinate that is not a finite number"
+    return np.stack([x, y], 1).ravel().tolist()
