@@ -1,5 +1,7 @@
-"""Evaluation: average precision, panoptic quality, confusion, speed, and the report page."""
+"""Evaluation: average precision, panoptic quality, tracks in clips, confusion, speed, and the report page."""
 
+from maskwright.evaluation.clip_evaluator import ClipEvaluator
+from maskwright.evaluation.clip_result import ClipResult
 from maskwright.evaluation.coco import Curves, coco_ap
 from maskwright.evaluation.confusion import Confusion, ImageScore
 from maskwright.evaluation.evaluator import Evaluator, Task, match_classes
@@ -8,6 +10,8 @@ from maskwright.evaluation.report import report
 from maskwright.evaluation.result import Protocol, Result, Speed
 
 __all__ = [
+    "ClipEvaluator",
+    "ClipResult",
     "Confusion",
     "Curves",
     "Evaluator",

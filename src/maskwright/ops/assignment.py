@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -39,3 +40,18 @@ def assign(costs: Sequence[Float[Tensor, "k n _m"]]) -> list[Pairs]:
     every = torch.from_numpy(np.concatenate(pairs, 2).astype("int64")).to(device)
     counts = [p.shape[2] for p in pairs]
     return [(queries, objects) for queries, objects in (part.unbind(0) for part in every.split(counts, 2))]
+
+
+def best_pairs(scores: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the one-to-one assignment of rows to columns with the largest sum of scores.
+
+    Args:
+        scores: (N, M), finite.
+
+    Returns:
+        Rows, ascending, and the column of each: min(N, M) pairs.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    rows, columns = linear_sum_assignment(-scores)
+    return rows.astype(np.int64), columns.astype(np.int64)
