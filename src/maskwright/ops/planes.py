@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from maskwright.ops.interpolation import weights
 from maskwright.structures import Masks, Placement
@@ -98,6 +99,83 @@ def place_measured(
             corners, crops, held = corners[len(crops) :], [], 0
     masks = Masks.join([*parts, Masks.from_crops(crops, corners, placement.image_size)])
     return masks, torch.cat(numbers) if numbers else planes.new_zeros(len(planes))
+
+
+def place_stable(
+    logits: Float[Tensor, "n p q"],
+    placement: Placement,
+    size: tuple[int, int],
+    *,
+    margin: float = 1.0,
+    least: float = 0.0,
+    steps: Literal[1, 2] = 2,
+    frame: tuple[int, int, tuple[int, int]] | None = None,
+    budget: int = 64 << 20,
+) -> tuple[Masks, Float[Tensor, " k"], Int[Tensor, " k"]]:
+    """Resizes mask logits to the image and keeps the masks that hardly depend on the threshold (SAM).
+
+    The stability of a mask is the ratio of its areas at the thresholds `margin` and -`margin`, on the image's grid; NaN
+    if both are 0. Pixels that no logit above -`margin` reaches are not computed.
+
+    Args:
+        logits: Mask logits on a grid that covers the input.
+        placement: How the image was placed in the input.
+        size: Height and width of the input, padding included.
+        margin: See above.
+        least: Masks of less stability are dropped, those without a stability too, unless it is 0.
+        steps: See `place_planes`.
+        frame: Left and upper edge of the image in a larger one, and its height and width, in which masks are returned;
+            None: the image itself.
+        budget: Bytes of scratch memory.
+
+    Returns:
+        The k masks that are kept, their stability, and their numbers among the n.
+    """
+    left, top, whole = frame or (0, 0, placement.image_size)
+    logits = logits.float()
+    if not len(logits):
+        return Masks.empty(whole), logits.new_zeros(0), torch.zeros(0, dtype=torch.int64)
+    down, across = axes(logits, placement, size, steps)
+    numbers, ratios, masks = list[Tensor](), list[Tensor](), list[Masks]()
+
+    def keep(values: Tensor) -> tuple[Tensor, Tensor]:
+        inner = (values > margin).flatten(1).sum(1)
+        ratio = inner.float() / (values > -margin).flatten(1).sum(1)
+        return ratio, ratio >= least if least > 0 else torch.ones_like(ratio, dtype=torch.bool)
+
+    if logits.device.type != "cpu":
+        height, width = placement.image_size
+        step = max(1, budget // (height * max(width, logits.shape[2]) * 11))
+        for first in range(0, len(logits), step):
+            values = down @ logits[first : first + step] @ across.T
+            ratio, good = keep(values)
+            rows = good.nonzero()[:, 0].cpu()
+            planes = functional.pad(values[good] > 0, (left, whole[1] - left - width, top, whole[0] - top - height))
+            masks.append(Masks.from_dense(planes).pack())
+            numbers.append(rows + first)
+            ratios.append(ratio[good].cpu())
+        return Masks.join(masks), torch.cat(ratios), torch.cat(numbers)
+    solid = logits > -margin
+    rows, columns = _reached(solid.any(2), down), _reached(solid.any(1), across)
+    windows = torch.cat([rows, _used(down, rows), columns, _used(across, columns)], 1).tolist()
+    crops, corners, held = list[Tensor](), list[tuple[int, int]](), 0
+    for number, (plane, window) in enumerate(zip(logits, windows, strict=True)):
+        above, below, upper, lower, before, after, near, far = window
+        values = down[above:below, upper:lower] @ plane[upper:lower, near:far] @ across[before:after, near:far].T
+        ratio, good = keep(values[None])
+        if bool(good[0]):
+            crops.append(values > 0)
+            corners.append((before + left, above + top))
+            numbers.append(torch.tensor([number]))
+            ratios.append(ratio)
+            held += values.numel()
+        if held > budget:
+            masks.append(Masks.from_crops(crops, torch.tensor(corners), whole))
+            crops, corners, held = [], [], 0
+    masks.append(Masks.from_crops(crops, torch.tensor(corners, dtype=torch.int64).reshape(-1, 2), whole))
+    if not numbers:
+        return Masks.empty(whole), logits.new_zeros(0), torch.zeros(0, dtype=torch.int64)
+    return Masks.join(masks), torch.cat(ratios), torch.cat(numbers)
 
 
 def axes(

@@ -22,7 +22,7 @@ LARGEST_SIDE = 1 << 16  # of the network's input, in pixels
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "resample": ("pillow", "tensor", "opencv"),
     "channels": ("RGB", "BGR"),
-    "fit": ("short", "stretch", "letterbox", "pad", "own"),
+    "fit": ("short", "inside", "stretch", "letterbox", "pad", "own"),
     "sizes": ("rounded", "floored", "benchmark", None),
     "corner": (True, False),
 }
@@ -47,8 +47,9 @@ class Preprocess:
         fit: The resize rule. "short": the short side becomes `short`, unless the long side would then exceed `long`.
             "stretch": the image becomes `canvas`, without keeping its aspect ratio (YOLACT, PolarMask). "letterbox":
             the largest size that fits into `canvas`, centred and padded with black (CenterNet and systems based on
-            it), or at the upper left with `corner` (EoMT). "own": no resizing. "pad": no resizing, centred on a black
-            canvas, the next larger multiple of `multiple`.
+            it), or at the upper left with `corner` (EoMT). "inside": likewise, but the rest of `canvas` is padding of
+            the batch (SAM); `multiple` must be the side of `canvas`. "own": no resizing. "pad": no resizing, centred on
+            a black canvas, the next larger multiple of `multiple`.
         canvas: Height and width, for "stretch" and "letterbox".
         sizes: How "short" computes integers. "rounded": half up. "floored": down. "benchmark": the long side down, as
             in maskrcnn-benchmark. None: "floored" if `resample` is "tensor", otherwise "rounded".
@@ -69,7 +70,7 @@ class Preprocess:
     divide: float = 255.0
     channels: Literal["RGB", "BGR"] = "RGB"
     multiple: int = 32
-    fit: Literal["short", "stretch", "letterbox", "pad", "own"] = "short"
+    fit: Literal["short", "inside", "stretch", "letterbox", "pad", "own"] = "short"
     canvas: tuple[int, int] | None = None
     sizes: Literal["rounded", "floored", "benchmark"] | None = None
     corner: bool = False
@@ -99,9 +100,10 @@ class Preprocess:
                 "short". None: unchanged.
             long: New upper bound of the long side; None: unchanged.
         """
-        if self.fit in ("stretch", "letterbox") and self.canvas is not None and short:
+        if self.fit in ("inside", "stretch", "letterbox") and self.canvas is not None and short:
             ratio = short / min(self.canvas)
-            return replace(self, canvas=(round(self.canvas[0] * ratio), round(self.canvas[1] * ratio)))
+            canvas = round(self.canvas[0] * ratio), round(self.canvas[1] * ratio)
+            return replace(self, canvas=canvas, multiple=canvas[0] if self.fit == "inside" else self.multiple)
         fit = "short" if self.fit == "own" and short else self.fit
         return replace(self, short=short or self.short, long=long or self.long, fit=fit)
 
@@ -126,7 +128,7 @@ class Preprocess:
             return cast(tuple[int, int], self.canvas)
         if self.fit in ("pad", "own"):
             return height, width
-        if self.fit == "letterbox":
+        if self.fit in ("inside", "letterbox"):
             canvas = cast(tuple[int, int], self.canvas)
             scale = min(canvas[0] / height, canvas[1] / width)
             return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
@@ -267,8 +269,13 @@ def _check(values: Mapping[str, Any]) -> None:
         row = cast(tuple[Any, ...], bands) if isinstance(bands, tuple) else ()
         if not row or not all(_is_integer(band, 1 << 16) for band in row):
             raise _invalid("bands", "a tuple of numbers of bands, from 1, or None", bands)
-    if values["fit"] in ("stretch", "letterbox") and canvas is None:
+    if values["fit"] in ("inside", "stretch", "letterbox") and canvas is None:
         raise UsageError(f"preprocess: fit={values['fit']!r} needs `canvas` (height, width)")
+    if values["fit"] == "inside" and canvas != (values["multiple"],) * 2:
+        raise UsageError(
+            f"preprocess: fit='inside' needs a square `canvas` whose side is `multiple`, got {canvas} and "
+            f"{values['multiple']}"
+        )
 
 
 def _is_integer(value: Any, most: int) -> bool:

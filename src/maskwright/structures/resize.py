@@ -23,7 +23,7 @@ class Resize(OptionGroup):
         short: Length of the short side after resizing, in pixels.
         long: Upper bound of the long side, in pixels.
         fit: The resize rule, see `Preprocess.fit`.
-        canvas: Height and width of the input, for the rules "stretch" and "letterbox", in pixels.
+        canvas: Height and width of the input, for the rules "inside", "stretch" and "letterbox", in pixels.
         multiple: The padded batch is a multiple of this many pixels.
         mean: Mean per channel in the network's channel order, of values divided as published.
         std: Standard deviation per channel, likewise.
@@ -35,7 +35,7 @@ class Resize(OptionGroup):
 
     short: int | None = None
     long: int | None = None
-    fit: Literal["short", "stretch", "letterbox", "pad", "own"] | None = None
+    fit: Literal["short", "inside", "stretch", "letterbox", "pad", "own"] | None = None
     canvas: Sequence[int] | None = None
     multiple: int | None = None
     mean: Sequence[float] | None = None
@@ -73,12 +73,19 @@ class Resize(OptionGroup):
                 )
             changed = replace(changed, bands=tuple(self.bands))
         if self.canvas is not None:
-            changed = replace(changed, canvas=(int(self.canvas[0]), int(self.canvas[1])))
-            if self.fit is None and changed.fit not in ("stretch", "letterbox"):
+            canvas = int(self.canvas[0]), int(self.canvas[1])
+            if changed.fit == "inside" and canvas[0] != canvas[1]:
+                raise UsageError(f"resize.canvas must be a square for this system, got {list(canvas)}")
+            changed = replace(
+                changed, canvas=canvas, multiple=canvas[0] if changed.fit == "inside" else changed.multiple
+            )
+            if self.fit is None and changed.fit not in ("inside", "stretch", "letterbox"):
                 changed = replace(changed, fit="letterbox")
         if self.fit is not None:
             try:
-                changed = replace(changed, fit=self.fit)
+                inside = self.fit == "inside" and changed.canvas is not None
+                multiple = changed.canvas[0] if inside and changed.canvas else changed.multiple
+                changed = replace(changed, fit=self.fit, multiple=multiple)
             except UsageError as error:
                 raise UsageError(f"resize: {error}") from None
         if self.multiple is not None:

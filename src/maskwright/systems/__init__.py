@@ -51,6 +51,7 @@ REGISTRY = {
     "mask2former": "mask2former:Mask2Former",
     "h-detr": "h_detr:HDETR",
     "mask-frozen-detr": "mask_frozen_detr:MaskFrozenDETR",
+    "sam": "sam:SAM",
     "eomt": "eomt:EoMT",
 }
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,12 +14,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.prompting import ABSENT, FIRST_CORNER, LAST_CORNER, NOTHING, Decoded
+from maskwright.blocks.prompting import ABSENT, FIRST_CORNER, LAST_CORNER, NOTHING, Decoded, MaskDecoder
 from maskwright.errors import UsageError
 from maskwright.ops.planes import place_planes
-from maskwright.structures import Choices, Embedding, Masks, Placement, Prompts
+from maskwright.options import OptionGroup
+from maskwright.structures import Choices, Embedding, Instances, Masks, Placement, Preprocess, Prompts
+from maskwright.systems.kinds import prompt_training
+from maskwright.systems.kinds.everything import Grid, cleaned, find_in_crop
+from maskwright.systems.kinds.prompt_training import Simulation
 from maskwright.systems.kinds.proposals import ProposalSystem
-from maskwright.systems.system import Task
+from maskwright.systems.system import Output, Task
 
 Answers = Literal[1, 3, 4]
 
@@ -91,36 +94,102 @@ class Slots:
         return self.labels != ABSENT if self.ragged else None
 
 
+@dataclass(frozen=True)
+class PromptDecoder(OptionGroup):
+    """Prompt encoder and mask decoder, as options of a system.
+
+    Attributes:
+        width: Channels of tokens and of the image embedding.
+        depth: Layers of the transformer.
+        heads: Attention heads.
+        hidden: Channels inside of the transformer's MLP.
+        answers: Masks of each prompt: one for prompts without ambiguity, then those for ambiguous ones.
+        score_hidden: Channels inside of the network that predicts the IoU.
+        score_layers: Its linear layers.
+    """
+
+    label: ClassVar[str] = "decoder"
+
+    width: int = 256
+    depth: int = 2
+    heads: int = 8
+    hidden: int = 2048
+    answers: int = 4
+    score_hidden: int = 256
+    score_layers: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least(1, "depth", "heads", "hidden", "score_hidden", "score_layers")
+        self.check_at_least(2, "answers")
+        if self.width % 8 or self.width % (2 * self.heads):
+            raise UsageError(
+                f"decoder.width must be a multiple of 8 and of 2 * decoder.heads = {2 * self.heads}, got {self.width}"
+            )
+
+    @property
+    def upscaled(self) -> tuple[int, int]:
+        """Channels of the finer maps that are added while upscaling, at 1/4 and 1/8 of the resolution."""
+        return self.width // 8, self.width // 4
+
+    def build(self, **options: Any) -> MaskDecoder:
+        """Constructs the mask decoder; for `options` see there."""
+        own = {name: getattr(self, name) for name in ("answers", "score_hidden", "score_layers")}
+        return MaskDecoder(self.width, self.depth, self.heads, self.hidden, **own, **options)
+
+
 class PromptableSystem(ProposalSystem):
     """A system that encodes an image once (`embed`) and then answers prompts fast (`segment`).
 
     Both keep no state: one embedding serves any number of threads. Objects have no class. `decode` prompts with a grid
     of points and keeps what is good ("segment everything"), so that prediction and evaluation work as for any system.
 
-    A subclass has the direct submodules `image_encoder` (images to `Features`), `prompt_encoder` and `mask_decoder`
-    with the interfaces of `blocks.prompting`, and may override `padding` and `choose`.
+    A subclass has the direct submodules `image_encoder` (images to the image embedding, or to a tuple of it and finer
+    maps), `prompt_encoder` and `mask_decoder` with the interfaces of `blocks.prompting`, and may override `padding` and
+    `single`.
 
     Attributes:
         steps: How mask logits reach the image: 2, resized to the network's input and from there (SAM); 1, at once.
+        points_per_side: Default of `decode`.
+        most_padding: The largest number that `padding` returns.
+        simulation: How prompts are simulated in training.
     """
 
     image_encoder: nn.Module
     prompt_encoder: nn.Module
     mask_decoder: nn.Module
     steps: ClassVar[Literal[1, 2]] = 2
+    points_per_side: int = 32
+    most_padding: ClassVar[int] = 1
+    simulation: Simulation
 
     @property
     def tasks(self) -> frozenset[Task]:
         return frozenset({"instances", "proposals", "prompts"})
 
+    # ---- construction ------------------------------------------------------------------------------------------------
+
+    def checked_canvas(self, preprocess: Preprocess, stride: int) -> Preprocess:
+        """`preprocess`, whose canvas must be a multiple of `stride` pixels."""
+        canvas = preprocess.canvas
+        if canvas is None or min(canvas) < stride or canvas[0] % stride or canvas[1] % stride:
+            given = None if canvas is None else list(canvas)
+            raise UsageError(f"{self.name}: resize.canvas must be a multiple of {stride}, got {given}")
+        return preprocess
+
+    def checked_points(self, points_per_side: int) -> int:
+        """`points_per_side`, which must be at least 1."""
+        if points_per_side < 1:
+            raise UsageError(f"{self.name}: points_per_side must be at least 1, got {points_per_side}")
+        return points_per_side
+
     # ---- the slow half -----------------------------------------------------------------------------------------------
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Features:
         """Encodes images."""
-        found = self.image_encoder(images)
-        if not isinstance(found, Features):
-            found = Features(found)
-        return replace(found, size=(images.shape[-2], images.shape[-1]))
+        found: Tensor | tuple[Tensor, ...] = self.image_encoder(images)
+        image, *finer = (found,) if isinstance(found, Tensor) else found
+        return Features(image, tuple(finer), (images.shape[-2], images.shape[-1]))
 
     @torch.no_grad()
     def embed(self, images: Float[Tensor, "b c h w"], placements: Sequence[Placement]) -> list[Embedding]:
@@ -358,11 +427,125 @@ class PromptableSystem(ProposalSystem):
         _, width, height, columns = features.image.shape
         return max(1, budget // (14 * height * columns * width * 4))  # measured: 13 maps in float32 at the peak
 
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    @property
+    def needs(self) -> frozenset[Output]:
+        return frozenset({"masks"})
+
+    def groups(self) -> dict[str, list[nn.Module]]:
+        return {
+            "backbone": [self.image_encoder],
+            "prompt_encoder": [self.prompt_encoder],
+            "mask_decoder": [self.mask_decoder],
+        }
+
+    def losses(self, raw: Features, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        """Simulates prompts for the objects and computes the losses of the answers (appendix A); see
+        `kinds.prompt_training`.
+
+        Args:
+            raw: What `forward` returned.
+            targets: Objects of each image, in the frame of the network's input. Labels do not count.
+
+        Returns:
+            `mask`, `dice` and `iou`, weighted. Prompts are drawn by torch's generator.
+        """
+        return prompt_training.losses(self, raw, targets, self.simulation)
+
     # ---- everything --------------------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def decode(self, raw: Features, placements: Sequence[Placement]) -> list[Any]:
-        """Segments everything."""
+    def decode(
+        self,
+        raw: Features,
+        placements: Sequence[Placement],
+        *,
+        score_threshold: float = 0.88,
+        nms_threshold: float = 0.7,
+        detections: int | None = None,
+        points_per_side: int | None = None,
+        points_per_batch: int = 64,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        min_mask_region_area: int = 0,
+        use_m2m: bool = False,
+    ) -> list[Instances]:
+        """Segments everything: prompts with a grid of points, and keeps good and stable masks (section 5).
+
+        Args:
+            raw: What `forward` returned.
+            placements: How each image was placed in the input.
+            score_threshold: Masks are kept whose predicted IoU is greater; 0 keeps all.
+            nms_threshold: Box IoU above which the mask with the lower score is dropped.
+            detections: Limit of objects per image; None: all.
+            points_per_side: The grid has the square of this many points; None: the system's (32 as published).
+            points_per_batch: Points that are decoded at a time.
+            stability_score_thresh: Masks of less stability are dropped: the ratio of the areas at a threshold of logits
+                of `stability_score_offset` and of minus that. 0 keeps all.
+            stability_score_offset: See above.
+            crop_n_layers: Layer i = 1 ... consists of 2^i x 2^i overlapping crops of the image, each encoded and
+                segmented as an image of its own. Only `predict` does this, because it needs the image itself.
+            crop_nms_thresh: As `nms_threshold`, between crops, where smaller crops take precedence.
+            crop_overlap_ratio: Overlap of the crops of layer 1, as a share of the short side; half of it in each
+                further layer.
+            crop_n_points_downscale_factor: The points per side are divided by this in each further layer.
+            min_mask_region_area: Holes and parts of fewer pixels are filled and dropped; 0 keeps masks as they are.
+            use_m2m: Refine each mask once, with its own logits as a prompt, before masks are filtered (SAM 2).
+
+        Returns:
+            Objects of label 0, best first.
+        """
+        if crop_n_layers:
+            raise UsageError("crop_n_layers needs the image itself, which only predict has; evaluate without it")
+        options = Grid(
+            score_threshold, nms_threshold, points_per_side or self.points_per_side, points_per_batch,
+            stability_score_thresh, stability_score_offset, crop_n_layers, crop_nms_thresh, crop_overlap_ratio,
+            crop_n_points_downscale_factor, min_mask_region_area, use_m2m,
+        )  # fmt: skip
+        found = [find_in_crop(self, raw.of(index), place, options) for index, place in enumerate(placements)]
+        return [cleaned(own, options).instances(detections) for own in found]
+
+    def answers_to_points(
+        self, features: Features, placement: Placement, points: Float[Tensor, "n 2"], refine: bool = False
+    ) -> tuple[Float[Tensor, "k h w"], Float[Tensor, " k"], Int[Tensor, " k"]]:
+        """The three answers to each of n points.
+
+        Args:
+            features: The features of an image, with batch size 1.
+            placement: How the image was placed in the input.
+            points: x, y on the image.
+            refine: Refine each answer with its own logits as a prompt.
+
+        Returns:
+            Mask logits, predicted IoUs, and the number of the point of each answer.
+        """
+        labels = torch.ones(len(points), 1, dtype=torch.int64)
+        prompts = Prompts(placement.image_size, points[:, None], labels)
+        decoded = self.choose(
+            self.answer(features, self.slots(prompts, placement, features)), self.ambiguous(prompts), 3
+        )
+        count = decoded.scores.shape[1]
+        owner = torch.arange(len(points), device=decoded.scores.device).repeat_interleave(count)
+        logits, scores = decoded.logits.flatten(0, 1), decoded.scores.flatten()
+        if refine:
+            again = prompts[owner.cpu()]
+            step = max(1, len(points))
+            refined = list[Decoded]()
+            for part in (slice(first, first + step) for first in range(0, len(again), step)):
+                own = replace(again[part], logits=self.feedback(logits[part]))
+                slots = self.slots(own, placement, features)
+                refined.append(self.choose(self.answer(features, slots), self.ambiguous(own), 1))
+            logits = torch.cat([part.logits[:, 0] for part in refined])
+            scores = torch.cat([part.scores[:, 0] for part in refined])
+        return logits.float(), scores.float(), owner
+
+    def feedback(self, logits: Float[Tensor, "n h w"]) -> Float[Tensor, "n h w"]:
+        """Mask logits of an answer in the form in which they are a prompt: as they are."""
+        return logits.float()
 
 
 def _shares(masks: Masks, placement: Placement, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
