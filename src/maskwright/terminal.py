@@ -273,7 +273,22 @@ def progress(items: Iterable[T], what: str, total: int | None = None) -> Iterato
 
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # pyright: ignore[reportArgumentType]
+    description = escape(printable(what))
+    if _bars:  # inside another bar: one more line of it
+        line = _bars[-1].add_task(description, total=total)
+        try:
+            yield from _bars[-1].track(items, total=total, task_id=line)
+        finally:
+            _bars[-1].remove_task(line)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield from bar.track(items, total=total, description=escape(printable(what)))
+        _bars.append(bar)
+        try:
+            yield from bar.track(items, total=total, description=description)
+        finally:
+            _bars.remove(bar)
+
+
+_bars: list[Any] = []  # the progress bars that are displayed

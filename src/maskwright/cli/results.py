@@ -34,7 +34,7 @@ def predict(
     split: Name = None,
     variant: Name = None,
     task: Literal["instances", "panoptic", "semantic"] = "instances",
-    format: tuple[Literal["drawn", "coco", "masks"], ...] = ("drawn", "coco"),
+    format: tuple[Literal["drawn", "coco", "masks", "geojson", "labels"], ...] = ("drawn", "coco"),
     classes: ClassNames = None,
     score_threshold: Number = None,
     threshold: Annotated[str | None, arg(metavar="NAME=X,...")] = None,
@@ -56,8 +56,15 @@ def predict(
     OUT/results.json         COCO results; OUT/pictures.json lists the images and classes that their ids refer to
                              (with --data the ids of the annotations, otherwise 1, 2, ... and label + 1)
     OUT/masks/NAME.png       16 bits: 0 background, k the k-th best object (the better one where two overlap)
+    OUT/labels/NAME.tif      the same as a tiled BigTIFF with 32 bits
+    OUT/geojson/NAME.geojson outlines, for QuPath and geographic information systems; in the coordinates of the
+                             reference system, if the image is geo-referenced, otherwise in pixels
 
     With --task panoptic or semantic, OUT/panoptic.json and OUT/panoptic/NAME.png (COCO panoptic) replace results.json.
+
+    With --tile, TIFF files of more than 2^25 pixels, other images of more than 2^28 and whole-slide images are read in
+    windows, and their objects are written as they become complete: memory does not depend on the size of the image.
+    A run that was killed continues where it was when the same command is given again.
 
     Objects that score below 0.5 are left out (the Python function `predict` and `evaluate` use the system's own
     threshold, 0.05 for most systems); --score-threshold changes it. Unreadable images are skipped and listed at
@@ -68,6 +75,7 @@ def predict(
       maskwright predict holiday/ 'more/*.png' -w mask_rcnn_R_50_FPN_3x.pkl -o found --format drawn coco masks
       maskwright predict --data my-images --split val -w runs/first/best.safetensors --score-threshold 0.05
       maskwright predict aerial.tif -w best.safetensors --tile 1024 --score-threshold 0.7
+      maskwright predict slide.svs -w cells.safetensors --tile 1024 --format geojson labels
       maskwright predict street/ -w best.safetensors --classes person,car --threshold person=0.7,car=0.3
 
     Args:
@@ -134,6 +142,8 @@ def predict(
         task=task,
         classes=None if classes is None else split_names([classes], network.classes),
         threshold=own or None,
+        stream=tile is not None and suppression is None,
+        journals=out / ".tiles",
         **given(
             score_threshold=0.5 if score_threshold is None and task == "instances" else score_threshold,
             nms_threshold=nms_threshold,
@@ -144,6 +154,9 @@ def predict(
     names, total = network.classes, len(found)
     with PredictionWriter(out, format, names, images, stuff, task_called(task), ids, total) as writer:
         for prediction in progress(found, "images"):
+            if prediction.stream is not None:
+                writer.add_stream(prediction.path or "image", prediction.stream, progress)
+                continue
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
             writer.add(prediction.path or "image", found_there, prediction.error, prediction.reading)
     what = "object" if task == "instances" else "segment"

@@ -96,6 +96,11 @@ def reading(rules: _Rules) -> Generator[None, None, None]:
         _reading.reset(token)
 
 
+def current_reading() -> Reading:
+    """How images are read at this place of the program; see `reading`."""
+    return _reading.get() or Reading()
+
+
 def read_image(
     path: str | Path,
     max_pixels: int = MAX_PIXELS,
@@ -152,7 +157,7 @@ def decode(
     """
     path = Path(name)
     with _readable(path):
-        rules = _reading.get() or Reading()
+        rules = current_reading()
         chosen = rules.bands or (None if bands is None else tuple(bands))
         given = rules.white if rules.white is not None else white
         with _source(file, path, max_pixels) as source:

@@ -15,7 +15,7 @@ import struct
 import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -52,7 +52,7 @@ class _Blocks(Protocol):
         ...
 
 
-class _Range:
+class WhiteRange:
     """The value of white of an image whose header does not declare it, from all of its pixels, as in small images."""
 
     def __init__(self, path: Path):
@@ -75,6 +75,51 @@ class _Range:
             if self.white is not None and self.white < 0xFFFF:
                 warnings.warn(white_words(self.white), DataWarning, stacklevel=2)
         return self.white
+
+
+class WindowSource(Protocol):
+    """An image of any size, of which windows are read.
+
+    Attributes:
+        path: The file.
+        size: H, W.
+    """
+
+    path: Path
+    size: tuple[int, int]
+
+    def order(self, x: int, y: int, width: int, height: int) -> tuple[int, int]:
+        """A sort key that puts windows into the order in which they are stored."""
+        ...
+
+    def window(self, x: int, y: int, width: int, height: int) -> UInt8[Tensor, "c h w"]:
+        """Read a window; see `WindowedImage.window`."""
+        ...
+
+    def overview(self, pixels: int) -> UInt8[Tensor, "c h w"]:
+        """Every n-th pixel of every n-th row, so that about `pixels` remain; see `overview_step`."""
+        ...
+
+
+def overview_step(size: tuple[int, int], pixels: int) -> int:
+    """The n for which every n-th pixel of every n-th row gives about `pixels`."""
+    return max(1, int(np.ceil((size[0] * size[1] / pixels) ** 0.5)))
+
+
+def overview_of(image: WindowSource, pixels: int) -> UInt8[Tensor, "c h w"]:
+    """The overview of an image, from its windows."""
+    height, width = image.size
+    step = overview_step(image.size, pixels)
+    side = max(step, 1024 // step * step)
+    spots = [(x, y, min(side, width - x), min(side, height - y)) for y in range(0, height, side)
+             for x in range(0, width, side)]  # fmt: skip
+    small = torch.zeros(0, -(-height // step), -(-width // step), dtype=torch.uint8)
+    for x, y, w, h in sorted(spots, key=lambda spot: image.order(*spot)):
+        part = image.window(x, y, w, h)[:, ::step, ::step]
+        if not len(small):
+            small = small.new_zeros(len(part), *small.shape[1:])
+        small[:, y // step : y // step + part.shape[1], x // step : x // step + part.shape[2]] = part
+    return small
 
 
 class WindowedImage:
@@ -147,19 +192,8 @@ class WindowedImage:
         return torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
 
     def overview(self, pixels: int) -> UInt8[Tensor, "c h w"]:
-        """Every n-th pixel of every n-th row, so that about `pixels` remain."""
-        height, width = self.size
-        step = max(1, int(np.ceil((height * width / pixels) ** 0.5)))
-        side = max(step, 1024 // step * step)
-        spots = [(x, y, min(side, width - x), min(side, height - y)) for y in range(0, height, side)
-                 for x in range(0, width, side)]  # fmt: skip
-        small = torch.zeros(0, -(-height // step), -(-width // step), dtype=torch.uint8)
-        for x, y, w, h in sorted(spots, key=lambda spot: self.order(*spot)):
-            part = self.window(x, y, w, h)[:, ::step, ::step]
-            if not len(small):
-                small = small.new_zeros(len(part), *small.shape[1:])
-            small[:, y // step : y // step + part.shape[1], x // step : x // step + part.shape[2]] = part
-        return small
+        """Every n-th pixel of every n-th row, so that about `pixels` remain; see `overview_step`."""
+        return overview_of(self, pixels)
 
     def _stored(self, x: int, y: int, width: int, height: int) -> tuple[int, int, int, int]:
         """The window in the frame of the stored image."""
@@ -213,12 +247,14 @@ class _Tiff:
     def __init__(self, path: Path, tags: dict[int, Any], size: tuple[int, int], order: str):
         self.path, self.tags, self.size = path, tags, size
         self.order = order
-        self.white = _Range(path)
-        self.white.files = lambda: (self._small(number) for number in range(len(self.offsets)))
+        self.white = WhiteRange(path)
+        self.white.files = lambda: (self._small(number) for number in range(len(self.offsets) // self.planes))
         height, width = size
         tiled = 324 in tags
-        if int(_first(tags.get(284, 1))) == 2 and int(_first(tags.get(277, 1))) > 1:
-            raise ImageError(f"{path}: windows of TIFF files with separate planes cannot be read; {_ADVICE}")
+        samples = int(_first(tags.get(277, 1)))
+        self.planes = samples if int(_first(tags.get(284, 1))) == 2 else 1
+        if self.planes > 1 and int(_first(tags.get(259, 1))) in (6, 7):
+            raise ImageError(f"{path}: windows of JPEG-compressed separate planes cannot be read; {_ADVICE}")
         self.offsets = _numbers(tags[324 if tiled else 273])
         self.lengths = _numbers(tags[325 if tiled else 279])
         self.block = (
@@ -232,6 +268,7 @@ class _Tiff:
         self.across = -(-width // self.block[1])
         self.tiled = tiled
         self.cache: OrderedDict[int, Tensor] = OrderedDict()
+        self.cached = 0  # bytes in the cache
 
     def _split_strips(self) -> None:
         """Uncompressed strips can be read in part: make small ones of them."""
@@ -239,14 +276,16 @@ class _Tiff:
         bits = sum(_numbers(self.tags.get(258, 1))) if 258 in self.tags else 1
         samples = int(_first(self.tags.get(277, 1)))
         bits = bits if len(_numbers(self.tags.get(258, 1))) == samples else bits * samples
+        bits //= self.planes
         row = (width * bits + 7) // 8
         rows = max(1, min(self.block[0], (8 << 20) // row))
         offsets: list[int] = []
         lengths: list[int] = []
         if self.block[0] % rows:
-            rows = next(r for r in range(rows, 0, -1) if self.block[0] % r == 0 or len(self.offsets) == 1)
+            single = len(self.offsets) == self.planes
+            rows = next(r for r in range(rows, 0, -1) if self.block[0] % r == 0 or single)
         for number, offset in enumerate(self.offsets):
-            inside = min(self.block[0], height - number * self.block[0])
+            inside = min(self.block[0], height - number % (len(self.offsets) // self.planes) * self.block[0])
             for start in range(0, inside, rows):
                 offsets.append(offset + start * row)
                 lengths.append(min(rows, inside - start) * row)
@@ -272,28 +311,31 @@ class _Tiff:
             return self.cache[number]
         pixels = decode(io.BytesIO(self._small(number)), os.fspath(self.path), white=self.white).contiguous()
         self.cache[number] = pixels
-        while len(self.cache) > 1 and sum(p.nbytes for p in self.cache.values()) > CACHE:
-            self.cache.popitem(last=False)
+        self.cached += pixels.nbytes
+        while len(self.cache) > 1 and self.cached > CACHE:
+            self.cached -= self.cache.popitem(last=False)[1].nbytes
         return pixels
 
     def _small(self, number: int) -> bytes:
         """A strip or tile as a file."""
+        parts: list[bytes] = []
         with self.path.open("rb") as file:
-            file.seek(self.offsets[number])
-            data = file.read(self.lengths[number])
-        if len(data) < self.lengths[number]:
-            raise ImageError(f"{self.path}: the image is truncated; copy it again or remove it")
+            for place in range(number, len(self.offsets), len(self.offsets) // self.planes):
+                file.seek(self.offsets[place])
+                parts.append(file.read(self.lengths[place]))
+                if len(parts[-1]) < self.lengths[place]:
+                    raise ImageError(f"{self.path}: the image is truncated; copy it again or remove it")
         height, width = self.block
         if not self.tiled:
             height = min(height, self.size[0] - number * height)
-        return self._file(data, height, width)
+        return self._file(parts, height, width)
 
-    def _file(self, data: bytes, height: int, width: int) -> bytes:
-        """A TIFF file with one strip."""
-        if not self.tags.get(347) and int(_first(self.tags.get(259, 1))) == 7 and not data:
-            return b""
+    def _file(self, parts: Sequence[bytes], height: int, width: int) -> bytes:
+        """A TIFF file with one strip, or with one for each plane."""
         values: dict[int, Any] = {tag: self.tags[tag] for tag in _TAGS if tag in self.tags}
-        values |= {256: width, 257: height, 278: height, 273: 8, 279: len(data)}
+        starts = [8 + sum(map(len, parts[:number])) for number in range(len(parts))]
+        values |= {256: width, 257: height, 278: height, 273: starts, 279: [len(part) for part in parts]}
+        data = b"".join(parts)
         entries: list[bytes] = []
         extra = b""
         data += b"\0" * (len(data) % 2)
@@ -354,7 +396,7 @@ class _Png:
             raise ImageError(f"{path}: windows of PNG files with 16 bits per colour cannot be read; {_ADVICE}")
         self.row = (self.width * pixel + 7) // 8
         self.chunks: list[tuple[bytes, bytes]] = []  # before the pixels
-        self.white = _Range(path)
+        self.white = WhiteRange(path)
         self.white.files = self._parts
         self._restart()
 

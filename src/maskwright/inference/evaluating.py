@@ -21,8 +21,9 @@ from maskwright.evaluation import Result
 from maskwright.evaluation.measuring import Measurement, answers, measure
 from maskwright.evaluation.speed import Stopwatch
 from maskwright.evaluation.tasks import TaskName, checked_options, default_of, task_called
-from maskwright.inference.predicting import ahead, padded_shape, window_of
+from maskwright.inference.predicting import padded_shape, window_of
 from maskwright.inference.preparing import chosen_device, precision, prepare
+from maskwright.inference.reading_ahead import ahead
 from maskwright.inference.selecting import class_labels
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed, suppression_words
 from maskwright.inference.tiles import check_tiles, predict_tiled, tile_words

@@ -1,4 +1,4 @@
-"""Joining the objects of overlapping tiles.
+"""Which objects of neighbouring tiles are parts of one object; `seams` joins them.
 
 The parts of an object that two tiles show must agree where the tiles overlap; whole masks cannot be compared, because
 each tile shows a different part. A part that the border of its tile truncates may agree with several objects of the
@@ -64,62 +64,7 @@ class Tile:
         return Tile(x, y, width, height) if width > 0 and height > 0 else None
 
 
-def join_tiles(found: Sequence[Instances], tiles: Sequence[Tile], size: tuple[int, int]) -> Instances:
-    """Join the objects of tiles.
-
-    Parts of an object are joined into the union of their masks, with the highest of their scores. If a tile shows the
-    whole object, the mask and box from that tile are used. Keypoints are those of the largest part. Objects of
-    different classes are never joined, and two objects that a tile shows side by side remain two.
-
-    Args:
-        found: The objects of each tile, on the tile's grid.
-        tiles: The tiles. Neighbouring ones overlap or share an edge.
-        size: Height and width of the image.
-
-    Returns:
-        The objects on the image's grid, best first.
-    """
-    if len(tiles) == 1:
-        return found[0]
-    views = [_View.create(f, t, size) for f, t in zip(found, tiles, strict=True)]
-    starts: list[int] = np.cumsum([0] + [len(f) for f in found]).tolist()
-    links: list[_Link] = []
-    for a, b in _neighbours(tiles):
-        if _bridged(tiles[a], tiles[b], tiles):
-            continue
-        links += [
-            replace(link, first=starts[a] + link.first, second=starts[b] + link.second)
-            for link in _links(views[a], views[b])
-        ]
-    members = [(view, row) for view in views for row in range(len(view.objects))]
-    groups = _grouped(members, links)
-    placed = [_on_image(view.objects, view.tile, size) for view in views]
-    each = Instances.join(placed)  # in the order of `members`
-    if not len(each):
-        points = None if found[0].keypoints is None else found[0].keypoints.shape[1]
-        masks, scores = (getattr(found[0], name) is not None for name in ("masks", "scores"))
-        return Instances.empty(size, masks=masks, scores=scores, keypoints=points)
-    cut = torch.cat([view.cut.any(1) for view in views])
-    single = torch.tensor([group[0] for group in groups if len(group) == 1], dtype=torch.int64)
-    several = [_joined(each[torch.tensor(group)], cut[group]) for group in groups if len(group) > 1]
-    order = [g for g, group in enumerate(groups) if len(group) == 1] + [g for g, o in enumerate(groups) if len(o) > 1]
-    everything = Instances.join([each[single], *several])[torch.argsort(torch.tensor(order))]
-    if everything.scores is None:
-        return everything
-    return everything[torch.argsort(everything.scores, descending=True, stable=True)]
-
-
-def _neighbours(tiles: Sequence[Tile]) -> list[tuple[int, int]]:
-    """Pairs of tiles that overlap or share an edge."""
-    table = np.array([(t.x, t.y, t.right, t.bottom) for t in tiles])
-    low = np.maximum(table[:, None, :2], table[None, :, :2])
-    high = np.minimum(table[:, None, 2:], table[None, :, 2:])
-    touching = (high >= low).all(-1) & (high > low).any(-1)
-    first, second = np.nonzero(np.triu(touching, 1))
-    return list(zip(first.tolist(), second.tolist(), strict=True))
-
-
-def _bridged(a: Tile, b: Tile, tiles: Sequence[Tile]) -> bool:
+def is_bridged(a: Tile, b: Tile, tiles: Sequence[Tile]) -> bool:
     """Whether the common border of two tiles with a thin strip lies well inside a third one, which shows more there."""
     x0, x1 = sorted((max(a.x, b.x), min(a.right, b.right)))
     y0, y1 = sorted((max(a.y, b.y), min(a.bottom, b.bottom)))
@@ -131,7 +76,7 @@ def _bridged(a: Tile, b: Tile, tiles: Sequence[Tile]) -> bool:
 
 
 @dataclass(frozen=True)
-class _View:
+class View:
     """The objects of a tile.
 
     Attributes:
@@ -149,7 +94,7 @@ class _View:
     areas: Float[Tensor, " n"]
 
     @classmethod
-    def create(cls, objects: Instances, tile: Tile, size: tuple[int, int]) -> _View:
+    def create(cls, objects: Instances, tile: Tile, size: tuple[int, int]) -> View:
         """Compute the boxes and whether they are truncated."""
         boxes = objects.boxes.float() if objects.masks is None else objects.masks.boxes()
         sides = boxes[:, 2:] - boxes[:, :2]
@@ -159,6 +104,10 @@ class _View:
         # Predicted masks often end slightly before the border, since heads predict them on a grid of about 28 cells.
         tolerance = (sides / 28).clamp(1.5, 2 * THIN).repeat(1, 2)
         return cls(objects, tile, boxes, (gap < tolerance) & inner, areas)
+
+    def select(self, rows: Tensor) -> View:
+        """The same tile with some of its objects."""
+        return View(self.objects[rows], self.tile, self.boxes[rows], self.cut[rows], self.areas[rows])
 
     def within(self, strip: Tile) -> Tensor:
         """Indices of the objects whose boxes intersect the strip."""
@@ -185,13 +134,13 @@ class _View:
         if objects.masks is None:
             planes = _box_planes(_window_boxes(objects, t, band), (band.height, band.width))
         else:
-            planes = _window(objects.masks, t, band).dense("cpu")
+            planes = cropped(objects.masks, t, band).dense("cpu")
         lines = planes if side % 2 else planes.transpose(1, 2)
         return lines if side < 2 else lines.flip(1)
 
 
 @dataclass(frozen=True)
-class _Link:
+class Link:
     """Two parts that show the same object.
 
     Attributes:
@@ -208,7 +157,7 @@ class _Link:
     duplicate: int | None = None
 
 
-def _links(a: _View, b: _View) -> list[_Link]:
+def links_between(a: View, b: View) -> list[Link]:
     """The parts of two neighbouring tiles that show the same objects."""
     shifted_x, shifted_y = a.tile.x != b.tile.x, a.tile.y != b.tile.y
     width = min(a.tile.right, b.tile.right) - max(a.tile.x, b.tile.x)
@@ -221,7 +170,7 @@ def _links(a: _View, b: _View) -> list[_Link]:
     return _links_inside(a, b, Tile(max(a.tile.x, b.tile.x), max(a.tile.y, b.tile.y), width, height))
 
 
-def _links_inside(a: _View, b: _View, strip: Tile) -> list[_Link]:
+def _links_inside(a: View, b: View, strip: Tile) -> list[Link]:
     """Links by the parts of objects inside the strip that two tiles have in common."""
     rows, columns = a.within(strip), b.within(strip)
     if not len(rows) or not len(columns):
@@ -232,7 +181,7 @@ def _links_inside(a: _View, b: _View, strip: Tile) -> list[_Link]:
         iou, of_a, of_b = _box_shares(left, right)
         inside_a, inside_b = ((v[:, 2:] - v[:, :2]).clamp(min=0).prod(1) for v in (left, right))
     else:
-        left, right = _window(here.masks, a.tile, strip), _window(there.masks, b.tile, strip)
+        left, right = cropped(here.masks, a.tile, strip), cropped(there.masks, b.tile, strip)
         iou = left.iou(right)
         of_a = left.iou(right, torch.ones(len(right), dtype=torch.bool))
         of_b = right.iou(left, torch.ones(len(left), dtype=torch.bool)).T
@@ -251,17 +200,17 @@ def _links_inside(a: _View, b: _View, strip: Tile) -> list[_Link]:
         weight, j = fragment_a[i].max(0)
         if weight > 0:
             inside = share_a[i] * of_a[i, j] >= CONTAIN
-            links.append(_Link(int(rows[i]), int(columns[j]), float(weight) / 10, 0 if inside else None))
+            links.append(Link(int(rows[i]), int(columns[j]), float(weight) / 10, 0 if inside else None))
     for j in [j for j in range(len(columns)) if j not in partner_b]:
         weight, i = fragment_b[:, j].max(0)
         if weight > 0:
             inside = share_b[j] * of_b[i, j] >= CONTAIN
-            links.append(_Link(int(rows[i]), int(columns[j]), float(weight) / 10, 1 if inside else None))
+            links.append(Link(int(rows[i]), int(columns[j]), float(weight) / 10, 1 if inside else None))
     return links
 
 
 def _fragments(
-    a: _View, b: _View, rows: Tensor, columns: Tensor, inside: Tensor, share: Tensor, near: Tensor
+    a: View, b: View, rows: Tensor, columns: Tensor, inside: Tensor, share: Tensor, near: Tensor
 ) -> Float[Tensor, "n m"]:
     """How well objects of `b` continue those of `a` beyond a border of `a` that truncates them.
 
@@ -300,7 +249,7 @@ def _fragments(
     return result
 
 
-def _links_along(a: _View, b: _View, axis: int) -> list[_Link]:
+def _links_along(a: View, b: View, axis: int) -> list[Link]:
     """Links across the border of tiles that have hardly any pixel in common, by the parts on both sides of it.
 
     Args:
@@ -332,12 +281,12 @@ def _links_along(a: _View, b: _View, axis: int) -> list[_Link]:
     return [replace(link, first=link.second, second=link.first) for link in links] if swapped else links
 
 
-def _assigned(weights: Tensor, rows: Tensor, columns: Tensor) -> tuple[list[_Link], set[int], set[int]]:
+def _assigned(weights: Tensor, rows: Tensor, columns: Tensor) -> tuple[list[Link], set[int], set[int]]:
     """The one-to-one assignment with the largest total weight, and the positions that have a partner."""
     assigned = cast(Any, linear_sum_assignment)(weights.numpy(), maximize=True)  # scipy is not typed
     first, second = cast(tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]], assigned)
     pairs = [(int(i), int(j)) for i, j in zip(first, second, strict=True) if weights[i, j] > 0]
-    links = [_Link(int(rows[i]), int(columns[j]), float(weights[i, j])) for i, j in pairs]
+    links = [Link(int(rows[i]), int(columns[j]), float(weights[i, j])) for i, j in pairs]
     return links, {i for i, _ in pairs}, {j for _, j in pairs}
 
 
@@ -376,7 +325,7 @@ def _profile_agreement(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return both, both / union.clamp(min=1)
 
 
-def _window(masks: Masks, tile: Tile, strip: Tile) -> Masks:
+def cropped(masks: Masks, tile: Tile, strip: Tile) -> Masks:
     """Masks of a tile, cropped to the strip."""
     placement = Placement.identity((tile.height, tile.width))
     return masks.place(placement.then_crop(strip.x - tile.x, strip.y - tile.y, (strip.height, strip.width)))
@@ -401,94 +350,3 @@ def _box_shares(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     both = (high - low).clamp(min=0).prod(-1)
     of_a, of_b = ((v[:, 2:] - v[:, :2]).prod(1).clamp(min=1e-9) for v in (a, b))
     return both / (of_a[:, None] + of_b[None] - both).clamp(min=1e-9), both / of_a[:, None], both / of_b[None]
-
-
-# ---- groups ----------------------------------------------------------------------------------------------------------
-
-
-def _grouped(members: Sequence[tuple[_View, int]], links: Sequence[_Link]) -> list[list[int]]:
-    """The parts of each object, in the order of their first part.
-
-    The strongest links are applied first. A link that would join two parts which one tile shows as different objects
-    is not applied.
-    """
-    group: list[int] = list(range(len(members)))
-    parts: dict[int, list[int]] = {number: [number] for number in group}
-    dropped: set[int] = set()
-    for link in sorted(links, key=lambda link: -link.weight):
-        one, other = group[link.first], group[link.second]
-        if one == other:
-            continue
-        if _compatible(parts[one], parts[other], members):
-            one, other = min(one, other), max(one, other)
-            for number in parts[other]:
-                group[number] = one
-            parts[one] += parts.pop(other)
-        elif link.duplicate is not None:
-            dropped.add((link.first, link.second)[link.duplicate])
-    return [
-        sorted(numbers) for _, numbers in sorted(parts.items()) if not (len(numbers) == 1 and numbers[0] in dropped)
-    ]
-
-
-def _compatible(one: Sequence[int], other: Sequence[int], members: Sequence[tuple[_View, int]]) -> bool:
-    """Whether parts can belong to one object.
-
-    Parts of one tile can only if its border truncates both, and they do not touch: they may be connected outside.
-    """
-    rows: dict[int, list[int]] = {}
-    for number in one:
-        view, row = members[number]
-        rows.setdefault(id(view), []).append(row)
-    for number in other:
-        view, row = members[number]
-        for before in rows.get(id(view), ()):
-            if not bool(view.cut[row].any()) or not bool(view.cut[before].any()) or _touching(view, row, before):
-                return False
-    return True
-
-
-def _touching(view: _View, first: int, second: int) -> bool:
-    """Whether two objects of a tile are at most two pixels apart."""
-    a, b = view.boxes[first], view.boxes[second]
-    if bool((a[:2] > b[2:] + 2).any()) or bool((b[:2] > a[2:] + 2).any()):
-        return False
-    masks = view.objects.masks
-    if masks is None:
-        return True
-    low, high = torch.minimum(a[:2], b[:2]).int(), torch.maximum(a[2:], b[2:]).ceil().int()
-    x, y, right, bottom = (int(v) for v in (*low, *high))
-    window = Tile(x, y, right - x, bottom - y)
-    planes = _window(masks[[first, second]], Tile(0, 0, view.tile.width, view.tile.height), window).dense("cpu")
-    return bool((torch.nn.functional.max_pool2d(planes[:1].float(), 5, 1, 2)[0].bool() & planes[1]).any())
-
-
-def _joined(parts: Instances, cut: Bool[Tensor, " n"]) -> Instances:
-    """One object from its parts, of which `cut` are truncated by their tiles."""
-    scores = torch.zeros(len(parts)) if parts.scores is None else parts.scores
-    best, boxes = int(scores.argmax()), parts.boxes
-    largest = int((boxes[:, 2:] - boxes[:, :2]).prod(1).argmax())
-    box = torch.cat([boxes[:, :2].amin(0), boxes[:, 2:].amax(0)])[None]
-    masks = None
-    if parts.masks is not None:
-        masks, areas = parts.masks.union(), parts.masks.areas()
-        whole = (~cut & (areas >= WHOLE * masks.areas())).nonzero().flatten()
-        if len(whole):
-            chosen = int(whole[scores[whole].argmax()])
-            masks, box = parts.masks[[chosen]], boxes[[chosen]]
-    points = None if parts.keypoints is None else parts.keypoints[[largest]]
-    scored = None if parts.scores is None else parts.scores[[best]]
-    return Instances(parts.image_size, box, parts.labels[[best]], masks, scored, points)
-
-
-def _on_image(part: Instances, tile: Tile, size: tuple[int, int]) -> Instances:
-    """Objects of a tile on the image's grid."""
-    offset = part.boxes.new_tensor([tile.x, tile.y])
-    points = part.keypoints
-    if points is not None:
-        points = torch.cat([points[..., :2] + offset.to(points), points[..., 2:]], -1)
-    masks = None
-    if part.masks is not None:
-        frames, crops = part.masks.crops()
-        masks = Masks.from_crops(crops, frames[:, :2] + torch.tensor([tile.x, tile.y]), size)
-    return Instances(size, part.boxes + offset.repeat(2), part.labels, masks, part.scores, points)

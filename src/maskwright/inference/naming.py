@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-FOLDERS = ("drawn", "masks", "panoptic")  # of an output folder
+FOLDERS = ("drawn", "masks", "panoptic", "labels", "geojson")  # of an output folder
 RECORDS = tuple(  # files beside them; the partial ones are those of an interrupted run
     f"{name}{mark}.json" for mark in ("", ".partial") for name in ("pictures", "panoptic", "results")
 )
@@ -72,7 +72,7 @@ class OutputNames:
 def _files_and_folders(name: str) -> tuple[set[str], set[str]]:
     """The files that a name stands for, and the folders that they are in, as keys."""
     parents = {_key(str(parent)) for parent in Path(name).parents if parent.parts}
-    return {_key(name + suffix) for suffix in (".jpg", ".png")}, parents
+    return {_key(name + suffix) for suffix in (".jpg", ".png", ".tif", ".geojson")}, parents
 
 
 def source_root(source: str | Path) -> Path:
@@ -142,10 +142,13 @@ def mark_options(suffix: str) -> dict[str, Any]:
 
 
 def has_mark(path: Path) -> bool:
-    """Whether the image has the mark in its metadata. Only the beginning of the file is read."""
+    """Whether the image has the mark in its metadata. Only its beginning or end is read."""
     try:
         with path.open("rb") as file:
             start = file.read(4096)
+            if start.startswith(b"II+\0"):  # of label images, near the end
+                file.seek(max(0, path.stat().st_size - 4096))
+                return MARK.encode() in file.read()
     except OSError:
         return False
     kinds = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")

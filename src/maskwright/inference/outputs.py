@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from maskwright.errors import DataError, UsageError
-from maskwright.files import AtomicFile, write_bytes, write_json
+from maskwright.files import AtomicFile, write_bytes, write_errors_as, write_json
 from maskwright.inference.naming import mark_options
-from maskwright.structures import Instances, Masks, Panoptic
+from maskwright.inference.seams import PlacedObjects
+from maskwright.structures import Instances, Masks, Panoptic, runs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -81,6 +83,22 @@ class RecordStream:
             self._file.path = path or self.path
             self._file.commit()
 
+    def position(self) -> tuple[int, int]:
+        """The place after the records so far, for `rewind`."""
+        return self.count, 0 if self._file is None else self._file.file.tell()
+
+    def rewind(self, position: tuple[int, int]) -> None:
+        """Remove the records that were added after a `position`.
+
+        Raises:
+            DataError: If the file cannot be written.
+        """
+        self.count, place = position
+        if self._file is not None:
+            with write_errors_as(DataError, self.path, self._file.part):
+                self._file.file.seek(place or 1)  # after the bracket
+                self._file.file.truncate()
+
     def abandon(self) -> None:
         """Remove what was written, unless the stream has been closed."""
         if not self._ended and self._file is not None:
@@ -97,6 +115,34 @@ class RecordStream:
         except BaseException:
             self.abandon()
             raise
+
+
+def coco_records(
+    objects: PlacedObjects, image_id: int | str, category_ids: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """Return COCO result records of objects of an image of any size.
+
+    Args:
+        objects: The objects.
+        image_id: Id of the image.
+        category_ids: Category id of each label; None: label + 1.
+
+    Returns:
+        The records of `Instances.to_coco`. COCO's tools count pixels with 32 bits; masks of images that have more are
+        those of the tightest window, which "window" gives: x, y, width and height.
+    """
+    height, width = objects.size
+    if height * width < 1 << 32 or objects.masks is None:
+        return objects.instances().to_coco(image_id, category_ids)
+    records = replace(objects, masks=None).instances().to_coco(image_id, category_ids)
+    for record, (starts, ends) in zip(records, objects.masks, strict=True):
+        x0, y0, x1, y1 = runs.frame(starts, ends, height)
+        size = (y1 - y0, x1 - x0)
+        moved = [runs.moved(v, height, -x0, -y0, size[0]) for v in (starts, ends)]
+        counts = runs.encoded([moved[0]], [moved[1]], size)[0].decode("ascii")
+        record["segmentation"] = {"size": list(size), "counts": counts}
+        record["window"] = [x0, y0, size[1], size[0]]
+    return records
 
 
 def write_image(path: Path, image: Image, *, sync: bool = True) -> Path:

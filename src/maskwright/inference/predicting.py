@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from maskwright.data.images import Reading, reading
-from maskwright.data.windows import WindowedImage, is_huge
+from maskwright.data.slides import open_windows, read_in_windows
+from maskwright.data.windows import WindowSource
 from maskwright.errors import ImageError, UsageError
 from maskwright.evaluation.measuring import run_network
 from maskwright.evaluation.tasks import checked_options, default_of, on_host, task_called
+from maskwright.inference.journal import digest, identity
+from maskwright.inference.large import Find, ObjectStream
 from maskwright.inference.preparing import chosen_device, precision, prepare
+from maskwright.inference.reading_ahead import ahead
 from maskwright.inference.selecting import ClassFilter
 from maskwright.inference.sources import Item, displayed, is_single, items, read, reading_of
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed
@@ -32,8 +36,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Task = Literal["instances", "panoptic", "semantic"]
-A = TypeVar("A")
-B = TypeVar("B")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Prediction:
         panoptic: The segments of the image, if a task asked for them; `instances` are its things then.
         stuff: Those of `classes` that are regions.
         reading: How the image was read, if it has other than 8-bit RGB values.
+        stream: The objects of a large image in pieces, in place of `instances`, with ``predict(..., stream=True)``.
     """
 
     path: Path | None
@@ -63,13 +66,16 @@ class Prediction:
     panoptic: Panoptic | None = None
     stuff: tuple[str, ...] = field(default=(), repr=False)
     reading: Reading = field(default_factory=Reading, repr=False, compare=False)
+    stream: ObjectStream | None = field(default=None, repr=False, compare=False)
 
     def found(self) -> Instances:
-        """The objects.
+        """The objects; those of a stream are computed and collected.
 
         Raises:
             ImageError: If the image was skipped.
         """
+        if self.stream is not None:
+            return self.stream.instances()
         if self.instances is None:
             raise ImageError(self.error or "this image was skipped")
         return self.instances
@@ -176,6 +182,8 @@ def predict(
     task: Task = "instances",
     classes: Sequence[str] | None = None,
     threshold: float | Mapping[str, float] | None = None,
+    stream: bool = False,
+    journals: str | Path | None = None,
     **thresholds: Any,
 ) -> Any:
     """Predicts the objects in one image or in many.
@@ -203,6 +211,10 @@ def predict(
         classes: Names of the classes to keep, before `detections` limits the number of objects; None: all.
         threshold: Score thresholds of classes by name; the others keep `score_threshold`. A number is the same as
             `score_threshold`, which may be such a mapping too.
+        stream: With `tile`: predictions of images that are read in windows have a `stream` of objects in place of
+            `instances`, so that memory does not depend on the size of the image or the number of its objects.
+        journals: With `stream`: folder that records the objects of tiles, from which a killed run continues when it is
+            repeated with the same image, weights and options.
         **thresholds: Options of the system's decoding: score_threshold, nms_threshold, detections (per image; per
             tile), ... The defaults are the system's: objects that score at least 0.05 for most systems. The command
             `maskwright predict` has a default score threshold of 0.5, for drawing.
@@ -217,6 +229,8 @@ def predict(
     if batch < 1 or workers < 1:
         raise UsageError(f"batch and workers must be at least 1, got {batch} and {workers}")
     check_tiles(tile, overlap, task)
+    if stream and tile is None:
+        raise UsageError("`stream` requires `tile`, the side of the tiles in pixels")
     asked = task_called(task)
     verb = asked.of(system)
     if asked.segments and suppression is not None:
@@ -232,28 +246,17 @@ def predict(
     ready = prepare(system, place, dtype, compile)
     rules = reading_of(wanted, ready.preprocess)
     run = _Runner(ready, place, kind, options, checked_suppression(suppression), task, rules, keep)
-    stream = _tiles(run, wanted, batch, tile, overlap) if tile else _batches(run, wanted, batch, workers)
+    if tile:
+        streams = _Streams(stream, None if journals is None else Path(journals), dtype)
+        found = _tiles(run, wanted, _Tiling(batch, tile, overlap), streams)
+    else:
+        found = _batches(run, wanted, batch, workers)
     if is_single(source):
-        prediction = next(stream)
+        prediction = next(found)
         if prediction.error is not None:
             raise ImageError(prediction.error)
         return prediction
-    return CountedPredictions(stream, len(wanted)) if isinstance(wanted, list) else Predictions(stream)
-
-
-def ahead(function: Callable[[A], B], inputs: Iterable[A], workers: int, depth: int) -> Iterator[B]:
-    """`function` of each input, in order, computed by threads up to `depth` inputs ahead of the consumer."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="maskwright-read")
-    waiting: deque[Future[B]] = deque()
-    try:
-        for value in inputs:
-            waiting.append(pool.submit(function, value))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    return CountedPredictions(found, len(wanted)) if isinstance(wanted, list) else Predictions(found)
 
 
 @dataclass(frozen=True)
@@ -348,29 +351,74 @@ def _computed(run: _Runner, group: list[tuple[int, Laid]]) -> list[tuple[int, Pr
     ]
 
 
-def _tiles(run: _Runner, wanted: Iterable[Item], batch: int, tile: int, overlap: float) -> Iterator[Prediction]:
-    def load(item: Item) -> tuple[Item, Tensor | WindowedImage | ImageError]:
+@dataclass(frozen=True)
+class _Tiling:
+    """Tiles per forward pass, their side in pixels, and their overlap."""
+
+    batch: int
+    tile: int
+    overlap: float
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Whether large images are given out in pieces, the folder for journals, and the precision, for their headers."""
+
+    wanted: bool
+    journals: Path | None
+    dtype: str
+
+
+def _tiles(run: _Runner, wanted: Iterable[Item], tiling: _Tiling, streams: _Streams) -> Iterator[Prediction]:
+    def load(item: Item) -> tuple[Item, Tensor | WindowSource | ImageError]:
         try:
-            if item.path is not None and is_huge(item.path):
-                return item, WindowedImage(item.path)
+            if item.path is not None and read_in_windows(item.path):
+                return item, open_windows(item.path)
             return item, run.read(item)
         except ImageError as error:
             return item, error
+
+    def find(crops: Sequence[Tensor]) -> list[Instances]:
+        preprocess = run.system.preprocess
+        return run([preprocess.apply(preprocess.match_channels(crop)) for crop in crops])
 
     for item, image in ahead(load, wanted, 1, 1):
         if isinstance(image, ImageError):
             yield run.skipped(item, image)
             continue
         start = time.perf_counter()
-
-        def find(crops: Sequence[Tensor]) -> list[Instances]:
-            preprocess = run.system.preprocess
-            return run([preprocess.apply(preprocess.match_channels(crop)) for crop in crops])
-
+        if streams.wanted and not isinstance(image, Tensor):
+            yield _streamed(run, item, image, find, tiling, streams)
+            continue
         try:
             with reading(run.reading):
-                objects = predict_tiled(find, image, tile, overlap, batch)
+                objects = predict_tiled(find, image, tiling.tile, tiling.overlap, tiling.batch)
         except ImageError as error:  # of a window
             yield run.skipped(item, error)
             continue
         yield run.prediction(item, objects, time.perf_counter() - start)
+
+
+def _streamed(
+    run: _Runner, item: Item, image: WindowSource, find: Find, tiling: _Tiling, streams: _Streams
+) -> Prediction:
+    """The prediction of a large image in pieces."""
+    if run.suppression is not None:
+        raise UsageError("`suppression` compares all objects of an image, which a stream does not have; omit it")
+    stream = ObjectStream(image, find, tiling.tile, tiling.overlap, tiling.batch, run.reading)
+    if streams.journals is not None:
+        name = f"{image.path.stem[:64]}-{zlib.crc32(os.fsencode(image.path.absolute())):08x}.tiles"
+        stream.journal = streams.journals / name
+        stream.about = {
+            **identity(image.path),
+            "weights": digest(run.system),
+            "classes": run.system.classes,
+            "options": repr(sorted(run.thresholds.items())),
+            "keep": repr(run.keep),
+            "resize": repr(run.system.preprocess),
+            "device": run.device.type,
+            "dtype": streams.dtype,
+        }
+    return Prediction(
+        item.path, None, image.size, classes=tuple(run.system.classes), reading=run.reading, stream=stream
+    )

@@ -25,12 +25,13 @@ from torch import Tensor
 from maskwright.data.findings import DataWarning
 from maskwright.data.images import Reading, common_white, decode, read_image, reading, rgb, white_words
 from maskwright.data.pixel_values import to_8_bits
+from maskwright.data.slides import SLIDES, is_slide
 from maskwright.errors import ImageError, UsageError
 from maskwright.inference.naming import without_outputs
 from maskwright.structures import Preprocess
 
 # Suffixes that a folder is searched for. Files given by path or glob may have any name.
-SUFFIXES = frozenset(
+SUFFIXES = SLIDES | frozenset(
     ".avif .bmp .gif .j2k .jp2 .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()  # noqa: SIM905
 )
 KINDS = "a path, a folder, a glob, an array, a tensor, a PIL image, bytes, a file object or an iterable of these"
@@ -177,6 +178,8 @@ def displayed(item: Item) -> Tensor:
 
 
 def _loaded(item: Item) -> Tensor:
+    if item.path is not None and is_slide(item.path):
+        raise ImageError(f"{item.path}: whole-slide images are predicted in tiles; give the side of a tile, 1024 say")
     with reading(item.reading):
         if item.path is not None:
             image = read_image(item.path)

@@ -1,7 +1,7 @@
 """Prediction on large images in overlapping tiles, so that small objects keep the size they had in training.
 
-Neighbouring tiles overlap in a strip; `joining` compares the objects there. Masks stay run-length encoded on their tile
-until they are joined, no array of the image's size is allocated, and tiles are views of the image.
+Neighbouring tiles overlap in a strip; `joining` compares the objects there and `seams` joins them. Masks stay
+run-length encoded, no array of the image's size is allocated, and tiles are views of the image.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from maskwright.data.windows import WindowedImage
+from maskwright.data.windows import WindowSource
 from maskwright.errors import UsageError
-from maskwright.inference.joining import Tile, join_tiles
+from maskwright.inference.joining import Tile
+from maskwright.inference.seams import join_tiles
 from maskwright.structures import Instances
 
 __all__ = ["Tile", "check_tiles", "cover", "join_tiles", "predict_tiled", "tile_words"]
@@ -70,7 +71,7 @@ def tile_words(tile: int, overlap: float) -> str:
 
 def predict_tiled(
     find: Callable[[Sequence[Tensor]], list[Instances]],
-    image: Tensor | WindowedImage,
+    image: Tensor | WindowSource,
     tile: int,
     overlap: float,
     batch: int = 1,
@@ -98,7 +99,7 @@ def predict_tiled(
     return join_tiles(found, tiles, size)
 
 
-def _crop(image: Tensor | WindowedImage, t: Tile) -> Tensor:
+def _crop(image: Tensor | WindowSource, t: Tile) -> Tensor:
     if isinstance(image, Tensor):
         return image[:, t.y : t.y + t.height, t.x : t.x + t.width]
     return image.window(t.x, t.y, t.width, t.height)

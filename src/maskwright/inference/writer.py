@@ -4,27 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from maskwright.data.georeference import read_georeference
 from maskwright.data.images import Reading
 from maskwright.data.images import reading as as_specified
-from maskwright.data.windows import WindowedImage, is_huge
-from maskwright.errors import DataError, interruption
+from maskwright.data.slides import is_slide, open_windows
+from maskwright.data.windows import is_huge
+from maskwright.errors import DataError, ImageError, interruption
 from maskwright.evaluation.tasks import TASKS, Task
 from maskwright.files import AtomicFile, json_bytes, remove_stale_parts, write_json
-from maskwright.inference.naming import OutputNames
-from maskwright.inference.outputs import RecordStream, label_plane, write_image
+from maskwright.inference.geojson import GeoJsonStream
+from maskwright.inference.label_image import LabelImage
+from maskwright.inference.large import ObjectStream
+from maskwright.inference.naming import FOLDERS, OutputNames
+from maskwright.inference.outputs import RecordStream, coco_records, label_plane, write_image
+from maskwright.inference.overview import PIXELS as OVERVIEW
+from maskwright.inference.overview import Overview
 from maskwright.inference.own_ids import DatasetIds
+from maskwright.inference.seams import PlacedObjects
 from maskwright.inference.sources import Item, displayed
 from maskwright.locks import FolderLock
 from maskwright.structures import Instances, Panoptic, Placement
 
-Kind = Literal["drawn", "coco", "masks"]
-OVERVIEW = 1 << 24  # pixels of the drawing of an image that is too large to be decoded whole
+Kind = Literal["drawn", "coco", "masks", "geojson", "labels"]
+
+_File = GeoJsonStream | LabelImage
+Progress = Callable[[ObjectStream, str], Iterable[PlacedObjects]]
+
+
+def _without_progress(stream: ObjectStream, _: str) -> Iterable[PlacedObjects]:
+    return stream
 
 
 class PredictionWriter:
@@ -36,7 +50,13 @@ class PredictionWriter:
     - "coco": ``results.json``, COCO results with image_id 1, 2, ... in the order of the images and
       category_id = label + 1, or the data set's own ids; ``pictures.json``, the "images" and "categories" that they
       refer to;
-    - "masks": ``masks/NAME.png``, 16 bits: 0 background, k the k-th best object; the better one where two overlap.
+    - "masks": ``masks/NAME.png``, 16 bits: 0 background, k the k-th best object; the better one where two overlap;
+    - "labels": ``labels/NAME.tif``, the same as a tiled BigTIFF with 32 bits, for images of any size;
+    - "geojson": ``geojson/NAME.geojson``, outlines for QuPath and geographic information systems, see `GeoJsonStream`.
+
+    Objects of a stream (large images) are in the order in which they became complete, and "masks" are written as
+    "labels". In ``results.json``, the masks of images of 2^32 pixels and more are those of a crop: the record has its
+    "window", x, y, width and height.
 
     Files for tasks that segment whole images:
 
@@ -96,9 +116,10 @@ class PredictionWriter:
         self.skipped: list[tuple[str, str]] = []
         self.objects = 0
         self.total = total
+        self._journals: list[Path] = []
         self._lock = FolderLock(self.folder, "predict", "another process writes predictions here", DataError)
         remove_stale_parts(self.folder)
-        for name in ("drawn", "masks", "panoptic"):
+        for name in FOLDERS:
             for parent, _, _ in os.walk(self.folder / name):
                 remove_stale_parts(parent)
 
@@ -126,11 +147,71 @@ class PredictionWriter:
         else:
             if "masks" in self.kinds:
                 _write_plane(label_plane(found), self.folder / "masks" / f"{name}.png")
+            if self.kinds & {"geojson", "labels"}:
+                placed = PlacedObjects.of(found)
+                for file in self._files(Path(path), name, found.image_size):
+                    file.add(placed)
+                    file.close()
             if "coco" in self.kinds:
                 self.results.add(found.to_coco(number, self._category_ids()))
         # Last, so that an interrupted run does not list an image that is incomplete.
         self.images.append({"id": number, "file_name": str(path), "height": height, "width": width})
         self.objects += len(found)
+
+    def add_stream(self, path: str | Path, stream: ObjectStream, progress: Progress = _without_progress) -> None:
+        """Compute and write the prediction of a large image, piece by piece.
+
+        An image of which a part cannot be read is skipped; nothing of it is written.
+
+        Args:
+            path: The image's file.
+            stream: Its objects (`Prediction.stream`).
+            progress: Wraps the pieces, with their name, to display progress.
+        """
+        name = self.names.add(Path(path))
+        number = len(self.images) + 1 if self.ids is None else self.ids.image_id(Path(path))
+        before, count = self.results.position(), 0
+        files: list[_File] = []
+        drawing = Overview(stream.source) if "drawn" in self.kinds else None
+        try:
+            files += self._files(Path(path), name, stream.size, labels="masks" in self.kinds)
+            for piece in progress(stream, "tiles"):
+                for file in files:
+                    file.add(piece)
+                if drawing is not None:
+                    drawing.add(piece)
+                if "coco" in self.kinds:
+                    self.results.add(coco_records(piece, number, self._category_ids()))
+                count += len(piece)
+            if drawing is not None:
+                with as_specified(stream.reading):
+                    image = drawing.image()
+                write_image(self.folder / "drawn" / f"{name}.jpg", image, sync=False)
+            for file in files:
+                file.close()
+        except BaseException as error:
+            for file in files:
+                file.abandon()
+            if not isinstance(error, ImageError):
+                raise
+            self.results.rewind(before)
+            self.skipped.append((str(path), str(error)))
+            return
+        height, width = stream.size
+        self.images.append({"id": number, "file_name": str(path), "height": height, "width": width})
+        self.objects += count
+        if stream.journal is not None:
+            self._journals.append(stream.journal)
+
+    def _files(self, path: Path, name: str, size: tuple[int, int], labels: bool = False) -> list[_File]:
+        """The files about one image that are written object by object; `labels`: with a label image in any case."""
+        files: list[_File] = []
+        if "geojson" in self.kinds:
+            target = self.folder / "geojson" / f"{name}.geojson"
+            files.append(GeoJsonStream(target, self.classes, read_georeference(path)))
+        if labels or "labels" in self.kinds:
+            files.append(LabelImage(self.folder / "labels" / f"{name}.tif", size))
+        return files
 
     def _add_segments(self, found: Panoptic, name: str, number: int | str) -> None:
         if "coco" in self.kinds:
@@ -147,8 +228,16 @@ class PredictionWriter:
                 self._write_documents()
                 for name in ("results", "pictures", "panoptic"):
                     (self.folder / f"{name}.partial.json").unlink(missing_ok=True)
+            self._remove_journals()
         finally:
             self._lock.release()
+
+    def _remove_journals(self) -> None:
+        """Remove the journals of large images, which are complete now."""
+        for journal in self._journals:
+            with contextlib.suppress(OSError):
+                journal.unlink(missing_ok=True)
+                journal.parent.rmdir()  # if it was the last one
 
     def stop(self) -> str:
         """Keep what has been written so far apart from the results of an earlier run.
@@ -220,9 +309,9 @@ class PredictionWriter:
         return [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)]
 
     def _draw(self, path: Path, found: Instances | Panoptic, target: Path, reading: Reading | None) -> None:
-        if is_huge(path):
+        if is_huge(path) or is_slide(path):
             with as_specified(reading or Reading()):
-                image = WindowedImage(path).overview(OVERVIEW)
+                image = open_windows(path).overview(OVERVIEW)
             image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
             objects = found if isinstance(found, Instances) else found.segments
             found = objects.place(Placement.resize(objects.image_size, (image.shape[1], image.shape[2])))
