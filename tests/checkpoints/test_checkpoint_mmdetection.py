@@ -124,6 +124,8 @@ def test_averaged_weights_of_mmengine_are_those_under_state_dict(original: Any, 
 
 def test_other_detectors_of_the_code_base_are_refused(original: Any, tmp_path: Path) -> None:
     state = theirs(original)
-    torch.save({"state_dict": {**state, "roi_head.mask_iou_head.fcs.0.weight": torch.ones(64, 64)}}, tmp_path / "x.pth")
-    with pytest.raises(CheckpointError, match="match no supported system"):
+    torch.save(
+        {"state_dict": {**state, "roi_head.mask_head.2.conv_res.conv.weight": torch.ones(64, 64)}}, tmp_path / "x.pth"
+    )
+    with pytest.raises(CheckpointError, match="MMDetection that matches no supported system"):
         mw.load(tmp_path / "x.pth")

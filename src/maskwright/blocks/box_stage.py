@@ -37,6 +37,15 @@ class BoxRules:
         overlap: A box is foreground if its IoU with an object is at least this.
         weights: Weights of the deltas dx, dy, dw, dh.
         plus_one: Sides of boxes are x1 - x0 + 1 (maskrcnn-benchmark).
+        rescue: The best boxes of an object are assigned to it even if they overlap another one more, provided that they
+            are foreground (MMDetection, in some systems).
+        added_own: Boxes of objects that are added to the sample belong to these objects, instead of being matched as
+            proposals are (MMDetection).
+        symmetric: See `ops.boxes.decode`.
+        left_out: Boxes of a stage of a cascade that the next one is not trained on: "collapsed" ones, without area
+            (detectron2), or those that the "objects" added to the sample have become (MMDetection).
+        mean_of: What is averaged over the stages of a cascade: "probabilities", or "logits" (MMDetection).
+        across_classes: Non-maximum suppression ignores classes.
     """
 
     beta: float = 0.0
@@ -47,6 +56,12 @@ class BoxRules:
     overlap: float = 0.5
     weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
     plus_one: bool = False
+    rescue: bool = False
+    added_own: bool = False
+    symmetric: bool = False
+    left_out: Literal["collapsed", "objects"] = "collapsed"
+    mean_of: Literal["probabilities", "logits"] = "probabilities"
+    across_classes: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,12 +73,14 @@ class Assigned:
         labels: Class of each box; K is background.
         foreground: Indices of the boxes that are assigned to an object.
         owners: The object of each foreground box.
+        added: Which boxes are those of objects that were added to the sample.
     """
 
     boxes: Float[Tensor, "r 4"]
     labels: Int[Tensor, " r"]
     foreground: Int[Tensor, " p"]
     owners: Int[Tensor, " p"]
+    added: Bool[Tensor, " r"] | None = None
 
 
 @dataclass(frozen=True)
@@ -113,34 +130,39 @@ class Detections(NamedTuple):
 def assign_boxes(boxes: Float[Tensor, "n 4"], target: Instances, classes: int, rules: BoxRules) -> Assigned:
     """Assigns every box to the object that it overlaps most, or to background."""
     nearest, matched = _match(boxes, target, rules)
-    return _assigned(boxes, torch.arange(len(boxes), device=boxes.device), nearest, matched, target, classes)
+    every = torch.arange(len(boxes), device=boxes.device)
+    return _assigned(boxes, every, nearest, matched, target, classes, len(boxes))
 
 
 @torch.no_grad()
 def sample_boxes(proposals: Float[Tensor, "n 4"], target: Instances, classes: int, rules: BoxRules) -> Assigned:
     """Samples boxes among the proposals and the objects' own boxes, which both code bases add, and assigns them."""
     boxes = torch.cat([proposals, target.boxes.to(proposals)])
-    nearest, matched = _match(boxes, target, rules)
+    if rules.added_own:
+        objects = torch.arange(len(target), device=boxes.device)
+        nearest, matched = (torch.cat([own, objects]) for own in _match(proposals, target, rules))
+    else:
+        nearest, matched = _match(boxes, target, rules)
     positive, negative = sample(matched >= 0, matched < 0, rules.sample, rules.positives)
     index = torch.cat([positive, negative])
     if rules.sampled_order == "index":
         index = index.sort().values
-    return _assigned(boxes, index, nearest, matched, target, classes)
+    return _assigned(boxes, index, nearest, matched, target, classes, len(proposals))
 
 
 def _match(boxes: Tensor, target: Instances, rules: BoxRules) -> tuple[Tensor, Tensor]:
     overlap = box_ops.pairwise_iou(target.boxes.to(boxes), boxes, plus_one=rules.plus_one)
-    return match(overlap, rules.overlap, rules.overlap)
+    return match(overlap, rules.overlap, rules.overlap, "own" if rules.rescue else False, rules.overlap)
 
 
 def _assigned(
-    boxes: Tensor, index: Tensor, nearest: Tensor, matched: Tensor, target: Instances, classes: int
+    boxes: Tensor, index: Tensor, nearest: Tensor, matched: Tensor, target: Instances, classes: int, proposals: int
 ) -> Assigned:
     foreground = (matched[index] >= 0).nonzero().flatten()
     labels = torch.full_like(index, classes)
     owners = nearest[index[foreground]]
     labels[foreground] = target.labels.to(labels)[owners]
-    return Assigned(boxes[index], labels, foreground, owners)
+    return Assigned(boxes[index], labels, foreground, owners, index >= proposals)
 
 
 def foreground_rows(assigned: Sequence[Assigned]) -> Int[Tensor, " p"]:
@@ -196,14 +218,14 @@ def own_deltas(deltas: Float[Tensor, "r d"], labels: Int[Tensor, " r"]) -> Float
 def decode_boxes(deltas: Float[Tensor, "r d"], boxes: Float[Tensor, "r 4"], rules: BoxRules) -> Float[Tensor, "r k 4"]:
     """Applies deltas to boxes: one box per class, or one for all classes if they are class-agnostic."""
     each = deltas.unflatten(1, (deltas.shape[1] // 4, 4))
-    return box_ops.decode(boxes[:, None].expand_as(each), each, rules.weights, rules.plus_one)
+    return box_ops.decode(boxes[:, None].expand_as(each), each, rules.weights, rules.plus_one, rules.symmetric)
 
 
 def detect(
     scores: Float[Tensor, "r k"], boxes: Float[Tensor, "r _k 4"], counts: Sequence[int],
     sizes: Sequence[tuple[int, int]], rules: BoxRules, *, score_threshold: float, nms_threshold: float, detections: int,
 ) -> list[Detections]:  # fmt: skip
-    """Selects detections by score and non-maximum suppression within each class.
+    """Selects detections by score and non-maximum suppression, within each class unless the rules say otherwise.
 
     Args:
         scores: Probability of each class, without background.
@@ -224,6 +246,7 @@ def detect(
         if rules.smallest_side > 0:
             large = (chosen[:, 2:] - chosen[:, :2] >= rules.smallest_side).all(1)
             chosen, confidence, label = chosen[large], confidence[large], label[large]
-        kept = box_ops.nms(chosen, confidence, label, nms_threshold, detections, rules.plus_one)
+        group = torch.zeros_like(label) if rules.across_classes else label
+        kept = box_ops.nms(chosen, confidence, group, nms_threshold, detections, rules.plus_one)
         result.append(Detections(chosen[kept], confidence[kept], label[kept]))
     return result

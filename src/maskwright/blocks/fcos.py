@@ -38,13 +38,13 @@ def tower(
         channels: Input and output channels.
         convs: Number of convolutions.
         bias: Whether they have a bias.
-        deformable: Which are modulated deformable convolutions (with a bias): none (False), the last one, all (True).
+        deformable: Which are modulated deformable convolutions: none (False), the last one, all (True).
         norm: The normalisation.
     """
     layers: list[nn.Module] = []
     for number in range(convs):
         if deformable in (True, "all") or (deformable == "last" and number == convs - 1):
-            layer = DeformConvNorm(channels, channels, modulated=True, norm=norm, bias=True, relu=True)
+            layer = DeformConvNorm(channels, channels, modulated=True, norm=norm, bias=bias, relu=True)
             nn.init.normal_(layer.weight, std=0.01)
         else:
             layer = ConvNorm(channels, channels, 3, norm=norm, relu=True, bias=bias)

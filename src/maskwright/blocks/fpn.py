@@ -83,3 +83,36 @@ class FPN(nn.Module):
             source = layer(source)
             levels.append(source)
         return levels
+
+
+class PathAggregation(nn.Module):
+    """A bottom-up path after a feature pyramid, as in MMDetection's PAFPN (after PANet, arXiv 1803.01534, section 3.1).
+
+    From the finest level on, each sum is reduced by a 3 x 3 convolution of stride two and added to the next level;
+    another 3 x 3 convolution follows every sum but the first. PANet itself reduces the outputs instead of the sums, and
+    has a ReLU after each convolution.
+
+    Args:
+        pyramid: Gives the levels of the pyramid, finest first, and one more, which is replaced.
+        channels: Channels of every level.
+        levels: Number of levels without that one.
+        norm: Normalisation after each convolution.
+    """
+
+    def __init__(self, pyramid: nn.Module, channels: int, levels: int = 4, norm: Norm = "none"):
+        super().__init__()
+        self.pyramid = pyramid
+        self.reduce = nn.ModuleList(ConvNorm(channels, channels, 3, stride=2, norm=norm) for _ in range(levels - 1))
+        self.output = nn.ModuleList(ConvNorm(channels, channels, 3, norm=norm) for _ in range(levels - 1))
+        for layer in [*self.reduce, *self.output]:
+            assert isinstance(layer, ConvNorm)
+            nn.init.kaiming_uniform_(layer.conv.weight, a=1)
+
+    def forward(self, features: Sequence[Float[Tensor, "b _c _h _w"]]) -> list[Tensor]:
+        """Computes the levels, finest first, and the coarsest one subsampled by two."""
+        first, *others = self.pyramid(features)[: len(self.reduce) + 1]
+        total, levels = first, [first]
+        for reduce, output, level in zip(self.reduce, self.output, others, strict=True):
+            total = level + reduce(total)
+            levels.append(output(total))
+        return [*levels, functional.max_pool2d(levels[-1], 1, 2)]

@@ -48,7 +48,7 @@ def competing_mask_loss(
 
 def mask_iou_loss(
     predicted: Float[Tensor, " r"], logits: Float[Tensor, "r s s"], truth: Float[Tensor, "r s s"],
-    shares: Float[Tensor, " r"],
+    shares: Float[Tensor, " r"], above: float = 0.0,
 ) -> Float[Tensor, ""]:  # fmt: skip
     """Half the squared error of predicted mask IoUs, averaged over the masks that meet their object (Mask Scoring
     R-CNN, arXiv 1903.00241, section 3.3).
@@ -58,9 +58,10 @@ def mask_iou_loss(
         logits: The predicted masks.
         truth: Masks of the objects inside the boxes.
         shares: Share of each object that is inside its box, see `ops.mask_targets.share_inside`.
+        above: A pixel belongs to a predicted mask if its logit is above it.
     """
     with torch.no_grad():
-        masks = (logits > 0).to(truth)
+        masks = (logits > above).to(truth)
         both = (masks * truth).sum((1, 2))
         whole = truth.sum((1, 2)) / shares.clamp(min=1e-10)
         target = both / (masks.sum((1, 2)) + whole - both).clamp(min=1)

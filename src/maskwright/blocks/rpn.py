@@ -15,7 +15,7 @@ from torch.nn import functional
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import smooth_l1_sum
-from maskwright.ops.matching import IGNORED, NEGATIVE, match, sample
+from maskwright.ops.matching import IGNORED, NEGATIVE, Rescue, match, sample
 from maskwright.structures import Instances
 
 AnchorRule = Literal["detectron2", "torchvision", "maskrcnn-benchmark"]
@@ -43,6 +43,10 @@ class ProposalRules:
         plus_one: Sides of boxes are x1 - x0 + 1 (maskrcnn-benchmark).
         straddle: Anchors that reach further than this out of the image are ignored in the loss; None: none is.
         whole_batch: In training `after` is the number of proposals of the whole batch.
+        rescue: How the best anchors of an object become positive, see `ops.matching.match`. With "own" anchors that
+            `straddle` ignores are no candidates.
+        rescue_from: An object whose best anchor overlaps it less has none.
+        symmetric: See `ops.boxes.decode`.
     """
 
     anchors: AnchorRule = "detectron2"
@@ -60,6 +64,9 @@ class ProposalRules:
     plus_one: bool = False
     straddle: float | None = None
     whole_batch: bool = False
+    rescue: Rescue = True
+    rescue_from: float = 0.0
+    symmetric: bool = False
 
 
 class Anchors(nn.Module):
@@ -204,7 +211,7 @@ def propose(
         ):
             best, index = logits[..., 0].topk(min(before, len(own)), dim=1)  # (B, k)
             shift = shifts.gather(1, index[..., None].expand(-1, -1, 4))
-            chosen_boxes.append(box_ops.decode(own[index], shift, plus_one=rules.plus_one))
+            chosen_boxes.append(box_ops.decode(own[index], shift, plus_one=rules.plus_one, symmetric=rules.symmetric))
             chosen_logits.append(best)
             levels.append(best.new_full(best.shape[1:], level, dtype=torch.int64))
         boxes, logits, level = torch.cat(chosen_boxes, 1), torch.cat(chosen_logits, 1), torch.cat(levels)
@@ -253,9 +260,12 @@ def proposal_losses(
     for image, target in enumerate(targets):
         with torch.no_grad():
             overlap = box_ops.pairwise_iou(target.boxes, every, plus_one=rules.plus_one)
-            nearest, matched = match(overlap, 0.3, 0.7, rescue=True)
-            if rules.straddle is not None:
-                matched = torch.where(_inside(every, target.image_size, rules.straddle), matched, IGNORED)
+            inside = None if rules.straddle is None else _inside(every, target.image_size, rules.straddle)
+            if inside is not None and rules.rescue == "own":
+                overlap = torch.where(inside, overlap, -1.0)
+            nearest, matched = match(overlap, 0.3, 0.7, rules.rescue, rules.rescue_from)
+            if inside is not None:
+                matched = torch.where(inside, matched, IGNORED)
             positive, negative = sample(matched >= 0, matched == NEGATIVE, rules.sample, rules.positives)
             index = torch.cat([positive, negative])
             truth = torch.zeros(len(index), device=logits.device)

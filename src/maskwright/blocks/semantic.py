@@ -54,13 +54,21 @@ class SemanticFPN(nn.Module):
         return self.output(sum(parts[1:], parts[0]))
 
 
-def semantic_loss(logits: Float[Tensor, "b k h w"], truth: Int[Tensor, "b _h _w"]) -> Float[Tensor, ""]:
+def semantic_loss(
+    logits: Float[Tensor, "b k h w"], truth: Int[Tensor, "b _h _w"], coarse: bool = False
+) -> Float[Tensor, ""]:
     """Computes the cross entropy of bilinearly upsampled logits, averaged over the pixels that are not VOID.
 
     Args:
         logits: Logits of each class.
         truth: Label maps; the logits are upsampled to their size.
+        coarse: The labels at every fourth row and column are compared with logits of stride 4 instead, and the average
+            is over all of these, VOID included (MMDetection).
     """
+    if coarse:
+        truth = truth[:, ::4, ::4]
+        total = global_mean_count(truth.new_tensor(float(truth.numel()), dtype=torch.float32))
+        return functional.cross_entropy(logits.float(), truth, ignore_index=VOID, reduction="sum") / total
     large = functional.interpolate(logits.float(), size=truth.shape[1:], mode="bilinear", align_corners=False)
     count = global_mean_count((truth != VOID).sum())
     return functional.cross_entropy(large, truth, ignore_index=VOID, reduction="sum") / count

@@ -241,6 +241,10 @@ def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: s
     failures: list[Exception] = []
     found = _matches(state, about, failures)
     if not found:
+        shapes = {k: tuple(v.shape) for k, v in state.items()}
+        for explain in dict.fromkeys(origin.explain for origin in origins()):
+            if reason := explain(shapes, about):
+                raise UnknownLayoutError(f"{path}: {reason}") from (failures[0] if failures else None)
         known: dict[str, list[str]] = {}
         for origin in origins():
             known.setdefault(origin.system, []).append(origin.name)

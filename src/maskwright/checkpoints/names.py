@@ -94,6 +94,11 @@ def segment_names(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return class_names(count), ()
 
 
+def stored_names(about: Mapping[str, Any]) -> tuple[str, ...]:
+    """The class names stored beside the weights, see `named_by`; empty if there are none."""
+    return _stored_names(about)
+
+
 def named_by(about: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Replace assumed class names by those stored beside the weights.
 

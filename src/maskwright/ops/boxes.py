@@ -19,7 +19,7 @@ from maskwright.errors import UsageError
 # Upper bound of dw and dh in `decode`: sides grow by a factor of at most 1000 / 16 (Fast R-CNN's code and all since).
 LARGEST_LOG_SCALE = math.log(1000 / 16)
 
-LevelRule = Literal["detectron2", "torchvision", "maskrcnn-benchmark"]
+LevelRule = Literal["detectron2", "torchvision", "mmdetection", "maskrcnn-benchmark"]
 
 
 # ---- areas and overlaps ----------------------------------------------------------------------------------------------
@@ -178,21 +178,24 @@ def decode(
     deltas: Float[Tensor, "*n 4"],
     weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     plus_one: bool = False,
+    symmetric: bool = False,
 ) -> Float[Tensor, "*n 4"]:
     """Applies deltas to boxes: the inverse of `encode`.
 
     Args:
         boxes: Anchors or proposals x0, y0, x1, y1.
-        deltas: dx, dy, dw, dh; dw and dh are bounded from above by `LARGEST_LOG_SCALE`, and not from below.
+        deltas: dx, dy, dw, dh; dw and dh are bounded from above by `LARGEST_LOG_SCALE`.
         weights: Factors that the deltas were multiplied by.
         plus_one: Whether sides are x1 - x0 + 1.
+        symmetric: Whether dw and dh are also bounded from below, by -`LARGEST_LOG_SCALE` (MMDetection).
 
     Returns:
         Boxes x0, y0, x1, y1 in float32.
     """
     x, y, w, h = _centres(boxes.float(), plus_one)
     dx, dy, dw, dh = (d / k for d, k in zip(deltas.float().unbind(-1), weights, strict=True))
-    dw, dh = dw.clamp(max=LARGEST_LOG_SCALE), dh.clamp(max=LARGEST_LOG_SCALE)
+    least = -LARGEST_LOG_SCALE if symmetric else None
+    dw, dh = dw.clamp(least, LARGEST_LOG_SCALE), dh.clamp(least, LARGEST_LOG_SCALE)
     cx, cy, half_w, half_h = dx * w + x, dy * h + y, 0.5 * torch.exp(dw) * w, 0.5 * torch.exp(dh) * h
     last = 1.0 if plus_one else 0.0
     return torch.stack([cx - half_w, cy - half_h, cx + half_w - last, cy + half_h - last], -1)
@@ -217,14 +220,16 @@ def pyramid_level(
         lowest: The finest level.
         highest: The coarsest level.
         rule: How rounding is kept from moving a box of exactly 112, 224, ... pixels down a level: "detectron2" adds
-            1e-8 inside the logarithm, "torchvision" 1e-6 outside of it, "maskrcnn-benchmark" 1e-6 inside, with sides
-            x1 - x0 + 1.
+            1e-8 inside the logarithm, "torchvision" 1e-6 outside of it, "mmdetection" 1e-6 inside, where the side is
+            divided by that of the finest level, "maskrcnn-benchmark" 1e-6 inside, with sides x1 - x0 + 1.
 
     Returns:
         Levels between `lowest` and `highest`.
     """
     if rule == "maskrcnn-benchmark":
         level = torch.floor(4 + torch.log2(torch.sqrt(area(boxes, plus_one=True)) / 224 + 1e-6))
+    elif rule == "mmdetection":
+        level = torch.floor(2 + torch.log2(torch.sqrt(area(boxes)) / 56 + 1e-6))
     elif rule == "torchvision":
         level = torch.floor(4 + torch.log2(torch.sqrt(area(boxes)) / 224) + 1e-6)
     else:

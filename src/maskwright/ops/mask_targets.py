@@ -14,7 +14,7 @@ from maskwright.ops.interpolation import weights
 from maskwright.ops.pooling import roi_align
 from maskwright.structures import Masks
 
-Rule = Literal["binary", "soft", "maskrcnn-benchmark"]
+Rule = Literal["binary", "bitmap", "soft", "maskrcnn-benchmark"]
 
 
 def mask_targets(
@@ -28,7 +28,8 @@ def mask_targets(
         boxes: Boxes in the frame of the masks.
         side: Side of the grid.
         rule: "binary" (detectron2): polygons are rasterised on the small grid itself; other masks are cropped with
-            aligned RoIAlign and thresholded at 0.5. "soft" (torchvision): RoIAlign that is not aligned, of the raster
+            aligned RoIAlign and thresholded at 0.5. "bitmap" (MMDetection): all are cropped like that. "soft"
+            (torchvision): RoIAlign that is not aligned, of the raster
             mask, with values between 0 and 1. "maskrcnn-benchmark": as "binary", with boxes of at least one pixel.
 
     Returns:
@@ -36,7 +37,7 @@ def mask_targets(
     """
     if not len(boxes):
         return boxes.new_zeros(0, side, side)
-    if masks.kind == "polygon" and rule != "soft":
+    if masks.kind == "polygon" and rule not in ("soft", "bitmap"):
         least = 0.1 if rule == "binary" else 1.0
         return _rasterised(masks, owners.cpu(), boxes.cpu(), side, least).to(boxes.device)
     result = boxes.new_zeros(len(boxes), side, side)
@@ -97,7 +98,7 @@ def _rasterised(masks: Masks, owners: Tensor, boxes: Tensor, side: int, least: f
 
 def share_inside(
     masks: Masks, owners: Int[Tensor, " r"], boxes: Float[Tensor, "r 4"], *, last: float = 0.0,
-    whole_area: Literal["raster", "outline"] = "raster",
+    whole_area: Literal["raster", "outline", "pixels"] = "raster",
 ) -> Float[Tensor, " r"]:  # fmt: skip
     """The share of an object that lies inside a box (Mask Scoring R-CNN, arXiv 1903.00241, its published code).
 
@@ -109,14 +110,15 @@ def share_inside(
         owners: The object of each box.
         boxes: Boxes in the frame of the masks.
         last: What x1 and y1 of a box are less than its extent: 1 if they are its last pixel.
-        whole_area: Area of a whole polygon: that of its raster, or that inside of its outline (CenterMask2).
+        whole_area: Area of a whole polygon: that of its raster, or that inside of its outline (CenterMask2). "pixels":
+            polygons are counted in pixels too, between the corners of the box rounded down (MMDetection).
 
     Returns:
         One share per box; 1 for an object without area.
     """
     height, width = masks.size
     result = torch.ones(len(boxes))
-    outlines = masks.polygons() if masks.kind == "polygon" else None
+    outlines = masks.polygons() if masks.kind == "polygon" and whole_area != "pixels" else None
     frames, crops = (None, None) if outlines is not None else masks.crops()
     for number, (owner, box) in enumerate(zip(owners.tolist(), boxes.cpu().double().numpy(), strict=True)):
         if outlines is None:
@@ -124,6 +126,8 @@ def share_inside(
             assert crops is not None
             x0, y0, _, _ = (int(v) for v in frames[owner])
             left, top, right, bottom = (int(v) for v in (*np.floor(box[:2]), *np.ceil(box[2:] + last)))
+            if whole_area == "pixels":
+                right, bottom = max(left + 1, int(box[2])), max(top + 1, int(box[3]))
             inside = crops[owner][max(0, top - y0) : max(0, bottom - y0), max(0, left - x0) : max(0, right - x0)]
             part, whole = float(inside.sum()), float(crops[owner].sum())
         else:
@@ -136,7 +140,7 @@ def share_inside(
                 whole = sum(float(abs(_shoelace(ring))) for ring in rings)
         if whole > 0:
             share = part / whole
-            result[number] = share if whole_area == "raster" else min(1.0, share)
+            result[number] = min(1.0, share) if whole_area == "outline" else share
     return result.to(boxes.device)
 
 

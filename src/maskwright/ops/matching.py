@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -9,10 +11,11 @@ from torch import Tensor
 from maskwright.ops.boxes import pairwise_iou
 
 NEGATIVE, IGNORED = -1, -2
+Rescue = Literal["own"] | bool
 
 
 def match(
-    iou: Float[Tensor, "m n"], low: float, high: float, rescue: bool = False
+    iou: Float[Tensor, "m n"], low: float, high: float, rescue: Rescue = False, least: float = 0.0
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Matches each of N boxes to the object that it overlaps most (Faster R-CNN, arXiv 1506.01497, section 3.1.2).
 
@@ -20,9 +23,10 @@ def match(
         iou: Overlap of M objects with N boxes. Either number may be 0.
         low: Boxes whose largest overlap is less are negative.
         high: Boxes whose largest overlap is at least this are positive; those between are ignored.
-        rescue: Whether every box that ties for an object's largest overlap is positive too. As in all published code
-            it is matched to the object of its own largest overlap. An object that no box overlaps rescues none, where
-            published code takes all boxes.
+        rescue: Whether every box that ties for an object's largest overlap is positive too. It is matched to the object
+            of its own largest overlap, or with "own" to the object that it is rescued for, the last one of several
+            (MMDetection). An object that no box overlaps rescues none, where published code takes all boxes.
+        least: An object whose largest overlap is less rescues no box.
 
     Returns:
         For each box the object of its largest overlap (0 if there are no objects), and the same where the match is
@@ -35,8 +39,12 @@ def match(
     matched = torch.where(best >= high, nearest, IGNORED)
     matched = torch.where(best < low, NEGATIVE, matched)
     if rescue:
-        ties = ((iou == iou.amax(1, keepdim=True)) & (iou > 0)).any(0)
-        matched = torch.where(ties, nearest, matched)
+        largest = iou.amax(1, keepdim=True)
+        ties = (iou == largest) & (largest > 0) & (largest >= least)
+        if rescue == "own":
+            last = len(iou) - 1 - ties.flip(0).int().argmax(0)
+            nearest = torch.where(ties.any(0), last, nearest)
+        matched = torch.where(ties.any(0), nearest, matched)
     return nearest, matched
 
 

@@ -7,7 +7,8 @@ stage, the last one, or every one (arXiv 1906.09756, its figure of architectures
 are predicted in the boxes of the last stage, and those of several branches are averaged.
 
     proposals -> stage 1 -> boxes -> stage 2 -> boxes -> stage 3 -> boxes
-    scores of a box: mean of the stages' probabilities, each computed at the boxes that the stage has received
+    scores of a box: mean of the stages' probabilities, each computed at the boxes that the stage has received (in
+        MMDetection: probabilities of the mean of their logits)
 
 The published implementations differ in how much each stage contributes to the gradient (`CascadeOptions`).
 """
@@ -41,7 +42,16 @@ from maskwright.options import OptionGroup
 from maskwright.structures import Instances, Placement
 from maskwright.structures.resize import ResizeLike
 from maskwright.systems.card import Ablation, Card, Preset, Score
-from maskwright.systems.families.two_stage import BoxesLike, BoxOptions, Neck, Proposals, ProposalsLike, Raw, RulesName
+from maskwright.systems.families.two_stage import (
+    BoxesLike,
+    BoxOptions,
+    Neck,
+    Proposals,
+    ProposalsLike,
+    Raw,
+    Rules,
+    RulesName,
+)
 from maskwright.systems.mask_rcnn import BACKBONE, PROPOSALS, RESIZE, MaskIoUOptions, MaskOptions, MaskRCNN
 from maskwright.systems.system import ClassRows
 
@@ -152,11 +162,13 @@ class CascadeMaskRCNN(MaskRCNN):
             backbone: The backbone, see `Backbone`.
             in_channels: Channels of the image.
             resize: Size and normalisation of the input, see `Resize`.
-            neck: "fpn": a feature pyramid. "dc5": one level of stride 16 from a dilated last stage.
+            neck: "fpn": a feature pyramid. "pafpn": with a bottom-up path after it (MMDetection's PAFPN). "dc5": one
+                level of stride 16 from a dilated last stage.
             neck_width: Channels of the pyramid.
             neck_norm: Normalisation in the pyramid.
             rules: The code base whose conventions are followed.
-            proposals: The proposal network, see `Proposals`. detectron2 keeps 2000 proposals in training.
+            proposals: The proposal network, see `Proposals`. detectron2 and MMDetection keep 2000 proposals in
+                training.
             boxes: The box head of each stage, see `BoxOptions`; one box for all classes.
             pooling: How boxes are pooled: RoIAlign, RoIWarp or RoIPool.
             masks: The mask head, see `MaskOptions`; False: none (Cascade R-CNN).
@@ -169,7 +181,7 @@ class CascadeMaskRCNN(MaskRCNN):
         if neck == "c4":
             raise UsageError("neck must be 'fpn' or 'dc5': with 'c4' the stages would share the last backbone stage")
         proposal = Proposals.read(proposals, PROPOSALS)
-        if rules == "detectron2":
+        if rules in ("detectron2", "mmdetection", "mmdetection-caffe"):
             proposal = replace(proposal, after=(2000, 1000) if proposal.after is None else proposal.after)
         super().__init__(
             classes, backbone=backbone, in_channels=in_channels, resize=resize, neck=neck, neck_width=neck_width,
@@ -186,6 +198,16 @@ class CascadeMaskRCNN(MaskRCNN):
             self.add_module(f"boxes_{number}", self.make_box_head())
             if self.masks is not None and own.mask_stage == "every":
                 self.add_module(f"masks_{number}", self.make_mask_head())
+
+    @classmethod
+    def conventions(cls, rules: RulesName) -> Rules:
+        own = super().conventions(rules)
+        if not rules.startswith("mmdetection"):
+            return own
+        return replace(
+            own, proposals=replace(own.proposals, beta=1 / 9, straddle=0.0),
+            boxes=replace(own.boxes, beta=1.0, rescue=False),
+        )  # fmt: skip
 
     @property
     def stages(self) -> int:
@@ -228,7 +250,7 @@ class CascadeMaskRCNN(MaskRCNN):
         terms: dict[str, Tensor] = {}
         boxes, sizes = list(proposals), [t.image_size for t in targets]
         for stage, rules in enumerate(self.stage_rules):
-            if stage:  # collapsed boxes are not trained on
+            if stage and rules.left_out == "collapsed":
                 boxes = [own[(own[:, 2:] > own[:, :2]).all(1)] for own in boxes]
             assigned = self.assigned(stage, boxes, targets)
             boxes = [own.boxes for own in assigned]
@@ -243,6 +265,8 @@ class CascadeMaskRCNN(MaskRCNN):
                 ending = f"_{stage + 1}" if self.cascade.mask_stage == "every" else ""
                 terms |= {f"{kind}{ending}": value * weight for kind, value in found.items()}
             boxes = self.refined(stage, deltas, boxes, sizes)
+            if rules.left_out == "objects":
+                boxes = [own if a.added is None else own[~a.added] for own, a in zip(boxes, assigned, strict=True)]
         return terms
 
     def assigned(
@@ -312,10 +336,15 @@ class CascadeMaskRCNN(MaskRCNN):
         boxes, found = list(proposals), []
         for stage in range(until):
             logits, deltas = self.run_stage(stage, raw, boxes)
-            found.append(logits.float().softmax(-1)[:, :-1])
+            found.append(logits.float())
             boxes = self.refined(stage, deltas, boxes, sizes)
-        scores = torch.stack(found).sum(0) * (1 / until) if average else found[-1]
-        return scores, torch.cat(boxes)[:, None]
+        if not average:
+            scores = found[-1].softmax(-1)
+        elif self.box_rules.mean_of == "logits":
+            scores = (torch.stack(found).sum(0) * (1 / until)).softmax(-1)
+        else:
+            scores = torch.stack([logits.softmax(-1) for logits in found]).sum(0) * (1 / until)
+        return scores[:, :-1], torch.cat(boxes)[:, None]
 
     def mask_probabilities(
         self, raw: Raw, features: Tensor, boxes: Sequence[Tensor], labels: Tensor, refine: bool = True,

@@ -13,6 +13,7 @@ torchvision, differ in conventions that change numbers: see `families.two_stage.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -30,6 +31,7 @@ from maskwright.systems.families.two_stage import (
     Proposals,
     ProposalsLike,
     Raw,
+    Rules,
     RulesName,
     TwoStage,
 )
@@ -70,8 +72,9 @@ class FasterRCNN(TwoStage):
             backbone: The backbone, see `Backbone`.
             in_channels: Channels of the image.
             resize: Size and normalisation of the input, see `Resize`.
-            neck: "fpn": a feature pyramid. "c4": one level of stride 16, and the last stage of the ResNet is applied to
-                every pooled box. "dc5": one level of stride 16 from a dilated last stage.
+            neck: "fpn": a feature pyramid. "pafpn": with a bottom-up path after it (MMDetection's PAFPN). "c4": one
+                level of stride 16, and the last stage of the ResNet is applied to every pooled box. "dc5": one level of
+                stride 16 from a dilated last stage.
             neck_width: Channels of the pyramid.
             neck_norm: Normalisation in the pyramid.
             rules: The code base whose conventions are followed.
@@ -84,6 +87,11 @@ class FasterRCNN(TwoStage):
             resize=Resize.read(resize, RESIZE), neck=neck, neck_width=neck_width, neck_norm=neck_norm, rules=rules,
             proposals=Proposals.read(proposals, PROPOSALS), boxes=BoxOptions.read(boxes, BOXES), pooling=pooling,
         )  # fmt: skip
+
+    @classmethod
+    def conventions(cls, rules: RulesName) -> Rules:
+        own = super().conventions(rules)
+        return replace(own, boxes=replace(own.boxes, rescue=False))  # MMDetection rescues in Mask R-CNN only
 
     @torch.no_grad()
     def decode(

@@ -105,7 +105,7 @@ class FCOS(FCOSSystem):
             raw: Output of the dense network.
             placements: How each image was placed in the input.
             score_threshold: Scores must be above it; None: as published, a class probability above 0.05 with
-                rules="adelaidet", otherwise a score above 0.2.
+                rules="adelaidet" and "mmdetection", otherwise a score above 0.2.
             nms_threshold: IoU threshold of the non-maximum suppression within a class.
             detections: Largest number of detections per image.
             candidates: (location, class) pairs of a level that are kept before suppression.

@@ -191,8 +191,9 @@ class MaskRCNN(TwoStage):
             backbone: The backbone, see `Backbone`.
             in_channels: Channels of the image.
             resize: Size and normalisation of the input, see `Resize`.
-            neck: "fpn": a feature pyramid. "c4": one level of stride 16, and the last stage of the ResNet is applied to
-                every pooled box (section 3, table 2). "dc5": one level of stride 16 from a dilated last stage.
+            neck: "fpn": a feature pyramid. "pafpn": with a bottom-up path after it (MMDetection's PAFPN). "c4": one
+                level of stride 16, and the last stage of the ResNet is applied to every pooled box (section 3, table
+                2). "dc5": one level of stride 16 from a dilated last stage.
             neck_width: Channels of the pyramid.
             neck_norm: Normalisation in the pyramid.
             rules: The code base whose conventions are followed.
@@ -301,12 +302,14 @@ class MaskRCNN(TwoStage):
             iou = self.mask_iou(features, own.float().sigmoid())
             predicted = iou[torch.arange(len(iou), device=iou.device), rois.labels]
             shares = [
-                share_inside(target.masks, owners, boxes, last=self.last)  # pyright: ignore[reportArgumentType]
+                share_inside(target.masks, owners, boxes, last=self.last, whole_area=self.rules.quality_area)  # pyright: ignore[reportArgumentType]
                 for target, owners, boxes in zip(targets, rois.owners, rois.boxes, strict=True)
                 if len(boxes)
             ]
             shares = torch.cat(shares) if shares else predicted.new_zeros(0)
-            terms["mask_iou"] = mask_iou_loss(predicted, own, truth, shares.to(predicted)) + iou.sum() * 0
+            terms["mask_iou"] = (
+                mask_iou_loss(predicted, own, truth, shares.to(predicted), self.rules.quality_above) + iou.sum() * 0
+            )
         if self.refinement is not None and self.points is not None:
             terms["mask_point"] = self.refinement.loss(
                 self.points, raw.features[0], logits, rois.boxes, labels, targets, rois.owners

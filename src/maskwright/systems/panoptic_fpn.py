@@ -33,7 +33,7 @@ from maskwright.options import OptionGroup
 from maskwright.structures import Instances, Panoptic, Placement
 from maskwright.structures.resize import ResizeLike
 from maskwright.systems.card import Ablation, Card, Preset, Score
-from maskwright.systems.families.two_stage import BoxesLike, ProposalsLike, Raw, RulesName
+from maskwright.systems.families.two_stage import BoxesLike, ProposalsLike, Raw, Rules, RulesName
 from maskwright.systems.kinds.panoptic import PanopticSystem
 from maskwright.systems.mask_rcnn import BACKBONE, BOXES, PROPOSALS, RESIZE, MaskOptions, MaskRCNN
 from maskwright.systems.system import ClassRows
@@ -129,6 +129,11 @@ class PanopticFPN(MaskRCNN, PanopticSystem):
         outputs = 1 + len(self.classes) - len(things)
         self.semantic = SemanticFPN(neck_width, outputs, width=self.branch.width, norm=self.branch.norm)
 
+    @classmethod
+    def conventions(cls, rules: RulesName) -> Rules:
+        own = super().conventions(rules)
+        return replace(own, boxes=replace(own.boxes, across_classes=rules.startswith("mmdetection")))
+
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def losses(self, raw: Raw, targets: Sequence[Instances]) -> dict[str, Tensor]:
@@ -144,7 +149,7 @@ class PanopticFPN(MaskRCNN, PanopticSystem):
         if not self.stuff:
             return terms | {"semantic": logits.sum() * 0}
         truth = label_maps([self.semantic_target(target) for target in targets], raw.size, logits.device)
-        return terms | {"semantic": self.branch.weight * semantic_loss(logits, truth)}
+        return terms | {"semantic": self.branch.weight * semantic_loss(logits, truth, self.rules.semantic == "coarse")}
 
     def semantic_target(self, target: Instances) -> Int[Tensor, "_h _w"]:
         """The output of the semantic branch that each pixel belongs to: 0 for things; VOID where there is no segment.
@@ -177,7 +182,7 @@ class PanopticFPN(MaskRCNN, PanopticSystem):
         raw: Raw,
         placements: Sequence[Placement],
         *,
-        score_threshold: float = 0.5,
+        score_threshold: float | None = None,
         overlap_threshold: float = 0.5,
         smallest_area: int | None = None,
         nms_threshold: float = 0.5,
@@ -192,7 +197,7 @@ class PanopticFPN(MaskRCNN, PanopticSystem):
         Args:
             raw: Output of the dense network.
             placements: How each image was placed in the input.
-            score_threshold: Things must score more than this.
+            score_threshold: Things must score more than this; None: as published, 0.5 (MMDetection: 0.6).
             overlap_threshold: Share of a thing's mask that must be left.
             smallest_area: Regions with fewer pixels of the image are left out; None: as the options of the system say.
             nms_threshold: IoU threshold of the non-maximum suppression within a class.
@@ -201,9 +206,8 @@ class PanopticFPN(MaskRCNN, PanopticSystem):
         Returns:
             The segments of each image. The score of a region is the mean probability of its pixels.
         """
-        things = self.decode(
-            raw, placements, score_threshold=score_threshold, nms_threshold=nms_threshold, detections=detections
-        )
+        least = self.rules.panoptic_score if score_threshold is None else score_threshold
+        things = self.decode(raw, placements, score_threshold=least, nms_threshold=nms_threshold, detections=detections)
         area = self.branch.smallest_area if smallest_area is None else smallest_area
         result: list[Panoptic] = []
         for row, (own, placement) in enumerate(zip(things, placements, strict=True)):

@@ -7,7 +7,8 @@ those that are classified well, so that a single stage suffices.
     image -> backbone -> pyramid, strides 8 ... 128 -> 4 convolutions -> classes of each anchor
                                                     -> 4 convolutions -> deltas of each anchor
 
-The published implementations, detectron2 and torchvision, differ in conventions that change numbers: see `RULES`.
+The published implementations, detectron2, torchvision and MMDetection, differ in conventions that change numbers: see
+`RULES`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import focal_sum, smooth_l1_sum
-from maskwright.ops.matching import IGNORED, match
+from maskwright.ops.matching import IGNORED, Rescue, match
 from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.structures.resize import Resize, ResizeLike
 from maskwright.systems.card import Card, Preset, Score
+from maskwright.systems.families import two_stage
 from maskwright.systems.system import ClassRows, Output, System, at_least
 
 BACKBONE, RESIZE = Backbone("resnet50"), Resize()
@@ -48,26 +50,41 @@ class Rules:
         whole: Sizes of anchors are rounded down to integers.
         beta: Beta of the smooth L1 loss; 0 is L1.
         divisor: Of the losses. "mean": an exponential mean of the number of positive anchors of a batch (momentum 0.9,
-            starting at 100). "image": the number of each image, and the mean over images.
+            starting at 100). "image": the number of each image, and the mean over images. "batch": the number of all
+            images, at least one for each.
         clip: Boxes are clipped to the image before non-maximum suppression.
+        solid: Boxes without area are dropped before it.
+        relu: ReLU before the second of the pyramid's extra levels.
+        rescue: How the best anchors of an object become positive, see `ops.matching.match`.
+        symmetric: See `ops.boxes.decode`.
     """
 
     anchors: AnchorRule = "detectron2"
     whole: bool = False
     beta: float = 0.0
-    divisor: Literal["mean", "image"] = "mean"
+    divisor: Literal["mean", "image", "batch"] = "mean"
     clip: bool = False
+    solid: bool = False
+    relu: bool = True
+    rescue: Rescue = True
+    symmetric: bool = False
 
 
 RULES: Mapping[str, Rules] = {
     "detectron2": Rules(),
     "torchvision": Rules("torchvision", True, 0.0, "image", True),
+    "mmdetection": (
+        _MMDETECTION := Rules(divisor="batch", clip=True, solid=True, relu=False, rescue="own", symmetric=True)
+    ),
+    "mmdetection-caffe": _MMDETECTION,  # differs in the normalisation of images
 }
 PREPROCESS: Mapping[str, Preprocess] = {
     "detectron2": Preprocess(
         resample="pillow", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), divide=1.0, channels="BGR"
     ),
     "torchvision": Preprocess(resample="tensor"),
+    "mmdetection": two_stage.PREPROCESS["mmdetection"],
+    "mmdetection-caffe": two_stage.PREPROCESS["mmdetection-caffe"],
 }
 
 
@@ -100,16 +117,20 @@ class RetinaNetwork(nn.Module):
         outputs: Number of anchors of a cell, and of classes.
         convs: Convolutions of each tower.
         norm: Normalisation after each of them.
+        relu: ReLU before the second of the pyramid's extra levels.
     """
 
     def __init__(
-        self, backbone: nn.Module, width: int, outputs: tuple[int, int], convs: int, norm: Literal["none", "group"]
-    ):
+        self, backbone: nn.Module, width: int, outputs: tuple[int, int], convs: int, norm: Literal["none", "group"],
+        relu: bool = True,
+    ):  # fmt: skip
         super().__init__()
         found = levels_of(backbone)
         self.levels = found.indices((8, 16, 32))
         self.backbone = backbone
-        self.neck = FPN([found.channels[i] for i in self.levels], width, extra="input", relu="between")
+        self.neck = FPN(
+            [found.channels[i] for i in self.levels], width, extra="input", relu="between" if relu else "none"
+        )
         anchors, classes = outputs
         self.class_tower, self.box_tower = (tower(width, convs, bias=norm == "none", norm=norm) for _ in range(2))
         self.logits = output_conv(width, anchors * classes, -math.log(99))
@@ -150,7 +171,7 @@ class RetinaNet(System):
         convs: int = 4,
         norm: Literal["none", "group"] = "none",
         anchor_sizes: Sequence[float] = (32, 64, 128, 256, 512),
-        rules: Literal["detectron2", "torchvision"] = "detectron2",
+        rules: Literal["detectron2", "torchvision", "mmdetection", "mmdetection-caffe"] = "detectron2",
         box_loss: Literal["l1", "giou"] = "l1",
     ):
         """
@@ -180,7 +201,8 @@ class RetinaNet(System):
             sizes = [[float(int(size)) for size in own] for own in sizes]
         self.anchors = Anchors(sizes, (8, 16, 32, 64, 128), rule=self.rules.anchors)
         outputs = (self.anchors.count, len(self.classes))
-        self.dense = RetinaNetwork(spec.build(in_channels, Use()), neck_width, outputs, convs, norm)
+        body = spec.build(in_channels, Use())
+        self.dense = RetinaNetwork(body, neck_width, outputs, convs, norm, self.rules.relu)
         if self.rules.divisor == "mean":
             self.register_buffer("normalizer", torch.tensor(100.0))
         self.preprocess = Resize.read(resize, RESIZE).apply(PREPROCESS[rules], in_channels)
@@ -228,8 +250,7 @@ class RetinaNet(System):
     def assign(self, anchors: Float[Tensor, "n 4"], target: Instances) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
         """The nearest object of each anchor, and a number that is at least 0 if the anchor is positive, -1 if it is
         negative, and less if it is ignored."""
-        nearest, matched = match(box_ops.pairwise_iou(target.boxes.to(anchors), anchors), 0.4, 0.5, rescue=True)
-        return nearest, matched
+        return match(box_ops.pairwise_iou(target.boxes.to(anchors), anchors), 0.4, 0.5, self.rules.rescue)
 
     def _box_loss(self, deltas: Tensor, anchors: Tensor, boxes: Tensor) -> Tensor:
         if self.box_loss == "l1":
@@ -241,6 +262,8 @@ class RetinaNet(System):
         """What the losses of each image are divided by."""
         if self.rules.divisor == "image":
             return [count.clamp(min=1) * len(counts) for count in counts]
+        if self.rules.divisor == "batch":
+            return [global_mean_count(torch.stack(list(counts)).clamp(min=1).sum())] * len(counts)
         found = global_mean_count(torch.stack(list(counts)).sum()).to(self.normalizer)
         mean = 0.9 * self.normalizer + 0.1 * found
         if self.training:
@@ -280,7 +303,7 @@ class RetinaNet(System):
             best = ranked.topk(min(candidates, ranked.shape[1]))
             place = best.indices // kinds  # (B, M)
             chosen = own_deltas.gather(1, place[..., None].expand(-1, -1, 4))
-            boxes.append(box_ops.decode(own_anchors[place], chosen, WEIGHTS))
+            boxes.append(box_ops.decode(own_anchors[place], chosen, WEIGHTS, symmetric=self.rules.symmetric))
             scores.append(best.values)
             labels.append(best.indices % kinds)
         score, label, box = (torch.cat(v, 1) for v in (scores, labels, boxes))
@@ -297,6 +320,9 @@ class RetinaNet(System):
         scores, labels, boxes = scores[rows], labels[rows], boxes[rows]
         if self.rules.clip:
             boxes = box_ops.clip(boxes, placement.size)
+        if self.rules.solid:
+            solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
+            scores, labels, boxes = scores[solid], labels[solid], boxes[solid]
         kept = box_ops.nms(boxes, scores, labels, nms_threshold, detections)
         boxes = box_ops.clip(placement.boxes_to_image(boxes[kept]), placement.image_size)
         solid = (boxes[:, 2:] > boxes[:, :2]).all(1)

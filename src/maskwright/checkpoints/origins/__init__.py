@@ -55,6 +55,11 @@ def keep(state: State, options: Mapping[str, Any]) -> State:
     return state
 
 
+def no_explanation(shapes: Shapes, about: Mapping[str, Any]) -> str:
+    """Returns an empty string: the default of `Origin.explain`."""
+    return ""
+
+
 def compiled(rules: Sequence[tuple[str, Replacement]]) -> Compiled:
     """Compile the patterns of (pattern, replacement) pairs."""
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
@@ -87,6 +92,8 @@ class Origin:
         absent: Patterns of the system's keys that the file may lack; the constructor's values are kept for them.
         code_licence: Licence of the code base; "" if it states none.
         weights_licence: Licence of files in this layout, unless the catalogue states another; "" if there is none.
+        explain: Function of (shapes by key, what `read_state` returned about the file) that returns, for a file of the
+            code base that no layout matches, the end of an error message; "" for other files.
         aliases: (pattern, name) pairs that unify the spellings of different versions of the code base; applied first.
     """
 
@@ -99,6 +106,7 @@ class Origin:
     absent: Sequence[str] = field(default=(r"\.num_batches_tracked$",))
     code_licence: str = ""
     weights_licence: str = ""
+    explain: Callable[[Shapes, Mapping[str, Any]], str] = no_explanation
     aliases: Sequence[tuple[str, Replacement]] = ()
 
     def candidates(self, shapes: Shapes, about: Mapping[str, Any]) -> list[Candidate]:

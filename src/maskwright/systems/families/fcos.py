@@ -30,7 +30,7 @@ from maskwright.structures import Instances, Placement, Preprocess
 from maskwright.structures.resize import Resize
 from maskwright.systems.system import ClassRows, Output, System, at_least
 
-RulesName = Literal["adelaidet", "detectron2", "torchvision"]
+RulesName = Literal["adelaidet", "detectron2", "torchvision", "mmdetection", "mmdetection-caffe"]
 
 
 # ---- conventions and options -----------------------------------------------------------------------------------------
@@ -48,7 +48,10 @@ class Rules:
         mean: Losses are divided by an exponential mean of the number of positive locations (momentum 0.9, starting at
             300) instead of by the number.
         ranked_by: What must exceed the score threshold: the class probability ("class") or the score ("score").
+        best_by: What the best locations of a level are chosen by, likewise.
+        root: The score is the square root of class probability times centerness, instead of the product.
         clip: Boxes are clipped to the image before non-maximum suppression.
+        solid: Boxes without area are dropped before it.
         score_threshold: The published one.
     """
 
@@ -58,7 +61,10 @@ class Rules:
     weighted: bool = True
     mean: bool = False
     ranked_by: Literal["class", "score"] = "class"
+    best_by: Literal["class", "score"] = "score"
+    root: bool = True
     clip: bool = False
+    solid: bool = False
     score_threshold: float = 0.05
 
 
@@ -70,12 +76,20 @@ RULES: Mapping[str, Rules] = {
     "torchvision": Rules(
         corner=True, inclusive=False, smooth=0.0, weighted=False, ranked_by="score", clip=True, score_threshold=0.2
     ),
+    "mmdetection": (_MMDETECTION := Rules(smooth=0.0, best_by="class", root=False, clip=True, solid=True)),
+    "mmdetection-caffe": _MMDETECTION,  # differs in the normalisation of images
 }  # fmt: skip
 PREPROCESS: Mapping[str, Preprocess] = {
     "adelaidet": Preprocess(
         resample="pillow", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), divide=1.0, channels="BGR"
     ),
     "torchvision": Preprocess(resample="tensor"),
+    "mmdetection": Preprocess(
+        resample="opencv", mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375), divide=1.0
+    ),
+    "mmdetection-caffe": Preprocess(
+        resample="opencv", mean=(103.53, 116.28, 123.675), std=(1.0, 1.0, 1.0), divide=1.0, channels="BGR"
+    ),
 }
 
 
@@ -88,8 +102,12 @@ class HeadOptions(OptionGroup):
         classes: Further ones of classes.
         boxes: Further ones of boxes.
         norm: Normalisation after each of them: "group", "none", or "batch", one for each level.
+        bias: Whether they have a bias.
         deformable: Which convolutions of a tower are deformable: "none", the "last", or "all" of shared and box towers.
         scales: A learned factor of the distances for each level.
+        distances: How distances are made positive: "relu" of distances in strides, or "exp" of distances in pixels
+            (arXiv 1904.01355).
+        centerness_of: The tower that the centerness is predicted from.
     """
 
     label: ClassVar[str] = "head"
@@ -98,16 +116,19 @@ class HeadOptions(OptionGroup):
     classes: int = 4
     boxes: int = 4
     norm: Literal["group", "none", "batch"] = "group"
+    bias: bool = True
     deformable: Literal["none", "last", "all"] = "none"
     scales: bool = True
+    distances: Literal["relu", "exp"] = "relu"
+    centerness_of: Literal["boxes", "classes"] = "boxes"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("shared", "classes", "boxes"):
             if getattr(self, name) < 0:
                 raise UsageError(f"head.{name} must be at least 0, got {getattr(self, name)}")
-        if self.norm == "batch" and self.deformable != "none":
-            raise UsageError("head.norm='batch' requires head.deformable='none'")
+        if self.norm == "batch" and (self.deformable != "none" or not self.bias):
+            raise UsageError("head.norm='batch' requires head.deformable='none' and head.bias=True")
 
 
 # ---- network ---------------------------------------------------------------------------------------------------------
@@ -151,7 +172,7 @@ class FCOSHead(nn.Module):
         def tower(convs: int, deformable: Literal["none", "last", "all"]) -> nn.Module:
             if options.norm == "batch":
                 return fcos.LevelTower(channels, convs, levels)
-            return fcos.tower(channels, convs, norm=options.norm, deformable=deformable)
+            return fcos.tower(channels, convs, bias=options.bias, norm=options.norm, deformable=deformable)
 
         self.shared = tower(options.shared, "all" if options.deformable == "all" else "none")
         self.class_tower = tower(options.classes, "last" if options.deformable == "last" else "none")
@@ -161,6 +182,7 @@ class FCOSHead(nn.Module):
         self.centerness = fcos.output_conv(channels, 1)
         self.scales = nn.ModuleList(fcos.Scale() for _ in range(levels)) if options.scales else None
         self.top = fcos.output_conv(channels, top) if top else None
+        self.exponential, self.central_class = options.distances == "exp", options.centerness_of == "classes"
 
     def forward(self, levels: Sequence[Float[Tensor, "b c _h _w"]]) -> tuple[list[Tensor], ...]:
         """Class logits, distances, centerness and further outputs of each level."""
@@ -168,12 +190,15 @@ class FCOSHead(nn.Module):
         for number, level in enumerate(levels):
             shared = _run(self.shared, level, number)
             box = _run(self.box_tower, shared, number)
-            logits.append(self.logits(_run(self.class_tower, shared, number)))
-            centerness.append(self.centerness(box))
+            classes = _run(self.class_tower, shared, number)
+            logits.append(self.logits(classes))
+            centerness.append(self.centerness(classes if self.central_class else box))
             distance = self.distances(box)
             if self.scales is not None:
                 distance = self.scales[number](distance)
-            distances.append(functional.relu(distance))
+            distances.append(
+                (distance.float().exp() / fcos.STRIDES[number]) if self.exponential else functional.relu(distance)
+            )
             if self.top is not None:
                 top.append(self.top(box))
         return logits, distances, centerness, top
@@ -279,9 +304,7 @@ class FCOSSystem(System):
         self.anchors = Anchors([[s] for s in self.strides], self.strides, (1.0,), "torchvision")
         if self.rules.mean:
             self.register_buffer("normalizer", torch.tensor(300.0))
-        self.preprocess = resize.apply(
-            PREPROCESS["torchvision" if rules == "torchvision" else "adelaidet"], in_channels
-        )
+        self.preprocess = resize.apply(PREPROCESS["adelaidet" if rules == "detectron2" else rules], in_channels)
 
     @property
     def outputs(self) -> frozenset[Output]:
@@ -336,7 +359,7 @@ class FCOSSystem(System):
         self, raw: Raw, sizes: Sequence[tuple[int, int]], score_threshold: float | None, nms_threshold: float,
         detections: int, candidates: int = 1000, ranked_by: Literal["class", "product", "score"] | None = None,
     ) -> list[Located]:  # fmt: skip
-        """Detects boxes. The score is the square root of class probability times centerness.
+        """Detects boxes. The score is the square root of class probability times centerness, or the product itself.
 
         The published code compares the class probability, or its product with the centerness, with a low threshold
         before it computes scores. A higher threshold is compared with the score.
@@ -359,11 +382,16 @@ class FCOSSystem(System):
         for logits, central in zip(raw.logits, raw.centerness, strict=True):
             probability = logits.float().sigmoid().flatten(2)  # (B, K, n)
             product = probability * central.float().sigmoid().flatten(2)
-            score = product.sqrt()
+            score = product.sqrt() if self.rules.root else product
             compared = {"class": probability, "product": product, "score": score}[ranked_by]
-            ranked = torch.where(compared > first_threshold, score, -1.0).transpose(1, 2).flatten(1)
+            wanted = probability if self.rules.best_by == "class" else score
+            ranked = torch.where(compared > first_threshold, wanted, -1.0).transpose(1, 2).flatten(1)
             best = ranked.topk(min(candidates, ranked.shape[1]))
-            scores.append(best.values)
+            if self.rules.best_by == "class":
+                own = score.transpose(1, 2).flatten(1).gather(1, best.indices)
+                scores.append(torch.where(best.values >= 0, own, -1.0))
+            else:
+                scores.append(best.values)
             labels.append(best.indices % kinds)
             places.append(best.indices // kinds + first)
             first += probability.shape[2]
@@ -379,6 +407,9 @@ class FCOSSystem(System):
             boxes = fcos.boxes_from_distances(points[own], distances[number, own])
             if self.rules.clip:
                 boxes = box_ops.clip(boxes, size)
+            if self.rules.solid:
+                solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
+                boxes, rows, own = boxes[solid], rows[solid], own[solid]
             kept = box_ops.nms(boxes, score[number, rows], label[number, rows], nms_threshold, detections)
             rows = rows[kept]
             result.append(Located(boxes[kept], score[number, rows], label[number, rows], own[kept]))

@@ -26,7 +26,7 @@ from maskwright.blocks.box_stage import (
     detect,
     sample_boxes,
 )
-from maskwright.blocks.fpn import FPN
+from maskwright.blocks.fpn import FPN, PathAggregation
 from maskwright.blocks.layers import FrozenBatchNorm, Norm
 from maskwright.blocks.resnet import make_stage
 from maskwright.blocks.roi_heads import BoxHead, Pooler, Pooling
@@ -40,7 +40,7 @@ from maskwright.structures.resize import Resize
 from maskwright.systems.system import ClassRows, Output, System, at_least
 
 RulesName = Literal["detectron2", "torchvision", "mmdetection", "mmdetection-caffe", "maskrcnn-benchmark", "detectron"]
-Neck = Literal["fpn", "c4", "dc5"]
+Neck = Literal["fpn", "pafpn", "c4", "dc5"]
 
 
 # ---- conventions and options -----------------------------------------------------------------------------------------
@@ -64,6 +64,10 @@ class Rules:
         finish: Detected boxes on the image: "clip": clipped to it and dropped if empty; "scale": only scaled.
         keypoints: Score of keypoints, see `ops.keypoints.decode`.
         keypoints_inside: Keypoints are trained only on boxes that contain at least one.
+        quality_above: A pixel of a mask whose IoU is the target of a MaskIoU head has a logit above it.
+        quality_area: Area of whole objects in this target, see `ops.mask_targets.share_inside`.
+        semantic: Loss of semantic branches: "fine", or "coarse" labels, see `blocks.semantic.semantic_loss`.
+        panoptic_score: Score above which things are part of a panoptic segmentation.
     """
 
     proposals: ProposalRules = field(default_factory=ProposalRules)
@@ -79,6 +83,10 @@ class Rules:
     finish: Literal["clip", "scale"] = "clip"
     keypoints: keypoints.Scoring = "probability"
     keypoints_inside: bool = True
+    quality_above: float = 0.0
+    quality_area: Literal["raster", "pixels"] = "raster"
+    semantic: Literal["fine", "coarse"] = "fine"
+    panoptic_score: float = 0.5
 
 
 _BENCHMARK = Rules(
@@ -108,7 +116,10 @@ RULES: Mapping[str, Rules] = {
         boxes=replace(_BENCHMARK.boxes, beta=1 / 3, sampled_order="kinds"),
     ),
     "mmdetection": (_MMDETECTION := Rules(
-        ProposalRules(loss="sampled", rank_by="probability"), upsample="fit", mask_init="kaiming", finish="scale",
+        ProposalRules(loss="sampled", rank_by="probability", rescue="own", rescue_from=0.3, symmetric=True),
+        BoxRules(rescue=True, added_own=True, symmetric=True, left_out="objects", mean_of="logits"),
+        levels="mmdetection", upsample="fit", mask_targets="bitmap", mask_init="kaiming", finish="scale",
+        quality_above=0.5, quality_area="pixels", semantic="coarse", panoptic_score=0.6,
     )),
     "mmdetection-caffe": _MMDETECTION,  # differs in the normalisation of images
 }  # fmt: skip
@@ -311,8 +322,8 @@ class TwoStage(System):
         at_least(self.name, 1, neck_width=neck_width)
         self.classes, self.neck_type = tuple(classes), neck
         self.head_classes = len(self.classes)
-        self.rules = own = RULES[rules]
-        pyramid = neck == "fpn"
+        self.rules = own = self.conventions(rules)
+        pyramid = neck in ("fpn", "pafpn")
         self.proposal_rules = replace(
             own.proposals,
             before=_pair(proposals.before, own.proposals.before if pyramid else (12000, 6000)),
@@ -324,11 +335,13 @@ class TwoStage(System):
         widths, strides = levels_of(body)
         if pyramid:
             if strides != (4, 8, 16, 32):
-                raise UsageError(f"neck='fpn' requires a backbone with strides 4, 8, 16, 32, got {list(strides)}")
+                raise UsageError(f"neck={neck!r} requires a backbone with strides 4, 8, 16, 32, got {list(strides)}")
             if len(proposals.anchor_sizes) != 5:
                 count = len(proposals.anchor_sizes)
                 raise UsageError(f"proposals.anchor_sizes must have 5 entries, one per pyramid level, got {count}")
             network, self.channels = FPN(widths, neck_width, norm=neck_norm, upsample=own.upsample), neck_width
+            if neck == "pafpn":
+                network = PathAggregation(network, neck_width, len(strides), neck_norm)
             levels, sizes = (*strides, 64), [[size] for size in proposals.anchor_sizes]
         else:
             network, self.channels = None, widths[-1]
@@ -361,11 +374,16 @@ class TwoStage(System):
 
         self.preprocess = resize.apply(PREPROCESS[rules], in_channels)
 
+    @classmethod
+    def conventions(cls, rules: RulesName) -> Rules:
+        """The conventions of a code base, as it configures this system."""
+        return RULES[rules]
+
     def _build_backbone(self, spec: Backbone, in_channels: int) -> nn.Module:
         """The backbone for the neck."""
         if self.neck_type == "c4" and not spec.name.startswith("resnet"):
             raise UsageError(f"neck='c4' requires a ResNet backbone, got {spec.name!r}; use neck='fpn'")
-        uses = {"fpn": Use(), "c4": Use(deepest=16), "dc5": Use(dilated=True)}
+        uses = {"fpn": Use(), "pafpn": Use(), "c4": Use(deepest=16), "dc5": Use(dilated=True)}
         return spec.build(in_channels, uses[self.neck_type])
 
     @property
