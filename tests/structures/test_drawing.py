@@ -208,3 +208,17 @@ def test_thousands_of_small_objects_take_little_time():
     start = time.process_time()
     found.draw(np.zeros((4000, 4000, 3), np.uint8), ["cell"])
     assert time.process_time() - start < 10
+
+
+def test_a_tracked_object_has_the_colour_of_its_id():
+    def drawn(order: list[int]) -> np.ndarray:
+        masks = Masks.from_polygons([[[2, 2, 12, 2, 12, 12, 2, 12]], [[22, 2, 32, 2, 32, 12, 22, 12]]], (16, 40))
+        objects = Instances((16, 40), masks.boxes(), torch.tensor([0, 0]), masks, ids=torch.tensor([4, 9]))[order]
+        image = objects.draw(np.zeros((16, 40, 3), np.uint8), colour_by="id", labels=False)
+        return np.asarray(image)
+
+    assert (drawn([0, 1]) == drawn([1, 0])).all()
+    assert tuple(drawn([0, 1])[7, 7]) != tuple(drawn([0, 1])[7, 27])
+    objects = Instances((16, 40), torch.zeros(1, 4), torch.tensor([0]))
+    with pytest.raises(UsageError, match="`colour_by` is 'id', but the objects have no ids"):
+        objects.draw(np.zeros((16, 40, 3), np.uint8), colour_by="id")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 from maskwright.errors import UsageError
+from maskwright.evaluation.records import instances_from_records
+from maskwright.inference.outputs import load_objects, save_objects
 from maskwright.structures import Batch, Instances, Masks, Placement
 from maskwright.structures.drawing import draw
 
@@ -246,3 +249,20 @@ def test_wrong_shapes_are_detected_in_the_test_run():
 def test_drawing_on_an_image_of_another_size_is_an_error():
     with pytest.raises(UsageError, match=r"the image is 5 x 5, but the objects belong to an image of 12 x 16"):
         objects(1).draw(torch.zeros(3, 5, 5, dtype=torch.uint8))
+
+
+def test_ids_of_tracked_predictions_are_written_and_read(tmp_path: Path):
+    masks = Masks.from_polygons([[[1, 1, 5, 1, 5, 5]], [[2, 2, 9, 2, 9, 7]]], (12, 16))
+    objects = Instances((12, 16), masks.boxes(), torch.tensor([0, 1]), masks, torch.tensor([0.9, 0.8]))
+    assert "track_id" not in objects.to_coco(1)[0]
+    objects.ids = torch.tensor([7, 3])
+    records = objects.to_coco(1)
+    assert [record["track_id"] for record in records] == [7, 3]
+    assert instances_from_records(records, (12, 16), lambda number: number - 1).ids.tolist() == [7, 3]
+    del records[1]["track_id"]
+    assert instances_from_records(records, (12, 16), lambda number: number - 1).ids is None
+    read, _ = load_objects(save_objects(objects, tmp_path / "objects.npz"))
+    assert read.ids.tolist() == [7, 3]
+    assert objects[[1]].ids.tolist() == [3]
+    objects.scores = None  # annotations, whose ids are no tracks
+    assert "track_id" not in objects.to_coco(1)[0]

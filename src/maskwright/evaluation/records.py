@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from maskwright.data.values import parse_float
+from maskwright.data.values import parse_float, parse_int
 from maskwright.errors import AnnotationError
 from maskwright.evaluation.plausible import check_classes, check_images
 from maskwright.evaluation.result_ids import Id, Reference, checked_id, listing_beside, match_ids
@@ -136,7 +136,7 @@ def instances_from_records(
 
     Args:
         records: The records of one image. Each needs "bbox", "segmentation" or "keypoints"; missing boxes are those of
-            the masks, or the extent of the keypoints.
+            the masks, or the extent of the keypoints. If all have an integer "track_id", these are the ids.
         size: Height and width of the image.
         label_of: From category id to label.
 
@@ -171,7 +171,9 @@ def instances_from_records(
         assert points is not None
         boxes = torch.cat([points[..., :2].amin(1), points[..., :2].amax(1)], 1)
     labels = torch.tensor([label_of(r["category_id"]) for r in records], dtype=torch.int64)
-    return Instances(size, boxes, labels, masks, scores, points)
+    numbers = [parse_int(r.get("track_id")) for r in records]
+    ids = None if None in numbers else torch.tensor(numbers, dtype=torch.int64)
+    return Instances(size, boxes, labels, masks, scores, points, ids=ids)
 
 
 def _masks(codes: Iterable[Any], size: tuple[int, int]) -> Masks:

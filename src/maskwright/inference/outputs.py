@@ -178,7 +178,7 @@ def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), im
         objects: The objects.
         path: The file. A name that ends in .json gives a COCO document with "images", "categories" and "annotations"
             (category_id = label + 1). Any other gives an .npz file with the arrays boxes, labels, scores, keypoints,
-            size, classes and counts (one compressed run-length string per mask), for `load_objects`.
+            ids, size, classes and counts (one compressed run-length string per mask), for `load_objects`.
         classes: The class names.
         image: The image's file; the COCO document has its name.
 
@@ -190,7 +190,7 @@ def save_objects(objects: Instances, path: Path, classes: Sequence[str] = (), im
     """
     if path.suffix.lower() == ".json":
         return write_json(path, coco_document(objects, classes, _name_of(image)), DataError)
-    arrays = {name: getattr(objects, name) for name in ("boxes", "labels", "scores", "keypoints")}
+    arrays = {name: getattr(objects, name) for name in ("boxes", "labels", "scores", "keypoints", "ids")}
     values = {name: value.detach().cpu().numpy() for name, value in arrays.items() if value is not None}
     if objects.masks is not None:
         texts = [code["counts"] for code in objects.masks.rle()]
@@ -277,7 +277,7 @@ def load_objects(path: str | Path) -> tuple[Instances, tuple[str, ...]]:
             values: dict[str, npt.NDArray[Any]] = {name: file[name] for name in file.files}
         size = (int(values["size"][0]), int(values["size"][1]))
         tensors: dict[str, torch.Tensor] = {}
-        for name in ("boxes", "labels", "scores", "keypoints"):
+        for name in ("boxes", "labels", "scores", "keypoints", "ids"):
             if name in values:
                 tensors[name] = torch.from_numpy(values[name])  # pyright: ignore[reportUnknownMemberType] - not typed by torch
         masks = Masks.from_rle(values["counts"].tolist(), size) if "counts" in values else None

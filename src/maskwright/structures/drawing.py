@@ -57,7 +57,7 @@ def draw(
     contours: bool = True,
     scores: bool = True,
     keypoints: bool = True,
-    colour_by: Literal["object", "class"] = "object",
+    colour_by: Literal["object", "class", "id"] = "object",
     line_width: int | None = None,
     text_height: int | None = None,
     keypoint_threshold: float = 0.05,
@@ -78,7 +78,8 @@ def draw(
         contours: Draw contours of masks.
         scores: Add scores to the labels.
         keypoints: Draw keypoints: predicted ones with scores above `keypoint_threshold`, annotated ones if labelled.
-        colour_by: Colour by object or by class.
+        colour_by: Colour by object, by class, or by id: a tracked object has the same colour in all frames, and its
+            label contains the id.
         line_width: In pixels; None: scales with the image.
         text_height: In pixels; None: scales with the image.
         keypoint_threshold: Smallest score of predicted keypoints.
@@ -101,14 +102,17 @@ def draw(
             f"the image is {height} x {width}, but the objects belong to an image of "
             f"{instances.image_size[0]} x {instances.image_size[1]} (height x width)"
         )
-    if colour_by not in ("object", "class"):
-        raise UsageError(f"`colour_by` must be 'object' or 'class', got {colour_by!r}")
+    if colour_by not in ("object", "class", "id"):
+        raise UsageError(f"`colour_by` must be 'object', 'class' or 'id', got {colour_by!r}")
+    if colour_by == "id" and instances.ids is None:
+        raise UsageError("`colour_by` is 'id', but the objects have no ids; track them, or colour by 'object'")
     if not 0 <= alpha <= 1:
         raise UsageError(f"`alpha` must be in [0, 1], got {alpha}")
     instances = instances.to("cpu")
     count = len(instances)
     line = line_width or max(1, round(math.sqrt(height * width) / 350))
-    keys: list[int] = instances.labels.tolist() if colour_by == "class" else list(range(count))
+    ids: list[int] | None = instances.ids.tolist() if colour_by == "id" and instances.ids is not None else None
+    keys: list[int] = instances.labels.tolist() if colour_by == "class" else ids or list(range(count))
     crowd: list[bool] = [False] * count if instances.crowd is None else instances.crowd.tolist()
     regions: list[bool] = [False] * count if things is None else (~things.cpu()).tolist()
     colours = [GREY if crowded else colour(key) for key, crowded in zip(keys, crowd, strict=True)]
@@ -143,7 +147,7 @@ def draw(
                 canvas, instances.keypoints[number].detach().double().numpy(), colours[number], line, threshold
             )
     if labels:
-        texts = _texts(instances, classes, scores, crowd)
+        texts = _texts(instances, classes, scores, crowd, ids)
         size = text_height or max(11, round(math.sqrt(height * width) / 48))
         centers = {n: _center(instances, n) for n in range(count) if regions[n]}
         _write_labels(pen, texts, frames.tolist(), colours, size, (height, width), centers)
@@ -312,13 +316,17 @@ def _draw_keypoints(
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
-def _texts(instances: Instances, classes: Sequence[str] | None, scores: bool, crowd: list[bool]) -> list[str]:
+def _texts(
+    instances: Instances, classes: Sequence[str] | None, scores: bool, crowd: list[bool], ids: list[int] | None
+) -> list[str]:
     values: list[float] | None = instances.scores.tolist() if scores and instances.scores is not None else None
     texts: list[str] = []
     names: list[int] = instances.labels.tolist()
     for number, label in enumerate(names):
         text = str(classes[label]) if classes is not None and 0 <= label < len(classes) else str(label)
         text = "".join(c if c.isprintable() else " " for c in text)
+        if ids is not None:
+            text += f" {ids[number]}"
         if crowd[number]:
             text += " (crowd)"
         elif values is not None:

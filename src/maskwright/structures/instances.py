@@ -40,7 +40,8 @@ class Instances:
         keypoints: (N, J, 3), x, y and, for annotations, visibility (0 unlabelled, 1 hidden, 2 visible) or, for
             predictions, score.
         crowd: (N,), regions that are ignored by the evaluation; annotations only.
-        ids: (N,), ids of the annotations.
+        ids: (N,), of annotations, their ids in the data set; of tracked objects and in clips, a number that an object
+            keeps through all frames.
 
     Raises:
         ValueError: If the fields have different lengths, or the masks another size.
@@ -208,7 +209,7 @@ class Instances:
         Returns:
             One record for each object: boxes as x, y, width, height, masks as run-length strings, and keypoints in
             COCO's frame, which counts pixels from the center of the first one: 0.5 less than here. Fields that the
-            objects do not have are absent.
+            objects do not have are absent. Tracked predictions, which have scores and ids, have a "track_id".
         """
         x0, y0, x1, y1 = self.boxes.detach().cpu().double().unbind(1) if len(self) else [torch.zeros(0)] * 4
         boxes: list[list[float]] = torch.stack([x0, y0, x1 - x0, y1 - y0], 1).tolist()
@@ -225,6 +226,8 @@ class Instances:
                 record["segmentation"] = {**codes[number], "counts": codes[number]["counts"].decode("ascii")}
             if self.scores is not None:
                 record["score"] = float(self.scores[number])
+            if self.scores is not None and self.ids is not None:
+                record["track_id"] = int(self.ids[number])
             if self.keypoints is not None:
                 keypoints = self.keypoints[number].detach().cpu().double()
                 labelled = keypoints[:, 2:] > 0 if self.scores is None else torch.ones_like(keypoints[:, 2:])
@@ -235,6 +238,8 @@ class Instances:
 
     def to_supervision(self) -> Any:
         """Return `supervision.Detections`, with masks as bool planes (N * H * W bytes).
+
+        Ids of tracked predictions, which have scores, are its `tracker_id`.
 
         Raises:
             MissingExtraError: If supervision is not installed.
@@ -248,6 +253,7 @@ class Instances:
             mask=None if self.masks is None else self.masks.dense("cpu").numpy(),
             confidence=None if self.scores is None else self.scores.detach().cpu().numpy(),
             class_id=self.labels.cpu().numpy(),
+            tracker_id=None if self.ids is None or self.scores is None else self.ids.cpu().numpy(),
         )
 
     def draw(
