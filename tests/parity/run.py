@@ -5,7 +5,8 @@
 
 The layout is filled with the seed that the outputs name, written as the original's kind of file, and read back through
 `maskwright.load`. Prints a line per recorded array with its relative error; exits with 1 if one is above its bound or
-was not checked, with 2 if the pair cannot be run at all.
+was not checked, with 2 if the pair cannot be run at all. A recording may have only some of the arrays of an original:
+what it does not have is not compared, and arrays whose comparison needs absent ones are listed as skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 
 from maskwright.systems import System
 from tests.parity import checkers
-from tests.parity.ledger import Ledger
+from tests.parity.ledger import Ledger, part
 from tests.parity.weights import write_checkpoint
 
 
@@ -81,12 +82,19 @@ def run(layout: Path | None, outputs: Path, system: System | None = None) -> Led
     """All comparisons of one pair; the ledger holds the lines. `system`: already loaded, for several outputs of one."""
     ledger = Ledger(outputs)
     with tempfile.TemporaryDirectory() as folder, first_in_order():
-        if layout is None:
-            checkers.without_weights(ledger)
-        else:
-            checkers.with_weights(system or load(layout, ledger, Path(folder)), layout, ledger)
+        whole(system, layout, ledger, Path(folder))
     ledger.finish()
+    if not ledger.lines or ledger.skipped == len(ledger.lines):
+        needs = f": it needs {', '.join(ledger.missing)}" if ledger.missing else ""
+        raise LookupError(f"nothing of it can be compared{needs}")
     return ledger
+
+
+@part
+def whole(system: System | None, layout: Path | None, ledger: Ledger, folder: Path) -> None:
+    if layout is None:
+        return checkers.without_weights(ledger)
+    checkers.with_weights(system or load(layout, ledger, folder), layout, ledger)
 
 
 def main() -> int:
@@ -112,7 +120,9 @@ def main() -> int:
 
 
 def outputs_line(ledger: Ledger) -> str:
-    return f"{ledger.name}: {len(ledger.lines) - ledger.failed} of {len(ledger.lines)} within bounds"
+    compared = len(ledger.lines) - ledger.skipped
+    skipped = f", {ledger.skipped} without their inputs" if ledger.skipped else ""
+    return f"{ledger.name}: {compared - ledger.failed} of {compared} within bounds{skipped}"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import maskwright
 from maskwright.systems import System, detr
 from tests.parity import checkers, ties
 from tests.parity import run as runner
-from tests.parity.ledger import Ledger, input_seed
+from tests.parity.ledger import Ledger, NotRecorded, input_seed, inputs, placed
 from tests.parity.weights import write_checkpoint
 
 HERE = Path(__file__).parent
@@ -258,3 +258,91 @@ def test_old_and_present_names_of_torchvision_are_one_network(kind: str, tmp_pat
         places.append({k: float(v.flatten()[0]) for k, v in system.state_dict().items()})
     assert places[0] == places[1]
     assert len(set(places[0].values())) == len(places[0])
+
+
+# ---- recordings that have only some of an original's arrays ---------------------------------------------------------
+
+
+def cut(target: Path, keep: str, name: str, meta: dict[str, object] | None = None) -> Path:
+    """A copy of a recording with the arrays whose names match `keep`, and some words of `meta` replaced."""
+    with np.load(HERE / "thin" / f"{name}.npz") as file:
+        about = {**json.loads(str(file["meta"])), **(meta or {})}
+        arrays = {k: file[k] for k in file.files if re.match(keep, k)}
+    path = target / f"{name}.npz"
+    np.savez(path, meta=json.dumps(about), **arrays)  # pyright: ignore[reportArgumentType]
+    return path
+
+
+RETINANET = "retinanet-detectron2-r50-fpn"
+
+
+@pytest.mark.parametrize(
+    ("keep", "count"),
+    [(r"logits_p7|det_", 4), (r"det_(scores|classes)", 2), (r"det_boxes", 1), (r"train_loss_cls|gt_", 1), (r"fpn_", 3)],
+)
+def test_part_of_a_recording_is_compared(keep: str, count: int, loaded: Loaded, tmp_path: Path):
+    system = loaded(HERE / "layouts" / f"{RETINANET}.json", HERE / "thin" / f"{RETINANET}.npz", tmp_path)
+    ledger = runner.run(HERE / "layouts" / f"{RETINANET}.json", cut(tmp_path, keep, RETINANET), system)
+    assert (len(ledger.lines), ledger.failed, ledger.skipped) == (count, 0, 0), ledger.lines
+
+
+def test_loss_without_its_target_is_listed_and_not_counted(loaded: Loaded, tmp_path: Path):
+    layout = HERE / "layouts" / f"{RETINANET}.json"
+    system = loaded(layout, HERE / "thin" / f"{RETINANET}.npz", tmp_path)
+    ledger = runner.run(layout, cut(tmp_path, r"logits_p7|train_loss_cls|gt_classes", RETINANET), system)
+    assert [line.split(":")[0] for line in ledger.lines] == ["ok   logits_p7", "skip gt_classes", "skip train_loss_cls"]
+    assert "the recording lacks gt_boxes" in ledger.lines[2]
+    assert runner.outputs_line(ledger).endswith("1 of 1 within bounds, 2 without their inputs")
+    with pytest.raises(LookupError, match="it needs gt_boxes"):
+        runner.run(layout, cut(tmp_path, r"train_loss_cls|gt_classes", RETINANET), system)
+
+
+def test_empty_result_keeps_its_dimensions(loaded: Loaded, tmp_path: Path):
+    """No object above the threshold: arrays of no rows, of which one was kept in part."""
+    layout = HERE / "layouts" / f"{RETINANET}.json"
+    system = loaded(layout, HERE / "thin" / f"{RETINANET}.npz", tmp_path)
+    path = cut(tmp_path, "fpn_p7", RETINANET, {"score_threshold": 0.9999})
+    with np.load(path) as file:
+        arrays = {k: file[k] for k in file.files}
+    none = {
+        "det_boxes": np.zeros((0, 4), "float32"), "det_classes": np.zeros(0, "int64"),
+        "det_scores__shape": np.array([0]), "det_scores__sampled": np.zeros(0, "float32"),
+    }  # fmt: skip
+    np.savez(path, **arrays, **none)  # pyright: ignore[reportArgumentType]
+    ledger = runner.run(layout, path, system)
+    assert (len(ledger.lines), ledger.failed) == (4, 0), ledger.lines
+    np.savez(path, **arrays, **{**none, "det_boxes": np.ones((1, 4), "float32")})  # pyright: ignore[reportArgumentType]
+    assert runner.run(layout, path, system).failed > 0
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    ("about", "seed", "shape"),
+    [
+        ({"input": [2, 3, 4, 6], "seed": 5}, 5, (2, 3, 4, 6)),
+        ({"input": [1, 3, 4, 6], "seed": 5, "input_seed": 7}, 7, (1, 3, 4, 6)),
+        ({"input": "(1, 3, 4, 6)", "seed": 0, "input_seed": 0}, 0, (1, 3, 4, 6)),
+        ({"input": "1x3x4x6", "seed": 2}, 2, (1, 3, 4, 6)),
+        ({"input": [3, 4, 6], "weights_seed": 3}, 3, (1, 3, 4, 6)),
+        ({"shape": [4, 6], "seed": 4}, 4, (1, 3, 4, 6)),
+        ({"input": "RandomState(9).standard_normal((1,3,4,6)) float32", "seed": 1}, 9, (1, 3, 4, 6)),
+    ],
+)
+def test_input_that_is_given_as_a_shape_is_drawn_from_its_seed(about: dict[str, object], seed: int, shape: tuple):
+    images, sizes = inputs(about)
+    assert np.array_equal(images.numpy(), np.random.RandomState(seed).standard_normal(shape).astype("float32"))
+    assert sizes == [shape[2:]] * shape[0]
+    again, valid = placed(about)
+    assert torch.equal(images, again)
+    assert valid.tolist() == [list(s) for s in sizes]
+
+
+@pytest.mark.fast
+def test_values_of_an_input_that_was_kept_in_part(tmp_path: Path):
+    places = np.random.RandomState(0).randint(0, 6, 3)
+    np.savez(tmp_path / "x.npz", x__shape=np.array([2, 3]), x__sampled=np.arange(6.0)[places])
+    ledger = Ledger(tmp_path / "x.npz")
+    values = ledger.given_in_part("x").flatten()
+    assert set(values[~values.isnan()].int().tolist()) == set(places.tolist())
+    with pytest.raises(NotRecorded, match="x as a whole"):
+        ledger.given("x")

@@ -12,8 +12,8 @@ from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems.centermask import CenterMask, box_level
 from maskwright.systems.families.fcos import Raw
 from tests.parity.checkers.fcos import network
-from tests.parity.checkers.mask_rcnn import DEEP
-from tests.parity.ledger import Ledger, inputs, matching
+from tests.parity.checkers.mask_rcnn import DEEP, with_gradients
+from tests.parity.ledger import Ledger, inputs, part
 
 TERMS = {"fcos_cls": "class", "fcos_loc": "box", "fcos_ctr": "centerness", "mask": "mask", "maskiou": "mask_iou"}
 
@@ -25,7 +25,7 @@ def target_of(ledger: Ledger, size: tuple[int, int]) -> Instances:
 
 def check(system: CenterMask, layout: Path, ledger: Ledger) -> None:
     system.eval()
-    if "grad_norm" in ledger:
+    if with_gradients(ledger):
         return gradients(system, ledger)
     images, sizes = inputs(ledger.about)
     stages: list[Tensor] = []
@@ -41,7 +41,10 @@ def check(system: CenterMask, layout: Path, ledger: Ledger) -> None:
         training(system, raw, sizes[0], ledger)
 
 
+@part
 def given(system: CenterMask, raw: Raw, size: tuple[int, int], ledger: Ledger) -> None:
+    if not ledger.names(r"given_\w+"):
+        return
     boxes = ledger.given("given_boxes")
     labels = torch.arange(len(boxes))
     ledger.equal("given_levels", box_level(boxes, size))
@@ -50,35 +53,45 @@ def given(system: CenterMask, raw: Raw, size: tuple[int, int], ledger: Ledger) -
     ledger.compare("given_mask_logits", system.masks(features))
     masks, quality = system.read_boxes(raw, [boxes], [labels], [size])
     ledger.compare("given_mask_probs", masks[0][:, None])
-    assert system.mask_iou is not None
+    if system.mask_iou is None:
+        return
     ledger.compare("given_maskiou", system.mask_iou(features, masks[0]))
     ledger.compare("given_mask_scores", quality[0] * torch.linspace(0.9, 0.4, len(boxes)))
 
 
+@part
 def detections(system: CenterMask, raw: Raw, size: tuple[int, int], ledger: Ledger) -> None:
     limits: dict[str, Any] = {
         "nms_threshold": ledger.about.get("fcos_nms", 0.6), "detections": ledger.about.get("post_nms_topk", 50),
     }  # fmt: skip
     found = system.find(raw, [size], None, **limits)[0]
+    rows = torch.arange(len(found.boxes))
     for prefix in ("fcos", "det"):
-        boxes = ledger.peek(f"{prefix}_boxes")
-        rows = matching(boxes, found.boxes, (ledger.peek(f"{prefix}_classes"), found.labels))
-        if rows is None:
-            return ledger.fail(f"{prefix}_boxes", f"{len(found.boxes)} boxes instead of {len(boxes)}")
+        own = ledger.pair(
+            (f"{prefix}_boxes", found.boxes), (f"{prefix}_classes", found.labels), (f"{prefix}_scores", found.scores)
+        )
+        if own is None:
+            return
+        if prefix == "fcos" or ledger.names(r"det_(boxes|scores)"):
+            rows = own
         ledger.compare(f"{prefix}_boxes", found.boxes[rows])
         ledger.compare(f"{prefix}_scores", found.scores[rows])
         ledger.equal(f"{prefix}_classes", found.labels[rows])
         if prefix == "fcos":
             ledger.compare("fcos_locations", torch.cat(system.locations(raw))[found.places[rows]])
+    if not ledger.names(r"(det_mask|out)_\w+"):
+        return
     masks, quality = system.read_boxes(raw, [found.boxes], [found.labels], [size])
     ledger.compare("det_mask_probs", masks[0][rows][:, None])
     ledger.compare("det_mask_scores", (found.scores * quality[0])[rows])
+    if not ledger.names(r"out_(boxes|scores|classes|masks|mask_scores)"):
+        return
     out = tuple(int(side) for side in ledger.given("out_size").tolist())
     final = system.decode(raw, [Placement.resize(out, size)], score_of="box", **limits)[0]
-    theirs = ledger.peek("out_boxes")
-    rows = matching(theirs, final.boxes, (ledger.peek("out_classes"), final.labels))
+    assert final.scores is not None
+    rows = ledger.pair(("out_boxes", final.boxes), ("out_classes", final.labels), ("out_scores", final.scores))
     if rows is None:
-        return ledger.fail("out_boxes", f"{len(final)} boxes instead of {len(theirs)}")
+        return
     final = final[rows]
     ledger.compare("out_boxes", final.boxes)
     assert final.scores is not None
@@ -87,14 +100,20 @@ def detections(system: CenterMask, raw: Raw, size: tuple[int, int], ledger: Ledg
     every = found.scores * quality[0]
     scaled = found.boxes * torch.tensor([out[1] / size[1], out[0] / size[0]] * 2)
     clipped = torch.minimum(scaled.clamp(min=0), torch.tensor([out[1], out[0]] * 2).float())
-    own = matching(theirs, clipped[(clipped[:, 2:] > clipped[:, :2]).all(1)])
-    assert own is not None
-    ledger.compare("out_mask_scores", every[(clipped[:, 2:] > clipped[:, :2]).all(1)][own])
+    kept = (clipped[:, 2:] > clipped[:, :2]).all(1)
+    own = ledger.pair(("out_boxes", clipped[kept]), ("out_classes", found.labels[kept]))
+    if own is not None:
+        ledger.compare("out_mask_scores", every[kept][own])
     assert final.masks is not None
-    ledger.compare_bits("out_masks", final.masks[: int(ledger.arrays["out_masks__shape"][0])].dense())
+    ledger.compare_bits("out_masks", final.masks[: ledger.length("out_masks")].dense())
 
 
+@part
 def training(system: CenterMask, raw: Raw, size: tuple[int, int], ledger: Ledger) -> None:
+    if not ledger.names(r"(fcos_target|train)_\w+"):
+        for name in ledger.names(r"gt_\w+"):
+            ledger.given(name)
+        return
     target = target_of(ledger, size)
     assigned = system.assign(raw, [target])
     owner = assigned.owner[0]
@@ -104,12 +123,15 @@ def training(system: CenterMask, raw: Raw, size: tuple[int, int], ledger: Ledger
     # Locations that are not positive have the distances to the first object, in the original too.
     ledger.compare("fcos_target_reg", assigned.distances[0])
     terms = system.losses(raw, [target])
-    boxes = system.roi_losses(raw, [ledger.given("given_boxes")], [target])
-    for prefix, own in (("train_loss_", terms), ("train_given_loss_", boxes)):
-        for name in ledger.names(rf"{prefix}\w+"):
-            ledger.compare(name, own[TERMS[name.removeprefix(prefix)]])
+    for name in ledger.names(r"train_loss_\w+"):
+        ledger.compare(name, terms[TERMS[name.removeprefix("train_loss_")]])
+    names = ledger.names(r"train_given_loss_\w+")
+    boxes = system.roi_losses(raw, [ledger.given("given_boxes")], [target]) if names else {}
+    for name in names:
+        ledger.compare(name, boxes[TERMS[name.removeprefix("train_given_loss_")]])
 
 
+@part
 def gradients(system: CenterMask, ledger: Ledger) -> None:
     source = Ledger(ledger.path.with_name(ledger.path.name.replace("-grad", "")))
     images, sizes = inputs({**source.about, **ledger.about, "input": source.about["input"]})
@@ -138,9 +160,8 @@ def gradients_of(system: Any, ledger: Ledger, origin_name: str) -> None:
         shapeless = {key: torch.zeros(1)}
         return next(iter(origin.finish(shapeless, system.options))) if key not in ours else key
 
-    names = [str(n) for n in ledger.arrays["names"]]
-    unused = [str(n) for n in ledger.arrays["no_grad_names"] if n]
-    ledger.seen |= {"names", "no_grad_names"}
+    names = ledger.texts("names")
+    unused = ledger.texts("no_grad_names") if "no_grad_names" in ledger else []
     wrong = [n for n in names if renamed(n) not in ours or ours[renamed(n)].grad is None]
     if wrong:
         return ledger.fail("names", f"without a gradient: {wrong[:5]} of {len(wrong)}")

@@ -20,7 +20,7 @@ from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import detr
 from maskwright.systems.detr import Raw
 from tests.parity import ties
-from tests.parity.ledger import LARGEST, Ledger, placed
+from tests.parity.ledger import LARGEST, Ledger, part, placed
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
@@ -94,9 +94,10 @@ class Check:
 
     # ---- objects -------------------------------------------------------------------------------------------------
 
+    @part
     def detections(self, raw: Raw) -> None:
         ledger = self.ledger
-        if "det_scores" not in ledger:
+        if not ledger.names(r"det_\w+"):
             return
         height, width = ledger.about["original_size"]
         placement = Placement.resize((height, width), self.size)
@@ -112,7 +113,7 @@ class Check:
         ledger.equal(f"{prefix}labels", labels)
         boxes = system.image_boxes(raw, 0, placement)
         ledger.compare(f"{prefix}boxes", boxes)
-        if system.masks is not None and f"{prefix}masks" in ledger:
+        if system.masks is not None and ledger.names(rf"{prefix}mask(s|_area)"):
             planes = system.image_masks(raw, 0, placement, torch.arange(len(scores))).dense()
             ledger.compare_bits(f"{prefix}masks", planes[:, None])
             if f"{prefix}mask_area" in ledger:
@@ -127,10 +128,11 @@ class Check:
         same = len(objects) == len(order) and objects.scores is not None and torch.equal(objects.scores, scores[order])
         ledger._line(f"{prefix}decode", f"{len(objects)} things, best first", bool(same))
 
+    @part
     def post(self) -> None:
         """Hand-made raw outputs through decoding."""
         ledger = self.ledger
-        if "post/scores" not in ledger:
+        if not ledger.names(r"post/\w+"):
             return
         text = str(ledger.about["notes"])
         stream = np.random.RandomState(int(ledger.about.get("seed", 0)) + 7)
@@ -154,13 +156,15 @@ class Check:
         try:
             placement = Placement.resize(original, processed)
             self.finished("post/", raw, placement)
-            if "post/pan_seg" not in ledger:
+            if not ledger.names(r"post/pan_\w+"):
                 return
             panoptic = system.decode_panoptic(raw, [placement], score_threshold=float(sizes[5]))[0]
         finally:
             system.masks_of = masks_of
-        info = ledger.peek("post/pan_info")  # id, category, isthing, area
         ledger.equal("post/pan_seg", panoptic.map() - 1)
+        if "post/pan_info" not in ledger:
+            return
+        info = ledger.peek("post/pan_info")  # id, category, isthing, area
         areas = panoptic.segments.masks.areas()
         own = [torch.arange(len(panoptic)), panoptic.segments.labels, panoptic.things.long(), areas]
         if own[0].shape[0] != len(info):
@@ -170,9 +174,10 @@ class Check:
 
     # ---- training ------------------------------------------------------------------------------------------------
 
+    @part
     def training(self) -> None:
         ledger, system = self.ledger, self.system
-        if "target_boxes" not in ledger:
+        if not ledger.names(r"target_\w+|match|loss/\w+|grad_\w+"):
             return
         for parameter in system.parameters():
             parameter.grad = None
@@ -195,7 +200,7 @@ class Check:
             ledger.compare(f"loss/loss_{theirs[kind]}{number}{layer}", value / getattr(system.loss, f"{kind}_weight"))
         ledger.compare("loss/total_weighted", total)
         self.logged(raw, target, queries, which)
-        if "grad_keys" in ledger:
+        if "grad_norms" in ledger:
             self.gradients(raw, target, forced, ties.alternatives(cost[0], torch.stack([queries, which])))
 
     def logged(self, raw: Raw, target: Instances, queries: Tensor, which: Tensor) -> None:
@@ -214,7 +219,7 @@ class Check:
         scale = centres.new_tensor([width, height, width, height])
         x, y, w, h = (centres * scale).unbind(1)
         boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)
-        if "target_masks" not in ledger:
+        if self.system.masks is None:
             return Instances((height, width), boxes, ledger.given("target_labels"), None)
         planes = ledger.given("target_masks").bool()
         return Whole((height, width), boxes, ledger.given("target_labels"), planes).instances()
@@ -247,7 +252,7 @@ class Check:
         """By the names of the original, whose projections of queries, keys and values are one matrix."""
         named = {name: g for name, g in gradients.items() if g is not None}
         norms: list[Tensor] = []
-        for key in map(str, self.ledger.arrays["grad_keys"]):
+        for key in self.ledger.texts("grad_keys"):
             ours = key
             for pattern, replacement in OFFICIAL:
                 ours = re.sub(pattern, replacement, ours)
@@ -256,7 +261,6 @@ class Check:
             if any(p not in named for p in parts):
                 return f"no gradient for {key}"
             norms.append(torch.cat([named[p].flatten() for p in parts]).norm())
-        self.ledger.seen.add("grad_keys")
         return torch.stack(norms)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -16,7 +15,7 @@ from maskwright.ops import boxes as box_ops
 from maskwright.ops.pooling import as_rois, position_sensitive_pool
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems.fcis import FCIS, MASK_WEIGHT, STRIDE, Candidates, Raw, resized, to_image, vote
-from tests.parity.ledger import Ledger
+from tests.parity.ledger import Ledger, inputs, part
 
 DROPPED = "without the deltas of background"
 
@@ -25,11 +24,8 @@ class Check:
     def __init__(self, system: FCIS, ledger: Ledger):
         self.system, self.ledger = system.eval(), ledger
         about = ledger.about
-        shape = tuple(int(n) for n in about["input"])
-        seed = int(about.get("input_seed", about.get("seed", 0)))
-        self.images = torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype("float32"))
-        self.size = (shape[2], shape[3])
-        number = int(about["rpn_post_nms_top_n"])
+        self.images, (self.size, *_) = inputs(about)
+        number = int(about.get("rpn_post_nms_top_n", system.proposal_rules.after[0]))
         system.proposal_rules = system.proposal_rules.__class__(
             **{**vars(system.proposal_rules), "after": (number, number)}
         )
@@ -38,7 +34,7 @@ class Check:
         with torch.no_grad():
             raw, stages = self.network()
             self.compare({name: value for name, value in stages.items() if name in self.ledger})
-            if "gt_boxes" in self.ledger:
+            if self.ledger.names(r"gt_boxes|gt_masks|proposal_.*|loss_.*|BoxAnnotator.*|.*_loss(\..*)?"):
                 self.training(raw, stages["rpn_cls_score"], stages["rpn_bbox_pred"])
             else:
                 self.detection(raw)
@@ -113,6 +109,7 @@ class Check:
             if f"{name}{suffix}" in ledger:
                 ledger.compare(f"{name}{suffix}", self.with_background(value), note=DROPPED)
 
+    @part
     def detection(self, raw: Raw) -> None:
         system, ledger, about = self.system, self.ledger, self.ledger.about
         proposals = system.propose(raw, [self.size])
@@ -136,17 +133,19 @@ class Check:
         )  # fmt: skip
         ledger.compare("box_pred_concat", deltas, note=DROPPED)
         ledger.compare("out_bbox_pred", deltas[None], note=DROPPED)
-        self.voting(own, float(about["im_info"][2]))
+        if ledger.names(r"voting_in_boxes|vote.*|final_masks"):
+            self.voting(own, float(about["im_info"][2]))
 
+    @part
     def voting(self, own: Candidates, scale: float) -> None:
         ledger, about = self.ledger, self.ledger.about
-        shape = tuple(int(n) for n in ledger.arrays["final_masks__shape"][1:])
-        placement = Placement(shape, self.size, (scale, scale))  # pyright: ignore[reportArgumentType]
+        shape = ledger.shape("final_masks")[1:] or tuple(round(side / scale) for side in self.size)
+        placement = Placement((shape[0], shape[1]), self.size, (scale, scale))
         boxes = to_image(own.boxes, placement)
         ledger.compare("voting_in_boxes", boxes)
         voted = vote(
-            boxes, own.scores, own.masks, placement.image_size, score_threshold=1e-3, nms_threshold=about["nms"],
-            detections=about["max_per_image"], mask_threshold=about["binary_thresh"],
+            boxes, own.scores, own.masks, placement.image_size, score_threshold=about.get("score_thresh", 1e-3),
+            nms_threshold=about["nms"], detections=about["max_per_image"], mask_threshold=about["binary_thresh"],
             merge_threshold=about["merge_thresh"],
         )  # fmt: skip
         order = voted.labels.argsort(stable=True)  # theirs are class by class
@@ -163,16 +162,17 @@ class Check:
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
+    @part
     def training(self, raw: Raw, logits: Tensor, deltas: Tensor) -> None:
         system, ledger = self.system, self.ledger
-        count = int(ledger.about["batch_rois_ohem"])
+        count = int(ledger.about.get("batch_rois_ohem", system.box_rules.sample))
         system.box_rules = system.box_rules.__class__(**{**vars(system.box_rules), "sample": count})
         self.proposal_losses(logits, deltas)
+        proposals = system.propose(raw, [self.size])[0]
+        ledger.compare("rois.output", as_rois([proposals]))
         truth = ledger.given("gt_boxes")[0]
         boxes, labels = truth[:, :4], truth[:, 4].long() - 1
         target = Instances(self.size, boxes, labels, Masks.from_dense(ledger.given("gt_masks")))
-        proposals = system.propose(raw, [self.size])[0]
-        ledger.compare("rois.output", as_rois([proposals]))
         own = system.assign(proposals, target)
         classes = len(system.classes)
         ledger.compare("proposal_annotator.rois_output", as_rois([own.boxes]))
@@ -181,25 +181,36 @@ class Check:
         self.second_stage(raw, own, target, count)
 
     def proposal_losses(self, logits: Tensor, deltas: Tensor) -> None:
-        """The labels and the targets were random."""
-        ledger = self.ledger
-        drawn: dict[str, Tensor] = {}
-        for name in ("proposal_label", "proposal_bbox_target", "proposal_bbox_weight"):
-            if name in ledger.arrays:
-                drawn[name] = ledger.given(name)
-        if len(drawn) < 3:  # a thin copy
+        """The labels and the targets were random. A thin copy has only some of them, and so only some of the terms."""
+        self.ledger.compare("rpn_bbox_loss.grad_scale", 1 / 256)
+        self.proposal_classes(logits)
+        self.proposal_boxes(deltas)
+
+    @part
+    def proposal_classes(self, logits: Tensor) -> None:
+        if not self.ledger.names(r"proposal_label|rpn_cls_prob\.label|loss_rpn_cls"):
             return
-        pairs = logits.unflatten(1, (2, -1)).flatten(2)
-        labels = drawn["proposal_label"].long()
-        ledger.compare("rpn_cls_prob.label", labels)
-        loss = functional.cross_entropy(pairs, labels, ignore_index=-1)
-        ledger.compare("loss_rpn_cls", loss)
-        each = drawn["proposal_bbox_weight"] * functional.smooth_l1_loss(
-            deltas, drawn["proposal_bbox_target"], beta=self.system.proposal_rules.beta, reduction="none"
-        )
+        labels = self.ledger.given_in_part("proposal_label")
+        self.ledger.compare("rpn_cls_prob.label", labels)
+        if "loss_rpn_cls" in self.ledger:
+            whole = self.ledger.given("proposal_label").long()
+            pairs = logits.unflatten(1, (2, -1)).flatten(2)
+            self.ledger.compare("loss_rpn_cls", functional.cross_entropy(pairs, whole, ignore_index=-1))
+
+    @part
+    def proposal_boxes(self, deltas: Tensor) -> None:
+        ledger = self.ledger
+        if not ledger.names(r"proposal_bbox_.*|rpn_bbox_loss|loss_rpn_bbox"):
+            return
+        names = ("proposal_bbox_target", "proposal_bbox_weight")
+        goals, weights = (ledger.given_in_part(name) for name in names)
+        beta = self.system.proposal_rules.beta
+        each = weights * functional.smooth_l1_loss(deltas.double(), goals, beta=beta, reduction="none")
         ledger.compare("rpn_bbox_loss", each)
-        ledger.compare("rpn_bbox_loss.grad_scale", 1 / 256)
-        ledger.compare("loss_rpn_bbox", each.sum() / 256)
+        if "loss_rpn_bbox" in ledger:
+            for name in names:
+                ledger.given(name)
+            ledger.compare("loss_rpn_bbox", each.sum() / 256)
 
     def second_stage(self, raw: Raw, own: Assigned, target: Instances, count: int) -> None:
         system, ledger = self.system, self.ledger

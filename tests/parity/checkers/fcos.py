@@ -11,7 +11,7 @@ from torch import Tensor
 from maskwright.structures import Instances, Placement
 from maskwright.systems.families.fcos import FCOSSystem, Raw, Targets
 from maskwright.systems.fcos import FCOS
-from tests.parity.ledger import Ledger, inputs, matching
+from tests.parity.ledger import Ledger, inputs, part
 
 TERMS = {"fcos_cls": "class", "fcos_loc": "box", "fcos_ctr": "centerness", "fcos_iou": "centerness"}
 
@@ -31,8 +31,7 @@ def targets(system: FCOSSystem, assigned: Targets, ledger: Ledger) -> None:
     labels[owner >= 0] = assigned.labels
     ledger.equal("target_labels", labels)
     positive = owner >= 0
-    theirs = ledger.peek("target_reg")
-    ledger.compare("target_reg", torch.where(positive[:, None], assigned.distances[0], theirs))
+    ledger.compare("target_reg", assigned.distances[0].masked_fill(~positive[:, None], torch.nan))
     if "target_gt_index" in ledger:
         ledger.equal("target_gt_index", torch.where(positive, owner, ledger.peek("target_gt_index")))
 
@@ -51,34 +50,31 @@ def check(system: FCOS, layout: Path, ledger: Ledger) -> None:
         "nms_threshold": ledger.about.get("nms", 0.6), "detections": ledger.about.get("post_nms_topk", 100),
     }  # fmt: skip
     found = system.find(raw, sizes, None, **limits)[0]
-    rows = matching(ledger.peek("det_boxes"), found.boxes, (ledger.peek("det_classes"), found.labels))
+    rows = ledger.pair(("det_boxes", found.boxes), ("det_classes", found.labels), ("det_scores", found.scores))
     if rows is None:
-        ledger.fail("det_boxes", f"{len(found.boxes)} boxes instead of {ledger.length('det_boxes')}")
         return
     ledger.compare("det_boxes", found.boxes[rows])
     ledger.compare("det_scores", found.scores[rows])
     ledger.equal("det_classes", found.labels[rows])
-    if "det_locations" in ledger:
+    if ledger.names(r"det_(locations|levels)"):
         ledger.compare("det_locations", torch.cat(levels)[found.places[rows]])
         counts = torch.tensor([len(level) for level in levels]).cumsum(0)
         ledger.equal("det_levels", torch.bucketize(found.places[rows], counts, right=True))
-    if "out_boxes" in ledger:
-        theirs = ledger.peek("out_boxes")
+    if ledger.names(r"out_(boxes|scores)"):
         shape = ledger.given("out_size").tolist() if "out_size" in ledger else [side * 3 // 2 for side in sizes[0]]
         out = (int(shape[0]), int(shape[1]))
         final = system.decode(raw, [Placement.resize(out, sizes[0])], **limits)[0]
-        own = matching(theirs, final.boxes)
-        if own is None:
-            ledger.fail("out_boxes", f"{len(final)} boxes instead of {len(theirs)}")
-        else:
+        assert final.scores is not None
+        own = ledger.pair(("out_boxes", final.boxes), None, ("out_scores", final.scores))
+        if own is not None:
             ledger.compare("out_boxes", final.boxes[own])
-            assert final.scores is not None
             ledger.compare("out_scores", final.scores[own])
     training(system, raw, sizes[0], ledger)
 
 
+@part
 def training(system: FCOS, raw: Raw, size: tuple[int, int], ledger: Ledger) -> None:
-    if "gt_boxes" not in ledger:
+    if not ledger.names(r"(gt|train|target)_\w+"):
         return
     boxes, labels = ledger.given("gt_boxes"), ledger.given("gt_classes").long()
     target = Instances(size, boxes, labels)

@@ -31,9 +31,10 @@ def check(system: Any, layout: Path, ledger: Ledger) -> None:
     ):
         if name in ledger:
             ledger.compare(name, ours)
-    if "det_scores" in ledger:
+    if ledger.names(r"det_\w+"):
         height, width = ledger.about["original_size"]
-        placement, count = Placement.resize((height, width), size), len(ledger.peek("det_scores"))
+        count = next(ledger.length(name) for name in ledger.names(r"det_\w+"))
+        placement = Placement.resize((height, width), size)
         boxes, labels, scores = (part[0] for part in system.best(raw, count))
         boxes = placement.boxes_to_image(boxes * torch.tensor([size[1], size[0], size[1], size[0]]))
         ledger.compare("det_scores", scores)

@@ -19,7 +19,7 @@ from maskwright.ops.paste import paste_masks, paste_values
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems.families.two_stage import Raw
 from maskwright.systems.mask_rcnn import MaskRCNN
-from tests.parity.ledger import LARGEST, RAW, Ledger, inputs, matching
+from tests.parity.ledger import LARGEST, RAW, Ledger, NotRecorded, inputs, part
 
 LOSSES = {
     "rpn_cls": "rpn_objectness", "rpn_loc": "rpn_box", "cls": "class", "box_reg": "box", "mask": "mask",
@@ -31,6 +31,11 @@ EDGES = "cells of a mask target at its threshold flip with a rounding step of th
 
 def check(system: MaskRCNN, layout: Path, ledger: Ledger) -> None:
     Check(system, ledger).run()
+
+
+def with_gradients(ledger: Ledger) -> bool:
+    """Whether a recording has gradients, of the losses of the recording beside it."""
+    return bool(ledger.names(r"grad_(norm|sum)|(no_grad_)?names|total|loss_loss_\w+"))
 
 
 class Check:
@@ -49,7 +54,7 @@ class Check:
 
     def run(self) -> None:
         ledger, about = self.ledger, self.ledger.about
-        if "grad_norm" in ledger:
+        if with_gradients(ledger):
             return self.gradients()
         images, sizes = inputs(about)
         if "image_size" in about:  # the rest is padding
@@ -67,7 +72,7 @@ class Check:
                 return self.batch(raw, sizes)
             self.network(raw, stages)
             self.proposals(raw, sizes, "proposals", "proposal_logits")
-            if "given_boxes" in ledger or "given_cls_logits" in ledger:
+            if ledger.names(r"given_\w+"):
                 self.given(raw, sizes[0])
             self.detections(raw, sizes[0])
         if any(name.startswith(("gt_", "train_")) for name in ledger.arrays):
@@ -90,6 +95,7 @@ class Check:
         for position, name in enumerate(ledger.names(r"anchors_\w+")):
             ledger.compare(name, anchors[_level(name, position)][: ledger.length(name)])
 
+    @part
     def proposals(
         self, raw: Raw, sizes: Any, name: str, logits: str | None = None, training: bool = False
     ) -> list[Tensor]:
@@ -111,6 +117,16 @@ class Check:
     ) -> Tensor | None:  # fmt: skip
         """Compares boxes as a set, and values in the same order (`beside`); returns our rows in their order. `scores`
         determine the order if they are not in `beside`."""
+        first = next(iter(beside), "")
+        if name not in self.ledger and first in self.ledger.arrays:
+            rows = self.ledger.pair((name, boxes), labels, (first, beside[first]))
+            if rows is None:
+                return None
+            for other, values in beside.items():
+                self.ledger.compare(other, values[rows])
+            if labels is not None:
+                self.ledger.equal(labels[0], labels[1][rows])
+            return rows
         if name not in self.ledger.arrays:  # only a part was recorded, so the order must be the same too
             scores = next(iter(beside.values()), scores)
             self.ledger.compare(name, boxes if scores is None else self.ledger.untied(name, boxes, scores))
@@ -119,11 +135,8 @@ class Check:
             if labels is not None:
                 self.ledger.equal(labels[0], labels[1])
             return torch.arange(len(boxes))
-        theirs = self.ledger.peek(name)
-        kinds = None if labels is None else (self.ledger.peek(labels[0]), labels[1])
-        rows = matching(theirs, boxes, kinds)
+        rows = self.ledger.pair((name, boxes), labels)
         if rows is None:
-            self.ledger.fail(name, f"{len(boxes)} boxes instead of {len(theirs)}")
             return None
         self.ledger.compare(name, boxes[rows])
         for other, values in beside.items():
@@ -152,6 +165,7 @@ class Check:
 
     # ---- heads on fixed boxes ------------------------------------------------------------------------------------
 
+    @part
     def given(self, raw: Raw, size: tuple[int, int]) -> None:
         ledger, system = self.ledger, self.system
         # Recordings of old key names have no boxes of their own.
@@ -159,15 +173,16 @@ class Check:
             boxes = ledger.given("given_boxes")
         else:
             boxes = _default_boxes(size)
-        pooled = system.pooler(raw.features, [boxes], system.box_side)
         if "given_box_pooled_first2" in ledger:
+            pooled = system.pooler(raw.features, [boxes], system.box_side)
             ledger.compare("given_box_pooled_first2", pooled[:2])
         logits, deltas = system.boxes(system.pooled(raw, [boxes], system.box_side))
         ledger.compare("given_cls_logits", self.their_classes(logits))
         ledger.compare("given_box_deltas", self.their_rows(deltas, 4), note=self.dropped)
         labels = torch.arange(len(boxes)) % self.classes
         masks, keypoints = system.read_boxes(raw, [boxes], [labels])
-        out = tuple(ledger.given("out_size").tolist()) if "out_size" in ledger else size
+        pasted = ledger.shape("given_masks_pasted") or ledger.shape("given_masks_pasted_prob")
+        out = (pasted[-2], pasted[-1]) if pasted else size
         scaled = boxes * torch.tensor([out[1] / size[1], out[0] / size[0]] * 2)
         if system.masks is not None:
             values = system.masks(system.pooled(raw, [boxes], system.mask_side))
@@ -213,12 +228,13 @@ class Check:
         }
 
     def _count(self) -> int:
-        found = self.ledger.names(r"det_boxes(_\d+)?")
+        found = self.ledger.names(r"det_(boxes|scores|classes|labels)(_\d+)?")
         return max(self.ledger.length(n) for n in found) if found else 100
 
+    @part
     def detections(self, raw: Raw, size: tuple[int, int], index: int = 0, suffix: str = "", out: Any = None) -> None:
         ledger, system = self.ledger, self.system
-        if f"det_boxes{suffix}" not in ledger:
+        if not ledger.names(rf"(det|out)_[a-z_]+{suffix}"):
             return
         features, objectness, deltas = (
             tuple(level[index : index + 1] for level in levels) for levels in (raw.features, raw.objectness, raw.deltas)
@@ -245,7 +261,7 @@ class Check:
             on_input = system.decode(one, [Placement.identity(size)], **limits)[0]
             assert on_input.keypoints is not None
             self.keypoints(f"det_keypoints{suffix}", f"det_keypoint_scores{suffix}", on_input.keypoints[rows])
-        if f"out_boxes{suffix}" not in ledger:
+        if not ledger.names(rf"out_(boxes|scores|masks|keypoints){suffix}"):
             return
         out = out or tuple(ledger.given("out_size").tolist())
         if system.mask_iou is not None:
@@ -256,10 +272,10 @@ class Check:
     def finished(self, final: Instances, rows: Tensor, suffix: str) -> None:
         ledger = self.ledger
         if len(final) != len(rows):  # some are empty at this size
-            theirs = ledger.peek(f"out_boxes{suffix}")
-            own = matching(theirs, final.boxes)
+            assert final.scores is not None
+            own = ledger.pair((f"out_boxes{suffix}", final.boxes), None, (f"out_scores{suffix}", final.scores))
             if own is None:
-                return ledger.fail(f"out_boxes{suffix}", f"{len(final)} objects instead of {len(theirs)}")
+                return
             rows = own
         final = final[rows]
         ledger.compare(f"out_boxes{suffix}", final.boxes - (self.system.extents(final.boxes) - final.boxes))
@@ -268,8 +284,8 @@ class Check:
             ledger.compare(f"out_scores{suffix}", final.scores)
         if f"out_masks{suffix}" in ledger:
             assert final.masks is not None
-            shape = ledger.arrays[f"out_masks{suffix}__shape"]
-            planes = final.masks[: int(shape[0])].dense()
+            shape = ledger.shape(f"out_masks{suffix}")
+            planes = final.masks[: shape[0]].dense()
             ledger.compare_bits(f"out_masks{suffix}", planes[:, None] if len(shape) == 4 else planes)
         if f"out_keypoints{suffix}" in ledger:
             assert final.keypoints is not None
@@ -279,10 +295,10 @@ class Check:
         """Images of different sizes padded to one; detections at one output size."""
         found = self.proposals(raw, sizes, "")
         about = self.ledger.about
-        out = tuple(about["out_size"] if "out_size" in about else self.ledger.given("out_size").tolist())
+        out = tuple(about["out_size"]) if "out_size" in about else None
         for index, size in enumerate(sizes):
             name = f"proposals_{index}"
-            if name in self.ledger:
+            if found is not None and name in self.ledger:
                 self.boxes(name, found[index][: self.ledger.length(name)], {})
             self.detections(raw, size, index, f"_{index}", out)
 
@@ -292,34 +308,49 @@ class Check:
         boxes = source.given("gt_boxes")
         labels = source.given("gt_labels") - 1 if self.background_first else source.given("gt_classes")
         masks = None
-        if (bits or "gt_polygons" not in source) and any(n in source for n in ("gt_bitmasks", "gt_masks")):
+        if bits or ("gt_polygons" not in source and not source.names(".*_bitmask_loss_.*")):
+            bits = any(n in source for n in ("gt_bitmasks", "gt_masks"))
+        if bits:
             masks = Masks.from_dense(source.given("gt_bitmasks" if "gt_bitmasks" in source else "gt_masks"))
-        elif "gt_polygons" in source:
+        elif "gt_polygons" in source and not bits:
             masks = Masks.from_polygons([[ring] for ring in source.given("gt_polygons").numpy()], size)
-        keypoints = source.given("gt_keypoints") if "gt_keypoints" in source else None
+        elif "masks" in self.system.needs:
+            raise NotRecorded("gt_polygons")
+        keypoints = source.given("gt_keypoints") if self.system.keypoints is not None else None
         return Instances(size, self.system.extents(boxes), labels, masks, keypoints=keypoints)
 
     def inner(self, target: Instances) -> Instances:
         """The target with the boxes of the code base, as `losses` passes it on."""
         return dataclasses.replace(target, boxes=target.boxes - (self.system.extents(target.boxes) - target.boxes))
 
+    @part
     def training(self, raw: Raw, size: tuple[int, int]) -> None:
-        ledger, system = self.ledger, self.system
-        target = self.target(ledger, size)
+        ledger, system, found = self.ledger, self.system, None
         for name in ("train_proposals_rpn", "train_proposals"):
             found = self.proposals(raw, [size], name, training=True)
         with torch.no_grad(), second_stage_once(system):
-            self.terms("train_loss_", self.losses(raw, target), EDGES)
-            proposals = [found[0]]
-            if "train_sampled_boxes" in ledger:
-                sampled = sample_boxes(proposals[0], self.inner(target), self.classes, system.box_rules)
-                self.boxes("train_sampled_boxes", sampled.boxes, {}, ("train_sampled_classes", sampled.labels))
-            given = [ledger.given("given_boxes")]
-            self.terms("train_given_loss_", system.roi_losses(raw, given, [self.inner(target)]))
+            self.on_target(raw, size, "", found)
             if ledger.names("train_(given_)?bitmask_.*"):
-                target = self.target(ledger, size, bits=True)
-                self.terms("train_bitmask_loss_", self.losses(raw, target), EDGES)
-                self.terms("train_given_bitmask_loss_", system.roi_losses(raw, given, [self.inner(target)]))
+                self.on_target(raw, size, "bitmask_", None)
+
+    @part
+    def on_target(self, raw: Raw, size: tuple[int, int], kind: str, found: list[Tensor] | None) -> None:
+        """The losses of one kind of target."""
+        ledger, system = self.ledger, self.system
+        if ledger.names(r"gt_\w+|train_\w+"):
+            target = self.target(ledger, size, bits=bool(kind))
+            if found is not None and ledger.names(r"train_sampled_\w+"):
+                sampled = sample_boxes(found[0], self.inner(target), self.classes, system.box_rules)
+                self.boxes("train_sampled_boxes", sampled.boxes, {}, ("train_sampled_classes", sampled.labels))
+            if ledger.names(rf"train_{kind}loss_.*"):
+                self.terms(f"train_{kind}loss_", self.losses(raw, target), EDGES)
+            self.given_terms(raw, target, f"train_given_{kind}loss_")
+
+    @part
+    def given_terms(self, raw: Raw, target: Instances, prefix: str) -> None:
+        if self.ledger.names(rf"{prefix}\w+"):
+            given = [self.ledger.given("given_boxes")]
+            self.terms(prefix, self.system.roi_losses(raw, given, [self.inner(target)]))
 
     def losses(self, raw: Raw, target: Instances) -> dict[str, Tensor]:
         """All losses; that of masks on the original's proposals if they were recorded in full (they are compared
@@ -340,6 +371,7 @@ class Check:
             loose = edges if kind == "mask" and not whole else ""
             self.ledger.compare(name, ours[kind], LARGEST if loose else RAW, loose)
 
+    @part
     def gradients(self) -> None:
         """Norm and sum of the gradient of every parameter, of the sum of all losses."""
         ledger, system = self.ledger, self.system
@@ -356,14 +388,13 @@ class Check:
             ledger.compare(name, terms[self.names[name.removeprefix("loss_").removeprefix("loss_")]])
         ledger.compare("total", total)
         total.backward()
-        names = [str(n) for n in ledger.arrays["names"]]
-        unused = [str(n) for n in ledger.arrays["no_grad_names"] if n]
+        names = ledger.texts("names")
+        unused = ledger.texts("no_grad_names") if "no_grad_names" in ledger else []
         ours = dict(system.named_parameters())
         renamed = dict(zip(names + unused, self.our_names(names + unused), strict=True))
-        ledger.seen |= {"names", "no_grad_names"}
         wrong = [n for n in names if renamed[n] not in ours or ours[renamed[n]].grad is None]
         still = [n for n in unused if renamed[n] in ours and ours[renamed[n]].requires_grad]
-        if wrong or still or len(set(renamed.values())) != len(ours):
+        if wrong or still or ("no_grad_names" in ledger and len(set(renamed.values())) != len(ours)):
             ledger.fail(
                 "names",
                 f"without a gradient: {wrong}; with one, wrongly: {still}; {len(ours)} parameters for {len(renamed)}",
@@ -415,11 +446,11 @@ def second_stage_once(system: MaskRCNN) -> Iterator[None]:
 
 
 def _level(name: str, position: int) -> int:
-    """The level of a name (p2 ... p6, 0 ... 4, pool); the position for networks with one level."""
+    """The level of a name (p2 ... p6, N2 ... N6, 0 ... 4, pool); the position for networks with one level."""
     last = name.rsplit("_", 1)[-1]
     if last == "pool":
         return -1
-    if re.fullmatch(r"p\d", last):
+    if re.fullmatch(r"[pN]\d", last):
         return int(last[1]) - 2
     return int(last) if last.isdigit() else position
 

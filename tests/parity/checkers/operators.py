@@ -10,12 +10,31 @@ from maskwright.blocks.rpn import anchor_shapes
 from maskwright.ops import boxes, keypoints, mask_targets, matching, paste, pooling
 from maskwright.structures import Masks
 from maskwright.systems.families.two_stage import PREPROCESS
-from tests.parity.ledger import Ledger
+from tests.parity.ledger import Ledger, part
 
 FAMILIES = {"detectron2": "detectron2", "torchvision": "torchvision", "maskrcnn_benchmark": "maskrcnn-benchmark"}
 
 
 def roi_pooling(ledger: Ledger) -> None:
+    _pooled(ledger)
+    _levels(ledger)
+    if ledger.names(r"paste_.*"):
+        _pasting(ledger)
+    if ledger.names(r"target_.*|polygon_areas"):
+        _targets(ledger)
+    if ledger.names(r"coder_.*"):
+        _coder(ledger)
+    for name in ledger.names(r"anchors_.*"):
+        _anchors(ledger, name)
+    _matches(ledger)
+    _keypoints(ledger)
+    _read_keypoints(ledger)
+
+
+@part
+def _pooled(ledger: Ledger) -> None:
+    if not ledger.names(r"roi_.*"):
+        return
     feature, rois = ledger.given("feature"), ledger.given("rois")
     for name in ledger.names(r"roi_pool_\d+"):
         ledger.compare(name, pooling.roi_pool(feature, rois, int(name.split("_")[-1]), 0.25))
@@ -30,34 +49,41 @@ def roi_pooling(ledger: Ledger) -> None:
         ).sum().backward()
         assert leaf.grad is not None
         ledger.compare(name, leaf.grad)
-    if "level_boxes" in ledger:
-        for name in ledger.names(r"level_(?!boxes).*"):
-            rule = FAMILIES[name.removeprefix("level_")]
-            ledger.equal(name, boxes.pyramid_level(ledger.given("level_boxes"), rule=rule))  # pyright: ignore[reportArgumentType]
-    if "paste_masks" in ledger:
-        _pasting(ledger)
-    if "target_boxes" in ledger:
-        _targets(ledger)
-    if "coder_src" in ledger:
-        _coder(ledger)
-    for name in ledger.names(r"anchors_.*"):
-        _anchors(ledger, name)
-    if "match_iou" in ledger:
-        for name in ledger.names(r"match_idx_lowq[01]"):
-            nearest, matched = matching.match(ledger.given("match_iou"), 0.3, 0.7, name.endswith("1"))
-            ledger.equal(name, nearest)
-            labels = torch.where(matched >= 0, 1, torch.where(matched == matching.NEGATIVE, 0, -1))
-            ledger.equal(name.replace("idx", "label"), labels)
-    if "kp" in ledger:
-        own = ledger.given("target_boxes")
-        place, counts = keypoints.encode(ledger.given("kp"), own, 56)
+
+
+@part
+def _levels(ledger: Ledger) -> None:
+    for name in ledger.names(r"level_(?!boxes).*"):
+        rule = FAMILIES[name.removeprefix("level_")]
+        ledger.equal(name, boxes.pyramid_level(ledger.given("level_boxes"), rule=rule))  # pyright: ignore[reportArgumentType]
+
+
+@part
+def _matches(ledger: Ledger) -> None:
+    for ending in dict.fromkeys(name.rsplit("_", 1)[1] for name in ledger.names(r"match_(idx|label)_lowq[01]")):
+        nearest, matched = matching.match(ledger.given("match_iou"), 0.3, 0.7, ending.endswith("1"))
+        ledger.equal(f"match_idx_{ending}", nearest)
+        labels = torch.where(matched >= 0, 1, torch.where(matched == matching.NEGATIVE, 0, -1))
+        ledger.equal(f"match_label_{ending}", labels)
+
+
+@part
+def _keypoints(ledger: Ledger) -> None:
+    if ledger.names(r"kp_(heat_index|valid)"):
+        place, counts = keypoints.encode(ledger.given("kp"), ledger.given("target_boxes"), 56)
         ledger.equal("kp_heat_index", place)
         ledger.equal("kp_valid", counts)
-        maps = ledger.given("kp_maps")
+
+
+@part
+def _read_keypoints(ledger: Ledger) -> None:
+    if "kp_decoded" in ledger:
+        own, maps = ledger.given("target_boxes"), ledger.given("kp_maps")
         by_logit, by_share = (keypoints.decode(maps, own, rule) for rule in ("logit", "probability"))
         ledger.compare("kp_decoded", torch.cat([by_logit, by_share[..., 2:]], -1))
 
 
+@part
 def _pasting(ledger: Ledger) -> None:
     grids, own = ledger.given("paste_masks"), ledger.given("paste_boxes")
     height, width = ledger.given("paste_size").tolist()
@@ -72,6 +98,7 @@ def _pasting(ledger: Ledger) -> None:
         ledger.compare_bits("paste_maskrcnn_benchmark", ours.dense())
 
 
+@part
 def _targets(ledger: Ledger) -> None:
     own = ledger.given("target_boxes")
     owners = torch.arange(len(own))
@@ -91,6 +118,7 @@ def _shoelace(ring: torch.Tensor) -> float:
     return float(0.5 * abs((x * y.roll(1)).sum() - (y * x.roll(1)).sum()))
 
 
+@part
 def _coder(ledger: Ledger) -> None:
     source, goal, deltas = (ledger.given(f"coder_{n}") for n in ("src", "dst", "deltas"))
     for name in ledger.names(r"coder_(plus1_)?(encode|decode)_.*"):
@@ -111,28 +139,36 @@ def _anchors(ledger: Ledger, name: str) -> None:
 
 
 def preprocessing(ledger: Ledger) -> None:
-    from dataclasses import replace
-
     numbers = re.search(r"short (\d+), long <= (\d+)", str(ledger.about.get("note", "")))
     if numbers is None:
         raise ValueError("meta does not say the sizes")
     short, long = int(numbers[1]), int(numbers[2])
-    for name in ledger.names(r"image_\d+"):
-        number = name.split("_")[1]
-        image = ledger.given(name).permute(2, 0, 1).contiguous()
-        own = replace(PREPROCESS["detectron2"], short=short, long=long)
-        values, placement = own.apply(image)
-        resized = values + torch.tensor(own.mean)[:, None, None]
-        ledger.compare(f"d2_resized_bgr_{number}", resized.round().permute(1, 2, 0))
-        ledger.compare(f"d2_input_{number}", own.collate([image]).images)
-        own = replace(PREPROCESS["torchvision"], short=short, long=long)
-        values, placement = own.apply(image)
-        ledger.equal(f"tv_size_{number}", torch.tensor(placement.size))
-        ledger.compare(f"tv_input_{number}", own.collate([image]).images)
+    for number in dict.fromkeys(name.rsplit("_", 1)[1] for name in ledger.names(r"(d2|tv)_\w+_\d+")):
+        _preprocessed(ledger, number, short, long)
 
 
+@part
+def _preprocessed(ledger: Ledger, number: str, short: int, long: int) -> None:
+    from dataclasses import replace
+
+    image = ledger.given(f"image_{number}").permute(2, 0, 1).contiguous()
+    own = replace(PREPROCESS["detectron2"], short=short, long=long)
+    values, placement = own.apply(image)
+    resized = values + torch.tensor(own.mean)[:, None, None]
+    ledger.compare(f"d2_resized_bgr_{number}", resized.round().permute(1, 2, 0))
+    ledger.compare(f"d2_input_{number}", own.collate([image]).images)
+    own = replace(PREPROCESS["torchvision"], short=short, long=long)
+    values, placement = own.apply(image)
+    ledger.equal(f"tv_size_{number}", torch.tensor(placement.size))
+    ledger.compare(f"tv_input_{number}", own.collate([image]).images)
+
+
+POOLING = (
+    r"roi_(pool|align)_.*|level_(?!boxes).*|paste_\w+|polygon_areas|target_\w+_crop\d+|coder_(plus1_)?(en|de)code_.*"
+    r"|anchors_(detectron2|torchvision|maskrcnn_benchmark)_.*|match_(idx|label)_lowq[01]|kp_(heat_index|valid|decoded)"
+)
 FILES = ("roi-pooling", "preprocess-detectron2-torchvision")
 OPERATORS = [
-    (lambda ledger: "rois" in ledger and "feature" in ledger, roi_pooling),
-    (lambda ledger: ledger.names(r"(d2|tv)_input_\d+") != [], preprocessing),
+    (lambda ledger: ledger.names(POOLING) != [] and "layout" not in ledger.about, roi_pooling),
+    (lambda ledger: ledger.names(r"(d2|tv)_(input|size|resized_bgr)_\d+") != [], preprocessing),
 ]

@@ -11,7 +11,7 @@ from maskwright.ops.paste import paste_masks
 from maskwright.systems.families.two_stage import Raw
 from maskwright.systems.panet import FusedMaskHead, PANet
 from tests.parity.checkers.mask_rcnn import Check
-from tests.parity.ledger import Ledger
+from tests.parity.ledger import Ledger, part
 
 
 class PANetCheck(Check):
@@ -22,6 +22,7 @@ class PANetCheck(Check):
         for name in self.ledger.names(r"neck_N\d"):
             self.ledger.compare(name, raw.features[int(name[-1]) - 2])
 
+    @part
     def given(self, raw: Raw, size: tuple[int, int]) -> None:
         """Heads on the given boxes; a recording may have only some of their outputs."""
         system = self.system
@@ -47,9 +48,10 @@ class PANetCheck(Check):
             if name in self.ledger:
                 self.ledger.compare(name, ours, note=note)
 
+    @part
     def detections(self, raw: Raw, size: tuple[int, int], index: int = 0, suffix: str = "", out: Any = None) -> None:
         ledger, system = self.ledger, self.system
-        if "det_boxes" not in ledger:
+        if not ledger.names(r"det_\w+"):
             return
         limits = self.thresholds()
         boxes, scores, labels = system.find(

@@ -14,7 +14,7 @@ from maskwright.structures import Instances, Placement
 from maskwright.systems.families.two_stage import Raw
 from maskwright.systems.panoptic_fpn import PanopticFPN
 from tests.parity.checkers.mask_rcnn import LOSSES, Check
-from tests.parity.ledger import Ledger
+from tests.parity.ledger import Ledger, part
 
 
 class PanopticCheck(Check):
@@ -25,17 +25,18 @@ class PanopticCheck(Check):
         super().__init__(system, ledger)
         self.classes = system.head_classes
 
+    @part
     def detections(self, raw: Raw, size: tuple[int, int], index: int = 0, suffix: str = "", out: Any = None) -> None:
         super().detections(raw, size, index, suffix, out)
         ledger, system = self.ledger, self.system
         if "sem_logits_s4" in ledger:
             ledger.compare("sem_logits_s4", system.semantic(raw.features)[:, ::3])
-        if "out_size" not in ledger:
+        if not ledger.names(r"sem_argmax_out|panoptic_(seg|info)_.*"):
             return
         place = Placement.resize(tuple(ledger.given("out_size").tolist()), size)
         if "sem_argmax_out" in ledger:
             ledger.equal("sem_argmax_out", system._stuff(raw, 0, place)[0])
-        for name in ledger.names(r"panoptic_seg_.*"):
+        for name in dict.fromkeys(n.replace("_info_", "_seg_") for n in ledger.names(r"panoptic_(seg|info)_.*")):
             self.segments(raw, place, name)
 
     def segments(self, raw: Raw, place: Placement, name: str) -> None:
@@ -49,6 +50,8 @@ class PanopticCheck(Check):
         )[0]  # fmt: skip
         ledger.equal(name, ours.map())
         info = name.replace("_seg_", "_info_")
+        if info not in ledger.arrays:
+            return
         theirs = json.loads(str(ledger.arrays[info]))
         ledger.seen.add(info)
         stuff = (~system.thing_classes()).nonzero().flatten().tolist()

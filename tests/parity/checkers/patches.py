@@ -14,7 +14,7 @@ from maskwright.ops.losses import soft_margin
 from maskwright.structures import Placement
 from maskwright.systems.deepmask import DeepMask, Raw
 from maskwright.systems.instancefcn import assemble
-from tests.parity.ledger import Ledger
+from tests.parity.ledger import Ledger, NotRecorded, part
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +44,8 @@ def check(system: DeepMask, layout: Path, ledger: Ledger) -> None:
         ledger.compare("patch_mask56_logits", grids.flatten(1))
     large = system.enlarged(grids)
     ledger.compare("patch_mask112_logits", large)
-    ledger.compare("patch_score", scores.reshape(ledger.peek("patch_score").shape))
+    if "patch_score" in ledger:
+        ledger.compare("patch_score", scores.reshape(ledger.shape("patch_score")))
     ledger.compare("dense_feature512", raw.features[0])
     for name in ("dense_score_logits", "dense_score"):
         if name in ledger:
@@ -54,14 +55,24 @@ def check(system: DeepMask, layout: Path, ledger: Ledger) -> None:
     if "dense_mask112" in ledger:
         each = masks[0].flatten(1).T.unflatten(1, (system.mask_side, system.mask_side))
         ledger.compare("dense_mask112", system.enlarged(each)[None])
-    if "loss_mask_softmargin_mean" in ledger:
+    _mask_loss(large, ledger, seed)
+    _score_loss(scores, ledger)
+    if ledger.names(r"proposal_masks|top_scores|top_rows_cols"):
+        _proposals(system, raw, ledger)
+
+
+@part
+def _mask_loss(large: Tensor, ledger: Ledger, seed: int) -> None:
+    if ledger.names(r"loss_mask_softmargin_mean|patch_target_pm1"):
         truth = (signs(ledger, "patch_target_pm1", seed) + 1) / 2
         ledger.compare("loss_mask_softmargin_mean", soft_margin(large.flatten(1), truth).mean())
+
+
+@part
+def _score_loss(scores: Tensor, ledger: Ledger) -> None:
     if "loss_score_softmargin_mean" in ledger:
         truth = (ledger.given("score_target").float() + 1) / 2
         ledger.compare("loss_score_softmargin_mean", soft_margin(scores[:, None], truth).mean())
-    if "proposal_masks" in ledger:
-        _proposals(system, raw, ledger)
 
 
 def _dense(system: DeepMask, canvas: Tensor) -> Raw:
@@ -83,11 +94,11 @@ def signs(ledger: Ledger, name: str, seed: int) -> Tensor:
         if (drawn.flatten().numpy()[places] == kept).all():
             ledger.compare(name, drawn)
             return drawn
-    raise LookupError(f"{name} was kept in part and cannot be drawn again")
+    raise NotRecorded(f"{name} as a whole")
 
 
 def _proposals(system: DeepMask, raw: Raw, ledger: Ledger) -> None:
-    count = len(ledger.peek("top_scores"))
+    count = next(ledger.length(n) for n in ("top_scores", "top_rows_cols", "proposal_masks") if n in ledger)
     scores = raw.scores[0][0, 0].sigmoid()
     best, place = scores.flatten().topk(count)
     rows = torch.stack([place // scores.shape[1], place % scores.shape[1]], 1)
@@ -99,24 +110,29 @@ def _proposals(system: DeepMask, raw: Raw, ledger: Ledger) -> None:
 
 
 def check_assembling(ledger: Ledger) -> None:
-    for name in ledger.names(r"maps_k\d+"):
-        maps, parts = ledger.given(name)[None], int(name[6:])
-        for windows in ledger.names(rf"windows_k{parts}_m\d+_(floor|centre)"):
-            found = re.fullmatch(r"windows_k\d+_m(\d+)_(floor|centre)", windows)
-            assert found is not None
-            side, bins = int(found[1]), "floor" if found[2] == "floor" else "nearest"
-            values = assemble(maps, parts, side, bins, pad=0.0)[0]
-            inside = assemble(torch.ones_like(maps), parts, side, bins, pad=0.0)[0] > 0.5
-            answer = torch.where(inside, values, torch.nan).permute(2, 3, 0, 1)
-            sampled = f"{windows}__sampled"
-            theirs = ledger.arrays[sampled if sampled in ledger.arrays else windows]
-            ours = answer.numpy().reshape(-1)
-            if sampled in ledger.arrays:
-                ours = ours[np.random.RandomState(0).randint(0, len(ours), len(theirs))]
-            if not np.array_equal(np.isnan(ours), np.isnan(theirs.reshape(-1))):
-                ledger.fail(windows, "different entries lie outside of the map")
-                continue
-            ledger.compare(windows, answer, note="nan is outside of the map, in both")
+    for parts in sorted({int(n.split("_")[1][1:]) for n in ledger.names(r"windows_k\d+_m\d+_(floor|centre)")}):
+        _check_windows(ledger, parts)
+
+
+@part
+def _check_windows(ledger: Ledger, parts: int) -> None:
+    maps = ledger.given(f"maps_k{parts}")[None]
+    for windows in ledger.names(rf"windows_k{parts}_m\d+_(floor|centre)"):
+        found = re.fullmatch(r"windows_k\d+_m(\d+)_(floor|centre)", windows)
+        assert found is not None
+        side, bins = int(found[1]), "floor" if found[2] == "floor" else "nearest"
+        values = assemble(maps, parts, side, bins, pad=0.0)[0]
+        inside = assemble(torch.ones_like(maps), parts, side, bins, pad=0.0)[0] > 0.5
+        answer = torch.where(inside, values, torch.nan).permute(2, 3, 0, 1)
+        sampled = f"{windows}__sampled"
+        theirs = ledger.arrays[sampled if sampled in ledger.arrays else windows]
+        ours = answer.numpy().reshape(-1)
+        if sampled in ledger.arrays:
+            ours = ours[np.random.RandomState(0).randint(0, len(ours), len(theirs))]
+        if not np.array_equal(np.isnan(ours), np.isnan(theirs.reshape(-1))):
+            ledger.fail(windows, "different entries lie outside of the map")
+            continue
+        ledger.compare(windows, answer, note="nan is outside of the map, in both")
 
 
 SYSTEMS = {"deepmask": check}

@@ -20,7 +20,7 @@ from maskwright.systems.families.two_stage import Raw
 from maskwright.systems.pointrend import PointRend
 from maskwright.systems.pointrend_semantic import PointRendSemantic
 from tests.parity.checkers.mask_rcnn import Check as BoxCheck
-from tests.parity.ledger import LARGEST, RAW, Ledger, input_seed, inputs
+from tests.parity.ledger import LARGEST, RAW, Ledger, bare_shape, input_seed, inputs, part
 
 SMALL = "cells are selected for logits near zero, where rounding is relatively large"
 TIES = "the order of equally uncertain cells is undefined"
@@ -31,12 +31,12 @@ def check(system: PointRend, layout: Path, ledger: Ledger) -> None:
 
 
 def images_of(system: PointRend | PointRendSemantic, ledger: Ledger) -> Tensor:
-    shape = ledger.about.get("input")
-    if not isinstance(shape, list):
+    shape = bare_shape(ledger.about)
+    if shape is None:
         return inputs(ledger.about)[0]
 
     def drawn(seed: int) -> Tensor:
-        return torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(shape)).astype("float32"))
+        return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype("float32"))
 
     def coarsest(seed: int) -> Tensor:
         assert system.dense.neck is not None
@@ -57,12 +57,16 @@ def compare_cells(ledger: Ledger, name: str, ours: Tensor, tied: Tensor) -> None
     ledger._line(name, f"{wrong} of {len(mine)} differ, {int(loose.sum())} are tied [{TIES}]", wrong == 0)
 
 
+POINTS = r"coarse_\w+|parameters|step\d_\w+|given_(classes|mask_logits_of_class)|final_\w+|det_boxes_net|box_\w+"
+POINTS += r"|train_(point|gt)\w+|loss_\w+"
+
+
 class Check(BoxCheck):
     system: PointRend  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def run(self) -> None:
         ledger, about = self.ledger, self.ledger.about
-        if "coarse_pooled" not in ledger:
+        if not ledger.names(POINTS):
             return super().run()
         with torch.no_grad():
             images = images_of(self.system, ledger)
@@ -70,11 +74,18 @@ class Check(BoxCheck):
             raw = self.system(images)
             self.network(raw, [])
             self.first_stage(raw, size)
-            boxes, labels = ledger.given("given_boxes"), ledger.given("given_classes")
-            self.refinement(raw, boxes, labels)
+            self.given_boxes(raw, size)
             self.objects(raw, size)
-            if "train_points" in ledger:
-                self.mask_terms(raw, boxes, labels, size)
+
+    @part
+    def given_boxes(self, raw: Raw, size: tuple[int, int]) -> None:
+        ledger = self.ledger
+        if not ledger.names(r"coarse_\w+|parameters|step\d_\w+|given_mask_\w+|train_\w+|loss_\w+"):
+            return
+        boxes, labels = ledger.given("given_boxes"), ledger.given("given_classes")
+        self.refinement(raw, boxes, labels)
+        if ledger.names(r"train_\w+|loss_\w+"):
+            self.mask_terms(raw, boxes, labels, size)
 
     def first_stage(self, raw: Raw, size: tuple[int, int]) -> None:
         ledger, system = self.ledger, self.system
@@ -118,14 +129,15 @@ class Check(BoxCheck):
         for step, (places, found) in enumerate(predicted):
             tied = torch.zeros(places.shape[:2], dtype=torch.bool)
             name = f"step{step}_indices"
-            if name in ledger:
+            if step:  # the first step predicts all cells
                 side = 28 << step
                 column, row = (places * side).floor().long().unbind(-1)
                 cells = row * side + column
                 order, tied = self.their_order(name, cells, self.before(predicted, step))
                 cells, places = cells.gather(1, order), places.gather(1, order[..., None].expand_as(places))
                 found = found.gather(2, order[:, None])
-                compare_cells(ledger, name, cells, tied)
+                if name in ledger:
+                    compare_cells(ledger, name, cells, tied)
             lost, note = tied[..., None].expand_as(places), TIES if tied.any() else ""
             ledger.compare(f"step{step}_point_coords", places.masked_fill(lost, torch.nan), note=note)
             fine = sample_in_boxes(raw.features[0], [boxes], places, 4)

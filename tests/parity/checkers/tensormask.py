@@ -15,7 +15,7 @@ from maskwright.ops.mask_targets import mask_targets
 from maskwright.ops.window_tensors import MaskTensor, align2nat, nat2align, swap_align2nat, up_align2nat, upsample
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems.tensormask import BOX_WEIGHTS, Layout, Raw, TensorMask
-from tests.parity.ledger import Ledger, input_seed
+from tests.parity.ledger import Ledger, bare_shape, input_seed, part
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
@@ -28,8 +28,12 @@ def check(system: TensorMask, layout: Path, ledger: Ledger) -> None:
     system.eval()
     about, network = ledger.about, system.dense
 
+    shape = bare_shape(about)
+    if shape is None:
+        raise ValueError(f"cannot tell the input from {about.get('input')!r}")
+
     def drawn(seed: int) -> Tensor:
-        return torch.from_numpy(np.random.RandomState(seed).standard_normal(tuple(about["input"])).astype("float32"))
+        return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype("float32"))
 
     with torch.no_grad():
         images = drawn(input_seed(ledger, "fpn_p5", lambda seed: network.neck(network.backbone(drawn(seed)))[3]))
@@ -84,9 +88,10 @@ def check(system: TensorMask, layout: Path, ledger: Ledger) -> None:
     training(system, raw, window_layout, ledger, (height, width))
 
 
+@part
 def training(system: TensorMask, raw: Any, layout: Layout, ledger: Ledger, size: tuple[int, int]) -> None:
     about = ledger.about
-    if "polygons" not in about:
+    if "polygons" not in about or not ledger.names(r"(gt|num|fg|loss)_\w+"):
         return
     masks = Masks.from_polygons(about["polygons"], size)
     boxes, labels = ledger.given("gt_boxes"), ledger.given("gt_classes")
@@ -99,7 +104,10 @@ def training(system: TensorMask, raw: Any, layout: Layout, ledger: Ledger, size:
     if "gt_deltas" in ledger:
         ledger.compare("gt_deltas", box_ops.encode(windows[own.windows], boxes[own.owners], BOX_WEIGHTS))
     where = places[own.windows]
-    for name in ledger.names(r"gt_mask_inds_l\d_a\d"):
+    for name in dict.fromkeys(n.replace("masks", "mask_inds") for n in ledger.names(r"gt_mask(s|_inds)_l\d_a\d")):
+        if name not in ledger.arrays:
+            ledger.missing.append(name)
+            continue
         level, number = int(name[-4]), int(name[-1])
         rows = ((where[:, 0] == level) & (where[:, 3] == number)).nonzero().flatten()
         theirs = ledger.peek(name).long()
@@ -125,7 +133,10 @@ def _tensor(values: Tensor, aligned: bool, step: float = 1.0) -> MaskTensor:
     return MaskTensor(values.unflatten(1, (side, side)), aligned, 1.0, step)
 
 
+@part
 def check_operators(ledger: Ledger) -> None:
+    if not ledger.names(r"x_v\d+"):
+        ledger.missing.append("x_v*")
     for name in ledger.names(r"x_v\d+"):
         values, v = ledger.given(name), name[2:]
         for kind, transform, aligned in (("align2nat", align2nat, True), ("nat2align", nat2align, False)):
@@ -148,6 +159,8 @@ def check_operators(ledger: Ledger) -> None:
 
 
 def check_heads(ledger: Ledger) -> None:
+    if not ledger.names(r"x_lam[\d.]+"):
+        ledger.missing.append("x_lam*")
     for name in ledger.names(r"x_lam[\d.]+"):
         values, end = ledger.given(name), name[2:]
         factor = float(end.removeprefix("lam"))
@@ -158,6 +171,7 @@ def check_heads(ledger: Ledger) -> None:
             ledger.compare(f"upscale_aligned_{mode}_{end}", answer)
 
 
+@part
 def check_assignment(ledger: Ledger) -> None:
     """Compares the windows of the published configuration, for an image whose size follows from the feature maps."""
     smallest = int(ledger.about.get("min_anchor_size", 40)) + 4
@@ -179,7 +193,7 @@ def check_assignment(ledger: Ledger) -> None:
 
 SYSTEMS = {"tensormask": check}
 OPERATORS = [
-    (lambda ledger: "x_v3" in ledger and "align2nat_v3" in ledger, check_operators),
-    (lambda ledger: any(n.startswith("upscale_aligned") for n in ledger.arrays), check_heads),
-    (lambda ledger: "positive_anchor" in ledger and "feature_sizes" in ledger, check_assignment),
+    (lambda ledger: ledger.names(r"(align2nat|nat2align|swap|up_align2nat|up_natural)_.*") != [], check_operators),
+    (lambda ledger: ledger.names(r"upscale_(aligned|natural)_.*") != [], check_heads),
+    (lambda ledger: ledger.names(r"positive_(anchor|gt)|num_anchors|deltas") != [], check_assignment),
 ]

@@ -18,7 +18,7 @@ from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems import create
 from maskwright.systems.yolact import YOLACT, Detections, Raw, assemble, encode
 from maskwright.systems.yolact_plus import YOLACTPlus
-from tests.parity.ledger import Ledger, inputs, matching
+from tests.parity.ledger import Ledger, inputs, part
 
 LOSSES = {"B": "box", "C": "class", "M": "mask", "S": "semantic", "I": "rescore"}
 VARIANTS = {
@@ -46,7 +46,7 @@ class Check:
     @torch.no_grad()
     def run(self) -> None:
         ledger = self.ledger
-        if "proto_low" in ledger:
+        if post_only(ledger):
             return self.post()
         images, _ = inputs(ledger.about)
         seen: dict[str, Any] = {}
@@ -55,7 +55,8 @@ class Check:
             for name, part in (("backbone", self.system.dense.backbone), ("neck", self.system.dense.neck))
         ]
         # Losses of drawn outputs need only the shapes of real ones.
-        drawn = "targets0" in ledger and not ledger.names(r"net_loss_\w|[cdp]\d|loc")
+        learning = bool(ledger.names(r"(net|synthetic)_loss_\w|match\d_\w+|targets\d"))
+        drawn = learning and not ledger.names(r"net_loss_\w|[cdp]\d|loc")
         raw = self.blank(images) if drawn else self.system(images)
         for hook in hooks:
             hook.remove()
@@ -63,7 +64,7 @@ class Check:
             ledger.compare(name, seen["backbone"][int(name[1]) - 6])
         for name in ledger.names(r"p[34567]"):
             ledger.compare(name, seen["neck"][int(name[1]) - 3])
-        if "targets0" in ledger:
+        if learning:
             return self.losses(raw)
         self.raw(raw)
         self.detections(raw)
@@ -84,12 +85,14 @@ class Check:
 
     # ---- detections ----------------------------------------------------------------------------------------------
 
+    @part
     def post(self) -> None:
         """Detections from hand-made outputs of the head."""
         ledger = self.ledger
         anchors, probabilities = ledger.given("priors"), ledger.given("conf")
         coarse = ledger.given("proto_low")
-        side = int(ledger.arrays["softmask_cropped__shape"][-1])
+        shape = ledger.shape("softmask_cropped") or ledger.shape("perclass_softmask_cropped")
+        side = int(shape[-1]) if shape else 138
         maps = functional.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False).relu()
         size = int(ledger.about.get("cfg_max_size", 550))
         semantic = torch.zeros(1, probabilities.shape[2] - 1, 1, 1)
@@ -112,21 +115,22 @@ class Check:
         ledger, about = self.ledger, self.ledger.about
         limits = (float(about.get("conf_thresh", 0.05)), float(about.get("nms_thresh", 0.5)))
         count = int(about.get("max_num_detections", 100))
-        if "perclass_scores" in ledger:
+        if ledger.names(r"perclass_\w+|final_\w+|softmask_cropped|maskiou_all_classes"):
             found = self.found("perclass", self.system.detect(raw, *limits, count)[0])
             if found is not None:
                 self.finished(raw, found)
-        if "crossclass_scores" in ledger:
+        if ledger.names(r"crossclass_\w+"):
             self.found("crossclass", self.system.detect(raw, *limits, 200, cross_class=True)[0])
 
     def found(self, prefix: str, found: Detections) -> Detections | None:
         """Compares the detections; returns them in the original's order."""
         ledger = self.ledger
-        if f"{prefix}_boxes_norm" in ledger:
-            theirs = ledger.peek(f"{prefix}_boxes_norm"), ledger.peek(f"{prefix}_classes")
-            rows = matching(theirs[0], found.boxes, (theirs[1], found.labels))
+        if ledger.names(rf"{prefix}_(boxes_norm|classes|coef)"):
+            rows = ledger.pair(
+                (f"{prefix}_boxes_norm", found.boxes), (f"{prefix}_classes", found.labels),
+                (f"{prefix}_scores", found.scores),
+            )  # fmt: skip
             if rows is None:
-                ledger.fail(f"{prefix}_boxes_norm", f"{len(found.boxes)} boxes instead of {len(theirs[0])}")
                 return None
             found = found[rows]
             ledger.compare(f"{prefix}_boxes_norm", found.boxes)
@@ -148,7 +152,7 @@ class Check:
                 ledger.compare(name, system.rescoring(soft))
             if "final_mask_scores" in ledger:
                 ledger.compare("final_mask_scores", found.scores * system.quality(found, raw.prototypes[0]))
-        if "final_boxes" not in ledger:
+        if not ledger.names(r"final_(boxes|classes|masks)"):
             return
         width, height = ledger.about["final_size_wh"]
         placement = Placement.resize((height, width), raw.size)
@@ -160,6 +164,7 @@ class Check:
 
     # ---- losses --------------------------------------------------------------------------------------------------
 
+    @part
     def losses(self, raw: Raw) -> None:
         ledger, system = self.ledger, self.system
         targets = [self.target(index, raw.size) for index in range(len(raw.deltas))]
@@ -212,17 +217,18 @@ class Check:
         return replace(raw, **own)
 
 
+def post_only(ledger: Ledger) -> bool:
+    return "proto_low" in ledger or ("softmask_cropped" in ledger and "input" not in ledger.about)
+
+
 def _is_post(ledger: Ledger) -> bool:
-    return "proto_low" in ledger and "maskiou_all_classes" not in ledger
+    return post_only(ledger) and not ledger.names(r"maskiou_all_classes|final_mask_scores")
 
 
 def _post(ledger: Ledger) -> None:
     """Decoding needs no weights."""
-    classes = (
-        COCO
-        if ledger.arrays["conf"].shape[2] == len(COCO) + 1
-        else [str(k) for k in range(ledger.arrays["conf"].shape[2] - 1)]
-    )
+    count = ledger.given("conf").shape[2] - 1
+    classes = COCO if count == len(COCO) else [str(k) for k in range(count)]
     Check(create("yolact", classes=classes, backbone={"name": "resnet18", "width": 8}, neck_width=8), ledger).run()  # pyright: ignore[reportArgumentType]
 
 
