@@ -16,7 +16,7 @@ from difflib import get_close_matches
 
 from maskwright._version import __version__
 from maskwright.cli.catalogue import checkpoints, convert, systems
-from maskwright.cli.data import check
+from maskwright.cli.data import check, convert_data
 from maskwright.cli.results import evaluate, predict, report
 from maskwright.cli.serving import serve
 from maskwright.cli.training import ablate, demo, show_batch, train, train_with_recipe
@@ -28,6 +28,7 @@ VERBS: dict[str, Callable[..., int]] = {
     for verb in (
         demo,
         check,
+        convert_data,
         train,
         show_batch,
         evaluate,

@@ -20,6 +20,7 @@ from maskwright.cli.arguments import (
     device_named,
     given,
 )
+from maskwright.cli.data import Format
 from maskwright.errors import UsageError
 from maskwright.terminal import print_error, print_line, progress
 
@@ -35,6 +36,7 @@ def predict(
     variant: Name = None,
     task: Literal["instances", "panoptic", "semantic"] = "instances",
     format: tuple[Literal["drawn", "coco", "masks", "geojson", "labels"], ...] = ("drawn", "coco"),
+    to: Annotated[Format | None, arg(metavar="FORMAT")] = None,
     classes: ClassNames = None,
     score_threshold: Number = None,
     threshold: Annotated[str | None, arg(metavar="NAME=X,...")] = None,
@@ -88,6 +90,8 @@ def predict(
         variant: The published variant, if an official file's keys fit more than one.
         task: Objects; images segmented into things and stuff; a label for every pixel (systems that support it).
         format: What to write, one or more.
+        to: Write the objects as a data set too, OUT/FORMAT, to go back to a labelling tool as suggestions: coco, yolo,
+            labelme, via, cvat, voc ... (see convert-data).
         classes: Names of the classes to keep, separated by commas; default: all.
         score_threshold: Objects that score less are left out; default: 0.5 for objects, otherwise the system's.
         threshold: Score thresholds by class: person=0.7,car=0.3; the other classes keep --score-threshold.
@@ -117,6 +121,12 @@ def predict(
         )
     if not images and data is None:
         raise UsageError("predict requires IMAGES (files, folders, globs), or --data for all images of a data set")
+    if to is not None:
+        format = (*format, "coco") if "coco" not in format else format
+        if task != "instances":
+            raise UsageError(f"--to {to} needs --task instances, got {task!r}")
+        if (out / to).exists():
+            raise UsageError(f"{out / to}: exists already; remove it, or give another --out")
     network = load(weights, commercial_ok=commercial_ok, variant=variant)
     everything, own = parse_thresholds([threshold] if threshold else [])
     if everything is not None and score_threshold is not None:
@@ -165,9 +175,20 @@ def predict(
     print_line(f"{_count(writer.objects, what)}{limit} in {_count(len(writer.images), 'image')}: {out}")
     if ids is not None and "coco" in format:
         print_line(ids.summary)
+    if to is not None:
+        print_line(str(_suggestions(out, to)))
     for path, reason in writer.skipped:
         print_error(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
     return 1 if writer.skipped else 0
+
+
+def _suggestions(out: Path, to: str) -> object:
+    """The predictions of a run as a data set in another format."""
+    from maskwright.data.convert import convert_data
+    from maskwright.data.exchange.results import image_folder
+
+    folder = image_folder(out / "pictures.json")
+    return convert_data(out / "results.json", out / to, to, allow_loss=True, format="results", images=folder)
 
 
 def _count(number: int, noun: str) -> str:

@@ -48,7 +48,7 @@ def train(
     """Train a system on your own images.
 
     DIR has annotations/instances_train.json with its images in train/ (COCO format), and the same for val to validate
-    on; other layouts, such as train2017 or Roboflow's folders, are recognized.
+    on; other layouts (train2017, Roboflow's folders) and formats (YOLO, LabelMe, CVAT, VIA, VOC ...) are recognized.
 
     OUT then has best.safetensors, last.safetensors, recipe.json, log.csv and tensorboard/.
 
@@ -57,12 +57,13 @@ def train(
       maskwright train mask-rcnn --data my-images --weights torchvision.pth --epochs 20 --freeze backbone
       maskwright train mask-rcnn --data scenes --option backbone=resnet18 backbone.norm=group --epochs 5
       maskwright train mask-rcnn --data my-images --out runs/first --resume
+      maskwright train mask-rcnn --data my-yolo/data.yaml --val 0.2
 
     Args:
         system: A system or preset (see `maskwright systems`), or weights to continue from.
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
         split: The split to train on; train also stands for train2017 and the like.
-        val: Data set to validate on; default: DIR.
+        val: Data set to validate on, or a share of the images to train on (0.2), divided by class; default: DIR.
         val_split: The split to validate on; val also stands for valid, val2017 and the like.
         out: The run folder.
         weights: Start from these weights; rows of the head whose class names match are kept.

@@ -16,8 +16,8 @@ from maskwright.data.findings import SEVERITIES, Finding, Severity, finding_line
 from maskwright.data.formats import Match, Request, load_format
 from maskwright.data.image_names import SUFFIXES
 from maskwright.data.images import common_white, is_animated, read_image, white_words
-from maskwright.data.opening import best_match, find_matches
-from maskwright.data.repair import Copying, copy_images, write_copy
+from maskwright.data.opening import best_match, find_matches, without_prefix
+from maskwright.data.repair import Copying, copy_images, write_copy, write_repaired
 from maskwright.data.table import Table
 from maskwright.errors import ImageError, UsageError
 from maskwright.text import printable
@@ -135,7 +135,8 @@ def check(
         UsageError: If the source does not exist, contains nothing to check or not this split, or `fix` exists.
         DataError: If the repaired copy cannot be written.
     """
-    source = Path(source)
+    text, format = without_prefix(str(source))
+    source = Path(text)
     report = CheckReport(source, wanted=None if fix is None else Path(fix))
     if report.wanted is not None and report.wanted.exists():
         raise UsageError(f"{report.wanted}: exists already; specify a new folder for the repaired copy")
@@ -145,30 +146,52 @@ def check(
         raise UsageError(f"{images}: no such folder of images")
     request = Request(split=split, images=None if images is None else Path(images), verify="all")
     how = Copying(link, follow_links)
-    matches = find_matches(str(source), request)
+    matches = find_matches(text, request, format)
     if split is not None:
-        best_match(str(source), request, None)  # raises if there is none, or several
+        best_match(text, request, format)  # raises if there is none, or several
     if not matches:
         return _check_images(report, decode, bands, workers, how)
     tables = _read_tables(matches, request)
     paths = [t.folder / file for _, t, _ in tables for file in t.files]
     damaged = _decode_all(paths, workers, bands) if decode else {}
-    training = _training_match(source, request, report)
+    training = _training_match(source, request, report, format)
     for _, table, match in tables:
         _inspect(table, damaged, match == training)
     _compare_classes([(table, match) for _, table, match in tables], training)
     for _, table, _ in tables:
         report.findings += table.findings
         report.contents.append(_contents(table))
-    usable = [(name, table) for name, table, _ in tables if table.usable and table.files]
-    if report.wanted is not None and usable:
-        report.findings += write_copy(source, usable, damaged, report.wanted, how)
-        report.fixed = report.wanted
-        copied = report.fixed
-        if source.is_file():
-            copied = report.fixed / "annotations" / source.name
-        report.copy = check(copied, split=split, decode=False, workers=workers)
+    if report.wanted is not None:
+        _write_fixed(report, source, tables, damaged, how)
+        if report.fixed is not None:
+            copied = report.fixed / "annotations" / source.name if source.is_file() else report.fixed
+            copied = copied if copied.exists() else report.fixed
+            report.copy = check(copied, split=split, decode=False, workers=workers)
     return report
+
+
+def _write_fixed(
+    report: CheckReport, source: Path, tables: Sequence[tuple[str, Table, Match]],
+    damaged: dict[Path, Finding | None], how: Copying,
+) -> None:  # fmt: skip
+    """Write the repaired copy of what can be used, in the format of the source."""
+    assert report.wanted is not None
+    usable = [(n, t, m) for n, t, m in tables if t.usable and (t.files or t.raw.get("embedded"))]
+    own = [(name, table) for name, table, _ in usable if hasattr(load_format(name), "repaired")]
+    others = [(name, table, match.split) for name, table, match in usable if hasattr(load_format(name), "write")]
+    if own:
+        report.findings += write_copy(source, own, damaged, report.wanted, how)
+    elif len({name for name, _, _ in others}) == 1:
+        report.findings += write_repaired(others, damaged, report.wanted, how)
+    elif others:
+        listed = ", ".join(sorted({name for name, _, _ in others}))
+        advice = f"give one of them, such as {others[0][0]}:{source}"
+        what = f"has data in several formats ({listed}), of which no copy is written"
+        report.findings.append(Finding("note", "copy", str(source), what, advice))
+        return
+    else:
+        return
+    report.fixed = report.wanted
 
 
 def _check_images(
@@ -204,13 +227,13 @@ def _read_tables(matches: Sequence[tuple[str, Match]], request: Request) -> list
     return [(name, table, match) for name, table, match in tables if isinstance(table, Table)]
 
 
-def _training_match(source: Path, request: Request, report: CheckReport) -> Match | None:
+def _training_match(source: Path, request: Request, report: CheckReport, format: str | None = None) -> Match | None:
     """What `train` reads by default; None, with an error, if it would refuse the source."""
     wanted = replace(request, split=request.split or "train")
     try:
-        _, match = best_match(str(source), wanted, None)
-        if request.split is None and find_matches(str(source), replace(request, split="val")):
-            best_match(str(source), replace(request, split="val"), None)
+        _, match = best_match(str(source), wanted, format)
+        if request.split is None and find_matches(str(source), replace(request, split="val"), format):
+            best_match(str(source), replace(request, split="val"), format)
     except UsageError as error:
         sentence, _, advice = str(error).removeprefix(f"{source}: ").partition("; ")
         report.findings.append(Finding("error", "split", str(source), f"cannot be trained on: {sentence}", advice))

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
+
+import numpy as np
 
 from maskwright.data import coco_json
 from maskwright.data.coco_annotations import read_annotations
 from maskwright.data.coco_json import start_table, strict_json
 from maskwright.data.diagnosis import diagnose
 from maskwright.data.exchange.files import json_kind
+from maskwright.data.exchange.writing import BOXES, CROWD, HOLES, KEYPOINTS, OVERLAPS, PARTS, SCORES, ImageFiles, Part
 from maskwright.data.formats import CERTAIN, LIKELY, POSSIBLE, Match, Request
 from maskwright.data.judging import judge
 from maskwright.data.table import Table, Verify
 from maskwright.data.table_datasets import InstanceDataset, dataset_from_table
-from maskwright.data.values import parse_int
+from maskwright.data.values import parse_float, parse_int
 from maskwright.errors import UsageError
 
 NAME = "COCO"
 LAYOUT = "annotations/instances_{split}.json (COCO)"
+
+HOLDS = frozenset({PARTS, HOLES, OVERLAPS, CROWD, BOXES, KEYPOINTS, SCORES})
 
 
 # ---- the format ----------------------------------------------------------------------------------------------------
@@ -115,18 +120,21 @@ def read_coco(
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_table(path: Path, images: Path | None = None, verify: Verify | None = None) -> Table:
+def read_table(
+    path: Path, images: Path | None = None, verify: Verify | None = None, content: dict[str, Any] | None = None
+) -> Table:
     """Read everything that can be used from a COCO file; everything else becomes a finding.
 
     Args:
         path: The file.
         images: The folder that file names are relative to; None: searched for.
         verify: Number of images whose headers are read; see `add_images`.
+        content: The content of the file, if it has been read.
 
     Returns:
         The table. No exception is raised for what is in the file.
     """
-    table, position, labels = start_table(path, images, verify)
+    table, position, labels = start_table(path, images, verify, content)
     if table.usable:
         entries = table.raw["annotations"]
         if any(isinstance(e, dict) and "segments_info" in e for e in entries[:3]):
@@ -142,7 +150,19 @@ def read_table(path: Path, images: Path | None = None, verify: Verify | None = N
             if entries and not table.ids and table.files and not table.findings_with("error"):
                 what = f"none of its {len(entries)} annotations can be used"
                 table.add_finding("error", "annotation", what, "see the other findings")
+            scores = np.array([parse_float(entries[row].get("score")) for row in table.rows.tolist()], np.float64)
+            table.scores = scores if len(scores) and np.isfinite(scores).all() else None
     return table
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, parts: Sequence[Part], images: ImageFiles) -> None:
+    """Write annotations/instances_SPLIT.json and the images in SPLIT/."""
+    from maskwright.data.exchange.coco_writer import write_instances
+
+    write_instances(folder, parts, images)
 
 
 # ---- a repaired copy -----------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def is_panoptic(path: Path) -> bool:
 
 
 def start_table(
-    path: Path, images: Path | None, verify: Verify | None
+    path: Path, images: Path | None, verify: Verify | None, content: dict[str, Any] | None = None
 ) -> tuple[Table, dict[int | str, int | None], dict[int, int]]:
     """Read the categories and images of a COCO file.
 
@@ -133,13 +133,14 @@ def start_table(
         path: The file.
         images: The folder that file names are relative to; None: searched for in the usual places.
         verify: Number of images whose headers are read; see `add_images`.
+        content: The content of the file, if it has been read.
 
     Returns:
         The table without annotations; the position of each image id in it, None for unusable images; and the
         label of each category id. All are empty if the table is not usable.
     """
     table = Table(path, images or path.parent)
-    raw = _load(table)
+    raw = _load(table) if content is None else content
     if raw is None:
         table.usable = False
         return table, {}, {}

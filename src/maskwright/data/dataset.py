@@ -142,6 +142,11 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         ids = self.targets(index).ids
         return [] if ids is None else ids.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
+    def scores(self, index: int) -> list[float] | None:
+        """Return the scores of the objects of one image; None for annotations."""
+        scores = self.targets(index).scores
+        return None if scores is None else [float(score) for score in scores]
+
 
 def as_dataset(source: Any) -> Dataset:
     """Return `source` as a `Dataset`; functions that take a data set from the user call this once.

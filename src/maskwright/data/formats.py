@@ -38,6 +38,7 @@ FORMATS: dict[str, str] = {
     "voc": "maskwright.data.exchange.voc",
     "cityscapes": "maskwright.data.exchange.cityscapes",
     "label-maps": "maskwright.data.exchange.label_maps",
+    "results": "maskwright.data.exchange.results",
 }
 
 # Degrees of confidence of a `Match`.

@@ -30,6 +30,7 @@ def open_dataset(
     keypoints: bool | None = None,
     panoptic: bool | None = None,
     format: str | None = None,
+    images: str | Path | None = None,
 ) -> Dataset:
     """Open the data set at `source`.
 
@@ -48,6 +49,7 @@ def open_dataset(
         panoptic: True: a data set with stuff classes is required. False: stuff is dropped. None: stuff is kept if
             the data set has it.
         format: Name of the format, one of `formats.FORMATS`; None: detected.
+        images: Folder that image files are relative to; None: searched for.
 
     Returns:
         The data set; its `origin` says what was read, and in which format.
@@ -57,7 +59,7 @@ def open_dataset(
         AnnotationError: If the annotations cannot be used.
         DataError: If keypoints or stuff are required and missing.
     """
-    request = Request(split, keypoints, panoptic)
+    request = Request(split, keypoints, panoptic, None if images is None else Path(images))
     text = str(source)
     name, match = best_match(text, request, format)
     reader = load_format(name)

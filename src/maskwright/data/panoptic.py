@@ -17,6 +17,7 @@ import torch
 from maskwright.data import coco_json
 from maskwright.data.coco_json import Entry, coco_categories, start_table, strict_json, write_coco_json
 from maskwright.data.diagnosis_orientation import list_upright
+from maskwright.data.exchange.writing import CROWD, HOLES, PARTS, STUFF, ImageFiles, Part
 from maskwright.data.findings import first_few
 from maskwright.data.formats import CERTAIN, Match, Request
 from maskwright.data.id_maps import map_bytes, read_map, size_mismatch
@@ -32,6 +33,7 @@ from maskwright.structures.panoptic import LARGEST_ID
 
 NAME = "COCO panoptic"
 LAYOUT = "annotations/panoptic_{split}.json (COCO panoptic)"
+HOLDS = frozenset({PARTS, HOLES, CROWD, STUFF})
 
 # Up to this many maps are all decoded when a data set is opened, at about 10 ms each; of larger data sets a sample.
 VERIFY_ALL_BELOW = 500
@@ -342,6 +344,13 @@ def _ids_in_map(table: Table, index: int) -> tuple[list[int], list[int]] | str:
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, parts: Sequence[Part], images: ImageFiles) -> None:
+    """Write annotations/panoptic_SPLIT.json with its maps, and the images in SPLIT/."""
+    from maskwright.data.exchange.coco_writer import write_maps
+
+    write_maps(folder, parts, images)
 
 
 def write_panoptic(

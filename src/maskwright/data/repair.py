@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +124,52 @@ def write_copy(
                 raise DataError(f"{document}: two annotation files would have this name in the copy; check them singly")
             write_json(path, content, DataError)
     return copy.findings
+
+
+def write_repaired(
+    tables: Sequence[tuple[str, Table, str | None]], damaged: Mapping[Path, Finding | None], target: Path, how: Copying
+) -> list[Finding]:
+    """Write a repaired copy of a data set with the writer of its format.
+
+    Args:
+        tables: The tables that can be used, with the names of their formats and splits; all of one format.
+        damaged: The problem of each image file, None if it is intact.
+        target: The folder of the copy; must not exist.
+        how: How files are copied.
+
+    Returns:
+        Findings about images that were omitted.
+
+    Raises:
+        DataError: If the copy cannot be written. Nothing is left of an incomplete copy.
+    """
+    from maskwright.data.convert import with_equal_classes
+    from maskwright.data.exchange.writing import ImageFiles, Part
+    from maskwright.data.table_datasets import InstanceDataset
+    from maskwright.data.views import Subset
+
+    module: Any = load_format(tables[0][0])
+    findings: list[Finding] = []
+    with atomic_folder(target, DataError) as folder, tempfile.TemporaryDirectory() as place:
+        parts: list[Part] = []
+        for number, (_, table, split) in enumerate(tables):
+            kept: list[int] = []
+            for index, file in enumerate(table.files):
+                path = table.folder / file
+                finding = damaged.get(path)
+                problem = None if how.follow_links else _leads_out(path, (table.folder,))
+                if problem is not None:
+                    what = f"image {file!r} {problem}"
+                    findings.append(Finding("skip", "copy", str(path), what, "it is omitted from the copy"))
+                elif finding is None or finding.severity != "skip":
+                    kept.append(index)
+            parts.append(Part(split, Subset(InstanceDataset(table), kept)))
+            rescued = getattr(module, "rescued", None)  # optional in a format: a table of images that are embedded
+            extra = None if rescued is None else rescued(table, Path(place) / str(number))
+            if extra is not None:
+                parts.append(Part(split, InstanceDataset(extra)))
+        module.write(folder, with_equal_classes(parts), ImageFiles(folder, how.link))
+    return findings
 
 
 def copy_images(source: Path, paths: Sequence[Path], target: Path, how: Copying) -> list[Finding]:

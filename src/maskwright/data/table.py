@@ -63,6 +63,7 @@ class Table:
         usable: False if the file is too damaged for anything to be read.
         raw: The parsed file, for writing a repaired copy.
         name: Short name of the data set; empty: derived from `path`.
+        scores: (A,) float64, of predictions; None for annotations.
     """
 
     path: Path
@@ -92,6 +93,7 @@ class Table:
     usable: bool = True
     raw: dict[str, Any] = field(default_factory=dict[str, Any])
     name: str = ""
+    scores: np.ndarray | None = None
 
     def add_finding(self, severity: Severity, kind: str, sentence: str, advice: str = "", **about: Any) -> None:
         """Append a finding about this file; `about` gives `image` and `annotation` ids."""

@@ -100,6 +100,7 @@ class InstanceDataset(TableDataset):
         self._keypoints = None if table.keypoints is None else torch.from_numpy(table.keypoints)  # pyright: ignore[reportUnknownMemberType] - untyped in torch
         exact = all(isinstance(i, int) and -_LARGEST <= i <= _LARGEST for i in table.ids)
         self._numbers = torch.tensor(table.ids if exact else range(len(table.ids)), dtype=torch.int64)
+        self._scores = table.scores
 
     def targets(self, index: int) -> Instances:
         """Return the objects of one image.
@@ -133,6 +134,10 @@ class InstanceDataset(TableDataset):
     def annotation_ids(self, index: int) -> list[Any]:
         first, last = self._annotations(index)
         return self._ids[first:last]
+
+    def scores(self, index: int) -> list[float] | None:
+        first, last = self._annotations(index)
+        return None if self._scores is None else self._scores[first:last].tolist()
 
 
 class PanopticDataset(TableDataset):

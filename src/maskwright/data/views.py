@@ -85,6 +85,10 @@ class View(Dataset):
         ids = self.inner.annotation_ids(self.positions[index])
         return [ids[row] for row in self._rows(index)]
 
+    def scores(self, index: int) -> list[float] | None:
+        scores = self.inner.scores(self.positions[index])
+        return None if scores is None else [scores[row] for row in self._rows(index)]
+
     def _rows(self, index: int) -> list[int]:
         return cast(list[int], self.order(self.inner.targets(self.positions[index]).labels).tolist())  # pyright: ignore[reportUnknownMemberType] - untyped in torch
 

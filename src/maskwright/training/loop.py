@@ -78,7 +78,8 @@ def train(
         classes: The names to learn; default: the data set's.
         weights: Start from this file (or catalogue name) instead of random weights.
         backbone_weights: Start with the backbone of this file, of any system, and random weights for the rest.
-        val: A validation set or its source; default: the split `val_split` of `data` if there is one; False for none.
+        val: A validation set or its source; a share of `data` (0.2), divided by class with the seed of the recipe;
+            default: the split `val_split` of `data` if there is one; False for none.
         split: The split of `data` to train on. "train" also stands for train2017 and the like.
         val_split: The split of `val`, or of `data`, to validate on. "val" also stands for valid, val2017 and the like.
         logger: Receives every figure too.
@@ -106,7 +107,7 @@ def train(
         if (out / LAST).exists() and state is None:
             raise UsageError(f"another process has trained in {out} meanwhile; resume its run or give another folder")
         kind = setup.settle_kind(system, weights, options, keypoints, panoptic)
-        train_set, val_set = setup.open_sets(data, val, kind, split, val_split)
+        train_set, val_set = setup.open_sets(data, val, kind, split, val_split, recipe.seed)
         seed_step(recipe.seed)
         if state is None:
             if backbone_weights is not None and weights is not None:

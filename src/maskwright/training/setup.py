@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from maskwright.data import Augment, Dataset, OneClass, Renamed, as_dataset, has_split, open_dataset, things_only
+from maskwright.data.splitting import divided, share_or_source, warn_about_duplicates
 from maskwright.errors import MaskwrightError, MissingExtraError, TrainingError, UsageError
 from maskwright.locks import FolderLock
 from maskwright.options import parameters_of
@@ -150,16 +151,18 @@ def settle_kind(
 
 
 def open_sets(
-    data: Any, val: Any, kind: Kind, split: str = "train", val_split: str = "val"
+    data: Any, val: Any, kind: Kind, split: str = "train", val_split: str = "val", seed: int = 0
 ) -> tuple[Dataset, Dataset | None]:
     """Opens the training set and the validation set.
 
     Args:
         data: A data set, or a source.
-        val: A data set, a source, None for the split `val_split` of `data` if it has one, or False for no validation.
+        val: A data set, a source, a share of `data` (0.2 or "0.2"), None for the split `val_split` of `data` if it has
+            one, or False for no validation.
         kind: What kind of data is read.
         split: The split of `data`.
         val_split: The split of `val`.
+        seed: Seed of the division, if `val` is a share.
 
     Returns:
         The training set and the validation set, None if there is none.
@@ -170,9 +173,15 @@ def open_sets(
             val = data
     else:
         train_set = data
-    if isinstance(val, (str, Path)):
-        val = open_dataset(val, val_split, keypoints=kind.keypoints, panoptic=kind.panoptic)
     train_set = as_dataset(train_set)
+    val = share_or_source(val) if isinstance(val, str) else val
+    if isinstance(val, (int, float)) and not isinstance(val, bool):
+        train_set, val = divided(train_set, float(val), seed)
+    elif isinstance(val, (str, Path)):
+        elsewhere = not isinstance(data, (str, Path)) or str(val) != str(data)
+        val = open_dataset(val, val_split, keypoints=kind.keypoints, panoptic=kind.panoptic)
+        if elsewhere:
+            warn_about_duplicates(train_set, val, 2_000)
     if train_set.stuff and not kind.regions:
         train_set = things_only(train_set)
     return train_set, None if val is None or val is False else as_dataset(val)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from maskwright.data.exchange import outlines
 from maskwright.data.exchange.collecting import Collector, chosen_splits, new_table, run_length_code, unwanted
@@ -27,9 +29,26 @@ from maskwright.data.exchange.files import (
     shown_path,
 )
 from maskwright.data.exchange.planes import Plane, ahead, crops_of, read_plane
+from maskwright.data.exchange.writing import (
+    CROWD,
+    HOLES,
+    PARTS,
+    ImageFiles,
+    Item,
+    Part,
+    crowd_of,
+    items,
+    labels_of,
+    outlines_of,
+    painted,
+    present,
+    write_plane,
+)
 from maskwright.data.formats import CERTAIN, Match, Request
 from maskwright.data.image_names import is_file
 from maskwright.data.table import Table
+from maskwright.errors import DataError
+from maskwright.files import json_bytes, write_bytes
 
 NAME = "Cityscapes"
 LAYOUT = "gtFine/{split} and leftImg8bit/{split} (Cityscapes)"
@@ -204,3 +223,63 @@ def _drawn(content: dict[str, Any], size: tuple[int, int]) -> _Objects:
         result.found.append((label, None if group else count[label], run_length_code(crop, x0, y0, size)))
         count[label] += not group
     return result
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+HOLDS = frozenset({PARTS, HOLES, CROWD})
+CLASSES_ONLY = tuple(THINGS.values())
+MOST_PER_CLASS = 999
+_CITY = "images"
+
+
+def write(folder: Path, parts: Sequence[Part], images: ImageFiles) -> None:
+    """Write gtFine and leftImg8bit; objects of other classes than Cityscapes' are left out."""
+    numbers = {name: number for number, name in THINGS.items()}
+    for part in parts:
+        split = part.split or "train"
+        names = images.names(part, split)
+        known = [numbers.get(name) for name in part.dataset.classes]
+        for item in items(part):
+            stem, _, suffix = names[item.index].rpartition(".")
+            images.copy(part, item.index, f"leftImg8bit/{split}/{_CITY}/{stem}_leftImg8bit.{suffix}")
+            base = folder / "gtFine" / split / _CITY
+            values, shapes = _map(item, known)
+            write_plane(base / f"{stem}_gtFine_instanceIds.png", values)
+            write_plane(base / f"{stem}_gtFine_labelIds.png", _labels(values))
+            content = {"imgHeight": item.size[0], "imgWidth": item.size[1], "objects": shapes}
+            write_bytes(base / f"{stem}_gtFine_polygons.json", json_bytes(content), DataError, sync=False)
+
+
+def _labels(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+    """The class of each pixel of an instance map."""
+    return np.where(values >= 1000, values // 1000, values).astype(np.uint8)
+
+
+def _map(item: Item, known: Sequence[int | None]) -> tuple[Any, list[dict[str, Any]]]:
+    """The instance map of an image, and the outer borders of its objects."""
+    objects = item.objects
+    if objects.masks is None or not len(objects):
+        return np.zeros(item.size, np.uint16), []
+    kept = [n for n, there in enumerate(present(objects)) if there and known[labels_of(objects)[n]] is not None]
+    objects = objects[kept]
+    crowd = crowd_of(objects)
+    result = painted(objects, crowd)
+    values = np.zeros(len(objects) + 1, np.uint16)
+    count: Counter[int] = Counter()
+    for position, label in enumerate(labels_of(objects)):
+        number = known[label] or 0
+        if crowd[position]:
+            values[position + 1] = number
+        elif result.lost[position] < result.areas[position] and count[number] < MOST_PER_CLASS:
+            values[position + 1] = number * 1000 + count[number]
+            count[number] += 1
+    shapes: list[dict[str, Any]] = []
+    borders = outlines_of(objects)
+    order: list[int] = np.argsort(-result.areas, kind="stable").tolist()
+    for position in order:
+        number = known[labels_of(objects)[position]] or 0
+        name = THINGS[number] + ("group" if crowd[position] else "")
+        for ring in borders[position].rings:
+            shapes.append({"label": name, "polygon": [[round(x), round(y)] for x, y in ring.tolist()]})
+    return values[result.plane], shapes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 
@@ -20,6 +22,24 @@ from maskwright.data.exchange.collecting import (
 )
 from maskwright.data.exchange.files import Element, FileProblem, add_file_problem, read_xml, shown_path
 from maskwright.data.exchange.labelme import merged
+from maskwright.data.exchange.writing import (
+    CROWD,
+    HOLES,
+    OVERLAPS,
+    PARTS,
+    SCORES,
+    ImageFiles,
+    Item,
+    Part,
+    boxes_of,
+    crops_of,
+    crowd_of,
+    items,
+    labels_of,
+    number,
+    present,
+    write_text_file,
+)
 from maskwright.data.formats import CERTAIN, Match, Request
 from maskwright.data.image_names import is_file
 from maskwright.data.images import MAX_PIXELS
@@ -163,10 +183,10 @@ def _labels(root: Element) -> list[Element]:
 def _add_shapes(collector: Collector, row: int, image: Element, names: ClassNames) -> None:
     """Add the objects of an image; shapes of one label and group are parts of one object."""
     groups: dict[tuple[Any, ...], list[Element]] = {}
-    for number, shape in enumerate(image.all(*_AREAS)):
+    for place, shape in enumerate(image.all(*_AREAS)):
         group, label = shape.attributes.get("group_id"), shape.attributes.get("label")
         alone = group is None or not group.strip() or parse_int(group) == 0
-        groups.setdefault((number,) if alone else (group, label), []).append(shape)
+        groups.setdefault((place,) if alone else (group, label), []).append(shape)
     size = collector.size(row) or (1, 1)
     for shapes in groups.values():
         label = shapes[0].attributes.get("label", "")
@@ -248,3 +268,94 @@ def _mask(given: dict[str, str], size: tuple[int, int]) -> dict[str, Any] | str:
         return "is a mask far outside its image"
     code = run_length_code(plane, left, top, size)
     return code if rle.area(code["counts"].encode()) else f"is a mask outside its image of {size[1]} x {size[0]}"
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+HOLDS = frozenset({OVERLAPS, PARTS, HOLES, CROWD, SCORES})
+BOXES_BECOME = "they become boxes, which are read as rectangles"
+
+
+def write(folder: Path, parts: Sequence[Part], images: ImageFiles) -> None:
+    """Write annotations.xml, with the splits as subsets, and the images in images/.
+
+    Polygons stay polygons, with one group for the parts of an object; other masks become masks.
+    """
+    scored = any(item.scores is not None for part in parts for item in items(part))
+    lines = ['<?xml version="1.0" encoding="utf-8"?>', "<annotations>", "  <version>1.1</version>"]
+    lines += _meta(parts, scored)
+    count = 0
+    for part in parts:
+        prefix = f"{part.split}/" if part.split else ""
+        names = images.names(part, prefix)
+        for item in items(part):
+            name = prefix + names[item.index]
+            images.copy(part, item.index, f"images/{name}")
+            subset = f" subset={quoteattr(part.split)}" if part.split else ""
+            height, width = item.size
+            lines.append(f'  <image id="{count}" name={quoteattr(name)}{subset} width="{width}" height="{height}">')
+            lines += _shape_lines(item, part.dataset.classes)
+            lines.append("  </image>")
+            count += 1
+    lines.append("</annotations>")
+    write_text_file(folder / "annotations.xml", "\n".join(lines) + "\n")
+
+
+def _meta(parts: Sequence[Part], scored: bool) -> list[str]:
+    """The labels of the task, with the attributes that shapes have."""
+    attributes = [("is_crowd", "checkbox", "false", "false")]
+    if scored:
+        attributes.append(("score", "text", "", ""))
+    lines = ["  <meta>", "    <task>", "      <labels>"]
+    for name in parts[0].dataset.classes:
+        lines += ["        <label>", f"          <name>{escape(name)}</name>", "          <attributes>"]
+        lines += [
+            f"            <attribute><name>{own}</name><mutable>False</mutable><input_type>{kind}</input_type>"
+            f"<default_value>{default}</default_value><values>{values}</values></attribute>"
+            for own, kind, default, values in attributes
+        ]
+        lines += ["          </attributes>", "        </label>"]
+    return [*lines, "      </labels>", "    </task>", "  </meta>"]
+
+
+def _shape_lines(item: Item, classes: Sequence[str]) -> Iterator[str]:
+    """The shapes of an image."""
+    objects = item.objects
+    crowd, labels, there = crowd_of(objects), labels_of(objects), present(objects)
+    polygons = objects.masks.polygons() if objects.masks is not None and objects.masks.kind == "polygon" else None
+    crops = None if objects.masks is None or polygons is not None else crops_of(objects)
+    for position, (x0, y0, x1, y1) in enumerate(boxes_of(objects)):
+        if not there[position]:
+            continue
+        start = f'label={quoteattr(classes[labels[position]])} source="auto" occluded="0"'
+        inside = [f'<attribute name="is_crowd">{"true" if crowd[position] else "false"}</attribute>']
+        if item.scores is not None:
+            inside.append(f'<attribute name="score">{item.scores[position]:.5g}</attribute>')
+        shapes: list[tuple[str, str]]
+        if polygons is not None:
+            rings = polygons[position]
+            group = f' group_id="{position + 1}"' if len(rings) > 1 else ""
+            shapes = [
+                ("polygon", f'points="{";".join(f"{_text(x)},{_text(y)}" for x, y in ring.tolist())}"{group}')
+                for ring in rings
+            ]
+        elif crops is not None:
+            left, top, right, bottom = crops[0][position]
+            runs = ", ".join(map(str, _row_runs(crops[1][position])))
+            window = f'left="{left}" top="{top}" width="{right - left}" height="{bottom - top}"'
+            shapes = [("mask", f'rle="{runs}" {window}')]
+        else:
+            shapes = [("box", f'xtl="{x0}" ytl="{y0}" xbr="{x1}" ybr="{y1}"')]
+        for tag, given in shapes:
+            yield f'    <{tag} {start} {given} z_order="0">{"".join(inside)}</{tag}>'
+
+
+def _text(value: float) -> str:
+    return str(number(value))
+
+
+def _row_runs(plane: np.ndarray) -> list[int]:
+    """Run lengths row by row, beginning with background."""
+    flat = np.concatenate([[False], plane.ravel()])
+    edges = np.flatnonzero(flat[1:] != flat[:-1])
+    return np.diff(np.concatenate([[0], edges, [plane.size]])).tolist()

@@ -33,14 +33,28 @@ from maskwright.data.exchange.files import (
     shown_path,
 )
 from maskwright.data.exchange.planes import Plane, ahead, background_first, crops_of, majority, read_plane
+from maskwright.data.exchange.writing import (
+    HOLES,
+    PARTS,
+    ImageFiles,
+    Item,
+    Part,
+    crowd_of,
+    items,
+    labels_of,
+    painted,
+    present,
+    write_plane,
+    write_text_file,
+)
 from maskwright.data.findings import first_few
 from maskwright.data.formats import LIKELY, Match, Request
 from maskwright.data.image_names import is_file
 from maskwright.data.table import Table
 from maskwright.data.values import clean_name
 
-NAME = "maps of object numbers"
-LAYOUT = "images/{split} and masks/{split} (maps of object numbers)"
+NAME = "label map"
+LAYOUT = "images/{split} and masks/{split} (label maps)"
 
 _IMAGES = ("images", "image", "imgs", "img", "raw", "inputs", "input")
 _MAPS = ("masks", "mask", "labels", "label", "instances", "instance_masks", "instance", "label_maps", "inst")
@@ -299,3 +313,46 @@ def _report(
     if mixed:
         what = f"objects in {len(mixed)} maps have several classes: {first_few(mixed)}"
         table.add_finding("note", "class", what, "the class of most pixels is used")
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+HOLDS = frozenset({PARTS, HOLES})
+
+
+def write(folder: Path, parts: Sequence[Part], images: ImageFiles) -> None:
+    """Write images/, masks/ and, for several classes, classes/ and classes.txt. Crowd regions are left out.
+
+    Maps are PNGs with 16 bits, or TIFFs with 32 bits for more than 65,535 objects; the smallest of several objects has
+    a pixel.
+    """
+    classes = parts[0].dataset.classes
+    for part in parts:
+        prefix = f"{part.split}/" if part.split else ""
+        names = images.names(part, prefix)
+        for item in items(part):
+            stem = names[item.index].rpartition(".")[0]
+            images.copy(part, item.index, f"images/{prefix}{names[item.index]}")
+            numbers, labels = _maps(item)
+            suffix = ".png" if numbers.max(initial=0) <= 0xFFFF else ".tif"
+            write_plane(folder / "masks" / f"{prefix}{stem}{suffix}",
+                        numbers.astype(np.uint16 if suffix == ".png" else np.int32))  # fmt: skip
+            if len(classes) > 1:
+                kind = np.uint8 if len(classes) < 256 else np.uint16
+                write_plane(folder / "classes" / f"{prefix}{stem}.png", labels.astype(kind))
+    write_text_file(folder / "classes.txt", "".join(f"{name}\n" for name in ["background", *classes]))
+
+
+def _maps(item: Item) -> tuple[Any, Any]:
+    """The numbers of objects and classes of an image (H, W); objects that are covered have no number."""
+    objects = item.objects
+    crowd = crowd_of(objects)
+    if objects.masks is None or not len(objects):
+        return np.zeros(item.size, np.int64), np.zeros(item.size, np.int64)
+    objects = objects[[n for n, there in enumerate(present(objects)) if there and not crowd[n]]]
+    result = painted(objects)
+    seen = result.lost < result.areas
+    numbers, labels = np.zeros(len(objects) + 1, np.int64), np.zeros(len(objects) + 1, np.int64)
+    numbers[1:][seen] = np.arange(1, int(seen.sum()) + 1)
+    labels[1:] = np.array(labels_of(objects), np.int64) + 1
+    return numbers[result.plane], labels[result.plane]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -34,13 +35,34 @@ from maskwright.data.exchange.files import (
     read_lines,
     shown_path,
 )
+from maskwright.data.exchange.writing import (
+    CROWD,
+    HOLES,
+    OVERLAPS,
+    PARTS,
+    SCORES,
+    ImageFiles,
+    Item,
+    Part,
+    boxes_of,
+    crops_of,
+    crowd_of,
+    items,
+    labels_of,
+    number,
+    outlines_of,
+    present,
+    write_text_file,
+)
 from maskwright.data.findings import first_few
 from maskwright.data.formats import CERTAIN, Match, Request
 from maskwright.data.image_names import is_file
 from maskwright.data.images import MAX_PIXELS
 from maskwright.data.table import Table
 from maskwright.data.values import parse_flag, parse_length, relative_path, shortened
-from maskwright.structures import rle
+from maskwright.errors import DataError
+from maskwright.files import json_bytes, write_bytes
+from maskwright.structures import Instances, rle
 
 NAME = "LabelMe"
 LAYOUT = "a JSON file for each image (LabelMe)"
@@ -209,10 +231,10 @@ def _embedded_elsewhere(table: Table, files: Sequence[_File]) -> list[_File]:
 def _add_shapes(collector: Collector, row: int, file: _File, names: ClassNames) -> None:
     """Add the objects of one file; shapes of one label and group are parts of one object."""
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for number, shape in enumerate(file.shapes):
+    for place, shape in enumerate(file.shapes):
         group = shape.get("group_id")
-        own = (number,) if group is None else (str(group), shape.get("label"))
-        groups.setdefault(own, []).append(number)
+        own = (place,) if group is None else (str(group), shape.get("label"))
+        groups.setdefault(own, []).append(place)
     where = shown_path(collector.table, file.path)
     size = collector.size(row) or (1, 1)
     for members in groups.values():
@@ -226,10 +248,10 @@ def _add_shapes(collector: Collector, row: int, file: _File, names: ClassNames) 
         if not isinstance(label, str) or not label.strip():
             collector.skip(name, row, f"has label {shortened(label)}; expected the name of a class")
             continue
-        for number in members:
-            part = _part(file.shapes[number], size)
+        for place in members:
+            part = _part(file.shapes[place], size)
             if isinstance(part, str):
-                collector.skip(f"{where}: shapes[{number}]", row, part, _kind_of_problem(part))
+                collector.skip(f"{where}: shapes[{place}]", row, part, _kind_of_problem(part))
                 failed = True
             elif isinstance(part, dict):
                 codes.append(part)
@@ -334,14 +356,108 @@ def _report_ignored(table: Table, files: Sequence[_File]) -> None:
         table.add_finding("note", "class", what, "they are no objects and are omitted")
 
 
-def embedded_image(path: Path) -> bytes:
-    """Return the image that is embedded in a LabelMe file, as it was encoded.
+def rescued(table: Table, folder: Path) -> Table | None:
+    """Return a table of the images that are only embedded in their files, which are written to a folder.
 
-    Raises:
-        FileProblem: If there is none.
+    Args:
+        table: A table that `read` has returned.
+        folder: The folder; created if needed.
+
+    Returns:
+        The table; None if there are none, or they are no images.
     """
-    text = as_dict(read_json(path)).get("imageData")
-    try:
-        return base64.b64decode(text if isinstance(text, str) else "", validate=True)
-    except (binascii.Error, ValueError):
-        raise FileProblem("has imageData that is not base64 text; restore the image file") from None
+    embedded = cast(dict[Path, str], table.raw.get("embedded") or {})
+    for place_number, path in enumerate(embedded):
+        try:
+            content = as_dict(read_json(path))
+            data = base64.b64decode(content["imageData"], validate=True)
+        except (FileProblem, binascii.Error, ValueError):
+            continue
+        suffix = ".png" if data.startswith(b"\x89PNG") else ".jpg"
+        name = f"{path.stem}{suffix}"
+        place = folder / f"{place_number}" if (folder / name).exists() else folder
+        place.mkdir(parents=True, exist_ok=True)
+        write_bytes(place / name, data, DataError, sync=False)
+        content |= {"imagePath": name, "imageData": None}
+        write_bytes(place / f"{path.stem}.json", json_bytes(strict_json_values(content)), DataError, sync=False)
+    if not folder.is_dir():
+        return None
+    result = read(Match(str(folder), CERTAIN, ""), Request())
+    return result if result.files and result.usable else None
+
+
+def strict_json_values(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object with None for NaN and Infinity, which JSON does not have."""
+    return cast(dict[str, Any], json.loads(json.dumps(content), parse_constant=lambda _: None))
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+HOLDS = frozenset({OVERLAPS, PARTS, HOLES, CROWD, SCORES})
+BOXES_BECOME = "they become rectangles"
+
+
+def write(folder: Path, parts: Sequence[Part], images: ImageFiles) -> None:
+    """Write a JSON file beside each image, in a folder for each split, and labels.txt.
+
+    Objects with holes become shapes of type mask, other objects polygons with one group for the parts of an object.
+    """
+    for part in parts:
+        prefix = f"{part.split}/" if part.split else ""
+        names = images.names(part, prefix)
+        for item in items(part):
+            name = names[item.index]
+            images.copy(part, item.index, prefix + name)
+            content: dict[str, Any] = {
+                "version": "5.4.1",
+                "flags": {},
+                "shapes": list(_shapes(item, part.dataset.classes)),
+                "imagePath": name,
+                "imageData": None,
+                "imageHeight": item.size[0],
+                "imageWidth": item.size[1],
+            }
+            path = folder / f"{prefix}{name.rpartition('.')[0]}.json"
+            write_bytes(path, json_bytes(content, indent=2), DataError, sync=False)
+    names = [*IGNORED, *parts[0].dataset.classes]
+    write_text_file(folder / "labels.txt", "".join(f"{name}\n" for name in names))
+
+
+def _shapes(item: Item, classes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The shapes of an image."""
+    objects = item.objects
+    crowd, labels, there = crowd_of(objects), labels_of(objects), present(objects)
+    found = None if objects.masks is None else outlines_of(objects)
+    for position, (x0, y0, x1, y1) in enumerate(boxes_of(objects)):
+        if not there[position]:
+            continue
+        shape: dict[str, Any] = {
+            "label": classes[labels[position]],
+            "group_id": None,
+            "description": "",
+            "flags": {"crowd": True} if crowd[position] else {},
+            "mask": None,
+        }
+        if item.scores is not None:
+            shape |= {"score": round(item.scores[position], 5), "description": f"score {item.scores[position]:.3f}"}
+        if found is None:
+            yield {**shape, "shape_type": "rectangle", "points": [[x0, y0], [x1, y1]]}
+        elif found[position].holes:
+            yield {**shape, **_mask_shape(objects, position)}
+        else:
+            group = position + 1 if len(found[position].rings) > 1 else None
+            for ring in found[position].rings:
+                points = [[number(x), number(y)] for x, y in ring.tolist()]
+                yield {**shape, "group_id": group, "shape_type": "polygon", "points": points}
+
+
+def _mask_shape(objects: Instances, position: int) -> dict[str, Any]:
+    """A shape of type mask: its corners, inclusive, and a PNG of the pixels between them."""
+    from PIL import Image
+
+    windows, crops = crops_of(objects[position : position + 1])
+    x0, y0, x1, y1 = windows[0]
+    data = io.BytesIO()
+    Image.fromarray(crops[0].astype(np.uint8) * 255).convert("1").save(data, "PNG")
+    text = base64.b64encode(data.getvalue()).decode("ascii")
+    return {"shape_type": "mask", "points": [[x0, y0], [x1 - 1, y1 - 1]], "mask": text}

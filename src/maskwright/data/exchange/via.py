@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -28,9 +28,28 @@ from maskwright.data.exchange.files import (
     json_kind,
     read_json,
 )
+from maskwright.data.exchange.writing import (
+    CROWD,
+    CUT,
+    OVERLAPS,
+    PARTS,
+    SCORES,
+    ImageFiles,
+    Item,
+    Part,
+    boxes_of,
+    crowd_of,
+    items,
+    labels_of,
+    number,
+    outlines_of,
+    present,
+)
 from maskwright.data.formats import CERTAIN, Match, Request
 from maskwright.data.table import Table
 from maskwright.data.values import parse_flag, shortened
+from maskwright.errors import DataError
+from maskwright.files import json_bytes, write_bytes
 
 NAME = "VIA"
 LAYOUT = "via_region_data.json (VIA)"
@@ -224,10 +243,10 @@ def _class(region: dict[str, Any], attribute: str | None) -> str | None:
 def _add_regions(collector: Collector, row: int, image: _Image, attribute: str | None, names: ClassNames) -> None:
     """Add the objects of an image; regions with the same class and number of an instance are parts of one object."""
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for number, region in enumerate(image.regions):
+    for place, region in enumerate(image.regions):
         attributes = as_dict(region.get("region_attributes"))
         own = next((attributes[key] for key in _OBJECT if attributes.get(key) not in (None, "")), None)
-        groups.setdefault((number,) if own is None else (str(own), _class(region, attribute)), []).append(number)
+        groups.setdefault((place,) if own is None else (str(own), _class(region, attribute)), []).append(place)
     for members in groups.values():
         name = f"{image.file}: regions[{members[0]}]"
         label = _class(image.regions[members[0]], attribute)
@@ -237,13 +256,13 @@ def _add_regions(collector: Collector, row: int, image: _Image, attribute: str |
             continue
         rings: list[list[float]] = []
         crowd = False
-        for number in members:
-            part = _ring(as_dict(image.regions[number].get("shape_attributes")))
-            attributes = as_dict(image.regions[number].get("region_attributes"))
+        for place in members:
+            part = _ring(as_dict(image.regions[place].get("shape_attributes")))
+            attributes = as_dict(image.regions[place].get("region_attributes"))
             crowd |= any(bool(parse_flag(attributes.get(key))) for key in ("crowd", "iscrowd", "is_crowd"))
             if isinstance(part, str):
                 kind = part if "shape" in part else None
-                collector.skip(f"{image.file}: regions[{number}]", row, part, kind)
+                collector.skip(f"{image.file}: regions[{place}]", row, part, kind)
             else:
                 rings.append(part)
         if rings:
@@ -280,3 +299,72 @@ def _polygon(shape: dict[str, Any]) -> list[float] | str:
     if x is None or y is None:
         return "has a polygon with a coordinate that is not a finite number"
     return np.stack([x, y], 1).ravel().tolist()
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+HOLDS = frozenset({OVERLAPS, PARTS, CROWD, SCORES, CUT})
+BOXES_BECOME = "they become rectangles"
+
+
+def write(folder: Path, parts: Sequence[Part], images: ImageFiles) -> None:
+    """Write a VIA 2 project, via_region_data.json, beside the images of each split.
+
+    The class is the region attribute "class"; parts of an object have the same "instance".
+    """
+    for part in parts:
+        prefix = f"{part.split}/" if part.split else ""
+        names = images.names(part, prefix)
+        entries: dict[str, Any] = {}
+        for item in items(part):
+            name = names[item.index]
+            images.copy(part, item.index, prefix + name)
+            size = (images.folder / (prefix + name)).stat().st_size
+            regions = list(_regions(item, part.dataset.classes))
+            entries[f"{name}{size}"] = {"filename": name, "size": size, "regions": regions, "file_attributes": {}}
+        options = dict.fromkeys(part.dataset.classes, "")
+        content: dict[str, Any] = {
+            "_via_settings": {
+                "ui": {},
+                "core": {"buffer_size": 18, "filepath": {}, "default_filepath": ""},
+                "project": {"name": part.split or "project"},
+            },
+            "_via_img_metadata": entries,
+            "_via_attributes": {
+                "region": {"class": {"type": "dropdown", "description": "", "options": options, "default_options": {}}},
+                "file": {},
+            },
+            "_via_data_format_version": "2.0.10",
+            "_via_image_id_list": list(entries),
+        }
+        write_bytes(folder / f"{prefix}via_region_data.json", json_bytes(content), DataError, sync=False)
+
+
+def _regions(item: Item, classes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The regions of an image."""
+    objects = item.objects
+    crowd, labels, there = crowd_of(objects), labels_of(objects), present(objects)
+    found = None if objects.masks is None else outlines_of(objects)
+    for position, (x0, y0, x1, y1) in enumerate(boxes_of(objects)):
+        if not there[position]:
+            continue
+        attributes: dict[str, Any] = {"class": classes[labels[position]]}
+        if crowd[position]:
+            attributes["crowd"] = "1"
+        if item.scores is not None:
+            attributes["score"] = f"{item.scores[position]:.5g}"
+        if found is None:
+            shape = {"name": "rect", "x": x0, "y": y0, "width": round(x1 - x0, 3), "height": round(y1 - y0, 3)}
+            yield {"shape_attributes": shape, "region_attributes": attributes}
+            continue
+        outline = found[position]
+        rings = [outlines.joined(outline.rings)] if outline.holes else outline.rings
+        if len(rings) > 1:
+            attributes["instance"] = str(position + 1)
+        for ring in rings:
+            shape = {
+                "name": "polygon",
+                "all_points_x": [number(x) for x in ring[:, 0].tolist()],
+                "all_points_y": [number(y) for y in ring[:, 1].tolist()],
+            }
+            yield {"shape_attributes": shape, "region_attributes": attributes}

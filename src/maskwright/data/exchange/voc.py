@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 import numpy as np
 
@@ -26,6 +27,21 @@ from maskwright.data.exchange.files import (
     shown_path,
 )
 from maskwright.data.exchange.planes import Plane, ahead, background_first, crops_of, majority, read_plane
+from maskwright.data.exchange.writing import (
+    HOLES,
+    PARTS,
+    ImageFiles,
+    Item,
+    Part,
+    crowd_of,
+    items,
+    labels_of,
+    painted,
+    present,
+    write_plane,
+    write_text_file,
+)
+from maskwright.data.exchange.writing import crops_of as windows_of
 from maskwright.data.findings import first_few
 from maskwright.data.formats import CERTAIN, Match, Request
 from maskwright.data.image_names import is_file
@@ -145,7 +161,7 @@ def _stems(table: Table, root: Path, split: str | None) -> list[str]:
     path = lists.get(split or "default")
     if path is not None:
         try:
-            lines = [line.split()[0] for line in read_lines(path)]
+            lines = [_stem_of(root, line) for line in read_lines(path)]
         except FileProblem as problem:
             add_file_problem(table, path, problem)
             return []
@@ -156,6 +172,12 @@ def _stems(table: Table, root: Path, split: str | None) -> list[str]:
         return list(dict.fromkeys(lines))
     files = files_below(root / "SegmentationObject", is_image_name, 2)
     return [file.rpartition(".")[0] for file in files]
+
+
+def _stem_of(root: Path, line: str) -> str:
+    """The name in a line of an image set, which may be followed by a flag."""
+    known = is_file(root / "SegmentationObject" / f"{line}.png")
+    return line if known or not line.split()[-1].lstrip("-").isdigit() else line.split()[0]
 
 
 def _image_file(folder: Path, stem: str, standard: bool) -> str:
@@ -303,3 +325,65 @@ def _box(entry: Element) -> tuple[float, ...] | None:
     values = [parse_float(entry.text_at(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
     # VOC counts pixels from 1, inclusive.
     return (values[0] - 1, values[1] - 1, values[2], values[3]) if np.isfinite(values).all() else None
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+HOLDS = frozenset({PARTS, HOLES})
+MOST = 254
+CROWD_BECOMES = "their pixels become void (255)"
+
+
+def write(folder: Path, parts: Sequence[Part], images: ImageFiles) -> None:
+    """Write the folders of VOC and class_names.txt. A pixel of several objects belongs to the smallest one."""
+    colours = palette()
+    for part in parts:
+        names = images.names(part, "")
+        stems = [name.rpartition(".")[0] for name in names]
+        for item in items(part):
+            name, stem = names[item.index], stems[item.index]
+            images.copy(part, item.index, f"JPEGImages/{name}")
+            numbers, classes, entries = _maps(item, part.dataset.classes)
+            write_plane(folder / "SegmentationObject" / f"{stem}.png", numbers, colours)
+            write_plane(folder / "SegmentationClass" / f"{stem}.png", classes, colours)
+            write_text_file(folder / "Annotations" / f"{stem}.xml", _description(name, item.size, entries))
+        split = part.split or "default"
+        write_text_file(folder / "ImageSets" / "Segmentation" / f"{split}.txt", "".join(f"{s}\n" for s in stems))
+    names = ["background", *parts[0].dataset.classes]
+    write_text_file(folder / "class_names.txt", "".join(f"{name}\n" for name in names))
+
+
+def _maps(item: Item, classes: Sequence[str]) -> tuple[Any, Any, list[tuple[str, list[int]]]]:
+    """The maps of objects and classes of an image, and the name and pixel window of each object."""
+    objects = item.objects
+    if objects.masks is None or not len(objects):
+        return np.zeros(item.size, np.uint8), np.zeros(item.size, np.uint8), []
+    crowd = crowd_of(objects)
+    kept = [n for n, there in enumerate(present(objects)) if there]
+    regular = [n for n in kept if not crowd[n]][:MOST]
+    objects = objects[[*regular, *(n for n in kept if crowd[n])]]
+    void = crowd_of(objects)
+    result = painted(objects, void)
+    numbers, labels = np.zeros(len(objects) + 1, np.uint8), np.zeros(len(objects) + 1, np.uint8)
+    seen = [bool(lost < area) for lost, area in zip(result.lost, result.areas, strict=True)]
+    entries: list[tuple[str, list[int]]] = []
+    frames = windows_of(objects)[0]
+    for position, label in enumerate(labels_of(objects)):
+        if void[position]:
+            numbers[position + 1] = labels[position + 1] = VOID
+        elif seen[position]:
+            entries.append((classes[label], list(frames[position])))
+            numbers[position + 1], labels[position + 1] = len(entries), label + 1
+    return numbers[result.plane], labels[result.plane], entries
+
+
+def _description(name: str, size: tuple[int, int], entries: Sequence[tuple[str, list[int]]]) -> str:
+    """The XML file of an image; VOC counts pixels from 1, inclusive."""
+    lines = ["<annotation>", f"  <filename>{escape(name)}</filename>"]
+    lines.append(f"  <size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>")
+    lines.append("  <segmented>1</segmented>")
+    for label, (x0, y0, x1, y1) in entries:
+        box = f"<xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
+        flags = "<pose>Unspecified</pose><truncated>0</truncated><difficult>0</difficult>"
+        lines.append(f"  <object><name>{escape(label)}</name>{flags}<bndbox>{box}</bndbox></object>")
+    return "\n".join([*lines, "</annotation>", ""])

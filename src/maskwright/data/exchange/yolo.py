@@ -6,10 +6,11 @@ or `CLASS x y w h`, a box around its center. The label file of images/a/b.jpg is
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from maskwright.data import splits
+from maskwright.data.exchange import outlines
 from maskwright.data.exchange.collecting import Collector, matches_of, new_table, split_in_path, unwanted
 from maskwright.data.exchange.files import (
     FileProblem,
@@ -28,6 +31,22 @@ from maskwright.data.exchange.files import (
     read_text,
     read_yaml,
     shown_path,
+)
+from maskwright.data.exchange.writing import (
+    BOXES,
+    CUT,
+    OVERLAPS,
+    ImageFiles,
+    Item,
+    Part,
+    boxes_of,
+    crowd_of,
+    items,
+    labels_of,
+    outlines_of,
+    present,
+    separate,
+    write_text_file,
 )
 from maskwright.data.findings import first_few
 from maskwright.data.formats import CERTAIN, LIKELY, Match, Request
@@ -506,3 +525,51 @@ def _in_pixels(collector: Collector, rows: _Rows, extent: Sequence[Any]) -> bool
     advice = "divide them by the size of the image, as `maskwright check --fix` does"
     collector.table.add_finding("error", "outline", what, advice, repaired=True)
     return True
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+HOLDS = frozenset({OVERLAPS, BOXES, CUT})
+_DIGITS = 10  # decimals of a share
+
+
+def write(folder: Path, parts: Sequence[Part], images: ImageFiles) -> None:
+    """Write data.yaml, images/SPLIT and labels/SPLIT. Crowd regions are left out.
+
+    Holes and parts are joined to one outline by lines that lead there and back, as Ultralytics joins parts.
+    """
+    listed: dict[str, str] = {}
+    for part in parts:
+        split = part.split or "train"
+        kind = splits.kind_of(split) or split
+        listed.setdefault(kind, f"images/{split}")
+        names = images.names(part, split)
+        for item in items(part):
+            name = names[item.index]
+            images.copy(part, item.index, f"images/{split}/{name}")
+            text = "".join(f"{line}\n" for line in _lines(item))
+            write_text_file(folder / "labels" / split / f"{name.rpartition('.')[0]}.txt", text)
+    classes = parts[0].dataset.classes
+    text = "".join(f"{kind}: {json.dumps(place)}\n" for kind, place in listed.items())
+    text += "names:\n" + "".join(
+        f"  {number}: {json.dumps(name, ensure_ascii=False)}\n" for number, name in enumerate(classes)
+    )
+    write_text_file(folder / "data.yaml", text)
+
+
+def _lines(item: Item) -> Iterator[str]:
+    """The lines of a label file."""
+    objects = item.objects
+    height, width = item.size
+    scale = np.array([width, height], np.float64)
+    crowd, labels, there = crowd_of(objects), labels_of(objects), present(objects)
+    shapes = None if objects.masks is None else outlines_of(objects)
+    for position, (x0, y0, x1, y1) in enumerate(boxes_of(objects)):
+        if crowd[position] or not there[position]:
+            continue
+        if shapes is None:
+            values = np.array([(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height])
+        else:
+            ring = outlines.joined(separate(shapes[position], item.size).rings)
+            values = (ring / scale).clip(0, 1).ravel()
+        yield " ".join([str(labels[position]), *(f"{value:.{_DIGITS}g}" for value in values)])
