@@ -113,7 +113,7 @@ def test_detections_losses_and_gradients_are_those_of_the_original(
     assert system.classes == names(name)
     images = torch.from_numpy(np.random.default_rng(1).standard_normal((2, 3, *PADDED), dtype=np.float32))
     placements = [Placement.resize(image, size) for image, size in zip(IMAGES, SIZES, strict=True)]
-    thresholds: dict[str, Any] = {"nms_threshold": 0.5} if name == "fcos" else {}
+    thresholds: dict[str, Any] = {}
     with torch.no_grad():
         raw = system(images)
         if name == "panoptic-fpn":

@@ -134,8 +134,8 @@ class CascadeMaskRCNN(MaskRCNN):
         title="Cascade Mask R-CNN",
         paper="Cai, Vasconcelos: Cascade R-CNN: High Quality Object Detection and Instance Segmentation. TPAMI 2019",
         arxiv="1906.09756",
-        code="facebookresearch/detectron2; zhaoweicai/Detectron-Cascade-RCNN",
-        code_licence="Apache-2.0; Apache-2.0",
+        code="facebookresearch/detectron2; zhaoweicai/Detectron-Cascade-RCNN; open-mmlab/mmdetection",
+        code_licence="Apache-2.0; Apache-2.0; Apache-2.0",
     )
 
     def __init__(
@@ -367,6 +367,13 @@ class CascadeMaskRCNN(MaskRCNN):
         return rows
 
     _ZOO = "detectron2 MODEL_ZOO.md"
+    _MMDETECTION: ClassVar[dict[str, Any]] = {
+        "rules": "mmdetection",
+        "cascade": {
+            "delta_weights": (*DELTA_WEIGHTS[:2], (1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067)),
+            "loss_weights": (1.0, 0.5, 0.25), "gradients": (1.0, 1.0, 1.0), "resample": True, "mask_stage": "every",
+        },
+    }  # fmt: skip
     _D2 = "COCO val2017, short side 800, pycocotools"
     _OWN = "COCO minival 2014, short side 800"
     _README = "README of zhaoweicai/Detectron-Cascade-RCNN"
@@ -395,6 +402,20 @@ class CascadeMaskRCNN(MaskRCNN):
         "cascade-rcnn-r50-fpn": Preset(
             {"backbone": MaskRCNN._CAFFE, "masks": False},
             note="boxes alone (Cascade R-CNN, CVPR 2018)",
+        ),
+        "cascade-mask-rcnn-r50-fpn-mmdetection": Preset(
+            {"backbone": MaskRCNN._STILL, **_MMDETECTION},
+            (Score(44.3, "box AP", _D2, MaskRCNN._MMZOO), Score(38.5, "mask AP", _D2, MaskRCNN._MMZOO)),
+            "MMDetection's cascade-mask-rcnn_r50_fpn, 3x at several sizes (1x: 41.2 box AP)",
+        ),
+        "cascade-mask-rcnn-x101-64x4d-fpn-mmdetection": Preset(
+            {"backbone": MaskRCNN._X64, **_MMDETECTION},
+            (Score(46.6, "box AP", _D2, MaskRCNN._MMZOO), Score(40.3, "mask AP", _D2, MaskRCNN._MMZOO)),
+            "MMDetection's cascade-mask-rcnn_x101-64x4d_fpn, 3x at several sizes",
+        ),
+        "cascade-rcnn-r50-fpn-mmdetection": Preset(
+            {"backbone": MaskRCNN._STILL, "masks": False, **_MMDETECTION},
+            (Score(40.3, "box AP", _D2, MaskRCNN._MMZOO),), "MMDetection's cascade-rcnn_r50_fpn, 1x, boxes alone",
         ),
         "cascade-mask-rcnn-small": Preset(
             {**MaskRCNN._SMALL, "boxes": {"width": 512, "agnostic": True}, "masks": {"width": 128}},

@@ -47,8 +47,8 @@ class FasterRCNN(TwoStage):
         paper="Ren, He, Girshick, Sun: Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks. "
         "NeurIPS 2015",
         arxiv="1506.01497",
-        code="facebookresearch/detectron2; pytorch/vision",
-        code_licence="Apache-2.0; BSD-3-Clause",
+        code="facebookresearch/detectron2; pytorch/vision; open-mmlab/mmdetection",
+        code_licence="Apache-2.0; BSD-3-Clause; Apache-2.0",
     )
 
     def __init__(
@@ -151,6 +151,14 @@ class FasterRCNN(TwoStage):
                 "boxes": {"convs": 4, "fcs": 1, "norm": "batch"},
             },
             (Score(46.7, "box AP", _D2, "torchvision 0.26"),), "torchvision's fasterrcnn_resnet50_fpn_v2",
+        ),
+        "faster-rcnn-r50-fpn-mmdetection": Preset(
+            {"backbone": MaskRCNN._STILL, "rules": "mmdetection"}, (Score(37.4, "box AP", _D2, MaskRCNN._MMZOO),),
+            "MMDetection's faster-rcnn_r50_fpn, 1x (2x: 38.4)",
+        ),
+        "faster-rcnn-r50-pafpn-mmdetection": Preset(
+            {"backbone": MaskRCNN._STILL, "rules": "mmdetection", "neck": "pafpn"},
+            (Score(37.5, "box AP", _D2, MaskRCNN._MMZOO),), "MMDetection's faster-rcnn_r50_pafpn, 1x",
         ),
         "faster-rcnn-small": Preset(
             MaskRCNN._SMALL, note="for a few hundred images and no GPU; trains from random weights"

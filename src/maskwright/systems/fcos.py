@@ -38,8 +38,8 @@ class FCOS(FCOSSystem):
         title="FCOS",
         paper="Tian, Shen, Chen, He: FCOS: Fully Convolutional One-Stage Object Detection. ICCV 2019",
         arxiv="1904.01355",
-        code="aim-uofa/AdelaiDet; facebookresearch/detectron2; pytorch/vision",
-        code_licence="non-commercial; Apache-2.0; BSD-3-Clause",
+        code="aim-uofa/AdelaiDet; facebookresearch/detectron2; pytorch/vision; open-mmlab/mmdetection",
+        code_licence="non-commercial; Apache-2.0; BSD-3-Clause; Apache-2.0",
     )
 
     def __init__(
@@ -95,7 +95,7 @@ class FCOS(FCOSSystem):
         placements: Sequence[Placement],
         *,
         score_threshold: float | None = None,
-        nms_threshold: float = 0.6,
+        nms_threshold: float | None = None,
         detections: int = 100,
         candidates: int = 1000,
     ) -> list[Instances]:
@@ -106,10 +106,13 @@ class FCOS(FCOSSystem):
             placements: How each image was placed in the input.
             score_threshold: Scores must be above it; None: as published, a class probability above 0.05 with
                 rules="adelaidet" and "mmdetection", otherwise a score above 0.2.
-            nms_threshold: IoU threshold of the non-maximum suppression within a class.
+            nms_threshold: IoU threshold of the non-maximum suppression within a class; None: as published, 0.6, or 0.5
+                for MMDetection's models of the first paper (distances="exp").
             detections: Largest number of detections per image.
             candidates: (location, class) pairs of a level that are kept before suppression.
         """
+        if nms_threshold is None:
+            nms_threshold = 0.5 if self.dense.head.exponential else 0.6
         found = self.find(raw, [p.size for p in placements], score_threshold, nms_threshold, detections, candidates)
         return [self.on_image(own, placement) for own, placement in zip(found, placements, strict=True)]
 
@@ -146,6 +149,20 @@ class FCOS(FCOSSystem):
                 "backbone": {"norm": "frozen", "frozen": 2}, "rules": "torchvision", "head": {"scales": False},
             },
             (Score(39.2, "box AP", _HOW, "torchvision 0.26"),), "torchvision's fcos_resnet50_fpn",
+        ),
+        "fcos-r50-mmdetection": Preset(
+            {
+                "backbone": _CAFFE, "rules": "mmdetection-caffe", "radius": None, "box_loss": "iou",
+                "resize": {"mean": (102.9801, 115.9465, 122.7717)},
+                "head": {"bias": False, "distances": "exp", "centerness_of": "classes"},
+            },
+            (Score(36.6, "box AP", _HOW, "MMDetection 3.3, metafile.yml"),),
+            "MMDetection's fcos_r50-caffe_fpn_gn-head, 1x, as in the first paper",
+        ),
+        "fcos-r50-improved-mmdetection": Preset(
+            {"backbone": _CAFFE, "rules": "mmdetection-caffe"},
+            (Score(38.7, "box AP", _HOW, "MMDetection 3.3, metafile.yml"),),
+            "MMDetection's fcos_r50-caffe_fpn_gn-head-center-normbbox-centeronreg-giou, 1x",
         ),
         "fcos-small": Preset(
             {

@@ -75,6 +75,14 @@ class MaskScoringRCNN(MaskRCNN):
     _HOW = "COCO minival 2014, short side 800, pycocotools"
     _README = "README of zjhuang22/maskscoring_rcnn"
     presets: ClassVar[Mapping[str, Preset]] = {
+        "mask-scoring-rcnn-r50-fpn-mmdetection": Preset(
+            {"backbone": MaskRCNN._CAFFE, "rules": "mmdetection-caffe"},
+            (
+                Score(38.2, "box AP", MaskRCNN._D2, MaskRCNN._MMZOO),
+                Score(36.0, "mask AP", MaskRCNN._D2, MaskRCNN._MMZOO),
+            ),
+            "MMDetection's ms-rcnn_r50-caffe_fpn, 1x (2x: 38.8 / 36.3)",
+        ),
         "mask-scoring-rcnn-r50-fpn": Preset(
             {"backbone": _CAFFE},
             (Score(37.9, "box AP", _HOW, _README), Score(35.6, "mask AP", _HOW, _README)),

@@ -81,8 +81,8 @@ class PanopticFPN(MaskRCNN, PanopticSystem):
         title="Panoptic FPN",
         paper="Kirillov, Girshick, He, Dollár: Panoptic Feature Pyramid Networks. CVPR 2019",
         arxiv="1901.02446",
-        code="facebookresearch/detectron2",
-        code_licence="Apache-2.0",
+        code="facebookresearch/detectron2; open-mmlab/mmdetection",
+        code_licence="Apache-2.0; Apache-2.0",
     )
 
     def __init__(
@@ -292,6 +292,10 @@ class PanopticFPN(MaskRCNN, PanopticSystem):
             {"backbone": {"name": "resnet101", **MaskRCNN._CAFFE}},
             (Score(43.0, "PQ", _D2, _ZOO), Score(42.4, "box AP", _D2, _ZOO), Score(38.5, "mask AP", _D2, _ZOO)),
             "detectron2's R101-FPN, 3x",
+        ),
+        "panoptic-fpn-r50-mmdetection": Preset(
+            {"backbone": MaskRCNN._STILL, "rules": "mmdetection"}, (Score(40.2, "PQ", _D2, MaskRCNN._MMZOO),),
+            "MMDetection's panoptic-fpn_r50_fpn, 1x (3x at several sizes: 42.5)",
         ),
         "panoptic-fpn-small": Preset(
             {**MaskRCNN._SMALL, "masks": {"width": 128}, "semantic": {"width": 64, "smallest_area": 256}},

@@ -155,8 +155,8 @@ class RetinaNet(System):
         title="RetinaNet",
         paper="Lin, Goyal, Girshick, He, Dollár: Focal Loss for Dense Object Detection. ICCV 2017",
         arxiv="1708.02002",
-        code="facebookresearch/detectron2; pytorch/vision",
-        code_licence="Apache-2.0; BSD-3-Clause",
+        code="facebookresearch/detectron2; pytorch/vision; open-mmlab/mmdetection",
+        code_licence="Apache-2.0; BSD-3-Clause; Apache-2.0",
     )
     normalizer: Tensor
 
@@ -356,6 +356,11 @@ class RetinaNet(System):
         "retinanet-r50-fpn-torchvision-v2": Preset(
             {"backbone": {"norm": "batch"}, "rules": "torchvision", "norm": "group", "box_loss": "giou"},
             (Score(41.5, "box AP", _D2, "torchvision 0.26"),), "torchvision's retinanet_resnet50_fpn_v2",
+        ),
+        "retinanet-r50-fpn-mmdetection": Preset(
+            {"backbone": {"norm": "still", "frozen": 2}, "rules": "mmdetection"},
+            (Score(36.5, "box AP", _D2, "MMDetection 3.3, metafile.yml"),),
+            "MMDetection's retinanet_r50_fpn, 1x (2x: 37.4)",
         ),
         "retinanet-small": Preset(
             {

@@ -161,7 +161,7 @@ def _is_caffe(about: Mapping[str, Any]) -> bool:
     if stated is not None:
         return stated
     name = mmcv_config.file_names(about)
-    if re.search(r"(rcnn|fcos|retinanet|fpn|htc)[-\w]*?-[rx]\d+[-\w]*-fpn", name):
+    if re.search(r"(rcnn|fcos|retinanet|fpn|htc)[-\w]*?-[rx]\d+[-\w]*-(pa)?fpn", name):
         return "caffe" in name
     tensors = about.get("tensors", {})
     means = [value for key, value in tensors.items() if key.startswith("backbone.") and key.endswith("running_mean")]
