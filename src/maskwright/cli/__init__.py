@@ -16,6 +16,7 @@ from difflib import get_close_matches
 
 from maskwright._version import __version__
 from maskwright.cli.catalogue import checkpoints, convert, systems
+from maskwright.cli.comparing import compare
 from maskwright.cli.data import check, convert_data
 from maskwright.cli.results import evaluate, predict, report
 from maskwright.cli.serving import serve
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., int]] = {
         train,
         show_batch,
         evaluate,
+        compare,
         predict,
         serve,
         report,

@@ -110,11 +110,11 @@ def confuse(
     cells: dict[tuple[int, int], list[int | str]] = defaultdict(list)
     scores: list[ImageScore] = []
     confident = np.flatnonzero(found.scores >= score_threshold)
-    ours = _grouped(found.owner[confident], len(image_ids))
-    theirs = _grouped(truth.owner, len(image_ids))
+    ours = grouped(found.owner[confident], len(image_ids))
+    theirs = grouped(truth.owner, len(image_ids))
     for image, image_id in enumerate(image_ids):
         mine, annotated = confident[ours[image]], theirs[image]
-        overlaps = _overlaps(truth, found, annotated, mine, truth.sizes[image].tolist(), by)
+        overlaps = overlaps_of(truth, found, annotated, mine, truth.sizes[image].tolist(), by)
         same = found.labels[mine][:, None] == truth.labels[annotated][None]
         crowd = truth.crowd[annotated]
         rows, columns = match(np.where(crowd, 0, overlaps), same, overlap)
@@ -170,6 +170,32 @@ def match(
     return np.concatenate(rows), np.concatenate(columns)
 
 
+def hits(
+    truth: Truth, found: Detections, *, by: Literal["segm", "bbox"] = "segm", overlap: float = 0.5
+) -> Bool[np.ndarray, " d"]:
+    """Whether each prediction of any score is matched with an object of its class.
+
+    Args:
+        truth: Annotated objects.
+        found: Predicted objects.
+        by: Whether masks or boxes are compared.
+        overlap: IoU threshold.
+
+    Returns:
+        A flag for each prediction; predictions inside crowd regions are not matched.
+    """
+    images = len(truth.sizes)
+    ours, theirs = grouped(found.owner, images), grouped(truth.owner, images)
+    right = np.zeros(len(found.owner), bool)
+    for image in range(images):
+        annotated = theirs[image][~truth.crowd[theirs[image]]]
+        overlaps = overlaps_of(truth, found, annotated, ours[image], truth.sizes[image].tolist(), by)
+        same = found.labels[ours[image]][:, None] == truth.labels[annotated][None]
+        rows, _ = match(np.where(same, overlaps, 0), same, overlap)
+        right[ours[image][rows]] = True
+    return right
+
+
 def _score(
     image_id: int | str,
     objects: int,
@@ -186,12 +212,22 @@ def _score(
     return ImageScore(image_id, objects, found, int(right.sum()), confused, lost, extra, quality)
 
 
-def _overlaps(
-    truth: Truth, found: Detections, annotated: np.ndarray, mine: np.ndarray, size: list[int], by: str
+def overlaps_of(
+    truth: Truth | Detections, found: Detections, annotated: np.ndarray, mine: np.ndarray, size: list[int], by: str
 ) -> Float[np.ndarray, "d g"]:
+    """Returns the IoU of some predictions with some objects (or other predictions) of an image.
+
+    Args:
+        truth: Annotated or predicted objects.
+        found: Predicted objects.
+        annotated: Positions in `truth`.
+        mine: Positions in `found`.
+        size: Height and width of the image.
+        by: "segm" or "bbox".
+    """
     if not len(mine) or not len(annotated):
         return np.zeros((len(mine), len(annotated)))
-    crowd = truth.crowd[annotated].astype(int).tolist()
+    crowd = truth.crowd[annotated].astype(int).tolist() if isinstance(truth, Truth) else [0] * len(annotated)
     a: Any
     b: Any
     if by == "segm":
@@ -204,6 +240,7 @@ def _overlaps(
     return np.asarray(coco_mask.iou(a, b, crowd))
 
 
-def _grouped(owner: np.ndarray, count: int) -> list[np.ndarray]:
+def grouped(owner: Int[np.ndarray, " n"], count: int) -> list[np.ndarray]:
+    """Returns the positions of the objects of each of `count` images, in their order."""
     order = np.argsort(owner, kind="stable")
     return np.split(order, np.searchsorted(owner[order], np.arange(1, count)))

@@ -228,6 +228,10 @@ class Evaluator:
         for image_id, instances in found.items():
             self.add(image_id, instances)
 
+    def columns(self) -> tuple[Truth, Detections]:
+        """Returns all annotated and all predicted objects as columns, images in the order of their ids."""
+        return self._annotations(), self._predictions()
+
     # ---- counting ------------------------------------------------------------------------------------------------
 
     def result(self, examples: int = 6, title: str = "") -> Result:

@@ -1,0 +1,223 @@
+"""The page and the tables of a comparison."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from torch import Tensor
+
+from maskwright._version import __version__
+from maskwright.comparison.profile import as_profile
+from maskwright.comparison.state import Candidate, Comparison
+from maskwright.errors import DataError
+from maskwright.evaluation.charts import chart
+from maskwright.evaluation.result import Result
+from maskwright.files import write_bytes, write_text
+from maskwright.structures import Instances
+from maskwright.text import printable
+
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "boundary AP")
+_SIDE = 300  # pixels of the longer side of a drawing
+
+
+@dataclass(frozen=True)
+class Shown:
+    """An image about which systems disagree.
+
+    Attributes:
+        name: What the page calls it.
+        agreement: See `agreement`.
+        image: The pixels (C, H, W).
+        truth: The annotations.
+        found: The confident predictions by system; None where a system has none.
+    """
+
+    name: str
+    agreement: float
+    image: Tensor
+    truth: Instances
+    found: Mapping[str, Instances | None]
+
+
+def pareto_front(candidates: Sequence[Candidate]) -> set[str]:
+    """Labels of the candidates than which no other is both better (AP) and faster."""
+    known = [(c.label, c.score, c.measured["ms"]) for c in candidates if c.measured.get("ms")]
+    return {
+        label
+        for label, score, ms in known
+        if not any(s >= score and m <= ms and (s > score or m < ms) for _, s, m in known)
+    }
+
+
+def verdict(state: Comparison) -> str:
+    """The answer of a comparison in a sentence or two."""
+    ranked = state.ranking()
+    if not ranked:
+        return "Nothing has been measured yet."
+    best, finalists = ranked[0], [c for c in ranked if c.out is None]
+    if best.score < 0.01:
+        return (
+            f"No system has learned enough to be compared: the highest AP is {_percent(best.score)}. Give more steps."
+        )
+    ap = f"{best.label} has the highest AP, {_percent(best.score)}"
+    bounds = state.intervals.get("AP", {}).get(best.label)
+    if bounds is not None and not math.isnan(bounds[0]):
+        ap += f" (95 % interval {_percent(bounds[0])} to {_percent(bounds[1])})"
+    if len(finalists) < 2:
+        return f"{ap}."
+    if state.winner() is not None:
+        return f"{ap}, and its lead over every other finalist is certain at the 95 % level."
+    leads = state.intervals.get("leads", {})
+    close = [c.label for c in finalists[1:] if leads.get(c.label, [0.0])[0] <= 0]
+    fast = min((c for c in [best, *(c for c in finalists if c.label in close)] if c.measured.get("ms")),
+               key=lambda c: c.measured["ms"], default=None)  # fmt: skip
+    further = f" Of these, {fast.label} is the fastest ({fast.measured['ms']:.0f} ms)." if fast is not None else ""
+    return f"There is no winner: {ap}, but its lead over {', '.join(close)} is within the uncertainty.{further}"
+
+
+def next_command(state: Comparison, source: str) -> str:
+    """The command that continues with the best candidate."""
+    ranked = [c for c in state.ranking() if c.weights]
+    if not ranked:
+        return ""
+    best = ranked[0]
+    steps = max(1000, 4 * sum(int(entry["steps"]) for entry in best.rounds))
+    system = best.name if best.trained else str(best.weights)
+    weights = f" --weights {best.weights}" if best.trained else ""
+    return f"maskwright train {system} --data {source}{weights} --steps {steps} --out runs/{best.label}"
+
+
+def write_tables(state: Comparison, folder: Path) -> None:
+    """Write table.csv and table.md.
+
+    Raises:
+        DataError: If a file cannot be written.
+    """
+    heads, rows = _table(state)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([heads, *rows])
+    write_text(folder / "table.csv", text.getvalue(), DataError)
+    lines = [heads, ["---"] + ["--:"] * (len(heads) - 1), *rows]
+    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    write_text(folder / "table.md", f"{verdict(state)}\n\n{body}\n", DataError)
+
+
+def write_page(
+    state: Comparison, folder: Path, results: Mapping[str, Result], shown: Sequence[Shown], source: str
+) -> Path:
+    """Write index.html, one file with everything in it.
+
+    Args:
+        state: The comparison.
+        folder: The folder.
+        results: The result of each measured candidate.
+        shown: Images about which systems disagree.
+        source: The data set's argument on the command line.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: If it cannot be written.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    here = Path(__file__).parent
+    house = Environment(
+        loader=FileSystemLoader([here / "templates", here.parent / "evaluation" / "templates"]),
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    heads, rows = _table(state)
+    ranked = state.ranking()
+    points = {c.label: ([float(c.measured["ms"])], [c.score]) for c in ranked if c.measured.get("ms")}
+    classes = _class_rows(ranked, results)
+    page = house.get_template("comparison.html.j2").render(
+        title=f"Systems compared on {printable(state.data)}",
+        version=__version__, state=state, profile=as_profile(state.profile).words(), verdict=verdict(state),
+        heads=heads, rows=rows, front=pareto_front(ranked), ranked=ranked, classes=classes,
+        failed=[c for c in state.candidates if c.failed],
+        waiting=[c for c in state.candidates if c.score < 0 and not c.failed],
+        pareto=chart(points, x_name="milliseconds per image", percent=True) if len(points) > 1 else "",
+        reports={c.label: f"{c.label}/result.json" for c in ranked}, command=next_command(state, source),
+        pictures=[_drawn(each, ranked) for each in shown],
+        protocol=results[ranked[0].label].protocol.facts() if ranked else [],
+    )  # fmt: skip
+    return write_bytes(folder / "index.html", page.encode("utf-8", "backslashreplace"), DataError)
+
+
+def _table(state: Comparison) -> tuple[list[str], list[list[str]]]:
+    ranked = state.ranking()
+    columns = [name for name in COLUMNS if any(c.measured.get(name, -1) >= 0 for c in ranked)]
+    heads = ["system", *columns, "95 % interval", "calibration error", "ms", "MB", "form", "parameters / 1e6", "steps",
+             "licence of the weights", "Pareto"]  # fmt: skip
+    front = pareto_front(ranked)
+    rows: list[list[str]] = []
+    for c in ranked:
+        bounds = state.intervals.get("AP", {}).get(c.label)
+        parameters = c.measured.get("parameters")
+        rows.append([
+            c.label,
+            *(_percent(c.measured.get(name, -1)) for name in columns),
+            f"{_percent(bounds[0])} to {_percent(bounds[1])}" if bounds else f"left out after round {(c.out or 0) + 1}",
+            _digits(c.measured.get("calibration"), 2),
+            _digits(c.measured.get("ms"), 0),
+            _digits(c.measured.get("MB"), 0),
+            str(c.measured.get("form", "")),
+            "" if parameters is None else f"{parameters / 1e6:.1f}",
+            str(sum(int(entry["steps"]) for entry in c.rounds)) if c.trained else "",
+            str(c.measured.get("licence", "")),
+            "yes" if c.label in front else "",
+        ])  # fmt: skip
+    return heads, rows
+
+
+def _class_rows(ranked: Sequence[Candidate], results: Mapping[str, Result]) -> list[tuple[str, int, list[str]]]:
+    """AP of each class by system; empty for a single class."""
+    if not ranked or len(results[ranked[0].label].classes) < 2:
+        return []
+    first = results[ranked[0].label]
+    rows: list[tuple[str, int, list[str]]] = []
+    for row in sorted(first.per_class, key=lambda r: -r["objects"])[:40]:
+        cells: list[str] = []
+        for c in ranked:
+            own = next((r for r in results[c.label].per_class if r["class"] == row["class"]), {})
+            cells.append(_percent(own.get(f"{results[c.label].kinds[0]}/AP", -1)))
+        rows.append((printable(row["class"]), int(row["objects"]), cells))
+    return rows
+
+
+def _drawn(shown: Shown, ranked: Sequence[Candidate]) -> dict[str, Any]:
+    """The drawings of an image: the annotations, then each system."""
+    empty = Instances.empty(shown.truth.image_size)
+    finalists = [c.label for c in ranked if c.label in shown.found]
+    pictures = [("annotated", _picture(shown.image, shown.truth))]
+    pictures += [(label, _picture(shown.image, shown.found[label] or empty)) for label in finalists]
+    return {"name": printable(shown.name), "agreement": f"{100 * shown.agreement:.0f} %", "pictures": pictures}
+
+
+def _picture(image: Tensor, objects: Instances) -> str:
+    from PIL import Image
+
+    pixels: Any = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)).contiguous()
+    drawn = cast(Image.Image, objects.draw(pixels, labels=False))
+    share = min(1.0, _SIDE / max(drawn.size))
+    small = drawn.convert("RGB").resize([max(1, round(side * share)) for side in drawn.size])  # pyright: ignore[reportArgumentType] - a list is accepted
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=85)
+    return b64encode(data.getvalue()).decode("ascii")
+
+
+def _percent(value: Any) -> str:
+    return "" if value is None or not np.isfinite(value) or value < 0 else f"{100 * value:.1f}"
+
+
+def _digits(value: Any, digits: int) -> str:
+    return "" if value is None or not np.isfinite(value) else f"{value:.{digits}f}"

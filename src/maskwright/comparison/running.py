@@ -1,0 +1,508 @@
+"""The comparison: train candidates with equal budgets, measure them alike, write one page."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskwright.comparison.agreement import agreement, weaknesses
+from maskwright.comparison.footprint import measure_footprint
+from maskwright.comparison.intervals import bootstrap, calibration, interval
+from maskwright.comparison.page import Shown, write_page, write_tables
+from maskwright.comparison.profile import DataProfile, choose_systems
+from maskwright.comparison.state import Candidate, Comparison
+from maskwright.data import Dataset, Subset, has_split, open_dataset
+from maskwright.errors import MaskwrightError, MissingExtraError, UsageError
+from maskwright.evaluation import Evaluator
+from maskwright.evaluation.coco import Detections, Kind, Truth
+from maskwright.evaluation.confusion import hits
+from maskwright.evaluation.records import read_results
+from maskwright.evaluation.result import Result
+from maskwright.inference.outputs import write_image
+from maskwright.terminal import print_line
+
+FINALISTS = 3  # candidates that receive the whole budget
+_PILOT = 6  # steps that measure the speed of training
+_OVERHEAD = 0.25  # fraction of the time that evaluation and the page take
+
+
+def compare(
+    systems: Sequence[str] | str,
+    data: str | Path | Dataset,
+    *,
+    out: str | Path,
+    hours: float | None = None,
+    steps: int | None = None,
+    split: str = "train",
+    val: Any = None,
+    val_split: str = "val",
+    count: int = 6,
+    seed: int = 0,
+    batch: int = 4,
+    short: int | None = None,
+    device: str = "auto",
+    ray: str | None = None,
+    footprint: bool = True,
+    **changes: Any,
+) -> Comparison:
+    """Compare systems on a data set, with an answer whenever the comparison is stopped.
+
+    Candidates are trained with equal budgets on the same images in the same order, and measured on the same images.
+    With more than three, the better half goes on after each round with twice the budget (successive halving, Jamieson
+    and Talwalkar, AISTATS 2016, arXiv 1502.07943). The folder can be given again after an interruption: what is
+    finished is not repeated.
+
+    Written to `out`: index.html, table.csv and table.md, comparison.json, and a folder per candidate with its weights,
+    result and predictions.
+
+    Args:
+        systems: Presets, systems and files of weights (which are measured as they are), or "auto", for presets that
+            suit the data.
+        data: A data set, or what `open_dataset` takes.
+        out: The output folder.
+        hours: Time for everything.
+        steps: Training steps of a candidate that stays to the end; instead of `hours`.
+        split: The split to train on.
+        val: A data set to measure on, or its source; default: the split `val_split` of `data`, or a fifth of the images
+            if there is none.
+        val_split: The split to measure on.
+        count: Number of candidates for "auto".
+        seed: Seed of initial weights, order and augmentation, and of the division of the data.
+        batch: Images per step.
+        short: Short side of the images in training and measuring; None: on a CPU as small as the objects permit,
+            otherwise the presets' own.
+        device: Where to train; "auto" takes a GPU if there is one.
+        ray: "local" or the address of a Ray cluster that trains the candidates of a round at the same time; the output
+            folder and the data must be on a file system that all its machines share.
+        footprint: Measure latency and memory, in processes of their own.
+        **changes: Fields of the recipe.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        UsageError: If an option is invalid, or the folder holds another comparison.
+        DataError: If a file cannot be written.
+        KeyboardInterrupt: After Ctrl-C; the page shows what is known, and the same call continues.
+    """
+    if (hours is None) == (steps is None):
+        raise UsageError("compare needs either hours (for everything) or steps (of a candidate that stays to the end)")
+    if (hours is not None and not hours > 0) or (steps is not None and steps < 1) or count < 1:
+        raise UsageError(f"hours, steps and count must be positive, got {hours}, {steps} and {count}")
+    begun, folder = time.monotonic(), Path(out)
+    train_set, val_set, notes = _divided(data, split, val, val_split, seed)
+    profile = DataProfile.create(train_set)
+    chosen = _candidates(systems, profile, count)
+    request = {
+        "systems": [c.name for c in chosen], "data": train_set.name, "measured on": val_set.name, "hours": hours,
+        "steps": steps, "seed": seed, "batch": batch, "short": short, "changes": _json(changes),
+    }  # fmt: skip
+    found = Comparison.load(folder)
+    if found is not None and found.request != request:
+        raise UsageError(
+            f"{folder} holds a comparison with other systems, data or options; continue it with the same ones, or give "
+            "another folder"
+        )
+    state = found or Comparison(train_set.name, request, profile.to_dict(), chosen, notes=notes)
+    side = short if short is not None or not _on_cpu(device) else _side(profile)
+    recipe: dict[str, Any] = {"lr": 5e-4, "tensorboard": False, "workers": 0, "log_every": 10} | changes
+    if side is not None:
+        recipe |= {"short": (side,), "long": 2 * side}
+    run = _Comparing(
+        state, folder, train_set, val_set, recipe, {"seed": seed, "batch": batch, "device": device}, hours, steps,
+        begun, ray, footprint, str(data) if isinstance(data, (str, Path)) else "DIR",
+    )  # fmt: skip
+    run.all_rounds()
+    return state
+
+
+class _Comparing:
+    """A comparison while it runs."""
+
+    def __init__(
+        self, state: Comparison, folder: Path, train_set: Dataset, val_set: Dataset, recipe: dict[str, Any],
+        common: dict[str, Any], hours: float | None, steps: int | None, begun: float, ray: str | None, footprint: bool,
+        source: str,
+    ):  # fmt: skip
+        self.state, self.folder, self.train_set, self.val_set = state, folder, train_set, val_set
+        self.recipe, self.common, self.hours, self.steps, self.begun = recipe, common, hours, steps, begun
+        self.ray, self.footprint, self.source = ray, footprint, source
+        trained = sum(c.trained for c in state.candidates)
+        self.sizes = _rounds(trained)
+        state.rounds = len(self.sizes)
+
+    def all_rounds(self) -> None:
+        state = self.state
+        print_line(f"comparing on {self.train_set.name}: {as_words(state)}")
+        try:
+            for number in range(state.rounds):
+                self._round(number)
+                self._eliminate(number)
+                self._write(final=False)
+            self._finish()
+        except KeyboardInterrupt:
+            self._write(final=False)
+            raise
+
+    # ---- rounds ------------------------------------------------------------------------------------------------------
+
+    def _round(self, number: int) -> None:
+        waiting = [c for c in self.state.active(number) if c.trained and _missing(c, number)]
+        specs = [(c, self._spec(c, number, len(waiting) - place)) for place, c in enumerate(waiting)]
+        if self.ray is not None and waiting:
+            for (candidate, _), done in zip(specs, _over_ray(self.ray, [spec for _, spec in specs]), strict=True):
+                self._trained(candidate, number, done)
+        for place, candidate in enumerate(waiting if self.ray is None else []):
+            spec = self._spec(candidate, number, len(waiting) - place)
+            print_line(f"round {number + 1} of {self.state.rounds}: {candidate.label}, {spec['steps']} steps")
+            self._trained(candidate, number, _train(spec))
+        for candidate in self.state.active(number):
+            if not candidate.trained and number < self.state.rounds - 1:
+                continue
+            self._measure(candidate, number)
+
+    def _spec(self, candidate: Candidate, number: int, left: int) -> dict[str, Any]:
+        """What `_train` needs; plain values only, so that it can be sent to another machine."""
+        folder = self.folder / candidate.label / f"round-{number + 1}"
+        planned = candidate.rounds[number]["steps"] if len(candidate.rounds) > number else None
+        spec: dict[str, Any] = {
+            "system": candidate.name, "weights": candidate.weights, "folder": str(folder), "train": self.train_set,
+            "recipe": self.recipe, **self.common, "seed": self.common["seed"] + 1000 * number,
+        }  # fmt: skip
+        if planned is None:
+            planned = self._steps(candidate, number, left, spec)
+            candidate.rounds.append({"steps": planned})
+            self.state.save(self.folder)
+        return spec | {"steps": planned}
+
+    def _steps(self, candidate: Candidate, number: int, left: int, spec: dict[str, Any]) -> int:
+        """Training steps of a candidate in a round; `left` candidates of the round wait, this one included."""
+        share = 2**number
+        if self.steps is not None:
+            return max(1, round(self.steps * share / (2**self.state.rounds - 1)))
+        assert self.hours is not None
+        later = sum(size * 2 ** (number + 1 + k) for k, size in enumerate(self.sizes[number + 1 :]))
+        remaining = (1 - _OVERHEAD) * 3600 * self.hours - (time.monotonic() - self.begun) * (1 - _OVERHEAD)
+        seconds = max(5.0, remaining) * share / (left * share + later)
+        speed = candidate.measured.get("seconds per step") or _pilot(spec)
+        candidate.measured["seconds per step"] = speed
+        return max(10, int(seconds / speed))
+
+    def _trained(self, candidate: Candidate, number: int, done: Mapping[str, Any]) -> None:
+        candidate.failed = done.get("error")
+        candidate.rounds[number] |= {k: v for k, v in done.items() if k != "error"}
+        if candidate.failed:
+            print_line(f"{candidate.label} failed: {candidate.failed}")
+        self.state.save(self.folder)
+
+    def _measure(self, candidate: Candidate, number: int) -> None:
+        from maskwright.checkpoints import load
+        from maskwright.inference import evaluate
+
+        if not candidate.trained and not candidate.rounds:
+            candidate.rounds = [{"steps": 0, "weights": candidate.name} for _ in range(number + 1)]
+        entry = candidate.rounds[number]
+        if candidate.failed or not entry.get("weights") or entry.get("AP") is not None:
+            return
+        folder = self.folder / candidate.label
+        try:
+            system = load(entry["weights"])
+            place = None if self.common["device"] == "auto" else self.common["device"]
+            last = number == self.state.rounds - 1
+            boundary = last and "masks" in system.outputs
+            result = evaluate(
+                system, self.val_set, boundary=boundary, examples=4 if last else 0, device=place, out=folder,
+                title=candidate.label,
+            )  # fmt: skip
+        except MaskwrightError as error:
+            candidate.failed = str(error)
+            self.state.save(self.folder)
+            return
+        result.save(folder / "result.json")
+        entry["AP"] = result.summary[f"{result.kinds[0]}/AP"]
+        source = getattr(system, "source", None) or {}
+        candidate.measured |= _figures(result) | {
+            "licence": str(source.get("licence", "")) if isinstance(source, Mapping) else "",
+            "task": "masks" if "masks" in system.outputs else "boxes",
+        }
+        if not candidate.measured["licence"]:
+            candidate.measured["licence"] = "yours: trained here" if candidate.trained else "not stated"
+        self.state.save(self.folder)
+        print_line(f"{candidate.label}: AP {100 * entry['AP']:.1f}")
+
+    def _eliminate(self, number: int) -> None:
+        """Leave out the worse candidates after a round that is not the last."""
+        if number + 1 >= self.state.rounds:
+            return
+        active = [c for c in self.state.active(number) if c.trained and (c.out is None or c.out > number)]
+        for candidate in sorted(active, key=lambda c: -c.score)[self.sizes[number + 1] :]:
+            candidate.out = number
+        self.state.save(self.folder)
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        if self.footprint:
+            images = _examples(self.val_set, self.folder / "images")
+            for candidate in self.state.ranking():
+                if "ms" not in candidate.measured and candidate.weights is not None:
+                    done = measure_footprint(candidate.weights, images)
+                    candidate.measured |= {"footprint": done} | {k: done[k] for k in ("ms", "MB", "form") if k in done}
+                    self.state.save(self.folder)
+        self.state.finished = True
+        self._write(final=True)
+
+    def _columns(self, candidate: Candidate) -> tuple[Truth, Detections, Kind]:
+        kind: Kind = "segm" if candidate.measured.get("task", "masks") == "masks" else "bbox"
+        judge = Evaluator(self.val_set, (kind,))
+        for image_id, objects in self._predictions(candidate).items():
+            judge.add(image_id, objects)
+        return *judge.columns(), kind
+
+    def _predictions(self, candidate: Candidate) -> Mapping[Any, Any]:
+        """The stored predictions by image id. That they belong to these images is known, however bad they are."""
+        sizes = dict(zip(self.val_set.image_ids(), self.val_set.sizes(), strict=True))
+        path = self.folder / candidate.label / "results.json"
+        return read_results(path, sizes, self.val_set.category_ids, classes=self.val_set.classes)
+
+    def _write(self, final: bool) -> None:
+        """The page and the tables of what is known."""
+        ranked = self.state.ranking()
+        results = {c.label: Result.load(self.folder / c.label / "result.json") for c in ranked}
+        columns = {c.label: self._columns(c) for c in ranked}
+        finalists = [c for c in ranked if c.out is None]
+        kinds: set[Kind] = {columns[c.label][2] for c in finalists}
+        if finalists and len(kinds) == 1:
+            kind = kinds.pop()
+            truth = columns[finalists[0].label][0]
+            drawn = bootstrap(
+                truth, {c.label: columns[c.label][1] for c in finalists}, kind, samples=400 if final else 40,
+                seconds=45 if final else 5,
+            )  # fmt: skip
+            best = finalists[0].label
+            self.state.intervals = {
+                "AP": {label: interval(values) for label, values in drawn.items()},
+                "leads": {label: interval(drawn[best] - values) for label, values in drawn.items() if label != best},
+                "draws": len(drawn[best]),
+            }
+        for c in ranked:
+            truth, found, kind = columns[c.label]
+            right = hits(truth, found, by="bbox" if kind == "bbox" else "segm")
+            c.measured["calibration"] = calibration(found, right)
+            peers = [results[o.label] for o in ranked if o is not c]
+            c.measured["weaknesses"] = weaknesses(results[c.label], peers)
+        shown: list[Shown] = []
+        if len(finalists) > 1:
+            truth = columns[finalists[0].label][0]
+            agreed = agreement(truth, {c.label: columns[c.label][1] for c in finalists})
+            shown = self._disagreements(agreed, finalists, 6 if final else 2)
+        self.state.save(self.folder)
+        write_tables(self.state, self.folder)
+        write_page(self.state, self.folder, results, shown, self.source)
+
+    def _disagreements(self, agreed: Any, finalists: Sequence[Candidate], count: int) -> list[Shown]:
+        """The images about which the finalists agree least, with the objects of each."""
+        judges = {c.label: self._predictions(c) for c in finalists}
+        ids = sorted(self.val_set.image_ids(), key=lambda i: (isinstance(i, str), i))
+        positions = {image_id: place for place, image_id in enumerate(self.val_set.image_ids())}
+        shown: list[Shown] = []
+        for row in np.argsort(agreed, kind="stable")[:count].tolist():
+            if agreed[row] >= 0.999:
+                break
+            image_id = ids[row]
+            sample = self.val_set[positions[image_id]]
+            answers = {label: _confident(found.get(image_id)) for label, found in judges.items()}
+            shown.append(Shown(str(image_id), float(agreed[row]), sample.image, sample.target, answers))
+        return shown
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _divided(data: Any, split: str, val: Any, val_split: str, seed: int) -> tuple[Dataset, Dataset, list[str]]:
+    """The images to train on, those to measure on, and what has to be said about the division."""
+    if isinstance(data, Dataset):
+        whole = data
+        judged = val if isinstance(val, Dataset) else None if val is None else open_dataset(val, val_split)
+    else:
+        whole = open_dataset(data, split)
+        source = data if val is None else val
+        if isinstance(source, Dataset):
+            judged = source
+        else:
+            judged = open_dataset(source, val_split) if val is not None or has_split(source, val_split) else None
+    if judged is not None:
+        return whole, judged, []
+    if len(whole) < 5:
+        raise UsageError(f"{whole.name} has {len(whole)} images and no split {val_split!r}; give `val`")
+    order = np.random.default_rng(seed).permutation(len(whole)).tolist()
+    held = max(2, len(whole) // 5)
+    parts = Subset(whole, sorted(order[held:])), Subset(whole, sorted(order[:held]))
+    note = (
+        f"there is no split {val_split!r}: {held} of {len(whole)} images, chosen at random with seed {seed}, are "
+        "measured on"
+    )
+    return *parts, [note]
+
+
+def _candidates(systems: Sequence[str] | str, profile: DataProfile, count: int) -> list[Candidate]:
+    from maskwright.systems import REGISTRY, presets
+
+    names = [systems] if isinstance(systems, str) else list(systems)
+    chosen: list[tuple[str, str]] = []
+    for name in names:
+        chosen += choose_systems(profile, count) if name == "auto" else [(name, "")]
+    candidates: list[Candidate] = []
+    labels: set[str] = set()
+    for name, why in dict(reversed(chosen)).items():
+        trained = name in presets() or name in REGISTRY
+        if not trained and not Path(name).exists():
+            raise UsageError(f"{name!r} is neither a system or preset (see `maskwright systems`) nor a file of weights")
+        stem = name if trained else Path(name).parent.name + "-" + Path(name).stem
+        label = "".join(c if c.isalnum() or c in "-_." else "-" for c in stem).strip("-.") or "weights"
+        while label in labels:
+            label += "-2"
+        labels.add(label)
+        candidates.append(Candidate(name, label, why, trained))
+    if not candidates:
+        raise UsageError("compare needs at least one system")
+    return candidates[::-1]
+
+
+def _rounds(candidates: int) -> list[int]:
+    """Number of trained candidates in each round."""
+    sizes = [candidates]
+    while sizes[-1] > FINALISTS:
+        sizes.append(max(FINALISTS, math.ceil(sizes[-1] / 2)))
+    return sizes
+
+
+def _missing(candidate: Candidate, number: int) -> bool:
+    return len(candidate.rounds) <= number or not candidate.rounds[number].get("weights")
+
+
+def _train(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one candidate for one round; continues an interrupted run."""
+    from maskwright.training import train
+
+    folder, steps = Path(spec["folder"]), int(spec["steps"])
+    start = time.monotonic()
+    recipe = dict(spec["recipe"])
+    recipe.setdefault("warmup", max(1, min(100, steps // 10)))
+    recipe.setdefault("ema", 0.99 if steps < 2000 else 0.998)
+    try:
+        best = train(
+            spec["system"], spec["train"], val=False, out=folder, weights=spec["weights"], steps=steps,
+            resume=(folder / "last.ckpt").exists(), seed=spec["seed"], batch=spec["batch"], device=spec["device"],
+            **recipe,
+        )  # fmt: skip
+    except MaskwrightError as error:
+        return {"error": str(error)}
+    (folder / "last.ckpt").unlink(missing_ok=True)
+    (folder / "last.safetensors").unlink(missing_ok=True)
+    return {"weights": str(best), "seconds": round(time.monotonic() - start, 1)}
+
+
+def _pilot(spec: Mapping[str, Any]) -> float:
+    """Seconds per training step, measured over a few steps."""
+    times: list[float] = []
+
+    class Clock:
+        def log(self, step: int, values: dict[str, float]) -> None:
+            times.append(time.monotonic())
+
+    from maskwright.training import train
+
+    folder = Path(spec["folder"]).with_name("pilot")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        recipe = {**spec["recipe"], "log_every": 1}
+        train(
+            spec["system"], spec["train"], val=False, out=folder, steps=_PILOT, seed=spec["seed"], batch=spec["batch"],
+            device=spec["device"], logger=Clock(), **recipe,
+        )  # fmt: skip
+    except MaskwrightError:
+        return 1.0  # the training itself reports it
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    steps = sorted(set(times))
+    gaps = [b - a for a, b in pairwise(steps) if b - a > 1e-4]
+    return statistics.median(gaps) if gaps else 1.0
+
+
+def _over_ray(address: str, specs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Train candidates at the same time on a Ray cluster."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError:
+        raise MissingExtraError("Ray", "ray") from None
+    library: Any = ray
+    if not library.is_initialized():
+        own = address == "local"
+        library.init(None if own else address, include_dashboard=False, log_to_driver=False)
+    task = library.remote(max_retries=2)(_train)
+    return list(library.get([task.remote(spec) for spec in specs]))
+
+
+def _figures(result: Result) -> dict[str, Any]:
+    kind = result.kinds[0]
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    figures: dict[str, Any] = {name: result.summary.get(f"{kind}/{name}", -1.0) for name in names}
+    figures["boundary AP"] = result.summary.get("boundary/AP", -1.0)
+    figures["parameters"] = result.speed.parameters
+    return figures
+
+
+def _examples(dataset: Dataset, folder: Path, count: int = 6) -> list[Path]:
+    """Some images of a data set as files."""
+    from PIL import Image
+
+    chosen = [i * len(dataset) // count for i in range(count)] if len(dataset) > count else list(range(len(dataset)))
+    paths: list[Path] = []
+    for number, index in enumerate(chosen):
+        image = dataset[index].image
+        path = folder / f"{number}.png"
+        write_image(path, Image.fromarray(image[:3].permute(1, 2, 0).contiguous().numpy()), sync=False)
+        paths.append(path)
+    return paths
+
+
+def _confident(found: Any) -> Any:
+    if found is None or found.scores is None:
+        return None
+    return found[found.scores >= 0.5]
+
+
+def _on_cpu(device: str) -> bool:
+    import torch
+
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+
+
+def _side(profile: DataProfile) -> int:
+    """The smallest short side, from 160 to 320, at which the median object has 24 pixels."""
+    return int(min(320, max(160, 32 * round(24 / max(profile.size, 1e-6) / 32))))
+
+
+def _json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def as_words(state: Comparison) -> str:
+    """The candidates of a comparison in a line."""
+    return ", ".join(c.label for c in state.candidates)
+
+
+def describe_choice(candidates: Iterable[Candidate]) -> list[str]:
+    """Why each candidate was chosen, a line each."""
+    return [f"{c.label}: {c.why}" for c in candidates if c.why]
