@@ -93,12 +93,12 @@ def _box_iou(a: Any, b: Any) -> Any:
     return pairwise_iou(a, b)
 
 
-def _resident() -> float:
-    """Largest resident memory of this process in MB."""
+def _resident() -> float | None:
+    """Largest resident memory of this process in MB; None if it cannot be measured."""
     try:
         import resource
     except ImportError:  # Windows
-        return float("nan")
+        return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most / (1 << 20) if sys.platform == "darwin" else most / 1024
 

@@ -297,7 +297,8 @@ class _Comparing:
         for c in ranked:
             truth, found, kind = columns[c.label]
             right = hits(truth, found, by="bbox" if kind == "bbox" else "segm")
-            c.measured["calibration"] = calibration(found, right)
+            error = calibration(found, right)
+            c.measured["calibration"] = None if math.isnan(error) else error
             peers = [results[o.label] for o in ranked if o is not c]
             c.measured["weaknesses"] = weaknesses(results[c.label], peers)
         shown: list[Shown] = []

@@ -20,7 +20,7 @@ from maskwright.data.panoptic import read_panoptic, write_panoptic
 from maskwright.data.scenes import Scenes
 from maskwright.data.show import show_batch
 from maskwright.data.table_datasets import InstanceDataset, PanopticDataset
-from maskwright.data.views import OneClass, Renamed, Subset, evenly_spaced, things_only, without_keypoints
+from maskwright.data.views import Mixture, OneClass, Renamed, Subset, evenly_spaced, things_only, without_keypoints
 from maskwright.data.youtube_vis import read_youtube_vis, write_youtube_vis
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Finding",
     "InstanceDataset",
     "Loader",
+    "Mixture",
     "MovingScenes",
     "OneClass",
     "PanopticDataset",

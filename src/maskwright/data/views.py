@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from maskwright.data.dataset import Dataset, Sample, as_dataset
+from maskwright.errors import UsageError
 from maskwright.structures import Instances
 
 
@@ -199,3 +200,58 @@ def evenly_spaced(dataset: Any, count: int | None) -> Dataset:
     if count is None or count >= total:
         return dataset
     return Subset(dataset, [i * total // count for i in range(count)])
+
+
+class Mixture(Dataset):
+    """Images drawn from several data sets, all objects as one class: for training without classes.
+
+    Which image is drawn at a position depends on the seed and the position alone.
+
+    Args:
+        parts: The data sets and how often each is drawn, relative to the others.
+        count: Number of images of the mixture.
+        seed: Seed of the draws.
+        name: Name of the class.
+
+    Raises:
+        UsageError: If there are no images to draw, or a share is not positive.
+    """
+
+    strict = True
+
+    def __init__(self, parts: Sequence[tuple[Any, float]], count: int, seed: int = 0, name: str = "object"):
+        self.parts = [OneClass(part) for part, _ in parts]
+        shares = np.array([share for _, share in parts], float)
+        if not len(parts) or not (shares > 0).all() or not all(len(part) for part in self.parts):
+            raise UsageError("a mixture needs at least one data set, each with images and a share above 0")
+        self.shares, self.count, self.seed = shares / shares.sum(), count, seed
+        self.classes, self.category_ids = (name,), (1,)
+        self.name = " + ".join(part.name for part in self.parts)
+
+    def _drawn(self, index: int) -> tuple[Dataset, int]:
+        rng = np.random.default_rng((self.seed, range(self.count)[index]))
+        part = self.parts[int(rng.choice(len(self.parts), p=self.shares))]
+        return part, int(rng.integers(len(part)))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        part, position = self._drawn(index)
+        return replace(part[position], id=range(self.count)[index] + 1)
+
+    def targets(self, index: int) -> Instances:
+        part, position = self._drawn(index)
+        return part.targets(position)
+
+    def image_labels(self, index: int) -> np.ndarray:
+        return np.zeros(1, np.int64)  # every image counts as one with the class, so that none has to be drawn
+
+    def sizes(self) -> list[tuple[int, int]]:
+        every = [part.sizes() for part in self.parts]
+        drawn = [self._drawn(index) for index in range(self.count)]
+        numbers = {id(part): number for number, part in enumerate(self.parts)}
+        return [every[numbers[id(part)]][position] for part, position in drawn]
+
+    def image_ids(self) -> list[int | str]:
+        return list(range(1, self.count + 1))

@@ -1,0 +1,108 @@
+"""Weights that owe nothing to photographs: each by one command, from generated images (and nuclei, which are CC0).
+
+    python benchmarks/pretraining.py mask-rcnn --out weights            # in the background; again: continues
+    python benchmarks/pretraining.py sam --nuclei DATA --out weights
+    python benchmarks/pretraining.py mask-rcnn --steps 500 --out /tmp/try
+
+OUT/NAME/ is the run folder, OUT/NAME.safetensors the result in float16 with its recipe. The same command on the same
+kind of machine gives the same file, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import maskwright as mw
+from maskwright.checkpoints import save
+from maskwright.data import ContourScenes, Dataset, Mixture, Scenes, open_dataset
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one file is made.
+
+    Attributes:
+        preset: The system.
+        options: Changes of the preset.
+        size: Side of the generated images.
+        steps: Training steps.
+        changes: Fields of the training recipe.
+        classes: Whether outlines are classes; otherwise every object is "object".
+    """
+
+    preset: str
+    options: Mapping[str, Any]
+    size: int
+    steps: int
+    changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    classes: bool = True
+
+
+NARROW = {"neck_width": 64, "boxes": {"width": 256}, "masks": {"width": 64}}
+RECIPES = {
+    "mask-rcnn": Recipe("mask-rcnn-small", NARROW, 160, 8000, {"batch": 4, "lr": 5e-4, "ema": 0.998}),
+    "solov2": Recipe("solov2-small", {}, 160, 12000, {"batch": 4, "lr": 5e-4, "ema": 0.998}),
+    "mask2former": Recipe("mask2former-small", {}, 160, 20000, {"batch": 8, "lr": 2e-4, "ema": 0.999}),
+    "eomt": Recipe("eomt-small", {}, 128, 40000, {"batch": 16, "lr": 3e-4, "ema": 0.999}),
+    "sam": Recipe("sam-small", {"resize": {"canvas": [320, 320]}, "simulation": {"objects": 16}}, 256, 20000,
+                  {"batch": 4, "lr": 5e-4, "warmup": 500, "ema": 0.999, "augment": {"flip": 0.5, "jitter": [0.4, 1.6]}},
+                  classes=False),
+}  # fmt: skip
+
+
+def images(recipe: Recipe, count: int, seed: int, nuclei: str | None) -> Dataset:
+    """The images to learn from."""
+    contours = ContourScenes(count, (recipe.size, recipe.size), seed=seed)
+    if recipe.classes:
+        return contours
+    scenes = Scenes(count, (recipe.size, recipe.size), seed=seed, difficulty=0.7)
+    people = Scenes(count, (recipe.size, recipe.size), seed=seed, difficulty=0.7, keypoints=True)
+    parts: list[tuple[Any, float]] = [(contours, 0.6), (scenes, 0.15), (people, 0.1)]
+    if nuclei is not None:
+        parts.append((open_dataset(nuclei, "train"), 0.15))
+    return Mixture(parts, count, seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, help="default: the recipe's")
+    parser.add_argument("--nuclei", help="a data set of nuclei to learn from too (the promptable system)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0)
+    arguments = parser.parse_args()
+    recipe = RECIPES[arguments.name]
+    steps = arguments.steps or recipe.steps
+    folder = arguments.out / arguments.name
+    count = steps * recipe.changes["batch"]  # every image is seen once
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    learn = images(recipe, count, arguments.seed, arguments.nuclei)
+    kind = mw.train(
+        recipe.preset, learn, val=False, out=folder, steps=steps, seed=arguments.seed, workers=arguments.workers,
+        options=recipe.options, tensorboard=False, resume=(folder / "last.ckpt").exists(), save_minutes=5.0,
+        **recipe.changes,
+    )  # fmt: skip
+    system = mw.load(kind)
+    source = {
+        "origin": "maskwright: trained on generated images" + (" and CC0 nuclei" if arguments.nuclei else ""),
+        "licence": "Apache-2.0",
+        "command": f"benchmarks/pretraining.py {arguments.name} --steps {steps} --seed {arguments.seed}",
+    }  # fmt: skip
+    target = arguments.out / f"{arguments.name}.safetensors"
+    system.source = source
+    save(system.half(), target)
+    digest = hashlib.sha256(target.read_bytes()).hexdigest()
+    print(json.dumps({"file": str(target), "MB": round(target.stat().st_size / 1e6, 1), "sha256": digest} | source))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The parts of a comparison: profile of the data, choice of systems, intervals, calibration, agreement, verdict."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from maskwright.comparison import Candidate, Comparison, DataProfile, choose_systems
+from maskwright.comparison.agreement import agreement
+from maskwright.comparison.intervals import bootstrap, calibration, interval
+from maskwright.comparison.page import next_command, pareto_front, verdict
+from maskwright.comparison.running import _rounds, _side
+from maskwright.data import ContourScenes, Scenes
+from maskwright.evaluation import Evaluator
+from maskwright.evaluation.coco import Detections, Truth, coco_ap
+from maskwright.evaluation.confusion import hits
+from maskwright.structures import Instances
+
+pytestmark = pytest.mark.fast
+
+
+def _columns(scenes: Scenes, drop: float = 0.0, seed: int = 0) -> tuple[Truth, Detections]:
+    """The annotations and, as predictions, the annotated objects without a random share of them."""
+    rng = np.random.default_rng(seed)
+    judge = Evaluator(scenes, ("segm",))
+    for index in range(len(scenes)):
+        target = scenes.targets(index)
+        kept = torch.from_numpy(rng.random(len(target)) >= drop)
+        found = target[kept]
+        judge.add_at(index, replace(found, scores=torch.linspace(0.9, 0.6, len(found)), crowd=None, ids=None))
+    return judge.columns()
+
+
+def test_a_profile_describes_sizes_counts_and_shapes():
+    crowds = DataProfile.create(ContourScenes(8, (128, 128), crowd=1, empty=0, classes=4))
+    few = DataProfile.create(Scenes(8, (128, 128), difficulty=0, empty=0))
+    assert crowds.density > 25 > few.density
+    assert crowds.size < 0.15 < few.size + 0.05
+    assert crowds.small >= few.small
+    assert few.crowded == 0
+    assert (few.images, few.side, few.classes) == (8, 128.0, 6)
+    assert "objects per image" in few.words()
+    assert _side(crowds) >= _side(few) >= 160
+
+
+def test_systems_are_chosen_by_the_profile_with_reasons():
+    plain = DataProfile(120, 376, 1, 300, 2, 8, 0.3, 0.01, 0.0, 0.01, 0.2, 0.3)
+    names = [name for name, _ in choose_systems(plain)]
+    assert len(names) == len(set(names)) == 6
+    assert names[0] == "mask-rcnn-small"
+    assert "pointrend-small" in names[:3], "objects are large"
+    crowded = replace(plain, crowded=0.3, nested=0.2)
+    reasons = dict(choose_systems(crowded))
+    assert "mask2former-small" in reasons
+    assert "30 % of the objects" in reasons["solov2-small"] or "20 %" in reasons["solov2-small"]
+    cells = replace(plain, small=0.9, density=60, size=0.04, rough=0.05, elongated=0.05)
+    reasons = dict(choose_systems(cells))
+    assert "simple blobs" in reasons["polarmask-small"]
+    assert "small" in reasons["centermask-small"]
+    assert len(choose_systems(plain, 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(1, [1]), (3, [3]), (4, [4, 3]), (6, [6, 3]), (12, [12, 6, 3]), (7, [7, 4, 3])]
+)
+def test_rounds_halve_until_three_are_left(count: int, sizes: list[int]):
+    assert _rounds(count) == sizes
+
+
+def test_a_bootstrap_surrounds_the_figure_and_pairs_the_systems():
+    scenes = Scenes(12, (64, 64), empty=0)
+    truth, good = _columns(scenes, 0.1)
+    _, bad = _columns(scenes, 0.6, seed=1)
+    drawn = bootstrap(truth, {"good": good, "bad": bad, "same": good}, samples=40)
+    for name, found in {"good": good, "bad": bad}.items():
+        low, high = interval(drawn[name])
+        assert low <= coco_ap(truth, found).average()["AP"] <= high
+        assert len(drawn[name]) == 40
+    assert interval(drawn["good"] - drawn["bad"])[0] > 0
+    assert interval(drawn["good"] - drawn["same"]) == (0.0, 0.0)
+    again = bootstrap(truth, {"good": good}, samples=40)
+    assert np.array_equal(again["good"], drawn["good"]), "draws depend on the seed alone"
+    assert math.isnan(interval(np.zeros(0))[0])
+
+
+def test_a_draw_of_every_image_once_gives_the_figure_itself(monkeypatch: pytest.MonkeyPatch):
+    scenes = Scenes(5, (64, 64), empty=0)
+    truth, found = _columns(scenes, 0.3)
+
+    class InOrder:
+        def integers(self, high: int, size: int) -> np.ndarray:
+            return np.arange(size)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: InOrder())
+    drawn = bootstrap(truth, {"a": found}, samples=1)
+    assert drawn["a"].tolist() == [coco_ap(truth, found).average()["AP"]]
+
+
+def test_calibration_compares_scores_with_precision():
+    found = Detections(
+        np.zeros(4, int), np.zeros(4, int), np.array([0.95, 0.95, 0.45, 0.45]), np.zeros((4, 4)), None, None
+    )
+    assert calibration(found, np.array([True, True, True, False])) == pytest.approx((2 * 0.05 + 2 * 0.05) / 4)
+    assert calibration(found, np.array([False, False, False, False])) == pytest.approx(0.7)
+    assert math.isnan(calibration(replace(found, scores=np.zeros(0)), np.zeros(0, bool)))
+
+
+def test_hits_are_matches_of_the_same_class():
+    scenes = Scenes(6, (64, 64), empty=0)
+    truth, found = _columns(scenes)
+    assert hits(truth, found).all()
+    wrong = replace(found, labels=(found.labels + 1) % 6)
+    assert hits(truth, wrong).mean() < 0.2
+
+
+def test_agreement_is_the_f1_of_one_system_against_another():
+    scenes = Scenes(6, (64, 64), empty=0)
+    truth, found = _columns(scenes)
+    nothing = Detections(np.zeros(0, int), np.zeros(0, int), np.zeros(0), np.zeros((0, 4)), [], None)
+    assert agreement(truth, {"a": found, "b": found}).tolist() == [1.0] * 6
+    assert agreement(truth, {"a": found, "b": nothing}).tolist() == [0.0] * 6
+    assert agreement(truth, {"a": nothing, "b": nothing}).tolist() == [1.0] * 6
+    assert agreement(truth, {"a": found, "b": found, "c": nothing}).tolist() == pytest.approx([1 / 3] * 6)
+
+
+def _state(**leads: tuple[float, float]) -> Comparison:
+    candidates = [
+        Candidate("a-small", "a", rounds=[{"steps": 9, "weights": "a.safetensors", "AP": 0.4}], measured={"ms": 90.0}),
+        Candidate("b-small", "b", rounds=[{"steps": 9, "weights": "b.safetensors", "AP": 0.39}], measured={"ms": 30.0}),
+        Candidate("c-small", "c", rounds=[{"steps": 9, "weights": "c.safetensors", "AP": 0.2}], measured={"ms": 50.0}),
+        Candidate("d-small", "d", rounds=[{"steps": 3, "weights": "d.safetensors", "AP": 0.5}], out=0),
+    ]
+    intervals = {"AP": {"a": (0.35, 0.45)}, "leads": leads}
+    return Comparison("data", {}, candidates=candidates, intervals=intervals)
+
+
+def test_there_is_a_winner_only_if_its_lead_is_certain():
+    certain, open_ = _state(b=(0.001, 0.02), c=(0.1, 0.3)), _state(b=(-0.01, 0.03), c=(0.1, 0.3))
+    winner = certain.winner()
+    assert winner is not None
+    assert winner.label == "a"
+    assert "a has the highest AP, 40.0 (95 % interval 35.0 to 45.0), and its lead over every other" in verdict(certain)
+    assert open_.winner() is None
+    text = verdict(open_)
+    assert text.startswith("There is no winner: a has the highest AP")
+    assert "its lead over b is within the uncertainty" in text
+    assert "b is the fastest (30 ms)" in text
+    assert [c.label for c in open_.ranking()] == ["a", "b", "c", "d"], "those left out earlier come last"
+    assert pareto_front(open_.candidates) == {"a", "b"}
+    assert next_command(open_, "images") == (
+        "maskwright train a-small --data images --weights a.safetensors --steps 1000 --out runs/a"
+    )
+
+
+def test_without_figures_nothing_is_claimed():
+    assert verdict(Comparison("data", {})) == "Nothing has been measured yet."
+    low = _state()
+    for candidate in low.candidates:
+        candidate.rounds[0]["AP"] = 0.004
+    assert verdict(low).startswith("No system has learned enough to be compared: the highest AP is 0.4.")
+
+
+def test_empty_instances_have_a_profile_error():
+    from maskwright.errors import UsageError
+
+    with pytest.raises(UsageError, match="has no objects"):
+        DataProfile.create(Scenes(3, (64, 64), empty=1))
+    assert len(Instances.empty((4, 4))) == 0
