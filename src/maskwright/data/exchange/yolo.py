@@ -320,7 +320,8 @@ def _images_of(table: Table, roots: Sequence[Path], source: str, split: str | No
     if text.replace("\\", "/").startswith("../"):  # Roboflow writes ../train/images for train/images
         candidates.append(relative_path(text[3:]))
     parts = [p for p in re.split(r"[/\\]", text) if p]
-    candidates += [relative_path("/".join(parts[-n:])) for n in (3, 2, 1)]  # of another computer
+    ends = (3, 2) if len(parts) > 1 else (1,)
+    candidates += [relative_path("/".join(parts[-n:])) for n in ends]  # of another computer
     for root in roots:
         for number, inside in enumerate(candidates):
             if inside is None and text not in (".", "./"):

@@ -1,0 +1,502 @@
+"""Damaged data sets in the formats of other tools: one sentence names the file, the line or the object."""
+
+# ruff: noqa: E501 - one case in each line
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskwright.data import Dataset, DataWarning, check, open_dataset
+from maskwright.data.convert import convert_data
+from maskwright.structures import Masks
+from tests.data.test_round_trips import CLASSES, LEFT, OVER, RIGHT, Drawn, made
+
+SIZE = (24, 36)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same two images in every format."""
+    root = tmp_path_factory.mktemp("sources")
+    masks = [Masks.from_polygons([[LEFT], [RIGHT]], SIZE), Masks.from_polygons([[OVER]], SIZE)]
+    dataset = Drawn(root / "images", [made(masks[0], [0, 1]), made(masks[1], [2], first=3)])
+    for to in ("yolo", "labelme", "via", "cvat", "voc", "label-maps"):
+        convert_data(dataset, root / to, to)
+    return root
+
+
+@pytest.fixture
+def copy(sources: Path, tmp_path: Path) -> Callable[[str], Path]:
+    def copied(name: str) -> Path:
+        import shutil
+
+        return Path(shutil.copytree(sources / name, tmp_path / name))
+
+    return copied
+
+
+def found(path: Path, severity: str) -> list[str]:
+    """The findings of one severity."""
+    report = check(path)
+    return [str(f) for f in report.findings if f.severity == severity]
+
+
+def opened(path: Path) -> Dataset:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        return open_dataset(path)
+
+
+def counts(path: Path) -> list[int]:
+    dataset = opened(path)
+    return [len(dataset.targets(i)) for i in range(len(dataset))]
+
+
+def the(findings: list[str], words: str) -> str:
+    """The only finding with these words."""
+    matching = [line for line in findings if words in line]
+    assert len(matching) == 1, findings
+    return matching[0]
+
+
+LABELS = "labels/train/image 0.txt"
+
+# What is done to a label file, the level of the finding, and its words.
+LINES = {
+    "an odd number of values": ("0 0.1 0.1 0.5 0.1 0.5\n", "skip", f"'{LABELS}:1' on 'images/train/image 0.png' has 5 values after the class"),
+    "not a number": ("0 0.1 0.1 half 0.1 0.5 0.5\n", "skip", f"'{LABELS}:1' on 'images/train/image 0.png' has 'half' where a number is expected"),
+    "not finite": ("0 0.1 0.1 nan 0.1 0.5 0.5\n", "skip", "has a value that is not a finite number"),
+    "above 1": ("0 0.1 0.1 1.7 0.1 0.5 0.5\n", "skip", "has the coordinate 1.7; expected shares of the image's width and height, 0 ... 1"),
+    "negative": ("0 -0.6 0.1 0.9 0.1 0.5 0.5\n", "skip", "has the coordinate -0.6"),
+    "an unknown class": ("7 0.1 0.1 0.9 0.1 0.5 0.5\n", "skip", "has class 7, but the classes are 0 to 2"),
+    "a negative class": ("-1 0.1 0.1 0.9 0.1 0.5 0.5\n", "skip", "has class -1; expected a class number from 0 on"),
+    "two points": ("0 0.1 0.1\n", "skip", "has 1 points; at least 3 are needed"),
+    "collinear": ("0 0.1 0.1 0.2 0.2 0.3 0.3\n", "skip", "has a polygon without area"),
+    "slightly outside": ("0 -0.01 0.1 1.02 0.1 0.5 0.5\n", "note", "1 outlines reach slightly out of their images"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(LINES))
+def test_a_bad_line_of_yolo_is_named(case: str, copy: Callable[[str], Path]) -> None:
+    text, severity, words = LINES[case]
+    root = copy("yolo")
+    good = "1 0.6 0.2 0.9 0.2 0.9 0.8\n"
+    (root / LABELS).write_text(text + good)
+    assert words in the(found(root, severity), words)
+    assert counts(root) == [2 if severity == "note" else 1, 1]
+
+
+def test_yolo_with_windows_line_ends_a_byte_order_mark_and_commas_is_read(copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    text = (root / LABELS).read_text()
+    (root / LABELS).write_bytes(b"\xef\xbb\xbf" + text.replace(" ", ", ").replace("\n", "\r\n\r\n").encode())
+    settings = (root / "data.yaml").read_text()
+    (root / "data.yaml").write_bytes(settings.replace("\n", "\r\n").encode("utf-16"))
+    assert counts(root) == [2, 1]
+    assert open_dataset(root).classes == CLASSES
+
+
+def test_yolo_in_pixels_is_an_error_that_is_repaired(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    root = copy("yolo")
+    for name, label in (("image 0", 0), ("image 1", 1)):
+        (root / f"labels/train/{name}.txt").write_text(f"{label} " + " ".join(map(str, LEFT)) + "\n")
+    words = "2 of 2 objects have coordinates in pixels; YOLO's are shares of the width and height"
+    assert the(found(root, "error"), words)
+    report = check(root, fix=tmp_path / "fixed")
+    assert report.usable
+    fixed = open_dataset(tmp_path / "fixed")
+    assert fixed.targets(0).masks.areas().tolist() == [12 * 18]  # type: ignore[union-attr]
+
+
+SETTINGS = {
+    "two classes of one number": ("names:\n  0: cat\n  0: dog\n", "has key 0 twice, for 'cat' and 'dog' (line 3); give each its own key"),
+    "two classes of one number as text": ("names: {0: cat, '00': dog}\n", "class number 0 is used for both 'cat' and 'dog'"),
+    "too few names": ("nc: 4\nnames: [cat, dog]\n", "'nc' is 4, but 'names' lists 2 classes"),
+    "no names": ("train: images/train\n", "has neither 'names' nor 'nc'"),
+    "not yaml": ("names: [cat\ntrain: x\n", "is invalid YAML"),
+    "an alias": ("a: &a [cat, dog]\nnames: *a\n", "has an alias (*name) in line 2"),
+    "poses": ("names: [a]\nkpt_shape: [17, 3]\n", "it is a data set of poses, not of masks"),
+    "names as text": ("names: cat\n", "'names' is 'cat'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(SETTINGS))
+def test_bad_settings_of_yolo_are_one_error(case: str, copy: Callable[[str], Path]) -> None:
+    text, words = SETTINGS[case]
+    root = copy("yolo")
+    train = "" if "train:" in text else "train: images/train\n"
+    (root / "data.yaml").write_text(text + train)
+    errors = found(root, "error")
+    assert the(errors, words).startswith(f"{root}/data.yaml: ")
+
+
+def test_yaml_with_python_objects_is_not_executed(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    root = copy("yolo")
+    target = tmp_path / "executed"
+    (root / "data.yaml").write_text(f'names: !!python/object/apply:os.mkdir ["{target}"]\ntrain: images/train\n')
+    assert the(found(root, "error"), "is invalid YAML (could not determine a constructor")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ("../train/images", "'train' is '../train/images', which is not a folder or list of images in"),
+        ("/etc", "'train' is '/etc', which is not a folder or list of images in"),
+        ("images/nowhere", "'train' is 'images/nowhere'"),
+    ],
+)
+def test_paths_that_leave_the_folder_are_not_read(train: str, words: str, copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    (root.parent / "train" / "images").mkdir(parents=True)
+    (root / "data.yaml").write_text(f"train: {train}\nnames: {json.dumps(list(CLASSES))}\n")
+    assert words in the(found(root, "error"), words)
+
+
+@pytest.mark.parametrize(
+    "text", ["../images/train", "./images/train", "[images/train]", "/home/me/set/images/train", "train.txt"]
+)
+def test_the_forms_of_paths_in_data_yaml(text: str, copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    (root / "train.txt").write_text("./images/train/image 0.png\n/data/images/train/image 1.png\n")
+    (root / "data.yaml").write_text(f"path: .\ntrain: {text}\nval: ''\ntest:\nnames: {json.dumps(list(CLASSES))}\n")
+    assert counts(root) == [2, 1]
+
+
+def test_labels_and_images_without_their_other_half(copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    (root / "images/train/image 1.png").unlink()
+    Image.new("RGB", (36, 24), (9, 200, 30)).save(root / "images/train/other.png")
+    assert the(found(root, "skip"), "1 label files have no image: 'labels/train/image 1.txt'")
+    assert the(found(root, "note"), "1 of 2 images have no label file: 'images/train/other.png'")
+    (root / LABELS).write_text("")
+    assert counts(root) == [0, 0]
+
+
+def test_two_images_of_one_label_file_are_named(copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    Image.new("RGB", (36, 24)).save(root / "images/train/image 0.jpg")
+    assert the(found(root, "note"), "1 label files belong to several images, such as 'images/train/image 0.jpg'")
+
+
+def test_yolo_without_settings_is_read_with_classes_txt(copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    (root / "data.yaml").unlink()
+    (root / "classes.txt").write_text("a\nb\nc\n")
+    assert open_dataset(root).classes == ("a", "b", "c")
+    assert counts(root) == [2, 1]
+
+
+# ---- LabelMe ---------------------------------------------------------------------------------------------------------
+
+
+def change(path: Path, **changes: object) -> dict[str, object]:
+    content = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps({**content, **changes}), "utf-8")
+    return content
+
+
+SHAPES = {
+    "unknown": ({"shape_type": "spline"}, "has the shape type 'spline'; expected polygon, rectangle, circle or mask"),
+    "line": ({"shape_type": "linestrip"}, "has the shape type 'linestrip'"),
+    "two points": ({"points": [[1, 1], [5, 5]]}, "has 2 points; at least 3 are needed"),
+    "text": ({"points": [[1, 1], ["a", 5], [9, 9]]}, "has a coordinate that is not a finite number"),
+    "no pairs": ({"points": [[1, 1, 3], [2, 5], [9, 9]]}, "has points that are not pairs x, y"),
+    "no label": ({"label": None}, "has label None; expected the name of a class"),
+    "a mask of another size": ({"shape_type": "mask", "points": [[1, 1], [9, 9]], "mask": "PNG"}, "is a mask of 4 x 4 pixels for corners 9 x 9"),
+    "a damaged mask": ({"shape_type": "mask", "points": [[1, 1], [4, 4]], "mask": "!!"}, "is a mask that is not base64 text"),
+    "a circle of one point": ({"shape_type": "circle", "points": [[1, 1]]}, "is a circle of 1 points; expected 2"),
+    "outside": ({"points": [[90, 90], [95, 90], [95, 99]]}, "has a polygon outside its image of 36 x 24"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(SHAPES))
+def test_a_bad_shape_of_labelme_is_named(case: str, copy: Callable[[str], Path]) -> None:
+    changes, words = SHAPES[case]
+    root = copy("labelme")
+    path = root / "image 0.json"
+    shapes = json.loads(path.read_text("utf-8"))["shapes"]
+    if changes.get("mask") == "PNG":
+        changes = {**changes, "mask": png(np.ones((4, 4), bool))}
+    change(path, shapes=[{**shapes[0], **changes}, shapes[1]])
+    line = the(found(root, "skip"), words)
+    assert "annotation 'image 0.json: shapes[0]' on 'image 0.png'" in line
+    assert counts(root) == [1, 1]
+
+
+def png(plane: np.ndarray) -> str:
+    data = io.BytesIO()
+    Image.fromarray(plane).save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def test_the_shapes_of_labelme_have_their_areas(copy: Callable[[str], Path]) -> None:
+    root = copy("labelme")
+    plane = np.ones((4, 6), bool)
+    plane[1:3, 1:3] = False
+    shapes = [
+        {"label": "a", "shape_type": "rectangle", "points": [[10, 12], [2, 2]]},
+        {"label": "b", "shape_type": "circle", "points": [[20, 12], [20, 20]], "group_id": None},
+        {"label": "c", "shape_type": "mask", "points": [[28, 3], [33, 6]], "mask": png(plane)},
+        {"label": "d", "points": [[-5, -5], [4, -5], [4, 6], [-5, 6]]},
+    ]
+    change(root / "image 0.json", shapes=[{"flags": {}, **shape} for shape in shapes])
+    dataset = opened(root)
+    target = dataset.targets(0)
+    areas = dict(zip([dataset.classes[k] for k in target.labels.tolist()], target.masks.areas().tolist(), strict=True))  # type: ignore[union-attr]
+    assert areas["a"] == 80
+    assert abs(areas["b"] - np.pi * 64) < 6
+    assert areas["c"] == 20
+    assert areas["d"] == 24
+
+
+def test_images_that_are_only_embedded_are_repaired(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    root = copy("labelme")
+    for name in ("image 0", "image 1"):
+        data = (root / f"{name}.png").read_bytes()
+        change(root / f"{name}.json", imageData=base64.b64encode(data).decode(), imagePath="C:\\work\\photo.png")
+        (root / f"{name}.png").unlink()
+    line = the(found(root, "error"), "2 of 2 images exist only in their JSON files (imageData)")
+    assert "check --fix" in line
+    report = check(root, fix=tmp_path / "fixed")
+    assert report.usable, report
+    assert counts(tmp_path / "fixed") == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "image 0.json is empty"),
+        (b'{"version": "5", "shapes": [{"label": ', "image 0.json is truncated JSON"),
+        (b'{"version": "5", "shapes": 3, "imagePath": "a"}', "image 0.json has no list 'shapes'"),
+        (b'{"version": "5", "shapes": [], "imagePath": "\xff"}', "image 0.json is not UTF-8 text (byte 4"),
+    ],
+)
+def test_a_damaged_file_of_labelme_is_named_and_the_others_are_read(
+    content: bytes, words: str, copy: Callable[[str], Path]
+) -> None:
+    root = copy("labelme")
+    (root / "image 0.json").write_bytes(content)
+    assert the(found(root, "skip"), words)
+    assert counts(root) == [1]
+
+
+def test_a_missing_image_of_labelme_is_named(copy: Callable[[str], Path]) -> None:
+    root = copy("labelme")
+    (root / "image 1.png").unlink()
+    assert the(found(root, "error"), "1 of 2 images are not in")
+
+
+def test_images_stored_turned_are_read_upright(copy: Callable[[str], Path]) -> None:
+    """LabelMe shows images upright and lists that size."""
+    root = copy("labelme")
+    for name in ("image 0", "image 1"):
+        pixels = Image.open(root / f"{name}.png").transpose(Image.Transpose.ROTATE_90)
+        exif = Image.Exif()
+        exif[0x0112] = 6  # turn clockwise to display
+        pixels.save(root / f"{name}.jpg", exif=exif)
+        (root / f"{name}.png").unlink()
+        change(root / f"{name}.json", imagePath=f"{name}.jpg")
+    dataset = open_dataset(root)
+    assert dataset.sizes() == [SIZE, SIZE]
+    assert dataset.targets(0).masks.areas().tolist() == [12 * 18, 9 * 7]  # type: ignore[union-attr]
+
+
+# ---- VIA, CVAT -------------------------------------------------------------------------------------------------------
+
+
+REGIONS = {
+    "polyline": ({"name": "polyline", "all_points_x": [1, 2], "all_points_y": [1, 2]}, "has the shape 'polyline'"),
+    "lengths": ({"name": "polygon", "all_points_x": [1, 9, 9], "all_points_y": [1, 2]}, "has a polygon with 3 x and 2 y coordinates"),
+    "few": ({"name": "polygon", "all_points_x": [1, 9], "all_points_y": [1, 2]}, "has a polygon of 2 points"),
+    "no radius": ({"name": "circle", "cx": 3, "cy": 4}, "is a circle without the numbers cx, cy, r"),
+    "text": ({"name": "rect", "x": 3, "y": 4, "width": "wide", "height": 3}, "is a rect without the numbers"),
+    "no area": ({"name": "rect", "x": 3, "y": 4, "width": 0, "height": 3}, "is a rect without area"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(REGIONS))
+def test_a_bad_region_of_via_is_named(case: str, copy: Callable[[str], Path]) -> None:
+    shape, words = REGIONS[case]
+    root = copy("via")
+    path = root / "via_region_data.json"
+    content = json.loads(path.read_text("utf-8"))
+    entry = next(iter(content["_via_img_metadata"].values()))
+    entry["regions"][0]["shape_attributes"] = shape
+    path.write_text(json.dumps(content), "utf-8")
+    assert "annotation 'image 0.png: regions[0]' on 'image 0.png'" in the(found(root, "skip"), words)
+    assert counts(root) == [1, 1]
+
+
+@pytest.mark.parametrize("form", ["project", "bare", "via 1", "checkboxes", "one attribute of several"])
+def test_the_forms_of_via(form: str, copy: Callable[[str], Path]) -> None:
+    root = copy("via")
+    path = root / "via_region_data.json"
+    content = json.loads(path.read_text("utf-8"))
+    entries = content["_via_img_metadata"]
+    for entry in entries.values():
+        for region in entry["regions"]:
+            name = region["region_attributes"]["class"]
+            if form == "checkboxes":
+                region["region_attributes"]["class"] = {name: True, "other": False}
+            elif form == "one attribute of several":
+                region["region_attributes"] = {"quality": "good", "species": name, "comment": ""}
+        if form == "via 1":
+            entry["regions"] = {str(n): region for n, region in enumerate(entry["regions"])}
+    path.write_text(json.dumps(content if form == "project" else entries), "utf-8")
+    assert counts(root) == [2, 1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        assert sorted(open_dataset(root).classes) == sorted(CLASSES)
+
+
+MARKS = {
+    "truncated": (lambda t: t[: len(t) // 2], "error", "annotations.xml: the file is truncated XML"),
+    "entities": (
+        lambda t: t.replace("<annotations>", '<!DOCTYPE a [<!ENTITY b "c"><!ENTITY d "&b;&b;">]><annotations>'),
+        "error", "declares XML entities, which are not read",
+    ),
+    "external": (
+        lambda t: t.replace("<annotations>", '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><annotations>'),
+        "error", "declares XML entities, which are not read",
+    ),
+    "empty": (lambda t: "", "error", "the file is empty"),
+    "no number": (lambda t: t.replace("2,2;", "2,x;", 1), "skip", "has a coordinate that is not a finite number"),
+    "no pair": (lambda t: t.replace("2,2;", "2;", 1), "skip", "has points that are not pairs x,y"),
+    "no label": (lambda t: t.replace('<polygon label="car"', '<polygon label=""'), "skip", "has no label"),
+    "other shapes": (
+        lambda t: t.replace("</image>", '<points label="car" points="1,1"/></image>', 1), "skip", "has shapes that are no areas: 1 points",
+    ),
+    "a tracking export": (
+        lambda t: "<annotations><track/></annotations>", "error", "it is an export 'CVAT for video'",
+    ),
+    "a leaving name": (lambda t: t.replace('name="image 0.png"', 'name="../../etc/x.png"'), "error", "is outside the image folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(MARKS))
+def test_damaged_xml_of_cvat_is_named(case: str, copy: Callable[[str], Path]) -> None:
+    damage, severity, words = MARKS[case]
+    root = copy("cvat")
+    path = root / "annotations.xml"
+    path.write_text(damage(path.read_text("utf-8")), "utf-8")
+    assert words in the(found(root, severity), words)
+
+
+def test_the_shapes_of_cvat_have_their_areas(copy: Callable[[str], Path]) -> None:
+    root = copy("cvat")
+    path = root / "annotations.xml"
+    shapes = """<box label="a" xtl="2" ytl="2" xbr="12" ybr="10" occluded="1"/>
+    <ellipse label="b" cx="20" cy="12" rx="6" ry="8"/>
+    <mask label="c" rle="0, 2, 2, 2" left="30" top="4" width="3" height="2"/>
+    <polygon label="d" points="1,15;5,15;5,20;1,20" group_id="4"/>
+    <polygon label="d" points="7,15;11,15;11,20;7,20" group_id="4"/>"""
+    name = 'name="image 0.png" width="36" height="24">'
+    text = path.read_text("utf-8")
+    first = text.index(name) + len(name)
+    path.write_text(text[:first] + shapes + text[text.index("</image>") :], "utf-8")
+    dataset = opened(root)
+    target = dataset.targets(0)
+    areas = dict(zip([dataset.classes[k] for k in target.labels.tolist()], target.masks.areas().tolist(), strict=True))  # type: ignore[union-attr]
+    assert areas["a"] == 80
+    assert abs(areas["b"] - np.pi * 48) < 5
+    assert areas["c"] == 4
+    assert areas["d"] == 40
+    assert len(target) == 4
+
+
+def test_the_subsets_of_cvat_are_splits(copy: Callable[[str], Path]) -> None:
+    root = copy("cvat")
+    path = root / "annotations.xml"
+    text = (
+        path.read_text("utf-8")
+        .replace('id="0"', 'id="0" subset="Train"')
+        .replace('id="1"', 'id="1" subset="Validation"')
+    )
+    path.write_text(text, "utf-8")
+    assert len(open_dataset(root, "train")) == 1
+    assert len(open_dataset(root, "val").targets(0)) == 1
+
+
+# ---- maps ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_map_of_another_size_is_named(copy: Callable[[str], Path]) -> None:
+    for name, file in (("voc", "SegmentationObject/image 0.png"), ("label-maps", "masks/image 0.png")):
+        root = copy(name)
+        Image.fromarray(np.zeros((30, 40), np.uint8)).save(root / file)
+        line = the(found(root, "skip"), "is 40 x 30, but its image is 36 x 24")
+        assert file in line
+        assert counts(root) == [0, 1]
+
+
+def test_a_map_for_the_image_as_stored_is_named(copy: Callable[[str], Path]) -> None:
+    root = copy("label-maps")
+    Image.fromarray(np.zeros((36, 24), np.uint8)).save(root / "masks/image 0.png")
+    assert the(found(root, "skip"), "turn it as the image is displayed (EXIF orientation)")
+
+
+def test_damaged_and_unsuitable_maps_are_named(copy: Callable[[str], Path]) -> None:
+    root = copy("label-maps")
+    (root / "masks/image 0.png").write_bytes((root / "masks/image 0.png").read_bytes()[:60])
+    assert the(found(root, "skip"), "masks/image 0.png is damaged")
+    Image.new("L", (36, 24), 3).save(root / "masks/image 0.png", "JPEG")
+    assert the(found(root, "skip"), "was saved as JPEG, which changes the numbers in its pixels")
+
+
+def test_foreground_masks_are_an_error(copy: Callable[[str], Path]) -> None:
+    root = copy("label-maps")
+    for path in sorted((root / "masks").glob("*.png")):
+        Image.fromarray((np.asarray(Image.open(path)) > 0).astype(np.uint8) * 255).save(path)
+    assert the(found(root, "error"), "all 2 maps have the only value 255: they mark the foreground")
+
+
+def test_truncated_xml_of_voc_is_a_note_while_the_pngs_have_the_classes(copy: Callable[[str], Path]) -> None:
+    root = copy("voc")
+    path = root / "Annotations" / "image 0.xml"
+    path.write_text(path.read_text()[:80])
+    assert counts(root) == [2, 1]
+    assert not found(root, "error")
+    (root / "SegmentationClass" / "image 0.png").unlink()
+    assert the(found(root, "skip"), "Annotations/image 0.xml is truncated XML")
+
+
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "int32", "float32"])
+def test_maps_of_all_depths_are_read(kind: str, copy: Callable[[str], Path]) -> None:
+    root = copy("label-maps")
+    plane = np.asarray(Image.open(root / "masks/image 0.png"))
+    (root / "masks/image 0.png").unlink()
+    largest = {"uint8": 200, "uint16": 60_000, "int32": 1_000_000, "float32": 70_000}[kind]
+    Image.fromarray(np.where(plane == 2, largest, plane).astype(kind)).save(root / "masks/image 0.tif")
+    assert counts(root) == [2, 1]
+
+
+def test_several_formats_in_one_folder_are_named(copy: Callable[[str], Path], sources: Path) -> None:
+    root = copy("yolo")
+    (root / "annotations.xml").write_bytes((sources / "cvat" / "annotations.xml").read_bytes())
+    from maskwright.errors import UsageError
+
+    with pytest.raises(UsageError, match=r"2 formats fit equally well: yolo \(data.yaml\), cvat \(annotations.xml\)"):
+        open_dataset(root)
+    assert len(open_dataset(f"yolo:{root}")) == 2
+
+
+def test_the_copy_of_fix_has_the_format_of_the_source(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    for name in ("labelme", "via", "cvat", "voc", "label-maps", "yolo"):
+        root = copy(name)
+        image = next(
+            p for p in sorted(root.rglob("image 1.png")) if "images" in str(p) or p.parent.name in (name, "JPEGImages")
+        )
+        image.write_bytes(image.read_bytes()[:200])
+        report = check(root, fix=tmp_path / f"{name}-fixed")
+        assert report.usable, report
+        assert counts(tmp_path / f"{name}-fixed") == [2], name
