@@ -43,9 +43,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if both:
         raise pytest.UsageError(f"marked fast and slow at once: {', '.join(both)}")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    if config.option.markexpr == "fast":
-        left_out = [item for item in items if item.get_closest_marker("thorough")]
-        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+    omitted = "thorough" if config.option.markexpr == "fast" else "cluster" if not config.option.markexpr else None
+    if omitted:
+        left_out = [item for item in items if item.get_closest_marker(omitted)]
+        items[:] = [item for item in items if not item.get_closest_marker(omitted)]
         config.hook.pytest_deselected(items=left_out)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -23,6 +24,9 @@ from maskwright.cli.arguments import (
 from maskwright.cli.data import Format
 from maskwright.errors import UsageError
 from maskwright.terminal import print_error, print_line, progress
+
+if TYPE_CHECKING:
+    from maskwright.inference.shards import Work
 
 
 def predict(
@@ -47,6 +51,8 @@ def predict(
     tile: Integer = None,
     overlap: float = 0.2,
     recursive: bool = False,
+    shard: Annotated[str | None, arg(metavar="I/N")] = None,
+    ray: Annotated[str | None, arg(metavar="local|ADDRESS")] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     compile: bool = False,
@@ -59,14 +65,18 @@ def predict(
                              (with --data the ids of the annotations, otherwise 1, 2, ... and label + 1)
     OUT/masks/NAME.png       16 bits: 0 background, k the k-th best object (the better one where two overlap)
     OUT/labels/NAME.tif      the same as a tiled BigTIFF with 32 bits
-    OUT/geojson/NAME.geojson outlines, for QuPath and geographic information systems; in the coordinates of the
-                             reference system, if the image is geo-referenced, otherwise in pixels
+    OUT/geojson/NAME.geojson  outlines, for QuPath and geographic information systems; in the coordinates of the
+                              reference system, if the image is geo-referenced, otherwise in pixels
 
     With --task panoptic or semantic, OUT/panoptic.json and OUT/panoptic/NAME.png (COCO panoptic) replace results.json.
 
     With --tile, TIFF files of more than 2^25 pixels, other images of more than 2^28 and whole-slide images are read in
     windows, and their objects are written as they become complete: memory does not depend on the size of the image.
     A run that was killed continues where it was when the same command is given again.
+
+    With --shard or --ray, predictions of many images are written as Parquet files, OUT/shard-I-of-N/part-*.parquet, and
+    a run that was killed continues with the images that they do not contain. IMAGES may be URLs (s3://...) and Parquet
+    files with a column of names too.
 
     Objects that score below 0.5 are left out (the Python function `predict` and `evaluate` use the system's own
     threshold, 0.05 for most systems); --score-threshold changes it. Unreadable images are skipped and listed at
@@ -79,6 +89,7 @@ def predict(
       maskwright predict aerial.tif -w best.safetensors --tile 1024 --score-threshold 0.7
       maskwright predict slide.svs -w cells.safetensors --tile 1024 --format geojson labels
       maskwright predict street/ -w best.safetensors --classes person,car --threshold person=0.7,car=0.3
+      maskwright predict s3://bucket/images -w best.safetensors --shard 2/8 -o predictions
 
     Args:
         images: Image files, folders, globs; default: all images of --data.
@@ -102,6 +113,8 @@ def predict(
         tile: For large images: side of the tiles they are cut into; objects are joined across seams.
         overlap: Share of a tile that it has in common with its neighbour.
         recursive: Search sub-folders too.
+        shard: Predict the I-th of N shares of the images; every process is given another I.
+        ray: Predict on a Ray cluster: local starts one on this machine.
         device: Where to compute; auto takes a GPU if there is one.
         dtype: Precision of the network.
         compile: Compile the network first: slower to start, faster per image.
@@ -110,8 +123,10 @@ def predict(
     from maskwright.checkpoints import load
     from maskwright.evaluation.tasks import task_called
     from maskwright.inference import predict as run
+    from maskwright.inference.journal import digest
     from maskwright.inference.own_ids import DatasetIds, find_ids, opened_data
     from maskwright.inference.selecting import parse_thresholds, split_names
+    from maskwright.inference.shards import Work
     from maskwright.inference.writer import PredictionWriter
     from maskwright.systems import stuff_of
 
@@ -137,14 +152,14 @@ def predict(
         images = images or tuple(str(path) for path in opened.paths() if path is not None)
         ids = DatasetIds(opened, network.classes)
     else:
-        ids = find_ids(images, network.classes) if "coco" in format else None
-    found = run(
-        network,
-        list(images),
+        ids = find_ids(images, network.classes) if "coco" in format and shard is None and ray is None else None
+    options = given(
+        score_threshold=0.5 if score_threshold is None and task == "instances" else score_threshold,
+        nms_threshold=nms_threshold,
+        detections=detections,
         batch=batch,
         tile=tile,
         overlap=overlap,
-        recursive=recursive,
         device=device_named(device),
         dtype=dtype,
         compile=compile,
@@ -152,13 +167,20 @@ def predict(
         task=task,
         classes=None if classes is None else split_names([classes], network.classes),
         threshold=own or None,
+    )
+    if shard is not None or ray is not None:
+        if format != ("drawn", "coco"):
+            raise UsageError("--shard and --ray write Parquet files; omit --format")
+        make = functools.partial(load, _absolute(weights), commercial_ok=commercial_ok, variant=variant)
+        work = Work((lambda: network) if ray is None else make, options)
+        return _predict_parts(work, images, out, shard, ray, recursive, digest(network))
+    found = run(
+        network,
+        list(images),
+        recursive=recursive,
         stream=tile is not None and suppression is None,
         journals=out / ".tiles",
-        **given(
-            score_threshold=0.5 if score_threshold is None and task == "instances" else score_threshold,
-            nms_threshold=nms_threshold,
-            detections=detections,
-        ),
+        **options,
     )
     stuff = network.classes if task == "semantic" else stuff_of(network)
     names, total = network.classes, len(found)
@@ -189,6 +211,36 @@ def _suggestions(out: Path, to: str) -> object:
 
     folder = image_folder(out / "pictures.json")
     return convert_data(out / "results.json", out / to, to, allow_loss=True, format="results", images=folder)
+
+
+def _absolute(weights: str) -> str:
+    """Weights for processes with another working folder: an absolute path, or a name of the catalogue."""
+    path = Path(weights).expanduser()
+    return str(path.absolute()) if path.exists() else weights
+
+
+def _predict_parts(
+    work: Work, images: tuple[str, ...], out: Path, shard: str | None, ray: str | None, recursive: bool, weights: str
+) -> int:
+    """Predict a share of many images."""
+    from maskwright.inference.listing import parse_shard
+    from maskwright.inference.shards import predict_shard
+
+    number, count = (1, 1) if shard is None else parse_shard(shard)
+    parts = predict_shard(
+        work,
+        images,
+        out,
+        shard=(number, count),
+        recursive=recursive,
+        ray=ray,
+        about={"weights": weights},
+        progress=progress,
+    )
+    print_line(f"{_count(parts.objects, 'object')} in {_count(len(parts.done), 'image')}: {parts.folder}")
+    for name, reason in parts.skipped:
+        print_error(f"skipped {name}: {reason}" if name not in reason else f"skipped {reason}")
+    return 1 if parts.skipped else 0
 
 
 def _count(number: int, noun: str) -> str:

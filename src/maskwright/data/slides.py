@@ -31,7 +31,16 @@ from torch import Tensor
 from maskwright.data.deep_images import TiffLayout, tiff_layout
 from maskwright.data.findings import DataWarning
 from maskwright.data.images import MAX_PIXELS, current_reading, decode, read_size
-from maskwright.data.windows import CACHE, WhiteRange, WindowedImage, WindowSource, is_huge, overview_of, overview_step
+from maskwright.data.windows import (
+    CACHE,
+    TILES,
+    WhiteRange,
+    WindowedImage,
+    WindowSource,
+    is_huge,
+    overview_of,
+    overview_step,
+)
 from maskwright.errors import ImageError
 
 SLIDES = frozenset(".bif .mrxs .ndpi .scn .svs .svslide .vms .vmu".split())  # noqa: SIM905 - read by OpenSlide only
@@ -306,7 +315,7 @@ class SeriesImage:
         block = np.ascontiguousarray(segment[0])
         self._cache[page, index] = block
         self._cached += block.nbytes
-        while len(self._cache) > 1 and self._cached > CACHE:
+        while len(self._cache) > 1 and self._cached > (TILES if self._key.is_tiled else CACHE):
             self._cached -= self._cache.popitem(last=False)[1].nbytes
         return block
 

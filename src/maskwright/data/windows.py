@@ -39,7 +39,8 @@ from maskwright.data.images import (
 )
 from maskwright.errors import ImageError
 
-CACHE = 256 << 20  # bytes of decoded strips and tiles that are kept
+CACHE = 256 << 20  # bytes of decoded strips that are kept: those of a row of windows
+TILES = 64 << 20  # bytes of decoded tiles that are kept
 _HUGE = 1 << 62
 _ADVICE = "convert it to a tiled TIFF file, or to PNG without interlacing"
 
@@ -312,7 +313,7 @@ class _Tiff:
         pixels = decode(io.BytesIO(self._small(number)), os.fspath(self.path), white=self.white).contiguous()
         self.cache[number] = pixels
         self.cached += pixels.nbytes
-        while len(self.cache) > 1 and self.cached > CACHE:
+        while len(self.cache) > 1 and self.cached > (TILES if self.tiled else CACHE):
             self.cached -= self.cache.popitem(last=False)[1].nbytes
         return pixels
 

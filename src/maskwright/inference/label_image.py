@@ -20,7 +20,7 @@ from maskwright.structures.rle import Ints
 
 Labels = npt.NDArray[np.uint32]
 SIDE = 256  # of the tiles of the file
-MEMORY = 96 << 20  # bytes of tiles that are kept uncompressed
+MEMORY = 48 << 20  # bytes of tiles that are kept uncompressed
 _LEVEL = 1  # of the compression: higher ones save little
 
 
