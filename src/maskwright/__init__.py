@@ -31,6 +31,7 @@ _HOMES = {
     "predict": "inference",
     "train": "training",
     "evaluate": "inference",
+    "export": "inference",
     "report": "evaluation",
     "check": "data",
     "read_coco": "data",
@@ -51,6 +52,7 @@ __all__ = [
     "convert",
     "create",
     "evaluate",
+    "export",
     "load",
     "predict",
     "read_coco",
@@ -64,7 +66,7 @@ if TYPE_CHECKING:
     from maskwright.data import check, read_coco
     from maskwright.errors import MaskwrightError
     from maskwright.evaluation import report
-    from maskwright.inference import evaluate, predict
+    from maskwright.inference import evaluate, export, predict
     from maskwright.structures import Batch, Instances, Masks, Panoptic, Placement, Preprocess
     from maskwright.systems import System, create
     from maskwright.training import train

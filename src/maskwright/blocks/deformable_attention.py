@@ -31,7 +31,7 @@ def deformable_sample(
 
     On the CPU the sums are taken over rows of a table of cells: 5 times as fast in the forward pass as sampling maps
     channel by channel, and 1.5 times as fast with the backward pass (22,000 queries, 3 levels, one core). On other
-    devices maps are sampled.
+    devices, and in exported networks, whose runtimes sample maps as fast, maps are sampled.
 
     Args:
         values: The cells of L feature maps, one map after the other, each row by row.
@@ -42,7 +42,8 @@ def deformable_sample(
     Returns:
         The sums, with the heads concatenated: C = G * D.
     """
-    return (_by_rows if values.device.type == "cpu" else _by_maps)(values, shapes, locations, weights)
+    by_rows = values.device.type == "cpu" and not torch.compiler.is_exporting()
+    return (_by_rows if by_rows else _by_maps)(values, shapes, locations, weights)
 
 
 def _by_maps(values: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:

@@ -279,6 +279,26 @@ def compare_with_meta(kind: type[System], options: Options, state: Mapping[str, 
             )
 
 
+def checked_outline(kind: type[System], options: Options, state: Mapping[str, Tensor], path: str) -> Options:
+    """The options of a file, checked by building the system on the device "meta".
+
+    Args:
+        kind: The class of the system.
+        options: The options in the file; names of earlier versions are converted.
+        state: The tensors in the file; their size bounds that of the system.
+        path: The file, for messages.
+
+    Raises:
+        CheckpointError: If the options are invalid, or describe a system far larger than the file.
+    """
+    with _faults_of(path):
+        upgraded = {**kind.upgraded(options), "classes": options["classes"]}
+    gone = sorted(set(upgraded) - set(_options_of(kind)))
+    if gone:
+        raise CheckpointError(f"{path}: {kind.name} does not have its options {shown(', '.join(gone))} in this version")
+    return _outline(kind, upgraded, {}, None, state, path)[1]
+
+
 # ---- checks before construction --------------------------------------------------------------------------------------
 
 

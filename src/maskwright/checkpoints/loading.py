@@ -16,10 +16,12 @@ from maskwright.checkpoints.building import build_official, build_ours
 from maskwright.checkpoints.catalogue import Entry, allows_commercial, catalogue, entry_of_file, find
 from maskwright.checkpoints.containers import views
 from maskwright.checkpoints.download import fetch
+from maskwright.checkpoints.exported import load_exported
 from maskwright.checkpoints.names import has_names
 from maskwright.checkpoints.origins import Candidate, Origin, Shapes, origins
 from maskwright.checkpoints.ours import is_ours, parse_metadata, save
 from maskwright.checkpoints.reading import read_state
+from maskwright.checkpoints.runtimes import SUFFIXES
 from maskwright.errors import CheckpointError, UnknownLayoutError, UsageError
 from maskwright.systems import System, system_class
 
@@ -38,7 +40,8 @@ def load(
     No code in the file is executed. All names and shapes are compared before any weight is loaded.
 
     Args:
-        source: A file, a Hugging Face folder, or a name in the catalogue (see `list_checkpoints`).
+        source: A file, a Hugging Face folder, or a name in the catalogue (see `list_checkpoints`). Files of `export`
+            (.onnx, .xml) give a system whose networks ONNX Runtime or OpenVINO computes; it cannot be trained.
         classes: Class names that replace those of the file. Rows of the heads are kept for names that match, ignoring
             case; other rows are initialised. If the file has no class names, as many names as it has classes are those
             of its rows. Ignored by systems that predict class-agnostic proposals.
@@ -56,6 +59,10 @@ def load(
         UsageError: If an option or the device is invalid.
     """
     path, entry = _locate(source, commercial_ok)
+    if path.suffix.lower() in SUFFIXES and path.is_file():
+        system = load_exported(path, classes, variant, overrides)
+        _check_licence(str(path), system.source or {}, commercial_ok)
+        return system
     with unexpected_as_errors(path):
         system = _loaded(path, entry, classes, commercial_ok, variant, overrides)
     try:

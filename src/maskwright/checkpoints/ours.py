@@ -46,7 +46,26 @@ def save(system: System, path: str | Path, extra: dict[str, Any] | None = None) 
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UsageError(f"{path}: the file name of a checkpoint must end in .safetensors")
-    metadata = {
+    if any(parameter.is_meta for parameter in system.parameters()):
+        raise UsageError(f"{path}: an exported system has no weights to save; copy its file instead")
+    metadata = metadata_of(system, path) | {"extra": _json(extra or {}, path, "extra")}
+    state = _unshared(system.state_dict())
+    metadata[ENTRY] = checksums(state)
+    with atomic_path(path, CheckpointError) as part:
+        save_file(state, part, metadata=metadata)
+
+
+def metadata_of(system: System, path: Path) -> dict[str, str]:
+    """The entries of a header that describe a system.
+
+    Args:
+        system: The system.
+        path: The file that will have them, for messages.
+
+    Raises:
+        UsageError: If an option cannot be written as JSON.
+    """
+    return {
         "format": "maskwright",
         "format_version": str(FORMAT_VERSION),
         "version": __version__,
@@ -55,12 +74,7 @@ def save(system: System, path: str | Path, extra: dict[str, Any] | None = None) 
         "classes": _json(list(system.classes), path, "classes"),
         "preprocess": _json(system.preprocess.to_dict(), path, "preprocess"),
         "source": _json(system.source or {}, path, "source"),
-        "extra": _json(extra or {}, path, "extra"),
     }
-    state = _unshared(system.state_dict())
-    metadata[ENTRY] = checksums(state)
-    with atomic_path(path, CheckpointError) as part:
-        save_file(state, part, metadata=metadata)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

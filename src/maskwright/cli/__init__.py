@@ -18,6 +18,7 @@ from maskwright._version import __version__
 from maskwright.cli.catalogue import checkpoints, convert, systems
 from maskwright.cli.comparing import compare
 from maskwright.cli.data import check, convert_data
+from maskwright.cli.exporting import export
 from maskwright.cli.results import evaluate, predict, report
 from maskwright.cli.serving import serve
 from maskwright.cli.training import ablate, demo, show_batch, train, train_with_recipe
@@ -38,6 +39,7 @@ VERBS: dict[str, Callable[..., int]] = {
         serve,
         report,
         convert,
+        export,
         systems,
         checkpoints,
         ablate,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from maskwright.blocks.layers import DeformConvNorm, FrozenBatchNorm, StillBatchNorm
+from maskwright.checkpoints.exported import parts_of, runtime_of
 from maskwright.errors import UsageError
 from maskwright.systems import System
 
@@ -41,6 +42,11 @@ def prepare(
     """
     place, kind = chosen_device(device), precision(dtype)
     if is_prepared(system, place, dtype, compile):
+        return system
+    if (runtime := runtime_of(system)) is not None:
+        if compile:
+            raise UsageError(f"compile does not apply to an exported system, which {runtime.name} has compiled")
+        runtime.prepare([part.name for part in parts_of(system)], dtype)
         return system
     ready = copy.deepcopy(system).eval().requires_grad_(False)
     fold(ready)

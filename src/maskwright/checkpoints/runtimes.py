@@ -1,0 +1,328 @@
+"""Runtimes that compute exported networks: ONNX Runtime and OpenVINO."""
+
+from __future__ import annotations
+
+import stat
+import sys
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from maskwright.checkpoints.budget import shown
+from maskwright.errors import CheckpointError, MissingExtraError, UsageError
+
+SUFFIXES = (".onnx", ".xml")
+KEY = "maskwright"  # of our metadata in OpenVINO's runtime information
+CRC = "weights_crc32"
+_DOMAINS = ("", "ai.onnx")
+
+
+class Runtime(ABC):
+    """Computes the parts of an exported file.
+
+    Attributes:
+        name: Name of the runtime.
+        metadata: Our entries in the file.
+        size: Size of the file in bytes.
+    """
+
+    name: str
+    metadata: dict[str, str]
+    size: int
+
+    @abstractmethod
+    def prepare(self, parts: Sequence[str], dtype: str = "float32") -> None:
+        """Compiles parts of the file, for a precision.
+
+        Raises:
+            UsageError: If the runtime does not have this precision.
+            CheckpointError: If a part is invalid.
+        """
+
+    @abstractmethod
+    def run(self, part: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
+        """Computes one part; names are those inside of the part."""
+
+
+def open_runtime(path: Path) -> Runtime:
+    """The runtime for a file: ONNX Runtime for .onnx, OpenVINO for .xml.
+
+    Raises:
+        CheckpointError: If the file cannot be read, or was not exported by this library.
+        MissingExtraError: If the runtime is not installed.
+    """
+    kind = OpenVino if path.suffix.lower() == ".xml" else OnnxRuntime
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path}: not a regular file; pass the path of an exported model")
+    return kind(path)
+
+
+def import_openvino() -> Any:
+    """The package openvino, which does not report its use.
+
+    Importing openvino (and nncf) sends a usage event, and writes an identifier into the home directory, through the
+    package openvino_telemetry. Without that package both use a stub of their own; it is made unavailable here.
+
+    Raises:
+        MissingExtraError: If openvino is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType] - None blocks the import
+    try:
+        import openvino
+    except ImportError:
+        raise MissingExtraError("openvino", "openvino") from None
+    return openvino
+
+
+def import_nncf() -> Any:
+    """The package nncf, which does not report its use; see `import_openvino`.
+
+    Raises:
+        MissingExtraError: If nncf is not installed.
+    """
+    import_openvino()
+    try:
+        import nncf
+    except ImportError:
+        raise MissingExtraError("nncf", "openvino") from None
+    return nncf
+
+
+# ---- ONNX Runtime ----------------------------------------------------------------------------------------------------
+
+
+class OnnxRuntime(Runtime):
+    """The parts of an ONNX file, each a session of ONNX Runtime on the CPU."""
+
+    name = "ONNX Runtime"
+
+    def __init__(self, path: Path):
+        try:
+            import onnx
+            import onnxruntime
+        except ImportError:
+            raise MissingExtraError("onnxruntime", "export") from None
+        self.path, self._onnx, self._ort = path, onnx, onnxruntime
+        self.size = path.stat().st_size
+        try:
+            self.model: Any = onnx.load_model_from_string(path.read_bytes())
+        except Exception as error:  # google.protobuf's DecodeError, among others
+            raise CheckpointError(
+                f"{path}: not an ONNX file, or a truncated one ({type(error).__name__}); export the system again"
+            ) from None
+        self.metadata = {entry.key: entry.value for entry in self.model.metadata_props}
+        self._sessions: dict[str, Any] = {}
+        _refuse_foreign_parts(self.model, path)
+        self._external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(self.model.graph))
+        if self._external:
+            _load_external(onnx, self.model, path)
+        if CRC in self.metadata and self.metadata[CRC] != weights_crc(self.model):
+            raise CheckpointError(f"{path}: its weights do not match their checksum; the file is damaged, export again")
+
+    def prepare(self, parts: Sequence[str], dtype: str = "float32") -> None:
+        if dtype != "float32":
+            raise UsageError(
+                f"{self.path}: ONNX Runtime computes an exported system in the precision of the file (float32 or int8), "
+                f"not in {dtype}; export to OpenVINO for bfloat16"
+            )
+        for part in parts:
+            if part not in self._sessions:
+                self._sessions[part] = self._session(part)
+
+    def _session(self, part: str) -> Any:
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4
+        # Waiting threads would take the processor from torch, which computes between the networks.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            data = self._part(part).SerializeToString()
+            return self._ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path}: ONNX Runtime cannot load the network {shown(part)} ({shown(error, 160)}); export it again"
+            ) from None
+
+    def _part(self, part: str) -> Any:
+        """The nodes, weights, inputs and outputs of one part as a model."""
+        model = self._onnx.ModelProto()
+        model.ir_version = self.model.ir_version
+        model.opset_import.extend(self.model.opset_import)
+        model.functions.extend(self.model.functions)
+        model.graph.name = part
+        prefix = f"{part}/"
+        for kind in ("node", "initializer", "input", "output"):
+            entries = [entry for entry in getattr(self.model.graph, kind) if entry.name.startswith(prefix)]
+            getattr(model.graph, kind).extend(entries)
+        return model
+
+    def run(self, part: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
+        feeds = {f"{part}/{name}": value for name, value in inputs.items()}
+        try:
+            return self._sessions[part].run([f"{part}/{name}" for name in outputs], feeds)
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path}: ONNX Runtime cannot compute the network {shown(part)} ({shown(error, 200)}); export it again"
+            ) from None
+
+
+def weights_crc(model: Any) -> str:
+    """The checksum of the weights of an ONNX model."""
+    value = 0
+    for tensor in model.graph.initializer:
+        value = zlib.crc32(tensor.raw_data, zlib.crc32(tensor.name.encode(), value))
+    return f"{value:08x}"
+
+
+def _tensors(graph: Any) -> Iterable[Any]:
+    """Every tensor of a graph, those in attributes and in graphs inside of it included."""
+    yield from graph.initializer
+    for tensor in graph.sparse_initializer:
+        yield tensor.values
+        yield tensor.indices
+    for node in graph.node:
+        yield from _tensors_in(node)
+
+
+def _tensors_in(node: Any) -> Iterable[Any]:
+    for attribute in node.attribute:
+        yield attribute.t
+        yield from attribute.tensors
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _tensors(graph)
+
+
+def _nodes(graph: Any) -> Iterable[Any]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def _refuse_foreign_parts(model: Any, path: Path) -> None:
+    """Raises a CheckpointError for operators that are not ONNX's own or functions of the file."""
+    own = {(function.domain, function.name) for function in model.functions}
+    nodes = [*_nodes(model.graph), *(node for function in model.functions for node in function.node)]
+    for node in nodes:
+        if node.domain not in _DOMAINS and (node.domain, node.op_type) not in own:
+            raise CheckpointError(
+                f"{path}: has the operator {shown(node.op_type)!r} of {shown(node.domain)!r}, which is not one of ONNX; "
+                "not loaded"
+            )
+
+
+def _load_external(onnx: Any, model: Any, path: Path) -> None:
+    """Reads weights that lie in other files of the same folder.
+
+    Raises:
+        CheckpointError: If a file lies elsewhere, or is missing or too short.
+    """
+    folder = path.parent.resolve()
+    for tensor in _tensors(model.graph):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = entries.get("location", "")
+        pure = (PurePosixPath(location), PureWindowsPath(location))
+        outside = not location or any(p.is_absolute() or p.drive or ".." in p.parts for p in pure)
+        try:
+            target = (folder / location).resolve()
+            outside = outside or not target.is_relative_to(folder)
+        except (OSError, ValueError, RuntimeError):
+            outside = True
+            target = folder
+        if outside:
+            raise CheckpointError(
+                f"{path}: weights are said to lie in {shown(location)!r}, outside of the folder of the file; not loaded"
+            )
+        try:
+            offset, length = int(entries.get("offset", 0)), int(entries.get("length", -1))
+            size = target.stat().st_size
+            if offset < 0 or offset + max(length, 0) > size or not target.is_file():
+                raise ValueError("it is too short")
+            with target.open("rb") as file:
+                file.seek(offset)
+                tensor.raw_data = file.read(length if length >= 0 else size - offset)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: its weights in {shown(location)!r} cannot be read ({shown(error)}); keep both files together"
+            ) from None
+        del tensor.external_data[:]
+        tensor.data_location = onnx.TensorProto.DEFAULT
+
+
+# ---- OpenVINO --------------------------------------------------------------------------------------------------------
+
+
+class OpenVino(Runtime):
+    """The parts of an OpenVINO file (.xml and .bin), each compiled for the CPU."""
+
+    name = "OpenVINO"
+
+    def __init__(self, path: Path):
+        self.path, self._ov = path, import_openvino()
+        weights = path.with_suffix(".bin")
+        if not weights.is_file():
+            raise CheckpointError(f"{path}: the file {weights.name} with its weights is missing; keep both together")
+        self.size = path.stat().st_size + weights.stat().st_size
+        if path.read_bytes()[:512].lstrip()[:5] not in (b"<?xml", b"<net "):
+            raise CheckpointError(f"{path}: not a model of OpenVINO; export the system again")
+        try:
+            self.model: Any = self._ov.Core().read_model(path, weights)
+            about = {
+                name: str(value.astype(str)) if hasattr(value, "astype") else str(value)
+                for name, value in (self.model.get_rt_info(KEY).value.items() if self.model.has_rt_info(KEY) else ())
+            }
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: OpenVINO cannot read it ({shown(error, 160)}); it may be damaged, export the system again"
+            ) from None
+        self.metadata = about
+        self._compiled: dict[tuple[str, str], Any] = {}
+        self._dtype = "float32"
+
+    def prepare(self, parts: Sequence[str], dtype: str = "float32") -> None:
+        hints = {"float32": "f32", "bfloat16": "bf16"}
+        if dtype not in hints:
+            raise UsageError(f"{self.path}: OpenVINO computes on the CPU in float32 or bfloat16, not in {dtype}")
+        settings = {
+            "INFERENCE_PRECISION_HINT": hints[dtype],
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        self._dtype = dtype
+        for part in parts:
+            if (part, dtype) in self._compiled:
+                continue
+            prefix = f"{part}/"
+            inputs = [p for p in self.model.get_parameters() if p.friendly_name.startswith(prefix)]
+            outputs = [
+                r for r in self.model.get_results() if any(n.startswith(prefix) for n in r.input(0).get_tensor().names)
+            ]
+            try:
+                own = self._ov.Model(outputs, inputs, part)
+                self._compiled[part, dtype] = self._ov.Core().compile_model(own, "CPU", settings)
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self.path}: OpenVINO cannot load the network {shown(part)} ({shown(error, 160)}); export it again"
+                ) from None
+
+    def run(self, part: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
+        compiled = self._compiled[part, self._dtype]
+        try:
+            found = compiled({f"{part}/{name}": value for name, value in inputs.items()})
+            return [np.array(found[f"{part}/{name}"]) for name in outputs]
+        except Exception as error:
+            raise CheckpointError(
+                f"{self.path}: OpenVINO cannot compute the network {shown(part)} ({shown(error, 200)}); export it again"
+            ) from None

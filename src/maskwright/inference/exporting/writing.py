@@ -1,0 +1,229 @@
+"""Writing of exported systems: conversion, metadata, the check, and the file."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from maskwright.checkpoints.exported import FORMAT, Part, is_exported, load_exported
+from maskwright.checkpoints.ours import metadata_of
+from maskwright.checkpoints.runtimes import CRC, KEY, SUFFIXES, import_openvino, weights_crc
+from maskwright.errors import CheckpointError, UsageError
+from maskwright.files import atomic_path
+from maskwright.inference.exporting.capturing import forms_of
+from maskwright.inference.exporting.checking import Difference, check_image, compare, timed
+from maskwright.inference.exporting.networks import OPSET, export_form, merge
+from maskwright.inference.predicting import predict
+from maskwright.inference.preparing import prepare
+from maskwright.systems import System
+
+FileForm = Literal["networks", "graph"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported file, and how it was checked.
+
+    Attributes:
+        path: The file.
+        system: Name of the system.
+        form: "networks" or "graph".
+        opset: Version of ONNX's operators.
+        size: Bytes, of all files.
+        difference: What differs from PyTorch on the image of the check.
+        fixed: What is fixed in the file: sizes of inputs that may not vary, by network.
+    """
+
+    path: Path
+    system: str
+    form: FileForm
+    opset: int
+    size: int
+    difference: Difference
+    fixed: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.path}: {self.system}, ONNX opset {self.opset}, {self.size / 1e6:.1f} MB",
+            f"  {self.difference}",
+        ]
+        lines += [f"  fixed: {name} takes {words}" for name, words in self.fixed.items()]
+        return "\n".join(lines)
+
+
+def export(
+    system: System | str | Path,
+    out: str | Path,
+    *,
+    image: str | Path | None = None,
+    check: bool = True,
+) -> Exported:
+    """Exports the networks of a system to a file that `load` reads: .onnx for ONNX Runtime, .xml for OpenVINO.
+
+    The loaded system predicts as the checkpoint does, with all options of decoding; its networks are computed by the
+    runtime. The file holds everything that is needed: weights, system, options, classes and preprocessing. At the end
+    the file is loaded and compared with PyTorch on an image.
+
+    Args:
+        system: The system, or a checkpoint as for `load`.
+        out: The new file. Beside an .xml file a .bin file of the same name has the weights.
+        image: Image of the check; None: a generated scene.
+        check: Whether the file is compared with PyTorch.
+
+    Returns:
+        The file, and what the check measured.
+
+    Raises:
+        UsageError: If an argument is invalid, or a network cannot be exported.
+        MissingExtraError: If onnx, onnxruntime or openvino is not installed.
+        CheckpointError: If the exported system differs by more than rounding; there is no file then.
+    """
+    target = Path(out)
+    if target.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{target}: the file name of an exported system must end in {' or '.join(SUFFIXES)}")
+    original = loaded_for_export(system)
+    pixels = check_image(image) if check else None
+    ready = prepare(original, "cpu")
+    forms = forms_of(ready)
+    models: list[tuple[str, Any]] = []
+    parts: list[Part] = []
+    for form in forms:
+        count = sum(part.network == form.network for part in parts)
+        name = form.network if not count else f"{form.network}.{count + 1}"
+        models.append((name, export_form(ready, form)))
+        parts.append(Part(name, form.network, form.inputs, form.output))
+    model = merge(models)
+    metadata = metadata_of(original, target) | {
+        "format": FORMAT,
+        "networks": json.dumps([part.to_json() for part in parts]),
+        "torch": torch.__version__,
+        CRC: weights_crc(model),
+    }
+    with staged(target) as folder:
+        written = write_model(model, metadata, folder / target.name)
+        difference = Difference(0)
+        if check:
+            difference = compare_systems(ready, load_exported(written), pixels, target)
+        size = publish(written, target)
+    return Exported(target, original.name, "networks", OPSET, size, difference, _fixed(parts))
+
+
+def loaded_for_export(system: System | str | Path) -> System:
+    """A system with its weights on the CPU, in eval mode.
+
+    Raises:
+        UsageError: If it is an exported one.
+    """
+    from maskwright.checkpoints import load
+
+    original = system if isinstance(system, System) else load(system)
+    if is_exported(original):
+        raise UsageError("an exported system cannot be exported again; export the checkpoint it was made from")
+    return original
+
+
+def staged(target: Path) -> tempfile.TemporaryDirectory[str]:
+    """A temporary folder beside the target, in which files have their final names."""
+    return _Staged(target)
+
+
+class _Staged(tempfile.TemporaryDirectory[str]):
+    def __init__(self, target: Path):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            super().__init__(prefix=".export-", dir=target.parent)
+        except OSError as error:
+            raise CheckpointError(f"{target}: cannot be written ({error.strerror or error})") from None
+
+    def __enter__(self) -> Path:  # pyright: ignore[reportIncompatibleMethodOverride] - a path, not text
+        return Path(super().__enter__())
+
+
+def write_model(model: Any, metadata: Mapping[str, str], path: Path) -> Path:
+    """Writes an ONNX model with metadata as .onnx, or converted to OpenVINO's files as .xml."""
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    data = model.SerializeToString()
+    try:
+        if path.suffix.lower() == ".onnx":
+            path.write_bytes(data)
+        else:
+            save_openvino(import_openvino().Core().read_model(data), metadata, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error})") from None
+    return path
+
+
+def save_openvino(model: Any, metadata: Mapping[str, str], path: Path) -> None:
+    """Writes a model of OpenVINO with our metadata, and its weights as they are."""
+    for key, value in metadata.items():
+        model.set_rt_info(value, [KEY, key])
+    import_openvino().save_model(model, path, compress_to_fp16=False)
+
+
+def publish(written: Path, target: Path) -> int:
+    """Moves the files of an export to their final names, weights first; returns their size in bytes."""
+    size = 0
+    for suffix in (".bin", target.suffix):
+        source, final = written.with_suffix(suffix), target.with_suffix(suffix)
+        if source.is_file():
+            size += source.stat().st_size
+            with atomic_path(final, CheckpointError) as part:
+                source.replace(part)
+    return size
+
+
+def compare_systems(ready: System, exported: System, image: Any, target: Path, bound: bool = True) -> Difference:
+    """Predicts an image with both systems and compares.
+
+    Raises:
+        CheckpointError: If they differ by more than rounding, unless `bound` is False.
+    """
+    threshold: float | None = None
+    predict(exported, image, device="cpu")  # the first call of a runtime also plans memory
+    own, wall, processor = timed(lambda: predict(ready, image, device="cpu"))
+    if not len(own.found()):  # nothing above the threshold, as of a system that is not trained
+        threshold = 0.0
+    options = {} if threshold is None else {"score_threshold": threshold}
+    if options:
+        own, wall, processor = timed(lambda: predict(ready, image, device="cpu", **options))
+    other, own_wall, own_processor = timed(lambda: predict(exported, image, device="cpu", **options))
+    difference = compare(own.found(), other.found())
+    if "panoptic" in ready.tasks:
+        both = [predict(s, image, device="cpu", task="panoptic").panoptic for s in (ready, exported)]
+        segments = compare(*both)
+        difference = replace(difference, mask=max(difference.mask, segments.mask))
+    difference = replace(
+        difference, seconds=own_wall, torch_seconds=wall, cpu_seconds=own_processor, torch_cpu_seconds=processor
+    )
+    problem = difference.exceeds() if bound else None
+    if problem is not None:
+        raise CheckpointError(
+            f"{target}: the exported system differs from PyTorch: {problem}; not written. Report this with the command"
+        )
+    return difference
+
+
+def _fixed(parts: list[Part]) -> dict[str, str]:
+    """Axes of images that may not vary, for the networks that read images or all boxes."""
+    from maskwright.checkpoints.call_specs import tensors_of
+
+    found: dict[str, str] = {}
+    for part in parts:
+        leaf = tensors_of(part.inputs)[0]
+        first = part.inputs.get("l", part.inputs.get("u", []))
+        if part is parts[0] and first:
+            fixed = [
+                name
+                for name, size in zip(("batch", "height", "width"), (leaf["shape"][i] for i in (0, 2, 3)))
+                if not isinstance(size, str)
+            ]
+            if fixed:
+                found[part.name] = f"{' x '.join(str(s) if not isinstance(s, str) else 'any' for s in leaf['shape'])}"
+    return found

@@ -1,0 +1,249 @@
+"""Exported systems predict what the checkpoint does; files that are damaged, foreign or hostile are refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import maskwright as mw
+from maskwright.checkpoints import call_specs
+from maskwright.data.scenes import Scenes
+from maskwright.errors import CheckpointError, UsageError
+from maskwright.structures import Instances
+from tests.systems.tiny import build
+
+onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
+pytest.importorskip("onnxscript", reason="the extra export is not installed")
+pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+
+
+def images(count: int) -> list[torch.Tensor]:
+    scenes = Scenes(count, (96, 144), seed=3)
+    return [scenes[index].image for index in range(count)]
+
+
+@pytest.fixture(scope="module")
+def two_stage(tmp_path_factory) -> tuple[mw.System, Path]:
+    """Mask R-CNN, whose three networks are called with varying numbers of boxes, and its file."""
+    system = build("mask-rcnn").eval()
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    mw.export(system, path)
+    return system, path
+
+
+def assert_same(own: Instances, other: Instances) -> None:
+    assert len(own) == len(other)
+    torch.testing.assert_close(other.scores, own.scores, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other.boxes, own.boxes, rtol=1e-4, atol=1e-2)
+    assert torch.equal(own.labels, other.labels)
+    assert own.masks is not None
+    assert other.masks is not None
+    different = (own.masks.dense() ^ other.masks.dense()).flatten(1).sum(1)
+    assert (different <= 0.02 * own.masks.areas().clamp(min=50)).all()
+
+
+def test_an_exported_system_predicts_what_the_checkpoint_does(two_stage):
+    system, path = two_stage
+    exported = mw.load(path)
+    assert exported.source is not None
+    assert exported.source["runtime"] == "ONNX Runtime"
+    assert exported.classes == system.classes
+    assert exported.preprocess == system.preprocess
+    options = {"score_threshold": 0.3, "device": "cpu"}
+    pairs = zip(
+        mw.predict(system, images(3), batch=2, **options), mw.predict(exported, images(3), batch=2, **options),
+        strict=True,
+    )  # fmt: skip
+    counts = []
+    for own, other in pairs:
+        assert_same(own.found(), other.found())
+        counts.append(len(own.found()))
+    assert min(counts) > 0
+
+
+def test_tiles_and_other_sizes_and_no_objects(two_stage):
+    system, path = two_stage
+    exported = mw.load(path)
+    image = Scenes(1, (150, 200), seed=4)[0].image
+    own, other = (mw.predict(s, image, tile=96, score_threshold=0.4, device="cpu").found() for s in (system, exported))
+    assert len(own) == len(other) > 0
+    assert len(mw.predict(exported, image, score_threshold=1.0, device="cpu").found()) == 0
+
+
+def test_evaluation_gives_the_same_figures(two_stage):
+    system, path = two_stage
+    data = Scenes(3, (96, 144), seed=3, classes=("disc", "ring"))
+    own, other = (mw.evaluate(s, data, device="cpu").summary for s in (system, mw.load(path)))
+    assert own.keys() == other.keys()
+    assert other["segm/AP"] == pytest.approx(own["segm/AP"], abs=1e-3)
+
+
+def test_what_an_exported_system_cannot_do_is_stated(two_stage, tmp_path):
+    system, path = two_stage
+    exported = mw.load(path)
+    with pytest.raises(UsageError, match="cannot be trained; train the checkpoint"):
+        exported.losses(None, [])
+    with pytest.raises(UsageError, match="has no weights to save"):
+        mw.save(exported, tmp_path / "again.safetensors")
+    with pytest.raises(UsageError, match="cannot be exported again"):
+        mw.export(exported, tmp_path / "again.onnx")
+    with pytest.raises(UsageError, match=r"resize cannot be changed in an exported file"):
+        mw.load(path, resize={"short": 200})
+    with pytest.raises(UsageError, match="not in bfloat16"):
+        mw.predict(exported, images(1)[0], dtype="bfloat16", device="cpu")
+    with pytest.raises(UsageError, match="compile does not apply to an exported system"):
+        mw.predict(exported, images(1)[0], compile=True, device="cpu")
+    with pytest.raises(UsageError, match=r"must end in \.onnx or \.xml"):
+        mw.export(system, tmp_path / "model.pt")
+
+
+def test_a_file_that_differs_is_not_written(two_stage, tmp_path, monkeypatch):
+    system, _ = two_stage
+    from maskwright.inference.exporting import checking, writing
+
+    forms = writing.forms_of(writing.prepare(system, "cpu"))
+    monkeypatch.setattr(writing, "forms_of", lambda ready: forms[:1])  # converting all three takes seconds
+    monkeypatch.setattr(writing, "load_exported", lambda path: system)
+    monkeypatch.setattr(writing, "compare", lambda a, b: checking.Difference(10, 0, box=3.0))
+    with pytest.raises(CheckpointError, match="boxes differ by 3 pixels"):
+        mw.export(system, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_truncated_foreign_and_damaged_files_are_refused_in_a_sentence(two_stage, tmp_path):
+    _, path = two_stage
+    data = path.read_bytes()
+    wrong = tmp_path / "wrong.onnx"
+    for part in (data[: len(data) // 2], data[:100], b"", b"GIF89a" * 50):
+        wrong.write_bytes(part)
+        with pytest.raises(CheckpointError, match=r"not an ONNX file|not exported by maskwright"):
+            mw.load(wrong)
+    weights = data.find(onnx.load(path).graph.initializer[5].raw_data)
+    wrong.write_bytes(data[:weights] + bytes(8) + data[weights + 8 :])
+    with pytest.raises(CheckpointError, match="do not match their checksum"):
+        mw.load(wrong)
+
+
+def changed(path: Path, target: Path, change) -> Path:
+    model = onnx.load(path)
+    change(model)
+    target.write_bytes(model.SerializeToString())
+    return target
+
+
+def entry(model, key):
+    return next(each for each in model.metadata_props if each.key == key)
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "a/../../b", "C:\\x", ""])
+def test_weights_outside_of_the_folder_are_refused(two_stage, tmp_path, location):
+    def outside(model):
+        tensor = model.graph.initializer[0]
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.ClearField("raw_data")
+        tensor.external_data.add(key="location", value=location)
+
+    with pytest.raises(CheckpointError, match="outside of the folder"):
+        mw.load(changed(two_stage[1], tmp_path / "model.onnx", outside))
+
+
+def test_weights_in_a_link_out_of_the_folder_are_refused(two_stage, tmp_path):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "secret.bin").write_bytes(bytes(1 << 20))
+    (tmp_path / "inside" / "weights.bin").symlink_to(tmp_path / "secret.bin")
+
+    def linked(model):
+        tensor = model.graph.initializer[0]
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="weights.bin")
+
+    with pytest.raises(CheckpointError, match="outside of the folder"):
+        mw.load(changed(two_stage[1], tmp_path / "inside" / "model.onnx", linked))
+
+
+def test_hostile_descriptions_are_refused(two_stage, tmp_path):
+    path, target = two_stage[1], tmp_path / "model.onnx"
+
+    def operators(model):
+        model.graph.node[3].domain = "com.evil"
+
+    def huge(model):
+        options = entry(model, "options")
+        options.value = options.value.replace('"neck_width": 32', '"neck_width": 60000')
+
+    def classes(model):
+        networks = entry(model, "networks")
+        networks.value = networks.value.replace(
+            "maskwright.systems.families.two_stage:Raw", "maskwright.files:AtomicFile"
+        )
+
+    def nothing(model):
+        entry(model, "networks").value = "[[[["
+
+    def other(model):
+        entry(model, "format").value = "maskwright-graph"
+
+    for change, words in (
+        (operators, "has the operator"), (huge, "the weights do not match the options"), (classes, "does not have"),
+        (nothing, "description of the networks is missing"), (other, "form='networks'"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=words):
+            mw.load(changed(path, target, change))
+
+
+@pytest.mark.fast
+def test_values_and_specs_correspond():
+    value = ([torch.ones(2, 3)], (torch.zeros(4), 5, None), 1.5)
+    tensors: list[torch.Tensor] = []
+    spec = call_specs.describe(value, "x", tensors)
+    names = [leaf["t"] for leaf in call_specs.tensors_of(spec)]
+    again = call_specs.rebuild(call_specs.check(spec, "file"), dict(zip(names, tensors, strict=True)), {})
+    assert again[0][0] is value[0][0]
+    assert again[1][0] is value[1][0]
+    assert again[1][1:] == (5, None)
+    assert again[2] == 1.5
+    with pytest.raises(TypeError, match="cannot be exported"):
+        call_specs.describe({"a": 1}, "x", [])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+    "spec",
+    [None, {}, {"t": 1}, {"l": {}}, {"i": []}, {"t": "x", "dtype": "object", "shape": []}, {"c": "os:path", "f": {}}],
+)
+def test_invalid_specs_are_refused(spec):
+    with pytest.raises(CheckpointError):
+        call_specs.check(spec, "file")
+
+
+def test_openvino_and_nncf_report_nothing(tmp_path):
+    """Importing both in a new process opens no connection and writes nothing into the home directory."""
+    for name in ("openvino", "nncf"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip("the extra openvino is not installed")
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise SystemExit('a connection was opened')\n"
+        "socket.socket.connect = socket.getaddrinfo = refuse\n"
+        "from maskwright.checkpoints.runtimes import import_nncf, import_openvino\n"
+        "ov = import_openvino()\n"
+        "assert sys.modules['openvino_telemetry'] is None\n"
+        "ov.Core().available_devices\n"
+        "import_nncf()\n"
+        "assert not [n for n in sys.modules if n.startswith('openvino_telemetry.')]\n"
+        "print('nothing')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("CI", "GITHUB_ACTIONS", "TF_BUILD", "JENKINS_URL")}
+    environment |= {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path / "config"), "USERPROFILE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.stdout.strip() == "nothing", done.stderr
+    assert [p for p in tmp_path.rglob("*") if p.is_file() and "cache" not in str(p)] == []
