@@ -95,8 +95,8 @@ def prepare_levels(levels: Sequence[Float[Tensor, "b c _h _w"]]) -> list[Float[T
 def coordinates(feature: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 2 h w"]:
     """x and y as channels (CoordConv, arXiv 1807.03247), from -1 in the first column or row to 1 in the last."""
     count, _, height, width = feature.shape
-    x = torch.linspace(-1, 1, width, device=feature.device).expand(height, width)
-    y = torch.linspace(-1, 1, height, device=feature.device)[:, None].expand(height, width)
+    x = _steps(width, feature.device).expand(height, width)
+    y = _steps(height, feature.device)[:, None].expand(height, width)
     return torch.stack([x, y]).to(feature.dtype).expand(count, 2, height, width)
 
 
@@ -119,3 +119,10 @@ def conv_norm(channels_in: int, channels: int, kernel: int, deformable: bool, mo
     layer = ConvNorm(channels_in, channels, kernel, norm="group", relu=True)
     nn.init.normal_(layer.conv.weight, std=0.01)
     return layer
+
+
+def _steps(count: int, device: torch.device) -> Float[Tensor, " _n"]:
+    """Equal steps from -1 to 1."""
+    if torch.compiler.is_exporting():  # the number of steps of linspace would be fixed in the exported network
+        return 2 * torch.arange(count, device=device, dtype=torch.float32) / (count - 1) - 1
+    return torch.linspace(-1, 1, count, device=device)

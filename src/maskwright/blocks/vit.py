@@ -97,7 +97,9 @@ class ViT(nn.Module):
         grid = (int(patches.shape[2]), int(patches.shape[3]))
         tokens = body.patch_embed.norm(patches.flatten(2).transpose(1, 2))
         prefix = [
-            t.expand(len(tokens), -1, -1) for t in (body.cls_token, getattr(body, "reg_token", None)) if t is not None
+            t.expand(tokens.shape[0], -1, -1)
+            for t in (body.cls_token, getattr(body, "reg_token", None))
+            if t is not None
         ]
         table = body.pos_embed
         if table is None:

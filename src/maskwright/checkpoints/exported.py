@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from maskwright.checkpoints import call_specs
@@ -91,12 +91,13 @@ def _assembled(path: Path, runtime: Runtime) -> System:
     about = runtime.metadata
     if about.get("format") == GRAPH_FORMAT:
         raise CheckpointError(
-            f"{path}: a graph from image to masks for other programs, whose thresholds are fixed; export the system with "
-            "form='networks' to load it here"
+            f"{path}: a graph from image to masks for other programs, whose thresholds are fixed; to load it here, "
+            "export the system with form='networks'"
         )
     if about.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path}: not exported by maskwright, so that its outputs are unknown; `maskwright export` writes such files"
+            f"{path}: not exported by maskwright, so that its outputs are unknown; `maskwright export` writes "
+            "such files"
         )
     known = parse_metadata({"path": str(path), "metadata": about})
     parts = _parts(path, about.get("networks", ""))

@@ -131,8 +131,8 @@ class OnnxRuntime(Runtime):
     def prepare(self, parts: Sequence[str], dtype: str = "float32") -> None:
         if dtype != "float32":
             raise UsageError(
-                f"{self.path}: ONNX Runtime computes an exported system in the precision of the file (float32 or int8), "
-                f"not in {dtype}; export to OpenVINO for bfloat16"
+                f"{self.path}: ONNX Runtime computes an exported system in the precision of the file (float32 or "
+                f"int8), not in {dtype}; export to OpenVINO for bfloat16"
             )
         for part in parts:
             if part not in self._sessions:
@@ -149,7 +149,8 @@ class OnnxRuntime(Runtime):
             return self._ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise CheckpointError(
-                f"{self.path}: ONNX Runtime cannot load the network {shown(part)} ({shown(error, 160)}); export it again"
+                f"{self.path}: ONNX Runtime cannot load the network {shown(part)} ({shown(error, 160)}); export "
+                "the system again"
             ) from None
 
     def _part(self, part: str) -> Any:
@@ -171,7 +172,8 @@ class OnnxRuntime(Runtime):
             return self._sessions[part].run([f"{part}/{name}" for name in outputs], feeds)
         except Exception as error:
             raise CheckpointError(
-                f"{self.path}: ONNX Runtime cannot compute the network {shown(part)} ({shown(error, 200)}); export it again"
+                f"{self.path}: ONNX Runtime cannot compute the network {shown(part)} ({shown(error, 200)}); export "
+                "the system again"
             ) from None
 
 
@@ -216,8 +218,8 @@ def _refuse_foreign_parts(model: Any, path: Path) -> None:
     for node in nodes:
         if node.domain not in _DOMAINS and (node.domain, node.op_type) not in own:
             raise CheckpointError(
-                f"{path}: has the operator {shown(node.op_type)!r} of {shown(node.domain)!r}, which is not one of ONNX; "
-                "not loaded"
+                f"{path}: has the operator {shown(node.op_type)!r} of {shown(node.domain)!r}, not one of ONNX's; not "
+                "loaded"
             )
 
 
@@ -314,7 +316,8 @@ class OpenVino(Runtime):
                 self._compiled[part, dtype] = self._ov.Core().compile_model(own, "CPU", settings)
             except Exception as error:
                 raise CheckpointError(
-                    f"{self.path}: OpenVINO cannot load the network {shown(part)} ({shown(error, 160)}); export it again"
+                    f"{self.path}: OpenVINO cannot load the network {shown(part)} ({shown(error, 160)}); export "
+                    "the system again"
                 ) from None
 
     def run(self, part: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
@@ -324,5 +327,6 @@ class OpenVino(Runtime):
             return [np.array(found[f"{part}/{name}"]) for name in outputs]
         except Exception as error:
             raise CheckpointError(
-                f"{self.path}: OpenVINO cannot compute the network {shown(part)} ({shown(error, 200)}); export it again"
+                f"{self.path}: OpenVINO cannot compute the network {shown(part)} ({shown(error, 200)}); export "
+                "the system again"
             ) from None

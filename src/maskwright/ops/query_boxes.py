@@ -186,8 +186,8 @@ def focal_classes(
 
 def inverse_sigmoid(values: Float[Tensor, "*n"], epsilon: float = 1e-5) -> Float[Tensor, "*n"]:
     """Logits of fractions, which are clamped to [`epsilon`, 1 - `epsilon`]."""
+    if torch.compiler.is_exporting():  # onnxscript's optimiser loses the bounds of a tensor that is clamped twice
+        odds = torch.where(values > epsilon, values, epsilon) / torch.where(values < 1 - epsilon, 1 - values, epsilon)
+        return odds.log()
     values = values.clamp(0, 1)
-    if torch.compiler.is_exporting():  # onnxscript's optimiser loses the bound of a tensor that is clamped twice
-        least = values.new_tensor(epsilon)
-        return (values.maximum(least) / (1 - values).maximum(least)).log()
     return (values.clamp(min=epsilon) / (1 - values).clamp(min=epsilon)).log()

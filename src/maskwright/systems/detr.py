@@ -148,7 +148,7 @@ class BoxModel(nn.Module):
         tokens = projected.flatten(2).transpose(1, 2)  # (B, tokens, C)
         for layer in self.encoder:
             tokens = layer(tokens, positions, allowed)
-        query_positions = self.queries.weight[None].expand(len(images), -1, -1)  # (B, N, C)
+        query_positions = self.queries.weight[None].expand(images.shape[0], -1, -1)  # (B, N, C)
         outputs, x = [], torch.zeros_like(query_positions)
         for layer in self.decoder:
             x = layer(x, tokens, tokens + positions, query_positions, allowed)

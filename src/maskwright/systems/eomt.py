@@ -113,7 +113,7 @@ class EoMTNetwork(nn.Module):
         tokens, grid, rotation = vit.begin(images)
         for number in range(self.first):
             tokens = vit.block(number, tokens, rotation)
-        tokens = torch.cat([self.queries.expand(len(tokens), -1, -1), tokens], 1)  # (B, N + prefix + patches, D)
+        tokens = torch.cat([self.queries.expand(tokens.shape[0], -1, -1), tokens], 1)  # (B, N + prefix + patches, D)
         for number in range(self.first, len(vit)):
             allowed = None
             if self.training and self.masked:

@@ -178,7 +178,7 @@ class DeformableDETR(nn.Module):
         shapes = tuple((m.shape[2], m.shape[3]) for m in maps)
         size = (images.shape[2], images.shape[3])
         if valid is None:
-            valid = torch.tensor([size], device=images.device).expand(len(images), -1)
+            valid = torch.tensor([size], device=images.device).expand(images.shape[0], -1)
         paddings = [padding_of(valid, size, shape) for shape in shapes]
         padding = torch.cat([p.flatten(1) for p in paddings], 1)  # (B, S)
         counts = torch.stack([torch.stack([(~p[:, 0]).sum(1), (~p[:, :, 0]).sum(1)], -1) for p in paddings], 1)
@@ -197,7 +197,7 @@ class DeformableDETR(nn.Module):
         code = sine_code(start * (2 * math.pi), memory.shape[2] // 2).flatten(2)  # (B, N, 2 C)
         positions, content = self.position_norm(self.position(code.to(memory.dtype))).chunk(2, -1)
         if self.queries is not None:
-            content = self.queries.weight[: content.shape[1]].expand(len(images), -1, -1)
+            content = self.queries.weight[: content.shape[1]].expand(images.shape[0], -1, -1)
         logits, boxes, x = self._decode(content, positions, start, memory, shapes, ratios, padding)
         return Raw(logits, boxes, x, proposal_logits, proposals.sigmoid(), memory, shapes, fine)
 
@@ -224,7 +224,7 @@ class DeformableDETR(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Logits and boxes of each layer, and the last queries. Boxes are float32 throughout."""
         group = torch.arange(x.shape[1], device=x.device) < self.count
-        allowed = (group[:, None] == group).expand(len(x), 1, -1, -1) if x.shape[1] > self.count else None
+        allowed = (group[:, None] == group).expand(x.shape[0], 1, -1, -1) if x.shape[1] > self.count else None
         sides = torch.cat([ratios, ratios], -1)[:, None]  # (B, 1, L, 4)
         logits, boxes = [], []
         before = detached = start  # the previous layer's boxes, with and without their gradient

@@ -141,7 +141,7 @@ class Mask2FormerNetwork(nn.Module):
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
         features, maps = self.pixel_decoder(self.backbone(images))
-        positions = self.queries.positions.expand(len(images), -1, -1)  # (B, N, C)
+        positions = self.queries.positions.expand(images.shape[0], -1, -1)  # (B, N, C)
         x = torch.zeros_like(positions) if self.queries.content is None else self.queries.content.expand_as(positions)
         memories, keys, coarse = [], [], []
         for level, own in zip(maps, self.queries.levels, strict=True):

@@ -244,7 +244,7 @@ class MaskFrozenDETR(System):
     def forward(self, images: Float[Tensor, "b c h w"], valid: Int[Tensor, "b 2"] | None = None) -> Raw:
         size = (images.shape[2], images.shape[3])
         if valid is None:
-            valid = torch.tensor([size], device=images.device).expand(len(images), -1)
+            valid = torch.tensor([size], device=images.device).expand(images.shape[0], -1)
         detector_raw = None
         if self.joint:
             detector_raw, frozen = self._detect(images, valid)
@@ -383,7 +383,7 @@ class MaskFrozenDETR(System):
         self, logits: Float[Tensor, "r s s"], boxes: Float[Tensor, "r 4"], masks: Masks, matched: Int[Tensor, " r"]
     ) -> Float[Tensor, " r"]:
         """IoU of each mask with its whole object, including the part outside of the box."""
-        places = box_points(boxes, grid_points(len(boxes), self.side, self.side, boxes.device))
+        places = box_points(boxes, grid_points(boxes.shape[0], self.side, self.side, boxes.device))
         truth, predicted = mask_sample(masks, places, matched), (logits > 0).flatten(1).float()
         cell = box_ops.area(boxes) / self.side**2
         intersection, area = (predicted * truth).sum(1) * cell, predicted.sum(1) * cell

@@ -117,7 +117,7 @@ class MaskFormerNetwork(nn.Module):
         code = sine_positions((memory.shape[2], memory.shape[3]), memory.shape[1] // 2, device=memory.device)
         memory = memory.flatten(2).mT
         keys = memory + code.flatten(2).mT.to(memory.dtype)
-        positions = self.queries.weight.expand(len(images), -1, -1)  # (B, N, C)
+        positions = self.queries.weight.expand(images.shape[0], -1, -1)  # (B, N, C)
         x, outputs = torch.zeros_like(positions), []
         for layer in self.decoder:
             x = layer(x, memory, keys, positions)

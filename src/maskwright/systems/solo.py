@@ -231,7 +231,7 @@ def _doubled(x: Tensor) -> Tensor:
 
 def _resized(x: Float[Tensor, "n h w"], size: tuple[int, int] | None) -> Float[Tensor, "n _h _w"]:
     if size is None or x.shape[1:] == size or not len(x):
-        return x if size is None else x.reshape(len(x), *size)
+        return x if size is None else x.reshape(x.shape[0], *size)
     return functional.interpolate(x[None], size=size, mode="bilinear", align_corners=False)[0]
 
 

@@ -1,5 +1,9 @@
 """Comparison of an exported system with the one it was made from, on an image."""
 
+# Neither Tensor.tolist nor scipy has types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import time

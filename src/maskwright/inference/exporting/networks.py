@@ -1,5 +1,8 @@
 """From networks to ONNX, by `torch.export`: each form of each network is a part of one model."""
 
+# The protocol buffers of onnx and the expressions of sympy have no types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
 import contextlib
@@ -7,12 +10,14 @@ import io
 import logging
 import warnings
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, cast
 
+import jaxtyping
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from maskwright.checkpoints.call_specs import Spec, flatten, rebuild, sizes_of, tensors_of
+from maskwright.checkpoints.call_specs import Spec, flatten, leaves, rebuild, sizes_of, tensors_of
 from maskwright.errors import MissingExtraError, UsageError
 from maskwright.inference.exporting.capturing import Form
 from maskwright.systems import System
@@ -45,21 +50,60 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         sizes = sizes_of(self.inputs, tensors)
         arguments = rebuild(self.inputs, dict(zip(self.names, tensors, strict=True)), sizes)
-        return tuple(flatten(self.network(*arguments), []))
+        with TensorsOfSizes():
+            return tuple(flatten(self.network(*arguments), []))
+
+
+class TensorsOfSizes(TorchFunctionMode):
+    """`torch.tensor` and `Tensor.new_tensor` of sizes keep them as symbols; traced as they are, sizes become fixed."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(function, "__name__", "") in ("tensor", "new_tensor"):
+            own = function is not torch.tensor
+            data = args[1] if own else args[0]
+            if any(isinstance(value, torch.SymInt | torch.SymFloat) for value in _numbers(data)):
+                like: Any = args[0] if own else None
+                dtype = kwargs.get("dtype") or (like.dtype if own else None)
+                device = kwargs.get("device") or (like.device if own else "cpu")
+                return _stacked(data, dtype, torch.device(device))
+        return function(*args, **kwargs)
+
+
+def _numbers(data: Any) -> list[Any]:
+    if isinstance(data, list | tuple):
+        return [number for each in cast(Sequence[Any], data) for number in _numbers(each)]
+    return [data]
+
+
+def _stacked(data: Any, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """Nested numbers, some of them symbols, as a tensor."""
+    if isinstance(data, list | tuple):
+        return torch.stack([_stacked(each, dtype, device) for each in cast(Sequence[Any], data)])
+    if dtype is None:
+        whole = isinstance(data, int | torch.SymInt) and not isinstance(data, bool)
+        dtype = torch.int64 if whole else torch.float32
+    return torch.scalar_tensor(data, dtype=dtype, device=device)
 
 
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
-    """The block without the warnings and log messages of torch.export and torch.onnx, whose errors are raised."""
+    """The block without the warnings and log messages of torch.export and torch.onnx, whose errors are raised.
+
+    Shape annotations, where a program checks them, are not checked: sizes are symbols while a network is traced.
+    """
+    checked = jaxtyping.config.jaxtyping_disable
     names = ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir", "torch._dynamo")
     before = {name: logging.getLogger(name).level for name in names}
     try:
+        jaxtyping.config.update("jaxtyping_disable", True)
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
+        jaxtyping.config.update("jaxtyping_disable", checked)
         for name, level in before.items():
             logging.getLogger(name).setLevel(level)
 
@@ -75,21 +119,26 @@ def export_form(system: System, form: Form) -> Any:
         UsageError: If torch cannot export the network.
     """
     network = system.networks()[form.network]
-    leaves = tensors_of(form.inputs)
+    arguments = tensors_of(form.inputs)
     dynamic = tuple(
         {axis: torch.export.Dim.AUTO for axis, size in enumerate(leaf["shape"]) if isinstance(size, str)}
-        for leaf in leaves
+        for leaf in arguments
     )
     names = [[leaf["t"] for leaf in tensors_of(spec)] for spec in (form.inputs, form.output)]
-    model = convert(_Flat(network, form.inputs), form.tensors, dynamic, *names, what=f"{system.name}: {form.network}")
-    _fix(form, model)
+    model, sizes = convert(
+        _Flat(network, form.inputs), form.tensors, dynamic, *names, what=f"{system.name}: {form.network}"
+    )
+    for leaf, tensor, own in zip(arguments, form.tensors, sizes, strict=True):
+        for axis, varies in enumerate(own):
+            if not varies and isinstance(leaf["shape"][axis], str):
+                _rename(form, leaf["shape"][axis], tensor.shape[axis])
     return model
 
 
 def convert(
     module: nn.Module, tensors: Sequence[Tensor], dynamic: Any, inputs: Sequence[str], outputs: Sequence[str], what: str
-) -> Any:
-    """A module as an ONNX model.
+) -> tuple[Any, list[list[bool]]]:
+    """A module as an ONNX model, and which axes of each argument may vary in it.
 
     Args:
         module: Takes and returns tensors.
@@ -124,36 +173,35 @@ def convert(
         del node.metadata_props[:]
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
-    return model
+    return model, _varying(program, len(tensors))
 
 
-def _fix(form: Form, model: Any) -> None:
-    """Replaces the names of dimensions that the exported model has fixed by their sizes."""
-    for leaf, value, tensor in zip(tensors_of(form.inputs), model.graph.input, form.tensors, strict=True):
-        dims = value.type.tensor_type.shape.dim
-        for axis, dim in enumerate(dims):
-            if isinstance(leaf["shape"][axis], str) and not dim.dim_param:
-                _rename(form, leaf["shape"][axis], tensor.shape[axis])
+def _varying(program: torch.export.ExportedProgram, count: int) -> list[list[bool]]:
+    """For each axis of each argument whether its size may vary: not if tracing has fixed it, or bounded it."""
+    names = set(program.graph_signature.user_inputs)
+    result: list[list[bool]] = []
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            own: list[bool] = []
+            for size in node.meta["val"].shape:
+                expression: Any = size.node.expr if isinstance(size, torch.SymInt) else None
+                symbols: Any = () if expression is None else expression.free_symbols
+                bounds = [program.range_constraints.get(symbol) for symbol in symbols]
+                own.append(bool(symbols) and all(b is None or not b.upper < 1 << 14 for b in bounds))
+            result.append(own)
+    assert len(result) == count
+    return result
 
 
 def _rename(form: Form, name: str, size: int) -> None:
-    def visit(value: Any) -> None:
-        if isinstance(value, dict):
-            if value.get("d") == name:
-                p, q = value["scale"]
-                value.clear()
-                value["i"] = -(-size * p // q)
-            shape = value.get("shape")
-            if isinstance(shape, list):
-                value["shape"] = [size if each == name else each for each in shape]
-            for each in list(value.values()):
-                visit(each)
-        elif isinstance(value, list):
-            for each in value:
-                visit(each)
-
-    visit(form.inputs)
-    visit(form.output)
+    """Replaces a name of a dimension in the specs of a form by its size."""
+    for leaf in (*leaves(form.inputs), *leaves(form.output)):
+        if leaf.get("d") == name:
+            p, q = leaf["scale"]
+            leaf.clear()
+            leaf["i"] = -(-size * p // q)
+        elif "shape" in leaf:
+            leaf["shape"] = [size if each == name else each for each in leaf["shape"]]
 
 
 def merge(parts: Sequence[tuple[str, Any]]) -> Any:

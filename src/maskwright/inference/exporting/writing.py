@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
+from maskwright.checkpoints.call_specs import tensors_of
 from maskwright.checkpoints.exported import FORMAT, Part, is_exported, load_exported
 from maskwright.checkpoints.ours import metadata_of
 from maskwright.checkpoints.runtimes import CRC, KEY, SUFFIXES, import_openvino, weights_crc
@@ -19,7 +22,7 @@ from maskwright.files import atomic_path
 from maskwright.inference.exporting.capturing import forms_of
 from maskwright.inference.exporting.checking import Difference, check_image, compare, timed
 from maskwright.inference.exporting.networks import OPSET, export_form, merge
-from maskwright.inference.predicting import predict
+from maskwright.inference.predicting import Prediction, predict
 from maskwright.inference.preparing import prepare
 from maskwright.systems import System
 
@@ -128,21 +131,16 @@ def loaded_for_export(system: System | str | Path) -> System:
     return original
 
 
-def staged(target: Path) -> tempfile.TemporaryDirectory[str]:
+@contextlib.contextmanager
+def staged(target: Path) -> Generator[Path]:
     """A temporary folder beside the target, in which files have their final names."""
-    return _Staged(target)
-
-
-class _Staged(tempfile.TemporaryDirectory[str]):
-    def __init__(self, target: Path):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            super().__init__(prefix=".export-", dir=target.parent)
-        except OSError as error:
-            raise CheckpointError(f"{target}: cannot be written ({error.strerror or error})") from None
-
-    def __enter__(self) -> Path:  # pyright: ignore[reportIncompatibleMethodOverride] - a path, not text
-        return Path(super().__enter__())
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error})") from None
+    with folder as name:
+        yield Path(name)
 
 
 def write_model(model: Any, metadata: Mapping[str, str], path: Path) -> Path:
@@ -185,20 +183,23 @@ def compare_systems(ready: System, exported: System, image: Any, target: Path, b
     Raises:
         CheckpointError: If they differ by more than rounding, unless `bound` is False.
     """
-    threshold: float | None = None
-    predict(exported, image, device="cpu")  # the first call of a runtime also plans memory
-    own, wall, processor = timed(lambda: predict(ready, image, device="cpu"))
-    if not len(own.found()):  # nothing above the threshold, as of a system that is not trained
-        threshold = 0.0
-    options = {} if threshold is None else {"score_threshold": threshold}
-    if options:
-        own, wall, processor = timed(lambda: predict(ready, image, device="cpu", **options))
-    other, own_wall, own_processor = timed(lambda: predict(exported, image, device="cpu", **options))
+    options: dict[str, Any] = {}
+
+    def answer(system: System, **more: Any) -> Prediction:
+        return cast(Prediction, predict(system, image, device="cpu", **options, **more))
+
+    answer(exported)  # the first call of a runtime also plans memory
+    if not len(answer(ready).found()):  # nothing above the threshold, as of a system that is not trained
+        options["score_threshold"] = 0.0
+    own, wall, processor = timed(partial(answer, ready))
+    other, own_wall, own_processor = timed(partial(answer, exported))
     difference = compare(own.found(), other.found())
     if "panoptic" in ready.tasks:
-        both = [predict(s, image, device="cpu", task="panoptic").panoptic for s in (ready, exported)]
-        segments = compare(*both)
-        difference = replace(difference, mask=max(difference.mask, segments.mask))
+        options.clear()
+        first, second = (answer(system, task="panoptic").panoptic for system in (ready, exported))
+        assert first is not None
+        assert second is not None
+        difference = replace(difference, mask=max(difference.mask, compare(first, second).mask))
     difference = replace(
         difference, seconds=own_wall, torch_seconds=wall, cpu_seconds=own_processor, torch_cpu_seconds=processor
     )
@@ -211,19 +212,8 @@ def compare_systems(ready: System, exported: System, image: Any, target: Path, b
 
 
 def _fixed(parts: list[Part]) -> dict[str, str]:
-    """Axes of images that may not vary, for the networks that read images or all boxes."""
-    from maskwright.checkpoints.call_specs import tensors_of
-
-    found: dict[str, str] = {}
-    for part in parts:
-        leaf = tensors_of(part.inputs)[0]
-        first = part.inputs.get("l", part.inputs.get("u", []))
-        if part is parts[0] and first:
-            fixed = [
-                name
-                for name, size in zip(("batch", "height", "width"), (leaf["shape"][i] for i in (0, 2, 3)))
-                if not isinstance(size, str)
-            ]
-            if fixed:
-                found[part.name] = f"{' x '.join(str(s) if not isinstance(s, str) else 'any' for s in leaf['shape'])}"
-    return found
+    """The size of the input of the first network, if it has one that may not vary."""
+    shape = tensors_of(parts[0].inputs)[0]["shape"]
+    if all(isinstance(size, str) for size in (shape[0], *shape[2:])):
+        return {}
+    return {parts[0].name: " x ".join("any" if isinstance(size, str) else str(size) for size in shape)}
