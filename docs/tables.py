@@ -25,6 +25,9 @@ PAGES = {
     "rfcn": "fcis",
     "h-detr": "mask-frozen-detr",
     "pointrend-semantic": "pointrend",
+    "mobile-sam": "sam",
+    "efficient-sam": "sam",
+    "edge-sam": "sam",
 }
 
 

@@ -112,11 +112,12 @@ class PromptEncoder(nn.Module):
         width: Channels of tokens.
         hidden: Channels inside of the encoder of masks; 0 for systems without mask prompts.
         background: Whether points outside of the object have a vector of their own (not in EfficientSAM).
+        placed: Whether the token "not a point" has the encoding of its position too (EfficientSAM).
     """
 
-    def __init__(self, width: int = 256, hidden: int = 16, *, background: bool = True):
+    def __init__(self, width: int = 256, hidden: int = 16, *, background: bool = True, placed: bool = False):
         super().__init__()
-        self.width, self.has_background = width, background
+        self.width, self.has_background, self.placed = width, background, placed
         self.positions = FourierPositions(width)
         # One vector for each label, `BACKGROUND` ... `LAST_CORNER`.
         self.labels = nn.ParameterList(nn.Parameter(torch.randn(1, width)) for _ in range(4 if background else 3))
@@ -142,9 +143,10 @@ class PromptEncoder(nn.Module):
             has_mask: Which prompts have a mask; None: all, if there are `logits`.
         """
         own = [*self.labels] if self.has_background else [torch.zeros_like(self.nothing), *self.labels]
-        # Row 0 belongs to NOTHING and ABSENT, whose position does not matter.
-        table = torch.cat([self.nothing, *own])
-        place = self.positions(points).to(table.dtype) * (labels >= 0)[..., None]
+        table = torch.cat([self.nothing, *own])  # row 0 belongs to NOTHING, and to ABSENT, which does not matter
+        place = self.positions(points).to(table.dtype)
+        if not self.placed:
+            place = place * (labels >= 0)[..., None]
         sparse = place + table[(labels + 1).clamp(min=0)]
         grid = self.positions.grid(size).to(table.dtype)
         if self.no_mask is None or self.masks is None:
@@ -207,13 +209,23 @@ class TwoWayLayer(nn.Module):
         reduction: Cross-attention has width / reduction channels.
         activation: Activation of the MLP.
         first: The tokens have no positions added in self-attention, whose result replaces them.
+        keeps: Positions are added to the tokens for good before self-attention, except in the first layer, whose result
+            is added to the tokens too (EfficientSAM).
     """
 
     def __init__(
-        self, width: int, heads: int, hidden: int, reduction: int, activation: Activation = "relu", *, first: bool
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        reduction: int,
+        activation: Activation = "relu",
+        *,
+        first: bool,
+        keeps: bool = False,
     ):
         super().__init__()
-        self.first = first
+        self.first, self.keeps = first, keeps
         self.activation = functional.relu if activation == "relu" else functional.gelu
         self.among_tokens = NarrowAttention(width, width, heads)
         self.norm1 = nn.LayerNorm(width)
@@ -241,7 +253,10 @@ class TwoWayLayer(nn.Module):
             grid: Position encoding of the cells.
             allowed: Tokens of each prompt that may be attended to; None: all.
         """
-        if self.first:
+        if self.keeps:
+            tokens = tokens if self.first else tokens + places
+            tokens = self.norm1(tokens + self.among_tokens(tokens, tokens, tokens, allowed))
+        elif self.first:
             tokens = self.norm1(self.among_tokens(tokens, tokens, tokens, allowed))
         else:
             placed = tokens + places
@@ -258,11 +273,12 @@ class TwoWayTransformer(nn.Module):
 
     def __init__(
         self, width: int = 256, depth: int = 2, heads: int = 8, hidden: int = 2048, reduction: int = 2,
-        activation: Activation = "relu",
+        activation: Activation = "relu", keeps: bool = False,
     ):  # fmt: skip
         super().__init__()
         self.layers = nn.ModuleList(
-            TwoWayLayer(width, heads, hidden, reduction, activation, first=number == 0) for number in range(depth)
+            TwoWayLayer(width, heads, hidden, reduction, activation, first=number == 0, keeps=keeps)
+            for number in range(depth)
         )
         self.to_image = NarrowAttention(width, width // reduction, heads)
         self.norm = nn.LayerNorm(width)
@@ -293,7 +309,8 @@ class MaskDecoder(nn.Module):
         answers: Masks of each prompt: one for prompts without ambiguity, then those for ambiguous ones.
         score_hidden: Channels inside of the network that predicts the IoU.
         score_layers: Its linear layers.
-        activation: Activation of the transformer's MLP.
+        activation: Activation of all MLPs.
+        keeps: See `TwoWayLayer`.
         norm: Normalisation between the transposed convolutions: over the channels of each cell, or "group" over
             channels and cells (EfficientSAM).
         upscale: Channels after each transposed convolution; default (width / 4, width / 8).
@@ -313,6 +330,7 @@ class MaskDecoder(nn.Module):
         score_hidden: int = 256,
         score_layers: int = 3,
         activation: Activation = "relu",
+        keeps: bool = False,
         norm: UpscaleNorm = "layer",
         upscale: Sequence[int] | None = None,
         sigmoid: bool = False,
@@ -322,15 +340,15 @@ class MaskDecoder(nn.Module):
         super().__init__()
         first, last = upscale or (width // 4, width // 8)
         self.answers, self.sigmoid, self.finer = answers, sigmoid, finer
-        self.transformer = TwoWayTransformer(width, depth, heads, hidden, activation=activation)
+        self.transformer = TwoWayTransformer(width, depth, heads, hidden, activation=activation, keeps=keeps)
         self.score_token = nn.Parameter(torch.randn(1, width))
         self.mask_tokens = nn.Parameter(torch.randn(answers, width))
         self.present_token = nn.Parameter(torch.randn(1, width)) if present else None
         self.up1 = nn.ConvTranspose2d(width, first, 2, stride=2)
         self.up_norm = LayerNorm2d(first, eps=1e-6) if norm == "layer" else nn.GroupNorm(1, first)
         self.up2 = nn.ConvTranspose2d(first, last, 2, stride=2)
-        self.kernels = nn.ModuleList(MLP((width, width, width, last)) for _ in range(answers))
-        self.score = MLP((width, *[score_hidden] * (score_layers - 1), answers))
+        self.kernels = nn.ModuleList(MLP((width, width, width, last), activation) for _ in range(answers))
+        self.score = MLP((width, *[score_hidden] * (score_layers - 1), answers), activation)
         self.present = MLP((width, width, width, 1)) if present else None
 
     def forward(

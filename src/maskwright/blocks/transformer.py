@@ -171,14 +171,15 @@ class DecoderLayer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear layers of the given widths with ReLU between them."""
+    """Linear layers of the given widths with an activation between them."""
 
-    def __init__(self, widths: Sequence[int]):
+    def __init__(self, widths: Sequence[int], activation: Literal["relu", "gelu"] = "relu"):
         super().__init__()
+        self.activation = functional.relu if activation == "relu" else functional.gelu
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Float[Tensor, "*n c"]) -> Float[Tensor, "*n d"]:
         """Returns the output of the last layer."""
         for number, layer in enumerate(self.layers):
-            x = layer(functional.relu(x) if number else x)
+            x = layer(self.activation(x) if number else x)
         return x

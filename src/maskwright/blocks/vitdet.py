@@ -29,7 +29,7 @@ class RelativeAttention(nn.Module):
     Args:
         width: Channels.
         heads: Attention heads.
-        side: Side of the map that the tables are made for; they are resampled for others.
+        side: Side of the map that the tables are made for; they are resampled for others. 0: without tables.
     """
 
     def __init__(self, width: int, heads: int, side: int):
@@ -37,14 +37,17 @@ class RelativeAttention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
-        self.rows = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
-        self.columns = nn.Parameter(torch.zeros(2 * side - 1, width // heads))
+        self.rows = nn.Parameter(torch.zeros(2 * side - 1, width // heads)) if side else None
+        self.columns = nn.Parameter(torch.zeros(2 * side - 1, width // heads)) if side else None
 
     def forward(self, x: Float[Tensor, "b h w c"]) -> Float[Tensor, "b h w c"]:
         """Returns the result of the attention."""
         _, height, width, _ = x.shape
         q, k, v = self.qkv(x).flatten(1, 2).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # (B, heads, H W, C / heads)
+        if self.rows is None or self.columns is None:
+            found = functional.scaled_dot_product_attention(q, k, v)
+            return self.output(found.transpose(1, 2).flatten(2).unflatten(1, (height, width)))
         down, across = distances(self.rows, height), distances(self.columns, width)  # (H, H, c), (W, W, c)
         grid = q.unflatten(2, (height, width))
         by_row = torch.einsum("bnhwc,hkc->bnhwk", grid, down)
@@ -53,15 +56,15 @@ class RelativeAttention(nn.Module):
         if not torch.is_grad_enabled() or not q.requires_grad:  # rows of queries at a time, so that the bias is small
             row = q.shape[0] * q.shape[1] * width * height * width * q.element_size()
             count = max(1, min(height, BIAS_BYTES // row))
-        found: list[Tensor] = []
+        parts: list[Tensor] = []
         for first in range(0, height, count):
             part = slice(first, first + count)
             bias = by_row[:, :, part, :, :, None] + by_column[:, :, part, :, None]  # (B, heads, h, W, H, W)
             queries = q if count == height else grid[:, :, part].flatten(2, 3)
-            found.append(
+            parts.append(
                 functional.scaled_dot_product_attention(queries, k, v, attn_mask=bias.flatten(2, 3).flatten(3))
             )
-        joined = found[0] if len(found) == 1 else torch.cat(found, 2)
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
         return self.output(joined.transpose(1, 2).flatten(2).unflatten(1, (height, width)))
 
 
@@ -80,7 +83,7 @@ class ViTDetBlock(nn.Module):
         width: Channels.
         heads: Attention heads.
         window: Side of the windows; 0 to attend everywhere.
-        side: Side of the map, for the tables of blocks without windows.
+        side: Side of the map, for the tables of blocks without windows; 0: without tables of relative positions.
         hidden: Channels inside of the MLP.
     """
 
@@ -88,7 +91,7 @@ class ViTDetBlock(nn.Module):
         super().__init__()
         self.window = window
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attention = RelativeAttention(width, heads, window or side)
+        self.attention = RelativeAttention(width, heads, (window or side) if side else 0)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.expand, self.reduce = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
@@ -127,6 +130,7 @@ class ViTDet(nn.Module):
         neck_width: Channels of the embedding.
         hidden: Channels inside of an MLP.
         in_channels: Channels of images.
+        relative: Whether attention has relative positions.
     """
 
     def __init__(
@@ -142,6 +146,7 @@ class ViTDet(nn.Module):
         neck_width: int = 256,
         hidden: int | None = None,
         in_channels: int = 3,
+        relative: bool = True,
     ):
         super().__init__()
         self.checkpointing = False
@@ -149,7 +154,9 @@ class ViTDet(nn.Module):
         self.positions = nn.Parameter(torch.zeros(1, side, side, width))
         nn.init.trunc_normal_(self.positions, std=0.02)
         self.blocks = nn.ModuleList(
-            ViTDetBlock(width, heads, 0 if number in everywhere else window, side, hidden or 4 * width)
+            ViTDetBlock(
+                width, heads, 0 if number in everywhere else window, side if relative else 0, hidden or 4 * width
+            )
             for number in range(depth)
         )
         self.neck = Neck(width, neck_width)
@@ -175,11 +182,13 @@ class ViTDet(nn.Module):
 
 
 def positions_at(table: Float[Tensor, "1 s t c"], size: tuple[int, int]) -> Float[Tensor, "1 {size[0]} {size[1]} c"]:
-    """A table of positions, resampled bicubically if it is of another size."""
-    if tuple(table.shape[1:3]) == size:
+    """A table of positions, resampled bicubically if it is of another size, with anti-aliasing if it is larger."""
+    own = (table.shape[1], table.shape[2])
+    if own == size:
         return table
+    smaller = size[0] < own[0] or size[1] < own[1]
     moved = functional.interpolate(
-        table.permute(0, 3, 1, 2).float(), size, mode="bicubic", align_corners=False, antialias=True
+        table.permute(0, 3, 1, 2).float(), size, mode="bicubic", align_corners=False, antialias=smaller
     )
     return moved.permute(0, 2, 3, 1).to(table.dtype)
 

@@ -29,3 +29,22 @@ def weights(
         positions = positions.clamp(0, length - 1)
     cells = torch.arange(length, device=positions.device, dtype=positions.dtype)
     return (1 - (positions[..., None] - cells).abs()).clamp(min=0)
+
+
+def cubic_weights(positions: Float[Tensor, " s"], length: int) -> Float[Tensor, "s length"]:
+    """Weights of the cells of a row for cubic interpolation, as in torch (a = -0.75).
+
+    Beyond the border, the outer cells are repeated.
+
+    Args:
+        positions: Sample positions, in cells, counted from the centre of the first cell.
+        length: Number of cells.
+    """
+    first = positions.floor()
+    offsets = torch.arange(-1, 3, device=positions.device, dtype=positions.dtype)
+    apart = (positions[:, None] - first[:, None] - offsets).abs()
+    near = (1.25 * apart - 2.25) * apart * apart + 1
+    far = ((-0.75 * apart + 3.75) * apart - 6) * apart + 3
+    values = torch.where(apart <= 1, near, torch.where(apart < 2, far, 0))
+    cells = (first[:, None] + offsets).long().clamp(0, length - 1)
+    return positions.new_zeros(len(positions), length).scatter_add_(1, cells, values)

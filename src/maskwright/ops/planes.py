@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from maskwright.ops.interpolation import weights
+from maskwright.ops.interpolation import cubic_weights, weights
 from maskwright.structures import Masks, Placement
 
 
@@ -22,6 +22,7 @@ def place_planes(
     *,
     threshold: float = 0.5,
     steps: Literal[1, 2] = 2,
+    cubic: bool = False,
     budget: int = 64 << 20,
 ) -> Masks:
     """Resizes planes that cover the network's input to masks of the image.
@@ -36,11 +37,14 @@ def place_planes(
         size: Height and width of the input, padding included.
         threshold: Pixels above it belong to a mask; at least 0.
         steps: 1 to resize to the image directly (YOLACT).
+        cubic: Whether interpolation is cubic; with one step only. All pixels of the image are then computed.
         budget: Bytes of scratch memory. On an accelerator whole planes are computed, as many at a time as fit. On the
             host each mask is computed only on the pixels that its probabilities above the threshold reach, and this
             many bytes are kept before they are packed.
     """
-    return place_measured(probabilities, placement, size, None, threshold=threshold, steps=steps, budget=budget)[0]
+    return place_measured(
+        probabilities, placement, size, None, threshold=threshold, steps=steps, cubic=cubic, budget=budget
+    )[0]
 
 
 def place_measured(
@@ -51,6 +55,7 @@ def place_measured(
     *,
     threshold: float = 0.5,
     steps: Literal[1, 2] = 2,
+    cubic: bool = False,
     budget: int = 64 << 20,
 ) -> tuple[Masks, Float[Tensor, " n"]]:
     """Resizes planes as `place_planes`, and computes a number for each mask.
@@ -63,6 +68,7 @@ def place_measured(
             mask, both (k, h, w). It must not depend on pixels outside of the mask, not all of which it receives.
         threshold: See `place_planes`.
         steps: See `place_planes`.
+        cubic: See `place_planes`.
         budget: See `place_planes`.
 
     Returns:
@@ -72,7 +78,7 @@ def place_measured(
     if not len(planes):
         return Masks.empty(placement.image_size), planes.new_zeros(0)
     height, width = placement.image_size
-    down, across = axes(planes, placement, size, steps)
+    down, across = axes(planes, placement, size, steps, cubic)
     if planes.device.type != "cpu":
         step = max(1, budget // (height * max(width, planes.shape[2]) * (9 if measure is None else 17)))
         masks, numbers = [], []
@@ -83,7 +89,7 @@ def place_measured(
             masks.append(Masks.from_dense(solid).pack())
         return Masks.join(masks), torch.cat(numbers)
     # An interpolated value is above the threshold only if one of its neighbours is.
-    solid = planes > threshold
+    solid = torch.ones_like(planes, dtype=torch.bool) if cubic else planes > threshold
     rows, columns = _reached(solid.any(2), down), _reached(solid.any(1), across)
     corners, parts, crops, held = torch.stack([columns[:, 0], rows[:, 0]], 1), [], [], 0
     numbers = []
@@ -109,6 +115,7 @@ def place_stable(
     margin: float = 1.0,
     least: float = 0.0,
     steps: Literal[1, 2] = 2,
+    cubic: bool = False,
     frame: tuple[int, int, tuple[int, int]] | None = None,
     budget: int = 64 << 20,
 ) -> tuple[Masks, Float[Tensor, " k"], Int[Tensor, " k"]]:
@@ -124,6 +131,7 @@ def place_stable(
         margin: See above.
         least: Masks of less stability are dropped, those without a stability too, unless it is 0.
         steps: See `place_planes`.
+        cubic: See `place_planes`.
         frame: Left and upper edge of the image in a larger one, and its height and width, in which masks are returned;
             None: the image itself.
         budget: Bytes of scratch memory.
@@ -135,7 +143,7 @@ def place_stable(
     logits = logits.float()
     if not len(logits):
         return Masks.empty(whole), logits.new_zeros(0), torch.zeros(0, dtype=torch.int64)
-    down, across = axes(logits, placement, size, steps)
+    down, across = axes(logits, placement, size, steps, cubic)
     numbers, ratios, masks = list[Tensor](), list[Tensor](), list[Masks]()
 
     def keep(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +163,7 @@ def place_stable(
             numbers.append(rows + first)
             ratios.append(ratio[good].cpu())
         return Masks.join(masks), torch.cat(ratios), torch.cat(numbers)
-    solid = logits > -margin
+    solid = torch.ones_like(logits, dtype=torch.bool) if cubic else logits > -margin
     rows, columns = _reached(solid.any(2), down), _reached(solid.any(1), across)
     windows = torch.cat([rows, _used(down, rows), columns, _used(across, columns)], 1).tolist()
     crops, corners, held = list[Tensor](), list[tuple[int, int]](), 0
@@ -179,7 +187,11 @@ def place_stable(
 
 
 def axes(
-    like: Float[Tensor, "n p q"], placement: Placement, size: tuple[int, int], steps: Literal[1, 2] = 2
+    like: Float[Tensor, "n p q"],
+    placement: Placement,
+    size: tuple[int, int],
+    steps: Literal[1, 2] = 2,
+    cubic: bool = False,
 ) -> tuple[Float[Tensor, "h p"], Float[Tensor, "w q"]]:
     """The matrices that resize planes to the image: `down @ planes @ across.T`.
 
@@ -188,14 +200,15 @@ def axes(
         placement: How the image was placed in the input.
         size: Height and width of the input, padding included.
         steps: See `place_planes`.
+        cubic: See `place_planes`.
 
     Returns:
         The weights of the rows of a plane for each row of the image, and those of the columns for each column; zeros
         for pixels outside of the input.
     """
     (height, width), (x, y) = placement.image_size, placement.scale
-    down = _axis(like, 1, size[0], placement.size[0], height, y, placement.offset[1], False, steps)
-    across = _axis(like, 2, size[1], placement.size[1], width, x, placement.offset[0], placement.mirrored, steps)
+    down = _axis(like, 1, size[0], placement.size[0], height, y, placement.offset[1], False, steps, cubic)
+    across = _axis(like, 2, size[1], placement.size[1], width, x, placement.offset[0], placement.mirrored, steps, cubic)
     return down, across
 
 
@@ -293,12 +306,15 @@ def _axis(
     offset: float,
     mirrored: bool,
     steps: int,
+    cubic: bool = False,
 ) -> Float[Tensor, "_image _cells"]:
     """The weight of each cell for each of the image's pixels along one axis."""
     cells = like.shape[axis]
     pixels = torch.arange(image, device=like.device, dtype=torch.float32) + 0.5
     place = (image - pixels if mirrored else pixels) * scale + offset - 0.5
     seen = (place > -0.5) & (place < valid - 0.5)
+    if cubic:
+        return cubic_weights((place + 0.5) * (cells / padded) - 0.5, cells) * seen[:, None]
     if steps == 1:
         return weights((place + 0.5) * (cells / padded) - 0.5, cells, "border") * seen[:, None]
     inner = torch.arange(valid, device=like.device, dtype=torch.float32)
@@ -311,7 +327,7 @@ def _axis(
 
 def _reached(solid: Tensor, axis: Tensor) -> Tensor:
     """For each object the range of pixels along one axis, first ... last + 1, to which its solid cells contribute."""
-    hit = solid.float() @ (axis > 0).float().T > 0  # (n, pixels)
+    hit = solid.float() @ (axis != 0).float().T > 0  # (n, pixels)
     steps = torch.arange(hit.shape[1])
     first = torch.where(hit, steps, hit.shape[1]).amin(1)
     last = torch.where(hit, steps + 1, 0).amax(1)
@@ -321,7 +337,7 @@ def _reached(solid: Tensor, axis: Tensor) -> Tensor:
 def _used(axis: Tensor, pixels: Int[Tensor, "n 2"]) -> Int[Tensor, "n 2"]:
     """The range of cells that a range of pixels of each object reads. It follows from the outer pixels, because later
     pixels read later cells, or earlier ones if the image is mirrored."""
-    reads = axis > 0
+    reads = axis != 0
     first, last = reads.int().argmax(1), axis.shape[1] - reads.flip(1).int().argmax(1)
     start, stop = pixels.unbind(1)
     ends = torch.stack([start.clamp(max=len(axis) - 1), (stop - 1).clamp(min=0)], 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -28,8 +28,12 @@ class Prompts:
     """Prompts for N objects of one image, on the image's own grid; row n belongs to object n.
 
     An object can have any combination of points, a box and a mask, also none. Different objects can have different
-    kinds: where an object has fewer points than others, the label is -1; where it has no box, the row of `boxes` is
-    NaN; where it has no mask, the mask is empty or the plane of `logits` is NaN.
+    kinds: where an object has fewer points than others, the label is -1 and the coordinates are NaN, which is ignored;
+    where it has no box, the row of `boxes` is NaN; where it has no mask, the mask is empty or the plane of `logits` is
+    NaN. The answer for an object thereby does not depend on the others.
+
+    The label -1 with finite coordinates is the token "not a point" of SAM's code, by which that code pads objects; it
+    changes the answer slightly.
 
     Coordinates are x, y in the continuous frame: pixel (i, j) covers [j, j + 1) x [i, i + 1). Tensors except `logits`
     are on the host.
@@ -37,7 +41,7 @@ class Prompts:
     Attributes:
         image_size: H, W of the image.
         points: (N, P, 2), x, y.
-        point_labels: (N, P), 1 for a point on the object, 0 for one outside of it, -1 for padding.
+        point_labels: (N, P), 1 for a point on the object, 0 for one outside of it, -1 for padding, see above.
         boxes: (N, 4), x0, y0, x1, y1; None if no object has a box.
         masks: N masks of `image_size`; None if no object has a mask.
         logits: (N, h, w), mask logits of an earlier answer (`Choices.logits`), on its low-resolution grid; None if no
@@ -104,7 +108,9 @@ class Prompts:
         if not rows:
             return cls.empty(image_size)
         return cls(
-            image_size, pad_sequence(rows, batch_first=True), pad_sequence(marks, batch_first=True, padding_value=-1)
+            image_size,
+            pad_sequence(rows, batch_first=True, padding_value=torch.nan),
+            pad_sequence(marks, batch_first=True, padding_value=-1),
         )
 
     @classmethod
@@ -163,7 +169,7 @@ class Prompts:
         if len(sizes) > 1:
             raise UsageError(f"prompts for images of different sizes cannot be joined: {sorted(sizes)}")
         size, most = parts[0].image_size, max(part.points.shape[1] for part in parts)
-        points = [_widened(part.points, most, 0.0) for part in parts]
+        points = [_widened(part.points, most, torch.nan) for part in parts]
         labels = [_widened(part.point_labels, most, -1) for part in parts]
         boxes = masks = logits = text = None
         if any(part.boxes is not None for part in parts):
@@ -229,15 +235,20 @@ class Prompts:
         return (self.point_labels >= 0).sum(1)
 
     @property
-    def has_box(self) -> Tensor:
-        """(N,) bool: the objects that have a box."""
+    def ignored(self) -> Bool[Tensor, "n p"]:
+        """The points that are padding."""
+        return (self.point_labels < 0) & self.points.isnan().any(2)
+
+    @property
+    def has_box(self) -> Bool[Tensor, " n"]:
+        """The objects that have a box."""
         if self.boxes is None:
             return torch.zeros(len(self), dtype=torch.bool)
         return ~self.boxes[:, 0].isnan()
 
     @property
-    def has_mask(self) -> Tensor:
-        """(N,) bool: the objects that have a mask, or logits of an earlier answer."""
+    def has_mask(self) -> Bool[Tensor, " n"]:
+        """The objects that have a mask, or logits of an earlier answer."""
         found = torch.zeros(len(self), dtype=torch.bool)
         if self.masks is not None:
             found = found | (self.masks.areas().cpu() > 0)

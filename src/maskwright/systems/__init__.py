@@ -52,6 +52,9 @@ REGISTRY = {
     "h-detr": "h_detr:HDETR",
     "mask-frozen-detr": "mask_frozen_detr:MaskFrozenDETR",
     "sam": "sam:SAM",
+    "mobile-sam": "mobile_sam:MobileSAM",
+    "efficient-sam": "efficient_sam:EfficientSAM",
+    "edge-sam": "edge_sam:EdgeSAM",
     "eomt": "eomt:EoMT",
 }
 

@@ -7,7 +7,7 @@ its options: `score_threshold` is its `pred_iou_thresh`, `nms_threshold` its `bo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
@@ -180,7 +180,7 @@ def _find(
         logits, scores, owner = logits[good], scores[good], owner[good]
     masks, stability, kept = place_stable(
         logits, placement, features.size, margin=options.stability_score_offset, least=options.stability_score_thresh,
-        steps=system.steps, frame=(crop[0], crop[1], image_size),
+        steps=system.steps, cubic=system.cubic, frame=(crop[0], crop[1], image_size),
     )  # fmt: skip
     scores, owner = scores.cpu()[kept], owner.cpu()[kept]
     boxes = masks.boxes()
@@ -208,6 +208,30 @@ def _near_edge(boxes: Float[Tensor, "n 4"], crop: Crop, image_size: tuple[int, i
 def _nothing(size: tuple[int, int]) -> Found:
     none = torch.zeros(0)
     return Found(Masks.empty(size), none.reshape(0, 4), none, none, none.reshape(0, 2), none.reshape(0, 4).long())
+
+
+def find_everywhere(
+    system: PromptableSystem,
+    image_size: tuple[int, int],
+    options: Grid,
+    encode: Callable[[Crop], tuple[Features, Placement]],
+) -> Found:
+    """Segments everything in an image and its crops.
+
+    Args:
+        system: The system.
+        image_size: H, W of the image.
+        options: The options.
+        encode: Encodes a crop: its features, with batch size 1, and its placement in the input.
+
+    Returns:
+        What was found, in the order of the original code.
+    """
+    parts = list[Found]()
+    for layer, crop in crop_boxes(image_size, options.crop_n_layers, options.crop_overlap_ratio):
+        features, placement = encode(crop)
+        parts.append(find_in_crop(system, features, placement, options, layer, crop, image_size))
+    return cleaned(merge_crops(parts, options), options)
 
 
 def merge_crops(parts: Sequence[Found], options: Grid) -> Found:

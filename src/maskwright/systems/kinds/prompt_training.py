@@ -156,8 +156,8 @@ def answer(
     extra = torch.where(torch.arange(most, device=labels.device) < fill[:, None], NOTHING, ABSENT)
     labels = torch.cat([labels, extra], 1)
     height, width = features.size
+    points = torch.cat([points, points.new_full((len(points), most, 2), -1.0)], 1)
     place = (points + 0.5) / points.new_tensor([width, height])
-    place = torch.cat([place, place.new_zeros(len(place), most, 2)], 1)
     slots = Slots(place, labels, logits[:, None], known, ragged=True)
     if again and torch.is_grad_enabled():
         return checkpoint(system.answer, features, slots, use_reentrant=False)

@@ -150,8 +150,10 @@ class PromptableSystem(ProposalSystem):
 
     Attributes:
         steps: How mask logits reach the image: 2, resized to the network's input and from there (SAM); 1, at once.
+        cubic: Whether they are resized by cubic interpolation, with 1 step.
         points_per_side: Default of `decode`.
         most_padding: The largest number that `padding` returns.
+        reads_masks: Whether masks can be prompts.
         simulation: How prompts are simulated in training.
     """
 
@@ -159,8 +161,10 @@ class PromptableSystem(ProposalSystem):
     prompt_encoder: nn.Module
     mask_decoder: nn.Module
     steps: ClassVar[Literal[1, 2]] = 2
+    cubic: ClassVar[bool] = False
     points_per_side: int = 32
     most_padding: ClassVar[int] = 1
+    reads_masks: ClassVar[bool] = True
     simulation: Simulation
 
     @property
@@ -317,7 +321,7 @@ class PromptableSystem(ProposalSystem):
             placement: How the image was placed in the input.
             size: Height and width of the network's input.
         """
-        return place_planes(logits, placement, size, threshold=0.0, steps=self.steps)
+        return place_planes(logits, placement, size, threshold=0.0, steps=self.steps, cubic=self.cubic)
 
     def answer(self, features: Features, slots: Slots) -> Decoded:
         """Runs prompt encoder and mask decoder.
@@ -368,15 +372,14 @@ class PromptableSystem(ProposalSystem):
             features: The features of the image, for the sizes of input and embedding.
         """
         unit = prompts.points.new_tensor([features.size[1], features.size[0]])
-        counts, boxed = prompts.point_counts, prompts.has_box
-        points = (placement.points_to_input(prompts.points) + 0.5) / unit
-        labels = torch.where(prompts.point_labels < 0, ABSENT, prompts.point_labels)
-        fill = self.padding(counts, boxed)  # (n,)
+        boxed, ignored = prompts.has_box, prompts.ignored
+        points = (placement.points_to_input(prompts.points.nan_to_num()) + 0.5) / unit
+        labels = torch.where(ignored, ABSENT, prompts.point_labels)
+        fill = self.padding((~ignored).sum(1), boxed)  # (n,)
         most = int(fill.max()) if len(fill) else 0
-        parts = [(points, labels)]
-        parts.append(
-            (points.new_zeros(len(points), most, 2), torch.where(torch.arange(most) < fill[:, None], NOTHING, ABSENT))
-        )
+        beside = (points.new_full((len(points), most, 2), -1.0) + 0.5) / unit  # as EfficientSAM places them
+        kinds = torch.where(torch.arange(most) < fill[:, None], NOTHING, ABSENT)
+        parts = [(points, labels), (beside, kinds)]
         if prompts.boxes is not None:
             corners = placement.boxes_to_input(prompts.boxes).reshape(-1, 2, 2)
             corners = (corners + 0.5) / unit.to(corners)
@@ -408,6 +411,8 @@ class PromptableSystem(ProposalSystem):
         given = prompts.has_mask
         if not bool(given.any()):
             return None, None
+        if not self.reads_masks:
+            raise UsageError(f"{self.name} does not read masks as prompts; use points and boxes")
         grid = (4 * features.image.shape[-2], 4 * features.image.shape[-1])
         logits = prompts.logits
         if logits is not None and tuple(logits.shape[1:]) != grid:
