@@ -243,6 +243,22 @@ def test_unsupported_files_are_explained(tmp_path: Path) -> None:
             mw.load(tmp_path / "x.pth")
 
 
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("mask-rcnn", "rpn_head=dict(anchor_generator=dict(ratios=[0.3, 1.0, 3.0]))"),
+        ("mask-rcnn", "roi_head=dict(bbox_head=dict(bbox_coder=dict(target_stds=[0.2, 0.2, 0.2, 0.2])))"),
+        ("mask-rcnn", "roi_head=dict(bbox_head=dict(cls_predictor_cfg=dict(type='NormedLinear')))"),
+        ("cascade-mask-rcnn", "roi_head=dict(bbox_head=[dict(loss_cls=dict(type='SeesawLoss'))])"),
+        ("retinanet", "bbox_head=dict(anchor_generator=dict(ratios=[0.5, 1.0, 3.0]))"),
+    ],
+)
+def test_configurations_that_options_do_not_express_are_refused(name: str, model: str, tmp_path: Path) -> None:
+    torch.save(content(name, cfg=f"model = dict(type='Detector', {model})"), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"MMDetection \(Detector\).*configuration do not fit"):
+        mw.load(tmp_path / "x.pth")
+
+
 # ---- conventions -----------------------------------------------------------------------------------------------------
 
 

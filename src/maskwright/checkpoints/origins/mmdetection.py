@@ -207,16 +207,16 @@ def _two_stage(shapes: Shapes, about: Mapping[str, Any], system: str, weighted: 
     if f"{box}.fc_reg.weight" not in shapes or shapes["rpn_head.rpn_cls.weight"][0] != 3:
         return None
     options = dense_options(shapes, about, config)
-    if options is None or (stages and shapes[f"{box}.fc_reg.weight"][0] != 4):
+    things, deltas = shapes[f"{box}.fc_cls.weight"][0] - 1, shapes[f"{box}.fc_reg.weight"][0]
+    if options is None or deltas not in ((4,) if stages else (4, 4 * things)) or not _usual(config, bool(stages)):
         return None
-    things = shapes[f"{box}.fc_cls.weight"][0] - 1
     options |= {
         "neck_norm": norm_of(shapes, "neck.fpn_convs.0"), "proposals": _proposals(shapes, config),
         "boxes": {
             "convs": count(shapes, rf"{re.escape(box)}\.shared_convs\.(\d)\."),
             "fcs": count(shapes, rf"{re.escape(box)}\.shared_fcs\.(\d)\."), "width": shapes[f"{box}.fc_cls.weight"][1],
             "norm": norm_of(shapes, f"{box}.shared_convs.0"),
-            "agnostic": shapes[f"{box}.fc_reg.weight"][0] == 4 and (things > 1 or bool(stages)),
+            "agnostic": deltas == 4 and (things > 1 or bool(stages)),
         },
         "classes": class_names(things),
     }  # fmt: skip
@@ -239,6 +239,33 @@ def _two_stage(shapes: Shapes, about: Mapping[str, Any], system: str, weighted: 
     if stages:
         options["cascade"] = _cascade(stages, config)
     return options | _semantic(shapes, about, things) if panoptic else options
+
+
+def _usual(config: Mapping[str, Any], cascade: bool) -> bool:
+    """Whether what neither names nor options express is as in published files: anchors, coding of boxes, classifiers.
+
+    Args:
+        config: What `read_config` returned.
+        cascade: Whether the coding of boxes is an option.
+    """
+    if not usual_ratios(config, "rpn_head"):
+        return False
+    heads = look(config, "model", "roi_head", "bbox_head")
+    for head in heads if isinstance(heads, list) else [heads]:
+        stds = mmcv_config.numbers(look(head, "bbox_coder", "target_stds"), 4)
+        if not cascade and stds not in (None, (0.1, 0.1, 0.2, 0.2)):
+            return False
+        if look(head, "cls_predictor_cfg") is not None or look(head, "loss_cls", "use_sigmoid") is True:
+            return False
+        if look(head, "loss_cls", "type") == "SeesawLoss":
+            return False
+    return True
+
+
+def usual_ratios(config: Mapping[str, Any], head: str) -> bool:
+    """Whether the anchors of a head have the usual ratios, or none are stated."""
+    ratios = look(config, "model", head, "anchor_generator", "ratios")
+    return ratios is None or mmcv_config.numbers(ratios, 3) == (0.5, 1.0, 2.0)
 
 
 def _proposals(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -338,7 +365,11 @@ def explain(shapes: Shapes, about: Mapping[str, Any]) -> str:
     named = f" ({kind})" if isinstance(kind, str) and re.fullmatch(r"\w{1,40}", kind) else ""
     own = re.compile(rf"{_OWN.pattern}|^bbox_head\.(cls_convs|reg_convs|retina_\w+|conv_\w+|scales)\.")
     other = next((key for key in shapes if not own.match(key)), None)
-    reason = f"it has keys such as {other!r}" if other is not None and len(other) < 120 else "its shapes do not fit"
+    reason = (
+        f"it has keys such as {other!r}"
+        if other is not None and len(other) < 120
+        else "its shapes or its configuration do not fit"
+    )
     return f"a detector of MMDetection{named} that matches no supported system: {reason}; supported are {SUPPORTED}"
 
 

@@ -20,6 +20,7 @@ from maskwright.checkpoints.origins.mmdetection import (
     dense_options,
     norm_of,
     standardised,
+    usual_ratios,
 )
 
 ANCHORS = 9
@@ -118,6 +119,8 @@ def _retinanet(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Non
         return None
     found: dict[str, Any] = {}
     generator = look(config, "model", "bbox_head", "anchor_generator")
+    if not usual_ratios(config, "bbox_head") or look(generator, "scales_per_octave") not in (None, 3):
+        return None
     strides, scale = mmcv_config.numbers(look(generator, "strides"), 5), look(generator, "octave_base_scale")
     if strides is not None and isinstance(scale, int | float) and scale > 0 and (strides[0], scale) != (8, 4):
         found["anchor_sizes"] = tuple(stride * scale for stride in strides)
