@@ -8,6 +8,7 @@ from maskwright.data.check import CheckReport, check
 from maskwright.data.clips import Clip, Clips
 from maskwright.data.coco import read_coco
 from maskwright.data.contour_scenes import ContourScenes
+from maskwright.data.convert import convert_data
 from maskwright.data.dataset import PERSON_KEYPOINTS, Dataset, Sample, as_dataset, mirrored_keypoints
 from maskwright.data.davis import read_davis, write_davis
 from maskwright.data.findings import DataWarning, Finding
@@ -45,6 +46,7 @@ __all__ = [
     "Subset",
     "as_dataset",
     "check",
+    "convert_data",
     "evenly_spaced",
     "has_split",
     "make_loader",

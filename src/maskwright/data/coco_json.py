@@ -22,6 +22,7 @@ Entry = dict[str, Any]
 
 KINDS = ("instances", "person_keypoints", "panoptic")  # names of COCO's annotation files, followed by _SPLIT.json
 _OTHER_KINDS = ("captions", "stuff", "image_info")  # files of COCO without objects
+PICTURES = "pictures.json"  # what `predict` writes about the images and classes of its results
 ROBOFLOW = "_annotations.coco.json"  # the name of the annotation file in each split's folder
 
 _EXPECTED = "expected a COCO data set with the keys images, annotations and categories"
@@ -82,7 +83,7 @@ def unnamed_files(folder: Path) -> list[Path]:
 
     def other(path: Path) -> bool:
         foreign = path.stem.startswith((*(f"{kind}_" for kind in KINDS), *_OTHER_KINDS)) or json_kind(path) is not None
-        return path.stem in KINDS or not foreign
+        return path.stem in KINDS or not (foreign or path.name == PICTURES)
 
     inside = [p for p in sorted((folder / "annotations").glob("*.json")) if other(p)]
     return inside or [p for p in sorted(folder.glob("*.json")) if other(p) and has_keys(p)]

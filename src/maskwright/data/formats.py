@@ -7,7 +7,8 @@ A format is one module, registered in `FORMATS` under a short name. The module d
     sniff       which data sets of the format exist at a source (see `Format.sniff`)
     read        one of them (see `Format.read`)
 
-and, optionally, `repaired` for `maskwright check --fix` (see `coco.repaired`). Modules are imported when a source is
+and, optionally, `HOLDS` and `write` (see `exchange.writing.Writer`) and, for `maskwright check --fix`, `repaired` (see
+`coco.repaired`). Modules are imported when a source is
 opened, so that unused formats cost nothing. Another package adds a format with `register_format`.
 """
 

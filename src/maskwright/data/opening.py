@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskwright.data.dataset import Dataset
+from maskwright.data.exchange.files import listed_once
 from maskwright.data.formats import FORMATS, Format, Match, Request, load_format
 from maskwright.data.table import Table
 from maskwright.data.table_datasets import dataset_from_table
@@ -112,7 +113,8 @@ def find_matches(source: str, request: Request, format: str | None = None) -> li
     """
     source, format = without_prefix(source, format)
     names = FORMATS if format is None else [format]
-    matches = [(name, match) for name in names for match in load_format(name).sniff(source, request)]
+    with listed_once():
+        matches = [(name, match) for name in names for match in load_format(name).sniff(source, request)]
     return sorted(matches, key=lambda pair: -pair[1].confidence)
 
 

@@ -5,11 +5,14 @@ Foreign files are data: sizes are limited, YAML is parsed without objects and al
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextvars import ContextVar
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 from xml.parsers import expat
@@ -19,7 +22,7 @@ from maskwright.data.table import Table
 
 LARGEST = 1 << 31  # bytes of an annotation file
 LARGEST_SETTINGS = 1 << 22  # bytes of a file of settings or class names
-MOST_FILES = 1_000_000  # files that are listed below a folder
+MOST_SNIFFED = 300_000  # files below a folder by which its format is recognized
 DEEPEST = 6  # levels of folders below a source that are searched
 _HEAD = 1 << 16  # bytes by which the kind of a JSON file is recognized
 _DEPTH = 64  # levels of elements in an XML file
@@ -36,24 +39,45 @@ class FileProblem(Exception):
 def files_below(folder: Path, wanted: Callable[[str], bool], depth: int = DEEPEST) -> Iterator[str]:
     """Yield the files below a folder whose names are wanted, as sorted relative paths with "/".
 
-    Hidden files and folders are omitted, and symbolic links to folders are not followed.
+    Hidden files and folders are omitted, and symbolic links to folders are not followed. Inside `listed_once`, folders
+    are listed once, and at most `MOST_SNIFFED` files are.
 
     Args:
         folder: The folder.
         wanted: Called with the name of a file.
         depth: Number of levels of folders that are searched.
     """
-    count = 0
+    listings = _listings.get()
+    if listings is None:
+        files: Iterable[tuple[int, str, str]] = _listed(folder)
+    else:
+        if folder not in listings:
+            listings[folder] = list(islice(_listed(folder), MOST_SNIFFED))
+        files = listings[folder]
+    return (prefix + name for level, prefix, name in files if level <= depth and wanted(name))
+
+
+def _listed(folder: Path) -> Iterator[tuple[int, str, str]]:
+    """The level, the folder (with a final "/") and the name of each file below a folder."""
     for place, folders, files in os.walk(folder):
         relative = Path(place).relative_to(folder).as_posix()
         prefix = "" if relative == "." else relative + "/"
-        folders[:] = sorted(f for f in folders if not f.startswith(".")) if prefix.count("/") < depth else []
-        for name in sorted(files):
-            count += 1
-            if count > MOST_FILES:
-                return
-            if not name.startswith(".") and wanted(name):
-                yield prefix + name
+        level = prefix.count("/")
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if level < DEEPEST else []
+        yield from ((level, prefix, name) for name in sorted(files) if not name.startswith("."))
+
+
+_listings: ContextVar[dict[Path, list[tuple[int, str, str]]] | None] = ContextVar("maskwright_listings", default=None)
+
+
+@contextlib.contextmanager
+def listed_once() -> Generator[None, None, None]:
+    """List each folder once inside the `with` block, in which all formats look for their files."""
+    token = _listings.set({})
+    try:
+        yield
+    finally:
+        _listings.reset(token)
 
 
 def is_image_name(name: str) -> bool:

@@ -100,15 +100,17 @@ def _pairs(root: Path) -> list[_Pair]:
     """All images with maps."""
     files = list(files_below(root, is_image_name, 4))
     kinds: dict[str, dict[tuple[str, str], list[str]]] = {"image": {}, "map": {}, "class": {}}
+    places: dict[str, tuple[str, str] | None] = {}  # kind of each folder, and the pattern that its images and maps have
     for file in files:
-        folders = file.split("/")[:-1]
-        place = next((n for n in range(len(folders) - 1, -1, -1) if _kind_of_folder(folders[n]) is not None), None)
+        folder = file.rpartition("/")[0]
+        if folder not in places:
+            places[folder] = _place(folder.split("/"))
+        place = places[folder]
         if place is None:
             continue
-        kind = _kind_of_folder(folders[place]) or ""
+        kind, around = place
         if kind != "image" and not file.lower().endswith(_LOSSLESS):
             continue
-        around = "/".join([*folders[:place], "*", *folders[place + 1 :]])
         kinds[kind].setdefault((around, _stem(file, kind)), []).append(file)
     pairs = [
         _Pair(images[0], kinds["map"][key], kinds["class"].get(key, [None])[0])
@@ -116,6 +118,15 @@ def _pairs(root: Path) -> list[_Pair]:
         if len(kinds["map"].get(key, ())) == 1
     ]
     return sorted(pairs or _bowl(files) or _beside(files), key=lambda pair: pair.image)
+
+
+def _place(folders: Sequence[str]) -> tuple[str, str] | None:
+    """The kind of the last folder that has one, and all folders with a star in its place; None if none has one."""
+    for number in range(len(folders) - 1, -1, -1):
+        kind = _kind_of_folder(folders[number])
+        if kind is not None:
+            return kind, "/".join([*folders[:number], "*", *folders[number + 1 :]])
+    return None
 
 
 def _kind_of_folder(name: str) -> str | None:
