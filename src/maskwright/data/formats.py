@@ -39,6 +39,7 @@ FORMATS: dict[str, str] = {
     "voc": "maskwright.data.exchange.voc",
     "cityscapes": "maskwright.data.exchange.cityscapes",
     "label-maps": "maskwright.data.exchange.label_maps",
+    "tar-shards": "maskwright.data.tar_shards",
     "results": "maskwright.data.exchange.results",
 }
 

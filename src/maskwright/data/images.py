@@ -127,7 +127,7 @@ def read_image(
         ImageError: If the file is missing, damaged, too large or not an image.
     """
     path = Path(path)
-    with _readable(path), path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         return decode(file, os.fspath(path), max_pixels, warn=warn, white=white, bands=bands)
 
 
@@ -156,7 +156,7 @@ def decode(
         Pixels (C, H, W), uint8.
     """
     path = Path(name)
-    with _readable(path):
+    with readable(path):
         rules = current_reading()
         chosen = rules.bands or (None if bands is None else tuple(bands))
         given = rules.white if rules.white is not None else white
@@ -187,11 +187,21 @@ def common_white(paths: Sequence[Path]) -> int | None:
     Returns:
         The value; None if no file has more than 8 bits.
     """
-    count = min(len(paths), _SAMPLED)
+    return common_white_of(len(paths), lambda number: _own_white(paths[number]))
+
+
+def common_white_of(count: int, white: Callable[[int], int | None]) -> int | None:
+    """`common_white` for images that are not files.
+
+    Args:
+        count: Number of images.
+        white: The value of white of an image by its position, see `white_of`; an `ImageError` if it cannot be read.
+    """
+    sampled = min(count, _SAMPLED)
     result: int | None = None
-    for number in range(count):
+    for number in range(sampled):
         try:
-            end = _own_white(paths[number * len(paths) // count])
+            end = white(number * count // sampled)
         except ImageError:
             continue
         result = end if result is None else result if end is None else max(result, end)
@@ -231,7 +241,7 @@ def read_orientation(path: str | Path) -> int:
         ImageError: If the header is damaged.
     """
     path = Path(path)
-    with _readable(path, "the header"), path.open("rb") as file, _source(file, path, MAX_PIXELS) as source:
+    with readable(path, "the header"), path.open("rb") as file, _source(file, path, MAX_PIXELS) as source:
         return source.orientation
 
 
@@ -258,7 +268,7 @@ def probe(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[tuple[int, in
 
 
 def _header(path: Path, max_pixels: int) -> tuple[tuple[int, int], tuple[int, int], str]:
-    with _readable(path, "the header"), path.open("rb") as file, _source(file, path, max_pixels) as source:
+    with readable(path, "the header"), path.open("rb") as file, _source(file, path, max_pixels) as source:
         height, width = source.size
         turned = source.orientation >= 5
         return ((width, height) if turned else (height, width)), (height, width), source.format
@@ -266,7 +276,7 @@ def _header(path: Path, max_pixels: int) -> tuple[tuple[int, int], tuple[int, in
 
 def _own_white(path: Path) -> int | None:
     """The value of white of one file; None for 8 bits, and for float values."""
-    with _readable(path), path.open("rb") as file:
+    with readable(path), path.open("rb") as file:
         return white_of(file, path)
 
 
@@ -565,7 +575,7 @@ def apply_orientation(pixels: npt.NDArray[np.uint8], orientation: int) -> npt.ND
 
 
 @contextlib.contextmanager
-def _readable(path: Path, what: str = "the image") -> Generator[None, None, None]:
+def readable(path: Path, what: str = "the image") -> Generator[None, None, None]:
     """Exceptions of decoders as `ImageError`."""
     try:
         yield

@@ -18,10 +18,13 @@ from maskwright.data.images import Reading, reading
 from maskwright.data.windows import WindowSource
 from maskwright.inference.joining import Tile
 from maskwright.inference.journal import TileJournal
+from maskwright.inference.memory import release_memory
 from maskwright.inference.reading_ahead import ahead
 from maskwright.inference.seams import Joiner, PlacedObjects, collected
 from maskwright.inference.tiles import cover
 from maskwright.structures import Instances
+
+RELEASE = 4  # batches after which free memory is returned to the operating system
 
 Find = Callable[[Sequence[Tensor]], list[Instances]]
 
@@ -86,6 +89,9 @@ class ObjectStream:
                 found = self.find(crops)
                 if journal is not None:
                     journal.add(found)
+                done += 1
+                if not done % RELEASE:
+                    release_memory()
                 yield _added(joiner, found)
         finally:
             if journal is not None:

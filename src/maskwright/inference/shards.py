@@ -208,7 +208,7 @@ def _on_cluster(ray: Any, work: Work, names: Sequence[str], actors: int | None) 
         _Actor,
         fn_constructor_args=(work,),
         batch_size=IN_FLIGHT,
-        concurrency=min(most, tasks),
+        compute=ray.data.ActorPoolStrategy(size=min(most, tasks)),
         num_gpus=1 if gpus else None,
     )
     for row in found.iter_rows():
