@@ -13,6 +13,7 @@ from maskwright.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Tracker = Literal["iou", "bytetrack", "sort", "ocsort"]
 KeyValues = Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]
 Output = Annotated[Path, arg(aliases=("-o",), metavar="PATH")]
 Weights = Annotated[str | None, arg(aliases=("-w",), metavar="FILE|NAME")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -17,6 +17,7 @@ from maskwright.cli.arguments import (
     Name,
     Number,
     Output,
+    Tracker,
     Weights,
     device_named,
     given,
@@ -26,7 +27,10 @@ from maskwright.errors import UsageError
 from maskwright.terminal import print_error, print_line, progress
 
 if TYPE_CHECKING:
+    from maskwright.evaluation.clip_result import ClipResult
     from maskwright.inference.shards import Work
+
+Task = Literal["instances", "panoptic", "semantic", "proposals", "tracks"]
 
 
 def predict(
@@ -249,13 +253,16 @@ def _count(number: int, noun: str) -> str:
 
 
 def evaluate(
-    weights: Annotated[str, arg(metavar="WEIGHTS")],
+    weights: Annotated[str | None, arg(metavar="WEIGHTS")] = None,
     /,
     *,
     data: Annotated[str, arg(metavar="DIR")],
     split: str = "val",
     out: Annotated[Path | None, arg(aliases=("-o",), metavar="DIR")] = None,
-    task: Literal["instances", "panoptic", "semantic", "proposals"] = "instances",
+    task: Annotated[Task | None, arg(metavar="{instances,panoptic,semantic,proposals,tracks}")] = None,
+    results: Annotated[Path | None, arg(metavar="PATH")] = None,
+    tracker: Tracker = "iou",
+    semi_supervised: bool = False,
     classes: ClassNames = None,
     detections: Integer = None,
     suppression: Annotated[Literal["matrix"] | None, arg(metavar="matrix")] = None,
@@ -275,24 +282,36 @@ def evaluate(
     folder the page also shows the training curves), and the predictions as OUT/results.json, with the image and
     category ids of the annotations (OUT/panoptic.json for --task panoptic and semantic).
 
+    On a data set of clips, the objects are tracked and J&F, HOTA, MOTA, IDF1, the AP of tracks and the stability
+    through time are measured. --out gets OUT/result.json, and the tracks as OUT/tracked.json and OUT/videos.json.
+
     Examples:
       maskwright evaluate runs/first/best.safetensors --data my-images --out runs/first
       maskwright evaluate mask_rcnn_R_50_FPN_3x.pkl --data coco --split val2017 --out runs/published
       maskwright evaluate runs/first/best.safetensors --data my-images --task proposals
       maskwright evaluate detr-r50-panoptic --data coco --split val2017 --task panoptic
+      maskwright evaluate runs/first/best.safetensors --data DAVIS --tracker iou
+      maskwright evaluate --results tracked.json --data DAVIS
 
     Args:
         weights: A checkpoint of maskwright, an official file, or a name of the catalogue (`maskwright checkpoints`).
-        data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones.
+            Omitted with --results.
+        data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones. Clips: the layout of
+            DAVIS, a YouTube-VIS file, or clips[:count=20,frames=24].
         split: The part of it: annotations/instances_SPLIT.json (panoptic_SPLIT.json).
         out: Folder for result.json, report.html and the predictions, results.json.
-        task: instances: AP; panoptic: PQ of images segmented into things and stuff; semantic: IoU of labels over all
-            pixels; proposals: average recall of objects regardless of class, at 10, 100 and 1000 per image.
+        task: instances (default for images): AP; tracks (default for clips); panoptic: PQ of images segmented into
+            things and stuff; semantic: IoU of labels over all pixels; proposals: average recall of objects regardless
+            of class, at 10, 100 and 1000 per image.
+        results: Evaluate tracks of clips instead of weights: YouTube-VIS results (tracked.json), or a folder of maps of
+            ids as in DAVIS.
+        tracker: For clips: iou associates by the IoU of masks; the others are those of the library trackers.
+        semi_supervised: With --results: the tracks were given the objects of the first frame, as DAVIS defines it.
         classes: Names of the classes to evaluate, separated by commas; default: all that both sides have.
         detections: Maximum objects per image; as many per class are counted. 100, for proposals 1000.
         suppression: Apply Matrix NMS to the finished masks too: scores decay with the overlap with better objects.
         boundary: Measure boundary AP too.
-        limit: Maximum number of images, evenly spread over the data set.
+        limit: Maximum number of images, evenly spread over the data set; of clips, the first ones.
         batch: Images per forward pass.
         tile: Evaluate with tiles as predict --tile does: side of the tiles that large images are cut into.
         overlap: Share of a tile that it has in common with its neighbour.
@@ -302,16 +321,45 @@ def evaluate(
         commercial_ok: Use only catalogue weights whose licence allows commercial use.
     """
     from maskwright.checkpoints import load
+    from maskwright.data import Clips, open_dataset
     from maskwright.evaluation import report as write_report
     from maskwright.inference import evaluate as run
+    from maskwright.inference.evaluating_clips import evaluate_clips, evaluate_tracks
     from maskwright.inference.selecting import split_names
 
+    if (weights is None) == (results is None):
+        raise UsageError("evaluate requires either WEIGHTS (a file, or a name of the catalogue) or --results PATH")
+    if results is not None:
+        tracks = evaluate_tracks(results, data, split, semi_supervised=semi_supervised, limit=limit)
+        return _shown(tracks, out)
+    assert weights is not None
     system = load(weights, commercial_ok=commercial_ok)
+    opened: Any = data
+    if task in (None, "instances", "tracks"):
+        opened = open_dataset(data, split)
+    if task == "tracks" or (task is None and isinstance(opened, Clips)):
+        if classes is not None or boundary:
+            raise UsageError("--classes and --boundary apply to --task instances only, which evaluates single frames")
+        options = given(detections=detections, suppression=suppression, tile=tile)
+        tracks = evaluate_clips(
+            system,
+            opened,
+            tracker=tracker,
+            limit=limit,
+            batch=batch,
+            overlap=overlap,
+            device=device_named(device),
+            dtype=dtype,
+            compile=compile,
+            out=out,
+            **options,
+        )
+        return _shown(tracks, out)
     result = run(
         system,
-        data,
+        opened,
         split,
-        task=task,
+        task=task or "instances",
         classes=None if classes is None else split_names([classes], system.classes),
         detections=detections,
         suppression=suppression,
@@ -329,6 +377,14 @@ def evaluate(
     if out is not None:
         result.save(out / "result.json")
         print_line(f"report: {write_report(out, out / 'report.html')}")
+    return 0
+
+
+def _shown(result: ClipResult, out: Path | None) -> int:
+    """Print the metrics of clips and write them."""
+    print_line(str(result))
+    if out is not None:
+        result.save(out / "result.json")
     return 0
 
 

@@ -142,14 +142,16 @@ class ClipEvaluator:
     def _measured(self, clip: Clip, frames: Sequence[Instances], detections: Sequence[Instances]) -> _Clip:
         truth: list[Instances | None] = [None] * len(clip)
         for frame in clip.annotated:
-            truth[frame] = clip.target(frame)
+            target = clip.target(frame)
+            zero = torch.zeros_like(target.labels)
+            truth[frame] = replace(target, labels=zero) if self.clips.classless else target
         consecutive = any(a is not None and b is not None for a, b in pairwise(truth))
         compared = not self.clips.classless
         stable = stability(detections, truth if consecutive else None, classes=compared)
         classes = len(self.clips.classes)
         if not clip.annotated:
             return _Clip([Counted.zero()] * classes, None, [], stable, not consecutive)
-        annotated = [clip.target(frame) for frame in clip.annotated]
+        annotated = [target for target in truth if target is not None]
         found = [without(frames[frame], clip.void(frame)) for frame in clip.annotated]
         counted = [
             Counted.of(pairs_of(_of_class(annotated, label), _of_class(found, label), f"clip {clip.name!r}"))

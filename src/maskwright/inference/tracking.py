@@ -337,6 +337,7 @@ class LibraryTracker:
         }
         if name not in kinds:
             raise UsageError(f"the tracker must be one of {', '.join(kinds)}, got {name!r}")
+        self.name = name
         self._make: Callable[[], Any] = lambda: kinds[name](**options)
         try:
             self._make()
