@@ -24,6 +24,8 @@ PAGES = {
     "keypoint-rcnn": "mask-rcnn",
     "rfcn": "fcis",
     "h-detr": "mask-frozen-detr",
+    "panoptic-blendmask": "blendmask",
+    "panoptic-centermask": "centermask",
     "pointrend-semantic": "pointrend",
     "mobile-sam": "sam",
     "efficient-sam": "sam",

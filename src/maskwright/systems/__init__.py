@@ -42,6 +42,8 @@ REGISTRY = {
     "fcos": "fcos:FCOS",
     "centermask": "centermask:CenterMask",
     "blendmask": "blendmask:BlendMask",
+    "panoptic-centermask": "panoptic_fcos:PanopticCenterMask",
+    "panoptic-blendmask": "panoptic_fcos:PanopticBlendMask",
     "solo": "solo:SOLO",
     "decoupled-solo": "solo:DecoupledSOLO",
     "fouriernet": "fouriernet:FourierNet",

@@ -183,7 +183,7 @@ class CenterMask(FCOSSystem):
     ) -> dict[str, Tensor]:
         """Computes the losses of the mask heads for given boxes."""
         rois = Foreground.from_assigned(
-            [sample_boxes(own, t, len(self.classes), self.box_rules) for own, t in zip(proposals, targets, strict=True)]
+            [sample_boxes(own, t, self.head_classes, self.box_rules) for own, t in zip(proposals, targets, strict=True)]
         )
         features = self.pooled(raw, rois.boxes, [t.image_size for t in targets])
         logits = self.masks(features, rois.labels)[:, 0]

@@ -14,61 +14,30 @@ Heads of boxes and masks have rows for the things only, the branch has rows for 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional
 
 from maskwright.blocks.backbones import BackboneLike
 from maskwright.blocks.box_stage import Detections
 from maskwright.blocks.layers import Norm
-from maskwright.blocks.semantic import VOID, SemanticFPN, label_maps, semantic_loss
+from maskwright.blocks.semantic import SemanticFPN
 from maskwright.errors import UsageError
-from maskwright.ops.mask_targets import label_target
-from maskwright.ops.planes import label_plane
-from maskwright.options import OptionGroup
 from maskwright.structures import Instances, Panoptic, Placement
 from maskwright.structures.resize import ResizeLike
 from maskwright.systems.card import Ablation, Card, Preset, Score
+from maskwright.systems.families.semantic_branch import SEMANTIC, SemanticBranch, SemanticOptions
 from maskwright.systems.families.two_stage import BoxesLike, ProposalsLike, Raw, Rules, RulesName
-from maskwright.systems.kinds.panoptic import PanopticSystem
 from maskwright.systems.mask_rcnn import BACKBONE, BOXES, PROPOSALS, RESIZE, MaskOptions, MaskRCNN
 from maskwright.systems.system import ClassRows
 
 MASKS = MaskOptions()
 
 
-@dataclass(frozen=True)
-class SemanticOptions(OptionGroup):
-    """The semantic branch, as options of a system.
-
-    Attributes:
-        width: Channels of its convolutions.
-        norm: Normalisation after each of them.
-        weight: Weight of its loss; that of the other losses is 1.
-        smallest_area: Regions of stuff with fewer pixels of the image are left out.
-    """
-
-    label: ClassVar[str] = "semantic"
-
-    width: int = 128
-    norm: Norm = "group"
-    weight: float = 0.5
-    smallest_area: int = 4096
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_at_least(1, "width")
-        self.check_at_least(0, "weight", "smallest_area")
-
-
-SEMANTIC = SemanticOptions()
-
-
-class PanopticFPN(MaskRCNN, PanopticSystem):
+class PanopticFPN(MaskRCNN, SemanticBranch):
     """Mask R-CNN for things, and a semantic branch for stuff.
 
     Its networks are those of `MaskRCNN` and `semantic`. Boxes and masks are predicted for the things among `classes`,
@@ -141,31 +110,8 @@ class PanopticFPN(MaskRCNN, PanopticSystem):
 
         Crowd regions of things are ignored by Mask R-CNN and are "things" in the semantic branch, as published.
         """
-        things = self.thing_classes()
-        rows = things.cumsum(0) - 1
-        objects = [self._relabelled(target[things[target.labels.cpu()]], rows) for target in targets]
-        terms = super().losses(raw, objects)
-        logits = self.semantic(raw.features)
-        if not self.stuff:
-            return terms | {"semantic": logits.sum() * 0}
-        truth = label_maps([self.semantic_target(target) for target in targets], raw.size, logits.device)
-        return terms | {"semantic": self.branch.weight * semantic_loss(logits, truth, self.rules.semantic == "coarse")}
-
-    def semantic_target(self, target: Instances) -> Int[Tensor, "_h _w"]:
-        """The output of the semantic branch that each pixel belongs to: 0 for things; VOID where there is no segment.
-
-        Where segments overlap, the smaller one is on top.
-        """
-        if target.masks is None:
-            return torch.full(target.image_size, VOID)
-        stuff = ~self.thing_classes()
-        outputs = stuff.cumsum(0) * stuff
-        return label_target(target.masks, outputs[target.labels.cpu()], background=VOID)
-
-    @staticmethod
-    def _relabelled(objects: Instances, table: Int[Tensor, " k"]) -> Instances:
-        """Objects with the labels that a table has for theirs."""
-        return replace(objects, labels=table.to(objects.labels.device)[objects.labels])
+        terms = super().losses(raw, self.things_of(targets))
+        return terms | {"semantic": self.semantic_term(raw, targets, self.rules.semantic == "coarse")}
 
     # ---- detection ---------------------------------------------------------------------------------------------------
 
@@ -208,74 +154,15 @@ class PanopticFPN(MaskRCNN, PanopticSystem):
         """
         least = self.rules.panoptic_score if score_threshold is None else score_threshold
         things = self.decode(raw, placements, score_threshold=least, nms_threshold=nms_threshold, detections=detections)
-        area = self.branch.smallest_area if smallest_area is None else smallest_area
-        result: list[Panoptic] = []
-        for row, (own, placement) in enumerate(zip(things, placements, strict=True)):
-            labels, probability = self._stuff(raw, row, placement)
-            result.append(self.merged(own, labels, probability, overlap_threshold, area))
-        return result
+        return self.segmented(raw, things, placements, overlap_threshold, smallest_area)
 
-    @torch.no_grad()
-    def decode_semantic(self, raw: Raw, placements: Sequence[Placement]) -> list[Int[Tensor, "_h _w"]]:
-        """The label of each pixel: that of the thing that has taken it, otherwise of its stuff class; -1 where the
-        semantic branch sees things that are not detected."""
-        return [own.semantic() for own in self.decode_panoptic(raw, placements, smallest_area=0)]
-
-    def _stuff(self, raw: Raw, row: int, placement: Placement) -> tuple[Int[Tensor, "_h _w"], Tensor]:
-        """Output of the semantic branch (0: things; -1: none) and its probability for each pixel of one image.
-
-        The logits are resized to the input and from there to the image, as published; then the best one is chosen.
-        """
-        if not self.stuff:
-            empty = torch.zeros(placement.image_size)
-            return empty.long(), empty
-        logits = self.semantic([level[row : row + 1] for level in raw.features]).float()
-        large = functional.interpolate(logits, size=raw.size, mode="bilinear", align_corners=False)[0]
-        labels, probability = label_plane(large, placement, raw.size)
-        return labels.cpu(), probability.cpu()
-
-    def merged(
-        self, things: Instances, labels: Int[Tensor, "h w"], probability: Tensor, overlap_threshold: float, area: int
-    ) -> Panoptic:
-        """Merges the objects of one image, best first, with the outputs of the semantic branch (section 3.1)."""
-        assert things.masks is not None
-        assert things.scores is not None
-        plane = torch.full(things.image_size, -1, dtype=torch.int32)
-        kept: list[int] = []
-        frames, crops = things.masks.crops()
-        for index, ((x0, y0, x1, y1), crop) in enumerate(zip(frames.tolist(), crops, strict=True)):
-            window = plane[y0:y1, x0:x1]
-            mask = crop.cpu()
-            free = mask & (window < 0)
-            total, left = int(mask.sum()), int(free.sum())
-            if left and (total - left) / total <= 1 - overlap_threshold:
-                window[free] = len(kept)
-                kept.append(index)
-        # Outputs 1, 2, ... of the semantic branch are the stuff classes.
-        classes = (~self.thing_classes()).nonzero().flatten()
-        outputs = torch.where(plane < 0, labels, 0).clamp(min=0).flatten()
-        areas = torch.bincount(outputs, minlength=1 + len(classes))[1:]
-        sums = torch.bincount(outputs, probability.flatten().double(), 1 + len(classes))[1:]
-        regions = ((areas > 0) & (areas >= area)).nonzero().flatten()
-        numbers = torch.full((1 + len(classes),), -1, dtype=torch.int32)
-        numbers[regions + 1] = torch.arange(len(regions), dtype=torch.int32) + len(kept)
-        plane = torch.where(plane < 0, numbers[outputs].view(plane.shape), plane)
-        device = things.labels.device
-        scores = (sums[regions] / areas[regions]).to(things.scores)
-        found = torch.cat([things.labels[kept], classes[regions].to(device)])
-        return Panoptic.from_map(
-            plane, found, self.thing_classes(device)[found], numbers=torch.arange(len(found)),
-            scores=torch.cat([things.scores[kept], scores]),
-        )  # fmt: skip
+    def semantic_logits(self, raw: Raw) -> Float[Tensor, "b k _h _w"]:
+        return self.semantic(raw.features)
 
     # ---- for loading and training ------------------------------------------------------------------------------------
 
     def class_rows(self) -> Mapping[str, ClassRows | tuple[ClassRows, ...]]:
-        rows: dict[str, ClassRows | tuple[ClassRows, ...]] = {}
-        for name, own in super().class_rows().items():
-            assert isinstance(own, ClassRows)
-            rows[name] = own._replace(kind="things")
-        return rows | (self.stuff_rows() if self.stuff else {})
+        return self.rows_of_things(super().class_rows())
 
     def stuff_rows(self) -> dict[str, ClassRows]:
         return {f"semantic.output.{kind}": ClassRows(before=1, kind="stuff") for kind in ("weight", "bias")}

@@ -13,9 +13,11 @@ from maskwright.blocks import fcos
 from maskwright.structures import Instances, Placement
 from maskwright.systems.blendmask import BlendMask, label_grid
 from maskwright.systems.families.fcos import Raw
+from maskwright.systems.panoptic_fcos import PanopticBlendMask
 from tests.parity.checkers.centermask import gradients_of, target_of
 from tests.parity.checkers.fcos import TERMS, network
 from tests.parity.checkers.mask_rcnn import with_gradients
+from tests.parity.checkers.panoptic_fpn import segmented
 from tests.parity.ledger import Ledger, inputs, part
 
 NAMES = {**TERMS, "mask": "mask", "basis_sem": "semantic"}
@@ -44,6 +46,8 @@ def check(system: BlendMask, layout: Path, ledger: Ledger) -> None:
         if ledger.names(r"given_\w+"):
             given(system, bases, ledger)
         detections(system, raw, sizes[0], ledger)
+        if isinstance(system, PanopticBlendMask):
+            segmented(system, raw, sizes[0], ledger, ledger.about.get("post_nms_topk", 100))
         training(system, raw, sizes[0], ledger)
 
 
@@ -143,4 +147,4 @@ def gradients(system: BlendMask, ledger: Ledger) -> None:
     gradients_of(system, ledger, "adelaidet")
 
 
-SYSTEMS = {"blendmask": check}
+SYSTEMS = {"blendmask": check, "panoptic-blendmask": check}

@@ -11,8 +11,10 @@ from torch import Tensor
 from maskwright.structures import Instances, Masks, Placement
 from maskwright.systems.centermask import CenterMask, box_level
 from maskwright.systems.families.fcos import Raw
+from maskwright.systems.panoptic_fcos import PanopticCenterMask
 from tests.parity.checkers.fcos import network
 from tests.parity.checkers.mask_rcnn import DEEP, with_gradients
+from tests.parity.checkers.panoptic_fpn import segmented
 from tests.parity.ledger import Ledger, inputs, part
 
 TERMS = {"fcos_cls": "class", "fcos_loc": "box", "fcos_ctr": "centerness", "mask": "mask", "maskiou": "mask_iou"}
@@ -38,6 +40,8 @@ def check(system: CenterMask, layout: Path, ledger: Ledger) -> None:
         network(system, raw, ledger)
         given(system, raw, sizes[0], ledger)
         detections(system, raw, sizes[0], ledger)
+        if isinstance(system, PanopticCenterMask):
+            segmented(system, raw, sizes[0], ledger, ledger.about.get("post_nms_topk", 50))
         training(system, raw, sizes[0], ledger)
 
 
@@ -175,5 +179,5 @@ def gradients_of(system: Any, ledger: Ledger, origin_name: str) -> None:
     ledger.compare("grad_sum", torch.stack([g.sum() for g in grads]), 1e-4, DEEP, scale=sizes)
 
 
-SYSTEMS = {"centermask": check}
+SYSTEMS = {"centermask": check, "panoptic-centermask": check}
 FILES = ("centermask2",)

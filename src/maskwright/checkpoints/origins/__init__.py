@@ -1,6 +1,7 @@
 """Layouts of published checkpoints: one `Origin` each, as a table in `origins/SYSTEM.py`.
 
-Every module of this package defines `ORIGINS`, a list of `Origin`. Modules are discovered; no list has to be edited.
+Modules of this package define `ORIGINS`, a list of `Origin`, or parts that several share. Modules are discovered; no
+list has to be edited.
 
     ORIGINS = [
         Origin(
@@ -158,4 +159,5 @@ class Origin:
 def origins() -> tuple[Origin, ...]:
     """All known layouts; the modules of this package are imported at the first call."""
     modules = sorted(m.name for m in iter_modules(__path__))
-    return tuple(origin for name in modules for origin in import_module(f"{__name__}.{name}").ORIGINS)
+    found = (import_module(f"{__name__}.{name}") for name in modules)
+    return tuple(origin for module in found for origin in getattr(module, "ORIGINS", ()))

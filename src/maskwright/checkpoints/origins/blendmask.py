@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskwright.checkpoints.origins import Origin, Shapes, State
-from maskwright.checkpoints.origins.fcos import ADELAIDET, adelaidet_options, numbered_towers
-from maskwright.checkpoints.origins.mask_rcnn import DETECTRON2_IGNORE
+from maskwright.checkpoints.origins.fcos import ADELAIDET, ADELAIDET_IGNORE, adelaidet_options, numbered_towers
 
 RENAME = [
     (r"^top_layer\.", "dense.head.top."),
     (r"^basis_module\.refine\.(\d)\.0\.", r"bases.refine.\1.conv."),
     (r"^basis_module\.refine\.(\d)\.1\.", r"bases.refine.\1.norm."),
-    # The tower keeps the original's numbers until `_finish`: convolutions, upsampling, convolution, output.
+    # The tower keeps the original's numbers until `finish`: convolutions, upsampling, convolution, output.
     (r"^basis_module\.tower\.", "bases.tower."),
     (r"^basis_module\.seg_head\.6\.", "semantic.2."),
     (
@@ -26,7 +25,8 @@ RENAME = [
 ]
 
 
-def _recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
+def recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options of the constructor, if these are the keys of the original."""
     top, own = (
         shapes.get("top_layer.weight"),
         re.compile(r"^(backbone|proposal_generator|basis_module|top_layer|pixel)"),
@@ -48,7 +48,8 @@ def _recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Non
     return {**options, "blend": blend}
 
 
-def _finish(state: State, options: Mapping[str, Any]) -> State:
+def finish(state: State, options: Mapping[str, Any]) -> State:
+    """Resolves numbers of layers that count norms and activations too."""
     convs, result = options["blend"]["convs"], {}
     for key, value in numbered_towers(state, options).items():
         found = re.match(r"^bases\.tower\.(\d)\.(.*)$", key)
@@ -66,9 +67,9 @@ ORIGINS = [
         name="adelaidet",
         system="blendmask",
         rename=RENAME,
-        recognise=_recognise,
-        finish=_finish,
-        ignore=DETECTRON2_IGNORE,
+        recognise=recognise,
+        finish=finish,
+        ignore=ADELAIDET_IGNORE,
         code_licence="non-commercial",
         weights_licence="non-commercial",
     )

@@ -6,44 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from maskwright.blocks.vovnet import BODIES
 from maskwright.checkpoints.names import class_names
-from maskwright.checkpoints.origins import Origin, Shapes, State
+from maskwright.checkpoints.origins import Origin, Shapes
 from maskwright.checkpoints.origins.fcos import ADELAIDET, HEAD, head_options, numbered_towers
 from maskwright.checkpoints.origins.mask_rcnn import DETECTRON2_IGNORE, detectron2_backbone, minus
-
-BODY = "backbone.bottom_up."
-
-
-def _module(match: re.Match[str]) -> str:
-    """The position of an OSA module: behind the pooling, except in the first stage."""
-    stage, number = int(match[1]) - 2, int(match[2])
-    return f"backbone.stages.{stage}.{number if stage else number - 1}."
-
-
-def _mobile(match: re.Match[str]) -> str:
-    """A layer of a block of MobileNetV2; the first block has no expansion."""
-    block, layer = int(match[1]), int(match[2])
-    parts = ("depthwise", "reduce") if block == 1 else ("expand", "depthwise", "reduce")
-    return f"backbone.blocks.{block - 1}.{parts[layer // 3]}.{'conv' if layer % 3 == 0 else 'norm'}."
-
+from maskwright.checkpoints.origins.vovnet import vovnet_backbone
 
 RENAME = [
-    # VoVNet: names of layers contain a slash.
-    minus(r"^backbone\.bottom_up\.stem\.stem_(\d)/", "backbone.stem.{}.", 1),
-    (r"^backbone\.bottom_up\.stage(\d)\.OSA\d_(\d+)\.", _module),
-    (r"^(backbone\.stages\.\d\.\d+)\.layers\.(\d)\.[^/]*/", r"\1.convs.\2."),
-    (r"^(backbone\.stages\.\d\.\d+)\.concat\.[^/]*/", r"\1.concat."),
-    (r"^(backbone\.stages\.\d\.\d+)\.conv_reduction\.[^/]*/", r"\1.reduction."),
-    (r"^(backbone\.stages\.\d\.\d+)\.ese\.fc\.", r"\1.attention."),
-    (r"^(backbone\.(?:stem|stages)\..*)\.dw_conv3x3\.", r"\1.depthwise."),
-    (r"^(backbone\.(?:stem|stages)\..*)\.pw_conv1x1\.", r"\1.pointwise.conv."),
-    (r"^(backbone\.(?:stem|stages)\..*)\.pw_norm\.", r"\1.pointwise.norm."),
-    (r"^(backbone\.stages\..*)\.conv_offset\.", r"\1.offset."),
-    # MobileNetV2
-    (r"^backbone\.bottom_up\.features\.0\.0\.", "backbone.stem.conv."),
-    (r"^backbone\.bottom_up\.features\.0\.1\.", "backbone.stem.norm."),
-    (r"^backbone\.bottom_up\.features\.(\d+)\.conv\.(\d)\.", _mobile),
     minus(r"^roi_heads\.mask_head\.mask_fcn(\d)\.", "masks.convs.{}.conv.", 1),
     (r"^roi_heads\.mask_head\.spatialAtt\.", "masks.attention."),
     (r"^roi_heads\.mask_head\.deconv\.", "masks.upsample."),
@@ -55,43 +24,8 @@ RENAME = [
 ]
 
 
-def _vovnet(shapes: Shapes) -> dict[str, Any] | None:
-    depthwise = f"{BODY}stem.stem_2/dw_conv3x3.weight" in shapes
-    modules = tuple(
-        len({m[1] for k in shapes if (m := re.match(rf"^backbone\.bottom_up\.stage{n}\.OSA{n}_(\d+)\.", k))})
-        for n in (2, 3, 4, 5)
-    )
-    convs = len({m[1] for k in shapes if (m := re.match(r"^backbone\.bottom_up\.stage2\.OSA2_1\.layers\.(\d)\.", k))})
-    stem = shapes[f"{BODY}stem.stem_1/conv.weight"]
-    outputs = shapes.get(f"{BODY}stage2.OSA2_1.concat.OSA2_1_concat/conv.weight", (0,))[0]
-    for name, body in BODIES.items():
-        fits = (body.depthwise, body.modules, body.convs) == (depthwise, modules, convs)
-        if fits and body.channels[0] * stem[0] // 64 == outputs:
-            backbone: dict[str, Any] = {"name": name, "width": stem[0], "norm": "frozen"}
-            deform = [
-                n - 2 for n in (3, 4, 5)
-                if f"{BODY}stage{n}.OSA{n}_1.layers.0.OSA{n}_1_0/conv_offset.weight" in shapes
-            ]  # fmt: skip
-            if deform:
-                offset = shapes[f"{BODY}stage{deform[0] + 2}.OSA{deform[0] + 2}_1.layers.0."
-                                f"OSA{deform[0] + 2}_1_0/conv_offset.weight"][0]  # fmt: skip
-                backbone |= {"deform_stages": deform, "deform_modulated": offset == 27}
-            return {"backbone": backbone, "in_channels": stem[1]}
-    return None
-
-
-def _backbone(shapes: Shapes) -> dict[str, Any] | None:
-    if f"{BODY}stem.stem_1/conv.weight" in shapes:
-        return _vovnet(shapes)
-    if f"{BODY}features.0.0.weight" in shapes:
-        stem = shapes[f"{BODY}features.0.0.weight"]
-        backbone = {"name": "mobilenet-v2", "width": stem[0], "norm": "frozen"}
-        return {"backbone": backbone, "in_channels": stem[1]}
-    options = detectron2_backbone(shapes)
-    return options and {"backbone": options["backbone"], "in_channels": options["in_channels"]}
-
-
-def _recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
+def recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The options of the constructor, if these are the keys of the original."""
     logits = shapes.get(f"{HEAD}cls_logits.weight")
     masks = shapes.get("roi_heads.mask_head.predictor.weight")
     own = re.compile(
@@ -99,7 +33,7 @@ def _recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Non
     )  # fmt: skip
     if logits is None or masks is None or not all(own.match(key) for key in shapes):
         return None
-    backbone = _backbone(shapes)
+    backbone = vovnet_backbone(shapes) or detectron2_backbone(shapes)
     if backbone is None:
         return None
     head: dict[str, Any] = {
@@ -111,7 +45,8 @@ def _recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Non
     if head["scoring"]:
         head["fc_width"] = shapes["roi_heads.maskiou_head.maskiou_fc1.weight"][0]
     options = {
-        **backbone, "neck_width": logits[1], "head": head_options(shapes), "masks": head,
+        "backbone": backbone["backbone"], "in_channels": backbone["in_channels"],
+        "neck_width": logits[1], "head": head_options(shapes), "masks": head,
         "classes": class_names(logits[0]),
     }  # fmt: skip
     if logits[1] == 128:
@@ -119,24 +54,13 @@ def _recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | Non
     return options
 
 
-def _finish(state: State, options: Mapping[str, Any]) -> State:
-    """Moves the weight of a deformable convolution beside its offsets."""
-    result = {}
-    for key, value in numbered_towers(state, options).items():
-        deformable = re.match(r"^(dense\.backbone\.stages\..*\.convs\.\d)\.conv\.weight$", key)
-        if deformable and f"{deformable[1]}.offset.weight" in state:
-            key = f"{deformable[1]}.weight"
-        result[key] = value
-    return result
-
-
 ORIGINS = [
     Origin(
         name="centermask2",
         system="centermask",
         rename=RENAME,
-        recognise=_recognise,
-        finish=_finish,
+        recognise=recognise,
+        finish=numbered_towers,
         ignore=DETECTRON2_IGNORE,
         code_licence="CC-BY-NC-4.0",
         weights_licence="CC-BY-NC-4.0",

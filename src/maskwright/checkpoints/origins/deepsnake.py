@@ -13,19 +13,23 @@ from maskwright.checkpoints.origins import Origin, Shapes
 CITYSCAPES = ("car", "person", "rider", "motorcycle", "bicycle", "truck", "bus", "train")
 KINS = ("cyclist", "pedestrian", "car", "tram", "truck", "van", "misc")
 
+# Layers of the trees of DLA, also in other code bases.
+TREES = [
+    (r"\.tree1(?=\.)", ".first"),
+    (r"\.tree2(?=\.)", ".second"),
+    (r"\.project\.0\.", ".shortcut.conv."),
+    (r"\.project\.1\.", ".shortcut.norm."),
+    (r"^((?:dense\.)?backbone\.levels\..*)\.conv(\d)\.", r"\1.conv\2.conv."),
+    (r"^((?:dense\.)?backbone\.levels\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
+    (r"\.root\.bn\.", ".root.norm."),
+]
 RENAME = [
     (r"^(?:module\.)?(?:net\.)?(?=(?:dla|gcn|cp)\.)", ""),
     (r"^dla\.base\.base_layer\.0\.", "dense.backbone.stem.conv."),
     (r"^dla\.base\.base_layer\.1\.", "dense.backbone.stem.norm."),
     (r"^dla\.base\.level([01])\.(\d+)\.", lambda m: _plain(int(m[1]), int(m[2]))),
     (r"^dla\.base\.level(\d)\.", r"dense.backbone.levels.\1."),
-    (r"\.tree1(?=\.)", ".first"),
-    (r"\.tree2(?=\.)", ".second"),
-    (r"\.project\.0\.", ".shortcut.conv."),
-    (r"\.project\.1\.", ".shortcut.norm."),
-    (r"^(dense\.backbone\.levels\..*)\.conv(\d)\.", r"\1.conv\2.conv."),
-    (r"^(dense\.backbone\.levels\..*)\.bn(\d)\.", r"\1.conv\2.norm."),
-    (r"\.root\.bn\.", ".root.norm."),
+    *TREES,
     (r"^dla\.dla_up\.ida_(\d)\.", r"dense.neck.ladders.\1."),
     (r"^dla\.ida_up\.", "dense.neck.last."),
     (r"\.proj_(\d)\.", lambda m: f".project.{int(m[1]) - 1}."),

@@ -8,6 +8,7 @@ from typing import Any
 
 from maskwright.checkpoints.names import class_names, coco_by_id
 from maskwright.checkpoints.origins import Origin, Shapes, State
+from maskwright.checkpoints.origins.deepsnake import TREES
 from maskwright.checkpoints.origins.mask_rcnn import (
     DETECTRON2,
     DETECTRON2_IGNORE,
@@ -17,7 +18,10 @@ from maskwright.checkpoints.origins.mask_rcnn import (
     minus,
     torchvision_backbone,
 )
+from maskwright.checkpoints.origins.vovnet import VOVNET, deformable_layers, vovnet_backbone
 
+# Shortcuts of the trees of DLA whose first half is a tree with a shortcut of its own: computed and not used.
+ADELAIDET_IGNORE = [*DETECTRON2_IGNORE, r"^backbone\.bottom_up\.level[34]\.project\."]
 DENSE = (r"^(backbone|neck|head)\.", r"dense.\1.")
 HEAD = "proposal_generator.fcos_head."
 # A pyramid that begins at stride 8, and the levels after it; before the rules of a pyramid that begins at stride 4.
@@ -34,7 +38,8 @@ ADELAIDET = [
     (r"^backbone\.bottom_up\.base_layer\.1\.", "backbone.stem.norm."),
     (r"^backbone\.bottom_up\.level([01])\.(\d+)\.", lambda m: _dla(int(m[1]), int(m[2]))),
     (r"^backbone\.bottom_up\.level(\d)\.", r"backbone.levels.\1."),
-    (r"^(backbone\.levels\..*)\.tree1\.", r"\1.first."),
+    *TREES,
+    *VOVNET,
     *NECK,
     *DETECTRON2,
     (r"^proposal_generator\.fcos_head\.share_tower\.", "head.shared."),
@@ -80,7 +85,7 @@ def numbered_towers(state: State, options: Mapping[str, Any]) -> State:
     factors from vectors of one entry to scalars."""
     norm, result = options["head"]["norm"], {}
     step = 2 if norm == "none" else 3
-    for key, value in deformable_weights(state, options).items():
+    for key, value in deformable_layers(deformable_weights(state, options), options).items():
         found = re.match(r"^(.*head\.(?:shared|\w+_tower))\.(\d+)\.(.*)$", key)
         if found:
             tower, number, rest = found[1], int(found[2]), found[3]
@@ -99,7 +104,7 @@ def adelaidet_options(shapes: Shapes) -> dict[str, Any] | None:
     """Options that all systems on FCOS in AdelaiDet share; None for another layout."""
     if f"{HEAD}cls_logits.weight" not in shapes or "backbone.fpn_output3.weight" not in shapes:
         return None
-    options = _dla_backbone(shapes) or detectron2_backbone(shapes)
+    options = _dla_backbone(shapes) or vovnet_backbone(shapes) or detectron2_backbone(shapes)
     if options is None:
         return None
     if options["backbone"].get("norm") == "batch":
@@ -177,7 +182,7 @@ ORIGINS = [
         rename=ADELAIDET,
         recognise=_adelaidet,
         finish=numbered_towers,
-        ignore=DETECTRON2_IGNORE,
+        ignore=ADELAIDET_IGNORE,
         code_licence="non-commercial",
         weights_licence="non-commercial",
     ),

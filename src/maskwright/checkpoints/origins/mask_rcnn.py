@@ -80,7 +80,6 @@ def detectron2_options(shapes: Shapes, head: Head) -> dict[str, Any] | None:
     options = detectron2_backbone(shapes)
     if options is None:
         return None
-    prefix = _prefix(shapes)
     if "neck_width" not in options:
         if keypoints:
             return None
@@ -97,10 +96,6 @@ def detectron2_options(shapes: Shapes, head: Head) -> dict[str, Any] | None:
         }
         options |= {"boxes": {**box, "beta": 0.5}, "proposals": {"after": (1500, 1000)}}
     else:
-        deform = [n for n in range(4) if f"{prefix}res{n + 2}.0.conv2_offset.weight" in shapes]
-        if deform:
-            offsets = shapes[f"{prefix}res{deform[0] + 2}.0.conv2_offset.weight"][0]
-            options["backbone"] |= {"deform_stages": deform, "deform_modulated": offsets == 27}
         convs = max(1, _count(shapes, r"^proposal_generator\.rpn_head\.conv\.conv(\d)\."))
         options["proposals"] = {"convs": convs}
         options["boxes"] = {
@@ -155,6 +150,18 @@ def detectron2_backbone(shapes: Shapes) -> dict[str, Any] | None:
     if grouped:
         backbone |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
         options["resize"] = {"std": X101_STD}
+    offsets = {n: _count(shapes, rf"^{re.escape(prefix)}res{n + 2}\.(\d+)\.conv2_offset\.weight$") for n in range(4)}
+    deform = [n for n, count in offsets.items() if count]
+    if deform:
+        channels = shapes[f"{prefix}res{deform[0] + 2}.0.conv2_offset.weight"][0]
+        backbone |= {"deform_stages": deform, "deform_modulated": channels == 27}
+        later = [
+            int(m[2]) for k in shapes
+            if (m := re.match(rf"^{re.escape(prefix)}res(\d)\.(\d+)\.conv2_offset\.weight$", k)) and int(m[2])
+        ]  # fmt: skip
+        every = min(later, default=1)
+        if every > 1:
+            backbone["deform_every"] = every
     if "backbone.fpn_lateral2.weight" in shapes:
         options["neck_width"] = shapes["backbone.fpn_output2.weight"][0]
         options["neck_norm"] = _norm(shapes, "backbone.fpn_output2.norm.")

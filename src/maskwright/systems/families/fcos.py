@@ -145,6 +145,7 @@ class Raw:
         centerness: Logits of the centerness.
         top: Further values of each location, of systems that need them; otherwise empty.
         size: Height and width of the input, padding included.
+        finest: The level of stride 4, of systems that need it; otherwise empty.
     """
 
     features: tuple[Float[Tensor, "b c _h _w"], ...]
@@ -153,6 +154,7 @@ class Raw:
     centerness: tuple[Float[Tensor, "b 1 _h _w"], ...]
     top: tuple[Float[Tensor, "b d _h _w"], ...]
     size: tuple[int, int]
+    finest: tuple[Float[Tensor, "b c _h _w"], ...] = ()
 
 
 class FCOSHead(nn.Module):
@@ -216,12 +218,14 @@ class FCOSNet(nn.Module):
         width: Channels of the pyramid.
         head: Heads of the levels.
         extra: Coarser levels than stride 32, at most two.
+        finest: The pyramid has a level of stride 4 too, which the heads do not read.
     """
 
-    def __init__(self, backbone: nn.Module, width: int, head: nn.Module, extra: int = 2):
+    def __init__(self, backbone: nn.Module, width: int, head: nn.Module, extra: int = 2, finest: bool = False):
         super().__init__()
         found = levels_of(backbone)
-        self.levels = found.indices((8, 16, 32))
+        self.finest = int(finest)
+        self.levels = found.indices((4, 8, 16, 32)[1 - self.finest :])
         self.backbone = backbone
         channels = [found.channels[i] for i in self.levels]
         self.neck = FPN(channels, width, extra="output", coarser=extra, relu="between")
@@ -230,9 +234,12 @@ class FCOSNet(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
         features = self.backbone(images)
         levels = self.neck([features[index] for index in self.levels])
+        finest, levels = levels[: self.finest], levels[self.finest :]
         logits, distances, centerness, top = self.head(levels)
         size = (images.shape[-2], images.shape[-1])
-        return Raw(tuple(levels), tuple(logits), tuple(distances), tuple(centerness), tuple(top), size)
+        return Raw(
+            tuple(levels), tuple(logits), tuple(distances), tuple(centerness), tuple(top), size, tuple(finest)
+        )  # fmt: skip
 
 
 # ---- the system ------------------------------------------------------------------------------------------------------
@@ -275,9 +282,11 @@ class FCOSSystem(System):
         rules: Conventions of the code base.
         strides: Strides of the levels.
         ranges: Range of distances of each level, in pixels.
+        finest: Whether the pyramid has a level of stride 4.
     """
 
     normalizer: Tensor
+    finest: ClassVar[bool] = False
 
     def __init__(
         self, classes: Sequence[str], *, backbone: Backbone, in_channels: int, resize: Resize, neck_width: int,
@@ -300,7 +309,7 @@ class FCOSSystem(System):
         self.ranges = tuple(zip([first, *ends[:-1]], ends, strict=True))
         network = FCOSHead(neck_width, len(self.classes), levels, head, top)
         body = backbone.build(in_channels, Use())
-        self.dense = FCOSNet(body, neck_width, network, levels - 3)
+        self.dense = FCOSNet(body, neck_width, network, levels - 3, self.finest)
         self.anchors = Anchors([[s] for s in self.strides], self.strides, (1.0,), "torchvision")
         if self.rules.mean:
             self.register_buffer("normalizer", torch.tensor(300.0))
@@ -309,6 +318,11 @@ class FCOSSystem(System):
     @property
     def outputs(self) -> frozenset[Output]:
         return frozenset({"boxes"})
+
+    @property
+    def head_classes(self) -> int:
+        """Number of classes that boxes are detected of."""
+        return self.dense.head.logits.out_channels  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Raw:
         return self.dense(images)
@@ -374,7 +388,7 @@ class FCOSSystem(System):
             ranked_by: What is compared with the published threshold: the class probability, its product with the
                 centerness, or the score; None: as the code base does.
         """
-        ranked_by, kinds = ranked_by or self.rules.ranked_by, len(self.classes)
+        ranked_by, kinds = ranked_by or self.rules.ranked_by, self.head_classes
         first_threshold = self.rules.score_threshold
         if score_threshold is not None:
             first_threshold = min(first_threshold, score_threshold)
@@ -415,9 +429,8 @@ class FCOSSystem(System):
             result.append(Located(boxes[kept], score[number, rows], label[number, rows], own[kept]))
         return result
 
-    @staticmethod
     def on_image(
-        found: Located, placement: Placement, masks: Float[Tensor, "d s s"] | None = None, threshold: float = 0.5
+        self, found: Located, placement: Placement, masks: Float[Tensor, "d s s"] | None = None, threshold: float = 0.5
     ) -> Instances:
         """Detections of one image on the image, without those that are empty there.
 
