@@ -19,9 +19,10 @@ from maskwright.errors import AnnotationError, DataError, UsageError
 from maskwright.evaluation import ClipEvaluator, ClipResult
 from maskwright.evaluation.track_results import read_tracks, track_records, video_listing
 from maskwright.inference.evaluating_clips import evaluate_clips, evaluate_tracks
+from maskwright.inference.tracking import track_objects
 from maskwright.structures import Instances, Masks
 from tests.evaluation.tracked import objects
-from tests.inference.painted import Painted
+from tests.inference.painted import Painted, save
 
 pytestmark = pytest.mark.fast
 CLASSES = ("cat", "dog")
@@ -136,6 +137,31 @@ def test_mistakes_are_named(clips: Clips, tmp_path: Path):
     with pytest.raises(UsageError, match="no option 'speed'"):
         evaluate_clips(Painted(CLASSES), clips, out=tmp_path, speed=3)
     assert not list(tmp_path.iterdir())
+
+
+def test_frames_are_tracked_one_at_a_time():
+    clip = PaintedClip("a1")
+    asked: list[int] = []
+
+    def live():
+        for frame in range(4):
+            asked.append(frame)
+            yield clip.image(frame)
+
+    stream = track_objects(Painted(CLASSES), live(), workers=1)
+    first = next(stream)
+    assert first.instances.ids.tolist() == [1, 2]
+    assert len(asked) <= 4
+    assert [prediction.instances.ids.tolist() for prediction in stream] == [[1, 2], [1], [1, 2]]
+
+
+def test_a_frame_that_cannot_be_read_is_reported_and_ids_go_on(tmp_path: Path):
+    for frame in range(3):
+        save(PaintedClip("a1").image(frame), tmp_path / f"{frame}.png")
+    (tmp_path / "1.png").write_bytes(b"\x89PNG broken")
+    found = list(track_objects(Painted(CLASSES), tmp_path))
+    assert found[1].error is not None
+    assert [found[0].instances.ids.tolist(), found[2].instances.ids.tolist()] == [[1, 2], [1]]
 
 
 # ---- the evaluator -----------------------------------------------------------------------------------------------

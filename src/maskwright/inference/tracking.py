@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,10 @@ import torch
 from pycocotools import mask as coco_mask
 
 from maskwright.errors import MissingExtraError, UsageError
+from maskwright.inference.predicting import Prediction, predict
 from maskwright.ops.assignment import best_pairs
 from maskwright.structures import Instances, rle
+from maskwright.systems import System
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -413,3 +415,39 @@ def track(frames: Iterable[Instances], tracker: ObjectTracker | None = None) -> 
     tracker = tracker or Tracker()
     for objects in frames:
         yield tracker.update(objects)
+
+
+def track_objects(
+    system: System, source: Any, *, tracker: TrackerName | ObjectTracker = "iou", score_threshold: float = 0.1,
+    **options: Any,
+) -> Iterator[Prediction]:  # fmt: skip
+    """Track the objects that an image system finds in a sequence of frames, one frame at a time.
+
+    Args:
+        system: The system; `prepare` it first if several clips follow.
+        source: The frames in order, as many images for `predict`: a folder, a list, or a generator for a live stream.
+        tracker: A name, see `make_tracker`, or a tracker, which is not reset.
+        score_threshold: Lowest score of the detections that the tracker gets.
+        **options: Further options of `predict`. Frames are processed as they come with `batch=1`.
+
+    Yields:
+        For each frame its prediction, whose instances have ids. A frame that cannot be read has an `error`, and its
+        tracks are lost for that frame.
+
+    Raises:
+        UsageError: If an option is invalid, or there are no frames.
+        ImageError: If `source` is a single image that cannot be read.
+    """
+    follower = make_tracker(tracker) if isinstance(tracker, str) else tracker
+    many = cast("Iterable[Any]", source)
+    found = cast("Iterable[Prediction] | Prediction", predict(system, many, score_threshold=score_threshold, **options))
+    predictions = [found] if isinstance(found, Prediction) else found
+    size: tuple[int, int] | None = None
+    for prediction in predictions:
+        if prediction.instances is None:
+            if size is not None:
+                follower.update(Instances.empty(size, masks="masks" in system.outputs))
+            yield prediction
+            continue
+        size = prediction.instances.image_size
+        yield replace(prediction, instances=follower.update(prediction.instances))
