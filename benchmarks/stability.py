@@ -49,12 +49,16 @@ def learned(preset: str, arguments: argparse.Namespace, folder: Path) -> Path:
     )  # fmt: skip
 
 
-def measured(system: Any, clips: Clips, threshold: float) -> dict[str, float]:
+def measured(system: Any, clips: Clips, threshold: float) -> dict[str, float | None]:
     result = evaluate_clips(system, clips, stability_threshold=threshold)
     wanted = ("HOTA", "IDF1", "MOTA", "J&F", "AP")
     values = {name: result[name] for name in wanted if name in result.summary}
     values |= {name: value for name, value in result.summary.items() if name.startswith("stability/")}
-    return {name.removeprefix("stability/"): round(100 * value, 1) for name, value in values.items()}
+    undefined = {name for name, value in values.items() if value == -1}  # nothing was found in two consecutive frames
+    return {
+        name.removeprefix("stability/"): None if name in undefined else round(100 * value, 1)
+        for name, value in values.items()
+    }
 
 
 def main() -> None:

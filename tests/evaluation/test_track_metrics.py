@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from maskwright.data import MovingScenes
+from maskwright.data import MovingScenes, read_davis
 from maskwright.errors import UsageError
 from maskwright.evaluation.clip_evaluator import Counted
 from maskwright.evaluation.davis import contour_of, davis_summary, object_scores, statistics
@@ -21,6 +23,7 @@ from tests.evaluation import trackeval_reference as reference
 from tests.evaluation.tracked import Frames, annotated, disturbed, objects
 
 pytestmark = pytest.mark.fast
+SHARED = Path(os.environ.get("MASKWRIGHT_SHARED", "/nowhere")) / "data" / "clips"
 needs_trackeval = pytest.mark.skipif(
     importlib.util.find_spec("trackeval") is None or importlib.util.find_spec("cv2") is None,
     reason="TrackEval is not installed (pip install trackeval)",
@@ -135,6 +138,19 @@ def test_contours_of_given_objects_are_those_of_trackeval():
     scores = object_scores(truth, mine, semi_supervised=True)
     expected = reference.contours(truth, mine, number)[1:-1]
     assert scores.contours[list(scores.ids).index(number)] == pytest.approx(expected, abs=1e-12)
+
+
+@needs_trackeval
+@pytest.mark.thorough
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the shared clips are not on this machine")
+def test_figures_of_davis_clips_are_those_of_trackeval():
+    clips = []
+    for number, clip in enumerate(read_davis(SHARED, "full_masks").clips):
+        truth = [clip.target(frame) for frame in range(0, len(clip), 7)]
+        clips.append((truth, disturbed(truth, number)))
+    assert_equal(tracking(clips), reference.metrics(clips))
+    assert_equal(average_precision(clips), reference.track_ap(clips, 1))
+    assert_equal(contours_and_regions(clips, assignment="J"), reference.davis(clips, "J"))
 
 
 # ---- stored numbers, computed with TrackEval 1.3.0 ----------------------------------------------------------------
