@@ -102,6 +102,7 @@ def assert_equal(ours: dict[str, float], theirs: dict[str, float]) -> None:
 
 
 @needs_trackeval
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(5))
 def test_figures_of_generated_clips_are_those_of_trackeval(seed: int):
     clips = generated(seed)
@@ -111,6 +112,7 @@ def test_figures_of_generated_clips_are_those_of_trackeval(seed: int):
 
 
 @needs_trackeval
+@pytest.mark.thorough
 @pytest.mark.parametrize("by", ["J", "J&F"])
 def test_both_rules_of_assignment_are_those_of_trackeval(by: Any):
     clips = generated(4, frames=6)
@@ -118,6 +120,7 @@ def test_both_rules_of_assignment_are_those_of_trackeval(by: Any):
 
 
 @needs_trackeval
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", hard())
 def test_figures_of_hard_cases_are_those_of_trackeval(name: str):
     truth, found = hard()[name]

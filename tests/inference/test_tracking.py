@@ -187,6 +187,7 @@ def clips() -> MovingScenes:
     return MovingScenes(4, frames=20, size=(64, 80), seed=5, difficulty=0.5)
 
 
+@pytest.mark.thorough
 def test_imperfect_detections_of_generated_clips_are_tracked(clips: MovingScenes):
     ours = figures(clips, Tracker())
     assert ours["IDF1"] > 0.9
@@ -196,6 +197,7 @@ def test_imperfect_detections_of_generated_clips_are_tracked(clips: MovingScenes
     assert still["HOTA"] < ours["HOTA"]
 
 
+@pytest.mark.thorough
 @needs_library
 def test_the_trackers_of_the_library_have_the_same_interface(clips: MovingScenes):
     options = {"minimum_consecutive_frames": 1, "track_activation_threshold": 0.5, "high_conf_det_threshold": 0.5}
