@@ -14,6 +14,7 @@ from maskwright.cli.arguments import (
     Directory,
     Dtype,
     Integer,
+    KeyValues,
     Name,
     Number,
     Output,
@@ -21,6 +22,7 @@ from maskwright.cli.arguments import (
     Weights,
     device_named,
     given,
+    key_values,
 )
 from maskwright.cli.data import Format
 from maskwright.errors import UsageError
@@ -28,6 +30,7 @@ from maskwright.terminal import print_error, print_line, progress
 
 if TYPE_CHECKING:
     from maskwright.evaluation.clip_result import ClipResult
+    from maskwright.inference.prompting import PromptBook
     from maskwright.inference.shards import Work
 
 Task = Literal["instances", "panoptic", "semantic", "proposals", "tracks"]
@@ -51,6 +54,11 @@ def predict(
     nms_threshold: Number = None,
     suppression: Annotated[Literal["matrix"] | None, arg(metavar="matrix")] = None,
     detections: Integer = None,
+    points: Annotated[tuple[str, ...], arg(metavar="X,Y")] = (),
+    boxes: Annotated[tuple[str, ...], arg(metavar="X0,Y0,X1,Y1")] = (),
+    prompts: Annotated[str | None, arg(metavar="FILE")] = None,
+    from_: Annotated[str | None, arg(name="from", metavar="FILE")] = None,
+    decoding: KeyValues = (),
     batch: int = 1,
     tile: Integer = None,
     overlap: float = 0.2,
@@ -93,6 +101,9 @@ def predict(
       maskwright predict aerial.tif -w best.safetensors --tile 1024 --score-threshold 0.7
       maskwright predict slide.svs -w cells.safetensors --tile 1024 --format geojson labels
       maskwright predict street/ -w best.safetensors --classes person,car --threshold person=0.7,car=0.3
+      maskwright predict photo.jpg -w sam_vit_b_01ec64.pth --points 210,340 '90,80;120,60,0' --boxes 90,80,400,390
+      maskwright predict street/ -w sam_vit_b_01ec64.pth --from found/results.json -o refined
+      maskwright predict photo.jpg -w sam_vit_b_01ec64.pth --decoding points_per_side=16 crop_n_layers=1
       maskwright predict s3://bucket/images -w best.safetensors --shard 2/8 -o predictions
 
     Args:
@@ -113,6 +124,13 @@ def predict(
         nms_threshold: Overlap above which the lower-scoring of two boxes of a class is dropped; default: the system's.
         suppression: Apply Matrix NMS to the finished masks too: scores decay with the overlap with better objects.
         detections: Maximum objects per image; default: the system's.
+        points: Prompts for systems such as SAM, an object each: X,Y, or several points X,Y;X,Y,0 of which those with 0
+            are outside of the object.
+        boxes: Prompts, an object each.
+        prompts: JSON file of prompts, for each image or for all: see the documentation.
+        from_: Detections of any system (results.json of predict, or a COCO file): their boxes become prompts, and
+            classes and scores are kept.
+        decoding: Further options of the system's decoding, as JSON values: points_per_side=16 crop_n_layers=1.
         batch: Images per forward pass.
         tile: For large images: side of the tiles they are cut into; objects are joined across seams.
         overlap: Share of a tile that it has in common with its neighbour.
@@ -147,6 +165,10 @@ def predict(
         if (out / to).exists():
             raise UsageError(f"{out / to}: exists already; remove it, or give another --out")
     network = load(weights, commercial_ok=commercial_ok, variant=variant)
+    book = _prompts(points, boxes, prompts, from_)
+    if book is not None and (shard is not None or ray is not None):
+        raise UsageError("prompts cannot be combined with --shard and --ray")
+    names = network.classes if book is None or book.classes is None else book.classes
     everything, own = parse_thresholds([threshold] if threshold else [])
     if everything is not None and score_threshold is not None:
         raise UsageError("--threshold with a number and --score-threshold are the same option; give one of them")
@@ -154,11 +176,12 @@ def predict(
     if data is not None:
         opened = opened_data(data, split, images)
         images = images or tuple(str(path) for path in opened.paths() if path is not None)
-        ids = DatasetIds(opened, network.classes)
+        ids = DatasetIds(opened, names)
     else:
-        ids = find_ids(images, network.classes) if "coco" in format and shard is None and ray is None else None
+        ids = find_ids(images, names) if "coco" in format and shard is None and ray is None else None
+    drawing = score_threshold is None and task == "instances" and "prompts" not in network.tasks
     options = given(
-        score_threshold=0.5 if score_threshold is None and task == "instances" else score_threshold,
+        score_threshold=0.5 if drawing else score_threshold,
         nms_threshold=nms_threshold,
         detections=detections,
         batch=batch,
@@ -171,6 +194,8 @@ def predict(
         task=task,
         classes=None if classes is None else split_names([classes], network.classes),
         threshold=own or None,
+        prompts=book,
+        **key_values(decoding),
     )
     if shard is not None or ray is not None:
         if format != ("drawn", "coco"):
@@ -187,7 +212,7 @@ def predict(
         **options,
     )
     stuff = network.classes if task == "semantic" else stuff_of(network)
-    names, total = network.classes, len(found)
+    total = len(found)
     with PredictionWriter(out, format, names, images, stuff, task_called(task), ids, total) as writer:
         for prediction in progress(found, "images"):
             if prediction.stream is not None:
@@ -196,7 +221,7 @@ def predict(
             found_there = prediction.panoptic if prediction.panoptic is not None else prediction.instances
             writer.add(prediction.path or "image", found_there, prediction.error, prediction.reading)
     what = "object" if task == "instances" else "segment"
-    default = score_threshold is None and not own and task == "instances"
+    default = drawing and not own
     limit = " with a score of at least 0.5 (--score-threshold)" if default else ""
     print_line(f"{_count(writer.objects, what)}{limit} in {_count(len(writer.images), 'image')}: {out}")
     if ids is not None and "coco" in format:
@@ -206,6 +231,22 @@ def predict(
     for path, reason in writer.skipped:
         print_error(f"skipped {path}: {reason}" if path not in reason else f"skipped {reason}")
     return 1 if writer.skipped else 0
+
+
+def _prompts(
+    points: tuple[str, ...], boxes: tuple[str, ...], prompts: str | None, detections: str | None
+) -> PromptBook | None:
+    """The prompts of the command line; None if there are none."""
+    from maskwright.inference.prompting import read_detections, read_prompts, written_prompts
+
+    written = bool(points or boxes)
+    if written + (prompts is not None) + (detections is not None) > 1:
+        raise UsageError("give --points and --boxes, or --prompts, or --from; the file of --prompts can hold them all")
+    if prompts is not None:
+        return read_prompts(prompts)
+    if detections is not None:
+        return read_detections(detections)
+    return written_prompts(points, boxes) if written else None
 
 
 def _suggestions(out: Path, to: str) -> object:

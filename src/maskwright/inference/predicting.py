@@ -23,6 +23,7 @@ from maskwright.evaluation.tasks import checked_options, default_of, on_host, ta
 from maskwright.inference.journal import digest, identity
 from maskwright.inference.large import Find, ObjectStream
 from maskwright.inference.preparing import chosen_device, precision, prepare
+from maskwright.inference.prompting import PromptBook, PromptsLike, answered, prompt_book, promptable
 from maskwright.inference.reading_ahead import ahead
 from maskwright.inference.selecting import ClassFilter
 from maskwright.inference.sources import Item, displayed, is_single, items, read, reading_of
@@ -31,6 +32,8 @@ from maskwright.inference.tiles import check_tiles, predict_tiled
 from maskwright.structures import Batch, Instances, Panoptic, Placement
 from maskwright.structures.batching import in_order, streamed_batches
 from maskwright.systems import System, stuff_of
+from maskwright.systems.kinds.everything import Crop, find_everywhere
+from maskwright.systems.kinds.promptable import Features
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -184,6 +187,7 @@ def predict(
     threshold: float | Mapping[str, float] | None = None,
     stream: bool = False,
     journals: str | Path | None = None,
+    prompts: PromptsLike | None = None,
     **thresholds: Any,
 ) -> Any:
     """Predicts the objects in one image or in many.
@@ -215,6 +219,9 @@ def predict(
             `instances`, so that memory does not depend on the size of the image or the number of its objects.
         journals: With `stream`: folder that records the objects of tiles, from which a killed run continues when it is
             repeated with the same image, weights and options.
+        prompts: What to segment, for systems that read prompts: `Prompts` of the image, a JSON file (see
+            `inference.prompting`), or a `PromptBook`. There is one object for each prompt, in their order. None: such
+            systems segment everything.
         **thresholds: Options of the system's decoding: score_threshold, nms_threshold, detections (per image; per
             tile), ... The defaults are the system's: objects that score at least 0.05 for most systems. The command
             `maskwright predict` has a default score threshold of 0.5, for drawing.
@@ -232,6 +239,7 @@ def predict(
     if stream and tile is None:
         raise UsageError("`stream` requires `tile`, the side of the tiles in pixels")
     asked = task_called(task)
+    book = None if prompts is None else _checked_book(system, prompts, tile, task, thresholds)
     verb = asked.of(system)
     if asked.segments and suppression is not None:
         raise UsageError(f"suppression does not apply to task {task!r}")
@@ -245,10 +253,12 @@ def predict(
     wanted = items(source, recursive)
     ready = prepare(system, place, dtype, compile)
     rules = reading_of(wanted, ready.preprocess)
-    run = _Runner(ready, place, kind, options, checked_suppression(suppression), task, rules, keep)
+    run = _Runner(ready, place, kind, options, checked_suppression(suppression), task, rules, keep, book)
     if tile:
         streams = _Streams(stream, None if journals is None else Path(journals), dtype)
         found = _tiles(run, wanted, _Tiling(batch, tile, overlap), streams)
+    elif options.get("crop_n_layers"):
+        found = _crops(run, wanted, workers)
     else:
         found = _batches(run, wanted, batch, workers)
     if is_single(source):
@@ -271,6 +281,7 @@ class _Runner:
     task: Task = "instances"
     reading: Reading = field(default_factory=Reading)
     keep: ClassFilter = field(default_factory=ClassFilter)
+    book: PromptBook | None = None
 
     def read(self, item: Item) -> Tensor:
         return read(replace(item, reading=self.reading), self.system.preprocess)
@@ -282,17 +293,30 @@ class _Runner:
     def score_threshold(self) -> float | None:
         return self.thresholds.get("score_threshold", default_of(self.system.decode, "score_threshold"))
 
-    def __call__(self, laid: Sequence[tuple[Tensor, Placement]]) -> list[Any]:
-        """Objects (or segments) of each image, on the host, masks packed."""
+    def __call__(
+        self, laid: Sequence[tuple[Tensor, Placement]], paths: Sequence[Path | None] | None = None
+    ) -> list[Any]:
+        """Objects (or segments) of each image, on the host, masks packed; `paths` find the prompts for each."""
         batch = Batch.collate([v for v, _ in laid], [p for _, p in laid], multiple=self.system.preprocess.multiple)
         with torch.no_grad():  # not inference mode: the caller may change results in place
             raw = run_network(self.system, batch, self.device, self.dtype)
+            if self.book is not None:
+                system = promptable(self.system)
+                embeddings = system.embeddings(raw, batch.placements)
+                asked = [self.book.of(p, e.image_size) for p, e in zip(paths or (), embeddings, strict=True)]
+                return [answered(system, e, a) for e, a in zip(embeddings, asked, strict=True)]
             found = task_called(self.task).of(self.system)(raw, batch.placements, **self.thresholds)
         moved: list[Any] = [on_host(objects) for objects in found]
         return [self.keep(objects) for objects in moved]
 
     def prediction(self, item: Item, found: Instances | Panoptic, seconds: float) -> Prediction:
         classes = tuple(self.system.classes)
+        if self.book is not None:
+            assert isinstance(found, Instances)
+            classes = self.book.classes or classes
+            return Prediction(
+                item.path, found, found.image_size, None, seconds, classes, item.given, reading=self.reading
+            )
         if isinstance(found, Panoptic):
             stuff = classes if self.task == "semantic" else stuff_of(self.system)
             things, size = found.instances(), found.image_size
@@ -339,8 +363,9 @@ def _batches(run: _Runner, wanted: Iterable[Item], batch: int, workers: int) -> 
 def _computed(run: _Runner, group: list[tuple[int, Laid]]) -> list[tuple[int, Prediction]]:
     """The numbered predictions of a batch."""
     good = [laid for _, (_, laid) in group if not isinstance(laid, ImageError)]
+    paths = [item.path for _, (item, laid) in group if not isinstance(laid, ImageError)]
     start = time.perf_counter()
-    found = iter(run(good) if good else ())
+    found = iter(run(good, paths) if good else ())
     seconds = (time.perf_counter() - start) / max(1, len(good))
     return [
         (
@@ -349,6 +374,48 @@ def _computed(run: _Runner, group: list[tuple[int, Laid]]) -> list[tuple[int, Pr
         )
         for number, (item, laid) in group
     ]
+
+
+def _checked_book(
+    system: System, prompts: PromptsLike, tile: int | None, task: str, thresholds: Mapping[str, Any]
+) -> PromptBook:
+    """The prompts; UsageError if another option excludes them."""
+    promptable(system)
+    if tile is not None or task != "instances":
+        raise UsageError("prompts need whole images and task 'instances'; omit `tile` and `task`")
+    other = [name for name, value in thresholds.items() if value is not None]
+    if other:
+        raise UsageError(f"{other[0]} is an option of segmenting everything; it does not apply to prompts")
+    return prompt_book(prompts)
+
+
+def _crops(run: _Runner, wanted: Iterable[Item], workers: int) -> Iterator[Prediction]:
+    """Segments everything in each image and its crops."""
+    system, preprocess = promptable(run.system), run.system.preprocess
+    options = system.everything_options(**{k: v for k, v in run.thresholds.items() if k != "detections"})
+
+    def load(item: Item) -> tuple[Item, Tensor | ImageError]:
+        try:
+            return item, preprocess.match_channels(run.read(item))
+        except ImageError as error:
+            return item, error
+
+    for item, image in ahead(load, wanted, workers, workers):
+        if isinstance(image, ImageError):
+            yield run.skipped(item, image)
+            continue
+        pixels = image
+        start = time.perf_counter()
+
+        def encode(box: Crop, pixels: Tensor = pixels) -> tuple[Features, Placement]:
+            part, placement = preprocess.apply(pixels[:, box[1] : box[3], box[0] : box[2]])
+            batch = Batch.collate([part], [placement], multiple=preprocess.multiple)
+            return run_network(system, batch, run.device, run.dtype), placement
+
+        with torch.no_grad():
+            found = find_everywhere(system, (pixels.shape[1], pixels.shape[2]), options, encode)
+        objects = run.keep(found.instances(run.thresholds.get("detections")))
+        yield run.prediction(item, objects, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from maskwright.blocks.layers import DeformConvNorm, FrozenBatchNorm, StillBatch
 from maskwright.checkpoints.exported import parts_of, runtime_of
 from maskwright.errors import UsageError
 from maskwright.systems import System
+from maskwright.systems.kinds.promptable import PromptableSystem
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,6 +50,8 @@ def prepare(
         runtime.prepare([part.name for part in parts_of(system)], dtype)
         return system
     ready = copy.deepcopy(system).eval().requires_grad_(False)
+    if isinstance(system, PromptableSystem) and isinstance(ready, PromptableSystem):
+        ready.pin_fingerprint(system.fingerprint)  # embeddings of the two are interchangeable
     fold(ready)
     # Tables that are not part of the checkpoint (anchors, positions) hold pixels, which bfloat16 cannot represent.
     for module in ready.modules():

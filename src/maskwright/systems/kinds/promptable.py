@@ -506,13 +506,20 @@ class PromptableSystem(ProposalSystem):
         """
         if crop_n_layers:
             raise UsageError("crop_n_layers needs the image itself, which only predict has; evaluate without it")
-        options = Grid(
-            score_threshold, nms_threshold, points_per_side or self.points_per_side, points_per_batch,
-            stability_score_thresh, stability_score_offset, crop_n_layers, crop_nms_thresh, crop_overlap_ratio,
-            crop_n_points_downscale_factor, min_mask_region_area, use_m2m,
+        options = self.everything_options(
+            score_threshold=score_threshold, nms_threshold=nms_threshold, points_per_side=points_per_side,
+            points_per_batch=points_per_batch, stability_score_thresh=stability_score_thresh,
+            stability_score_offset=stability_score_offset, crop_nms_thresh=crop_nms_thresh,
+            crop_overlap_ratio=crop_overlap_ratio, crop_n_points_downscale_factor=crop_n_points_downscale_factor,
+            min_mask_region_area=min_mask_region_area, use_m2m=use_m2m,
         )  # fmt: skip
         found = [find_in_crop(self, raw.of(index), place, options) for index, place in enumerate(placements)]
         return [cleaned(own, options).instances(detections) for own in found]
+
+    def everything_options(self, **options: Any) -> Grid:
+        """Options of `decode` as one value, checked; those that are None or absent have the system's default."""
+        given: dict[str, Any] = {"points_per_side": self.points_per_side}
+        return Grid(**(given | {name: value for name, value in options.items() if value is not None}))
 
     def answers_to_points(
         self, features: Features, placement: Placement, points: Float[Tensor, "n 2"], refine: bool = False
