@@ -116,6 +116,33 @@ def test_results_have_the_ids_of_the_annotations(house, tmp_path, capsys):
     assert "no annotations of split 'test'" in capsys.readouterr().err
 
 
+def test_data_in_another_format_is_used_by_every_command(house, tmp_path, capsys):
+    data, best = house / "data", str(house / "run/best.safetensors")
+    assert cli.main(["convert-data", str(data), str(tmp_path / "yolo"), "--to", "yolo", "--allow-loss"]) == 0
+    assert cli.main(["check", str(tmp_path / "yolo")]) == 0
+    assert cli.main(["evaluate", best, "--data", str(tmp_path / "yolo"), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    images, found = str(tmp_path / "yolo/images/val"), tmp_path / "found"
+    line = ["predict", images, "-w", best, "-o", str(found), "--score-threshold", "0.05", "--device", "cpu"]
+    assert cli.main([*line, "--to", "labelme"]) == 0
+    assert "8 images, " in capsys.readouterr().out
+    shapes = [s for p in (found / "labelme").glob("*.json") for s in json.loads(p.read_text())["shapes"]]
+    assert len(shapes) >= len(json.loads((found / "results.json").read_text())) > 0
+    assert all(0.05 <= shape["score"] <= 1 for shape in shapes)
+    assert cli.main([*line, "--to", "labelme"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_share_of_the_images_is_held_out(house):
+    from maskwright.training.setup import open_sets, settle_kind
+
+    kind = settle_kind("mask-rcnn", None, None, None, None)
+    train, val = open_sets(str(house / "data"), "0.25", kind, seed=3)
+    assert (len(train), len(val)) == (6, 2)
+    again = open_sets(str(house / "data"), 0.25, kind, seed=3)[1]
+    assert again.image_ids() == val.image_ids()
+
+
 def test_bad_images_only_give_no_traceback(house, tmp_path, capsys):
     (tmp_path / "x.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
     line = ["predict", str(tmp_path / "x.jpg"), "-w", str(house / "run/best.safetensors"), "-o", str(tmp_path / "o")]

@@ -55,11 +55,16 @@ def read(match: Match, request: Request) -> Table:
     images = [as_dict(entry) for entry in as_list(about.get("images"))]
     folder, files = _placed([str(entry.get("file_name")) for entry in images], path, request.images)
     entries = [{**entry, "file_name": file} for entry, file in zip(images, files, strict=True)]
-    found = [{**as_dict(entry), "id": number} for number, entry in enumerate(as_list(results), 1)]
+    found = [{**_without_box(as_dict(entry)), "id": number} for number, entry in enumerate(as_list(results), 1)]
     raw: dict[str, Any] = {"images": entries, "annotations": found, "categories": as_list(about.get("categories"))}
     table = coco.read_table(path, folder, request.verify, raw)
     table.name = path.resolve().parent.name
     return table
+
+
+def _without_box(entry: dict[str, Any]) -> dict[str, Any]:
+    """A result without its box if it has a mask: systems predict the two separately, so they prove nothing."""
+    return {key: value for key, value in entry.items() if key != "bbox" or not entry.get("segmentation")}
 
 
 def _placed(names: Sequence[str], path: Path, images: Path | None) -> tuple[Path, list[str]]:
