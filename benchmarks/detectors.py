@@ -59,7 +59,7 @@ def theirs(name: str, short: int, backbone: str, score: float) -> Any:
         network = detection.RetinaNet(
             body, 91, score_thresh=score, detections_per_img=100, anchor_generator=anchors, **size
         )
-    # Otherwise no score of random weights is above the threshold, or they differ by rounding alone, and boxes are empty.
+    # Otherwise no score of random weights is above the threshold, and boxes of FCOS are empty.
     logits = network.head.classification_head.cls_logits
     torch.nn.init.normal_(logits.weight, std=0.3)
     torch.nn.init.constant_(logits.bias, -2.0)
