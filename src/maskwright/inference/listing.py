@@ -8,8 +8,8 @@ Local images are named by path, others by URL. Names are text, so that they can 
 # pyright: reportUnknownArgumentType=false, reportMissingImports=false
 from __future__ import annotations
 
+import hashlib
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ def is_url(name: str) -> bool:
 
 def in_shard(name: str, number: int, count: int) -> bool:
     """Whether an image belongs to shard `number` of `count`, from 1. It depends on the name only."""
-    return zlib.crc32(name.encode("utf-8", "surrogateescape")) % count == number - 1
+    value = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(value, "big") % count == number - 1
 
 
 class StoredImage:
