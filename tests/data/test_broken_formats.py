@@ -480,6 +480,52 @@ def test_maps_of_all_depths_are_read(kind: str, copy: Callable[[str], Path]) -> 
     assert counts(root) == [2, 1]
 
 
+def test_colours_of_vocs_palette_are_numbers(copy: Callable[[str], Path]) -> None:
+    from maskwright.data.exchange.voc import palette
+
+    root = copy("voc")
+    colours = np.array(palette(), np.uint8)
+    for path in [*root.glob("SegmentationObject/*.png"), *root.glob("SegmentationClass/*.png")]:
+        Image.fromarray(colours[np.asarray(Image.open(path))]).save(path)
+    dataset = open_dataset(root)
+    assert dataset.classes == CLASSES
+    assert [dataset.targets(i).labels.tolist() for i in range(2)] == [[0, 1], [2]]
+
+
+LAYOUTS = {
+    "folders in a split": ("train/images/{n}.tif", "train/masks/{n}.tif"),
+    "splits in the folders": ("images/train/{n}.png", "labels/train/{n}.png"),
+    "cellpose": ("{n}_img.png", "{n}_masks.png"),
+    "beside": ("set/{n}.tif", "set/{n}_cp_masks.png"),
+}
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_the_layouts_of_maps(layout: str, tmp_path: Path) -> None:
+    plane = np.zeros((40, 50), np.uint16)
+    plane[2:9, 3:9], plane[20:30, 20:33] = 1, 7
+    for number in range(2):
+        image, mask = (tmp_path / name.format(n=number) for name in LAYOUTS[layout])
+        for path, values in ((image, (plane > 3).astype(np.uint8) * 9), (mask, plane)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(path)
+    dataset = open_dataset(tmp_path)
+    assert [dataset.targets(i).masks.areas().tolist() for i in range(2)] == [[42, 130]] * 2  # type: ignore[union-attr]
+
+
+def test_one_mask_for_each_object(tmp_path: Path) -> None:
+    for number, sizes in enumerate(([4, 6], [5])):
+        for folder in ("images", "masks"):
+            (tmp_path / f"{number}/{folder}").mkdir(parents=True)
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{number}/images/{number}.png")
+        for side in sizes:
+            mask = np.zeros((20, 30), np.uint8)
+            mask[2 : 2 + side, side : 2 * side] = 255
+            Image.fromarray(mask).save(tmp_path / f"{number}/masks/object{side}.png")
+    dataset = open_dataset(tmp_path)
+    assert [dataset.targets(i).masks.areas().tolist() for i in range(2)] == [[16, 36], [25]]  # type: ignore[union-attr]
+
+
 def test_several_formats_in_one_folder_are_named(copy: Callable[[str], Path], sources: Path) -> None:
     root = copy("yolo")
     (root / "annotations.xml").write_bytes((sources / "cvat" / "annotations.xml").read_bytes())

@@ -76,11 +76,13 @@ class _Pair:
         image: The image.
         maps: One map of object numbers, or one binary mask for each object.
         classes: The map of classes; None if there is none.
+        binary: Whether each map is the mask of one object.
     """
 
     image: str
     maps: list[str]
     classes: str | None = None
+    binary: bool = False
 
 
 def sniff(source: str, request: Request) -> list[Match]:
@@ -149,7 +151,7 @@ def _bowl(files: Sequence[str]) -> list[_Pair]:
         parts = file.split("/")
         if len(parts) >= 3 and parts[-2] in ("images", "masks"):
             (images if parts[-2] == "images" else masks)["/".join(parts[:-2])].append(file)
-    return [_Pair(own[0], masks[place]) for place, own in images.items() if len(own) == 1 and masks[place]]
+    return [_Pair(own[0], masks[place], binary=True) for place, own in images.items() if len(own) == 1 and masks[place]]
 
 
 def _beside(files: Sequence[str]) -> list[_Pair]:
@@ -276,7 +278,7 @@ def _load(root: Path, pair: _Pair, size: tuple[int, int]) -> _Found:
             result.problems.append((file, problem))
             continue
         omitted = [0]
-        if len(pair.maps) > 1 or ("/masks/" in file and file.count("/") > 1 and _is_bowl(pair)):
+        if pair.binary:
             plane = (plane > 0).astype(np.int64) * (position + 1)
         else:
             values = np.unique(plane[plane != 0]).tolist()
@@ -293,14 +295,10 @@ def _load(root: Path, pair: _Pair, size: tuple[int, int]) -> _Found:
     return result
 
 
-def _is_bowl(pair: _Pair) -> bool:
-    return pair.image.split("/")[-2] == "images" and pair.image.split("/")[:-2] == pair.maps[0].split("/")[:-2]
-
-
 def _are_binary(table: Table, pairs: Sequence[_Pair], results: Sequence[_Found]) -> bool:
     """Whether all maps have the one value 255: foreground, not numbers of objects. Adds the error."""
     filled = [found for found in results if found.values]
-    if any(len(pair.maps) > 1 for pair in pairs) or not filled or any(found.values != {255} for found in filled):
+    if any(pair.binary for pair in pairs) or not filled or any(found.values != {255} for found in filled):
         return False
     what = f"all {len(filled)} maps have the only value 255: they mark the foreground, not single objects"
     advice = "number the objects 1, 2, ... in each map, for example with scipy.ndimage.label"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
@@ -25,13 +25,14 @@ _Result = TypeVar("_Result")
 _AT_ONCE = 32  # files that are decoded ahead
 
 
-def read_plane(path: Path, size: tuple[int, int] | None = None) -> Plane:
+def read_plane(path: Path, size: tuple[int, int] | None = None, colours: Mapping[int, int] | None = None) -> Plane:
     """Return the numbers in the pixels of an image.
 
     Args:
         path: A PNG, TIFF, BMP or GIF file with one channel of up to 64 bits, a palette (whose indices are returned), or
             an RGB image (red + 256 green + 65536 blue is returned).
         size: Expected H, W; None: any.
+        colours: The numbers of colours (red + 256 green + 65536 blue), which replace these in RGB images.
 
     Returns:
         Numbers (H, W), int64.
@@ -48,6 +49,8 @@ def read_plane(path: Path, size: tuple[int, int] | None = None) -> Plane:
             + (turned or "; restore the file that belongs to this image")
         )
     if values.ndim == 3:
+        if values.shape[2] >= 3 and colours is not None:
+            return _numbered(values[:, :, :3].astype(np.int64), colours)
         values = values[:, :, 0] if values.shape[2] < 3 else _as_number(values[:, :, :3])
     if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.round(values)) & (values >= 0)).all():
         raise FileProblem("has values that are not numbers of objects; expected integers from 0 on")
@@ -58,6 +61,14 @@ def _as_number(values: npt.NDArray[Any]) -> Plane:
     wide = values.astype(np.int64)
     equal = (wide[:, :, 0] == wide[:, :, 1]).all() and (wide[:, :, 0] == wide[:, :, 2]).all()
     return wide[:, :, 0] if equal else wide[:, :, 0] + (wide[:, :, 1] << 8) + (wide[:, :, 2] << 16)
+
+
+def _numbered(values: Plane, colours: Mapping[int, int]) -> Plane:
+    """Colours as numbers. Greys that are not in the table are numbers themselves; other colours keep their own code."""
+    codes = values[:, :, 0] + (values[:, :, 1] << 8) + (values[:, :, 2] << 16)
+    found, inverse = np.unique(codes, return_inverse=True)
+    numbers = [colours.get(code, code & 0xFF if code == (code & 0xFF) * 0x10101 else code) for code in found.tolist()]
+    return np.array(numbers, np.int64)[inverse].reshape(codes.shape)
 
 
 def _values(path: Path) -> npt.NDArray[Any]:

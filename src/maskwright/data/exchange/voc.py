@@ -197,22 +197,12 @@ def _load(root: Path, stem: str, size: tuple[int, int] | None, colours: dict[int
         path = folder / f"{stem}.png"
         if attribute == "classes" and not is_file(path):
             continue
+        table = {**_PALETTE, **colours} if attribute == "classes" else _PALETTE
         try:
-            plane = read_plane(path, size)
+            setattr(result, attribute, read_plane(path, size, table))
         except FileProblem as problem:
             result.problems.append((path, problem))
-            continue
-        if plane.max(initial=0) > VOID:
-            plane = _numbered(plane, colours if attribute == "classes" else _PALETTE)
-        setattr(result, attribute, plane)
     return result
-
-
-def _numbered(plane: Plane, colours: dict[int, int]) -> Plane:
-    """Colours as numbers; those that are not in the table keep their own number, above 255."""
-    values, inverse = np.unique(plane, return_inverse=True)
-    numbers = [colours.get(int(value), _PALETTE.get(int(value), int(value))) for value in values]
-    return np.array(numbers, np.int64)[inverse].reshape(plane.shape)
 
 
 def palette() -> list[tuple[int, int, int]]:

@@ -78,7 +78,7 @@ def sniff(source: str, request: Request) -> list[Match]:
             return []
         reason = settings.name if path.is_file() else settings.relative_to(path).as_posix()
         try:
-            listed: list[str | None] = [*_listed_splits(read_yaml(settings))]
+            listed: list[str | None] = [*_existing_splits(settings)]
         except FileProblem:
             listed = []
         return matches_of(dict.fromkeys(listed or [None], reason), request, CERTAIN, lambda _: str(settings))
@@ -112,6 +112,18 @@ def _listed_splits(settings: Any) -> list[str]:
     given = as_dict(settings)
     named = {_KEYS[key]: value for key, value in given.items() if key in _KEYS and value not in (None, "", [])}
     return [split for split in ("train", "val", "test") if split in named]
+
+
+def _existing_splits(path: Path) -> list[str]:
+    """The splits of a data.yaml; not a split "test" whose files do not exist, as of Roboflow's exports without one."""
+    settings = as_dict(read_yaml(path))
+    listed = _listed_splits(settings)
+    if "test" in listed:
+        table = Table(path, path.parent)
+        _listed_images(table, settings, "test")
+        if table.findings_with("error"):
+            listed.remove("test")
+    return listed
 
 
 def _folders_without_settings(root: Path) -> list[str | None]:
