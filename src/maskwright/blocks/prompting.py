@@ -192,7 +192,7 @@ class NarrowAttention(nn.Module):
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.query, query), (self.key, key), (self.value, value))
         )  # (B, heads, tokens, inner / heads)
-        count = max(len(q), len(k))
+        count = len(k) if len(q) == 1 else len(q)
         q, k, v = (x.expand(count, -1, -1, -1) for x in (q, k, v))
         mask = None if allowed is None else allowed[:, None, None]
         found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)

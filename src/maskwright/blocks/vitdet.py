@@ -131,6 +131,7 @@ class ViTDet(nn.Module):
         hidden: Channels inside of an MLP.
         in_channels: Channels of images.
         relative: Whether attention has relative positions.
+        checkpointing: Whether blocks are computed again for the gradients.
     """
 
     def __init__(
@@ -147,9 +148,10 @@ class ViTDet(nn.Module):
         hidden: int | None = None,
         in_channels: int = 3,
         relative: bool = True,
+        checkpointing: bool = False,
     ):
         super().__init__()
-        self.checkpointing = False
+        self.checkpointing = checkpointing
         self.patches: nn.Module = nn.Conv2d(in_channels, width, patch, stride=patch)
         self.positions = nn.Parameter(torch.zeros(1, side, side, width))
         nn.init.trunc_normal_(self.positions, std=0.02)

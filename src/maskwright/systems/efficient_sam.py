@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from maskwright.blocks.lora import adapt
 from maskwright.blocks.prompting import PromptEncoder
 from maskwright.blocks.vitdet import ViTDet
 from maskwright.errors import UsageError
@@ -66,6 +67,7 @@ class EfficientSAM(PromptableSystem):
     """EfficientSAM; see the docstring of the module."""
 
     name = "efficient-sam"
+    optional_networks = ("image_encoder.lora.",)
     steps: ClassVar[Literal[1, 2]] = 1
     cubic: ClassVar[bool] = True
     most_padding: ClassVar[int] = SLOTS
@@ -88,6 +90,7 @@ class EfficientSAM(PromptableSystem):
         in_channels: int = 3,
         resize: ResizeLike = RESIZE,
         points_per_side: int = 32,
+        lora: int = 0,
         simulation: Mapping[str, Any] | Simulation = SIMULATION,
     ):
         """
@@ -98,6 +101,8 @@ class EfficientSAM(PromptableSystem):
             in_channels: Channels of the images.
             resize: Size and normalisation of the input: images are resized to `canvas`, 1024 x 1024 as published.
             points_per_side: Default of `decode`, see `SAM`.
+            lora: Rank of updates of the attention layers of the image encoder, which is otherwise frozen (LoRA); 0:
+                none, and the encoder is trained.
             simulation: How prompts are simulated in training.
         """
         super().__init__()
@@ -111,6 +116,8 @@ class EfficientSAM(PromptableSystem):
             network.width, network.depth, network.heads, everywhere=range(network.depth), patch=network.patch,
             side=network.table, neck_width=heads.width, in_channels=in_channels, relative=False,
         )  # fmt: skip
+        if lora:
+            adapt(self.image_encoder, lora)
         self.prompt_encoder = PromptEncoder(heads.width, 0, background=False, placed=True)
         self.mask_decoder = heads.build(activation="gelu", keeps=True, norm="group")
 

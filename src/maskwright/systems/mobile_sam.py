@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from maskwright.blocks.lora import adapt
 from maskwright.blocks.prompting import PromptEncoder
 from maskwright.blocks.tiny_vit import TinyViT
 from maskwright.errors import UsageError
@@ -61,6 +62,7 @@ class MobileSAM(PromptableSystem):
     """MobileSAM; see the docstring of the module."""
 
     name = "mobile-sam"
+    optional_networks = ("image_encoder.lora.",)
     card = Card(
         title="MobileSAM: Faster Segment Anything",
         paper="Zhang, Han, Qiao, Kim, Bae, Lee, Hong: Faster Segment Anything: Towards Lightweight SAM for Mobile "
@@ -79,6 +81,7 @@ class MobileSAM(PromptableSystem):
         in_channels: int = 3,
         resize: ResizeLike = RESIZE,
         points_per_side: int = 32,
+        lora: int = 0,
         simulation: Mapping[str, Any] | Simulation = SIMULATION,
     ):
         """
@@ -89,6 +92,8 @@ class MobileSAM(PromptableSystem):
             in_channels: Channels of the images.
             resize: Size and normalisation of the input, see `SAM`.
             points_per_side: Default of `decode`, see `SAM`.
+            lora: Rank of updates of the attention layers of the image encoder, which is otherwise frozen (LoRA); 0:
+                none, and the encoder is trained.
             simulation: How prompts are simulated in training.
         """
         super().__init__()
@@ -101,6 +106,8 @@ class MobileSAM(PromptableSystem):
             network.widths, network.depths, network.heads, network.windows, neck_width=heads.width,
             in_channels=in_channels,
         )  # fmt: skip
+        if lora:
+            adapt(self.image_encoder, lora)
         self.prompt_encoder = PromptEncoder(heads.width)
         self.mask_decoder = heads.build()
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from maskwright.blocks.lora import adapt
 from maskwright.blocks.prompting import PromptEncoder
 from maskwright.blocks.vitdet import ConvViTDet, ViTDet
 from maskwright.errors import UsageError
@@ -47,6 +48,7 @@ class Encoder(OptionGroup):
         table: Patches along a side of the tables of positions, which are resampled for inputs of other sizes.
         stem: Channels at 1/2, 1/4 and 1/8 of the resolution of convolutions in place of the patch embedding, whose maps
             the decoder receives too (not published); None for none.
+        checkpoint: Compute the blocks again for the gradients, so that training needs less memory.
     """
 
     label: ClassVar[str] = "encoder"
@@ -60,6 +62,7 @@ class Encoder(OptionGroup):
     patch: int = 16
     table: int = 64
     stem: Sequence[int] | None = None
+    checkpoint: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +77,7 @@ class Encoder(OptionGroup):
         options: dict[str, Any] = {
             "window": self.window, "everywhere": self.everywhere, "patch": self.patch, "side": self.table,
             "neck_width": decoder.width, "hidden": self.hidden, "in_channels": in_channels,
+            "checkpointing": self.checkpoint,
         }  # fmt: skip
         if self.stem is None:
             return ViTDet(self.width, self.depth, self.heads, **options)
@@ -87,6 +91,7 @@ class SAM(PromptableSystem):
     """Segment Anything; see the docstring of the module."""
 
     name = "sam"
+    optional_networks = ("image_encoder.lora.",)
     card = Card(
         title="Segment Anything",
         paper="Kirillov, Mintun, Ravi, Mao, Rolland, Gustafson, Xiao, Whitehead, Berg, Lo, Dollár, Girshick: Segment "
@@ -105,6 +110,7 @@ class SAM(PromptableSystem):
         in_channels: int = 3,
         resize: ResizeLike = RESIZE,
         points_per_side: int = 32,
+        lora: int = 0,
         simulation: Mapping[str, Any] | Simulation = SIMULATION,
     ):
         """
@@ -117,6 +123,8 @@ class SAM(PromptableSystem):
                 as published, and padded. With others the tables of positions are resampled, which is not the published
                 protocol.
             points_per_side: Default of `decode`: the grid of "segment everything" has the square of this many points.
+            lora: Rank of updates of the attention layers of the image encoder, which is otherwise frozen (LoRA); 0:
+                none, and the encoder is trained.
             simulation: How prompts are simulated in training.
         """
         super().__init__()
@@ -126,6 +134,8 @@ class SAM(PromptableSystem):
         self.points_per_side = self.checked_points(points_per_side)
         self.preprocess = self.checked_canvas(Resize.read(resize, RESIZE).apply(PREPROCESS, in_channels), network.patch)
         self.image_encoder = network.build(in_channels, heads)
+        if lora:
+            adapt(self.image_encoder, lora)
         self.prompt_encoder = PromptEncoder(heads.width)
         self.mask_decoder = heads.build(finer=network.stem is not None)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskwright.checkpoints import folders
-from maskwright.checkpoints.origins import Origin, Shapes, State
+from maskwright.checkpoints.origins import Origin, Shapes, State, compiled, renamed
 
 CLASSES: Mapping[str, Any] = {"classes": ("object",)}
 PREFIXES = ("image_encoder.", "prompt_encoder.", "mask_decoder.")
@@ -136,24 +136,30 @@ TRANSFORMERS = [
     (r"\.layer_norm_final_attn\.", ".norm_final_attn."),
     (r"\.layer_norm(\d)\.", r".norm\1."),
 ]  # fmt: skip
-TIED = (r"^prompt_encoder\.shared_embedding\.positional_embedding$",)  # a copy of the image's
+TIED = "prompt_encoder.shared_embedding.positional_embedding"  # the same tensor; files have either or both
 
 
 def transformers(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Options for the layout of transformers; None for another network.
-
-    The keys have been renamed to the original ones. Files of transformers are told apart by the copy of the frequencies
-    in the prompt encoder, or by the configuration beside them.
-    """
-    if not any(key.startswith("prompt_encoder.shared_embedding.") for key in shapes):
+    """Options for the layout of transformers; None for another network."""
+    if not any(key.startswith("vision_encoder.") for key in shapes):
         return None
-    options = sam({k: v for k, v in shapes.items() if not k.startswith("prompt_encoder.shared_embedding.")}, about)
+    rules = compiled(TRANSFORMERS)
+    options = sam({renamed(key, rules): shape for key, shape in shapes.items() if key != TIED}, about)
     if options is None:
         return None
     eps = folders.number(about, "layer_norm_eps")
     if eps not in (None, 1e-6):
         folders.warn(about, "sam", {"layer_norm_eps": eps})
     return options
+
+
+def untied(state: State, options: Mapping[str, Any]) -> State:
+    """Takes the frequencies of the position encoding from either of their two names."""
+    result = dict(state)
+    copy = result.pop(TIED, None)
+    if copy is not None:
+        result.setdefault("prompt_encoder.positions.frequencies", copy)
+    return result
 
 
 # ---- MobileSAM -------------------------------------------------------------------------------------------------------
@@ -310,7 +316,7 @@ ORIGINS = [
         name="segment-anything", system="sam", rename=SAM, recognise=sam, code_licence=LICENCE, weights_licence=LICENCE
     ),
     Origin(
-        name="transformers", system="sam", rename=SAM, recognise=transformers, ignore=TIED, aliases=TRANSFORMERS,
+        name="transformers", system="sam", rename=[*TRANSFORMERS, *SAM], recognise=transformers, finish=untied,
         code_licence=LICENCE, weights_licence=LICENCE,
     ),
     Origin(

@@ -1,0 +1,339 @@
+"""Systems that segment what they are prompted for: prompts, embeddings, everything, training."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import pytest
+import torch
+from torch.nn import functional
+
+import maskwright as mw
+from maskwright.errors import UsageError
+from maskwright.inference import prepare
+from maskwright.inference.predicting import predict
+from maskwright.structures import Embedding, Masks, Prompts
+from maskwright.systems import create
+from maskwright.systems.kinds import everything, prompt_training
+from maskwright.systems.kinds.prompt_training import Simulation, correction, first_prompts
+from maskwright.systems.kinds.promptable import PromptableSystem
+from tests.systems.tiny import SIZE, build, objects
+
+NAMES = pytest.mark.parametrize("name", ["sam", "mobile-sam", "efficient-sam", "edge-sam"])
+IMAGE = (60, 80)
+
+
+@cache
+def system(name: str = "sam") -> PromptableSystem:
+    found = build(name).eval()
+    assert isinstance(found, PromptableSystem)
+    return found
+
+
+@cache
+def embeddings(name: str = "sam") -> list[Embedding]:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8) for size in (IMAGE, (90, 50))]
+    batch = system(name).preprocess.collate(images)
+    return system(name).embed(batch.images, batch.placements)
+
+
+def mixed(masks: bool = True) -> Prompts:
+    """A point; three points; a box; a box of one pixel with a point; nothing; a mask."""
+    parts = [
+        Prompts.from_points(IMAGE, [(10, 20)]),
+        Prompts.from_points(IMAGE, [(10, 20), (30, 40), (70, 5)], [1, 0, 1]),
+        Prompts.from_boxes([[5.0, 6, 50, 40]], IMAGE),
+        Prompts(IMAGE, torch.tensor([[[9.0, 9]]]), torch.tensor([[1]]), torch.tensor([[9.0, 9, 10, 10]])),
+        Prompts.from_points(IMAGE, [[]]),
+    ]
+    mask = Masks.from_crops([torch.ones(20, 30, dtype=torch.bool)], torch.tensor([[10, 15]]), IMAGE)
+    return Prompts.join([*parts, Prompts.from_masks(mask)] if masks else parts)
+
+
+@NAMES
+def test_each_object_has_the_answer_that_it_has_alone(name):
+    embedding, prompts = embeddings(name)[0], mixed(system(name).reads_masks)
+    together = system(name).segment(embedding, prompts, answers=4)
+    assert together.logits.shape[:2] == (len(prompts), 4)
+    for number in range(len(prompts)):
+        alone = system(name).segment(embedding, prompts[number], answers=4)
+        torch.testing.assert_close(alone.logits[0], together.logits[number], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(alone.scores[0], together.scores[number], rtol=1e-4, atol=1e-5)
+
+
+def test_images_of_a_batch_have_the_embedding_that_they_have_alone():
+    image = torch.randint(0, 256, (3, 90, 50), dtype=torch.uint8)
+    both = system().preprocess.collate([torch.zeros(3, *IMAGE, dtype=torch.uint8), image])
+    alone = system().preprocess.collate([image])
+    first = system().embed(both.images, both.placements)[1]
+    second = system().embed(alone.images, alone.placements)[0]
+    torch.testing.assert_close(first.tensors["image"], second.tensors["image"], rtol=1e-4, atol=1e-4)
+    assert first.image_size == (90, 50)
+
+
+def test_answers_are_one_three_or_four_masks():
+    embedding, prompts = embeddings()[0], mixed()
+    four = system().segment(embedding, prompts, answers=4)
+    three = system().segment(embedding, prompts, answers=3)
+    one = system().segment(embedding, prompts, answers=1)
+    torch.testing.assert_close(three.logits, four.logits[:, 1:])
+    torch.testing.assert_close(one.logits, four.logits[:, :1])
+    chosen = system().segment(embedding, prompts)
+    best = 1 + four.scores[:, 1:].argmax(1)
+    expected = torch.where(torch.tensor([True, False, False, False, True, False]), best, 0)
+    torch.testing.assert_close(chosen.scores[:, 0], four.scores[torch.arange(6), expected])
+    assert len(chosen.best()) == len(chosen.masks) == 6
+
+
+def test_a_thousand_prompts_are_decoded_a_few_at_a_time():
+    points = torch.rand(1000, 1, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([80.0, 60.0])
+    prompts = Prompts.from_points(IMAGE, points)
+    counts = []
+    hook = system().mask_decoder.register_forward_hook(lambda _, __, out: counts.append(len(out.scores)))
+    try:
+        found = system().segment(embeddings()[0], prompts, budget=64 << 20)
+    finally:
+        hook.remove()
+    assert sum(counts) == len(found) == 1000
+    assert 1 < max(counts) < 1000
+    torch.testing.assert_close(
+        found.scores[700:703], system().segment(embeddings()[0], prompts[700:703]).scores, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_without_prompts_there_is_no_mask():
+    found = system().segment(embeddings()[0], Prompts.empty(IMAGE))
+    assert found.logits.shape[:2] == (0, 1)
+    assert len(found.masks) == len(found.best()) == 0
+
+
+def test_threads_share_an_embedding():
+    prompts = mixed()
+    expected = [system().segment(embeddings()[0], prompts[n]).logits for n in range(6)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda n: system().segment(embeddings()[0], prompts[n % 6]).logits, range(24)))
+    assert all(torch.equal(logits, expected[n % 6]) for n, logits in enumerate(found))
+
+
+def test_an_embedding_from_a_file_answers_as_the_original(tmp_path):
+    path = embeddings()[0].save(tmp_path / "e.safetensors")
+    prompts = mixed()
+    again = system().segment(Embedding.load(path), prompts)
+    torch.testing.assert_close(again.logits, system().segment(embeddings()[0], prompts).logits)
+
+
+def test_embeddings_of_other_weights_and_prompts_of_other_images_are_refused():
+    other = build("sam")
+    assert isinstance(other, PromptableSystem)
+    with torch.no_grad():
+        next(other.image_encoder.parameters()).add_(1)
+    with pytest.raises(UsageError, match="embed the image with this system"):
+        other.segment(embeddings()[0], mixed())
+    with pytest.raises(UsageError, match="the prompts are for an image of"):
+        system().segment(embeddings()[1], mixed())
+
+
+def test_a_prepared_copy_reads_the_embeddings_of_the_original():
+    ready = prepare(system("edge-sam"), "cpu", "bfloat16")
+    assert isinstance(ready, PromptableSystem)
+    prompts = mixed()
+    low = ready.segment(embeddings("edge-sam")[0], prompts)
+    high = system("edge-sam").segment(embeddings("edge-sam")[0], prompts)
+    assert low.logits.dtype == torch.float32
+    assert (low.logits - high.logits).norm() < 0.05 * high.logits.norm()
+    assert copy.deepcopy(system("edge-sam")).fingerprint == system("edge-sam").fingerprint
+
+
+def test_logits_of_an_answer_refine_it():
+    embedding = embeddings()[0]
+    first = system().segment(embedding, mixed()[:1], answers=1)
+    with_mask = Prompts(IMAGE, mixed()[:1].points, mixed()[:1].point_labels, logits=first.logits[:, 0])
+    assert not torch.allclose(system().segment(embedding, with_mask, answers=1).logits, first.logits)
+    wrong = Prompts(IMAGE, mixed()[:1].points, mixed()[:1].point_labels, logits=first.logits[:, 0, ::2])
+    with pytest.raises(UsageError, match="mask logits must be"):
+        system().segment(embedding, wrong)
+    with pytest.raises(UsageError, match="does not read masks"):
+        system("efficient-sam").segment(embeddings("efficient-sam")[0], mixed())
+
+
+def test_other_sizes_of_the_input_work_with_the_same_weights():
+    small = system()
+    large = create("sam", **{**small.options, "resize": {"canvas": [192, 192]}}).eval()
+    large.load_state_dict(small.state_dict())
+    with torch.no_grad():
+        assert large(torch.randn(1, 3, 192, 192)).image.shape[-2:] == (12, 12)
+    with pytest.raises(UsageError, match=r"resize\.canvas must be a multiple of 16"):
+        build("sam", resize={"canvas": [100, 100]})
+    with pytest.raises(UsageError, match=r"resize\.canvas must be a square"):
+        build("sam", resize={"canvas": [128, 96]})
+
+
+# ---- everything ------------------------------------------------------------------------------------------------------
+
+
+def test_crops_of_an_image_are_segmented_by_predict(monkeypatch):
+    monkeypatch.setattr(everything, "EDGE", -1.0)  # masks of random weights fill the crops
+    image = torch.randint(0, 256, (3, *IMAGE), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    options = {"score_threshold": 0.0, "stability_score_thresh": 0.0, "points_per_side": 2, "nms_threshold": 1.0}
+    whole = predict(system(), image, device="cpu", **options).found()
+    crops = predict(system(), image, device="cpu", crop_n_layers=1, crop_nms_thresh=1.0, **options).found()
+    assert len(whole) == 12
+    assert len(crops) > len(whole)
+    batch = system().preprocess.collate([image])
+    with torch.no_grad():
+        raw = system()(batch.images)
+    with pytest.raises(UsageError, match="only predict has"):
+        system().decode(raw, batch.placements, crop_n_layers=1)
+
+
+@pytest.mark.parametrize("name", ["points_per_side", "points_per_batch"])
+def test_grids_without_points_are_refused(name):
+    with pytest.raises(UsageError, match=f"{name} must be at least 1"):
+        predict(system(), torch.zeros(3, *IMAGE, dtype=torch.uint8), device="cpu", **{name: 0})
+
+
+def test_masks_are_refined_by_themselves():
+    image = torch.randint(0, 256, (3, *IMAGE), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    batch = system().preprocess.collate([image])
+    with torch.no_grad():
+        features = system()(batch.images)
+    points = torch.tensor([[10.0, 20], [40, 30]])
+    first, _, owner = system().answers_to_points(features, batch.placements[0], points)
+    logits, scores, again = system().answers_to_points(features, batch.placements[0], points, refine=True)
+    assert owner.tolist() == again.tolist() == [0, 0, 0, 1, 1, 1]
+    own = Prompts(IMAGE, points[1:, None], torch.ones(1, 1).long(), logits=first[4:5])
+    expected = system().segment(system().embeddings(features, batch.placements)[0], own, answers=1)
+    torch.testing.assert_close(logits[4], expected.logits[0, 0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scores[4], expected.scores[0, 0], rtol=1e-4, atol=1e-5)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_first_prompts_lie_on_the_object_and_noise_is_bounded():
+    target = objects(40)
+    with torch.no_grad():
+        features = system()(torch.zeros(1, 3, *SIZE))
+    examples = prompt_training.drawn(features, [target], 100)
+    assert len(examples) == 40
+    points, labels, boxed = first_prompts(examples, Simulation(boxes=0.5, most_noise=3.0), SIZE)
+    assert 5 < int(boxed.sum()) < 35
+    assert labels[boxed].tolist() == [[-2, 2, 3]] * int(boxed.sum())
+    assert labels[~boxed].tolist() == [[1, -2, -2]] * int((~boxed).sum())
+    x, y = points[:, 0].unbind(1)
+    low, high = examples.boxes[:, :2] - 4, examples.boxes[:, 2:] + 4  # cells of four pixels
+    assert bool(((x >= low[:, 0]) & (x <= high[:, 0]) & (y >= low[:, 1]) & (y <= high[:, 1])).all())
+    assert float((points[:, 1] - examples.boxes[:, :2]).abs().max()) <= 3.0 + 1e-4
+
+
+def test_corrections_are_points_where_the_answer_is_wrong():
+    masks = torch.zeros(3, 8, 8)
+    masks[:, 2:6, 2:6] = 1.0
+    logits = torch.where(masks > 0, 1.0, -1.0)
+    logits[0, 2, 2] = -1.0  # missed
+    logits[1, 0, 7] = 1.0  # too much
+    points, labels = correction(logits, masks, (32, 32))
+    assert labels.tolist() == [1, 0, 1]
+    assert (points[:2] / 4).floor().tolist() == [[2, 2], [7, 0]]
+    assert bool(((points[2] >= 8) & (points[2] <= 24)).all())
+
+
+def test_of_three_masks_the_best_is_learned_and_of_a_box_the_first():
+    from maskwright.blocks.prompting import Decoded
+    from maskwright.systems.kinds.prompt_training import Examples, round_losses
+
+    masks = torch.zeros(2, 4, 4)
+    masks[:, :2] = 1.0
+    right, wrong = torch.where(masks[0] > 0, 9.0, -9.0), torch.where(masks[0] > 0, -9.0, 9.0)
+    logits = torch.stack([torch.stack([wrong, wrong, right, wrong])] * 2).requires_grad_()
+    scores = torch.zeros(2, 4)
+    examples = Examples(masks, torch.zeros(2, 4), torch.zeros(2).long(), torch.ones(2))
+    terms = round_losses(Decoded(logits, scores, scores[..., None]), examples, torch.tensor([True, False]))
+    terms[0].backward()
+    assert logits.grad is not None
+    moved = logits.grad.abs().sum((2, 3)) > 1e-6
+    assert moved.tolist() == [[False] * 4, [True, False, False, False]]  # of the point, the right one: no gradient
+    assert float(terms[2].detach()) == pytest.approx(1 / 3)  # IoUs 0, 1, 0 for the point; 0 for the box
+
+
+def test_only_updates_of_low_rank_are_trained():
+    tuned = build("sam", lora=4)
+    assert isinstance(tuned, PromptableSystem)
+    trained = [n for n, p in tuned.image_encoder.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(n.startswith("lora.") for n in trained)
+    images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    sum(tuned.losses(tuned(images), [objects(2)]).values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+    assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
+
+
+def test_weights_load_with_updates_of_low_rank_which_change_nothing_at_first(tmp_path):
+    mw.save(system(), tmp_path / "plain.safetensors")
+    tuned = mw.load(tmp_path / "plain.safetensors", lora=4).eval()
+    images = torch.randn(1, 3, *SIZE)
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(images).image, system()(images).image)
+        for parameter in tuned.image_encoder.lora.parameters():  # pyright: ignore[reportAttributeAccessIssue]
+            parameter.add_(0.1)
+        mw.save(tuned, tmp_path / "tuned.safetensors")
+        again = mw.load(tmp_path / "tuned.safetensors").eval()
+        torch.testing.assert_close(again(images).image, tuned(images).image)
+        assert not torch.allclose(again(images).image, system()(images).image)
+
+
+def test_rounds_that_are_computed_again_give_the_same_gradients():
+    images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for again in (False, True):
+        one = build("sam", simulation={"checkpoint": again}, encoder={"checkpoint": again})
+        torch.manual_seed(5)
+        sum(one.losses(one(images), [objects(3)]).values()).backward()  # pyright: ignore[reportAttributeAccessIssue]
+        grads.append([p.grad for p in one.parameters()])
+    for first, second in zip(*grads, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+
+
+# ---- beside transformers ---------------------------------------------------------------------------------------------
+
+
+def test_sam_answers_as_transformers_does(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    vision = transformers.SamVisionConfig(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=160, window_size=4, patch_size=16,
+        global_attn_indexes=[1], mlp_dim=192, output_channels=32, num_pos_feats=16,
+    )  # fmt: skip
+    prompt = transformers.SamPromptEncoderConfig(hidden_size=32, image_size=160, patch_size=16, image_embedding_size=10)
+    decoder = transformers.SamMaskDecoderConfig(hidden_size=32, mlp_dim=64, iou_head_hidden_dim=24)
+    torch.manual_seed(0)
+    config = transformers.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
+    theirs = transformers.SamModel(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path)
+    ours = mw.load(tmp_path / "model.safetensors").eval()
+    assert isinstance(ours, PromptableSystem)
+    assert ours.preprocess.canvas == (160, 160)
+    pixels = torch.randn(1, 3, 160, 160)
+    points = torch.tensor([[[20.0, 30], [100, 90]], [[50.0, 60], [10, 10]]])
+    labels = torch.tensor([[1, 0], [1, 1]])
+    with torch.no_grad():
+        expected = theirs(pixel_values=pixels, input_points=points[None], input_labels=labels[None])
+    placement = mw.structures.Placement.identity((160, 160))
+    embedding = ours.embed(pixels, [placement])[0]
+    found = ours.segment(embedding, Prompts.from_points((160, 160), points, labels), answers=3)
+    torch.testing.assert_close(found.scores, expected.iou_scores[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.logits, expected.pred_masks[0], rtol=1e-3, atol=1e-3)
+
+
+def test_interpolation_by_cubic_weights_is_that_of_torch():
+    from maskwright.ops.interpolation import cubic_weights
+
+    values = torch.randn(1, 1, 7, 9)
+    expected = functional.interpolate(values, (20, 33), mode="bicubic", align_corners=False)[0, 0]
+    down = cubic_weights((torch.arange(20) + 0.5) * 7 / 20 - 0.5, 7)
+    across = cubic_weights((torch.arange(33) + 0.5) * 9 / 33 - 0.5, 9)
+    torch.testing.assert_close(down @ values[0, 0] @ across.T, expected, rtol=1e-4, atol=1e-5)
