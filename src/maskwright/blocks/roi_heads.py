@@ -68,6 +68,11 @@ class Pooler:
             lowest = self.strides[0].bit_length() - 1
             highest = lowest + len(self.strides) - 1
             levels = box_ops.pyramid_level(rois[:, 1:], lowest, highest, self.levels) - lowest
+        if torch.compiler.is_exporting():  # no shapes that depend on values: every box from every level, one is kept
+            own: Tensor = self.crop(features[0], rois, side, self.strides[0])
+            for level, (feature, stride) in enumerate(zip(features[1:], self.strides[1:], strict=False), 1):
+                own = torch.where((levels == level)[:, None, None, None], self.crop(feature, rois, side, stride), own)
+            return own
         chosen = pooling.levels_of(levels, len(self.strides))
         parts = [
             self.crop(feature, rois[rows], side, stride)

@@ -13,6 +13,9 @@ Specs, one-letter keys:
 - `{"c": "maskwright.systems.yolact:Raw", "f": {...}}`: a dataclass or named tuple of this library, by fields.
 """
 
+# Whether a class is a dataclass is not known statically.
+# pyright: reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import inspect
@@ -70,10 +73,10 @@ def describe(value: Any, prefix: str, tensors: list[Tensor]) -> Spec:
         return {"t": name, "dtype": str(value.dtype).removeprefix("torch."), "shape": [int(n) for n in value.shape]}
     if isinstance(value, _CONSTANTS):
         return {"i": value}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        names = cast(Any, value)._fields
-        own = {name: describe(getattr(value, name), prefix, tensors) for name in names}
-        return {"c": _name_of(type(cast(Any, value))), "f": own}
+    named: Any = value if isinstance(value, tuple) and hasattr(cast(Any, value), "_fields") else None
+    if named is not None:
+        own = {name: describe(getattr(named, name), prefix, tensors) for name in named._fields}
+        return {"c": _name_of(type(named)), "f": own}
     if isinstance(value, list | tuple):
         entries = [describe(each, prefix, tensors) for each in cast(Sequence[Any], value)]
         return {"l" if isinstance(value, list) else "u": entries}
@@ -180,7 +183,7 @@ def _class_of(name: str) -> Callable[..., Any]:
         except ImportError:
             kind = None
         if isinstance(kind, type) and (is_dataclass(kind) or (issubclass(kind, tuple) and hasattr(kind, "_fields"))):
-            return kind
+            return cast(Any, kind)
     raise CheckpointError(
         f"an exported network returns {name[:80]!r}, which this version does not have; export it again"
     )

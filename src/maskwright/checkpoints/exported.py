@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from maskwright.checkpoints import call_specs
 from maskwright.checkpoints.budget import shown, unexpected_as_errors
@@ -147,7 +148,8 @@ class _WithoutInitialisation(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__name__", "") in ("normal_", "uniform_", "trunc_normal_"):
-            return args[0] if args else (kwargs or {}).get("tensor")
+            own: dict[str, Any] = kwargs or {}
+            return args[0] if args else own.get("tensor")
         return function(*args, **(kwargs or {}))
 
 
@@ -189,6 +191,8 @@ class ExportedNetwork:
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         tensors: list[Tensor] = []
         arguments = call_specs.arguments_of(self._forward, args, keywords)
+        # A runtime computes in the precision that it was compiled for, and takes and gives float32.
+        arguments = tree_map_only(Tensor, _single, arguments)
         given = call_specs.describe(arguments, "x", tensors)
         part = self.parts.get(call_specs.signature(given))
         if part is None:
@@ -206,7 +210,7 @@ class ExportedNetwork:
         found = self.runtime.run(part.name, feeds, [leaf["t"] for leaf in wanted])
         device = tensors[0].device if tensors else torch.device("cpu")
         results = {
-            leaf["t"]: _emptied(torch.from_numpy(value), leaf["shape"], empty).to(device)
+            leaf["t"]: _emptied(torch.as_tensor(value), leaf["shape"], empty).to(device)
             for leaf, value in zip(wanted, found, strict=True)
         }
         return call_specs.rebuild(part.output, results, sizes)
@@ -224,6 +228,10 @@ class ExportedNetwork:
                         f"{_words(own['shape'])}; export the system for this size or batch"
                     )
         return sizes
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _words(shape: Sequence[int | str]) -> str:

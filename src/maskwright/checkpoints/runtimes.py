@@ -91,7 +91,7 @@ def import_nncf() -> Any:
     """
     import_openvino()
     try:
-        import nncf
+        import nncf  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
         raise MissingExtraError("nncf", "openvino") from None
     return nncf
@@ -108,7 +108,7 @@ class OnnxRuntime(Runtime):
     def __init__(self, path: Path):
         try:
             import onnx
-            import onnxruntime
+            import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
         except ImportError:
             raise MissingExtraError("onnxruntime", "export") from None
         self.path, self._onnx, self._ort = path, onnx, onnxruntime
@@ -306,19 +306,23 @@ class OpenVino(Runtime):
         for part in parts:
             if (part, dtype) in self._compiled:
                 continue
-            prefix = f"{part}/"
-            inputs = [p for p in self.model.get_parameters() if p.friendly_name.startswith(prefix)]
-            outputs = [
-                r for r in self.model.get_results() if any(n.startswith(prefix) for n in r.input(0).get_tensor().names)
-            ]
             try:
-                own = self._ov.Model(outputs, inputs, part)
+                own = self.part(part)
                 self._compiled[part, dtype] = self._ov.Core().compile_model(own, "CPU", settings)
             except Exception as error:
                 raise CheckpointError(
                     f"{self.path}: OpenVINO cannot load the network {shown(part)} ({shown(error, 160)}); export "
                     "the system again"
                 ) from None
+
+    def part(self, part: str) -> Any:
+        """The inputs and outputs of one part, and what lies between them, as a model of OpenVINO."""
+        prefix = f"{part}/"
+        inputs = [p for p in self.model.get_parameters() if p.friendly_name.startswith(prefix)]
+        outputs = [
+            r for r in self.model.get_results() if any(n.startswith(prefix) for n in r.input(0).get_tensor().names)
+        ]
+        return self._ov.Model(outputs, inputs, part)
 
     def run(self, part: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
         compiled = self._compiled[part, self._dtype]

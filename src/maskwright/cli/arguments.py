@@ -12,7 +12,7 @@ from tyro.conf import arg
 from maskwright.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Dtype = Literal["float32", "bfloat16", "float16"]
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Tracker = Literal["iou", "bytetrack", "sort", "ocsort"]
 KeyValues = Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")]
 Output = Annotated[Path, arg(aliases=("-o",), metavar="PATH")]

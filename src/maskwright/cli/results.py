@@ -138,7 +138,7 @@ def predict(
         shard: Predict the I-th of N shares of the images; every process is given another I.
         ray: Predict on a Ray cluster: local starts one on this machine.
         device: Where to compute; auto takes a GPU if there is one.
-        dtype: Precision of the network.
+        dtype: Precision of the network; auto takes bfloat16 where the processor has instructions for it.
         compile: Compile the network first: slower to start, faster per image.
         commercial_ok: Use only catalogue weights whose licence allows commercial use.
     """
@@ -357,7 +357,7 @@ def evaluate(
         tile: Evaluate with tiles as predict --tile does: side of the tiles that large images are cut into.
         overlap: Share of a tile that it has in common with its neighbour.
         device: Where to compute; auto takes a GPU if there is one.
-        dtype: Precision of the network.
+        dtype: Precision of the network; auto takes bfloat16 where the processor has instructions for it.
         compile: Compile the network first: slower to start, faster per image.
         commercial_ok: Use only catalogue weights whose licence allows commercial use.
     """

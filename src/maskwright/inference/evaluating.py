@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from maskwright.evaluation.measuring import Measurement, answers, measure
 from maskwright.evaluation.speed import Stopwatch
 from maskwright.evaluation.tasks import TaskName, checked_options, default_of, task_called
 from maskwright.inference.predicting import padded_shape, window_of
-from maskwright.inference.preparing import chosen_device, precision, prepare
+from maskwright.inference.preparing import chosen_device, chosen_dtype, precision, prepare
 from maskwright.inference.reading_ahead import ahead
 from maskwright.inference.selecting import class_labels
 from maskwright.inference.suppressing import Suppression, checked_suppression, suppressed, suppression_words
@@ -43,7 +43,7 @@ def evaluate(
     overlap: float = 0.2,
     device: torch.device | str | None = None,
     dtype: str = "float32",
-    compile: bool = False,
+    compile: bool | Literal["frozen"] = False,
     classes: Sequence[str] | None = None,
     score_threshold: float | None = None,
     detections: int | None = None,
@@ -75,7 +75,7 @@ def evaluate(
             then per tile too.
         overlap: Share of a tile that it has in common with the next.
         device: Where to compute; None: a GPU if there is one, otherwise the CPU.
-        dtype: Type of weights and activations: "float32", "bfloat16" or "float16".
+        dtype: Type of weights and activations: "float32", "bfloat16", "float16" or "auto", see `prepare`.
         compile: Compile the networks with `torch.compile`.
         classes: Names of the classes to evaluate; objects of the others are left out on both sides. None: all.
         score_threshold: Objects that score less are left out. None: the system's own, 0.05 for most systems (0 for
@@ -113,7 +113,9 @@ def evaluate(
     scores = {} if threshold is None else {"score_threshold": threshold}
     options = checked_options(verb, system.name, {**thresholds, **scores, **limits})
     lowest = default_of(verb, "score_threshold") if threshold is None else threshold
-    place, kind = chosen_device(device), precision(dtype)
+    place = chosen_device(device)
+    dtype = chosen_dtype(dtype, place)
+    kind = precision(dtype)
     opened = open_dataset(data, split, panoptic=asked.segments or None) if isinstance(data, (str, Path)) else data
     dataset = asked.view(as_dataset(opened), system)
     if classes is not None:

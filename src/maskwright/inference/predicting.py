@@ -22,7 +22,7 @@ from maskwright.evaluation.measuring import run_network
 from maskwright.evaluation.tasks import checked_options, default_of, on_host, task_called
 from maskwright.inference.journal import digest, identity
 from maskwright.inference.large import Find, ObjectStream
-from maskwright.inference.preparing import chosen_device, precision, prepare
+from maskwright.inference.preparing import chosen_device, chosen_dtype, precision, prepare
 from maskwright.inference.prompting import PromptBook, PromptsLike, answered, prompt_book, promptable
 from maskwright.inference.reading_ahead import ahead
 from maskwright.inference.selecting import ClassFilter
@@ -179,7 +179,7 @@ def predict(
     recursive: bool = False,
     device: torch.device | str | None = None,
     dtype: str = "float32",
-    compile: bool = False,
+    compile: bool | Literal["frozen"] = False,
     workers: int = 2,
     suppression: Suppression | None = None,
     task: Task = "instances",
@@ -249,7 +249,9 @@ def predict(
         threshold = thresholds.pop("score_threshold")
     keep = ClassFilter.create(system.classes, verb, checked_options(verb, system.name, thresholds), classes, threshold)
     options = checked_options(verb, system.name, keep.options)
-    place, kind = chosen_device(device), precision(dtype)
+    place = chosen_device(device)
+    dtype = chosen_dtype(dtype, place)
+    kind = precision(dtype)
     wanted = items(source, recursive)
     ready = prepare(system, place, dtype, compile)
     rules = reading_of(wanted, ready.preprocess)

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ MOST_PIXELS = 0.5
 MOST_SCORE = 0.01
 MOST_MASK = 0.02
 MOST_UNMATCHED = 0.05
+MOST_RAW = 0.01
+FREE_PIXELS = 2  # of each mask, at its border, where a value may be next to the threshold; small masks have few others
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Difference:
         unmatched: Objects of either side without a counterpart on the other.
         box: Largest difference of a coordinate, in pixels.
         score: Largest difference of a score.
-        mask: Largest share of the pixels of a mask (or of a panoptic image) that differ.
+        mask: Largest share of the pixels of a mask (or of a panoptic image) that differ, two pixels of each mask left
+            out.
+        raw: Largest difference in an output of the network of the image, relative to the output's largest value.
         seconds: Time of the exported system for the image, preprocessing and decoding included.
         torch_seconds: Time of the checkpoint's system.
         cpu_seconds: Processor time of the exported system, of all threads.
@@ -47,6 +52,7 @@ class Difference:
     box: float = 0.0
     score: float = 0.0
     mask: float = 0.0
+    raw: float = 0.0
     seconds: float = 0.0
     torch_seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -55,13 +61,16 @@ class Difference:
     def __str__(self) -> str:
         return (
             f"{self.objects} objects on the image, {self.unmatched} without a counterpart; largest differences: boxes "
-            f"{self.box:.2g} pixels, scores {self.score:.2g}, masks {100 * self.mask:.2g} % of their pixels; "
+            f"{self.box:.2g} pixels, scores {self.score:.2g}, masks {100 * self.mask:.2g} % of their pixels, network "
+            f"{self.raw:.1g}; "
             f"{self.seconds:.2f} s ({self.cpu_seconds:.2f} s of the processor), PyTorch {self.torch_seconds:.2f} s "
             f"({self.torch_cpu_seconds:.2f} s)"
         )
 
     def exceeds(self) -> str | None:
         """The bound that is exceeded, in words; None if none is."""
+        if not self.raw <= MOST_RAW:
+            return f"an output of the network differs by {self.raw:.2g} of its largest value (at most {MOST_RAW:g})"
         allowed = max(1, round(MOST_UNMATCHED * self.objects))
         if self.unmatched > allowed:
             return f"{self.unmatched} of {self.objects} objects have no counterpart (at most {allowed} may)"
@@ -72,6 +81,21 @@ class Difference:
         if not self.mask <= MOST_MASK:
             return f"masks differ in {100 * self.mask:.3g} % of their pixels (at most {100 * MOST_MASK:g} %)"
         return None
+
+
+def relative_error(own: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """The largest difference of corresponding tensors, relative to the largest finite value of each."""
+    errors = [0.0]
+    for a, b in zip(own, other, strict=True):
+        if not a.numel():
+            continue
+        a, b = a.double(), b.double()
+        finite = a.isfinite()
+        if not torch.equal(finite, b.isfinite()):
+            return math.inf
+        if finite.any():
+            errors.append(float((a - b)[finite].abs().max() / a[finite].abs().max().clamp(min=1e-6)))
+    return max(errors)
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -111,7 +135,8 @@ def _compare_objects(own: Instances, other: Instances) -> Difference:
         shares: list[float] = []
         for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
             a, b = own.masks[row].dense()[0], other.masks[column].dense()[0]
-            shares.append(float((a ^ b).sum()) / max(1, int((a | b).sum())))
+            different = max(0, int((a ^ b).sum()) - FREE_PIXELS)
+            shares.append(different / max(1, int((a | b).sum())))
         mask = max(shares)
     if not len(rows):
         return Difference(count, unmatched)

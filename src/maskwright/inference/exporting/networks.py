@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from maskwright.checkpoints.budget import shown
 from maskwright.checkpoints.call_specs import Spec, flatten, leaves, rebuild, sizes_of, tensors_of
 from maskwright.errors import MissingExtraError, UsageError
 from maskwright.inference.exporting.capturing import Form
@@ -161,8 +162,11 @@ def convert(
                 input_names=list(inputs), output_names=list(outputs),
             )  # fmt: skip
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UsageError(f"{what} cannot be exported ({type(error).__name__}: {reason})") from error
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = shown(" ".join(str(root).split()), 300)
+        raise UsageError(f"{what} cannot be exported ({type(root).__name__}: {reason})") from error
     assert converted is not None
     model = converted.model_proto
     if model.ByteSize() > LARGEST:

@@ -13,17 +13,19 @@ from typing import Any, Literal, cast
 
 import torch
 
-from maskwright.checkpoints.call_specs import tensors_of
+from maskwright.checkpoints.call_specs import flatten, tensors_of
 from maskwright.checkpoints.exported import FORMAT, Part, is_exported, load_exported
 from maskwright.checkpoints.ours import metadata_of
 from maskwright.checkpoints.runtimes import CRC, KEY, SUFFIXES, import_openvino, weights_crc
 from maskwright.errors import CheckpointError, UsageError
+from maskwright.evaluation.measuring import run_network
 from maskwright.files import atomic_path
 from maskwright.inference.exporting.capturing import forms_of
-from maskwright.inference.exporting.checking import Difference, check_image, compare, timed
+from maskwright.inference.exporting.checking import Difference, check_image, compare, relative_error, timed
 from maskwright.inference.exporting.networks import OPSET, export_form, merge
 from maskwright.inference.predicting import Prediction, predict
 from maskwright.inference.preparing import prepare
+from maskwright.inference.sources import items, read
 from maskwright.systems import System
 
 FileForm = Literal["networks", "graph"]
@@ -201,7 +203,12 @@ def compare_systems(ready: System, exported: System, image: Any, target: Path, b
         assert second is not None
         difference = replace(difference, mask=max(difference.mask, compare(first, second).mask))
     difference = replace(
-        difference, seconds=own_wall, torch_seconds=wall, cpu_seconds=own_processor, torch_cpu_seconds=processor
+        difference,
+        raw=_raw_error(ready, exported, image),
+        seconds=own_wall,
+        torch_seconds=wall,
+        cpu_seconds=own_processor,
+        torch_cpu_seconds=processor,
     )
     problem = difference.exceeds() if bound else None
     if problem is not None:
@@ -209,6 +216,15 @@ def compare_systems(ready: System, exported: System, image: Any, target: Path, b
             f"{target}: the exported system differs from PyTorch: {problem}; not written. Report this with the command"
         )
     return difference
+
+
+def _raw_error(ready: System, exported: System, image: Any) -> float:
+    """The relative error of what `forward` returns for an image."""
+    pixels = read(next(iter(items(image, False))), ready.preprocess)
+    batch = ready.preprocess.collate([pixels])
+    with torch.no_grad():
+        raws = [run_network(system, batch, torch.device("cpu"), torch.float32) for system in (ready, exported)]
+    return relative_error(*(flatten(raw, []) for raw in raws))
 
 
 def _fixed(parts: list[Part]) -> dict[str, str]:

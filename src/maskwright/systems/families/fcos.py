@@ -388,6 +388,35 @@ class FCOSSystem(System):
             ranked_by: What is compared with the published threshold: the class probability, its product with the
                 centerness, or the score; None: as the code base does.
         """
+        score, label, place, first_threshold = self.ranked(raw, score_threshold, candidates, ranked_by)
+        levels = self.locations(raw)
+        strides = fcos.per_location(levels, [float(s) for s in self.strides])
+        points, distances = torch.cat(levels), per_image(raw.distances).float() * strides[:, None]
+        result = []
+        for number, size in enumerate(sizes):
+            least = score_threshold if score_threshold is not None and score_threshold > first_threshold else -0.5
+            rows = (score[number] > least).nonzero().flatten()
+            own = place[number, rows]
+            boxes = fcos.boxes_from_distances(points[own], distances[number, own])
+            if self.rules.clip:
+                boxes = box_ops.clip(boxes, size)
+            if self.rules.solid:
+                solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
+                boxes, rows, own = boxes[solid], rows[solid], own[solid]
+            kept = box_ops.nms(boxes, score[number, rows], label[number, rows], nms_threshold, detections)
+            rows = rows[kept]
+            result.append(Located(boxes[kept], score[number, rows], label[number, rows], own[kept]))
+        return result
+
+    def ranked(
+        self, raw: Raw, score_threshold: float | None, candidates: int = 1000,
+        ranked_by: Literal["class", "product", "score"] | None = None,
+    ) -> tuple[Float[Tensor, "b m"], Int[Tensor, "b m"], Int[Tensor, "b m"], float]:  # fmt: skip
+        """The best (location, class) pairs of each level; arguments as for `find`.
+
+        Returns:
+            Score (-1 for pairs below the threshold), class and location of each pair, and the threshold that was used.
+        """
         ranked_by, kinds = ranked_by or self.rules.ranked_by, self.head_classes
         first_threshold = self.rules.score_threshold
         if score_threshold is not None:
@@ -410,24 +439,7 @@ class FCOSSystem(System):
             places.append(best.indices // kinds + first)
             first += probability.shape[2]
         score, label, place = (torch.cat(v, 1) for v in (scores, labels, places))  # (B, M)
-        levels = self.locations(raw)
-        strides = fcos.per_location(levels, [float(s) for s in self.strides])
-        points, distances = torch.cat(levels), per_image(raw.distances).float() * strides[:, None]
-        result = []
-        for number, size in enumerate(sizes):
-            least = score_threshold if score_threshold is not None and score_threshold > first_threshold else -0.5
-            rows = (score[number] > least).nonzero().flatten()
-            own = place[number, rows]
-            boxes = fcos.boxes_from_distances(points[own], distances[number, own])
-            if self.rules.clip:
-                boxes = box_ops.clip(boxes, size)
-            if self.rules.solid:
-                solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
-                boxes, rows, own = boxes[solid], rows[solid], own[solid]
-            kept = box_ops.nms(boxes, score[number, rows], label[number, rows], nms_threshold, detections)
-            rows = rows[kept]
-            result.append(Located(boxes[kept], score[number, rows], label[number, rows], own[kept]))
-        return result
+        return score, label, place, first_threshold
 
     def on_image(
         self, found: Located, placement: Placement, masks: Float[Tensor, "d s s"] | None = None, threshold: float = 0.5
