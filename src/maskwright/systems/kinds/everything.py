@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torchvision.ops import nms  # pyright: ignore[reportMissingTypeStubs]
 
 from maskwright.errors import UsageError
 from maskwright.ops.planes import place_stable
@@ -166,7 +165,7 @@ def find_in_crop(
     if not parts:
         return _nothing(image_size)
     found = Found.join(parts)
-    return found[nms(found.boxes, found.scores, options.nms_threshold)]
+    return found[_nms(found.boxes, found.scores, options.nms_threshold)]
 
 
 def _find(
@@ -240,7 +239,7 @@ def merge_crops(parts: Sequence[Found], options: Grid) -> Found:
     if len(parts) == 1:
         return found
     width, height = (found.crops[:, 2:] - found.crops[:, :2]).unbind(1)
-    return found[nms(found.boxes, 1 / (width * height).float(), options.crop_nms_thresh)]
+    return found[_nms(found.boxes, 1 / (width * height).float(), options.crop_nms_thresh)]
 
 
 def cleaned(found: Found, options: Grid) -> Found:
@@ -259,6 +258,13 @@ def cleaned(found: Found, options: Grid) -> Found:
     boxes = masks.boxes()
     boxes[:, 2:] -= (boxes[:, 2:] > 0).float()
     differs = torch.tensor(changed)
-    kept = nms(boxes, (~differs).float(), max(options.nms_threshold, options.crop_nms_thresh))
+    kept = _nms(boxes, (~differs).float(), max(options.nms_threshold, options.crop_nms_thresh))
     found = replace(found, masks=masks, boxes=torch.where(differs[:, None], boxes, found.boxes))
     return found[kept]
+
+
+def _nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Positions of the boxes that remain, by descending score."""
+    from torchvision.ops import nms  # pyright: ignore[reportMissingTypeStubs] - late: importing it takes long
+
+    return nms(boxes, scores, threshold)
