@@ -39,8 +39,8 @@ SYSTEMS = {
     "mask-rcnn": ("mask-rcnn-r50-fpn-torchvision", "mask-rcnn-small"),
     "yolact": ("yolact-r50", "yolact-small"),
     "mask2former": ("mask2former-r50", "mask2former-small"),
-    "eomt": ("eomt-s-640", "eomt-small"),
-    "retinanet": ("retinanet-r50", "retinanet-small"),
+    "eomt": ("eomt-s-panoptic-640", "eomt-small"),
+    "retinanet": ("retinanet-r50-fpn-torchvision", "retinanet-small"),
     "fcos": ("fcos-r50-torchvision", "fcos-small"),
 }
 FORMS = ("peer", "eager", "bfloat16", "compiled", "onnx", "openvino", "openvino-bfloat16", "int8")
@@ -104,7 +104,8 @@ def peer(name: str, small: bool) -> Callable[[np.ndarray], Any] | None:
 def rows_of(name: str, options: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
     """Every form of one system."""
     preset = SYSTEMS[name][int(options.small)]
-    system = mw.create(preset, classes=[f"class {n}" for n in range(options.classes)]).eval()
+    things = {"stuff": ()} if name in ("eomt", "mask2former") else {}
+    system = mw.create(preset, classes=[f"class {n}" for n in range(options.classes)], **things).eval()
     height, width = (int(side) for side in options.size.split("x"))
     scenes = Scenes(8, (height, width), seed=5)
     image = scenes[0].image

@@ -167,8 +167,6 @@ def test_a_graph_divides_an_image_as_decode_panoptic_does():
 
 def test_options_of_forms_are_checked(two_stage, tmp_path):
     system, _ = two_stage
-    with pytest.raises(UsageError, match="form must be 'networks' or 'graph'"):
-        mw.export(system, tmp_path / "x.onnx", form="both")
     with pytest.raises(UsageError, match="has no option 'canvas'"):
         mw.export(system, tmp_path / "x.onnx", form="graph", canvas=(2, 2))
     with pytest.raises(UsageError, match=r"cannot be exported with form='graph'.*exports every system"):
