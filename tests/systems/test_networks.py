@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maskwright.structures import Placement
+from maskwright.structures import Masks, Placement, Prompts
 from maskwright.systems import describe, find, names, system_class
+from maskwright.systems.kinds.video import Memory, VideoSystem
 from tests.systems.networks import not_plain, watched
 from tests.systems.tiny import SIZE, build, objects
 
@@ -27,10 +28,22 @@ def test_parameters_are_read_inside_of_networks_alone(name):
             if "panoptic" in system.tasks:
                 system.decode_panoptic(system(images), places)
                 system.decode_semantic(system(images), places)
+            if isinstance(system, VideoSystem):
+                track(system)
     assert all(torch.isfinite(value) for value in losses.values())
     assert not reads.outside
     assert all(reads.calls.values()), f"never called: {[n for n, c in reads.calls.items() if not c]}"
     assert not not_plain(raw)
+
+
+def track(system: VideoSystem) -> None:
+    """Tracks an object through two frames, from its mask."""
+    size = system.preprocess.canvas
+    assert size is not None
+    frames = [system.embed(torch.randn(1, 3, *size), [Placement.identity(size)])[0] for _ in range(2)]
+    masks = Masks.from_dense(torch.ones(1, *size, dtype=torch.bool))
+    _, memory = system.track(frames[0], Memory(), Prompts.from_masks(masks))
+    system.track(frames[1], memory)
 
 
 @EVERY

@@ -65,7 +65,7 @@ class RotaryAttention(nn.Module):
 
     def forward(
         self,
-        query: Float[Tensor, "b n c"],
+        query: Float[Tensor, "_b n c"],
         key: Float[Tensor, "b m d"],
         value: Float[Tensor, "b m d"],
         table: Float[Tensor, "2 n e"],
@@ -74,7 +74,7 @@ class RotaryAttention(nn.Module):
         """Attends from `query` to `key`.
 
         Args:
-            query: Tokens of a map.
+            query: Tokens of a map; one map for all keys, or one for each.
             key: Tokens of maps of the same size, one map after the other, and then `plain` others.
             value: What is read from them.
             table: Rotation of the tokens of a map.
@@ -84,6 +84,7 @@ class RotaryAttention(nn.Module):
         maps = k[:, : k.shape[1] - plain].unflatten(1, (-1, q.shape[1]))
         k = torch.cat([rotate(maps, table).flatten(1, 2), k[:, k.shape[1] - plain :]], 1)
         dropout = self.dropout if self.training else 0.0
+        q = q.expand(len(k), -1, -1)
         found = functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], dropout_p=dropout)
         return self.output(found[:, 0])
 
@@ -104,13 +105,13 @@ class MemoryLayer(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b n c"],
+        x: Float[Tensor, "_b n c"],
         memory: Float[Tensor, "b m d"],
         keys: Float[Tensor, "b m d"],
         table: Float[Tensor, "2 n e"],
         plain: int,
     ) -> Float[Tensor, "b n c"]:
-        """Returns the tokens of the frame; `keys` is the memory with its positions added."""
+        """Returns the tokens of the frame for each memory; `keys` is the memory with its positions added."""
         y = self.norm1(x)
         x = x + self.drop(self.self_attention(y, y, y, table))
         x = x + self.drop(self.cross_attention(self.norm2(x), keys, memory, table, plain))
@@ -151,7 +152,7 @@ class MemoryAttention(nn.Module):
 
     def forward(
         self,
-        features: Float[Tensor, "b c h w"],
+        features: Float[Tensor, "_b c h w"],
         memories: Float[Tensor, "b t d h w"],
         steps: Int[Tensor, " t"],
         pointers: Float[Tensor, "b p c"],
@@ -160,7 +161,7 @@ class MemoryAttention(nn.Module):
         """Returns the conditioned features.
 
         Args:
-            features: Features of the frame.
+            features: Features of the frame, one for all memories or one for each.
             memories: Memories of other frames, at least one.
             steps: The temporal embedding of each of them.
             pointers: Object pointers of other frames.

@@ -216,7 +216,7 @@ class Augment:
         sample: Sample,
         drawn: Drawn,
         *,
-        resample: Literal["pillow", "tensor", "opencv"] = "pillow",
+        resample: Literal["pillow", "tensor", "opencv", "antialias", "bicubic"] = "pillow",
         mirrored_keypoints: Sequence[int] | None = PERSON_KEYPOINTS_MIRRORED,
     ) -> Placed:
         """Apply parameters to an image and its objects.
@@ -285,7 +285,8 @@ def place_image(image: UInt8[Tensor, "c H W"], placement: Placement, resample: s
         image: The image.
         placement: How it is placed; the window `placement.size` must lie within the image.
         resample: Interpolation, as in `Preprocess`. "pillow": 8-bit bilinear with anti-aliasing (uint8); "tensor":
-            bilinear without anti-aliasing (float32, 0 ... 255); "opencv": as "tensor", rounded.
+            bilinear without anti-aliasing (float32, 0 ... 255); "opencv": as "tensor", rounded; "antialias": bilinear
+            with anti-aliasing (float32). Anything else is resampled as "pillow".
 
     Returns:
         Pixels (C, h, w).
@@ -297,12 +298,16 @@ def place_image(image: UInt8[Tensor, "c H W"], placement: Placement, resample: s
     if placement.mirrored:
         x0, x1 = width - x1, width - x0
     whole = abs(x0) + abs(y0) + abs(x1 - width) + abs(y1 - height) < 1e-6
+    if resample == "bicubic" or (resample == "antialias" and not whole):
+        resample = "pillow"
     if whole and (h, w) == (height, width):
         result = image if resample == "pillow" else image.float()
     elif resample == "pillow":
         result = _pillow(image, (h, w), None if whole else (float(x0), float(y0), float(x1), float(y1)))
     elif whole:
-        result = torch.nn.functional.interpolate(image.float()[None], (h, w), mode="bilinear", align_corners=False)[0]
+        result = torch.nn.functional.interpolate(
+            image.float()[None], (h, w), mode="bilinear", align_corners=False, antialias=resample == "antialias"
+        )[0]
     else:
         xs = (torch.arange(w) + 0.5) * (float(x1 - x0) / w) + float(x0)
         ys = (torch.arange(h) + 0.5) * (float(y1 - y0) / h) + float(y0)

@@ -20,7 +20,7 @@ from maskwright.structures.placement import Placement
 
 LARGEST_SIDE = 1 << 16  # of the network's input, in pixels
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "resample": ("pillow", "tensor", "opencv"),
+    "resample": ("pillow", "tensor", "opencv", "antialias", "bicubic"),
     "channels": ("RGB", "BGR"),
     "fit": ("short", "inside", "stretch", "letterbox", "pad", "own"),
     "sizes": ("rounded", "floored", "benchmark", None),
@@ -37,7 +37,9 @@ class Preprocess:
         long: Upper bound of the long side in pixels, for the rule "short".
         resample: "pillow": 8-bit bilinear with anti-aliasing, before normalization (detectron2). "tensor": float
             bilinear without anti-aliasing, after normalization (torchvision). "opencv": 8-bit bilinear without
-            anti-aliasing, before normalization (early versions of MMDetection).
+            anti-aliasing, before normalization (early versions of MMDetection). "antialias": float bilinear with
+            anti-aliasing, before normalization (SAM 2 on images). "bicubic": 8-bit bicubic with anti-aliasing, before
+            normalization (SAM 2 on the frames of a video).
         mean: Mean per channel in the order of `channels`, of values divided by `divide`.
         std: Standard deviation per channel, likewise.
         divide: Divisor of the 8-bit values.
@@ -64,7 +66,7 @@ class Preprocess:
 
     short: int = 800
     long: int = 1333
-    resample: Literal["pillow", "tensor", "opencv"] = "pillow"
+    resample: Literal["pillow", "tensor", "opencv", "antialias", "bicubic"] = "pillow"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     divide: float = 255.0
@@ -176,8 +178,10 @@ class Preprocess:
             values = _interpolate(self.normalize(image), target)
         elif self.resample == "opencv":
             values = self.normalize(_interpolate(image.float(), target).round())
+        elif self.resample == "antialias":
+            values = self.normalize(_interpolate(image.float(), target, antialias=True))
         else:
-            values = self.normalize(_pillow(image, target))
+            values = self.normalize(_pillow(image, target, bicubic=self.resample == "bicubic"))
         placement = Placement.resize(size, target)
         if self.fit not in ("letterbox", "pad"):
             return values, placement
@@ -307,20 +311,23 @@ def _invalid(name: str, expected: str, value: Any) -> UsageError:
     return UsageError(f"preprocess: `{name}` must be {expected}, got {repr(value)[:80]}")
 
 
-def _pillow(image: Tensor, size: tuple[int, int]) -> Tensor:
+def _pillow(image: Tensor, size: tuple[int, int], *, bicubic: bool = False) -> Tensor:
     from PIL import Image
 
     if tuple(image.shape[1:]) == size:
         return image
+    kind = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
     if len(image) == 3:
         whole = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-        resized = np.asarray(whole.resize((size[1], size[0]), Image.Resampling.BILINEAR))
+        resized = np.asarray(whole.resize((size[1], size[0]), kind))
         return torch.from_numpy(resized.copy()).permute(2, 0, 1)
-    planes = [Image.fromarray(p.cpu().numpy()).resize((size[1], size[0]), Image.Resampling.BILINEAR) for p in image]
+    planes = [Image.fromarray(p.cpu().numpy()).resize((size[1], size[0]), kind) for p in image]
     return torch.from_numpy(np.stack([np.asarray(p) for p in planes]))
 
 
-def _interpolate(values: Tensor, size: tuple[int, int]) -> Tensor:
+def _interpolate(values: Tensor, size: tuple[int, int], *, antialias: bool = False) -> Tensor:
     if tuple(values.shape[1:]) == size:
         return values
-    return torch.nn.functional.interpolate(values[None], size=size, mode="bilinear", align_corners=False)[0]
+    return torch.nn.functional.interpolate(
+        values[None], size=size, mode="bilinear", align_corners=False, antialias=antialias
+    )[0]

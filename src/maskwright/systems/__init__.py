@@ -57,6 +57,7 @@ REGISTRY = {
     "mobile-sam": "mobile_sam:MobileSAM",
     "efficient-sam": "efficient_sam:EfficientSAM",
     "edge-sam": "edge_sam:EdgeSAM",
+    "sam2": "sam2:SAM2",
     "eomt": "eomt:EoMT",
 }
 

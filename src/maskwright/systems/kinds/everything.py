@@ -173,7 +173,7 @@ def _find(
     image_size: tuple[int, int],
 ) -> Found:  # fmt: skip
     """The good and stable answers to some points."""
-    logits, scores, owner = system.answers_to_points(features, placement, points, options.use_m2m)
+    logits, scores, owner = system.answers_to_points(features, placement, points, options)
     if options.score_threshold > 0:
         good = scores > options.score_threshold
         logits, scores, owner = logits[good], scores[good], owner[good]

@@ -522,26 +522,31 @@ class PromptableSystem(ProposalSystem):
         return Grid(**(given | {name: value for name, value in options.items() if value is not None}))
 
     def answers_to_points(
-        self, features: Features, placement: Placement, points: Float[Tensor, "n 2"], refine: bool = False
+        self, features: Features, placement: Placement, points: Float[Tensor, "n 2"], options: Grid
     ) -> tuple[Float[Tensor, "k h w"], Float[Tensor, " k"], Int[Tensor, " k"]]:
-        """The three answers to each of n points.
+        """The answers to each of n points.
 
         Args:
             features: The features of an image, with batch size 1.
             placement: How the image was placed in the input.
             points: x, y on the image.
-            refine: Refine each answer with its own logits as a prompt.
+            options: Whether to refine each answer with its own logits as a prompt.
 
         Returns:
             Mask logits, predicted IoUs, and the number of the point of each answer.
         """
+        return self.answers(features, placement, points, 3, refine=options.use_m2m)
+
+    def answers(
+        self, features: Features, placement: Placement, points: Tensor, count: Answers, *, refine: bool
+    ) -> tuple[Float[Tensor, "k h w"], Float[Tensor, " k"], Int[Tensor, " k"]]:
+        """`answers_to_points` with `count` answers to each point."""
         labels = torch.ones(len(points), 1, dtype=torch.int64)
         prompts = Prompts(placement.image_size, points[:, None], labels)
-        decoded = self.choose(
-            self.answer(features, self.slots(prompts, placement, features)), self.ambiguous(prompts), 3
-        )
-        count = decoded.scores.shape[1]
-        owner = torch.arange(len(points), device=decoded.scores.device).repeat_interleave(count)
+        slots, ambiguous = self.slots(prompts, placement, features), self.ambiguous(prompts)
+        decoded = self.choose(self.answer(features, slots), ambiguous, count)
+        owner = torch.arange(len(points), device=decoded.scores.device)
+        owner = owner.repeat_interleave(decoded.scores.shape[1])
         logits, scores = decoded.logits.flatten(0, 1), decoded.scores.flatten()
         if refine:
             again = prompts[owner.cpu()]
