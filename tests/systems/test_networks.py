@@ -38,6 +38,7 @@ def test_parameters_are_read_inside_of_networks_alone(name):
 
 def track(system: VideoSystem) -> None:
     """Tracks an object through two frames, from its mask."""
+    system.pin_fingerprint("any")  # it is made of the weights
     size = system.preprocess.canvas
     assert size is not None
     frames = [system.embed(torch.randn(1, 3, *size), [Placement.identity(size)])[0] for _ in range(2)]

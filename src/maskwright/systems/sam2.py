@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType] - not typed
 
 from maskwright.blocks.backbones import Backbone, BackboneLike, levels_of
 from maskwright.blocks.hiera import HieraNeck
@@ -35,7 +35,7 @@ from maskwright.structures.resize import Resize, ResizeLike
 from maskwright.systems.card import Card, Preset, Score
 from maskwright.systems.families.memory_tracking import EARLIER_LOGIT, MemoryTracker
 from maskwright.systems.kinds import prompt_training
-from maskwright.systems.kinds.everything import Grid, find_in_crop
+from maskwright.systems.kinds.everything import Grid
 from maskwright.systems.kinds.prompt_training import Simulation
 from maskwright.systems.kinds.promptable import Features, PromptDecoder
 from maskwright.systems.kinds.video import MemoryBank
@@ -221,8 +221,8 @@ class SAM2(MemoryTracker):
         count = 3 if options.multimask_output else 1
         logits, scores, owner = self.answers(features, placement, points, count, refine=options.use_m2m)
         logits = logits - options.mask_threshold
-        if options.min_mask_region_area:
-            logits = without_small_regions(logits, options.min_mask_region_area)
+        if options.small_regions:
+            logits = without_small_regions(logits, options.small_regions)
         return logits, scores, owner
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ class SAM2(MemoryTracker):
                 return (terms * weight).sum(1), decoded.logits[rows, best].detach().float()
 
         if self.simulation.checkpoint and torch.is_grad_enabled():
-            return cast("tuple[Tensor, Tensor]", checkpoint(run, *prompts, use_reentrant=False))
+            return checkpoint(run, *prompts, use_reentrant=False)
         return run(*prompts)
 
     # ---- everything --------------------------------------------------------------------------------------------------
@@ -338,13 +338,20 @@ class SAM2(MemoryTracker):
         """
         if crop_n_layers:
             raise UsageError("crop_n_layers needs the image itself, which only predict has; evaluate without it")
-        options = Everything(
-            score_threshold, nms_threshold, points_per_side or self.points_per_side, points_per_batch,
-            stability_score_thresh, stability_score_offset, crop_n_layers, crop_nms_thresh, crop_overlap_ratio,
-            crop_n_points_downscale_factor, min_mask_region_area, use_m2m, mask_threshold, multimask_output,
+        options = self.everything_options(
+            score_threshold=score_threshold, nms_threshold=nms_threshold, points_per_side=points_per_side,
+            points_per_batch=points_per_batch, stability_score_thresh=stability_score_thresh,
+            stability_score_offset=stability_score_offset, crop_nms_thresh=crop_nms_thresh,
+            crop_overlap_ratio=crop_overlap_ratio, crop_n_points_downscale_factor=crop_n_points_downscale_factor,
+            min_mask_region_area=min_mask_region_area, use_m2m=use_m2m, mask_threshold=mask_threshold,
+            multimask_output=multimask_output,
         )  # fmt: skip
-        found = [find_in_crop(self, raw.of(index), place, options) for index, place in enumerate(placements)]
-        return [own.instances(detections) for own in found]
+        return self.everything(raw, placements, options, detections)
+
+    def everything_options(self, **options: Any) -> Everything:
+        given: dict[str, Any] = {"points_per_side": self.points_per_side}
+        given |= {name: value for name, value in options.items() if value is not None}
+        return Everything(**given, small_regions=given.pop("min_mask_region_area", 0))
 
     presets: ClassVar[Mapping[str, Preset]] = {
         **{
@@ -374,10 +381,12 @@ class SAM2(MemoryTracker):
 
 @dataclass(frozen=True)
 class Everything(Grid):
-    """Options of "segment everything"; see `SAM2.decode`."""
+    """Options of "segment everything"; see `SAM2.decode`. `small_regions` is its `min_mask_region_area`."""
 
+    score_threshold: float = 0.8
     mask_threshold: float = 0.0
     multimask_output: bool = True
+    small_regions: int = 0
 
 
 def without_small_regions(logits: Float[Tensor, "n h w"], most: int) -> Float[Tensor, "n h w"]:

@@ -22,7 +22,7 @@ from maskwright.systems.families.memory_tracking import FrameFeatures
 from maskwright.systems.kinds.everything import crop_boxes, find_in_crop, merge_crops
 from maskwright.systems.kinds.promptable import Slots
 from maskwright.systems.kinds.video import Remembered
-from maskwright.systems.sam2 import SAM2, Everything, PresenceLoss, answer_losses, without_small_regions
+from maskwright.systems.sam2 import SAM2, PresenceLoss, answer_losses, without_small_regions
 from tests.parity.ledger import Ledger
 
 # Memories are kept in bfloat16: a value between two of them may go either way, and later frames attend to it. With
@@ -315,7 +315,7 @@ def everything(ledger: Ledger) -> None:
     size = tuple(ledger.about["image_size_hw"])
     names = {"pred_iou_thresh": "score_threshold", "box_nms_thresh": "nms_threshold"}
     for case, given in ledger.about["cases"].items():
-        options = Everything(**{"score_threshold": 0.8, **{names.get(k, k): v for k, v in given.items()}})
+        options = system.everything_options(**{names.get(k, k): v for k, v in given.items()})
         parts = []
         for layer, crop in crop_boxes(size, options.crop_n_layers, options.crop_overlap_ratio):
             own = (crop[3] - crop[1], crop[2] - crop[0])

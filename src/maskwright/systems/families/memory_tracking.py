@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,8 @@ from maskwright.ops.components import small_components
 from maskwright.structures import Choices, Embedding, Masks, Placement, Preprocess, Prompts
 from maskwright.systems.kinds.promptable import Features, Slots
 from maskwright.systems.kinds.video import Attended, Memory, MemoryBank, Remembered, Track, VideoSystem
+
+T = TypeVar("T")
 
 ABSENT_LOGIT = -1024.0  # of every cell of the mask of an object that is not in the frame
 GIVEN_LOGIT = 10.0  # of a mask that is a prompt
@@ -400,6 +402,6 @@ class _Frame:
         return max(1, min(most, self.budget // (24 * cells)))
 
 
-def _parts(rows: Sequence[Any], step: int) -> list[Any]:
+def _parts(rows: Sequence[T], step: int) -> list[Sequence[T]]:
     """Consecutive parts of at most `step` entries."""
     return [rows[first : first + step] for first in range(0, len(rows), step)]

@@ -513,6 +513,12 @@ class PromptableSystem(ProposalSystem):
             crop_overlap_ratio=crop_overlap_ratio, crop_n_points_downscale_factor=crop_n_points_downscale_factor,
             min_mask_region_area=min_mask_region_area, use_m2m=use_m2m,
         )  # fmt: skip
+        return self.everything(raw, placements, options, detections)
+
+    def everything(
+        self, raw: Features, placements: Sequence[Placement], options: Grid, detections: int | None
+    ) -> list[Instances]:
+        """`decode` with its options as one value."""
         found = [find_in_crop(self, raw.of(index), place, options) for index, place in enumerate(placements)]
         return [cleaned(own, options).instances(detections) for own in found]
 
