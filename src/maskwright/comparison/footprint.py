@@ -1,6 +1,7 @@
 """Latency and memory of weights, measured in a process of its own: `python -m maskwright.comparison.footprint`.
 
-The forms that this machine can run are tried, and a form counts only if its predictions agree with those of float32.
+PyTorch in float32 and bfloat16, and the exported forms whose extras are installed, are tried; a form counts only if its
+predictions agree with those of float32.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from maskwright.errors import MaskwrightError
 
@@ -44,36 +49,62 @@ def measure_footprint(weights: str | Path, images: Sequence[Path], timeout: floa
         return {"error": lines[-1] if lines else f"the process ended with {done.returncode}"}
 
 
-def forms() -> list[str]:
-    """The types of weights and activations that this machine computes in hardware."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text("utf-8").split("flags", 1)[1].split("\n", 1)[0].split()
-    except (OSError, IndexError):
-        flags = []
-    return ["float32", *(["bfloat16"] if {"avx512_bf16", "amx_bf16"} & set(flags) else [])]
-
-
 def _main(weights: str, images: Sequence[str]) -> dict[str, Any]:
-    from maskwright.checkpoints import load
     from maskwright.data import read_image
-    from maskwright.inference import predict
 
-    system = load(weights)
     pixels = [read_image(path) for path in images]
     timed: dict[str, float] = {}
     expected: list[Any] = []
-    for form in forms():
-        found: list[Any] = []
-        seconds: list[float] = []
-        for image in pixels:
-            start = time.perf_counter()
-            found.append(predict(system, image, dtype=form, score_threshold=0.3).instances)
-            seconds.append(time.perf_counter() - start)
-        expected = expected or found
-        if form == "float32" or _alike(expected, found) >= _AGREE:
-            timed[form] = 1000 * statistics.median(seconds[1:] or seconds)
+    with tempfile.TemporaryDirectory() as folder:
+        for form, load in _forms(weights, images, Path(folder)):
+            try:
+                system, dtype = load()
+            except MaskwrightError:  # cannot be exported, or is not equal
+                continue
+            found, milliseconds = _timed(system, pixels, dtype)
+            expected = expected or found
+            if form == "float32" or _alike(expected, found) >= _AGREE:
+                timed[form] = milliseconds
     best = min(timed, key=lambda form: timed[form])
     return {"ms": timed[best], "MB": _resident(), "form": best, "forms": timed}
+
+
+def _forms(weights: str, images: Sequence[str], folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, str]]]]:
+    """The forms of a system that this machine and the installed extras can compute, and how to load each."""
+    from maskwright.checkpoints import load
+    from maskwright.inference.preparing import has_bfloat16
+
+    exportable = Path(weights).suffix == ".safetensors"
+    yield "float32", lambda: (load(weights), "float32")
+    fast = has_bfloat16(torch.device("cpu"))
+    if fast and exportable:
+        yield "bfloat16", lambda: (load(weights), "bfloat16")
+    if exportable and find_spec("onnxruntime") and find_spec("onnxscript"):
+        yield "ONNX Runtime", lambda: (load(_exported(weights, folder / "model.onnx", images[0])), "float32")
+    if exportable and find_spec("openvino") and find_spec("onnxscript"):
+        yield "OpenVINO", lambda: (load(_exported(weights, folder / "model.xml", images[0])), "float32")
+        if fast:
+            yield "OpenVINO bfloat16", lambda: (load(folder / "model.xml"), "bfloat16")
+
+
+def _exported(weights: str, path: Path, image: str) -> Path:
+    from maskwright.inference.exporting import export
+
+    export(weights, path, image=image)
+    return path
+
+
+def _timed(system: Any, images: Sequence[Any], dtype: str) -> tuple[list[Any], float]:
+    """The objects of each image, and the median milliseconds per image without the first."""
+    from maskwright.inference import predict
+
+    found: list[Any] = []
+    seconds: list[float] = []
+    for image in images:
+        start = time.perf_counter()
+        found.append(cast(Any, predict)(system, image, dtype=dtype, score_threshold=0.3).instances)
+        seconds.append(time.perf_counter() - start)
+    return found, 1000 * statistics.median(seconds[1:] or seconds)
 
 
 def _alike(expected: Sequence[Any], found: Sequence[Any]) -> float:

@@ -68,20 +68,23 @@ def _rows(
     groups: Sequence[npt.NDArray[np.int64]], draw: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Positions of the objects of the drawn images, and the number of each one's image in the draw."""
-    parts = [groups[image] for image in draw.tolist()]
+    numbers: list[int] = draw.tolist()
+    parts = [groups[image] for image in numbers]
     rows = np.concatenate([np.zeros(0, np.int64), *parts])
     return rows, np.repeat(np.arange(len(draw)), [len(part) for part in parts])
 
 
 def _drawn(found: Detections, groups: Sequence[npt.NDArray[np.int64]], draw: npt.NDArray[np.int64]) -> Detections:
     rows, owner = _rows(groups, draw)
-    masks = None if found.masks is None else [found.masks[row] for row in rows.tolist()]
+    chosen: list[int] = rows.tolist()
+    masks = None if found.masks is None else [found.masks[row] for row in chosen]
     points = None if found.keypoints is None else found.keypoints[rows]
     return Detections(owner, found.labels[rows], found.scores[rows], found.boxes[rows], masks, points)
 
 
 def _drawn_truth(truth: Truth, groups: Sequence[npt.NDArray[np.int64]], draw: npt.NDArray[np.int64]) -> Truth:
     rows, owner = _rows(groups, draw)
+    chosen: list[int] = rows.tolist()
     return replace(
         truth,
         sizes=truth.sizes[draw],
@@ -90,7 +93,7 @@ def _drawn_truth(truth: Truth, groups: Sequence[npt.NDArray[np.int64]], draw: np
         boxes=truth.boxes[rows],
         areas=truth.areas[rows],
         crowd=truth.crowd[rows],
-        masks=None if truth.masks is None else [truth.masks[row] for row in rows.tolist()],
+        masks=None if truth.masks is None else [truth.masks[row] for row in chosen],
         keypoints=None if truth.keypoints is None else truth.keypoints[rows],
         handle=None,
     )

@@ -9,7 +9,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -188,7 +188,7 @@ def _class_rows(ranked: Sequence[Candidate], results: Mapping[str, Result]) -> l
     for row in sorted(first.per_class, key=lambda r: -r["objects"])[:40]:
         cells: list[str] = []
         for c in ranked:
-            own = next((r for r in results[c.label].per_class if r["class"] == row["class"]), {})
+            own: dict[str, Any] = next((r for r in results[c.label].per_class if r["class"] == row["class"]), {})
             cells.append(_percent(own.get(f"{results[c.label].kinds[0]}/AP", -1)))
         rows.append((printable(row["class"]), int(row["objects"]), cells))
     return rows
@@ -204,10 +204,8 @@ def _drawn(shown: Shown, ranked: Sequence[Candidate]) -> dict[str, Any]:
 
 
 def _picture(image: Tensor, objects: Instances) -> str:
-    from PIL import Image
-
     pixels: Any = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)).contiguous()
-    drawn = cast(Image.Image, objects.draw(pixels, labels=False))
+    drawn = objects.draw(pixels, labels=False)
     share = min(1.0, _SIDE / max(drawn.size))
     small = drawn.convert("RGB").resize([max(1, round(side * share)) for side in drawn.size])  # pyright: ignore[reportArgumentType] - a list is accepted
     data = io.BytesIO()

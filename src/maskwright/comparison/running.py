@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -229,9 +229,8 @@ class _Comparing:
             return
         result.save(folder / "result.json")
         entry["AP"] = result.summary[f"{result.kinds[0]}/AP"]
-        source = getattr(system, "source", None) or {}
         candidate.measured |= _figures(result) | {
-            "licence": str(source.get("licence", "")) if isinstance(source, Mapping) else "",
+            "licence": str((system.source or {}).get("licence") or ""),
             "task": "masks" if "masks" in system.outputs else "boxes",
         }
         if not candidate.measured["licence"]:
@@ -316,7 +315,8 @@ class _Comparing:
         ids = sorted(self.val_set.image_ids(), key=lambda i: (isinstance(i, str), i))
         positions = {image_id: place for place, image_id in enumerate(self.val_set.image_ids())}
         shown: list[Shown] = []
-        for row in np.argsort(agreed, kind="stable")[:count].tolist():
+        order: list[int] = np.argsort(agreed, kind="stable")[:count].tolist()
+        for row in order:
             if agreed[row] >= 0.999:
                 break
             image_id = ids[row]
@@ -397,7 +397,7 @@ def _train(spec: Mapping[str, Any]) -> dict[str, Any]:
 
     folder, steps = Path(spec["folder"]), int(spec["steps"])
     start = time.monotonic()
-    recipe = dict(spec["recipe"])
+    recipe: dict[str, Any] = dict(spec["recipe"])
     recipe.setdefault("warmup", max(1, min(100, steps // 10)))
     recipe.setdefault("ema", 0.99 if steps < 2000 else 0.998)
     try:
@@ -426,7 +426,7 @@ def _pilot(spec: Mapping[str, Any]) -> float:
     folder = Path(spec["folder"]).with_name("pilot")
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        recipe = {**spec["recipe"], "log_every": 1}
+        recipe: dict[str, Any] = {**spec["recipe"], "log_every": 1}
         train(
             spec["system"], spec["train"], val=False, out=folder, steps=_PILOT, seed=spec["seed"], batch=spec["batch"],
             device=spec["device"], logger=Clock(), **recipe,
@@ -496,7 +496,7 @@ def _side(profile: DataProfile) -> int:
 
 
 def _json(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: list(cast(tuple[Any, ...], v)) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
 def as_words(state: Comparison) -> str:
