@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +70,17 @@ def test_an_exported_system_predicts_what_the_checkpoint_does(two_stage):
     assert min(counts) > 0
 
 
+def test_copies_and_threads_share_the_sessions(two_stage):
+    exported = copy.deepcopy(mw.load(two_stage[1]))
+    image = images(1)[0]
+    alone = mw.predict(exported, image, score_threshold=0.3, device="cpu").found()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda _: mw.predict(exported, image, score_threshold=0.3, device="cpu").found(), range(8))
+        )
+    assert all(torch.equal(each.boxes, alone.boxes) for each in found)
+
+
 def test_tiles_and_other_sizes_and_no_objects(two_stage):
     system, path = two_stage
     exported = mw.load(path)
@@ -96,6 +109,8 @@ def test_what_an_exported_system_cannot_do_is_stated(two_stage, tmp_path):
         mw.export(exported, tmp_path / "again.onnx")
     with pytest.raises(UsageError, match=r"resize cannot be changed in an exported file"):
         mw.load(path, resize={"short": 200})
+    with pytest.raises(UsageError, match="computes on the CPU, not on 'cuda'"):
+        mw.load(path, device="cuda")
     with pytest.raises(UsageError, match="not in bfloat16"):
         mw.predict(exported, images(1)[0], dtype="bfloat16", device="cpu")
     with pytest.raises(UsageError, match="compile does not apply to an exported system"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import sys
+import threading
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +35,9 @@ class Runtime(ABC):
     name: str
     metadata: dict[str, str]
     size: int
+
+    def __deepcopy__(self, memo: Any) -> Runtime:
+        return self  # a copy of a system computes with the same sessions
 
     @abstractmethod
     def prepare(self, parts: Sequence[str], dtype: str = "float32") -> None:
@@ -291,6 +295,7 @@ class OpenVino(Runtime):
             ) from None
         self.metadata = about
         self._compiled: dict[tuple[str, str], Any] = {}
+        self._lock = threading.Lock()  # a compiled model answers one call at a time
         self._dtype = "float32"
 
     def prepare(self, parts: Sequence[str], dtype: str = "float32") -> None:
@@ -327,8 +332,9 @@ class OpenVino(Runtime):
     def run(self, part: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
         compiled = self._compiled[part, self._dtype]
         try:
-            found = compiled({f"{part}/{name}": value for name, value in inputs.items()})
-            return [np.array(found[f"{part}/{name}"]) for name in outputs]
+            with self._lock:
+                found = compiled({f"{part}/{name}": value for name, value in inputs.items()})
+                return [np.array(found[f"{part}/{name}"]) for name in outputs]
         except Exception as error:
             raise CheckpointError(
                 f"{self.path}: OpenVINO cannot compute the network {shown(part)} ({shown(error, 200)}); export "
