@@ -17,6 +17,7 @@ from PIL import Image
 
 from maskwright.data import Dataset, DataWarning, check, open_dataset
 from maskwright.data.convert import convert_data
+from maskwright.errors import UsageError
 from maskwright.structures import Masks
 from tests.data.test_round_trips import CLASSES, LEFT, OVER, RIGHT, Drawn, made
 
@@ -125,6 +126,7 @@ SETTINGS = {
     "not yaml": ("names: [cat\ntrain: x\n", "is invalid YAML"),
     "an alias": ("a: &a [cat, dog]\nnames: *a\n", "has an alias (*name) in line 2"),
     "poses": ("names: [a]\nkpt_shape: [17, 3]\n", "it is a data set of poses, not of masks"),
+    "empty names": ("names: []\n", "has neither 'names' nor 'nc'"),
     "names as text": ("names: cat\n", "'names' is 'cat'"),
 }  # fmt: skip
 
@@ -427,6 +429,79 @@ def test_the_subsets_of_cvat_are_splits(copy: Callable[[str], Path]) -> None:
     assert len(open_dataset(root, "val").targets(0)) == 1
 
 
+def test_class_names_keep_their_text(copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    (root / "data.yaml").write_text("train: images/train\nnc: 3\nnames: [no, 007, 1e3]\n")
+    assert opened(root).classes == ("no", "007", "1e3")
+
+
+def test_label_files_of_yolo_with_an_uppercase_suffix_are_read(copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    for path in sorted((root / "labels").rglob("*.txt")):
+        path.rename(path.with_suffix(".TXT"))
+    assert counts(root) == [2, 1]
+
+
+def test_classes_of_yolo_counted_from_1_are_noted(copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    for path in sorted((root / "labels").rglob("*.txt")):
+        rows = [line.split(" ", 1) for line in path.read_text().splitlines()]
+        path.write_text("".join(f"{int(number) + 1} {rest}\n" for number, rest in rows))
+    assert the(found(root, "note"), "no object has class 0, but 1 have class 3, which is not listed")
+
+
+def test_unreadable_labels_of_yolo_exclude_their_image(copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    (root / LABELS).write_bytes(b"0 0.1 \xff\xfe\n")
+    assert the(found(root, "skip"), f"{LABELS} is not UTF-8 text")
+    assert counts(root) == [1]
+
+
+def test_yolo_exports_of_label_studio_with_their_notes_are_read(copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    (root / "data.yaml").unlink()
+    (root / "classes.txt").write_text("\n".join(CLASSES))
+    (root / "notes.json").write_text('{"categories": [{"id": 0, "name": "cup"}], "info": {"version": "1.0"}}')
+    assert not found(root, "error")
+    assert counts(root) == [2, 1]
+
+
+def test_images_of_two_splits_are_noted(copy: Callable[[str], Path]) -> None:
+    root = copy("yolo")
+    (root / "data.yaml").write_text(f"train: images/train\nval: images/train\nnames: {json.dumps(list(CLASSES))}\n")
+    assert the(found(root, "note"), "2 of the 2 images of 'val' are also images to train on")
+
+
+def test_images_of_labelme_without_a_file_are_noted(copy: Callable[[str], Path]) -> None:
+    root = copy("labelme")
+    file = next(root.rglob("image 0.png"))
+    Image.open(file).save(file.with_name("other.png"))
+    assert the(found(root, "note"), "1 images have no JSON file")
+    assert counts(root) == [2, 1]
+
+
+UNREAD = {
+    "via.csv": ("filename,region_shape_attributes\n", "is an export of VIA as CSV"),
+    "via3.json": ('{"project": {"vid_list": ["1"]}}', "is a project of VIA 3"),
+    "tasks.json": ('[{"annotations": [{"result": [{"original_width": 9}]}]}]', "is an export of Label Studio as JSON"),
+    "image.jpg.json": ('{"objects": [{"classTitle": "cat"}]}', "is an annotation of Supervisely"),
+    "image.xml": ("<annotation><object><bndbox/></object></annotation>", "has Pascal VOC boxes without masks"),
+    "obj.data": ("train = train.txt\nnames = obj.names\n", "is a setting of Darknet YOLO, which has boxes only"),
+    "image.txt": ("0 0.1 0.1 0.5 0.5 0.1 0.5\n", "is a YOLO label file beside its image"),
+    "image_seg.npy": ("", "is a file of Cellpose's user interface"),
+}
+
+
+@pytest.mark.parametrize("name", list(UNREAD))
+def test_exports_that_are_not_read_are_named(name: str, tmp_path: Path) -> None:
+    text, words = UNREAD[name]
+    Image.new("RGB", (9, 9)).save(tmp_path / "image.jpg")
+    (tmp_path / name).write_text(text)
+    assert f"{name} {words}; " in the(found(tmp_path, "error"), "there are no annotations")
+    with pytest.raises(UsageError, match=words):
+        open_dataset(tmp_path)
+
+
 # ---- maps ------------------------------------------------------------------------------------------------------------
 
 
@@ -436,7 +511,7 @@ def test_a_map_of_another_size_is_named(copy: Callable[[str], Path]) -> None:
         Image.fromarray(np.zeros((30, 40), np.uint8)).save(root / file)
         line = the(found(root, "skip"), "is 40 x 30, but its image is 36 x 24")
         assert file in line
-        assert counts(root) == [0, 1]
+        assert counts(root) == [1]  # not background
 
 
 def test_a_map_for_the_image_as_stored_is_named(copy: Callable[[str], Path]) -> None:
@@ -451,6 +526,31 @@ def test_damaged_and_unsuitable_maps_are_named(copy: Callable[[str], Path]) -> N
     assert the(found(root, "skip"), "masks/image 0.png is damaged")
     Image.new("L", (36, 24), 3).save(root / "masks/image 0.png", "JPEG")
     assert the(found(root, "skip"), "was saved as JPEG, which changes the numbers in its pixels")
+
+
+def test_maps_with_negative_numbers_are_excluded(copy: Callable[[str], Path]) -> None:
+    root = copy("label-maps")
+    plane = np.asarray(Image.open(root / "masks/image 0.png")).astype(np.int32)
+    (root / "masks/image 0.png").unlink()
+    Image.fromarray(plane - 1).save(root / "masks/image 0.tif")
+    assert the(found(root, "skip"), "masks/image 0.tif has the value -1; expected 0 for the background")
+    assert counts(root) == [1]
+
+
+def test_images_and_maps_without_their_other_half_are_named(copy: Callable[[str], Path]) -> None:
+    root = copy("label-maps")
+    (root / "masks/image 0.png").rename(root / "masks/other.png")
+    assert "'masks/other.png'" in the(found(root, "skip"), "1 maps have no image")
+    assert "'images/image 0.png'" in the(found(root, "note"), "1 images have no map")
+
+
+def test_maps_of_ones_in_several_pieces_are_noted(tmp_path: Path) -> None:
+    plane = np.zeros((20, 30), np.uint8)
+    plane[2:6, 2:6] = plane[10:15, 10:15] = 1
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(plane).save(tmp_path / folder / "a.png")
+    assert the(found(tmp_path, "note"), "each map is read as one object, some in several pieces")
 
 
 def test_foreground_masks_are_an_error(copy: Callable[[str], Path]) -> None:

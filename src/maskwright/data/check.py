@@ -12,6 +12,7 @@ import numpy as np
 
 from maskwright.data import splits
 from maskwright.data.classes import counted, similar_words, without_match
+from maskwright.data.exchange.unread import unread
 from maskwright.data.findings import SEVERITIES, Finding, Severity, finding_lines, first_few
 from maskwright.data.formats import Match, Request, load_format
 from maskwright.data.image_names import SUFFIXES
@@ -158,6 +159,7 @@ def check(
     for _, table, match in tables:
         _inspect(table, damaged, match == training)
     _compare_classes([(table, match) for _, table, match in tables], training)
+    _compare_images([(table, match) for _, table, match in tables], training)
     for _, table, _ in tables:
         report.findings += table.findings
         report.contents.append(_contents(table))
@@ -209,7 +211,12 @@ def _check_images(
     if not intact:
         report.findings = [_as_error(f) for f in report.findings]
     what = "there are no annotations; only the images were checked"
-    advice = "training needs annotations/instances_train.json, or another layout that the documentation lists"
+    known = unread(source) if source.is_dir() else None
+    advice = (
+        "training needs annotations/instances_train.json, or another layout that the documentation lists"
+        if known is None
+        else f"{known[0]}; {known[1]}"
+    )
     report.findings.append(Finding("error", "annotations", str(source), what, advice))
     if report.wanted is not None and intact:
         report.findings += copy_images(source, intact, report.wanted, how)
@@ -264,6 +271,24 @@ def _compare_classes(tables: Sequence[tuple[Table, Match]], training: Match | No
         none = len(new) == len(table.classes) and splits.kind_of(match.split or "") == "val"
         what = ("no class has the name of a class to train on; " if none else "") + "; ".join(parts)
         table.add_finding("error" if none else "note", "classes", what, advice)
+
+
+def _compare_images(tables: Sequence[tuple[Table, Match]], training: Match | None) -> None:
+    """Add notes about image files of the training split that other splits have too."""
+    trained = next((table for table, match in tables if match == training), None)
+    if trained is None or training is None:
+        return
+    folder = trained.folder.resolve()
+    known = {folder / file for file in trained.files}
+    for table, match in tables:
+        if table is trained or splits.kind_of(match.split or "") not in ("val", "test"):
+            continue
+        folder = table.folder.resolve()
+        both = [file for file in table.files if folder / file in known]
+        if both:
+            what = f"{len(both)} of the {len(table.files)} images of {match.split!r} are also images to train on"
+            advice = "measure on images that are not trained on"
+            table.add_finding("note", "splits", f"{what}: {first_few(both)}", advice)
 
 
 def _counts(table: Table) -> dict[str, int]:

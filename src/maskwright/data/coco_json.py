@@ -90,13 +90,19 @@ def unnamed_files(folder: Path) -> list[Path]:
 
 
 def has_keys(path: Path) -> bool:
-    """Return whether one of COCO's keys is in the first 64 kB of a file."""
+    """Return whether a JSON file is an object with COCO's keys, by its first 64 kB.
+
+    The key "categories" alone is not enough if the file is shorter: notes.json of Label Studio's YOLO exports has it.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(1 << 16)
     except OSError:
         return False
-    return any(key in head for key in (b'"images"', b'"annotations"', b'"categories"'))
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return False
+    keys = (b'"images"', b'"annotations"', *((b'"categories"',) if len(head) == 1 << 16 else ()))
+    return any(key in head for key in keys)
 
 
 def has_videos(path: Path) -> bool:

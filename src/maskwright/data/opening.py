@@ -16,6 +16,7 @@ from pathlib import Path
 
 from maskwright.data.dataset import Dataset
 from maskwright.data.exchange.files import listed_once
+from maskwright.data.exchange.unread import unread
 from maskwright.data.formats import FORMATS, Format, Match, Request, load_format
 from maskwright.data.table import Table
 from maskwright.data.table_datasets import dataset_from_table
@@ -177,6 +178,9 @@ def _no_match(source: str, request: Request, format: str | None) -> str:
         hint = f"; name the split (--split {named})" if named is not None and not wanted else ""
         hint = "; name one of these files" if named is None and len(others) > 1 else hint
         return f"{source}: no annotations of split {request.split!r}{wanted}; found {there}{hint}"
+    known = None if wanted or format is not None else unread(path)
+    if known is not None:
+        return f"{source}: no annotations that can be read; {known[0]}; {known[1]}"
     layouts = ", ".join(_layout(load_format(name), request.split) for name in names)
     return f"{source}: no annotations of split {request.split!r}{wanted}; expected one of {layouts}"
 

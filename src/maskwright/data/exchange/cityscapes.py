@@ -131,6 +131,7 @@ def read(match: Match, request: Request) -> Table:
         path = folder / files[stems[row]]
         if objects.problem is not None:
             add_file_problem(table, path, objects.problem, "skip", image=row + 1)
+            collector.exclude(row)
         others.update(objects.others)
         for count, (label, number, code) in enumerate(objects.found):
             if isinstance(label, str):

@@ -49,6 +49,7 @@ class Collector:
         self._crowd: list[bool] = []
         self._boxes: list[Box | None] = []
         self._added = 0
+        self._excluded: set[int] = set()
         self._skipped: dict[str, list[tuple[str, int | None, str]]] = {}
 
     # ---- images -----------------------------------------------------------------------------------------------------
@@ -78,6 +79,11 @@ class Collector:
         """Return H, W of a listed image; None if it is not usable."""
         position = self.positions.get(row)
         return None if position is None else self.table.sizes[position]
+
+    def exclude(self, row: int) -> None:
+        """Leave out a listed image and its objects: its annotations cannot be read, so it is not background."""
+        if row in self.positions:
+            self._excluded.add(self.positions[row])
 
     # ---- objects ----------------------------------------------------------------------------------------------------
 
@@ -156,8 +162,25 @@ class Collector:
         absent = self._shapes.absent
         if problems:
             columns = columns.take(np.array([i for i in range(len(boxes)) if i not in problems], np.int64))
-        _judged(self.table, columns, absent)
+        _judged(self.table, self._without_excluded(columns), absent)
         return self.table
+
+    def _without_excluded(self, columns: Columns) -> Columns:
+        """Remove the excluded images from the table and from its objects."""
+        if not self._excluded:
+            return columns
+        table = self.table
+        kept = [position for position in range(len(table.files)) if position not in self._excluded]
+        places = np.full(len(table.files), -1, np.int64)
+        places[kept] = np.arange(len(kept))
+        table.image_ids = [table.image_ids[position] for position in kept]
+        table.files = [table.files[position] for position in kept]
+        table.sizes = [table.sizes[position] for position in kept]
+        table.listed_sizes = [table.listed_sizes[position] for position in kept]
+        table.stored_sizes = [table.stored_sizes[position] for position in kept]
+        table.image_rows = [table.image_rows[position] for position in kept]
+        columns = columns.take(np.flatnonzero(places[columns.image_index] >= 0))
+        return replace(columns, image_index=places[columns.image_index])
 
     def _report_skipped(self) -> None:
         """One finding for each kind of skipped objects; the first few are named one by one."""

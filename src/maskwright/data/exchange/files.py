@@ -287,6 +287,8 @@ def read_xml(path: Path) -> Element:
 def read_yaml(path: Path) -> Any:
     """Return the value of a YAML file of settings; only plain values, lists and mappings are read.
 
+    Values are text as written, or None for an empty value: a class named no, 007 or 1e3 keeps its name.
+
     Raises:
         FileProblem: If the file cannot be read or parsed, has aliases, or a key twice in one mapping.
     """
@@ -299,7 +301,7 @@ def read_yaml(path: Path) -> Any:
             if isinstance(event, yaml.AliasEvent):
                 raise FileProblem(f"has an alias (*name) in line {event.start_mark.line + 1}; write the value out")
         _check_keys(yaml.compose(text, yaml.SafeLoader), yaml)
-        return yaml.safe_load(text)
+        return yaml.load(text, _text_loader(yaml))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" at line {mark.line + 1}"
@@ -307,6 +309,13 @@ def read_yaml(path: Path) -> Any:
         raise FileProblem(f"is invalid YAML ({problem}{where}); correct it") from None
     except (RecursionError, ValueError, TypeError) as error:
         raise FileProblem(f"is invalid YAML ({error}); correct it") from None
+
+
+def _text_loader(yaml: Any) -> Any:
+    """A loader without objects that leaves all values text, except null."""
+    null = [pair for pair in yaml.SafeLoader.yaml_implicit_resolvers["~"] if pair[0].endswith(":null")]
+    resolvers = dict.fromkeys(["~", "n", "N", ""], null)
+    return type("TextLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": resolvers})
 
 
 def _check_keys(node: Any, yaml: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,6 +101,17 @@ def sniff(source: str, request: Request) -> list[Match]:
 def _pairs(root: Path) -> list[_Pair]:
     """All images with maps."""
     files = list(files_below(root, is_image_name, 4))
+    kinds = _kinds(files)
+    pairs = [
+        _Pair(images[0], kinds["map"][key], kinds["class"].get(key, [None])[0])
+        for key, images in kinds["image"].items()
+        if len(kinds["map"].get(key, ())) == 1
+    ]
+    return sorted(pairs or _bowl(files) or _beside(files), key=lambda pair: pair.image)
+
+
+def _kinds(files: Sequence[str]) -> dict[str, dict[tuple[str, str], list[str]]]:
+    """The images, maps and maps of classes in folders of these kinds, by what images and their maps have in common."""
     kinds: dict[str, dict[tuple[str, str], list[str]]] = {"image": {}, "map": {}, "class": {}}
     places: dict[str, tuple[str, str] | None] = {}  # kind of each folder, and the pattern that its images and maps have
     for file in files:
@@ -114,12 +125,35 @@ def _pairs(root: Path) -> list[_Pair]:
         if kind != "image" and not file.lower().endswith(_LOSSLESS):
             continue
         kinds[kind].setdefault((around, _stem(file, kind)), []).append(file)
-    pairs = [
-        _Pair(images[0], kinds["map"][key], kinds["class"].get(key, [None])[0])
-        for key, images in kinds["image"].items()
-        if len(kinds["map"].get(key, ())) == 1
-    ]
-    return sorted(pairs or _bowl(files) or _beside(files), key=lambda pair: pair.image)
+    return kinds
+
+
+def _report_unpaired(table: Table, root: Path, split: str | None) -> None:
+    """Report images and maps in folders of these kinds that are not used because the other one is missing."""
+    kinds = _kinds(list(files_below(root, is_image_name, 4)))
+    images, maps = kinds["image"], kinds["map"]
+    if not images.keys() & maps.keys():
+        return
+
+    def of_split(files: Iterable[str]) -> list[str]:
+        return sorted(file for file in files if split_in_path(file) == split)
+
+    alone = of_split(file for key, own in images.items() if key not in maps for file in own)
+    if alone:
+        what = f"{len(alone)} images have no map: {first_few(alone)}"
+        table.add_finding("note", "missing", what, "they are not used; add an empty map for images without objects")
+    stray = of_split(file for key, own in maps.items() if key not in images for file in own)
+    if stray:
+        what = f"{len(stray)} maps have no image: {first_few(stray)}"
+        table.add_finding("skip", "missing", what, "restore the images, or remove the maps")
+    several = of_split(own[0] for key, own in images.items() if len(maps.get(key, ())) > 1)
+    if several:
+        what = f"{len(several)} images have several maps of the same name: {first_few(several)}"
+        table.add_finding("skip", "map", what, "they are not used; keep one map for each image")
+    hidden = of_split(file for key, own in images.items() if key in maps for file in own[1:])
+    if hidden:
+        what = f"{len(hidden)} images have the name of another but for the suffix: {first_few(hidden)}"
+        table.add_finding("skip", "image", what, "they are not used; rename them and their maps")
 
 
 def _place(folders: Sequence[str]) -> tuple[str, str] | None:
@@ -214,6 +248,7 @@ def read(match: Match, request: Request) -> Table:
     for row, found in results:
         for file, problem in found.problems:
             add_file_problem(table, root / file, problem, "skip", image=row + 1)
+            collector.exclude(row)
     if _are_binary(table, pairs, [found for _, found in results]):
         return table
     used = sorted({label for _, found in results for _, label, _, _, _ in found.objects})
@@ -228,6 +263,7 @@ def read(match: Match, request: Request) -> Table:
                 continue
             collector.add(row, numbers[label], run_length_code(crop, x0, y0, collector.size(row) or (1, 1)), name)
     _report(table, pairs, results, unlabelled)
+    _report_unpaired(table, root, match.split)
     return collector.finish()
 
 
@@ -307,6 +343,14 @@ def _are_binary(table: Table, pairs: Sequence[_Pair], results: Sequence[_Found])
     return True
 
 
+def _in_pieces(found: _Found) -> bool:
+    """Whether an object is not connected."""
+    from scipy import ndimage  # pyright: ignore[reportMissingTypeStubs] - no types
+
+    label: Any = ndimage.label  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] - no types
+    return any(label(crop, np.ones((3, 3)))[1] > 1 for _, _, crop, _, _ in found.objects)
+
+
 def _report(
     table: Table, pairs: Sequence[_Pair], results: Sequence[tuple[int, _Found]], unlabelled: Sequence[str]
 ) -> None:
@@ -318,6 +362,11 @@ def _report(
     if void:
         what = f"{len(void)} maps have pixels with 255 besides the numbers of objects: {first_few(void)}"
         table.add_finding("note", "map", what, "they are read as void, not as an object")
+    filled = [found for _, found in results if found.values]
+    if filled and all(found.values == {1} for found in filled) and any(map(_in_pieces, filled)):
+        what = f"the only value in {len(filled)} maps is 1: each map is read as one object, some in several pieces"
+        advice = "if the maps mark the foreground, number the objects 1, 2, ... in each"
+        table.add_finding("note", "map", what, advice)
     mixed = [f"{shown_path(table, table.path / pairs[r].maps[0])}: object {f.mixed[0]}" for r, f in results if f.mixed]
     if mixed:
         what = f"objects in {len(mixed)} maps have several classes: {first_few(mixed)}"

@@ -30,6 +30,7 @@ from maskwright.data.exchange.files import (
     as_dict,
     as_list,
     files_below,
+    is_image_name,
     json_kind,
     read_json,
     read_lines,
@@ -133,7 +134,7 @@ def read(match: Match, request: Request) -> Table:
         parsed = _read_file(table, root, file, report=inside)
         if parsed is None:
             continue
-        labels |= {str(shape.get("label")) for shape in parsed.shapes}
+        labels |= {label for shape in parsed.shapes if isinstance(label := shape.get("label"), str) and label.strip()}
         if inside:
             files.append(parsed)
     names = ClassNames(_listed_names(table, root), labels - set(IGNORED))
@@ -144,11 +145,29 @@ def read(match: Match, request: Request) -> Table:
         if row in collector.positions:
             _add_shapes(collector, row, file, names)
     _report_ignored(table, files)
+    if path.is_dir() and request.images is None:
+        _report_images(table, match.split)
     collector.finish()
     if not files and not table.findings_with("error"):
         table.add_finding("error", "file", "none of its JSON files can be used", "see the other findings")
         table.usable = False
     return table
+
+
+def _report_images(table: Table, split: str | None) -> None:
+    """Add a note about images without a JSON file, in the folders of those that have one."""
+    used = set(table.files)
+    folders = {file.rpartition("/")[0] for file in used}
+    others = [
+        file
+        for file in files_below(table.folder, is_image_name)
+        if file not in used and file.rpartition("/")[0] in folders and split_in_path(file) == split
+    ]
+    embedded = set(table.raw.get("embedded", {}).values())
+    others = [file for file in others if file not in embedded]
+    if others:
+        what = f"{len(others)} images have no JSON file: {first_few(others)}"
+        table.add_finding("note", "missing", what, "they are not used; save a file without shapes to use them")
 
 
 def _listed_names(table: Table, root: Path) -> list[str]:

@@ -52,8 +52,10 @@ def read_plane(path: Path, size: tuple[int, int] | None = None, colours: Mapping
         if values.shape[2] >= 3 and colours is not None:
             return _numbered(values[:, :, :3].astype(np.int64), colours)
         values = values[:, :, 0] if values.shape[2] < 3 else _as_number(values[:, :, :3])
-    if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.round(values)) & (values >= 0)).all():
+    if values.dtype.kind == "f" and not (np.isfinite(values) & (values == np.round(values)) & (values < 2**63)).all():
         raise FileProblem("has values that are not numbers of objects; expected integers from 0 on")
+    if values.dtype.kind in "if" and values.size and values.min() < 0:
+        raise FileProblem(f"has the value {values.min():.0f}; expected 0 for the background and objects from 1 on")
     return values.astype(np.int64)
 
 

@@ -132,6 +132,7 @@ def read(match: Match, request: Request) -> Table:
         for path, problem in planes.problems:
             add_file_problem(table, path, problem, "skip", image=row + 1)
         if planes.objects is None:
+            collector.exclude(row)
             continue
         described = _described(table, root, stem, report=planes.classes is None)
         for number, crop, x0, y0 in crops_of(planes.objects, (0, VOID)):

@@ -203,7 +203,7 @@ def read(match: Match, request: Request) -> Table:
 
 def _names(table: Table, settings: dict[str, Any]) -> dict[int, str] | None:
     """The class names of a data.yaml by number; None if it has only their count."""
-    given, count = settings.get("names"), parse_int(settings.get("nc"))
+    given, count = settings.get("names") or None, parse_int(settings.get("nc"))
     if settings.get("kpt_shape") is not None:
         what = "has 'kpt_shape': it is a data set of poses, not of masks"
         table.add_finding("error", "key", what, "export outlines (YOLO segmentation)")
@@ -402,6 +402,8 @@ def _read_rows(collector: Collector, images: Sequence[str]) -> _Rows:
         file = _label_file(table.files[position])
         shared.setdefault(file, []).append(image)
         path = table.folder / file
+        if not is_file(path) and is_file(path.with_suffix(".TXT")):
+            path = path.with_suffix(".TXT")
         if not is_file(path):
             absent.append(image)
             continue
@@ -409,6 +411,7 @@ def _read_rows(collector: Collector, images: Sequence[str]) -> _Rows:
             text = read_text(path, 1 << 28)
         except FileProblem as problem:
             add_file_problem(table, path, problem, "skip", image=table.image_ids[position])
+            collector.exclude(row)
             continue
         _read_file(collector, rows, row, file, text)
     if absent and len(absent) == len(collector.positions):
@@ -513,6 +516,10 @@ def _add_objects(collector: Collector, rows: _Rows) -> None:
             values = values.clip(0, 1)
         points = np.round(values.reshape(-1, 2) * scale, _ROUNDING)
         collector.add(image, labels[number], [points.ravel().tolist()], name)
+    beyond = sum(number == len(labels) for number in rows.classes)
+    if beyond and sorted(labels) == list(range(len(labels))) and 0 not in rows.classes:
+        what = f"no object has class 0, but {beyond} have class {len(labels)}, which is not listed"
+        table.add_finding("note", "class", what, "if the label files count classes from 1, subtract 1 from each")
     if clipped:
         what = f"{len(clipped)} outlines reach slightly out of their images (0 ... 1): {first_few(clipped)}"
         table.add_finding("note", "outline", what, "they are clipped")
