@@ -188,8 +188,9 @@ def _class_rows(ranked: Sequence[Candidate], results: Mapping[str, Result]) -> l
     for row in sorted(first.per_class, key=lambda r: -r["objects"])[:40]:
         cells: list[str] = []
         for c in ranked:
-            own: dict[str, Any] = next((r for r in results[c.label].per_class if r["class"] == row["class"]), {})
-            cells.append(_percent(own.get(f"{results[c.label].kinds[0]}/AP", -1)))
+            result = results[c.label]
+            values = [r.get(f"{result.kinds[0]}/AP", -1) for r in result.per_class if r["class"] == row["class"]]
+            cells.append(_percent(values[0] if values else -1))
         rows.append((printable(row["class"]), int(row["objects"]), cells))
     return rows
 
