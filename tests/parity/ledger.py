@@ -140,7 +140,7 @@ class Ledger:
             kinds = (self.peek(labels[0]), labels[1])
         for name, values in filter(None, (boxes, scores)):
             if name in self.arrays:
-                return matching(self.peek(name).reshape(ours, -1), values.reshape(ours, -1), kinds)
+                return matching(_rows(self.peek(name)), _rows(values), kinds)
         return torch.arange(ours)
 
     def untied(self, name: str, rows: Tensor, scores: Tensor, closeness: float = 1e-5) -> Tensor:
@@ -420,3 +420,8 @@ def inputs(about: Mapping[str, Any]) -> tuple[Tensor, list[tuple[int, int]]]:
     dims = dims if len(dims) == 4 else (1, *dims)
     images = stream.standard_normal(dims).astype("float32")
     return torch.from_numpy(images), [dims[2:]] * dims[0]  # pyright: ignore[reportReturnType]
+
+
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    """The values with everything after the first dimension in one, also for no rows at all."""
+    return values.flatten(1) if values.ndim > 1 else values[:, None]
