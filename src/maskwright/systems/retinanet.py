@@ -365,7 +365,8 @@ class RetinaNet(System):
         "retinanet-small": Preset(
             {
                 "backbone": {"name": "resnet18", "norm": "group"}, "resize": {"short": 320, "long": 512},
-                "neck_width": 128, "convs": 2, "anchor_sizes": (16, 32, 64, 128, 256), "rules": "torchvision",
+                "neck_width": 128, "convs": 2, "norm": "group", "anchor_sizes": (16, 32, 64, 128, 256),
+                "rules": "torchvision",
             },
             note="for a few hundred images and no GPU; trains from random weights; the mean of detectron2's rules, "
             "which starts at 100 positive anchors, would reduce the losses of few objects",
