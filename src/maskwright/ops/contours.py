@@ -376,7 +376,7 @@ def resample(
     size = points.shape[1]
     steps = torch.arange(size, device=points.device)
     if lengths is None:
-        lengths = torch.full((len(points),), size, device=points.device)
+        lengths = torch.full((points.shape[0],), size, device=points.device)
     valid = steps < lengths[:, None]
     cut = lengths > count
     if size > count:
@@ -386,7 +386,7 @@ def resample(
     edges = (following - points).norm(dim=-1).masked_fill(~valid, 0)  # (N, V)
     totals = torch.full_like(lengths, count)
     counts = torch.where(cut[:, None], valid.long(), _points_per_edge(edges, valid, totals, longest))
-    places = torch.arange(count, device=points.device).expand(len(points), -1).contiguous()
+    places = torch.arange(count, device=points.device).expand(points.shape[0], -1).contiguous()
     return _points_at(points, following, counts, places)
 
 
@@ -450,7 +450,7 @@ def _points_at(points: Tensor, following: Tensor, counts: Tensor, places: Tensor
 
 
 def _next(size: int, lengths: Tensor) -> Int[Tensor, "n v"]:
-    following = torch.arange(1, size + 1, device=lengths.device).expand(len(lengths), -1)
+    following = torch.arange(1, size + 1, device=lengths.device).expand(lengths.shape[0], -1)
     return torch.where(following >= lengths[:, None], 0, following)
 
 

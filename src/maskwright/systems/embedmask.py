@@ -166,7 +166,7 @@ class EmbedMaskNet(nn.Module):
     ) -> Float[Tensor, "b m h w"]:
         """The margins of level `number`."""
         if self.margin is None:
-            shape = (len(box_features), 1, *box_features.shape[-2:])
+            shape = (box_features.shape[0], 1, *box_features.shape[-2:])
             return box_features.new_full(shape, self.first_margin, dtype=torch.float32)
         if self.margin_rule == "box":  # in units of 800 pixels; boxes have no gradients from it
             return self.margin((distances * (fcos.STRIDES[number] / 800)).detach()).float().exp()

@@ -22,7 +22,7 @@ from maskwright.checkpoints.runtimes import CRC, SUFFIXES, import_openvino, weig
 from maskwright.errors import CheckpointError, MissingExtraError, UsageError
 from maskwright.inference.exporting.checking import Difference, check_image, compare, timed
 from maskwright.inference.exporting.fixed import DECODERS, Limits
-from maskwright.inference.exporting.networks import OPSET, TensorsOfSizes, convert
+from maskwright.inference.exporting.networks import OPSET, Convertible, convert
 from maskwright.inference.exporting.panoptic import SEGMENTERS
 from maskwright.inference.exporting.placing import Grid, place
 from maskwright.inference.exporting.writing import Exported, loaded_for_export, publish, staged, write_model
@@ -53,7 +53,7 @@ class Graph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """From an image (H, W, C), 8 bits, to the outputs of the task."""
-        with TensorsOfSizes():
+        with Convertible():
             values, placed = place(image, self.system.preprocess, self.canvas)
             arguments = (values,)
             if self.system.sees_padding:

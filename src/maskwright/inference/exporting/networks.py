@@ -51,16 +51,30 @@ class _Flat(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         sizes = sizes_of(self.inputs, tensors)
         arguments = rebuild(self.inputs, dict(zip(self.names, tensors, strict=True)), sizes)
-        with TensorsOfSizes():
+        with Convertible():
             return tuple(flatten(self.network(*arguments), []))
 
 
-class TensorsOfSizes(TorchFunctionMode):
-    """`torch.tensor` and `Tensor.new_tensor` of sizes keep them as symbols; traced as they are, sizes become fixed."""
+class Convertible(TorchFunctionMode):
+    """Computes in other operators what torch.onnx cannot convert.
+
+    `torch.tensor` and `Tensor.new_tensor` of sizes keep them as symbols; traced as they are, sizes become fixed. Stable
+    sorting is TopK, which puts the first of equal values first in ONNX. `searchsorted` counts comparisons, and
+    `repeat_interleave` expands.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(function, "__name__", "") in ("tensor", "new_tensor"):
+        name = getattr(function, "__name__", "")
+        if name in ("sort", "argsort") and kwargs.get("stable"):
+            return _sorted(*args, indices=name == "argsort", **kwargs)
+        if name == "repeat_interleave" and len(args) == 2 and isinstance(args[1], int | torch.SymInt):
+            return _repeated(*args, **kwargs)
+        if name == "searchsorted" and set(kwargs) <= {"right"}:
+            edges, values = args
+            reached = edges[..., None, :] <= values[..., None] if kwargs.get("right") else None
+            return (edges[..., None, :] < values[..., None] if reached is None else reached).sum(-1)
+        if name in ("tensor", "new_tensor"):
             own = function is not torch.tensor
             data = args[1] if own else args[0]
             if any(isinstance(value, torch.SymInt | torch.SymFloat) for value in _numbers(data)):
@@ -69,6 +83,18 @@ class TensorsOfSizes(TorchFunctionMode):
                 device = kwargs.get("device") or (like.device if own else "cpu")
                 return _stacked(data, dtype, torch.device(device))
         return function(*args, **kwargs)
+
+
+def _sorted(values: Tensor, dim: int = -1, descending: bool = False, *, stable: bool, indices: bool) -> Any:
+    found = values.topk(values.shape[dim], dim, largest=descending)
+    return found.indices if indices else found
+
+
+def _repeated(values: Tensor, times: Any, dim: int | None = None) -> Tensor:
+    values, axis = (values.flatten(), 0) if dim is None else (values, dim % values.ndim)
+    sizes = [-1] * (values.ndim + 1)
+    sizes[axis + 1] = times
+    return values.unsqueeze(axis + 1).expand(sizes).flatten(axis, axis + 1)
 
 
 def _numbers(data: Any) -> list[Any]:
@@ -133,6 +159,17 @@ def export_form(system: System, form: Form) -> Any:
         for axis, varies in enumerate(own):
             if not varies and isinstance(leaf["shape"][axis], str):
                 _rename(form, leaf["shape"][axis], tensor.shape[axis])
+    # Sizes that are computed with fractions are fixed without a trace in the arguments.
+    results = zip(tensors_of(form.output), model.graph.output, strict=True)
+    if any(
+        isinstance(size, str) and not dim.dim_param
+        for leaf, value in results
+        for size, dim in zip(leaf["shape"], value.type.tensor_type.shape.dim, strict=True)
+    ):
+        for leaf, tensor in zip(arguments, form.tensors, strict=True):
+            for axis, size in enumerate(leaf["shape"]):
+                if axis and isinstance(size, str):
+                    _rename(form, size, tensor.shape[axis])
     return model
 
 
@@ -157,17 +194,21 @@ def convert(
         with quiet(), torch.no_grad():
             shapes = (dynamic,) if isinstance(module, _Flat) else dynamic
             program = torch.export.export(module, tuple(tensors), dynamic_shapes=shapes, strict=False)
-            converted = torch.onnx.export(
-                program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
-                input_names=list(inputs), output_names=list(outputs),
+            models = (
+                torch.onnx.export(
+                    program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
+                    input_names=list(inputs), output_names=list(outputs), optimize=optimize,
+                )
+                for optimize in (True, False)
             )  # fmt: skip
+            # The optimiser of onnxscript 0.7.2 removes a constant that two clamps of one tensor share.
+            converted = next(found for found in models if found is not None and _is_complete(found.model_proto))
     except Exception as error:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
         reason = shown(" ".join(str(root).split()), 300)
         raise UsageError(f"{what} cannot be exported ({type(root).__name__}: {reason})") from error
-    assert converted is not None
     model = converted.model_proto
     if model.ByteSize() > LARGEST:
         raise UsageError(f"{what} has more than 2 GB of weights, which one ONNX file cannot hold")
@@ -178,6 +219,13 @@ def convert(
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     return model, _varying(program, len(tensors))
+
+
+def _is_complete(model: Any) -> bool:
+    """Whether every value that a node reads exists."""
+    known = {"", *(value.name for value in (*model.graph.input, *model.graph.initializer))}
+    known |= {name for node in model.graph.node for name in node.output}
+    return all(name in known for node in model.graph.node for name in node.input)
 
 
 def _varying(program: torch.export.ExportedProgram, count: int) -> list[list[bool]]:

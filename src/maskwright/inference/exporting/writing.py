@@ -95,16 +95,16 @@ def export(
     original = loaded_for_export(system)
     pixels = check_image(image) if check else None
     ready = prepare(original, "cpu")
-    forms = forms_of(ready)
-    models: list[tuple[str, Any]] = []
-    parts: list[Part] = []
-    for form in forms:
-        count = sum(part.network == form.network for part in parts)
-        name = form.network if not count else f"{form.network}.{count + 1}"
-        models.append((name, export_form(ready, form)))
-        parts.append(Part(name, form.network, form.inputs, form.output))
+    models, parts = _exported(ready)
+    if _fixed(parts) and ready.preprocess.fit in ("short", "own", "pad"):
+        # The network does not allow other sizes: images are resized into one, that of the image of the check.
+        pixels = check_image(image) if pixels is None else pixels
+        height, width = read(next(iter(items(pixels, False))), ready.preprocess).shape[1:]
+        canvas = ready.preprocess.size(height, width)
+        ready.preprocess = replace(ready.preprocess, fit="letterbox", canvas=canvas, corner=True)
+        models, parts = _exported(ready)
     model = merge(models)
-    metadata = metadata_of(original, target) | {
+    metadata = metadata_of(ready, target) | {
         "format": FORMAT,
         "networks": json.dumps([part.to_json() for part in parts]),
         "torch": torch.__version__,
@@ -117,6 +117,17 @@ def export(
             difference = compare_systems(ready, load_exported(written), pixels, target)
         size = publish(written, target)
     return Exported(target, original.name, "networks", OPSET, size, difference, _fixed(parts))
+
+
+def _exported(ready: System) -> tuple[list[tuple[str, Any]], list[Part]]:
+    """Every form of every network: name and model, and what the file says about it."""
+    models, parts = list[tuple[str, Any]](), list[Part]()
+    for form in forms_of(ready):
+        count = sum(part.network == form.network for part in parts)
+        name = form.network if not count else f"{form.network}.{count + 1}"
+        models.append((name, export_form(ready, form)))
+        parts.append(Part(name, form.network, form.inputs, form.output))
+    return models, parts
 
 
 def loaded_for_export(system: System | str | Path) -> System:
