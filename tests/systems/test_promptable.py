@@ -329,6 +329,24 @@ def test_sam_answers_as_transformers_does(tmp_path):
     torch.testing.assert_close(found.logits, expected.pred_masks[0], rtol=1e-3, atol=1e-3)
 
 
+def test_prompts_are_drawn_as_masks_and_kept_masks_are_not_drawn_over():
+    from maskwright.blocks.prompting import draw_prompts
+
+    points = torch.tensor([[[0.25, 0.25], [0.75, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.0, 0.0], [0.0, 0.0]]])
+    labels = torch.tensor([[2, 3, 0], [1, -2, -1]])
+    drawn = draw_prompts(points, labels, (16, 16))[:, 0]
+    assert float(drawn[0, 4, 4]) == 3
+    assert float(drawn[0, 0, 0]) == -6
+    assert float(drawn[0, 8, 8]) == -8
+    assert float(drawn[1, 8, 8]) == 8
+    assert float(drawn[1, 0, 0]) == 0
+    logits = torch.ones(2, 1, 16, 16)
+    kept = draw_prompts(points, labels, (16, 16), logits, torch.tensor([True, False]))[:, 0]
+    assert float(kept[0, 0, 0]) == 1
+    assert float(kept[0, 8, 8]) == -8
+    assert torch.equal(kept[1], drawn[1])
+
+
 def test_interpolation_by_cubic_weights_is_that_of_torch():
     from maskwright.ops.interpolation import cubic_weights
 

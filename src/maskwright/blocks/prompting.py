@@ -159,6 +159,44 @@ class PromptEncoder(nn.Module):
         return PromptTokens(sparse, dense, grid)
 
 
+def draw_prompts(
+    points: Float[Tensor, "n t 2"],
+    labels: Int[Tensor, "n t"],
+    size: tuple[int, int],
+    logits: Float[Tensor, "n 1 h w"] | None = None,
+    has_mask: Bool[Tensor, " n"] | None = None,
+) -> Float[Tensor, "n 1 {size[0]} {size[1]}"]:
+    """Draws prompts as mask logits: a box is likely inside and unlikely outside, and a point certain around itself.
+
+    Tokens alone leave it to the decoder to find the place of a prompt in the image, which it learns slowly. Clicks are
+    often drawn as disks in interactive segmentation (arXiv 2102.06583).
+
+    Args:
+        points: x, y in units of the input's width and height, 0 ... 1.
+        labels: What each slot holds.
+        size: Height and width of the grid of mask logits.
+        logits: Masks of all prompts; None if none has one. Boxes are drawn where there is none.
+        has_mask: Which prompts have a mask; None: all, if there are `logits`.
+    """
+    height, width = size
+    cells = points.new_tensor([width, height])
+    columns = torch.arange(width, device=points.device) + 0.5
+    rows = (torch.arange(height, device=points.device) + 0.5)[:, None]
+    places = points * cells  # in cells
+    corners = [((labels == kind)[..., None] * places).sum(1) for kind in (FIRST_CORNER, LAST_CORNER)]
+    (x0, y0), (x1, y1) = ([v[:, None, None] for v in corner.unbind(1)] for corner in corners)
+    inside = (columns > x0) & (columns < x1) & (rows > y0) & (rows < y1)  # (n, h, w)
+    boxed = (labels == FIRST_CORNER).any(1)[:, None, None]
+    drawn = torch.where(boxed, torch.where(inside, 3.0, -6.0), 0.0)
+    if logits is not None:
+        given = torch.ones_like(boxed) if has_mask is None else has_mask[:, None, None]
+        drawn = torch.where(given, logits[:, 0].float(), drawn)
+    x, y = places[..., 0, None, None], places[..., 1, None, None]
+    near = (columns - x).square() + (rows - y).square() <= 2.5**2  # (n, t, h, w)
+    on, off = ((near & (labels == kind)[..., None, None]).any(1) for kind in (FOREGROUND, BACKGROUND))
+    return torch.where(on, 8.0, torch.where(off, -8.0, drawn))[:, None].to(points.dtype)
+
+
 # ---- mask decoder ----------------------------------------------------------------------------------------------------
 
 

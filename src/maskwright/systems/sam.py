@@ -111,6 +111,7 @@ class SAM(PromptableSystem):
         resize: ResizeLike = RESIZE,
         points_per_side: int = 32,
         lora: int = 0,
+        drawn: bool = False,
         simulation: Mapping[str, Any] | Simulation = SIMULATION,
     ):
         """
@@ -125,13 +126,15 @@ class SAM(PromptableSystem):
             points_per_side: Default of `decode`: the grid of "segment everything" has the square of this many points.
             lora: Rank of updates of the attention layers of the image encoder, which is otherwise frozen (LoRA); 0:
                 none, and the encoder is trained.
+            drawn: Whether points and boxes are given to the decoder as masks too, which it learns from much faster when
+                it has random weights (not published).
             simulation: How prompts are simulated in training.
         """
         super().__init__()
         self.classes = self.checked_classes(classes)
         network, heads = Encoder.read(encoder, ENCODER), PromptDecoder.read(decoder, DECODER)
         self.simulation = Simulation.read(simulation, SIMULATION)
-        self.points_per_side = self.checked_points(points_per_side)
+        self.points_per_side, self.draws = self.checked_points(points_per_side), drawn
         self.preprocess = self.checked_canvas(Resize.read(resize, RESIZE).apply(PREPROCESS, in_channels), network.patch)
         self.image_encoder = network.build(in_channels, heads)
         if lora:
@@ -168,7 +171,8 @@ class SAM(PromptableSystem):
                 "decoder": {"width": 128, "hidden": 512},
                 "resize": {"canvas": [384, 384]},
                 "points_per_side": 16,
-                "simulation": {"points": 3, "repeats": 1, "checkpoint": False},
+                "drawn": True,
+                "simulation": {"points": 3, "repeats": 1, "checkpoint": False, "weights": [4, 1, 1]},
             },
             note="3.3 million parameters, with convolutions before the transformer, for training from random weights",
         ),

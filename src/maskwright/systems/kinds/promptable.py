@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from maskwright.blocks.prompting import ABSENT, FIRST_CORNER, LAST_CORNER, NOTHING, Decoded, MaskDecoder
+from maskwright.blocks.prompting import ABSENT, FIRST_CORNER, LAST_CORNER, NOTHING, Decoded, MaskDecoder, draw_prompts
 from maskwright.errors import UsageError
 from maskwright.ops.planes import place_planes
 from maskwright.options import OptionGroup
@@ -154,6 +154,7 @@ class PromptableSystem(ProposalSystem):
         points_per_side: Default of `decode`.
         most_padding: The largest number that `padding` returns.
         reads_masks: Whether masks can be prompts.
+        draws: Whether points and boxes are drawn as masks too, see `blocks.prompting.draw_prompts`.
         simulation: How prompts are simulated in training.
     """
 
@@ -165,6 +166,7 @@ class PromptableSystem(ProposalSystem):
     points_per_side: int = 32
     most_padding: ClassVar[int] = 1
     reads_masks: ClassVar[bool] = True
+    draws: bool = False
     simulation: Simulation
 
     @property
@@ -332,6 +334,10 @@ class PromptableSystem(ProposalSystem):
         """
         like = features.image
         slots = slots.to(like.device, like.dtype)
+        if self.draws:
+            grid = (4 * like.shape[-2], 4 * like.shape[-1])
+            drawn = draw_prompts(slots.points, slots.labels, grid, slots.logits, slots.has_mask)
+            slots = replace(slots, logits=drawn.to(like.dtype), has_mask=None)
         prompts = self.prompt_encoder(slots.points, slots.labels, tuple(like.shape[-2:]), slots.logits, slots.has_mask)
         return self.mask_decoder(like, prompts, slots.allowed, features.finer)
 
