@@ -21,6 +21,7 @@ from maskwright.cli.data import check, convert_data
 from maskwright.cli.exporting import export
 from maskwright.cli.results import evaluate, predict, report
 from maskwright.cli.serving import serve
+from maskwright.cli.tracking import track
 from maskwright.cli.training import ablate, demo, show_batch, train, train_with_recipe
 from maskwright.errors import UsageError
 from maskwright.terminal import choose, guarded, help_width, parse, print_line
@@ -36,6 +37,7 @@ VERBS: dict[str, Callable[..., int]] = {
         evaluate,
         compare,
         predict,
+        track,
         serve,
         report,
         convert,

@@ -383,11 +383,15 @@ class VideoFile(Frames):
         if not count:
             raise DataError(f"{self.path}: contains no frame that can be decoded")
         duration = None if stream.duration is None else float(stream.duration * stream.time_base)
-        begins = float((stream.start_time or 0) * stream.time_base)
-        frame = 1 / self.rate if self.rate else 0.0
-        late = duration is None or self._end is None or self._end + 1.5 * frame < begins + duration
+        if duration is None and self._container.duration and len(self._container.streams) == 1:
+            duration = self._container.duration / 1e6
+        last = None if self._end is None else self._end - float((stream.start_time or 0) * stream.time_base)
+        late = duration is None or last is None or last + 1.5 / (self.rate or duration) < duration
         if declared is not None and count < declared and late:
             self.problem = f"{self.path}: ends after {count} of {declared} frames; the file may be incomplete"
+        elif declared is None and duration is not None and last is not None and last + 2 / (self.rate or 1) < duration:
+            seconds = f"{last:.1f} of {duration:.1f} seconds"
+            self.problem = f"{self.path}: ends after {count} frames, {seconds}; the file may be incomplete"
 
     def _search(self, index: int) -> None:
         """Moves to the last key frame that is known before a frame, or to the beginning."""

@@ -259,9 +259,7 @@ class VideoSession:
             UsageError: If there are no prompts.
             ImageError: If a frame cannot be read; what was yielded before is not affected.
         """
-        first = self._memory.first
-        if first is None:
-            raise UsageError("there are no prompts yet; give some with `prompt` first")
+        first = self.first
         if reverse and not self.frames.searchable:
             raise UsageError(f"{self.frames.name} cannot be read backwards; give a list, a folder or a video file")
         index, done = first if start is None else start, 0
@@ -305,6 +303,18 @@ class VideoSession:
     def logits(self, frame: int) -> dict[int, Float[Tensor, "h w"]]:
         """The mask logits of each object that is known in a frame, on the low-resolution grid."""
         return {id: entry.logits for id, entry in self._logits(frame).items()}
+
+    @property
+    def first(self) -> int:
+        """The earliest frame with a prompt.
+
+        Raises:
+            UsageError: If there are no prompts.
+        """
+        first = self._memory.first
+        if first is None:
+            raise UsageError("there are no prompts yet; give some with `prompt` first")
+        return first
 
     @property
     def nbytes(self) -> int:

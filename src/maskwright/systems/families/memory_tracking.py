@@ -40,7 +40,7 @@ class FrameFeatures(Features):
         frame: Features of stride 16, which attend to memories and from which memories are made.
     """
 
-    frame: Float[Tensor, "b c h w"] | None = None
+    frame: Float[Tensor, "_b c h w"] | None = None
 
     def of(self, index: int) -> FrameFeatures:
         """The features of one image, with batch size 1."""

@@ -34,12 +34,13 @@ class Features:
 
     Attributes:
         image: The image embedding.
-        finer: Finer feature maps, for decoders that use them; otherwise empty.
+        finer: Finer feature maps, for decoders that use them; otherwise empty. In tracking, those of one frame are
+            shared by several objects.
         size: Height and width of the network's input, padding included.
     """
 
     image: Float[Tensor, "b c h w"]
-    finer: tuple[Float[Tensor, "b _c _h _w"], ...] = ()
+    finer: tuple[Float[Tensor, "_b _c _h _w"], ...] = ()
     size: tuple[int, int] = (0, 0)
 
     def of(self, index: int) -> Features:
