@@ -327,7 +327,8 @@ class VideoSession:
         _, self._memory = self.system.track(
             self._embedding(index), self._memory, index=index, reverse=reverse, budget=self.budget
         )
-        return self._result(index, self._logits(index))
+        asked = {id for id, track in zip(self.ids, self._memory.tracks, strict=True) if track.prompted}
+        return self._result(index, {id: entry for id, entry in self._logits(index).items() if id in asked})
 
     def _logits(self, frame: int) -> dict[int, Remembered]:
         """What is known of each object in a frame."""
