@@ -201,8 +201,8 @@ def test_masks_are_refined_by_themselves():
     with torch.no_grad():
         features = system()(batch.images)
     points = torch.tensor([[10.0, 20], [40, 30]])
-    first, _, owner = system().answers_to_points(features, batch.placements[0], points)
-    logits, scores, again = system().answers_to_points(features, batch.placements[0], points, refine=True)
+    first, _, owner = system().answers(features, batch.placements[0], points, 3, refine=False)
+    logits, scores, again = system().answers(features, batch.placements[0], points, 3, refine=True)
     assert owner.tolist() == again.tolist() == [0, 0, 0, 1, 1, 1]
     own = Prompts(IMAGE, points[1:, None], torch.ones(1, 1).long(), logits=first[4:5])
     expected = system().segment(system().embeddings(features, batch.placements)[0], own, answers=1)
