@@ -206,7 +206,7 @@ class StandIn(SAM):
     """SAM with a formula in place of its networks."""
 
     def answers_to_points(
-        self, features: Features, placement: Placement, points: Tensor, refine: bool = False
+        self, features: Features, placement: Placement, points: Tensor, options: everything.Grid
     ) -> tuple[Tensor, Tensor, Tensor]:
         place = placement.points_to_input(points.double())
         centre = (place / 150).round() * 150

@@ -338,7 +338,8 @@ class PromptableSystem(ProposalSystem):
         if self.draws:
             grid = (4 * like.shape[-2], 4 * like.shape[-1])
             drawn = draw_prompts(slots.points, slots.labels, grid, slots.logits, slots.has_mask)
-            slots = replace(slots, logits=drawn.to(like.dtype), has_mask=None)
+            everyone = torch.ones(len(slots), dtype=torch.bool, device=like.device)
+            slots = replace(slots, logits=drawn.to(like.dtype), has_mask=everyone)
         prompts = self.prompt_encoder(slots.points, slots.labels, tuple(like.shape[-2:]), slots.logits, slots.has_mask)
         return self.mask_decoder(like, prompts, slots.allowed, features.finer)
 
