@@ -186,6 +186,8 @@ def test_options_of_forms_are_checked(two_stage, tmp_path):
         mw.export(system, tmp_path / "x.onnx", form="graph", canvas=(2, 2))
     with pytest.raises(UsageError, match=r"cannot be exported with form='graph'.*exports every system"):
         mw.export(build("deepsnake"), tmp_path / "x.onnx", form="graph")
+    with pytest.raises(UsageError, match="promptable systems cannot be exported yet"):
+        mw.export(build("sam"), tmp_path / "x.onnx")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

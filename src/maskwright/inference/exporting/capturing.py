@@ -99,7 +99,10 @@ def forms_of(system: System, seed: int = 0) -> list[Form]:
             for call in run.get(name, []):
                 groups.setdefault(signature(call.arguments), ([], []))[number].append(call)
         for first, second in groups.values():
-            form = _form(name, first, second)
+            try:
+                form = _form(name, first, second)
+            except TypeError as error:
+                raise UsageError(f"{system.name}: {name}: {error}") from None
             if form is not None:
                 forms.append(form)
     return forms

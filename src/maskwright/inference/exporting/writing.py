@@ -141,6 +141,8 @@ def loaded_for_export(system: System | str | Path) -> System:
     original = system if isinstance(system, System) else load(system)
     if is_exported(original):
         raise UsageError("an exported system cannot be exported again; export the checkpoint it was made from")
+    if "prompts" in original.tasks:
+        raise UsageError(f"{original.name}: promptable systems cannot be exported yet; predict with the checkpoint")
     return original
 
 
