@@ -50,7 +50,7 @@ class Merging(nn.Module):
 
 
 class BiasedAttention(nn.Module):
-    """Self-attention of the cells of a window, after a norm, with a bias for each distance |dy|, |dx|.
+    """Self-attention of the cells of a window, after a norm, with a bias for each absolute distance in y and x.
 
     Args:
         width: Channels.

@@ -140,7 +140,8 @@ class SAM(PromptableSystem):
         if lora:
             adapt(self.image_encoder, lora)
         self.prompt_encoder = PromptEncoder(heads.width)
-        self.prompt_encoder.no_mask.requires_grad_(not drawn)  # every prompt has a mask if it is drawn
+        if self.prompt_encoder.no_mask is not None:
+            self.prompt_encoder.no_mask.requires_grad_(not drawn)  # every prompt has a mask if it is drawn
         self.mask_decoder = heads.build(finer=network.stem is not None)
 
     def input_weight(self) -> str:
