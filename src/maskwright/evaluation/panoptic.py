@@ -103,7 +103,7 @@ def panoptic_counts(truth: Panoptic, found: Panoptic, classes: int) -> Counts:
     excused = (common[0, 1:] + on_crowd) / np.maximum(sizes[1:], 1) > 0.5
     missed = ~match.any(1) & ~crowd & (areas[1:] > 0)
     return Counts(
-        np.bincount(there[rows], iou[rows, partners], classes).astype(np.float64),  # whole numbers where none is
+        np.bincount(there[rows], iou[rows, partners], classes).astype(np.float64),  # bincount of no rows gives integers
         np.bincount(there[rows], minlength=classes),
         np.bincount(guessed[alone & ~excused], minlength=classes),
         np.bincount(there[missed], minlength=classes),
