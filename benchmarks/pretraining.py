@@ -52,8 +52,8 @@ RECIPES = {
     "solov2": Recipe("solov2-small", {}, 160, 12000, {"batch": 4, "lr": 5e-4, "ema": 0.998}),
     "mask2former": Recipe("mask2former-small", {}, 160, 20000, {"batch": 8, "lr": 2e-4, "ema": 0.999}),
     "eomt": Recipe("eomt-small", {}, 128, 40000, {"batch": 16, "lr": 3e-4, "ema": 0.999}),
-    "sam": Recipe("sam-small", {"resize": {"canvas": [320, 320]}, "simulation": {"objects": 16}}, 256, 20000,
-                  {"batch": 4, "lr": 5e-4, "warmup": 500, "ema": 0.999, "augment": {"flip": 0.5, "jitter": [0.4, 1.6]}},
+    "sam": Recipe("sam-small", {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
+                  192, 4500, {"batch": 4, "lr": 6e-4, "warmup": 300, "ema": 0.998, "augment": {"flip": 0.5, "jitter": [0.5, 1.6]}},
                   classes=False),
 }  # fmt: skip
 

@@ -104,12 +104,13 @@ class MaskScoringRCNN(MaskRCNN):
     ablations: ClassVar[Mapping[str, Ablation]] = {
         "scoring": Ablation(
             "score of a mask: of its class, or multiplied by its predicted IoU",
-            {"class": {"mask_iou": False}, "class x IoU": {}},
+            {"class": {"mask_iou": False}, "class, head trained": {}, "class x IoU": {}},
             {"class": {"AP": 34.2}, "class x IoU": {"AP": 35.6}},
             "COCO minival, R50-FPN, mask AP (README)",
             {
                 **MaskRCNN._ABLATED, "rules": "detectron2", "mask_iou": {"convs": 2, "width": 64, "fc_width": 256},
             },
-            MaskRCNN._SCENES, MaskRCNN._TRAINED,
+            MaskRCNN._SCENES, MaskRCNN._TRAINED, {"class, head trained": {"score_of": "box"}},
+            {"AP": "segm/AP", "AP50": "segm/AP50", "AP75": "segm/AP75", "AP90": "segm/90"},
         ),
     }  # fmt: skip
