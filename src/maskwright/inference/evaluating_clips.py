@@ -20,12 +20,11 @@ from maskwright.files import write_json
 from maskwright.inference.outputs import RecordStream
 from maskwright.inference.predicting import predict
 from maskwright.inference.preparing import chosen_device, prepare
-from maskwright.inference.tracking import ObjectTracker, Tracker, make_tracker
+from maskwright.inference.tracking import LOWEST, ObjectTracker, Tracker, make_tracker
 from maskwright.structures import Instances, Masks
 from maskwright.systems import System
 
 TRACKED = "tracked.json"
-LOWEST = 0.1  # score of the detections that trackers use
 
 
 def open_clips(data: str | Path | Any, split: str = "val") -> Clips:

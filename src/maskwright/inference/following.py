@@ -1,21 +1,24 @@
-"""Starting a session from prompts of the command line, of a file, or from the detections of another system."""
+"""Objects of a video: a session that starts from prompts or from detections, or detections that a tracker follows."""
 
 # Values of JSON files are unknown until they are checked.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from maskwright.errors import AnnotationError, DataError, UsageError
 from maskwright.inference.frames import Frames
 from maskwright.inference.predicting import predict
 from maskwright.inference.prompting import Asked, PromptBook, read_prompts
+from maskwright.inference.track_output import TrackWriter
+from maskwright.inference.tracking import ObjectTracker, track_objects
 from maskwright.inference.video import TrackedInstances, VideoSession
 from maskwright.structures import Instances, Prompts
 from maskwright.systems import System
@@ -169,13 +172,19 @@ def _overlaps(found: Instances, tracked: Instances) -> torch.Tensor:
 
 
 def follow(
-    session: VideoSession, writer: Any, start: Start, first: int, *, count: int | None = None, every: int | None = None
+    session: VideoSession,
+    writer: TrackWriter,
+    start: Start,
+    first: int,
+    *,
+    count: int | None = None,
+    every: int | None = None,
 ) -> str | None:
     """Tracks and writes frame by frame.
 
     Args:
         session: The session, with prompts.
-        writer: A `TrackWriter`.
+        writer: Where objects are written to.
         start: The classes; a `DetectedStart` finds new objects.
         first: The first frame.
         count: Maximum number of frames.
@@ -196,3 +205,53 @@ def follow(
             raise
         return str(error)
     return session.frames.problem
+
+
+def follow_detections(
+    system: System,
+    frames: Frames,
+    writer: TrackWriter,
+    tracker: ObjectTracker,
+    *,
+    first: int = 0,
+    count: int | None = None,
+    **options: Any,
+) -> str | None:
+    """Detects, tracks and writes frame by frame, without prompts.
+
+    Args:
+        system: An image system.
+        frames: The frames.
+        writer: Where objects are written to.
+        tracker: Gives ids to the detections.
+        first: The first frame.
+        count: Maximum number of frames.
+        **options: Options of `track_objects`.
+
+    Returns:
+        Why the video ended early; None if it did not. What was written before is complete.
+
+    Raises:
+        UsageError: If there is no frame `first`, or an option is invalid.
+        ImageError: If the first frame cannot be read.
+    """
+    broken: list[DataError] = []
+
+    def images() -> Iterator[Tensor]:
+        index = first
+        try:
+            while (count is None or index < first + count) and (image := frames.get(index)) is not None:
+                yield image
+                index += 1
+        except DataError as error:  # frames that were read before are still processed
+            broken.append(error)
+
+    index = first
+    for prediction in track_objects(system, images(), tracker=tracker, **options):
+        writer.add(index, frames.frame_name(index), prediction.found(), prediction.given)
+        index += 1
+    if index == first:
+        if broken:
+            raise broken[0]
+        raise UsageError(f"{frames.name} has no frame {first}; it has {frames.length or 'no'} frames")
+    return str(broken[0]) if broken else frames.problem

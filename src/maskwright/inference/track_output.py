@@ -35,7 +35,8 @@ class TrackWriter:
     - "drawn": ``drawn/NAME.jpg``, the frame with its objects drawn over it.
     - "video": ``tracked.mp4``, the same as a video (needs the extra "video").
 
-    The files about all frames appear in `close`, also if the work ends early: what was added before is complete.
+    The files about all frames appear in `close`, also if the work ends early: what was added before is complete. If it
+    fails before the first frame, nothing is written.
 
     Args:
         folder: The output folder; created if missing.
@@ -75,6 +76,10 @@ class TrackWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if error is not None and not self.frames:  # nothing to keep, and earlier results are not replaced
+            self._results.abandon()
+            self._lock.release()
+            return
         self.close()
 
     def add(self, frame: int, name: str, objects: Instances, image: UInt8[Tensor, "3 H W"] | None = None) -> None:
@@ -121,15 +126,19 @@ class TrackWriter:
 
 
 def id_map(objects: Instances, ids: Sequence[int]) -> Any:
-    """The id of each pixel as a PIL image; where masks overlap, the later object is on top."""
+    """The id of each pixel as a PIL image; where masks overlap, the object with the higher score is on top."""
     from PIL import Image
 
     large = max(ids, default=0) > 255
     plane = np.zeros(objects.image_size, np.uint16 if large else np.uint8)
     if objects.masks is not None:
+        scores = torch.zeros(len(ids)) if objects.scores is None else objects.scores
+        order = cast("list[int]", scores.argsort(stable=True).tolist())  # pyright: ignore[reportUnknownMemberType] - not typed
         frames, crops = objects.masks.crops()
-        for id, (x0, y0, x1, y1), crop in zip(ids, cast("list[list[int]]", frames.tolist()), crops, strict=True):  # pyright: ignore[reportUnknownMemberType] - not typed
-            plane[y0:y1, x0:x1][crop.numpy()] = id
+        places = cast("list[list[int]]", frames.tolist())  # pyright: ignore[reportUnknownMemberType] - not typed
+        for row in order:
+            x0, y0, x1, y1 = places[row]
+            plane[y0:y1, x0:x1][crops[row].numpy()] = ids[row]
     if large:
         return Image.fromarray(plane)
     image = Image.fromarray(plane)  # indexed: the palette gives each id its colour
@@ -150,7 +159,8 @@ def palette() -> list[int]:
 def drawing(objects: Instances, image: UInt8[Tensor, "3 H W"]) -> Any:
     """The objects drawn over a frame: an object has the same colour in all frames, and its id as the label."""
     assert objects.ids is not None
-    return replace(objects, labels=objects.ids).draw(image, colour_by="class", boxes=False, scores=False)
+    numbered = replace(objects, labels=objects.ids)
+    return numbered.draw(image, colour_by="class", boxes=objects.masks is None, scores=False)
 
 
 class _Video:

@@ -35,6 +35,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 TrackerName = Literal["iou", "bytetrack", "sort", "ocsort"]
 
+LOWEST = 0.1  # score of the detections that trackers get
 _BUFFER = 0.5  # enlargement of boxes in stage 3, as a share of their sides
 _GROWTH = 0.1  # what a lost track adds per frame, up to ...
 _LARGEST = 1.0
@@ -402,6 +403,30 @@ def make_tracker(name: TrackerName | str = "iou", **options: Any) -> ObjectTrack
         raise UsageError(f"invalid option of the tracker iou: {error}") from None
 
 
+def detection_tracker(name: TrackerName | str, score_threshold: float, rate: float | None = None) -> ObjectTracker:
+    """Return a tracker by name, of which tracks start with detections of at least a score.
+
+    Args:
+        name: See `make_tracker`.
+        score_threshold: Lowest score of a detection that starts a track.
+        rate: Frames per second, by which the trackers of the library scale the time for which lost tracks are kept.
+
+    Raises:
+        UsageError: If the name is unknown or the score is not in [0, 1].
+        MissingExtraError: If the library is not installed.
+    """
+    if not 0 <= score_threshold <= 1:
+        raise UsageError(f"score_threshold must be in [0, 1], got {score_threshold}")
+    if name == "iou":
+        return Tracker(high=score_threshold, low=min(LOWEST, score_threshold))
+    options: dict[str, Any] = {} if rate is None else {"frame_rate": rate}
+    if name != "ocsort":
+        options["track_activation_threshold"] = score_threshold
+    if name != "sort":
+        options["high_conf_det_threshold"] = score_threshold
+    return make_tracker(name, **options)
+
+
 def track(frames: Iterable[Instances], tracker: ObjectTracker | None = None) -> Iterator[Instances]:
     """Track the detections of a clip, one frame at a time.
 
@@ -418,7 +443,7 @@ def track(frames: Iterable[Instances], tracker: ObjectTracker | None = None) -> 
 
 
 def track_objects(
-    system: System, source: Any, *, tracker: TrackerName | ObjectTracker = "iou", score_threshold: float = 0.1,
+    system: System, source: Any, *, tracker: TrackerName | ObjectTracker = "iou", score_threshold: float = LOWEST,
     **options: Any,
 ) -> Iterator[Prediction]:  # fmt: skip
     """Track the objects that an image system finds in a sequence of frames, one frame at a time.

@@ -97,7 +97,10 @@ class VideoSession:
         budget: int = 1 << 30,
     ):
         if not isinstance(system, VideoSystem):
-            raise UsageError(f"{system.name} does not track objects in videos; use a system such as sam2")
+            raise UsageError(
+                f"{system.name} does not track objects in videos; use a system such as sam2, or give ids to its "
+                "detections (`track --tracker iou`, `track_objects`)"
+            )
         if corrections not in ("keep", "once"):
             raise UsageError(f"corrections must be 'keep' or 'once', got {corrections!r}")
         for name, value in (("fill_holes", fill_holes), ("history", history)):
