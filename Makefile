@@ -6,10 +6,11 @@
 #   make lint    format, lint, types, imports  make wheel  build the wheel and try it in an empty environment
 #   make docs    the documentation site, into build/docs; warnings are errors
 #   make tables  the tables of systems in README.md and docs, from the registry
+#   make page    the page of maskwright annotate from page/ (node 20 or newer)
 #   make coverage    the test suite with coverage measured, into build/coverage
 #   make ci      lint, test, wheel and docs: what .ci/run calls
 
-.PHONY: help env dev demo test fast coverage lint format wheel docs tables ci constraints clean
+.PHONY: help env dev demo test fast coverage lint format wheel docs tables page ci constraints clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -80,6 +81,7 @@ wheel: $(VENV)/.ready-dev
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m zipfile -l build/wheel/maskwright-*.whl | grep -q maskwright/py.typed
+	$(PYTHON) -m zipfile -l build/wheel/maskwright-*.whl | grep -q maskwright/web/page/app.js
 	$(PIP) install --quiet --no-deps --target build/wheel/installed build/wheel/maskwright-*.whl
 	cd build/wheel && PYTHONPATH=installed ../../$(BIN)/python -c "import maskwright, pathlib; assert 'installed' in pathlib.Path(maskwright.__file__).parts"
 	cd build/wheel && PYTHONPATH=installed ../../$(BIN)/python -m maskwright systems
@@ -91,6 +93,14 @@ docs: $(VENV)/.ready-docs
 # The tables of systems in the documents, from the registry.
 tables: $(VENV)/.ready
 	$(BIN)/python docs/tables.py
+
+page/node_modules: page/package.json page/package-lock.json
+	cd page && npm ci --ignore-scripts
+	@touch $@
+
+# The built page is committed; tests/page/test_built.py checks that it belongs to its sources.
+page: page/node_modules
+	cd page && npm run --silent build
 
 ci: lint test wheel docs
 
