@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 
 from maskwright._version import __version__
+from maskwright.cli.annotating import annotate
 from maskwright.cli.catalogue import checkpoints, convert, systems
 from maskwright.cli.comparing import compare
 from maskwright.cli.data import check, convert_data
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., int]] = {
         demo,
         check,
         convert_data,
+        annotate,
         train,
         show_batch,
         evaluate,

@@ -11,9 +11,7 @@ wait for the model. Above these limits a request is refused (413, 503) instead o
 from __future__ import annotations
 
 import asyncio
-import hmac
 import io
-import ipaddress
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
@@ -21,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
-from urllib.parse import urlsplit
 
 from PIL import Image
 from torch import Tensor
@@ -34,6 +31,7 @@ from maskwright.inference.predicting import Prediction
 from maskwright.inference.preparing import chosen_device, prepare
 from maskwright.systems import System
 from maskwright.web.batching import Batcher, StoppedError
+from maskwright.web.guard import LOCAL_HOSTS, Rules, is_loopback
 
 try:
     import uvicorn
@@ -47,13 +45,14 @@ try:
 except ImportError:
     raise MissingExtraError("the server", "web") from None
 
+__all__ = ["LOCAL_HOSTS", "Limits", "PredictionServer", "is_loopback", "run_server"]
+
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 Format = Literal["json", "png", "overlay"]
 _TYPES: dict[str, Format] = {"application/json": "json", "image/png": "png", "image/jpeg": "overlay"}
 _LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 
 
 @dataclass(frozen=True)
@@ -318,10 +317,11 @@ class PredictionServer:
 
 
 class _Guard:
-    """Checks host, origin and token before the application sees a request, and counts every answer."""
+    """Checks requests before the application sees them, and counts every answer."""
 
     def __init__(self, server: PredictionServer, inner: ASGIApp):
         self._server, self._inner = server, inner
+        self._rules = Rules(server.token, server.hosts, frozenset({"/health"}))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -336,7 +336,7 @@ class _Guard:
             await send(message)
 
         try:
-            refused = self._refused(Request(scope))
+            refused = self._rules.refusal(Request(scope))
             if refused is not None:
                 await refused(scope, receive, noted)
             else:
@@ -345,22 +345,6 @@ class _Guard:
             status = 499  # the client has gone: nothing can be sent
         finally:
             self._server.count(scope["path"], status, time.perf_counter() - start)
-
-    def _refused(self, request: Request) -> Response | None:
-        host = request.headers.get("host", "")
-        name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-        if self._server.hosts is not None and name.lower() not in self._server.hosts:
-            return JSONResponse({"error": f"this server does not answer for host {name!r}"}, 421)
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
-            return JSONResponse({"error": f"requests from pages of {origin!r} are refused"}, 403)
-        token = self._server.token
-        if token is not None and request.url.path != "/health":
-            given = request.headers.get("authorization", "")
-            if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                answer = {"error": "the request needs the header 'Authorization: Bearer TOKEN' with the server's token"}
-                return JSONResponse(answer, 401, {"WWW-Authenticate": "Bearer"})
-        return None
 
 
 async def _disconnected(request: Request) -> None:
@@ -410,14 +394,6 @@ def _refusal(_: Request, error: Exception) -> Response:
 
 def _fault(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 500)
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach a server that listens on `host`."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def run_server(server: PredictionServer, host: str, port: int, grace: float = 30.0) -> Callable[[], None]:

@@ -1,0 +1,183 @@
+"""Starting the annotation server: what it opens, where it listens, and how it ends."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import os
+import socket
+import threading
+import webbrowser
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskwright.checkpoints import load
+from maskwright.errors import MissingExtraError, UsageError
+from maskwright.files import describe_os_error
+from maskwright.inference.prompting import promptable
+from maskwright.systems import System
+from maskwright.text import printable
+from maskwright.web.guard import LOCAL_HOSTS, is_loopback
+from maskwright.web.project import Project, default_folder
+from maskwright.web.sources import open_source
+
+try:
+    import uvicorn
+    import websockets  # noqa: F401  # pyright: ignore[reportUnusedImport] - uvicorn imports it when it starts
+
+    from maskwright.web.annotating import AnnotationServer, Limits
+    from maskwright.web.assistant import Assistant, default_weights
+except ImportError:
+    raise MissingExtraError("the server", "web") from None
+
+PORT = 8765
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the server opens and where it listens; see the command `annotate`."""
+
+    source: str
+    weights: str | None = None
+    suggest: str | None = None
+    classes: tuple[str, ...] = ()
+    out: Path | None = None
+    split: str | None = None
+    format: str | None = None
+    images: str | None = None
+    clip: bool = False
+    user: str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    token: str | None = None
+    browser: bool = False
+    max_pixels: int = 1 << 27
+    cache_bytes: int = 4 << 30
+    threads: int | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    commercial_ok: bool = False
+
+
+def make_server(plan: Plan, port: int = 0) -> AnnotationServer:
+    """Open everything that a plan names.
+
+    Args:
+        plan: What to open.
+        port: The port on which the server will listen.
+
+    Raises:
+        UsageError: If something cannot be opened, or another process annotates the same folder.
+    """
+    import torch
+
+    if plan.threads is not None:
+        torch.set_num_threads(plan.threads)
+    system = promptable_system(plan)
+    source = open_source(
+        plan.source, split=plan.split, format=plan.format, images=plan.images, clip=plan.clip,
+        max_pixels=plan.max_pixels,
+    )  # fmt: skip
+    folder = plan.out or default_folder(plan.source)
+    project = Project(source, folder, plan.classes, plan.user or user_name())
+    try:
+        assistant = None
+        if system is not None:
+            assistant = Assistant(source, system, folder / "embeddings", plan.device, plan.dtype, plan.cache_bytes)
+        return AnnotationServer(
+            project, assistant, token=plan.token, hosts=LOCAL_HOSTS if is_loopback(plan.host) else None,
+            limits=Limits(pixels=plan.max_pixels), port=port,
+        )  # fmt: skip
+    except BaseException:
+        project.close()
+        raise
+
+
+def promptable_system(plan: Plan) -> System | None:
+    """Return the promptable system of a plan; None without."""
+    weights = plan.weights or default_weights()
+    if weights is None:
+        return None
+    return promptable(load(weights, commercial_ok=plan.commercial_ok))
+
+
+def user_name() -> str:
+    """Return the name of the person who runs this process."""
+    try:
+        return printable(getpass.getuser())
+    except (OSError, KeyError, ImportError):
+        return "annotator"
+
+
+def bound(host: str, port: int | None) -> socket.socket:
+    """Return a socket that listens.
+
+    Args:
+        host: The address.
+        port: The port; None: `PORT`, or a free one if that is taken.
+
+    Raises:
+        UsageError: If the address is not available.
+    """
+    wanted = [port] if port is not None else [PORT, 0]
+    for number in wanted:
+        try:
+            family = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][0]
+            opened = socket.socket(family, socket.SOCK_STREAM)
+        except (OSError, OverflowError) as error:
+            raise UsageError(f"cannot listen on {host}:{number} ({error}); give another --host or --port") from None
+        if os.name == "posix":
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            opened.bind((host, number))
+            opened.listen(128)
+            return opened
+        except (OSError, OverflowError) as error:
+            opened.close()
+            if number != wanted[-1] and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                continue
+            reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
+            raise UsageError(f"cannot listen on {host}:{number} ({reason}); give another --host or --port") from None
+    raise AssertionError
+
+
+def address_of(plan: Plan, port: int) -> str:
+    """Return the address of the page."""
+    host = f"[{plan.host}]" if ":" in plan.host else plan.host
+    if host in ("0.0.0.0", "[::]"):
+        host = socket.gethostname()
+    query = "" if plan.token is None else f"?token={plan.token}"
+    return f"http://{host}:{port}/{query}"
+
+
+def run(plan: Plan, say: Callable[[str], Any]) -> None:
+    """Serve until the process is told to stop (SIGINT or SIGTERM).
+
+    Args:
+        plan: What to open and where to listen.
+        say: Called with lines for the person who has started the server.
+    """
+    listening = bound(plan.host, plan.port)
+    try:
+        port = int(listening.getsockname()[1])
+        server = make_server(plan, port)
+        project, address = server.project, address_of(plan, port)
+        if project.absent:
+            say(f"{project.absent} annotated images are not there any more; their annotations are kept")
+        say(f"{len(project)} image{'s' * (len(project) != 1)}, annotations in {project.folder}")
+        if server.assistant is None:
+            say("no promptable system (--weights): masks are drawn by hand")
+        say(address)
+        config = uvicorn.Config(
+            server.app, log_level="warning", access_log=False, server_header=False, lifespan="on",
+            ws="websockets-sansio", ws_max_size=server.limits.bytes, timeout_graceful_shutdown=5,
+            timeout_keep_alive=30, h11_max_incomplete_event_size=1 << 16, proxy_headers=False,
+        )  # fmt: skip
+        runner = uvicorn.Server(config)
+        if plan.browser:
+            threading.Timer(0.5, webbrowser.open, [address]).start()
+        runner.run(sockets=[listening])
+    finally:
+        listening.close()
