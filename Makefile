@@ -41,7 +41,7 @@ $(VENV)/.ready: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@echo "Installing the requirements of the tests"
-	@$(PIP) install --quiet -c constraints.txt -e '.[all]' --group dev
+	@$(PIP) install --quiet -c constraints.txt -e '.[all]' -e ./weights --group dev
 	@touch $@
 
 $(VENV)/.ready-docs: $(VENV)/.ready
@@ -81,6 +81,7 @@ wheel: $(VENV)/.ready-dev
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(PIP) wheel --quiet --no-deps --wheel-dir build/wheel .
 	$(PYTHON) -m zipfile -l build/wheel/maskwright-*.whl | grep -q maskwright/py.typed
+	$(PYTHON) -m zipfile -l build/wheel/maskwright-*.whl | grep -q maskwright/weights/manifest.json
 	$(PYTHON) -m zipfile -l build/wheel/maskwright-*.whl | grep -q maskwright/web/page/app.js
 	$(PIP) install --quiet --no-deps --target build/wheel/installed build/wheel/maskwright-*.whl
 	cd build/wheel && PYTHONPATH=installed ../../$(BIN)/python -c "import maskwright, pathlib; assert 'installed' in pathlib.Path(maskwright.__file__).parts"

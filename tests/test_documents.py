@@ -26,13 +26,16 @@ from safetensors.torch import load_file
 import maskwright
 from maskwright import cli
 from maskwright.blocks.backbones import Backbone, Use
-from maskwright.checkpoints import list_checkpoints
+from maskwright.checkpoints import list_checkpoints, shipped
+from maskwright.checkpoints.shipping import elsewhere
 from maskwright.data import Scenes, formats, open_dataset
 from maskwright.options import nested, resolve
 from maskwright.systems import names, presets, system_class
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")])
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), ROOT / "weights/README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.md")]
+)
 every_document = pytest.mark.parametrize(
     "path", DOCUMENTS, ids=[path.relative_to(ROOT).as_posix() for path in DOCUMENTS]
 )
@@ -78,7 +81,7 @@ def test_every_command_exists_with_its_options(path):
 @pytest.mark.fast
 @every_document
 def test_every_system_and_published_checkpoint_in_a_command_exists(path):
-    catalogue = {entry.name for entry in list_checkpoints()}
+    catalogue = {"shipped", *elsewhere(), *(entry.name for entry in (*list_checkpoints(), *shipped()))}
     known = {*names(), *presets(), *catalogue}
     for verb, *rest in commands(path):
         if verb == "train" and not rest[0].startswith("-"):

@@ -28,6 +28,7 @@ _HOMES = {
     "load": "checkpoints",
     "save": "checkpoints",
     "convert": "checkpoints",
+    "shipped": "checkpoints",
     "predict": "inference",
     "train": "training",
     "evaluate": "inference",
@@ -58,11 +59,12 @@ __all__ = [
     "read_coco",
     "report",
     "save",
+    "shipped",
     "train",
 ]
 
 if TYPE_CHECKING:
-    from maskwright.checkpoints import convert, load, save
+    from maskwright.checkpoints import convert, load, save, shipped
     from maskwright.data import check, read_coco
     from maskwright.errors import MaskwrightError
     from maskwright.evaluation import report

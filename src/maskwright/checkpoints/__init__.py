@@ -9,12 +9,14 @@ from maskwright.checkpoints.loading import convert, load
 from maskwright.checkpoints.origins import Candidate, Origin, origins
 from maskwright.checkpoints.ours import read_metadata, save
 from maskwright.checkpoints.reading import read_state
+from maskwright.checkpoints.shipping import Shipped, shipped
 
 __all__ = [
     "Candidate",
     "CheckpointWarning",
     "Entry",
     "Origin",
+    "Shipped",
     "adapt_classes",
     "convert",
     "list_checkpoints",
@@ -23,5 +25,6 @@ __all__ = [
     "read_metadata",
     "read_state",
     "save",
+    "shipped",
     "widen_input",
 ]

@@ -211,7 +211,8 @@ def _adapted(
     if weight is not None and weight in state and state[weight].ndim == 4:
         channels = system.state_dict()[weight].shape[1]
         if channels != state[weight].shape[1] > 0 and "in_channels" in overrides:
-            state[weight] = widen_input(state[weight], channels)
+            given = state[weight]
+            state[weight] = widen_input(given.to(torch.promote_types(given.dtype, torch.float32)), channels)
     new = [
         part
         for part in system.optional_networks

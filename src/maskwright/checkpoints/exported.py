@@ -26,6 +26,7 @@ from maskwright.checkpoints.ours import parse_metadata, preprocess_of
 from maskwright.checkpoints.runtimes import Runtime, open_runtime
 from maskwright.errors import CheckpointError, UnknownSystemError, UsageError
 from maskwright.systems import System, system_class
+from maskwright.systems.kinds.classless import classless
 
 FORMAT = "maskwright-networks"
 GRAPH_FORMAT = "maskwright-graph"
@@ -115,6 +116,8 @@ def _assembled(path: Path, runtime: Runtime) -> System:
         network.forward = call
     system.losses = partial(_no_losses, path)
     system.__dict__["_runtime"] = runtime
+    if known["source"].get("classless") is True:
+        system = classless(system)
     system.source = {**known["source"], "file": path.name, "runtime": runtime.name}
     return system.eval().requires_grad_(False)
 

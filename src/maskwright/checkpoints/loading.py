@@ -22,8 +22,10 @@ from maskwright.checkpoints.origins import Candidate, Origin, Shapes, origins
 from maskwright.checkpoints.ours import is_ours, parse_metadata, save
 from maskwright.checkpoints.reading import read_state
 from maskwright.checkpoints.runtimes import SUFFIXES
+from maskwright.checkpoints.shipping import SHIPPED, elsewhere, find_shipped, fitting, shipped
 from maskwright.errors import CheckpointError, UnknownLayoutError, UsageError
 from maskwright.systems import System, system_class
+from maskwright.systems.kinds.classless import classless
 
 
 def load(
@@ -40,8 +42,9 @@ def load(
     No code in the file is executed. All names and shapes are compared before any weight is loaded.
 
     Args:
-        source: A file, a Hugging Face folder, or a name in the catalogue (see `list_checkpoints`). Files of `export`
-            (.onnx, .xml) give a system whose networks ONNX Runtime or OpenVINO computes; it cannot be trained.
+        source: A file, a Hugging Face folder, a name in the catalogue (see `list_checkpoints`), the name of installed
+            weights (see `shipped`), or "shipped" for those of them that find objects. Files of `export` (.onnx, .xml)
+            give a system whose networks ONNX Runtime or OpenVINO computes; it cannot be trained.
         classes: Class names that replace those of the file. Rows of the heads are kept for names that match, ignoring
             case; other rows are initialised. If the file has no class names, as many names as it has classes are those
             of its rows. Ignored by systems that predict class-agnostic proposals.
@@ -51,7 +54,8 @@ def load(
         **overrides: Options of the system's constructor. `in_channels` adapts the first convolution.
 
     Returns:
-        The system. Its attribute `source` describes the origin and the licence of the weights.
+        The system. Its attribute `source` describes the origin and the licence of the weights. Weights whose classes
+        have no meaning (trained on generated images) predict objects of the class "object", unless `classes` is given.
 
     Raises:
         CheckpointError: If the file is missing, damaged, unsafe or of an unknown layout, does not match the options,
@@ -92,6 +96,10 @@ def _loaded(
         _check_licence(str(path), note, commercial_ok)
         system = build_ours(state, metadata, str(path), classes, overrides)
         note.pop("classes_kept", None)  # of an earlier fine-tuning
+        if note.get("classless") is True and classes is None:
+            system = classless(system)
+        else:
+            note.pop("classless", None)
         system.source = {**note, **(system.source or {}), "file": path.name}
     else:
         entry = entry or entry_of_file(path)
@@ -152,6 +160,9 @@ def _locate(source: str | Path, commercial_ok: bool) -> tuple[Path, Entry | None
             return path, None
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, a null character
         raise CheckpointError(f"{shown(source)}: not a valid path ({shown(error)}); check the path") from None
+    own = fitting() if str(source) == SHIPPED else find_shipped(str(source))
+    if own is not None:
+        return own.verified(), None
     entry = find(str(source))
     if entry is not None and entry.by_hand:
         page, _, file = entry.url.partition("#")
@@ -166,8 +177,9 @@ def _locate(source: str | Path, commercial_ok: bool) -> tuple[Path, Entry | None
             f"{source}: this address is not in the catalogue, so its licence and hash are unknown; download the file "
             "yourself and pass its path"
         )
-    similar = difflib.get_close_matches(str(source), [e.name for e in catalogue()], n=3, cutoff=0.5)
-    hint = f"did you mean {', '.join(similar)}?" if similar else "`maskwright checkpoints` lists the catalogue"
+    known = [*(e.name for e in shipped()), *elsewhere(), *(e.name for e in catalogue())]
+    similar = difflib.get_close_matches(str(source), known, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(similar)}?" if similar else "`maskwright checkpoints` lists the names"
     raise CheckpointError(f"{source}: no such file or folder, and no such name in the catalogue; {hint}")
 
 

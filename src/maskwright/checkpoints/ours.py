@@ -25,6 +25,7 @@ from maskwright.errors import CheckpointError, UsageError
 from maskwright.files import atomic_path
 from maskwright.structures import Preprocess
 from maskwright.systems import System
+from maskwright.systems.kinds.classless import Classless
 
 FORMAT_VERSION = 1
 
@@ -32,7 +33,8 @@ FORMAT_VERSION = 1
 def save(system: System, path: str | Path, extra: dict[str, Any] | None = None) -> None:
     """Save a system with its weights, options, classes and preprocessing.
 
-    The file is replaced atomically: an existing one stays unchanged if writing fails.
+    The file is replaced atomically: an existing one stays unchanged if writing fails. The same system gives the same
+    bytes.
 
     Args:
         system: The system.
@@ -53,6 +55,7 @@ def save(system: System, path: str | Path, extra: dict[str, Any] | None = None) 
     metadata[ENTRY] = checksums(state)
     with atomic_path(path, CheckpointError) as part:
         save_file(state, part, metadata=metadata)
+        _sort_header(part)
 
 
 def metadata_of(system: System, path: Path) -> dict[str, str]:
@@ -65,13 +68,14 @@ def metadata_of(system: System, path: Path) -> dict[str, str]:
     Raises:
         UsageError: If an option cannot be written as JSON.
     """
+    classes = system.stored_classes if isinstance(system, Classless) else system.classes
     return {
         "format": "maskwright",
         "format_version": str(FORMAT_VERSION),
         "version": __version__,
         "system": system.name,
         "options": _json(system.options, path, "options"),
-        "classes": _json(list(system.classes), path, "classes"),
+        "classes": _json(list(classes), path, "classes"),
         "preprocess": _json(system.preprocess.to_dict(), path, "preprocess"),
         "source": _json(system.source or {}, path, "source"),
     }
@@ -170,6 +174,18 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return cast(Any, value).tolist()
     raise TypeError(f"a {type(value).__name__}")
+
+
+def _sort_header(path: Path) -> None:
+    """Sorts the entries of a file's metadata, whose order safetensors takes from a hash table that differs per run."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(data) <= size:
+            file.seek(8)
+            file.write(data.ljust(size))
 
 
 def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -69,10 +69,10 @@ def checkpoints(
     system: Name = None,
     commercial_ok: bool = False,
 ) -> int:
-    """List the published weights that can be named instead of a file, and their licences.
+    """List the weights that can be named instead of a file, and their licences: installed ones, then published ones.
 
-    With a NAME: its address, terms and published scores. Nothing is downloaded here. When a command downloads a file,
-    the terms are shown first, an interrupted download resumes, and the file is verified.
+    With a NAME: its address, terms and published scores, or its model card. Nothing is downloaded here. When a command
+    downloads a file, the terms are shown first, an interrupted download resumes, and the file is verified.
 
     Examples:
       maskwright checkpoints --commercial-ok
@@ -80,25 +80,33 @@ def checkpoints(
       maskwright predict photo.jpg --weights mask-rcnn-r50-fpn-3x
 
     Args:
-        name: One entry of the catalogue.
-        system: Only entries of this system.
-        commercial_ok: Only entries whose licence allows commercial use.
+        name: One of the listed names.
+        system: Only weights of this system.
+        commercial_ok: Only weights whose licence allows commercial use.
     """
     from maskwright.checkpoints.catalogue import list_checkpoints
+    from maskwright.checkpoints.shipping import find_shipped, shipped
     from maskwright.systems import names
 
     if system is not None:
         choose(system, names(), "system")
     entries = {entry.name: entry for entry in list_checkpoints(commercial_ok, system)}
+    installed = {entry.name: entry for entry in shipped() if system in (None, entry.system)}
+    if name is not None and name not in entries and (own := find_shipped(name)) is not None:
+        print_line(own.card())
+        return 0
     if name is not None:
         print_line(entries[choose(name, entries, "entry of the catalogue")].terms())
         return 0
-    width = max(map(len, entries), default=0)
+    width = max(map(len, {*entries, *installed}), default=0)
+    for own in installed.values():
+        figures = ", ".join(f"{figure.what} {figure.value:g}" for figure in own.figures[:2])
+        print_line(f"{own.name:{width}}  {figures:30}  commercial use: yes; {own.licence}; installed")
     for entry in entries.values():
         scores = ", ".join(f"{score.what} {score.value:g}" for score in entry.published)
         use = {"yes": "yes", "attribution": "on conditions"}.get(entry.commercial, "no")
         print_line(f"{entry.name:{width}}  {scores:30}  commercial use: {use}; {entry.weights_licence}")
-    if not entries:
+    if not entries and not installed:
         which = f" of {system}" if system else ""
         print_line(f"the catalogue has no weights{which}; a downloaded file is passed as --weights FILE")
     return 0

@@ -102,6 +102,7 @@ def predict(
       maskwright predict slide.svs -w cells.safetensors --tile 1024 --format geojson labels
       maskwright predict street/ -w best.safetensors --classes person,car --threshold person=0.7,car=0.3
       maskwright predict photo.jpg -w sam_vit_b_01ec64.pth --points 210,340 '90,80;120,60,0' --boxes 90,80,400,390
+      maskwright predict photo.jpg --weights shipped
       maskwright predict street/ -w sam_vit_b_01ec64.pth --from found/results.json -o refined
       maskwright predict photo.jpg -w sam_vit_b_01ec64.pth --decoding points_per_side=16 crop_n_layers=1
       maskwright predict s3://bucket/images -w best.safetensors --shard 2/8 -o predictions
@@ -109,7 +110,8 @@ def predict(
     Args:
         images: Image files, folders, globs; default: all images of --data.
         out: Folder for the results.
-        weights: A checkpoint of maskwright, an official file, or a name of the catalogue (`maskwright checkpoints`).
+        weights: A checkpoint of maskwright, an official file, or a name that `maskwright checkpoints` lists. shipped:
+            weights that are installed with the library: objects without classes, or answers to prompts.
         data: Annotated data set that the images belong to: results have its image and category ids. It is found without
             this option if IMAGES are in DIR/SPLIT and the annotations in DIR/annotations.
         split: The part of --data; default: the one that has the images, or val.
@@ -143,6 +145,7 @@ def predict(
         commercial_ok: Use only catalogue weights whose licence allows commercial use.
     """
     from maskwright.checkpoints import load
+    from maskwright.checkpoints.shipping import resolved
     from maskwright.evaluation.tasks import task_called
     from maskwright.inference import predict as run
     from maskwright.inference.journal import digest
@@ -164,6 +167,8 @@ def predict(
             raise UsageError(f"--to {to} needs --task instances, got {task!r}")
         if (out / to).exists():
             raise UsageError(f"{out / to}: exists already; remove it, or give another --out")
+    prompted = bool(points or boxes or prompts or from_)
+    weights = str(resolved(weights, "prompts" if prompted else "instances"))
     network = load(weights, commercial_ok=commercial_ok, variant=variant)
     book = _prompts(points, boxes, prompts, from_)
     if book is not None and (shard is not None or ray is not None):
@@ -335,8 +340,8 @@ def evaluate(
       maskwright evaluate --results tracked.json --data DAVIS
 
     Args:
-        weights: A checkpoint of maskwright, an official file, or a name of the catalogue (`maskwright checkpoints`).
-            Omitted with --results.
+        weights: A checkpoint of maskwright, an official file, or a name that `maskwright checkpoints` lists; shipped:
+            those that are installed with the library. Omitted with --results.
         data: Data set: a folder, a COCO file, or scenes[:count=200,size=192] for generated ones. Clips: the layout of
             DAVIS, a YouTube-VIS file, or clips[:count=20,frames=24].
         split: The part of it: annotations/instances_SPLIT.json (panoptic_SPLIT.json).

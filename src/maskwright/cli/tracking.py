@@ -64,8 +64,8 @@ def track(
             object.
         boxes: Prompts, an object each.
         prompts: JSON file of prompts: a list of objects, or a mapping from frames to such lists, see the documentation.
-        from_: Weights of any image system, whose detections in the frame become the objects; or a file with detections
-            (results.json of predict, or a COCO file). Classes are kept.
+        from_: Weights of any image system (shipped: installed ones), whose detections in the frame become the objects;
+            or a file with detections (results.json of predict, or a COCO file). Classes are kept.
         tracker: Track what the image system of --weights detects: iou associates by the IoU of masks; the others are
             those of the library trackers, which associate boxes (extra track).
         classes: Names of the classes to detect, separated by commas; default: all.
@@ -81,6 +81,7 @@ def track(
         commercial_ok: Use only catalogue weights whose licence allows commercial use.
     """
     from maskwright.checkpoints import load
+    from maskwright.checkpoints.shipping import resolved
     from maskwright.inference.following import (
         DetectedStart,
         follow,
@@ -114,7 +115,8 @@ def track(
 
     place = device_named(device)
     with open_frames(video) as frames:
-        system = load(weights, commercial_ok=commercial_ok)
+        role = "video" if tracker is None else "instances"
+        system = load(str(resolved(weights, role)), commercial_ok=commercial_ok)
         if tracker is not None:
             if "masks" in format and "masks" not in system.outputs:
                 raise UsageError(f"{system.name} predicts no masks; choose from --format coco drawn video")

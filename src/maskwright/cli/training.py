@@ -39,6 +39,7 @@ def train(
     out: Output = LATEST,
     weights: Weights = None,
     backbone_weights: Annotated[str | None, arg(metavar="FILE|NAME")] = None,
+    pretrained: Annotated[str | None, arg(metavar="scenes|NAME")] = None,
     recipe: Annotated[str | None, arg(metavar="NAME|FILE")] = None,
     resume: bool = False,
     option: KeyValues = (),
@@ -58,6 +59,7 @@ def train(
       maskwright train mask-rcnn --data scenes --option backbone=resnet18 backbone.norm=group --epochs 5
       maskwright train mask-rcnn --data my-images --out runs/first --resume
       maskwright train mask-rcnn --data my-yolo/data.yaml --val 0.2
+      maskwright train mask-rcnn-small --data my-images --pretrained scenes
 
     Args:
         system: A system or preset (see `maskwright systems`), or weights to continue from.
@@ -66,8 +68,11 @@ def train(
         val: Data set to validate on, or a share of the images to train on (0.2), divided by class; default: DIR.
         val_split: The split to validate on; val also stands for valid, val2017 and the like.
         out: The run folder.
-        weights: Start from these weights; rows of the head whose class names match are kept.
+        weights: Start from these weights; rows of the head whose class names match are kept. shipped: the installed
+            weights of the system (see `maskwright checkpoints`).
         backbone_weights: Start with the backbone of these weights, of any system, and random weights for the rest.
+        pretrained: Start with what fits of the installed weights that were trained on generated images: scenes for the
+            best fitting, or the name of some.
         recipe: A published recipe (its values become the defaults below: add --help to see them) or a recipe.json.
         resume: Continue from OUT/last.ckpt as if there had been no interruption.
         option: Options of the network, as JSON values: backbone=resnet18 backbone.norm=frozen resize.short=640 (see
@@ -92,6 +97,7 @@ def train(
         resume=resume,
         weights=weights,
         backbone_weights=backbone_weights,
+        pretrained=pretrained,
         options=nested(key_values(option).items()),
         **changes,
     )

@@ -130,7 +130,10 @@ def evaluate(
     if not len(dataset):
         raise UsageError("the data set has no images")
 
-    unmatched = None if "proposals" in (task, *system.tasks) else _unmatched_classes(system, dataset)
+    if "proposals" in (task, *system.tasks):
+        unmatched = None if task == "proposals" else f"every object counts as {system.classes[0]!r}"
+    else:
+        unmatched = _unmatched_classes(system, dataset)
     ready = prepare(system, place, dtype, compile)
     matrix = functools.partial(suppressed, kind=checked_suppression(suppression), threshold=lowest)
     measurement = Measurement(asked, ready, dataset, options, process=None if suppression is None else matrix)

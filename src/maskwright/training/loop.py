@@ -52,6 +52,7 @@ def train(
     classes: Sequence[str] | None = None,
     weights: str | Path | None = None,
     backbone_weights: str | Path | None = None,
+    pretrained: str | None = None,
     val: Any = None,
     split: str = "train",
     val_split: str = "val",
@@ -76,8 +77,11 @@ def train(
             reported. Progress is a share of the run: with another batch size, `accumulate` or size of the data set, the
             epochs that are left are trained, and the learning rate continues where it was.
         classes: The names to learn; default: the data set's.
-        weights: Start from this file (or catalogue name) instead of random weights.
+        weights: Start from this file (or catalogue name, or name of installed weights) instead of random weights.
+            "shipped" stands for the installed weights of the system.
         backbone_weights: Start with the backbone of this file, of any system, and random weights for the rest.
+        pretrained: "scenes": start with what fits of the installed weights that were trained on generated images: all
+            parts of the same system's, otherwise the backbone of another's. Or the name of some, see `shipped`.
         val: A validation set or its source; a share of `data` (0.2), divided by class with the seed of the recipe;
             default: the split `val_split` of `data` if there is one; False for none.
         split: The split of `data` to train on. "train" also stands for train2017 and the like.
@@ -112,8 +116,10 @@ def train(
         if state is None:
             if backbone_weights is not None and weights is not None:
                 raise UsageError("weights include a backbone; give weights or backbone_weights, not both")
+            if backbone_weights is not None and pretrained is not None:
+                raise UsageError("pretrained includes a backbone; give pretrained or backbone_weights, not both")
             stuff = train_set.stuff if kind.takes_stuff else ()
-            system = setup.make_system(system, classes or train_set.classes, weights, options, stuff, said)
+            system = setup.make_system(system, classes or train_set.classes, weights, options, stuff, said, pretrained)
             if backbone_weights is not None:
                 setup.take_backbone(system, backbone_weights)
         else:

@@ -17,8 +17,9 @@ from maskwright.data import Augment, Dataset, OneClass, Renamed, as_dataset, has
 from maskwright.data.splitting import divided, share_or_source, warn_about_duplicates
 from maskwright.errors import MaskwrightError, MissingExtraError, TrainingError, UsageError
 from maskwright.locks import FolderLock
-from maskwright.options import parameters_of
+from maskwright.options import parameters_of, plain
 from maskwright.systems import ProposalSystem, System, create, describe, find, names, presets, stuff_of
+from maskwright.training.pretrained import take_pretrained
 from maskwright.training.recipe import Recipe
 
 
@@ -113,8 +114,10 @@ class Kind:
 def _check_spelling(name: str) -> None:
     """Raises an UnknownSystemError for what is neither a file nor in the catalogue and resembles a system's name."""
     from maskwright.checkpoints.catalogue import catalogue
+    from maskwright.checkpoints.shipping import SHIPPED, elsewhere, shipped
 
-    systems, entries = {*names(), *presets()}, {entry.name for entry in catalogue()}
+    systems, entries = {*names(), *presets()}, {entry.name for entry in (*catalogue(), *shipped())}
+    entries |= {SHIPPED, *elsewhere()}
     similar = get_close_matches(name, systems | entries, 1)
     if name not in entries and systems.intersection(similar) and not Path(name).exists():
         find(name)
@@ -194,6 +197,7 @@ def make_system(
     options: Mapping[str, Any] | None,
     stuff: Sequence[str] = (),
     said: list[str] | None = None,
+    pretrained: str | None = None,
 ) -> System:
     """The system to train: a given one, one by name with random weights, or one that starts from `weights`.
 
@@ -205,7 +209,20 @@ def make_system(
         options: Options of the constructor.
         stuff: Those of `classes` that are regions.
         said: Receives a line about the rows of the head that start new.
+        pretrained: Installed weights that a system with random ones takes what fits of, see `take_pretrained`.
     """
+    if pretrained is not None:
+        if weights is not None:
+            raise UsageError("weights and pretrained both give the weights to start from; give one of them")
+        if not isinstance(system, System) and system not in names() and system not in presets():
+            raise UsageError(f"pretrained applies to a system's name, and {system} names weights itself; omit it")
+        if not isinstance(system, System):
+            options = _without_download(system, options)
+        made = make_system(system, classes, None, options, stuff)
+        taken = take_pretrained(made, pretrained)
+        if said is not None:
+            said += taken
+        return made
     if isinstance(system, System):
         if weights is not None or options:
             raise UsageError("weights and options apply to a system's name, not to a constructed system")
@@ -218,7 +235,10 @@ def make_system(
         kind, _ = find(system)
         return create(system, **options if issubclass(kind, ProposalSystem) else {**options, "classes": tuple(classes)})
     from maskwright.checkpoints import load
+    from maskwright.checkpoints.shipping import SHIPPED, of_system
 
+    if weights is not None and str(weights) == SHIPPED and named and not Path(SHIPPED).exists():
+        weights = of_system(system).name
     source = system if weights is None else weights
     wanted = find(system)[0] if named else None
     if weights is not None and wanted is not None and _adopts(wanted):
@@ -229,6 +249,15 @@ def make_system(
     if said is not None:
         said += _new_rows(source, loaded)
     return loaded
+
+
+def _without_download(name: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Options with which no published backbone is downloaded, because other weights take its place."""
+    kind, preset = find(name)
+    final = plain(kind.with_options(preset, options or {}).get("backbone"))
+    if not isinstance(final, Mapping) or not cast("Mapping[str, Any]", final).get("pretrained"):
+        return options or {}
+    return kind.with_options(options or {}, {"backbone": {"pretrained": False}})
 
 
 def _new_rows(source: str | Path, system: System) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from maskwright.checkpoints.shipping import first_with
 from maskwright.errors import UsageError
 from maskwright.inference.preparing import chosen_device, prepare
 from maskwright.inference.prompting import promptable
@@ -65,8 +66,9 @@ class Answer:
 
 
 def default_weights() -> Path | None:
-    """Return the weights of the promptable system that is a part of this package; None if there are none."""
-    return None
+    """Return the installed weights of a promptable system; None if there are none."""
+    entry = first_with("prompts")
+    return None if entry is None else entry.verified()
 
 
 class Assistant:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwright.checkpoints import load
+from maskwright.checkpoints.shipping import resolved
 from maskwright.errors import MissingExtraError, UsageError
 from maskwright.files import describe_os_error
 from maskwright.inference.prompting import promptable
@@ -97,7 +98,7 @@ def make_server(plan: Plan, port: int = 0) -> AnnotationServer:
 
 def promptable_system(plan: Plan) -> System | None:
     """Return the promptable system of a plan; None without."""
-    weights = plan.weights or default_weights()
+    weights = resolved(plan.weights, "prompts") or default_weights()
     if weights is None:
         return None
     return promptable(load(weights, commercial_ok=plan.commercial_ok))

@@ -30,6 +30,7 @@ from maskwright.inference.preparing import prepare
 from maskwright.inference.sources import items, read
 from maskwright.structures import Instances, Masks, Panoptic, Placement
 from maskwright.systems import System
+from maskwright.systems.kinds.classless import Classless
 
 MaskSize = Literal["network", "image"]
 GraphTask = Literal["instances", "panoptic"]
@@ -116,6 +117,11 @@ def export_graph(
     if target.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{target}: the file name of an exported system must end in {' or '.join(SUFFIXES)}")
     original = loaded_for_export(system)
+    if isinstance(original, Classless):
+        raise UsageError(
+            f"{original.name}: weights without classes cannot be exported with form='graph'; form='networks' exports "
+            "them, and fine-tuned ones can be exported in both forms"
+        )
     known = DECODERS if task == "instances" else SEGMENTERS
     if original.name not in known:
         raise UsageError(

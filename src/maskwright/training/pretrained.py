@@ -1,0 +1,180 @@
+"""Starting from installed weights: a whole network where the systems are alike, otherwise a backbone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from torch import Tensor
+
+from maskwright.checkpoints import load, read_metadata
+from maskwright.checkpoints.shipping import Shipped, find_shipped, missing, shipped
+from maskwright.errors import UsageError
+from maskwright.options import plain
+from maskwright.systems import System
+
+SCENES = "scenes"  # stands for the fitting weights trained on generated images
+IRRELEVANT = ("pretrained", "frozen")  # fields of a backbone that do not change what it computes
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """What a system can take from others' weights.
+
+    Attributes:
+        entry: The weights.
+        giver: The system that they belong to.
+        parts: The parts that fit, by their name in `System.groups`.
+        tensors: Values for the state dict of the taker.
+        rows: Parameters of these parts whose rows belong to classes, and are not taken.
+    """
+
+    entry: Shipped
+    giver: System
+    parts: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    rows: tuple[str, ...]
+
+
+def take_pretrained(system: System, name: str) -> list[str]:
+    """Copies installed weights into a system with random ones, as far as they fit.
+
+    Weights of the same system give every part (`System.groups`) whose parameters have the same names and shapes,
+    without rows that belong to classes. Weights of other systems give their backbone. The backbones must have the same
+    options, except `frozen`. The image normalisation of the weights is taken too.
+
+    Args:
+        system: The system; changed in place.
+        name: "scenes" for the best fitting of all installed weights, or the name of some.
+
+    Returns:
+        Lines that state what was taken, and what still starts from random values.
+
+    Raises:
+        UsageError: If nothing fits; the message says why.
+        CheckpointError: If the weights are not installed or damaged.
+    """
+    if name == SCENES:
+        entries = sorted(shipped(), key=lambda entry: entry.system != system.name)  # those of the same system first
+    else:
+        entry = find_shipped(name)
+        if entry is None:
+            raise UsageError(
+                f"pretrained must be {SCENES!r} or the name of installed weights, got {name!r}; {missing(name)}"
+            )
+        entries = [entry]
+    reasons: list[str] = []
+    best: _Offer | None = None
+    for entry in entries:
+        if best is not None and best.entry.system == system.name != entry.system:
+            break  # others have no more than the backbone
+        offer = _offer(system, entry)
+        if isinstance(offer, str):
+            reasons.append(f"{entry.name} {offer}")
+        elif best is None or _size(offer) > _size(best):
+            best = offer
+    if best is None:
+        raise UsageError(
+            f"no installed weights fit this {system.name}: {'; '.join(reasons) or missing(name)}. Train without "
+            "pretrained, or with the backbone options of such weights"
+        )
+    system.load_state_dict({**system.state_dict(), **best.tensors})
+    there = best.giver.preprocess
+    if len(there.mean) == len(system.preprocess.mean):
+        system.preprocess = replace(
+            system.preprocess, mean=there.mean, std=there.std, divide=there.divide, channels=there.channels
+        )
+    system.source = {
+        "pretrained": best.entry.name, "weights_licence": best.entry.licence, "commercial": "yes",
+        "taken": list(best.parts),
+    }  # fmt: skip
+    return _said(system, best)
+
+
+def _offer(system: System, entry: Shipped) -> _Offer | str:
+    """What a system can take from weights, or why nothing."""
+    stored = cast("dict[str, Any]", read_metadata(entry.verified())["options"])
+    name, other = (_backbone_of(options).get("name") for options in (system.options, stored))
+    same = entry.system == system.name
+    if name != other or (name is None and not same):
+        return f"has the backbone {other}, not {name}" if name and other else "has another kind of image encoder"
+    channels = system.options.get("in_channels", 3)
+    giver = load(entry.path, **({"in_channels": channels} if channels != stored.get("in_channels", 3) else {}))
+    if words := _differing(_backbone_of(system.options), _backbone_of(giver.options)):
+        return f"has another backbone ({words})"
+    own, theirs = _parts(system), _parts(giver)
+    rows = {key for kind in (system, giver) for key in kind.class_rows()}
+    taken: dict[str, Tensor] = {}
+    parts: list[str] = []
+    left: list[str] = []
+    why = "has no part in common"
+    for part in own if same else [name for name in own if name == "backbone"]:
+        faults = [key for key in own[part] if _fault(own[part][key], theirs.get(part, {}).get(key), rows)]
+        if faults or len(own[part]) != len(theirs.get(part, {})):
+            where = faults[0] if faults else next(iter(set(theirs[part]) - set(own[part])))
+            why = f"differs in {where}" if part == "backbone" else why
+            continue
+        parts.append(part)
+        for key, (name, _) in own[part].items():
+            if name in rows:
+                left.append(name)
+            else:
+                taken[name] = theirs[part][key][1]
+    return _Offer(entry, giver, tuple(parts), taken, tuple(left)) if taken else why
+
+
+def _parts(system: System) -> dict[str, dict[str, tuple[str, Tensor]]]:
+    """The parts of a system: place in the part -> name in the state dict, and value."""
+    state = system.state_dict()
+    names = {id(module): name for name, module in cast("Any", system.named_modules())}
+    parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for part, modules in system.groups().items():
+        found: dict[str, tuple[str, Tensor]] = {}
+        for number, module in enumerate(modules):
+            prefix = f"{names[id(module)]}."
+            found |= {f"{number}.{key}": (prefix + key, state[prefix + key]) for key in module.state_dict()}
+        parts[part] = found
+    return parts
+
+
+def _fault(own: tuple[str, Tensor], theirs: tuple[str, Tensor] | None, rows: set[str]) -> bool:
+    """Whether a tensor is missing or has another shape; rows of classes may differ in number."""
+    return theirs is None or (own[0] not in rows and own[1].shape != theirs[1].shape)
+
+
+def _backbone_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a backbone that determine what it computes."""
+    given = plain(options.get("backbone"))
+    if not isinstance(given, Mapping):
+        return {}
+    return {name: value for name, value in cast("Mapping[str, Any]", given).items() if name not in IRRELEVANT}
+
+
+def _differing(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """The options of two backbones that differ, in words; "" if none do."""
+    values = {name: (json.dumps(theirs.get(name)), json.dumps(own.get(name))) for name in sorted({*own, *theirs})}
+    return ", ".join(f"{name} is {there} there and {here} here" for name, (there, here) in values.items()
+                     if there != here)  # fmt: skip
+
+
+def _size(offer: _Offer) -> int:
+    return sum(value.numel() for value in offer.tensors.values())
+
+
+def _said(system: System, offer: _Offer) -> list[str]:
+    """What was taken, in words."""
+    name = offer.entry.name
+    rest = [part for part in system.groups() if part not in offer.parts]
+    share = f"{len(offer.tensors)} of {len(system.state_dict())} tensors"
+    if offer.entry.system != system.name:
+        return [f"pretrained: the backbone of {name} is taken ({share}); {', '.join(rest)} start from random values"]
+    random = [*rest, f"the rows of classes in {_few(offer.rows)}"] if offer.rows else rest
+    hint = f". `train {name}` takes all of it, with its options" if rest else ""
+    tail = f"; random values: {', '.join(random)}" if random else ""
+    return [f"pretrained: {', '.join(offer.parts)} of {name} are taken ({share}){tail}{hint}"]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
