@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ import maskwright as mw
 from maskwright.checkpoints import call_specs
 from maskwright.data.scenes import Scenes
 from maskwright.errors import CheckpointError, UsageError
-from maskwright.structures import Instances, Placement
+from maskwright.structures import Instances, Placement, Prompts
 from tests.systems.tiny import build
 
 onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
@@ -186,8 +188,74 @@ def test_options_of_forms_are_checked(two_stage, tmp_path):
         mw.export(system, tmp_path / "x.onnx", form="graph", canvas=(2, 2))
     with pytest.raises(UsageError, match=r"cannot be exported with form='graph'.*exports every system"):
         mw.export(build("deepsnake"), tmp_path / "x.onnx", form="graph")
-    with pytest.raises(UsageError, match="promptable systems cannot be exported yet"):
-        mw.export(build("sam"), tmp_path / "x.onnx")
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def prompts_for(size: tuple[int, int]) -> Prompts:
+    """A point; three points; a box; a box with a point beside it."""
+    height, width = size
+    absent, none = [math.nan] * 2, [math.nan] * 4
+    middle, corner, box = [width / 2, height / 2], [1.5, 2.5], [width / 4, height / 4, width / 2, height / 2]
+    points = [[middle, absent, absent], [middle, corner, [5.0, 5.0]], [absent] * 3, [corner, absent, absent]]
+    labels = [[1, -1, -1], [1, 0, 1], [-1] * 3, [0, -1, -1]]
+    return Prompts(size, torch.tensor(points), torch.tensor(labels), torch.tensor([none, none, box, box]))
+
+
+def test_an_exported_promptable_system_answers_prompts_as_the_checkpoint(tmp_path):
+    system = build("sam").eval()
+    path = mw.export(system, tmp_path / "sam.onnx").path
+    exported = mw.load(path)
+    pixels = images(1)[0]
+    batch = system.preprocess.collate([pixels])
+    placement = batch.placements[0]
+    own, other = (s.embed(batch.images, [placement])[0] for s in (system, exported))
+    torch.testing.assert_close(other.tensors["image"], own.tensors["image"], rtol=1e-4, atol=1e-5)
+    for given in (prompts_for((96, 144)), prompts_for((96, 144))[:1], prompts_for((96, 144))[2:3]):
+        wanted = system.segment(own, given, answers=4)
+        found = exported.segment(own, given, answers=4)  # the embedding of the checkpoint is valid for its export
+        torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-4, atol=1e-5)
+        again = replace(given, logits=wanted.logits[:, 1])
+        refined = [s.segment(own, again).logits for s in (system, exported)]
+        torch.testing.assert_close(refined[1], refined[0], rtol=1e-4, atol=1e-4)
+    options = {"points_per_side": 3, "score_threshold": 0.0, "stability_score_thresh": 0.0}
+    assert_same(system.predict(pixels, **options).instances, exported.predict(pixels, **options).instances)
+    with pytest.raises(UsageError, match="was computed by sam-"):
+        exported.segment(build("sam", points_per_side=7).eval().embed(batch.images, [placement])[0], given)
+
+
+@pytest.mark.parametrize("name", ["sam2", "efficient-sam"])
+def test_the_graphs_of_a_promptable_system_need_nothing_of_this_library(name, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    system = build(name).eval()
+    done = mw.export(system, tmp_path / "model.onnx", form="graph")
+    assert done.difference.mask < 0.01
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.decoder.onnx", "model.encoder.onnx"]
+    encoder, decoder = (
+        onnxruntime.InferenceSession(tmp_path / f"model.{part}.onnx") for part in ("encoder", "decoder")
+    )
+    pixels = images(1)[0][:, :60, :83]  # another size than that of the check, and another number of prompts
+    image = pixels.permute(1, 2, 0).numpy()
+    maps = dict(zip([o.name for o in encoder.get_outputs()], encoder.run(None, {"image": image}), strict=True))
+    points = np.array([[[40.0, 30.0], [3.0, 4.0]], [[10.0, 8.0], [60.0, 50.0]]], np.float32)
+    feeds = {**maps, "image_size": np.array([60, 83]), "points": points, "labels": np.array([[1, 0], [2, 3]])}
+    if system.reads_masks:
+        grid = 4 * maps["embedding"].shape[-1]
+        feeds |= {"logits": np.zeros((2, 1, grid, grid), np.float32), "has_logits": np.zeros(2, bool)}
+    found = dict(zip([o.name for o in decoder.get_outputs()], decoder.run(None, feeds), strict=True))
+    batch = system.preprocess.collate([pixels])
+    embedding = system.embed(batch.images, batch.placements)[0]
+    box = torch.tensor([[math.nan] * 4, [10.0, 8.0, 60.0, 50.0]])
+    absent = torch.full((1, 2, 2), math.nan)
+    given = Prompts((60, 83), torch.cat([torch.from_numpy(points[:1]), absent]), torch.tensor([[1, 0], [-1, -1]]), box)
+    own = system.segment(embedding, given, answers=4)
+    torch.testing.assert_close(torch.from_numpy(found["mask_logits"]), own.logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(found["scores"]), own.scores, rtol=1e-3, atol=1e-4)
+    masks = torch.from_numpy(found["masks"]).flatten(0, 1).bool()
+    assert masks.shape[1:] == (60, 83)
+    assert ((masks ^ own.masks.dense()).flatten(1).float().mean(1) < 0.002).all()
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------

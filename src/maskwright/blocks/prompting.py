@@ -230,7 +230,7 @@ class NarrowAttention(nn.Module):
             layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for layer, x in ((self.query, query), (self.key, key), (self.value, value))
         )  # (B, heads, tokens, inner / heads)
-        count = len(k) if len(q) == 1 else len(q)
+        count = k.shape[0] if q.shape[0] == 1 else q.shape[0]
         q, k, v = (x.expand(count, -1, -1, -1) for x in (q, k, v))
         mask = None if allowed is None else allowed[:, None, None]
         found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -408,7 +408,7 @@ class MaskDecoder(nn.Module):
         if self.present_token is not None:
             before = [self.present_token, *before]
         own = torch.cat(before)
-        count = len(prompts.sparse)
+        count = prompts.sparse.shape[0]
         tokens = torch.cat([own.expand(count, -1, -1), prompts.sparse], 1)  # (n, own + t, c)
         if allowed is not None:
             allowed = torch.cat([allowed.new_ones(count, len(own)), allowed], 1)

@@ -27,6 +27,7 @@ from maskwright.checkpoints.runtimes import Runtime, open_runtime
 from maskwright.errors import CheckpointError, UnknownSystemError, UsageError
 from maskwright.systems import System, system_class
 from maskwright.systems.kinds.classless import classless
+from maskwright.systems.kinds.promptable import PromptableSystem
 
 FORMAT = "maskwright-networks"
 GRAPH_FORMAT = "maskwright-graph"
@@ -115,6 +116,9 @@ def _assembled(path: Path, runtime: Runtime) -> System:
         network.to("meta")  # the parameters keep their shapes, without memory
         network.forward = call
     system.losses = partial(_no_losses, path)
+    if isinstance(system, PromptableSystem):
+        system.uniform = True
+        system.pin_fingerprint(shown(about.get("fingerprint", ""), 80))
     system.__dict__["_runtime"] = runtime
     if known["source"].get("classless") is True:
         system = classless(system)

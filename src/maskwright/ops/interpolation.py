@@ -47,4 +47,4 @@ def cubic_weights(positions: Float[Tensor, " s"], length: int) -> Float[Tensor, 
     far = ((-0.75 * apart + 3.75) * apart - 6) * apart + 3
     values = torch.where(apart <= 1, near, torch.where(apart < 2, far, 0))
     cells = (first[:, None] + offsets).long().clamp(0, length - 1)
-    return positions.new_zeros(len(positions), length).scatter_add_(1, cells, values)
+    return positions.new_zeros(positions.shape[0], length).scatter_add_(1, cells, values)

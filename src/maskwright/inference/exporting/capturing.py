@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from maskwright.checkpoints.call_specs import Spec, arguments_of, describe, leaves, signature
 from maskwright.errors import UsageError
 from maskwright.evaluation.tasks import checked_options
-from maskwright.structures import Preprocess
+from maskwright.structures import Placement, Preprocess, Prompts
 from maskwright.systems import PanopticSystem, System
+from maskwright.systems.kinds.promptable import PromptableSystem
 
 
 @dataclass
@@ -63,7 +64,7 @@ def _recorded(system: System, calls: dict[str, list[_Call]]) -> Generator[None]:
 
 def sizes_for_tracing(preprocess: Preprocess) -> tuple[tuple[int, int], tuple[int, int]]:
     """Two sizes of the network's input; equal where the preprocessing gives a single one."""
-    if preprocess.fit in ("stretch", "letterbox"):
+    if preprocess.fit in ("inside", "stretch", "letterbox"):
         size = preprocess.padded_size(64, 64)
         return size, size
     step = -(-32 // preprocess.multiple) * preprocess.multiple
@@ -110,16 +111,30 @@ def forms_of(system: System, seed: int = 0) -> list[Form]:
 
 def decode_everything(system: System, images: Tensor, objects: int) -> None:
     """Decodes a batch in every way that the system has, so that every network is called, for a few objects."""
-    from maskwright.structures import Placement
-
     size = (images.shape[2], images.shape[3])
     placements = [Placement.identity(size)] * len(images)
     raw = system(*system.inputs(images, [size] * len(images)))
+    if isinstance(system, PromptableSystem):
+        _answer_prompts(system, raw, placements[0], objects)
+        return
     options = {"score_threshold": 0.0, "detections": objects}
     system.decode(raw, placements, **checked_options(system.decode, system.name, options))
     if isinstance(system, PanopticSystem) and "panoptic" in system.tasks:
         system.decode_panoptic(raw, placements)
         system.decode_semantic(raw, placements)
+
+
+def _answer_prompts(system: PromptableSystem, raw: Any, placement: Placement, objects: int) -> None:
+    """Answers prompts of as many points as there are objects modulo 8, with and without boxes and masks."""
+    features = raw.of(0)
+    height, width = placement.image_size
+    places = torch.rand(objects, 1 + objects % 8, 2) * torch.tensor([width, height])
+    boxes = torch.tensor([[0.0, 0.0, width / 2, height / 2]]).expand(objects, -1)
+    prompts = Prompts(placement.image_size, places, torch.ones(places.shape[:2], dtype=torch.int64), boxes=boxes)
+    if system.reads_masks:
+        logits = torch.rand(objects, 4 * features.image.shape[-2], 4 * features.image.shape[-1])
+        prompts = replace(prompts, logits=logits)
+    system.answer(features, system.slots(prompts, placement, features))
 
 
 def _form(name: str, first: Sequence[_Call], second: Sequence[_Call]) -> Form | None:

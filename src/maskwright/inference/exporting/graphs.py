@@ -1,6 +1,6 @@
 """One graph from an image to boxes, scores, labels and masks, for programs that have nothing of this library."""
 
-# Neither onnxruntime nor some functions of torch have types.
+# Some functions of torch have no types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownLambdaType=false
 
@@ -18,19 +18,22 @@ from torch import Tensor, nn
 
 from maskwright.checkpoints.exported import GRAPH_FORMAT
 from maskwright.checkpoints.ours import metadata_of
-from maskwright.checkpoints.runtimes import CRC, SUFFIXES, import_openvino, weights_crc
-from maskwright.errors import CheckpointError, MissingExtraError, UsageError
+from maskwright.checkpoints.runtimes import CRC, SUFFIXES, weights_crc
+from maskwright.errors import CheckpointError, UsageError
 from maskwright.inference.exporting.checking import Difference, check_image, compare, timed
 from maskwright.inference.exporting.fixed import DECODERS, Limits
 from maskwright.inference.exporting.networks import OPSET, Convertible, convert
 from maskwright.inference.exporting.panoptic import SEGMENTERS
 from maskwright.inference.exporting.placing import Grid, place
+from maskwright.inference.exporting.prompted import export_prompted
+from maskwright.inference.exporting.running import open_session
 from maskwright.inference.exporting.writing import Exported, loaded_for_export, publish, staged, write_model
 from maskwright.inference.preparing import prepare
 from maskwright.inference.sources import items, read
 from maskwright.structures import Instances, Masks, Panoptic, Placement
 from maskwright.systems import System
 from maskwright.systems.kinds.classless import Classless
+from maskwright.systems.kinds.promptable import PromptableSystem
 
 MaskSize = Literal["network", "image"]
 GraphTask = Literal["instances", "panoptic"]
@@ -88,6 +91,8 @@ def export_graph(
 ) -> Exported:
     """Exports a system as one graph, from `image` to `boxes`, `scores`, `labels` and `masks`.
 
+    Promptable systems become two graphs, see `prompted.export_prompted`; the options from `size` on are not theirs.
+
     `image` is (H, W, C), 8 bits, RGB, of any size. `boxes` (N, 4) are x0, y0, x1, y1 in its pixels, `scores` (N,) and
     `labels` (N,) best first, with a score of 0 in rows without an object; `masks` (N, h, w) are 0 or 1. With the task
     "panoptic", `segments` (h, w) has 0 or the number n of a segment, whose score and label are in row n - 1. Thresholds
@@ -122,6 +127,8 @@ def export_graph(
             f"{original.name}: weights without classes cannot be exported with form='graph'; form='networks' exports "
             "them, and fine-tuned ones can be exported in both forms"
         )
+    if isinstance(original, PromptableSystem):
+        return export_prompted(original, target, image=image)
     known = DECODERS if task == "instances" else SEGMENTERS
     if original.name not in known:
         raise UsageError(
@@ -177,30 +184,8 @@ def _first(*values: Any) -> float:
 
 def open_graph(path: Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Loads a graph in its runtime: a function from an image (H, W, C) to the outputs by name."""
-    if path.suffix.lower() == ".xml":
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        model = import_openvino().Core().compile_model(path, "CPU", settings)
-        ports = [(name, output) for output in model.outputs for name in output.get_names()]
-
-        def compute(image: np.ndarray) -> dict[str, np.ndarray]:
-            found = model({"image": image})
-            return {name: np.array(found[output]) for name, output in ports}
-
-        return compute
-    try:
-        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "export") from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-
-    def run(image: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(names, cast(list[np.ndarray], session.run(names, {"image": image})), strict=True))
-
-    return run
+    run = open_session(path)
+    return lambda image: run({"image": image})
 
 
 def _checked(ready: System, path: Path, pixels: Tensor, module: Graph, target: Path) -> Difference:

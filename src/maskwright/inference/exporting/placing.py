@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from maskwright.ops.interpolation import cubic_weights
 from maskwright.structures import Preprocess
 
 
@@ -44,19 +45,15 @@ def canvas_of(preprocess: Preprocess, size: tuple[int, int]) -> tuple[int, int]:
     return preprocess.padded_size(*size)
 
 
-def place(
-    image: UInt8[Tensor, "h w c"], preprocess: Preprocess, canvas: tuple[int, int]
-) -> tuple[Float[Tensor, "1 c _h _w"], Placed]:
-    """Resizes, pads and normalises an image by the rule of a system.
-
-    An image that would be larger than the canvas is made smaller, keeping its aspect ratio.
+def placed_in(height: Tensor, width: Tensor, preprocess: Preprocess, canvas: tuple[int, int]) -> Placed:
+    """Where an image of a size lies in the network's input; see `place`.
 
     Args:
-        image: RGB, or grey.
+        height: A number of the graph.
+        width: A number of the graph.
         preprocess: The rule.
-        canvas: Height and width of the result.
+        canvas: Height and width of the input.
     """
-    height, width = (torch.scalar_tensor(image.shape[axis], dtype=torch.float32) for axis in (0, 1))
     size = torch.stack([height, width])
     full = torch.tensor(canvas, dtype=torch.float32)
     if preprocess.fit == "stretch":
@@ -79,13 +76,32 @@ def place(
         valid = rounded.clamp(min=1).minimum(full)
     centred = preprocess.fit in ("letterbox", "pad") and not preprocess.corner
     start = ((full - valid) / 2).floor() if centred else torch.zeros(2)
+    return Placed(size, valid, (valid / size).flip(0), start.flip(0), canvas)
+
+
+def place(
+    image: UInt8[Tensor, "h w c"], preprocess: Preprocess, canvas: tuple[int, int]
+) -> tuple[Float[Tensor, "1 c _h _w"], Placed]:
+    """Resizes, pads and normalises an image by the rule of a system.
+
+    An image that would be larger than the canvas is made smaller, keeping its aspect ratio.
+
+    Args:
+        image: RGB, or grey.
+        preprocess: The rule.
+        canvas: Height and width of the result.
+    """
+    height, width = (torch.scalar_tensor(image.shape[axis], dtype=torch.float32) for axis in (0, 1))
+    placed = placed_in(height, width, preprocess, canvas)
+    valid, start = placed.valid, placed.offset.flip(0)
     down = _resizing(canvas[0], image.shape[0], height, valid[0], start[0], preprocess.resample)
     across = _resizing(canvas[1], image.shape[1], width, valid[1], start[1], preprocess.resample)
     values = image.permute(2, 0, 1).float() @ across.T
-    if preprocess.resample == "pillow":
-        values = (values + 0.5).floor()  # Pillow stores 8 bits after each axis, halves rounded up
+    stored = preprocess.resample in ("pillow", "bicubic")
+    if stored:
+        values = (values + 0.5).floor().clamp(0, 255)  # Pillow stores 8 bits after each axis, halves rounded up
     values = down @ values
-    if preprocess.resample == "pillow":
+    if stored:
         values = (values + 0.5).floor().clamp(0, 255)
     elif preprocess.resample == "opencv":
         values = values.round().clamp(0, 255)
@@ -93,8 +109,7 @@ def place(
     values = _normalised(values, preprocess)
     if preprocess.fit not in ("letterbox", "pad"):  # these are padded with black, the others with the mean
         values = values * filled
-    scale = (valid / size).flip(0)
-    return values[None], Placed(size, valid, scale, start.flip(0), canvas)
+    return values[None], placed
 
 
 def _normalised(values: Tensor, preprocess: Preprocess) -> Tensor:
@@ -111,9 +126,14 @@ def _resizing(
     pixel = torch.arange(outputs, dtype=torch.float32) - start
     cells = torch.arange(inputs, dtype=torch.float32)
     scale = length / valid
-    if resample == "pillow":
+    if resample in ("pillow", "antialias", "bicubic"):
         centre, reach = (pixel + 0.5) * scale, scale.clamp(min=1)
-        weights = (1 - ((cells + 0.5) - centre[:, None]).abs() / reach).clamp(min=0)
+        apart = ((cells + 0.5) - centre[:, None]).abs() / reach
+        weights = (1 - apart).clamp(min=0)
+        if resample == "bicubic":
+            near = (1.5 * apart - 2.5) * apart * apart + 1
+            far = ((-0.5 * apart + 2.5) * apart - 4) * apart + 2
+            weights = torch.where(apart < 1, near, torch.where(apart < 2, far, 0.0))
         weights = weights / weights.sum(1, keepdim=True).clamp(min=1e-12)
     else:
         place = ((pixel + 0.5) * scale - 0.5).clamp(min=0).minimum(length - 1)
@@ -147,12 +167,12 @@ class Grid:
             return self.placed.boxes_to_image(boxes)
         return boxes.clamp(min=0).minimum(self.valid.flip(0).repeat(2))
 
-    def resize(self, planes: Float[Tensor, "n p q"], steps: int = 2) -> Float[Tensor, "n h w"]:
+    def resize(self, planes: Float[Tensor, "n p q"], steps: int = 2, cubic: bool = False) -> Float[Tensor, "n h w"]:
         """Resizes planes that cover the input, as `ops.planes.place_planes` does."""
-        down, across = (self.axis(planes.shape[axis + 1], axis, steps) for axis in (0, 1))
+        down, across = (self.axis(planes.shape[axis + 1], axis, steps, cubic) for axis in (0, 1))
         return down @ planes @ across.T
 
-    def axis(self, cells: int, axis: int, steps: int = 2) -> Float[Tensor, "_h p"]:
+    def axis(self, cells: int, axis: int, steps: int = 2, cubic: bool = False) -> Float[Tensor, "_h p"]:
         """The weights of the cells of planes along one axis."""
         pixels = torch.arange(self.size[axis], dtype=torch.float32) + 0.5
         padded = self.canvas[axis]
@@ -160,6 +180,8 @@ class Grid:
             pixels = pixels * self.placed.scale[1 - axis] + self.placed.offset[1 - axis]
         place, limit = pixels - 0.5, self.valid[axis]
         seen = (place > -0.5) & (place < limit - 0.5)
+        if cubic:
+            return cubic_weights((place + 0.5) * (cells / padded) - 0.5, cells) * seen[:, None]
         if steps == 1:
             return _weights((place + 0.5) * (cells / padded) - 0.5, cells) * seen[:, None]
         onto_input = _weights((torch.arange(padded, dtype=torch.float32) + 0.5) * (cells / padded) - 0.5, cells)

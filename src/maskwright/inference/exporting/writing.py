@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +27,9 @@ from maskwright.inference.exporting.networks import OPSET, export_form, merge
 from maskwright.inference.predicting import Prediction, predict
 from maskwright.inference.preparing import prepare
 from maskwright.inference.sources import items, read
+from maskwright.structures import Placement, Prompts
 from maskwright.systems import System
+from maskwright.systems.kinds.promptable import PromptableSystem
 
 FileForm = Literal["networks", "graph"]
 
@@ -95,6 +98,10 @@ def export(
     original = loaded_for_export(system)
     pixels = check_image(image) if check else None
     ready = prepare(original, "cpu")
+    about = dict[str, str]()
+    if isinstance(ready, PromptableSystem):
+        ready.uniform = True
+        about["fingerprint"] = ready.fingerprint
     models, parts = _exported(ready)
     if _fixed(parts) and ready.preprocess.fit in ("short", "own", "pad"):
         # The network does not allow other sizes: images are resized into one, that of the image of the check.
@@ -104,12 +111,16 @@ def export(
         ready.preprocess = replace(ready.preprocess, fit="letterbox", canvas=canvas, corner=True)
         models, parts = _exported(ready)
     model = merge(models)
-    metadata = metadata_of(ready, target) | {
-        "format": FORMAT,
-        "networks": json.dumps([part.to_json() for part in parts]),
-        "torch": torch.__version__,
-        CRC: weights_crc(model),
-    }
+    metadata = (
+        metadata_of(ready, target)
+        | about
+        | {
+            "format": FORMAT,
+            "networks": json.dumps([part.to_json() for part in parts]),
+            "torch": torch.__version__,
+            CRC: weights_crc(model),
+        }
+    )
     with staged(target) as folder:
         written = write_model(model, metadata, folder / target.name)
         difference = Difference(0)
@@ -141,8 +152,6 @@ def loaded_for_export(system: System | str | Path) -> System:
     original = system if isinstance(system, System) else load(system)
     if is_exported(original):
         raise UsageError("an exported system cannot be exported again; export the checkpoint it was made from")
-    if "prompts" in original.tasks:
-        raise UsageError(f"{original.name}: promptable systems cannot be exported yet; predict with the checkpoint")
     return original
 
 
@@ -203,9 +212,13 @@ def compare_systems(ready: System, exported: System, image: Any, target: Path, b
     def answer(system: System, **more: Any) -> Prediction:
         return cast(Prediction, predict(system, image, device="cpu", **options, **more))
 
+    if isinstance(ready, PromptableSystem):
+        options |= {"points_per_side": min(8, ready.points_per_side), "detections": 50}
     answer(exported)  # the first call of a runtime also plans memory
     if not len(answer(ready).found()):  # nothing above the threshold, as of a system that is not trained
         options["score_threshold"] = 0.0
+        if isinstance(ready, PromptableSystem):
+            options["stability_score_thresh"] = 0.0
     own, wall, processor = timed(partial(answer, ready))
     other, own_wall, own_processor = timed(partial(answer, exported))
     difference = compare(own.found(), other.found())
@@ -237,7 +250,23 @@ def _raw_error(ready: System, exported: System, image: Any) -> float:
     batch = ready.preprocess.collate([pixels])
     with torch.no_grad():
         raws = [run_network(system, batch, torch.device("cpu"), torch.float32) for system in (ready, exported)]
+        if isinstance(ready, PromptableSystem):
+            pairs = zip((ready, exported), raws, strict=True)
+            raws = [[raw, _answers(system, raw, batch.placements[0])] for system, raw in pairs]
     return relative_error(*(flatten(raw, []) for raw in raws))
+
+
+def _answers(system: System, raw: Any, placement: Placement) -> Any:
+    """What a promptable system decodes for a point, two points, a box, and a box with a point beside it."""
+    assert isinstance(system, PromptableSystem)
+    height, width = placement.image_size
+    middle = [width / 2, height / 2]
+    corner, absent, nothing = [1.0, 1.0], [math.nan] * 2, [math.nan] * 4
+    points = torch.tensor([[middle, absent], [middle, corner], [absent, absent], [corner, absent]])
+    labels = torch.tensor([[1, -1], [1, 0], [-1, -1], [0, -1]])
+    box = [width / 4, height / 4, width / 2, height / 2]
+    prompts = Prompts(placement.image_size, points, labels, boxes=torch.tensor([nothing, nothing, box, box]))
+    return system.answer(raw, system.slots(prompts, placement, raw))
 
 
 def _fixed(parts: list[Part]) -> dict[str, str]:

@@ -94,6 +94,19 @@ class Slots:
         """The slots that hold a prompt; None: all."""
         return self.labels != ABSENT if self.ragged else None
 
+    def complete(self, grid: tuple[int, int] | None) -> Slots:
+        """The same prompts with every optional tensor given.
+
+        Args:
+            grid: Height and width of mask logits; None: for networks that do not read masks.
+        """
+        if grid is None:
+            return replace(self, ragged=True)
+        count, like = self.points.shape[0], self.points
+        logits = like.new_zeros(count, 1, *grid) if self.logits is None else self.logits
+        given = torch.full((count,), self.logits is not None, device=like.device)
+        return replace(self, logits=logits, has_mask=given if self.has_mask is None else self.has_mask, ragged=True)
+
 
 @dataclass(frozen=True)
 class PromptDecoder(OptionGroup):
@@ -156,6 +169,8 @@ class PromptableSystem(ProposalSystem):
         most_padding: The largest number that `padding` returns.
         reads_masks: Whether masks can be prompts.
         draws: Whether points and boxes are drawn as masks too, see `blocks.prompting.draw_prompts`.
+        uniform: Whether networks are called with every optional input, so that all calls are of one form, as exported
+            networks need them.
         simulation: How prompts are simulated in training.
     """
 
@@ -168,6 +183,7 @@ class PromptableSystem(ProposalSystem):
     most_padding: ClassVar[int] = 1
     reads_masks: ClassVar[bool] = True
     draws: bool = False
+    uniform: bool = False
     simulation: Simulation
 
     @property
@@ -209,8 +225,7 @@ class PromptableSystem(ProposalSystem):
         Returns:
             The embedding of each image.
         """
-        parameter = next(self.image_encoder.parameters())
-        return self.embeddings(self(images.to(parameter.device, parameter.dtype)), placements)
+        return self.embeddings(self(images.to(*_place_of(self.image_encoder))), placements)
 
     def embeddings(self, features: Features, placements: Sequence[Placement]) -> list[Embedding]:
         """The embedding of each image of a batch, from the raw output."""
@@ -232,8 +247,8 @@ class PromptableSystem(ProposalSystem):
                 f"the embedding was computed by {embedding.system}, but this system is {self.fingerprint}; embed the "
                 "image with this system"
             )
-        parameter = next(self.mask_decoder.parameters())
-        tensors = {name: value[None].to(parameter.device, parameter.dtype) for name, value in embedding.tensors.items()}
+        place = _place_of(self.mask_decoder)
+        tensors = {name: value[None].to(*place) for name, value in embedding.tensors.items()}
         finer = tuple(tensors[f"finer.{number}"] for number in range(len(tensors) - 1))
         return Features(tensors["image"], finer, embedding.input_size)
 
@@ -338,8 +353,10 @@ class PromptableSystem(ProposalSystem):
         if self.draws:
             grid = (4 * like.shape[-2], 4 * like.shape[-1])
             drawn = draw_prompts(slots.points, slots.labels, grid, slots.logits, slots.has_mask)
-            everyone = torch.ones(len(slots), dtype=torch.bool, device=like.device)
+            everyone = torch.ones(slots.points.shape[0], dtype=torch.bool, device=like.device)
             slots = replace(slots, logits=drawn.to(like.dtype), has_mask=everyone)
+        if self.uniform:
+            slots = slots.complete((4 * like.shape[-2], 4 * like.shape[-1]) if self.reads_masks else None)
         prompts = self.prompt_encoder(slots.points, slots.labels, tuple(like.shape[-2:]), slots.logits, slots.has_mask)
         return self.mask_decoder(like, prompts, slots.allowed, features.finer)
 
@@ -577,6 +594,13 @@ class PromptableSystem(ProposalSystem):
     def feedback(self, logits: Float[Tensor, "n h w"]) -> Float[Tensor, "n h w"]:
         """Mask logits of an answer in the form in which they are a prompt: as they are."""
         return logits.float()
+
+
+def _place_of(network: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and type of the tensors that a network takes."""
+    parameter = next(network.parameters())
+    # Networks that a runtime computes have parameters without memory.
+    return (torch.device("cpu"), torch.float32) if parameter.is_meta else (parameter.device, parameter.dtype)
 
 
 def _shares(masks: Masks, placement: Placement, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
