@@ -76,13 +76,15 @@ export class Saver {
     return this.queue.length;
   }
 
-  /** Show an action and save it. `what` tells the server whether it is an undo. */
+  /** Show an action and save it. */
   submit(action: Action): void {
-    this.show(action);
     const was = new Map<string, number>();
     for (const { id, before } of action.deltas) {
-      if (before && !this.waits(action.image, id)) was.set(id, before.data.revision ?? 0);
+      // What is shown has the newest revision; a shape from the history has the one of its time.
+      const revision = (action.image === this.store.image && this.store.objects.get(id)?.data.revision) || before?.data.revision;
+      if (before && !this.waits(action.image, id)) was.set(id, revision ?? 0);
     }
+    this.show(action);
     this.queue.push({ action, request: this.live.number(), was, uncertain: false });
     this.onStatus();
     void this.pump();

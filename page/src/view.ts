@@ -150,6 +150,8 @@ export class View {
     this.offsetY = Math.min(clientHeight - keep, Math.max(keep - height * this.zoom, this.offsetY));
     this.movedAt = performance.now();
     this.baseStale = this.topStale = true;
+    // Where the image is, for tests and other tools that look at the page.
+    Object.assign(this.host.dataset, { zoom: this.zoom, left: this.offsetX, top: this.offsetY });
     this.request();
     this.onView();
   }
