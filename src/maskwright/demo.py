@@ -1,4 +1,7 @@
-"""Demonstration of the whole workflow, offline on the CPU: train on generated scenes, evaluate, predict, report."""
+"""Demonstration of the whole workflow, offline on the CPU: train on generated scenes, evaluate, predict, report.
+
+With installed weights the first results are theirs, and the training starts from those that find objects.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,13 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maskwright.errors import UsageError
 from maskwright.terminal import print_line, progress
+
+if TYPE_CHECKING:
+    from maskwright.checkpoints import Shipped
 
 CLASSES = ("disc", "ring", "star", "box")
 SIDE = 192  # side of a scene in pixels
@@ -39,13 +45,17 @@ RECIPE: dict[str, Any] = {
     "tensorboard": False,
 }
 
+EPOCHS, FEWER = 5, 2  # from random and from installed weights
+LOOKED_AT = {"instances": 12, "prompts": 4}  # images that installed weights are shown first, by their role
 
-def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen: int = 60) -> Path:
+
+def run(out: Path, *, seed: int = 0, epochs: int | None = None, images: int = 560, unseen: int = 60) -> Path:
     """Run the demonstration.
 
     Written to `out`:
 
     - ``scenes/``: the data set with splits train, val and test, in COCO format;
+    - ``first/``: what installed weights find in some test images, if there are any;
     - ``run/``: the training run with best.safetensors, log.csv and result.json;
     - ``found/``: predictions on the test split;
     - ``report.html``: metrics, training curves, best and worst images.
@@ -53,7 +63,7 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
     Args:
         out: The output folder. An earlier demonstration in it is replaced.
         seed: Seed of scenes and training.
-        epochs: Number of epochs.
+        epochs: Number of epochs; default: 2 from installed weights, otherwise 5.
         images: Number of training scenes.
         unseen: Number of scenes in each of the other splits.
 
@@ -69,6 +79,7 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
     import torch
 
     from maskwright.checkpoints import load
+    from maskwright.checkpoints.shipping import first_with
     from maskwright.data import Scenes, open_dataset
     from maskwright.evaluation import report
     from maskwright.inference import evaluate, predict
@@ -77,24 +88,41 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
 
     _make_room(out)
     began = time.monotonic()
-    print_line(f"1/5  generating {images + 2 * unseen} scenes: {out / 'scenes'}")
+    start = first_with("instances")
+    look = start or first_with("prompts")
+    epochs = (EPOCHS if start is None else FEWER) if epochs is None else epochs
+    step, steps = 1, 5 if look is None else 6
+    print_line(f"{step}/{steps}  generating {images + 2 * unseen} scenes: {out / 'scenes'}")
     parts = (("train", images, 0), ("val", unseen, 1), ("test", unseen, 2))
     for split, count, part in progress(parts, "scenes"):
         scenes = Scenes(count, (SIDE, SIDE), seed=3 * seed + part, classes=CLASSES, difficulty=0.2, empty=0.02)
         scenes.write(out / "scenes", split)
 
-    print_line(f"2/5  training a small Mask R-CNN on the CPU for {epochs} epochs: {out / 'run'}")
+    if look is not None:
+        step += 1
+        print_line(f"{step}/{steps}  first results, by {look.name} as installed: {out / 'first' / 'drawn'}")
+        count = _first_look(look, out)
+        print_line(f"     {count} objects, labelled 'object', {time.monotonic() - began:.0f} seconds after the start")
+
+    step += 1
+    what = "a small Mask R-CNN" if start is None else f"from {start.name}"
+    print_line(f"{step}/{steps}  training {what} on the CPU for {epochs} epochs: {out / 'run'}")
     torch.manual_seed(seed)
-    best = train("mask-rcnn", out / "scenes", out=out / "run", options=OPTIONS, epochs=epochs, seed=seed, **RECIPE)
+    system: Any = {"system": "mask-rcnn", "options": OPTIONS}
+    if start is not None:
+        system = {"system": start.name, "options": {"resize": {"short": SIDE, "long": SIDE}}}
+    best = train(data=out / "scenes", out=out / "run", epochs=epochs, seed=seed, **system, **RECIPE)
 
     system = load(best)
-    print_line(f"3/5  evaluating on {unseen} scenes that were not used for training")
+    step += 1
+    print_line(f"{step}/{steps}  evaluating on {unseen} scenes that were not used for training")
     result = evaluate(system, open_dataset(out / "scenes", "val"), batch=8, device="cpu")
     result.title = "maskwright demo"
     result.save(out / "run" / "result.json")
     print_line(str(result))
 
-    print_line(f"4/5  predicting on {unseen} more scenes: {out / 'found' / 'drawn'}")
+    step += 1
+    print_line(f"{step}/{steps}  predicting on {unseen} more scenes: {out / 'found' / 'drawn'}")
     source = out / "scenes" / "test"
     found = predict(system, source, batch=8, device="cpu", score_threshold=0.5)
     with PredictionWriter(out / "found", ("drawn", "coco"), system.classes, [source]) as writer:
@@ -102,9 +130,8 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
             writer.add(prediction.path, prediction.instances, prediction.error)
 
     page = report(out / "run", out / "report.html", title="maskwright demo")
-    print_line(
-        f"5/5  done in {(time.monotonic() - began) / 60:.1f} minutes: mask AP50 {100 * result['segm/AP50']:.0f} %\n"
-    )
+    minutes = (time.monotonic() - began) / 60
+    print_line(f"{steps}/{steps}  done in {minutes:.1f} minutes: mask AP50 {100 * result['segm/AP50']:.0f} %\n")
     print_line(f"report:   {page.absolute().as_uri()}")
     print_line(f"drawings: {out / 'found' / 'drawn'}")
     print_line("next, predict on your own images:")
@@ -114,11 +141,26 @@ def run(out: Path, *, seed: int = 0, epochs: int = 5, images: int = 560, unseen:
     return page
 
 
+def _first_look(look: Shipped, out: Path) -> int:
+    """Draw what installed weights find in some test images; the number of objects."""
+    from maskwright.checkpoints import load
+    from maskwright.inference import predict
+    from maskwright.inference.writer import PredictionWriter
+
+    system = load(look.name)
+    files = sorted((out / "scenes" / "test").iterdir())[: LOOKED_AT[look.role]]
+    found = predict(system, files, device="cpu", **({"score_threshold": 0.3} if look.role == "instances" else {}))
+    with PredictionWriter(out / "first", ("drawn",), system.classes, [str(file) for file in files]) as writer:
+        for prediction in progress(found, "images", len(files)):
+            writer.add(prediction.path or "image", prediction.instances, prediction.error)
+    return writer.objects
+
+
 def _make_room(out: Path) -> None:
     """Remove an earlier demonstration; refuse a folder with other files."""
     if not out.exists() or not any(out.iterdir()):
         return
-    known = {"scenes", "run", "found", "report.html"}
+    known = {"scenes", "first", "run", "found", "report.html"}
     others = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
     if others:
         raise UsageError(f"{out}: contains {others[0]!r}, which is not part of a demo; choose another folder with -o")

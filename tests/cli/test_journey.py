@@ -8,8 +8,10 @@ import shutil
 import pytest
 
 from maskwright import cli, demo
+from maskwright.checkpoints import load, shipping
 from maskwright.data import Scenes
 from maskwright.evaluation import Result
+from tests.shipping import Distribution, mask_rcnn
 
 pytestmark = pytest.mark.slow
 
@@ -171,7 +173,8 @@ def test_systems_lists_the_options(capsys):
     assert 'backbone.name="resnet50"' in shown
 
 
-def test_the_demo_writes_its_files(tmp_path, capsys):
+def test_the_demo_writes_its_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(shipping, "first_with", lambda role: None)
     out = tmp_path / "demo"
     page = demo.run(out, epochs=1, images=8, unseen=3)
     shown = capsys.readouterr().out
@@ -181,6 +184,31 @@ def test_the_demo_writes_its_files(tmp_path, capsys):
     assert (out / "run/best.safetensors").exists()
     assert page.absolute().as_uri() in shown
     assert f"predict IMAGES --weights {out / 'run/best.safetensors'}" in shown
+    assert "5/5  done" in shown
+    assert not (out / "first").exists()
+
+
+def test_the_demo_starts_from_installed_weights(tmp_path, capsys, monkeypatch):
+    distribution = Distribution(tmp_path / "site", "demo-weights")
+    distribution.add("demo-scenes", mask_rcnn(resize={"short": 96, "long": 96}))
+    find = shipping.entry_points
+    monkeypatch.setattr(
+        shipping, "entry_points", lambda group: [p for p in find(group=group) if p.name == "demo-weights"]
+    )
+    monkeypatch.setattr(shipping, "_own_folder", lambda: tmp_path / "nowhere")
+    distribution.install(monkeypatch)
+    out = tmp_path / "demo"
+    demo.run(out, epochs=1, images=8, unseen=3)
+    shown = capsys.readouterr().out
+    assert "2/6  first results, by demo-scenes as installed" in shown
+    assert "objects, labelled 'object'," in shown
+    assert len(list((out / "first/drawn").glob("*.jpg"))) == 3
+    assert "3/6  training from demo-scenes" in shown
+    trained = load(out / "run/best.safetensors")
+    assert trained.classes == demo.CLASSES
+    assert trained.options["boxes"]["width"] == mask_rcnn().options["boxes"]["width"], "its options"
+    assert trained.preprocess.short == demo.SIDE
+    assert "6/6  done" in shown
 
 
 def test_the_demo_clears_only_its_own(tmp_path, capsys):

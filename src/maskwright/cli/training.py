@@ -193,7 +193,7 @@ def show_batch(
     return 0
 
 
-def demo(*, out: Output = Path("demo"), seed: int = 0, epochs: int = 5) -> int:
+def demo(*, out: Output = Path("demo"), seed: int = 0, epochs: Integer = None) -> int:
     """Demonstrate everything offline in a few minutes: train on generated scenes, evaluate, predict, report.
 
     Examples:
@@ -203,7 +203,8 @@ def demo(*, out: Output = Path("demo"), seed: int = 0, epochs: int = 5) -> int:
     Args:
         out: The output folder; an earlier demo in it is replaced.
         seed: Seed of the scenes.
-        epochs: Number of epochs; more give better results and take longer.
+        epochs: Number of epochs; more give better results and take longer. Default: 2 from installed weights (see
+            `maskwright checkpoints`), whose own results are shown first; otherwise 5.
     """
     from maskwright.demo import run
 
