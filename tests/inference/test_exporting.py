@@ -18,8 +18,10 @@ import torch
 
 import maskwright as mw
 from maskwright.checkpoints import call_specs
+from maskwright.checkpoints.call_specs import flatten
 from maskwright.data.scenes import Scenes
 from maskwright.errors import CheckpointError, UsageError
+from maskwright.inference.exporting import export_int8
 from maskwright.structures import Instances, Placement, Prompts
 from tests.systems.tiny import build
 
@@ -365,6 +367,27 @@ def test_values_and_specs_correspond():
 def test_invalid_specs_are_refused(spec):
     with pytest.raises(CheckpointError):
         call_specs.check(spec, "file")
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+def test_int8_files_are_smaller_and_predict_nearly_the_same(two_stage, suffix, tmp_path):
+    pytest.importorskip("nncf", reason="the extra openvino is not installed")
+    system, _ = two_stage
+    scenes = Scenes(2, (96, 144), classes=("disc", "ring"), seed=3)
+    done = export_int8(system, tmp_path / f"int8{suffix}", scenes, calibration=2)
+    assert done.layers == "all networks but their output layers"
+    assert done.drop <= 0.5
+    assert done.after.size < 0.5 * done.before.size
+    exported = mw.load(done.path)
+    image = images(1)[0]
+    batch = system.preprocess.collate([image])
+    with torch.no_grad():
+        wanted, found = (flatten(s(batch.images), []) for s in (system, exported))
+    for a, b in zip(wanted, found, strict=True):
+        assert not torch.equal(a, b)
+        assert (a - b).norm() < 0.25 * a.norm()  # random weights of few channels
+    with pytest.raises(UsageError, match=r"must end in \.onnx or \.xml"):
+        export_int8(system, tmp_path / "int8.bin", scenes)
 
 
 def test_openvino_and_nncf_report_nothing(tmp_path):

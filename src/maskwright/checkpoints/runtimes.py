@@ -149,7 +149,7 @@ class OnnxRuntime(Runtime):
         # Waiting threads would take the processor from torch, which computes between the networks.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
-            data = self._part(part).SerializeToString()
+            data = self.part(part).SerializeToString()
             return self._ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise CheckpointError(
@@ -157,7 +157,7 @@ class OnnxRuntime(Runtime):
                 "the system again"
             ) from None
 
-    def _part(self, part: str) -> Any:
+    def part(self, part: str) -> Any:
         """The nodes, weights, inputs and outputs of one part as a model."""
         model = self._onnx.ModelProto()
         model.ir_version = self.model.ir_version

@@ -40,7 +40,7 @@ def export(
     from an image to boxes, scores, labels and masks, for other programs. If its objects differ from PyTorch's by more
     than rounding, no file is written, and the exit code is 2.
 
-    With --int8 an OpenVINO file is calibrated on the images of --data, measured on it before and after, and refused if
+    With --int8 the file is calibrated on the images of --data, measured on it before and after, and refused if
     it loses more than --max-drop points of AP.
 
     Examples:

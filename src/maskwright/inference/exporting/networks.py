@@ -268,13 +268,19 @@ def merge(parts: Sequence[tuple[str, Any]]) -> Any:
     onnx = import_onnx()
     if sum(model.ByteSize() for _, model in parts) > LARGEST:
         raise UsageError("the networks have more than 2 GB of weights together, which one ONNX file cannot hold")
-    merged = onnx.ModelProto()
-    merged.ir_version = max(model.ir_version for _, model in parts)
+    for name, model in parts:
+        onnx.compose.add_prefix(model, f"{name}/", inplace=True)
+    return joined([model for _, model in parts])
+
+
+def joined(models: Sequence[Any]) -> Any:
+    """Models side by side in one; their names must differ."""
+    merged = import_onnx().ModelProto()
+    merged.ir_version = max(model.ir_version for model in models)
     merged.producer_name = "maskwright"
     merged.graph.name = "networks"
     domains: dict[str, int] = {}
-    for name, model in parts:
-        onnx.compose.add_prefix(model, f"{name}/", inplace=True)
+    for model in models:
         for entry in model.opset_import:
             domains[entry.domain] = max(entry.version, domains.get(entry.domain, 0))
         for kind in ("node", "initializer", "input", "output", "value_info"):

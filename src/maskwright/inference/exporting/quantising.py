@@ -1,4 +1,4 @@
-"""int8 by NNCF for OpenVINO: calibrated on the user's images, measured on them, refused if it costs too much."""
+"""int8 by NNCF: calibrated on the user's images, measured on them, refused if it costs too much."""
 
 # Neither openvino nor nncf has complete types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -16,14 +16,32 @@ from typing import Any, cast
 
 import numpy as np
 
-from maskwright.checkpoints.exported import load_exported, parts_of, runtime_of
-from maskwright.checkpoints.runtimes import OpenVino, import_nncf, import_openvino
+from maskwright.checkpoints.exported import Part, load_exported, parts_of, runtime_of
+from maskwright.checkpoints.runtimes import (
+    CRC,
+    SUFFIXES,
+    OnnxRuntime,
+    OpenVino,
+    Runtime,
+    import_nncf,
+    import_openvino,
+    weights_crc,
+)
 from maskwright.data import evenly_spaced, open_dataset
 from maskwright.errors import CheckpointError, DataError, UsageError
 from maskwright.evaluation import Result
 from maskwright.inference.evaluating import evaluate
 from maskwright.inference.exporting.checking import timed
-from maskwright.inference.exporting.writing import export, loaded_for_export, publish, save_openvino, staged
+from maskwright.inference.exporting.networks import joined
+from maskwright.inference.exporting.quantising_onnx import quantised_part
+from maskwright.inference.exporting.writing import (
+    export,
+    loaded_for_export,
+    publish,
+    save_openvino,
+    staged,
+    write_model,
+)
 from maskwright.inference.predicting import predict
 from maskwright.systems import System
 
@@ -106,7 +124,7 @@ def export_int8(
     limit: int | None = None,
     image: str | Path | None = None,
 ) -> Quantised:
-    """Exports a system to OpenVINO with int8 weights and activations.
+    """Exports a system with int8 weights and activations, to OpenVINO or ONNX Runtime.
 
     Activations are calibrated on images of the data set. Then the float32 and the int8 system are evaluated on it. The
     output layers of each network remain in float32. If more is lost than `max_drop`, less is quantised: first only the
@@ -114,7 +132,7 @@ def export_int8(
 
     Args:
         system: The system, or a checkpoint as for `load`.
-        out: The new file, .xml.
+        out: The new file, .xml (OpenVINO) or .onnx (ONNX Runtime).
         data: A data set with annotations, as for `evaluate`.
         split: The part of it to measure on.
         calibration_split: The part to calibrate on; `split` if there is none of this name.
@@ -131,8 +149,8 @@ def export_int8(
         CheckpointError: If more is lost than `max_drop`; there is no file then.
     """
     target = Path(out)
-    if target.suffix.lower() != ".xml":
-        raise UsageError(f"{target}: int8 is written for OpenVINO; the file name must end in .xml")
+    if target.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{target}: the file name of an exported system must end in {' or '.join(SUFFIXES)}")
     if calibration < 1 or not max_drop >= 0:
         raise UsageError(f"calibration must be at least 1 and max_drop at least 0, got {calibration} and {max_drop}")
     import_nncf()
@@ -146,7 +164,7 @@ def export_int8(
     if limit is not None:
         measured = evenly_spaced(measured, min(limit, len(measured)))
     with staged(target) as folder:
-        exported = export(original, folder / "float.xml", image=image)
+        exported = export(original, folder / f"float{target.suffix}", image=image)
         plain = load_exported(exported.path)
         before = _figures(plain, measured, exported.size)
         feeds = folder / "feeds"
@@ -155,7 +173,7 @@ def export_int8(
         for level in LADDER:
             path = folder / target.name
             quantise(plain, feeds, level, path)
-            size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
+            size = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
             after = _figures(load_exported(path), measured, size)
             result = Quantised(target, before, after, LADDER_WORDS[level], len(measured))
             if result.drop <= max_drop:
@@ -262,8 +280,11 @@ def _quiet() -> Generator[None]:
 
 def quantise(system: System, feeds: Path, level: str, path: Path) -> None:
     """Writes the file with the parts quantised that a level of the ladder names."""
-    ov, nncf = import_openvino(), import_nncf()
     runtime = runtime_of(system)
+    if isinstance(runtime, OnnxRuntime):
+        _quantise_onnx(runtime, parts_of(system), feeds, level, path)
+        return
+    ov, nncf = import_openvino(), import_nncf()
     assert isinstance(runtime, OpenVino)
     outputs, inputs = list[Any](), list[Any]()
     whole = parts_of(system)
@@ -286,9 +307,24 @@ def quantise(system: System, feeds: Path, level: str, path: Path) -> None:
         outputs += list(model.get_results())
         inputs += list(model.get_parameters())
     merged = ov.Model(outputs, inputs, "networks")
-    metadata = {name: value for name, value in runtime.metadata.items() if name != "weights_crc32"}
-    metadata["precision"] = json.dumps({"int8": level})
-    save_openvino(merged, metadata, path)
+    save_openvino(merged, _metadata(runtime, level), path)
+
+
+def _quantise_onnx(runtime: OnnxRuntime, parts: Sequence[Part], feeds: Path, level: str, path: Path) -> None:
+    models = list[Any]()
+    for number, part in enumerate(parts):
+        model, examples = runtime.part(part.name), _Feeds(feeds, part.name)
+        if len(examples) and (level == "all" or number == 0):
+            with _quiet():
+                model = quantised_part(model, part.name, examples, backbone_only=level == "backbone")
+        models.append(model)
+    merged = joined(models)
+    write_model(merged, _metadata(runtime, level) | {CRC: weights_crc(merged)}, path)
+
+
+def _metadata(runtime: Runtime, level: str) -> dict[str, str]:
+    known = {name: value for name, value in runtime.metadata.items() if name != CRC}
+    return known | {"precision": json.dumps({"int8": level})}
 
 
 _WEIGHTED = ("Convolution", "GroupConvolution", "MatMul", "ConvolutionBackpropData")

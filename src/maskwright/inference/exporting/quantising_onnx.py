@@ -1,0 +1,83 @@
+"""int8 for ONNX Runtime: NNCF inserts pairs of QuantizeLinear and DequantizeLinear into the parts of an ONNX file."""
+
+# Neither onnx nor nncf has complete types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from typing import Any
+
+from maskwright.checkpoints.runtimes import import_nncf
+
+_WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+
+
+def quantised_part(model: Any, name: str, examples: Any, *, backbone_only: bool) -> Any:
+    """One part of a file in int8.
+
+    Args:
+        model: The part as an ONNX model, whose names begin with `name` and a slash.
+        name: The part.
+        examples: Its inputs, for calibration.
+        backbone_only: Whether layers outside of the backbone remain in float32, and not only those before the outputs.
+    """
+    nncf = import_nncf()
+    kept = outside_of_backbone(model) if backbone_only else output_layers(model)
+    attention = any(node.op_type == "Softmax" for node in model.graph.node)
+    found = nncf.quantize(
+        model,
+        nncf.Dataset(examples),
+        preset=nncf.QuantizationPreset.MIXED,
+        subset_size=len(examples),
+        model_type=nncf.ModelType.TRANSFORMER if attention else None,
+        ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
+    )
+    _name(found.graph, f"{name}/")
+    return found
+
+
+def output_layers(model: Any) -> list[str]:
+    """The last layers with weights before each output: classes, boxes and masks are read from them."""
+    makers = {value: node for node in model.graph.node for value in node.output}
+    found = set[str]()
+    for output in model.graph.output:
+        waiting, seen = [output.name], set[str]()
+        while waiting:
+            value = waiting.pop()
+            node = makers.get(value)
+            if value in seen or node is None:
+                continue
+            seen.add(value)
+            if node.op_type in _WEIGHTED:
+                found.add(node.name)
+            else:
+                waiting += node.input
+    return sorted(found)
+
+
+def outside_of_backbone(model: Any) -> list[str]:
+    """The layers whose weights are not those of a backbone."""
+    makers = {value: node for node in model.graph.node for value in node.output}
+
+    def of_backbone(value: str, depth: int = 0) -> bool:  # through transpositions of the weights
+        if ".backbone." in value:
+            return True
+        node = makers.get(value)
+        return node is not None and depth < 4 and bool(node.input) and of_backbone(node.input[0], depth + 1)
+
+    return [node.name for node in model.graph.node if node.op_type in _WEIGHTED and not of_backbone(node.input[1])]
+
+
+def _name(graph: Any, prefix: str) -> None:
+    """Lets all names begin with that of the part, as those of the nodes and values that NNCF adds do not."""
+
+    def named(value: str) -> str:
+        return value if not value or value.startswith(prefix) else prefix + value
+
+    for node in graph.node:
+        node.name = named(node.name)
+        for values in (node.input, node.output):
+            for place, value in enumerate(values):
+                values[place] = named(value)
+    for entry in (*graph.initializer, *graph.value_info):
+        entry.name = named(entry.name)
