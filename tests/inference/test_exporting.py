@@ -385,7 +385,8 @@ def test_int8_files_are_smaller_and_predict_nearly_the_same(two_stage, suffix, t
         wanted, found = (flatten(s(batch.images), []) for s in (system, exported))
     for a, b in zip(wanted, found, strict=True):
         assert not torch.equal(a, b)
-        assert (a - b).norm() < 0.25 * a.norm()  # random weights of few channels
+        alike = torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+        assert alike > 0.95  # eight bits of random weights with few channels
     with pytest.raises(UsageError, match=r"must end in \.onnx or \.xml"):
         export_int8(system, tmp_path / "int8.bin", scenes)
 
