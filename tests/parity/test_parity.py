@@ -22,7 +22,7 @@ from tests.parity.weights import write_checkpoint
 
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("MASKWRIGHT_SHARED", HERE.parents[1] / "../shared")) / "reference"
-LONG = ("x101", "dc5", "eomt", "sam2-hiera", "sam-vit", "mobile-sam", "efficient-sam")
+LONG = ("x101", "dc5", "eomt", "sam2-hiera", "sam2.1-hiera", "sam-vit", "mobile-sam", "efficient-sam")
 
 
 def layout_of(layouts: Path, outputs: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,22 @@ def check(system: SAM2, layout: Path, ledger: Ledger) -> None:
         bias = system.mask_decoder.present.layers[2].bias
         added = float(ledger.about.get("obj_score_bias_added", 0.0))
         bias.data += added
-        sizes: list[Tensor] = []
-        hook = system.mask_decoder.present.layers[2].register_forward_hook(
-            lambda layer, given, _: sizes.append((given[0].abs() @ layer.weight.abs().T + layer.bias.abs()).min())
-        )
+        made = Made()
+        hooks = [
+            system.mask_decoder.present.layers[2].register_forward_hook(
+                lambda layer, given, _: made.sizes.append(
+                    (given[0].abs() @ layer.weight.abs().T + layer.bias.abs()).min()
+                )
+            ),
+            system.memory_encoder.register_forward_hook(lambda _, __, found: made.remember(found)),
+        ]
         try:
             with torch.no_grad():
-                video(system, ledger, sizes)
+                video(system, ledger, made)
         finally:
             bias.data -= added
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
     else:
         with torch.no_grad():
             image(system, ledger)
@@ -68,8 +74,31 @@ def check(system: SAM2, layout: Path, ledger: Ledger) -> None:
 # ---- videos ----------------------------------------------------------------------------------------------------------
 
 
-def video(system: SAM2, ledger: Ledger, sizes: list[Tensor]) -> None:
-    """A session. `sizes`: of the terms of the logits of presence, which all but cancel."""
+@dataclass
+class Made:
+    """What networks gave during a session.
+
+    Attributes:
+        sizes: Of the terms of the logits of presence, which all but cancel.
+        memories: Memories in float32, by their values in bfloat16.
+    """
+
+    sizes: list[Tensor] = field(default_factory=list)
+    memories: dict[bytes, Tensor] = field(default_factory=dict)
+
+    def remember(self, found: Tensor) -> None:
+        self.memories |= {_key(own.bfloat16()): own.float() for own in found}
+
+    def unrounded(self, memory: Tensor) -> Tensor:
+        return self.memories[_key(memory)]
+
+
+def _key(memory: Tensor) -> bytes:
+    return memory.contiguous().view(torch.int16).numpy().tobytes()
+
+
+def video(system: SAM2, ledger: Ledger, made: Made) -> None:
+    """A session."""
     about = ledger.about
     other = about["other_options"]
     frames = ledger.given("frames").permute(0, 3, 1, 2)
@@ -111,7 +140,7 @@ def video(system: SAM2, ledger: Ledger, sizes: list[Tensor]) -> None:
             for objects in found:
                 logits(session, name, objects.frame, ledger)
                 masks_agree(session, objects, ledger)
-        state(session, name, ledger, torch.stack(sizes).min())
+        state(session, name, ledger, made)
 
 
 def wide(session: VideoSession, frame: int) -> Tensor:
@@ -148,8 +177,9 @@ def masks_agree(session: VideoSession, objects: Any, ledger: Ledger) -> None:
         ledger.fail(f"masks of frame {objects.frame}", f"objects {objects.ids.tolist()} instead of {ids}")
 
 
-def state(session: VideoSession, step: str, ledger: Ledger, scale: Tensor) -> None:
+def state(session: VideoSession, step: str, ledger: Ledger, made: Made) -> None:
     """What is remembered of each object."""
+    scale = torch.stack(made.sizes).min()
     for name in ledger.names(rf"{step}\.(temp\.)?obj\d+\..*"):
         row, frame, kind, field = re.fullmatch(
             rf"{re.escape(step)}\.(?:temp\.)?obj(\d+)\.f(\d+)\.(\w+)\.(\w+)", name
@@ -171,20 +201,36 @@ def state(session: VideoSession, step: str, ledger: Ledger, scale: Tensor) -> No
             ledger.compare(name, entry.logits[None, None], **LATER)
         else:
             assert entry.memory is not None
-            memories(name, entry.memory[None].float(), ledger)
+            memories(name, made.unrounded(entry.memory)[None], entry.memory[None].float(), ledger)
 
 
-def memories(name: str, ours: Tensor, ledger: Ledger) -> None:
-    """Memories are rounded to bfloat16: a value between two of them may go either way, and by a step more next to a
-    pixel whose logit is 0 but for rounding, up to 1 % of all values."""
+def memories(name: str, ours: Tensor, rounded: Tensor, ledger: Ledger) -> None:
+    """Memories are kept in bfloat16, where numbers that differ only by rounding in float32 may become neighbours.
+
+    So ours in float32 are compared with the nearest numbers that the original may have rounded: with themselves, if
+    both round to the same, otherwise with the boundary of the numbers that round to the original's. Few numbers are
+    next to a boundary, so that this is far below `LATER` even after memories with such neighbours.
+
+    Args:
+        name: The array.
+        ours: Our memory in float32.
+        rounded: The same in bfloat16.
+        ledger: The recording.
+    """
     theirs = torch.from_numpy(ledger.arrays[f"{name}__sampled"])
     places = torch.from_numpy(np.random.RandomState(0).randint(0, ours.numel(), len(theirs)))
-    flat = ours.flatten().clone()
-    other = flat[places] != theirs
-    near = (flat[places] - theirs).abs() <= 2**-6 * theirs.abs()
-    if int((other & near).sum()) <= 0.01 * len(theirs):
-        flat[places[other & near]] = theirs[other & near]
-    ledger.compare(name, flat.view(ours.shape), note=f"{int(other.sum())} of {len(theirs)} are neighbours")
+    own, kept = ours.flatten()[places], rounded.flatten().clone()
+    lower, upper = halfway(theirs)
+    beyond = (own - upper).clamp(min=0) - (lower - own).clamp(min=0)
+    kept[places] = theirs + beyond
+    other = rounded.flatten()[places] != theirs
+    ledger.compare(name, kept.view(ours.shape), note=f"{int(other.sum())} of {len(theirs)} are neighbours")
+
+
+def halfway(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the greatest number that is rounded to each of some values in bfloat16."""
+    below, above = (torch.nextafter(values.bfloat16(), torch.tensor(s * torch.inf).bfloat16()).float() for s in (-1, 1))
+    return (values + below) / 2, (values + above) / 2
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
