@@ -69,6 +69,28 @@ def test_torch_files_give_their_tensors_and_what_lay_beside(tmp_path: Path, zipp
 
 @pytest.mark.fast
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_zip_archive_of_one_torch_file_is_read(tmp_path: Path, zipped: bool) -> None:
+    """As EfficientSAM-S is published."""
+    state, inner, path = example(), tmp_path / "x.pt", tmp_path / "x.pt.zip"
+    torch.save({"model": state}, inner, _use_new_zipfile_serialization=zipped)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.write(inner, "x.pt")
+        file.writestr("__MACOSX/._x.pt", b"?")
+    found, about = read_state(path)
+    assert_same(found, state)
+    assert about["wrapper"] == ["model"]
+    with zipfile.ZipFile(tmp_path / "twice.zip", "w") as file:
+        file.write(path, "x.pt")
+    with pytest.raises(CheckpointError, match=r"it contains __MACOSX/\._x\.pt, x\.pt"):
+        read_state(tmp_path / "twice.zip")
+    with zipfile.ZipFile(path, "a") as file:
+        file.write(inner, "y.pt")
+    with pytest.raises(CheckpointError, match="extract it first"):
+        read_state(path)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_modules_state_dict_and_module_prefixes_are_read(tmp_path: Path, zipped: bool) -> None:
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
     path = tmp_path / "x.pth"

@@ -16,6 +16,7 @@ from maskwright.inference import prepare
 from maskwright.inference.predicting import predict
 from maskwright.structures import Embedding, Masks, Prompts
 from maskwright.systems import create
+from maskwright.systems.edge_sam import stability
 from maskwright.systems.kinds import everything, prompt_training
 from maskwright.systems.kinds.prompt_training import Simulation, correction, first_prompts
 from maskwright.systems.kinds.promptable import PromptableSystem
@@ -86,6 +87,29 @@ def test_answers_are_one_three_or_four_masks():
     expected = torch.where(torch.tensor([True, False, False, False, True, False]), best, 0)
     torch.testing.assert_close(chosen.scores[:, 0], four.scores[torch.arange(6), expected])
     assert len(chosen.best()) == len(chosen.masks) == 6
+
+
+def test_edge_sam_ranks_by_the_stability_of_logits():
+    """As the original's `calculate_stability_score` on low-resolution logits; its generator always does."""
+    plane = torch.zeros(2, 4, 4) - 5
+    plane[0, :2, :2], plane[0, 2, 2] = 3.0, 0.5  # 4 cells above 1, 5 above -1
+    torch.testing.assert_close(stability(plane), torch.tensor([0.8, 0.0]))
+    embedding, prompts = embeddings("edge-sam")[0], mixed()
+    by_iou, by_stability = system("edge-sam"), build("edge-sam", ranking="stability").eval()
+    by_stability.load_state_dict(by_iou.state_dict())
+    by_stability.pin_fingerprint(by_iou.fingerprint)
+    four = by_stability.segment(embedding, prompts, answers=4)
+    torch.testing.assert_close(four.logits, by_iou.segment(embedding, prompts, answers=4).logits)
+    torch.testing.assert_close(four.scores, stability(four.logits))
+    one = by_stability.segment(embedding, prompts[0])
+    assert float(one.scores[0, 0]) == float(four.scores[0, 1:].max())
+    features = by_iou.features(embedding)
+    logits, scores, _ = by_iou.answers_to_points(
+        features, embedding.placement, torch.tensor([[10.0, 20]]), by_iou.everything_options()
+    )
+    torch.testing.assert_close(scores, stability(logits))
+    with pytest.raises(UsageError, match="ranking"):
+        build("edge-sam", ranking="area")
 
 
 def test_a_thousand_prompts_are_decoded_a_few_at_a_time():

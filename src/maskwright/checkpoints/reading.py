@@ -34,9 +34,9 @@ HEADER = 100 << 20  # maximum size of a safetensors header in bytes, as in the s
 def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read all tensors of a checkpoint file.
 
-    Supported are safetensors, both formats of `torch.save`, Torch 7, MXNet, pickles of arrays (detectron2, Caffe2) and
-    Hugging Face folders. In nested containers the averaged weights are preferred, then the usual names
-    (`containers.WRAPPERS`). A prefix such as "module." that all keys have is removed.
+    Supported are safetensors, both formats of `torch.save`, zip archives of one such file, Torch 7, MXNet, pickles of
+    arrays (detectron2, Caffe2) and Hugging Face folders. In nested containers the averaged weights are preferred, then
+    the usual names (`containers.WRAPPERS`). A prefix such as "module." that all keys have is removed.
 
     Args:
         path: A file or a folder.
@@ -184,15 +184,6 @@ def _torch_zip(file: io.BufferedIOBase, budget: Budget, depth: int = 0) -> tuple
         raise CheckpointError(
             f"{name}: entry {shown(odd[0])!r} of the zip file has an unsupported compression; save the file with torch"
         )
-    roots = [key[: -len("data.pkl")] for key in entries if re.fullmatch(r"[^/]+/data\.pkl", key)]
-    if len(roots) != 1:
-        raise CheckpointError(f"{name}: {foreign_zip(list(entries))}")
-    root = roots[0]
-    if f"{root}constants.pkl" in entries or any(key.startswith(f"{root}code/") for key in entries):
-        raise UnsafeCheckpointError(
-            f"{name}: a TorchScript program, which can only be used by executing it; refused, nothing was executed. "
-            "Save the state dict only"
-        )
 
     def read(key: str) -> bytes:
         if key not in entries:
@@ -203,6 +194,21 @@ def _torch_zip(file: io.BufferedIOBase, budget: Budget, depth: int = 0) -> tuple
             raise CheckpointError(
                 f"{name}: entry {shown(key)!r} is damaged ({shown(error)}); download the file again"
             ) from None
+
+    roots = [key[: -len("data.pkl")] for key in entries if re.fullmatch(r"[^/]+/data\.pkl", key)]
+    if len(roots) != 1:
+        packed = _packed(list(entries))
+        data = b"" if roots or depth or packed is None else read(packed)
+        if data.startswith((b"PK\x03\x04", b"\x80")):
+            inner = _torch_zip if data.startswith(b"PK") else _pickles
+            return inner(io.BytesIO(data), budget, depth + 1)
+        raise CheckpointError(f"{name}: {foreign_zip(list(entries))}")
+    root = roots[0]
+    if f"{root}constants.pkl" in entries or any(key.startswith(f"{root}code/") for key in entries):
+        raise UnsafeCheckpointError(
+            f"{name}: a TorchScript program, which can only be used by executing it; refused, nothing was executed. "
+            "Save the state dict only"
+        )
 
     if f"{root}byteorder" in entries and not byte_order_fits(read(f"{root}byteorder").strip() == b"little"):
         raise CheckpointError(f"{name}: written on a machine with the other byte order; convert it there")
@@ -218,6 +224,12 @@ def _torch_zip(file: io.BufferedIOBase, budget: Budget, depth: int = 0) -> tuple
 
     pickled = read(f"{root}data.pkl")
     return unpickle(io.BytesIO(pickled), len(pickled), name, storage, budget), "torch"
+
+
+def _packed(names: list[str]) -> str | None:
+    """The only file in a zip archive, if its name is that of a checkpoint; besides what archivers of macOS add."""
+    files = [n for n in names if not n.endswith(("/", ".DS_Store")) and not n.startswith("__MACOSX/")]
+    return files[0] if len(files) == 1 and files[0].lower().endswith((".pt", ".pth", ".pkl", ".bin")) else None
 
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch's format before 1.6
