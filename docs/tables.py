@@ -22,6 +22,7 @@ BEGIN, END = "<!-- systems: begin (make tables) -->", "<!-- systems: end -->"
 PAGES = {
     "decoupled-solo": "solo",
     "keypoint-rcnn": "mask-rcnn",
+    "cascade-panoptic-fpn": "panoptic-fpn",
     "rfcn": "fcis",
     "h-detr": "mask-frozen-detr",
     "panoptic-blendmask": "blendmask",

@@ -2,7 +2,8 @@
 
 mmdetection.json has, for each system, the names and shapes of its state dict, losses, the norm of all gradients and the
 best detections. Weights are random numbers that depend on the names alone (`random_weights`). Compiled operators were
-those of torchvision. Samples were the first candidates instead of random ones.
+those of torchvision. Samples were the first candidates instead of random ones. Masks of HTC were averaged over its
+stages, as in version 2, by which its published scores were measured.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 import maskwright as mw
 from maskwright.blocks.fpn import PathAggregation
 from maskwright.checkpoints.mmcv_config import input_size, look, normalisation, read_config
+from maskwright.checkpoints.names import COCO, COCO_STUFF_ONLY
 from maskwright.errors import CheckpointError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.mask_targets import mask_targets
@@ -30,8 +32,8 @@ from maskwright.structures import Instances, Masks, Panoptic, Placement
 RECORDED = json.loads((Path(__file__).parent / "mmdetection.json").read_text())
 SYSTEMS = {
     "faster-rcnn-pafpn": "faster-rcnn", "mask-rcnn": "mask-rcnn", "cascade-mask-rcnn": "cascade-mask-rcnn",
-    "mask-scoring-rcnn": "mask-scoring-rcnn", "panoptic-fpn": "panoptic-fpn", "retinanet": "retinanet", "fcos": "fcos",
-    "fcos-improved-dcn": "fcos",
+    "htc": "htc", "mask-scoring-rcnn": "mask-scoring-rcnn", "panoptic-fpn": "panoptic-fpn", "retinanet": "retinanet",
+    "fcos": "fcos", "fcos-improved-dcn": "fcos",
 }  # fmt: skip
 SIZES, IMAGES, PADDED = ((150, 180), (160, 190)), ((100, 120), (80, 95)), (160, 192)
 GAINS = (
@@ -67,7 +69,7 @@ def content(name: str, **meta: Any) -> dict[str, Any]:
 
 
 def names(name: str) -> tuple[str, ...]:
-    return tuple(f"class {letter}" for letter in ("abcdefgh" if name == "panoptic-fpn" else "abcde"))
+    return tuple(f"class {letter}" for letter in ("abcdefgh" if name in ("panoptic-fpn", "htc") else "abcde"))
 
 
 def loaded(name: str, folder: Path, **options: Any) -> Any:
@@ -136,7 +138,7 @@ def test_detections_losses_and_gradients_are_those_of_the_original(
     monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.arange(count))
     system.train()
     targets = objects("masks" in system.needs)
-    terms = system.losses(system(images), [regions(t) for t in targets] if name == "panoptic-fpn" else targets)
+    terms = system.losses(system(images), [regions(t) for t in targets] if name in ("panoptic-fpn", "htc") else targets)
     theirs = sorted(recorded["losses"].values())
     assert sorted(float(value.detach()) for value in terms.values()) == pytest.approx(theirs, rel=2e-5)
     torch.stack(list(terms.values())).sum().backward()
@@ -174,6 +176,33 @@ def test_files_of_version_2_without_a_configuration(name: str, tmp_path: Path) -
     else:  # anchors are sorted by size first, in the file by ratio first
         bias = state["bbox_head.retina_reg.bias"].view(3, 3, 4)
         assert torch.equal(system.dense.deltas.bias.view(3, 3, 4), bias.transpose(0, 1))
+
+
+def test_published_files_of_htc_predict_the_classes_of_coco_stuff(tmp_path: Path) -> None:
+    layout = dict(RECORDED["htc"]["layout"])
+    for stage in range(3):
+        for key, rows in ((f"bbox_head.{stage}.fc_cls", 81), (f"mask_head.{stage}.conv_logits", 80)):
+            for kind in ("weight", "bias"):
+                layout[f"roi_head.{key}.{kind}"] = [rows, *layout[f"roi_head.{key}.{kind}"][1:]]
+    for kind in ("weight", "bias"):
+        key = f"roi_head.semantic_head.conv_logits.{kind}"
+        layout[key] = [183, *layout[key][1:]]
+    state = random_weights(layout)
+    torch.save({"meta": {"CLASSES": COCO}, "state_dict": state}, tmp_path / "htc_r50_fpn_1x_coco_20200317-7332cf16.pth")
+    system: Any = mw.load(tmp_path / "htc_r50_fpn_1x_coco_20200317-7332cf16.pth")
+    assert system.name == "htc"
+    assert system.classes == (*COCO, *COCO_STUFF_ONLY)
+    assert system.stuff == COCO_STUFF_ONLY
+    assert system.options["cascade"]["loss_weights"] == [1.0, 0.5, 0.25]
+    rows = system.semantic.logits.weight[:, 0, 0, 0].detach()
+    theirs = state["roi_head.semantic_head.conv_logits.weight"][:, 0, 0, 0]
+    for name, number in (("person", 1), ("stop sign", 13), ("toothbrush", 90), ("banner", 92), ("wood", 182)):
+        assert rows[1 + system.classes.index(name)] == theirs[number - 1]  # their labels are category ids less 1
+    assert rows[0] == theirs[182]
+    plain = {k: v for k, v in state.items() if "semantic_head" not in k}
+    torch.save({"state_dict": plain}, tmp_path / "htc_without_semantic_r50_fpn_1x_coco.pth")
+    system = mw.load(tmp_path / "htc_without_semantic_r50_fpn_1x_coco.pth")
+    assert (system.name, system.classes, system.options["semantic"]) == ("htc", COCO, False)
 
 
 def test_the_configuration_in_the_file_takes_precedence(tmp_path: Path) -> None:

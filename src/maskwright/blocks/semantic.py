@@ -62,11 +62,12 @@ def semantic_loss(
     Args:
         logits: Logits of each class.
         truth: Label maps; the logits are upsampled to their size.
-        coarse: The labels at every fourth row and column are compared with logits of stride 4 instead, and the average
-            is over all of these, VOID included (MMDetection).
+        coarse: The labels at every fourth row and column are compared with logits of stride 4 instead (every eighth
+            with logits of stride 8), and the average is over all of these, VOID included (MMDetection).
     """
     if coarse:
-        truth = truth[:, ::4, ::4]
+        step = round(truth.shape[1] / logits.shape[2])
+        truth = truth[:, ::step, ::step]
         total = global_mean_count(truth.new_tensor(float(truth.numel()), dtype=torch.float32))
         return functional.cross_entropy(logits.float(), truth, ignore_index=VOID, reduction="sum") / total
     large = functional.interpolate(logits.float(), size=truth.shape[1:], mode="bilinear", align_corners=False)

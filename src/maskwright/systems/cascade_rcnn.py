@@ -15,7 +15,7 @@ The published implementations differ in how much each stage contributes to the g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -57,6 +57,11 @@ from maskwright.systems.system import ClassRows
 
 CASCADE_BOXES = BoxOptions(agnostic=True)
 DELTA_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
+# `CascadeOptions` of MMDetection's configurations.
+MMDETECTION: Mapping[str, Any] = {
+    "delta_weights": (*DELTA_WEIGHTS[:2], (1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067)),
+    "loss_weights": (1.0, 0.5, 0.25), "gradients": (1.0, 1.0, 1.0), "resample": True, "mask_stage": "every",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -218,7 +223,7 @@ class CascadeMaskRCNN(MaskRCNN):
         """The box head of a stage, counted from 0."""
         return self.boxes if stage == 0 else self.get_submodule(f"boxes_{stage + 1}")
 
-    def mask_head(self, stage: int) -> nn.Module | None:
+    def mask_head(self, stage: int) -> Callable[..., Tensor] | None:
         """The mask head that is trained beside a stage, counted from 0; None if there is none."""
         where = self.cascade.mask_stage
         if self.masks is None or where == "every":
@@ -258,24 +263,39 @@ class CascadeMaskRCNN(MaskRCNN):
             weight = self.cascade.loss_weights[stage]
             for kind, value in box_losses(logits, deltas, assigned, targets, rules).items():
                 terms[f"{kind}_{stage + 1}"] = value * weight
+            refined = self.refined(stage, deltas, boxes, sizes)
+            if rules.left_out == "objects":
+                refined = [own if a.added is None else own[~a.added] for own, a in zip(refined, assigned, strict=True)]
             network = self.mask_head(stage)
             if network is not None:
-                rois = Foreground.from_assigned(assigned)
+                rois = self.mask_rois(stage, assigned, refined, targets)
                 found = self.mask_losses(raw, self.mask_features(raw, rois.boxes), rois, targets, network)
                 ending = f"_{stage + 1}" if self.cascade.mask_stage == "every" else ""
                 terms |= {f"{kind}{ending}": value * weight for kind, value in found.items()}
-            boxes = self.refined(stage, deltas, boxes, sizes)
-            if rules.left_out == "objects":
-                boxes = [own if a.added is None else own[~a.added] for own, a in zip(boxes, assigned, strict=True)]
+            boxes = refined
         return terms
+
+    def mask_rois(
+        self, stage: int, assigned: Sequence[Assigned], refined: Sequence[Float[Tensor, "_n 4"]],
+        targets: Sequence[Instances],
+    ) -> Foreground:  # fmt: skip
+        """The boxes in which the masks beside a stage are trained: the foreground of its boxes.
+
+        Args:
+            stage: The stage, counted from 0.
+            assigned: The boxes that it is trained on.
+            refined: The boxes that it has predicted.
+            targets: Objects of each image.
+        """
+        return Foreground.from_assigned(assigned)
 
     def assigned(
         self, stage: int, boxes: Sequence[Float[Tensor, "_n 4"]], targets: Sequence[Instances]
     ) -> list[Assigned]:
         """The boxes that a stage is trained on, with their objects."""
         assign = sample_boxes if stage == 0 or self.cascade.resample else assign_boxes
-        rules, classes = self.stage_rules[stage], len(self.classes)
-        return [assign(own, target, classes, rules) for own, target in zip(boxes, targets, strict=True)]
+        rules = self.stage_rules[stage]
+        return [assign(own, target, self.head_classes, rules) for own, target in zip(boxes, targets, strict=True)]
 
     # ---- detection ---------------------------------------------------------------------------------------------------
 
@@ -348,7 +368,7 @@ class CascadeMaskRCNN(MaskRCNN):
 
     def mask_probabilities(
         self, raw: Raw, features: Tensor, boxes: Sequence[Tensor], labels: Tensor, refine: bool = True,
-        network: nn.Module | None = None,
+        network: Callable[..., Tensor] | None = None,
     ) -> Float[Tensor, "r s s"]:  # fmt: skip
         """The mask of each box's class, averaged over the mask heads."""
         heads = range(self.stages) if self.cascade.mask_stage == "every" and network is None else [0]
@@ -369,11 +389,8 @@ class CascadeMaskRCNN(MaskRCNN):
     _ZOO = "detectron2 MODEL_ZOO.md"
     _MMDETECTION: ClassVar[dict[str, Any]] = {
         "rules": "mmdetection",
-        "cascade": {
-            "delta_weights": (*DELTA_WEIGHTS[:2], (1 / 0.033, 1 / 0.033, 1 / 0.067, 1 / 0.067)),
-            "loss_weights": (1.0, 0.5, 0.25), "gradients": (1.0, 1.0, 1.0), "resample": True, "mask_stage": "every",
-        },
-    }  # fmt: skip
+        "cascade": MMDETECTION,
+    }
     _D2 = "COCO val2017, short side 800, pycocotools"
     _OWN = "COCO minival 2014, short side 800"
     _README = "README of zhaoweicai/Detectron-Cascade-RCNN"

@@ -15,7 +15,7 @@ The published implementations, detectron2 and torchvision, differ in conventions
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal, Self
@@ -276,7 +276,7 @@ class MaskRCNN(TwoStage):
 
     def mask_losses(
         self, raw: Raw, features: Float[Tensor, "r c s s"], rois: Foreground, targets: Sequence[Instances],
-        network: nn.Module | None = None,
+        network: Callable[..., Tensor] | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Computes `mask`, whose target is the object's mask inside the box, `mask_point` and `mask_iou`.
 
@@ -408,7 +408,7 @@ class MaskRCNN(TwoStage):
 
     def mask_probabilities(
         self, raw: Raw, features: Float[Tensor, "r c _s _s"], boxes: Sequence[Float[Tensor, "_n 4"]],
-        labels: Int[Tensor, " r"], refine: bool = True, network: nn.Module | None = None,
+        labels: Int[Tensor, " r"], refine: bool = True, network: Callable[..., Tensor] | None = None,
     ) -> Float[Tensor, "r s s"]:  # fmt: skip
         """The mask of each box's class, refined at points if the system has them and unless `refine` is False.
 

@@ -16,7 +16,7 @@ segmentation, and `blocks.points` refines coarse masks of other systems.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -275,7 +275,7 @@ class PointRend(MaskRCNN):
 
     def mask_losses(
         self, raw: Raw, features: Float[Tensor, "r c s s"], rois: Foreground, targets: Sequence[Instances],
-        network: nn.Module | None = None,
+        network: Callable[..., Tensor] | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
         """Computes `mask` of the coarse head, or `size` of the implicit networks, and `mask_point`."""
         if not self.implicit:
@@ -293,7 +293,7 @@ class PointRend(MaskRCNN):
 
     def mask_probabilities(
         self, raw: Raw, features: Float[Tensor, "r c _s _s"], boxes: Sequence[Float[Tensor, "_n 4"]],
-        labels: Int[Tensor, " r"], refine: bool = True, network: nn.Module | None = None,
+        labels: Int[Tensor, " r"], refine: bool = True, network: Callable[..., Tensor] | None = None,
     ) -> Float[Tensor, "r s s"]:  # fmt: skip
         if self.implicit and not refine:
             raise UsageError("refine=False requires coarse masks, which implicit PointRend does not have")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from maskwright.checkpoints.origins import Origin, Shapes
@@ -42,7 +41,8 @@ RENAME = [
 ]
 
 
-def _recognise(shapes: Shapes, about: Mapping[str, Any]) -> dict[str, Any] | None:
+def cascade_options(shapes: Shapes) -> dict[str, Any] | None:
+    """Options of a two-stage system with several box stages; None for another layout."""
     stages = {int(m[1]) for k in shapes if (m := STAGE.match(k))}
     if not stages or stages != set(range(len(stages))):
         return None
@@ -71,7 +71,7 @@ ORIGINS = [
         name="detectron2",
         system="cascade-mask-rcnn",
         rename=RENAME,
-        recognise=_recognise,
+        recognise=lambda shapes, about: cascade_options(shapes),
         finish=deformable_weights,
         ignore=DETECTRON2_IGNORE,
         code_licence="Apache-2.0",

@@ -12,7 +12,7 @@ from maskwright.checkpoints.names import class_names, coco_by_id
 from maskwright.checkpoints.origins import Origin, Shapes, State
 
 DEPTHS: dict[tuple[int, ...], int] = {(2, 2, 2, 2): 18, (3, 4, 6, 3): 50, (3, 4, 23, 3): 101, (3, 8, 36, 3): 152}
-X101_STD = (57.375, 57.12, 58.395)  # only detectron2's ResNeXt models divide by it
+X101_STD = (57.375, 57.12, 58.395)  # of detectron2's models, only ResNeXt-101 divides by it
 Head = Literal["masks", "keypoints", "none", "any"]
 DENSE = (r"^(backbone|neck|rpn)\.", r"dense.\1.")  # parts of the dense network
 
@@ -149,7 +149,8 @@ def detectron2_backbone(shapes: Shapes) -> dict[str, Any] | None:
     options: dict[str, Any] = {"backbone": backbone, "rules": "detectron2", "in_channels": stem[1]}
     if grouped:
         backbone |= {"groups": width[0] // width[1], "group_width": width[1] * 64 // stem[0]}
-        options["resize"] = {"std": X101_STD}
+        if depth == 101:
+            options["resize"] = {"std": X101_STD}
     offsets = {n: _count(shapes, rf"^{re.escape(prefix)}res{n + 2}\.(\d+)\.conv2_offset\.weight$") for n in range(4)}
     deform = [n for n, count in offsets.items() if count]
     if deform:

@@ -184,7 +184,7 @@ def deformable_weights(state: State, options: Mapping[str, Any]) -> State:
 # ---- two-stage systems -----------------------------------------------------------------------------------------------
 
 
-def _two_stage(shapes: Shapes, about: Mapping[str, Any], system: str, weighted: bool) -> dict[str, Any] | None:
+def two_stage(shapes: Shapes, about: Mapping[str, Any], system: str, weighted: bool = False) -> dict[str, Any] | None:
     """Options of a two-stage system; None if the file holds another one.
 
     Args:
@@ -315,7 +315,8 @@ def _semantic(shapes: Shapes, about: Mapping[str, Any], things: int) -> dict[str
     }  # fmt: skip
 
 
-def _finish(state: State, options: Mapping[str, Any]) -> State:
+def finish_two_stage(state: State, options: Mapping[str, Any]) -> State:
+    """Tensors of a two-stage system that are moved or permuted after renaming; see `Origin.finish`."""
     result = deformable_weights(state, options)
     if options.get("neck") == "pafpn":
         for pattern, new in AGGREGATED:
@@ -328,7 +329,7 @@ def _finish(state: State, options: Mapping[str, Any]) -> State:
 
 def _finish_standardised(state: State, options: Mapping[str, Any]) -> State:
     """Standardises the weights of convolutions once, instead of in every pass (arXiv 1903.10520)."""
-    return {k: _standardise(v) if _STANDARDISED.match(k) else v for k, v in _finish(state, options).items()}
+    return {k: _standardise(v) if _STANDARDISED.match(k) else v for k, v in finish_two_stage(state, options).items()}
 
 
 _STANDARDISED = re.compile(r"^(dense\.(backbone|neck)\..*conv|(boxes|masks)\w*\.convs\.\d\.conv)\.weight$")
@@ -343,8 +344,8 @@ def _standardise(weight: Tensor) -> Tensor:
 # ---- files of other systems ------------------------------------------------------------------------------------------
 
 SUPPORTED = (
-    "Faster, Mask, Mask Scoring and Cascade (Mask) R-CNN with a ResNet or ResNeXt and FPN or PAFPN, Panoptic FPN, FCOS "
-    "and RetinaNet"
+    "Faster, Mask, Mask Scoring and Cascade (Mask) R-CNN and Hybrid Task Cascade with a ResNet or ResNeXt and FPN or "
+    "PAFPN, Panoptic FPN, FCOS and RetinaNet"
 )
 
 
@@ -379,8 +380,8 @@ ORIGINS = [
         name="mmdetection",
         system=system,
         rename=TWO_STAGE,
-        recognise=lambda shapes, about, system=system, weighted=weighted: _two_stage(shapes, about, system, weighted),
-        finish=_finish_standardised if weighted else _finish,
+        recognise=lambda shapes, about, system=system, weighted=weighted: two_stage(shapes, about, system, weighted),
+        finish=_finish_standardised if weighted else finish_two_stage,
         ignore=IGNORE,
         code_licence=LICENCE,
         weights_licence=LICENCE,

@@ -11,7 +11,7 @@ from maskwright.checkpoints.origins import blendmask as blend
 from maskwright.checkpoints.origins import centermask as center
 from maskwright.checkpoints.origins.fcos import ADELAIDET_IGNORE
 from maskwright.checkpoints.origins.mask_rcnn import DETECTRON2_IGNORE, minus
-from maskwright.checkpoints.origins.panoptic_fpn import RENAME as SEMANTIC
+from maskwright.checkpoints.origins.panoptic_fpn import SEMANTIC
 
 # The pyramid begins at stride 4; the rules of FCOS, whose pyramids begin at stride 8, come after these.
 NECK = [minus(rf"^backbone\.fpn_{part}(\d)\.", f"neck.{part}.{{}}.conv.", 2) for part in ("lateral", "output")]

@@ -25,27 +25,39 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class SemanticOptions(OptionGroup):
-    """The semantic branch, as options of a system.
+class BranchOptions(OptionGroup):
+    """What options of semantic branches have in common.
 
     Attributes:
-        width: Channels of its convolutions.
-        norm: Normalisation after each of them.
-        weight: Weight of its loss; that of the other losses is 1.
+        weight: Weight of the loss; that of the other losses is 1.
         smallest_area: Regions of stuff with fewer pixels of the image are left out.
     """
 
     label: ClassVar[str] = "semantic"
 
-    width: int = 128
-    norm: Norm = "group"
     weight: float = 0.5
     smallest_area: int = 4096
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_at_least(1, "width")
         self.check_at_least(0, "weight", "smallest_area")
+
+
+@dataclass(frozen=True)
+class SemanticOptions(BranchOptions):
+    """The semantic branch, as options of a system.
+
+    Attributes:
+        width: Channels of its convolutions.
+        norm: Normalisation after each of them.
+    """
+
+    width: int = 128
+    norm: Norm = "group"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_at_least(1, "width")
 
 
 SEMANTIC = SemanticOptions()
@@ -61,7 +73,7 @@ class SemanticBranch(PanopticSystem):
         branch: Options of the branch.
     """
 
-    branch: SemanticOptions
+    branch: BranchOptions
 
     @abstractmethod
     def semantic_logits(self, raw: Any) -> Float[Tensor, "b k _h _w"]:
