@@ -36,6 +36,7 @@ class Recipe:
         steps: Training steps.
         changes: Fields of the training recipe.
         classes: Whether outlines are classes; otherwise every object is "object".
+        then: A second stage that goes on with the result: its options, steps and fields of the training recipe.
     """
 
     preset: str
@@ -44,6 +45,7 @@ class Recipe:
     steps: int
     changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     classes: bool = True
+    then: tuple[Mapping[str, Any], int, Mapping[str, Any]] | None = None
 
 
 NARROW = {"neck_width": 64, "boxes": {"width": 256}, "masks": {"width": 64}}
@@ -52,9 +54,15 @@ RECIPES = {
     "solov2": Recipe("solov2-small", {}, 160, 12000, {"batch": 4, "lr": 5e-4, "ema": 0.998}),
     "mask2former": Recipe("mask2former-small", {}, 160, 20000, {"batch": 8, "lr": 2e-4, "ema": 0.999}),
     "eomt": Recipe("eomt-small", {}, 128, 40000, {"batch": 16, "lr": 3e-4, "ema": 0.999}),
-    "sam": Recipe("sam-small", {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
-                  192, 4500, {"batch": 4, "lr": 6e-4, "warmup": 300, "ema": 0.998, "augment": {"flip": 0.5, "jitter": [0.5, 1.6]}},
-                  classes=False),
+    # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
+    "sam": Recipe("sam-small",
+                  {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
+                  192, 4500,
+                  {"batch": 4, "lr": 6e-4, "warmup": 300, "ema": 0.998, "augment": {"flip": 0.5, "jitter": [0.5, 1.6]}},
+                  classes=False,
+                  then=({"resize": {"canvas": [512, 512]}}, 700,
+                        {"batch": 2, "lr": 2e-4, "warmup": 50, "ema": 0.99,
+                         "augment": {"flip": 0.5, "jitter": [0.35, 1.3]}})),
 }  # fmt: skip
 
 
@@ -82,15 +90,24 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = RECIPES[arguments.name]
     steps = arguments.steps or recipe.steps
-    folder = arguments.out / arguments.name
-    count = steps * recipe.changes["batch"]  # every image is seen once
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    learn = images(recipe, count, arguments.seed, arguments.nuclei)
-    kind = mw.train(
-        recipe.preset, learn, val=False, out=folder, steps=steps, seed=arguments.seed, workers=arguments.workers,
-        options=recipe.options, tensorboard=False, resume=(folder / "last.ckpt").exists(), save_minutes=5.0,
-        **recipe.changes,
-    )  # fmt: skip
+
+    def learned(start: Any, folder: Path, steps: int, seed: int, changes: Mapping[str, Any], **options: Any) -> Any:
+        learn = images(recipe, steps * changes["batch"], seed, arguments.nuclei)  # every image is seen once
+        return mw.train(
+            start, learn, val=False, out=folder, steps=steps, seed=seed, workers=arguments.workers, tensorboard=False,
+            resume=(folder / "last.ckpt").exists(), save_minutes=5.0, **changes, **options,
+        )  # fmt: skip
+
+    folder = arguments.out / arguments.name
+    kind = learned(recipe.preset, folder, steps, arguments.seed, recipe.changes, options=recipe.options)
+    if recipe.then is not None:
+        options, more, changes = recipe.then
+        if arguments.steps is not None:
+            more = max(1, more * arguments.steps // recipe.steps)
+        kind = learned(
+            mw.load(kind, **options), arguments.out / f"{arguments.name}-2", more, arguments.seed + 1, changes
+        )
     system = mw.load(kind)
     source = {
         "origin": "maskwright: trained on generated images" + (" and CC0 nuclei" if arguments.nuclei else ""),
