@@ -20,6 +20,8 @@ def annotate(
     *,
     weights: Weights = None,
     suggest: Annotated[str | None, arg(metavar="FILE|NAME")] = None,
+    suggest_threshold: float = 0.5,
+    train: Annotated[str | None, arg(metavar="SYSTEM|FILE")] = None,
     classes: ClassNames = None,
     out: Directory = None,
     split: Name = None,
@@ -60,6 +62,9 @@ def annotate(
         source: A folder of images, a video file (needs the extra video), or a data set.
         weights: A promptable system such as SAM: a file, or a name of the catalogue (`maskwright checkpoints`).
         suggest: A trained system whose objects are suggested.
+        suggest_threshold: Objects with lower scores are not suggested.
+        train: What the page trains on the labelled images: a system, a preset, or weights to continue from; default:
+            those of --suggest, or mask-rcnn-small.
         classes: Names of classes, in addition to those of the data set and of earlier sessions.
         out: Folder of the annotations and of exports; default: DIR/.maskwright.
         split: Open only this split of a data set.
@@ -86,6 +91,8 @@ def annotate(
         source=source,
         weights=weights,
         suggest=suggest,
+        threshold=suggest_threshold,
+        train=train,
         classes=tuple(name for name in (classes or "").split(",") if name.strip()),
         out=None if out is None else Path(out),
         split=split,

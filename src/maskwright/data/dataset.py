@@ -142,6 +142,14 @@ class Dataset(torch.utils.data.Dataset[Sample]):
         ids = self.targets(index).ids
         return [] if ids is None else ids.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
+    def extras(self, index: int) -> list[dict[str, Any]] | None:
+        """Return further fields of the objects of one image, which formats with fields of any name keep (COCO).
+
+        None without such fields.
+        """
+        del index
+        return None
+
     def scores(self, index: int) -> list[float] | None:
         """Return the scores of the objects of one image; None for annotations."""
         scores = self.targets(index).scores

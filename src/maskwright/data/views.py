@@ -90,6 +90,10 @@ class View(Dataset):
         scores = self.inner.scores(self.positions[index])
         return None if scores is None else [scores[row] for row in self._rows(index)]
 
+    def extras(self, index: int) -> list[dict[str, Any]] | None:
+        extras = self.inner.extras(self.positions[index])
+        return None if extras is None else [extras[row] for row in self._rows(index)]
+
     def _rows(self, index: int) -> list[int]:
         return cast(list[int], self.order(self.inner.targets(self.positions[index]).labels).tolist())  # pyright: ignore[reportUnknownMemberType] - untyped in torch
 

@@ -17,8 +17,9 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -29,24 +30,30 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from maskwright._version import __version__
+from maskwright.checkpoints import load
 from maskwright.data.convert import writable_formats
 from maskwright.errors import DataError, ImageError, MaskwrightError, UsageError
+from maskwright.systems import System
 from maskwright.text import printable
 from maskwright.web.assistant import Assistant, timed
+from maskwright.web.exporting import LossyError, export
 from maskwright.web.guard import LOCAL_HOSTS, Guard, Rules
+from maskwright.web.learning import MOST_STEPS, SYSTEM, Progress, Trainer
 from maskwright.web.live import Client, Desk, Hub, Services, serve_client
-from maskwright.web.objects import shown
+from maskwright.web.objects import is_integer, shown
+from maskwright.web.operations import Operations
 from maskwright.web.project import NotFoundError, Project
 from maskwright.web.showing import Shower
+from maskwright.web.suggesting import Suggester, Suggestions, be_nice
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' blob: data:; style-src 'self'; script-src 'self' 'wasm-unsafe-eval'; "
-        "worker-src 'self' blob:; connect-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
+        "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self' blob:; "
+        "connect-src 'self'; worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "require-trusted-types-for 'script'"
     ),
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Embedder-Policy": "require-corp",
@@ -86,6 +93,9 @@ class AnnotationServer:
     Args:
         project: The annotations.
         assistant: A promptable system; None: masks are drawn by hand only.
+        suggest: A trained system whose objects are suggested.
+        threshold: Objects of `suggest` with lower scores are not suggested.
+        train: What the page trains: a system, a preset, or weights to continue from.
         token: Value that a request must have; None: none.
         hosts: Allowed values of the Host header without the port, against DNS rebinding; None: any.
         limits: What is accepted.
@@ -100,6 +110,9 @@ class AnnotationServer:
         project: Project,
         assistant: Assistant | None = None,
         *,
+        suggest: System | None = None,
+        threshold: float = 0.5,
+        train: str = SYSTEM,
         token: str | None = None,
         hosts: frozenset[str] | None = LOCAL_HOSTS,
         limits: Limits | None = None,
@@ -112,9 +125,17 @@ class AnnotationServer:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="maskwright-write")
         self._clicks = ThreadPoolExecutor(1, thread_name_prefix="maskwright-click")
         self._now = ThreadPoolExecutor(1, thread_name_prefix="maskwright-encode")
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="maskwright-ahead")
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="maskwright-ahead", initializer=be_nice)
+        self._long = ThreadPoolExecutor(1, thread_name_prefix="maskwright-long")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._exporting = asyncio.Lock()
+        self._threshold = threshold
+        self.suggestions = Suggestions(None if suggest is None else self._suggester(suggest))
+        self.operations = Operations(project, self.suggestions, self.hub, assistant, self._long, self._writer)
+        device = None if assistant is None else assistant.device
+        self.trainer = Trainer(project, train, device, self._tell_training, self._trained)
         desk = None if assistant is None else Desk(assistant, self._clicks)
-        self.services = Services(project, self.hub, self._writer, self._shown, desk)
+        self.services = Services(project, self.hub, self._writer, self._shown, desk, self.operations.handlers)
         self._rules = Rules(token, hosts, frozenset({"/", "/health"}), f"maskwright-{port}")
         handlers: Mapping[Any, Any] = {HTTPException: _refusal, MaskwrightError: _fault}
         inner = Starlette(routes=self._routes(), exception_handlers=handlers, lifespan=self._lifespan)
@@ -126,6 +147,8 @@ class AnnotationServer:
             Route("/health", self._health),
             Route("/api/project", self._project),
             Route("/api/classes", self._classes, methods=["POST"]),
+            Route("/api/export", self._export, methods=["POST"]),
+            Route("/api/train", self._train, methods=["GET", "POST", "DELETE"]),
             Route("/api/images", self._images),
             Route("/api/images/{id:int}/pixels", self._pixels),
             Route("/api/images/{id:int}/objects", self._objects),
@@ -135,15 +158,22 @@ class AnnotationServer:
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncGenerator[None]:
-        if self.services.desk is not None:
-            self.services.desk.start()
+        loop = self._loop = asyncio.get_running_loop()
+        desk, suggester = self.services.desk, self.suggestions.suggester
+        if desk is not None:
+            desk.start()
+        if suggester is not None:
+            suggester.start()
         try:
             yield
         finally:
-            if self.services.desk is not None:
-                await self.services.desk.stop()
-            loop = asyncio.get_running_loop()
-            for pool in (self._ahead, self._now, self._clicks, self._readers, self._writer):
+            self._loop = None
+            await self.trainer.stop()
+            if desk is not None:
+                await desk.stop()
+            if self.suggestions.suggester is not None:
+                await loop.run_in_executor(None, self.suggestions.suggester.stop)
+            for pool in (self._ahead, self._now, self._long, self._clicks, self._readers, self._writer):
                 await loop.run_in_executor(None, lambda pool=pool: pool.shutdown(cancel_futures=True))
             self.project.close()
             self.project.source.close()
@@ -182,7 +212,8 @@ class AnnotationServer:
     # ---- what is annotated -------------------------------------------------------------------------------------------
 
     async def _project(self, _: Request) -> Response:
-        project, assistant = self.project, self.assistant
+        project, assistant, suggester = self.project, self.assistant, self.suggestions.suggester
+        suggest = None if suggester is None else {"system": suggester.name, "done": suggester.progress[0]}
         assist = None if assistant is None else {"system": assistant.name, "ready": True, "where": "server"}
         return JSONResponse(
             {
@@ -192,10 +223,13 @@ class AnnotationServer:
                 "count": len(project),
                 "classes": project.shown_classes(),
                 "assist": assist,
-                "suggest": None,
+                "suggest": suggest,
                 "formats": writable_formats(),
                 "user": project.user,
-                "can_train": False,
+                "can_train": self.trainer.is_possible(),
+                "can_propagate": self.operations.can_propagate,
+                "can_similar": assistant is not None,
+                "train": self.trainer.progress.public(),
                 "version": __version__,
                 "limits": {"message_bytes": self.limits.bytes, "pixels": self.limits.pixels},
             }
@@ -217,7 +251,8 @@ class AnnotationServer:
             raise HTTPException(400, f"only must be all, todo, done or uncertain, got {shown(only)}")
 
         def work() -> dict[str, Any]:
-            chosen = self.project.listed(only)
+            ranked = self.suggestions.ranked() if only == "uncertain" else ()
+            chosen = self.project.listed(only, ranked)
             items = [self.project.about(index) for index in chosen[start : start + min(count, 1000)]]
             return {"total": len(chosen), "items": items}
 
@@ -239,17 +274,98 @@ class AnnotationServer:
 
         def work() -> bytes:
             state = self.project.state(index)
+            if self.suggestions.suggester is not None and not state.done:
+                self.suggestions.suggester.ask(index)
             value = {
                 "id": index,
                 "version": state.version,
                 "size": list(state.size),
                 "done": state.done,
                 "objects": [one.public(state.size) for one in state.objects.values()],
-                "suggestions": [],
+                "suggestions": [one.public(state.size) for one in self.suggestions.of(index, state)],
             }
             return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
         return Response(await self._read(work), media_type="application/json")
+
+    async def _export(self, request: Request) -> Response:
+        value = await self._json(request)
+        format, allow = value.get("format"), value.get("allow_loss", False)
+        if format not in writable_formats() or not isinstance(allow, bool):
+            listed = ", ".join(writable_formats())
+            raise HTTPException(400, f"format must be one of {listed}, and allow_loss true or false")
+        async with self._exporting:
+            try:
+                found = await self._read(lambda: export(self.project, format, allow_loss=allow))
+            except LossyError as error:
+                return JSONResponse({"error": str(error), "losses": error.losses}, 409)
+        return JSONResponse(
+            {
+                "path": printable(str(found.path)),
+                "images": found.images,
+                "objects": found.objects,
+                "losses": found.losses,
+            }
+        )
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    async def _train(self, request: Request) -> Response:
+        if request.method == "POST":
+            steps = (await self._json(request)).get("steps")
+            if steps is not None and (not is_integer(steps) or not 1 <= steps <= MOST_STEPS):
+                raise HTTPException(400, f"steps must be an integer from 1 to {MOST_STEPS}, got {shown(steps)}")
+            self.trainer.start(steps)
+        elif request.method == "DELETE":
+            await self.trainer.stop()
+        return JSONResponse(self.trainer.progress.public())
+
+    def _tell_training(self, progress: Progress) -> None:
+        self.hub.tell({"event": "train", **progress.public()})
+
+    def _trained(self, weights: Path) -> None:
+        """Suggest what the new weights find."""
+        if self._loop is not None:
+            self._reloading = asyncio.create_task(self._replace(weights))
+
+    async def _replace(self, weights: Path) -> None:
+        loop, before = asyncio.get_running_loop(), self.suggestions.suggester
+        try:
+            system = await loop.run_in_executor(self._readers, load, weights)
+            suggester = await loop.run_in_executor(self._readers, self._suggester, system)
+        except (MaskwrightError, RuntimeError, OSError) as error:
+            message = f"the new weights cannot be used for suggestions: {error}"
+            self._tell_training(replace(self.trainer.progress, message=message))
+            return
+        self.suggestions.suggester = suggester
+        suggester.start()
+        for index in {client.image for client in self.hub.clients if client.image is not None}:
+            suggester.ask(index)
+        if before is not None:
+            await loop.run_in_executor(self._readers, before.stop)
+
+    # ---- suggestions -------------------------------------------------------------------------------------------------
+
+    def _suggester(self, system: System) -> Suggester:
+        device = None if self.assistant is None else self.assistant.device
+        return Suggester(self.project, system, self.assistant, self._threshold, device, self._predicted)
+
+    def _predicted(self, index: int) -> None:
+        """Called on the thread of the suggester: there are suggestions for an image."""
+        loop = self._loop
+        if loop is not None and any(client.image == index for client in list(self.hub.clients)):
+            work = self._tell_suggestions(index)
+            try:
+                asyncio.run_coroutine_threadsafe(work, loop)
+            except RuntimeError:  # the loop has been closed
+                work.close()
+
+    async def _tell_suggestions(self, index: int) -> None:
+        try:
+            event = await self._read(lambda: self.operations.suggestions_event(index))
+        except MaskwrightError:
+            return
+        self.operations.tell_showing(index, event)
 
     async def _read(self, work: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)

@@ -85,6 +85,8 @@ class Assistant:
     Attributes:
         system: The prepared system.
         name: Its name.
+        device: As given.
+        dtype: As given.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Assistant:
         dtype: str = "float32",
         limit: int = LIMIT,
     ):
-        self.source = source
+        self.source, self.device, self.dtype = source, device, dtype
         self.system = promptable(prepare(promptable(system), chosen_device(device), dtype))
         self.name = system.name
         self.store = EmbeddingStore(folder, self.system.fingerprint, limit)

@@ -16,7 +16,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from maskwright.errors import MaskwrightError, UsageError
 from maskwright.web.assistant import Answer, Assistant, Prompt, read_prompt, timed
 from maskwright.web.objects import is_number, shown
-from maskwright.web.project import Conflict, Project, Saved
+from maskwright.web.project import Project
+from maskwright.web.states import Conflict, Saved
 
 WAITING = 16  # clicks of one page that wait for their answers
 OUTBOX = 2_000  # messages that wait to be sent to one page; a page that reads so slowly is disconnected
@@ -34,12 +35,16 @@ class Client:
         socket: Its connection.
         outbox: Messages that wait to be sent; None ends the connection.
         tasks: What is computed for it, by request.
+        waiting: Number of clicks that wait for their answers.
+        image: The image that it shows.
+        lost: Whether it reads too slowly to be served.
     """
 
     socket: WebSocket
     outbox: asyncio.Queue[str | None] = field(default_factory=lambda: asyncio.Queue(OUTBOX))
     tasks: dict[Any, asyncio.Task[None]] = field(default_factory=dict[Any, "asyncio.Task[None]"])
     waiting: int = 0
+    image: int | None = None
     lost: bool = False
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -281,7 +286,8 @@ async def _done(client: Client, message: dict[str, Any], services: Services) -> 
     if op == "edit":
         await _edit(client, message, services)
     elif op == "open":
-        await services.shown(client, services.project.check(message.get("image")))
+        client.image = services.project.check(message.get("image"))
+        await services.shown(client, client.image)
     elif op == "prompt":
         await _prompt(client, message, services, begin)
     elif op == "stop":

@@ -102,14 +102,16 @@ class Edit:
         id: The object.
         object: What it becomes.
         was: The revision that the person has seen.
-        value: Of "done".
+        value: Of "done" and "dismiss".
+        ids: Suggestions that are dismissed, or not any more.
     """
 
-    do: Literal["add", "replace", "remove", "done"]
+    do: Literal["add", "replace", "remove", "done", "dismiss"]
     id: str = ""
     object: Object | None = None
     was: int | None = None
     value: bool = False
+    ids: tuple[str, ...] = ()
 
 
 def read_edits(values: Any, size: Size, classes: int) -> list[Edit]:
@@ -133,12 +135,12 @@ def _edit(value: Any, size: Size, classes: int) -> Edit:
         raise UsageError(f"an edit must be an object, got {shown(value)}")
     given = cast("dict[str, Any]", value)
     do = given.get("do")
-    if do == "done":
+    if do in ("done", "dismiss"):
         if not isinstance(given.get("value"), bool):
             raise UsageError(f"value must be true or false, got {shown(given.get('value'))}")
-        return Edit("done", value=given["value"])
+        return Edit(do, value=given["value"], ids=_ids(given.get("ids")) if do == "dismiss" else ())
     if do not in ("add", "replace", "remove"):
-        raise UsageError(f"do must be add, replace, remove or done, got {shown(do)}")
+        raise UsageError(f"do must be add, replace, remove, dismiss or done, got {shown(do)}")
     if do == "add":
         return Edit("add", *_added(given, size, classes))
     id, was = given.get("id"), given.get("was")
@@ -152,6 +154,13 @@ def _edit(value: Any, size: Size, classes: int) -> Edit:
     if object.id != id:
         raise UsageError(f"the object has the id {shown(object.id)}, but {shown(id)} is to be replaced")
     return Edit("replace", id, object, was)
+
+
+def _ids(values: Any) -> tuple[str, ...]:
+    given = cast("list[Any]", values) if isinstance(values, list) else []
+    if not 1 <= len(given) <= MAX_EDITS or not all(isinstance(id, str) for id in given):
+        raise UsageError(f"ids must be a list of ids of suggestions, got {shown(values)}")
+    return tuple(new_id(id) for id in cast("list[str]", given))
 
 
 def _added(given: Mapping[str, Any], size: Size, classes: int) -> tuple[str, Object]:

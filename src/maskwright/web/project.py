@@ -23,8 +23,9 @@ from maskwright.errors import DataError, UsageError
 from maskwright.locks import FolderLock
 from maskwright.text import printable
 from maskwright.web.journal import Journal, Place, Reader, Record
-from maskwright.web.objects import MAX_OBJECTS, Edit, Object, carried, checked_class, colour, new_id, read_edits
+from maskwright.web.objects import MAX_OBJECTS, Edit, Object, checked_class, colour, read_edits
 from maskwright.web.sources import HIDDEN, Source
+from maskwright.web.states import Conflict, Saved, State, Work
 
 HELD = 64  # images whose objects are kept in memory
 COMPACT_ABOVE = 16 << 20  # bytes of records that later ones have replaced
@@ -36,23 +37,6 @@ Size = tuple[int, int]
 
 class NotFoundError(UsageError):
     """There is no image of this number."""
-
-
-@dataclass(frozen=True)
-class State:
-    """The objects of an image at one time; never changed.
-
-    Attributes:
-        size: H, W of the image.
-        version: Number of edits of the image.
-        objects: Its objects by their ids, in the order in which they were made.
-        done: Whether a person has declared the image as complete.
-    """
-
-    size: Size
-    version: int
-    objects: Mapping[str, Object]
-    done: bool = False
 
 
 @dataclass
@@ -70,38 +54,6 @@ class Entry:
     count: int = 0
     done: bool = False
     places: list[Place] = field(default_factory=list[Place])
-
-
-@dataclass(frozen=True)
-class Saved:
-    """An edit that has been made.
-
-    Attributes:
-        state: The objects afterwards.
-        changed: Those that were added or replaced.
-        removed: Ids of those that were removed.
-        again: Whether everything was so already, and nothing was written.
-    """
-
-    state: State
-    changed: list[Object]
-    removed: list[str]
-    again: bool = False
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """An edit of objects that have been changed otherwise; nothing was done.
-
-    Attributes:
-        state: The objects as they are.
-        objects: Those of the edit that are there.
-        removed: Ids of those that are not.
-    """
-
-    state: State
-    objects: list[Object]
-    removed: list[str]
 
 
 class Project:
@@ -143,9 +95,9 @@ class Project:
         self._positions = {self.source.key(index): index for index in range(len(self.source))}
         self._entries = dict[int, Entry]()
         self._absent = dict[str, Entry]()
-        self._done = set[int]()
+        self._done, self._tracked = set[int](), set[int]()
         self._held = OrderedDict[int, State]()
-        self._number = 0
+        self._number = self._track = 0
         self._class_place: Place | None = None
         for record in self._journal.records():
             self._index(record)
@@ -177,6 +129,7 @@ class Project:
         entry.version, entry.count, entry.done = head["version"], head["count"], head["done"]
         entry.places = [record.place] if head["full"] else [*entry.places, record.place]
         self._number = max(self._number, head.get("number", 0))
+        self._track = max(self._track, head.get("track", 0))
         if index is not None:
             (self._done.add if entry.done else self._done.discard)(index)
 
@@ -223,6 +176,10 @@ class Project:
         if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(self):
             raise NotFoundError(f"there is no image {str(index)[:30]}; images are numbered from 0 to {len(self) - 1}")
         return index
+
+    def position(self, key: str) -> int | None:
+        """Return the position of an image by its key; None if the source does not have it."""
+        return self._positions.get(key)
 
     def about(self, index: int) -> dict[str, Any]:
         """Return what lists of images show: name, size, number of objects, whether it is complete, and version."""
@@ -311,15 +268,16 @@ class Project:
     def _read(entry: Entry, body: Callable[[Place], Any]) -> State:
         """The objects of an image from its records."""
         objects: dict[str, Object] = {}
-        size = (0, 0)
+        size, dismissed = (0, 0), list[str]()
         for place in entry.places:
             value = body(place)
             size = (value["size"][0], value["size"][1])
+            dismissed = value.get("dismissed", dismissed)
             for id in value["gone"]:
                 objects.pop(id, None)
             for stored in value["put"]:
                 objects[stored["id"]] = Object.of_stored(stored)
-        return State(size, entry.version, objects, entry.done)
+        return State(size, entry.version, objects, entry.done, frozenset(dismissed))
 
     # ---- edits -------------------------------------------------------------------------------------------------------
 
@@ -344,7 +302,7 @@ class Project:
         """Apply edits that have been checked, see `edit`."""
         with self._lock:
             state = self.state(index)
-            work = _Work(state, self._number)
+            work = Work(state, self._number)
             for edit in edits:
                 work.apply(edit)
             if work.conflicts:
@@ -354,13 +312,15 @@ class Project:
                 raise UsageError(f"an image can have at most {MAX_OBJECTS} objects")
             changed = [work.objects[id] for id in work.touched if id in work.objects]
             removed = [id for id in work.touched if id not in work.objects]
-            if not work.written and work.done == state.done:
+            if not work.written and (work.done, work.dismissed) == (state.done, state.dismissed):
                 return Saved(state, changed, removed, again=True)
-            after = State(state.size, work.version, work.objects, work.done)
-            self._write(index, after, work.written, by, what, work.number)
+            after = State(state.size, work.version, work.objects, work.done, work.dismissed)
+            self._write(index, after, work.written, by, what, work.number, work.dismissed != state.dismissed)
             return Saved(after, changed, removed)
 
-    def _write(self, index: int, state: State, changed: Sequence[str], by: str, what: str, number: int) -> None:
+    def _write(
+        self, index: int, state: State, changed: Sequence[str], by: str, what: str, number: int, dismissed: bool
+    ) -> None:
         """Write what has changed of an image, or all of its objects."""
         entry = self._entries.get(index, Entry())
         full = not entry.places or (len(entry.places) >= DELTAS and self._is_long(entry))
@@ -370,9 +330,13 @@ class Project:
             "put": [state.objects[id].stored() for id in ids],
             "gone": [] if full else [id for id in changed if id not in state.objects],
         }
-        head = {**self._head(self.source.key(index), state, full, number), "at": now(), "by": by, "what": what[:40]}
+        if dismissed or (full and state.dismissed):
+            body["dismissed"] = sorted(state.dismissed)
+        track = max([self._track, *(o.track or 0 for id in changed if (o := state.objects.get(id)))])
+        head = self._head(self.source.key(index), state, full, number)
+        head |= {"track": track, "at": now(), "by": by, "what": what[:40]}
         place = self._journal.append(head, body)
-        self._number = number
+        self._number, self._track = number, track
         places = [place] if full else [*entry.places, place]
         self._entries[index] = Entry(state.version, len(state.objects), state.done, places)
         (self._done.add if state.done else self._done.discard)(index)
@@ -395,6 +359,17 @@ class Project:
             "full": full,
             "number": number,
         }
+
+    def new_track(self, index: int) -> int:
+        """Return a number that no object of the clip of an image has as its `track`."""
+        first, end = self.source.sequence(index)
+        with self._lock:
+            if first not in self._tracked:  # numbers of existing annotations, which are not in the journal
+                found = (one.track or 0 for frame in range(first, end) for one in self.source.imported(frame))
+                self._track = max([self._track, *found])
+                self._tracked.add(first)
+            self._track += 1
+            return self._track
 
     def add_class(self, name: Any) -> tuple[str, ...]:
         """Add a class; returns all of them.
@@ -445,7 +420,8 @@ class Project:
                 for key, entry in named:
                     state = self._read(entry, self._journal.body)
                     put = [one.stored() for one in state.objects.values()]
-                    yield self._head(key, state, True, self._number), {"size": state.size, "put": put, "gone": []}
+                    body = {"size": state.size, "put": put, "gone": [], "dismissed": sorted(state.dismissed)}
+                    yield {**self._head(key, state, True, self._number), "track": self._track}, body
 
             first, *places = self._journal.rewrite(records())
             self._class_place = first
@@ -485,57 +461,6 @@ class Snapshot:
     def close(self) -> None:
         """Close the file."""
         self._reader.close()
-
-
-class _Work:
-    """The edits of one message while they are applied.
-
-    Attributes:
-        objects: The objects afterwards.
-        touched: Ids of all objects that edits are about.
-        written: Ids of those that have changed.
-        conflicts: Ids of those that another person has changed.
-        done: Whether the image is complete afterwards.
-        number: Number of objects that have been added to all images, this edit included.
-    """
-
-    def __init__(self, state: State, number: int):
-        self.before, self.version, self.number = state, state.version + 1, number
-        self.objects, self.done = dict(state.objects), state.done
-        self.touched = dict[str, None]()
-        self.written = list[str]()
-        self.conflicts = list[str]()
-
-    def apply(self, edit: Edit) -> None:
-        """Apply one edit."""
-        if edit.do == "done":
-            self.done = edit.value
-            return
-        there = self.objects.get(edit.id)
-        known = edit.id in self.touched  # by an earlier edit of this message, whose revision nobody knows yet
-        self.touched[edit.id] = None
-        if edit.do == "remove":
-            if there is None:
-                return
-            if not known and there.revision != edit.was:
-                self.conflicts.append(edit.id)
-                return
-            del self.objects[edit.id]
-            self.written.append(edit.id)
-            return
-        assert edit.object is not None
-        if there is not None and there.equals(edit.object):
-            return
-        if edit.do == "add" and there is None:
-            self.number += 1
-            kept = {"serial": self.number}
-            self.objects[new_id(edit.id)] = replace(edit.object, kept=kept, revision=self.version)
-        elif edit.do == "replace" and there is not None and (known or there.revision == edit.was):
-            self.objects[edit.id] = carried(edit.object, there, self.version)
-        else:
-            self.conflicts.append(edit.id)
-            return
-        self.written.append(edit.id)
 
 
 def default_folder(path: str | Path) -> Path:

@@ -20,9 +20,9 @@ from maskwright.files import describe_os_error
 from maskwright.inference.prompting import promptable
 from maskwright.systems import System
 from maskwright.text import printable
+from maskwright.web.datasets import open_source
 from maskwright.web.guard import LOCAL_HOSTS, is_loopback
 from maskwright.web.project import Project, default_folder
-from maskwright.web.sources import open_source
 
 try:
     import uvicorn
@@ -30,6 +30,7 @@ try:
 
     from maskwright.web.annotating import AnnotationServer, Limits
     from maskwright.web.assistant import Assistant, default_weights
+    from maskwright.web.learning import SYSTEM
 except ImportError:
     raise MissingExtraError("the server", "web") from None
 
@@ -43,6 +44,8 @@ class Plan:
     source: str
     weights: str | None = None
     suggest: str | None = None
+    threshold: float = 0.5
+    train: str | None = None
     classes: tuple[str, ...] = ()
     out: Path | None = None
     split: str | None = None
@@ -82,15 +85,24 @@ def make_server(plan: Plan, port: int = 0) -> AnnotationServer:
         max_pixels=plan.max_pixels,
     )  # fmt: skip
     folder = plan.out or default_folder(plan.source)
-    project = Project(source, folder, plan.classes, plan.user or user_name())
+    suggest = None if plan.suggest is None else load(plan.suggest, commercial_ok=plan.commercial_ok)
+    classes = plan.classes or (tuple(suggest.classes) if suggest is not None and not source.classes else ())
+    project = Project(source, folder, classes, plan.user or user_name())
     try:
         assistant = None
         if system is not None:
             assistant = Assistant(source, system, folder / "embeddings", plan.device, plan.dtype, plan.cache_bytes)
         return AnnotationServer(
-            project, assistant, token=plan.token, hosts=LOCAL_HOSTS if is_loopback(plan.host) else None,
-            limits=Limits(pixels=plan.max_pixels), port=port,
-        )  # fmt: skip
+            project,
+            assistant,
+            suggest=suggest,
+            threshold=plan.threshold,
+            train=plan.train or plan.suggest or SYSTEM,
+            token=plan.token,
+            hosts=LOCAL_HOSTS if is_loopback(plan.host) else None,
+            limits=Limits(pixels=plan.max_pixels),
+            port=port,
+        )
     except BaseException:
         project.close()
         raise
@@ -173,7 +185,7 @@ def run(plan: Plan, say: Callable[[str], Any]) -> None:
         say(address)
         config = uvicorn.Config(
             server.app, log_level="warning", access_log=False, server_header=False, lifespan="on",
-            ws="websockets-sansio", ws_max_size=server.limits.bytes, timeout_graceful_shutdown=5,
+            ws="websockets-sansio", ws_max_size=server.limits.bytes, ws_ping_timeout=60.0, timeout_graceful_shutdown=5,
             timeout_keep_alive=30, h11_max_incomplete_event_size=1 << 16, proxy_headers=False,
         )  # fmt: skip
         runner = uvicorn.Server(config)

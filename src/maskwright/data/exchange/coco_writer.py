@@ -53,14 +53,15 @@ def _annotations(part: Part, image_ids: Sequence[int | str]) -> Iterator[dict[st
     counter = itertools.count(1)
     for item in items(part):
         areas = dataset.areas(item.index)
-        numbers = dataset.annotation_ids(item.index)
+        numbers, extras = dataset.annotation_ids(item.index), dataset.extras(item.index)
         for position, record in enumerate(_records(item, dataset.category_ids)):
             following = next(counter)
             if record is None:
                 continue
             named = numbers[position] if unique and position < len(numbers) else following
             area = float(areas[position]) if position < len(areas) else 0.0
-            yield {"id": named, "image_id": image_ids[item.index], **record, "area": area}
+            further = {} if extras is None else extras[position]
+            yield {"id": named, "image_id": image_ids[item.index], **further, **record, "area": area}
 
 
 def _records(item: Item, category_ids: Sequence[int]) -> Iterator[dict[str, Any] | None]:

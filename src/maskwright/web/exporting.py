@@ -1,0 +1,351 @@
+"""Annotations of the page as a data set: for export to every format, with who or what made each object."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from maskwright.data.convert import LossError, convert_data
+from maskwright.data.dataset import Dataset, Sample
+from maskwright.data.exchange.losses import find_losses
+from maskwright.data.exchange.writing import Part
+from maskwright.data.formats import load_format
+from maskwright.errors import DataError, UsageError
+from maskwright.files import write_bytes
+from maskwright.structures import Instances
+from maskwright.web.datasets import unique_names
+from maskwright.web.objects import Object, masks_of, step
+from maskwright.web.project import Project, Snapshot
+from maskwright.web.states import State
+
+UNNAMED = "object"  # the class of a project without classes
+
+
+class LossyError(DataError):
+    """An export that would lose something and was not told to; nothing was written.
+
+    Attributes:
+        losses: What would be lost, a sentence for each kind.
+    """
+
+    def __init__(self, losses: Sequence[str]):
+        super().__init__("the format cannot hold everything, and nothing was written: " + "; ".join(losses))
+        self.losses = list(losses)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        images: Number of images.
+        objects: Number of objects.
+        losses: What was lost, a sentence for each kind.
+    """
+
+    path: Path
+    images: int
+    objects: int
+    losses: list[str]
+
+
+class AnnotatedImages(Dataset):
+    """Some images of a project, as a data set.
+
+    Existing annotations that nobody has changed are those of the original data set, polygons included.
+
+    Args:
+        snapshot: The annotations.
+        positions: Images of the project.
+    """
+
+    has_areas = True
+
+    def __init__(self, snapshot: Snapshot, positions: Sequence[int]):
+        source = snapshot.project.source
+        self.snapshot, self.source, self.positions = snapshot, source, list(positions)
+        self.name = source.path.name
+        self.classes = snapshot.classes or (UNNAMED,)
+        known = dict(zip(source.classes, source.category_ids, strict=True))
+        following = itertools.count(1 + max([*known.values(), 0]))
+        self.category_ids = tuple(known[name] if name in known else next(following) for name in self.classes)
+        self.keypoint_names, self.stuff = source.keypoint_names, source.stuff
+        self._labels = torch.tensor([self.classes.index(name) for name in source.classes], dtype=torch.int64)
+        self._held: tuple[int, _Target] | None = None
+        self._first_number: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]
+        position = self.positions[index]
+        image = self.source.read(position)
+        return Sample(image, self.targets(index), self.source.id(position), self.source.file(position))
+
+    def sizes(self) -> list[tuple[int, int]]:
+        return [self._size(position) for position in self.positions]
+
+    def _size(self, position: int) -> tuple[int, int]:
+        return self.source.known_size(position) or self.snapshot.state(position).size
+
+    def image_ids(self) -> list[int | str]:
+        return [self.source.id(position) for position in self.positions]
+
+    def paths(self) -> list[Path | None]:
+        return [self.source.file(position) for position in self.positions]
+
+    def targets(self, index: int) -> Instances:
+        return self._target(index).instances
+
+    def areas(self, index: int) -> np.ndarray:
+        return self._target(index).areas
+
+    def annotation_ids(self, index: int) -> list[Any]:
+        return self._target(index).numbers
+
+    def scores(self, index: int) -> list[float] | None:
+        del index
+        return None
+
+    def extras(self, index: int) -> list[dict[str, Any]] | None:
+        return [
+            {"made": [dict(made) for made in one.made], **({} if one.track is None else {"track_id": one.track})}
+            for one in self.objects(index)
+        ]
+
+    def objects(self, index: int) -> list[Object]:
+        """Return the objects of an image, in the order of `targets`."""
+        return self._target(index).objects
+
+    # ---- targets -----------------------------------------------------------------------------------------------------
+
+    def _target(self, index: int) -> _Target:
+        index = range(len(self))[index]
+        if self._held is None or self._held[0] != index:
+            self._held = index, self._made(self.positions[index])
+        return self._held[1]
+
+    def _made(self, position: int) -> _Target:
+        state = self.snapshot.state(position)
+        if state.version == 0 and (whole := self.source.original(position)) is not None:
+            return self._unchanged(state, *whole)
+        objects = labelled(state, self.snapshot.classes)
+        kept = [] if mixed(objects) else [one for one in objects if one.kept.get("source")]
+        original = self.source.original(position) if kept else None
+        parts: list[Instances] = []
+        if original is not None:
+            rows = {name: row for row, name in enumerate(unique_names(original[1], len(original[0])))}
+            kept = [one for one in kept if one.id in rows]  # others have gone from the data set meanwhile
+            parts.append(self._relabelled(original[0][torch.tensor([rows[one.id] for one in kept], dtype=torch.int64)]))
+        same = {one.id for one in kept}
+        new = [one for one in objects if one.id not in same]
+        if new or not kept:
+            parts.append(self._drawn(new, state.size, parts[0] if kept else None))
+        found, ordered = Instances.join(parts), [*kept, *new]
+        return self._numbered(found, ordered, [self._number(one) for one in ordered])
+
+    def _unchanged(self, state: State, found: Instances, ids: Sequence[Any]) -> _Target:
+        """The annotations of an image that nobody has edited, also those without pixels."""
+        nobody = (step(self.source.format or "data set", "import"),)
+        names = unique_names(ids, len(found))
+        objects = [state.objects.get(name) or Object(name, None, "", nobody) for name in names]
+        return self._numbered(self._relabelled(found), objects, list(ids))
+
+    def _relabelled(self, found: Instances) -> Instances:
+        return replace(found, labels=self._labels[found.labels], scores=None)
+
+    def _numbered(self, found: Instances, objects: list[Object], numbers: list[Any]) -> _Target:
+        exact = len(numbers) == len(found) and all(isinstance(n, int) and abs(n) < 1 << 62 for n in numbers)
+        found = replace(found, ids=torch.tensor(numbers if exact else range(len(found)), dtype=torch.int64))
+        return _Target(found, objects, numbers, np.array(list(_areas(found))))
+
+    def _drawn(self, objects: Sequence[Object], size: tuple[int, int], like: Instances | None) -> Instances:
+        """Objects that have been drawn or changed, with the fields that those of the data set have."""
+        masks = masks_of(objects, size)
+        joints = len(self.keypoint_names) if self.keypoint_names is not None else 0
+        keypoints = None
+        if joints and (like is None or like.keypoints is not None):
+            rows = [one.kept.get("keypoints") or [[0.0, 0.0, 0.0]] * joints for one in objects]
+            keypoints = torch.tensor(rows, dtype=torch.float32).reshape(len(objects), joints, 3)
+        labels = torch.tensor([one.label or 0 for one in objects], dtype=torch.int64)
+        boxes_only = bool(objects) and all(one.kept.get("box_only") for one in objects)
+        return Instances(
+            size,
+            masks.boxes(),
+            labels,
+            None if boxes_only else masks,
+            keypoints=keypoints,
+            crowd=torch.tensor([bool(one.kept.get("crowd")) for one in objects], dtype=torch.bool),
+            ids=torch.zeros(len(objects), dtype=torch.int64),
+        )
+
+    def _number(self, one: Object) -> Any:
+        """The id of an object as an annotation: that of the data set, or one that follows these."""
+        if "number" in one.kept and one.kept["number"] is not None:
+            return one.kept["number"]
+        if self._first_number is None:
+            self._first_number = largest_id(self.source)
+        return self._first_number + int(one.kept.get("serial", 0))
+
+
+@dataclass
+class _Target:
+    """The objects of an image, as `Instances` and as they were made."""
+
+    instances: Instances
+    objects: list[Object]
+    numbers: list[Any]
+    areas: np.ndarray
+
+
+def labelled(state: State, classes: Sequence[str]) -> list[Object]:
+    """Return the objects that have a class; all of them if there are no classes."""
+    return [one for one in state.objects.values() if one.label is not None or not classes]
+
+
+def mixed(objects: Sequence[Object]) -> bool:
+    """Return whether some objects of an image are boxes without masks, and others not."""
+    boxes = [bool(one.kept.get("box_only")) for one in objects]
+    return any(boxes) and not all(boxes)
+
+
+def largest_id(source: Any) -> int:
+    """Return the largest id of the annotations of a data set, if they are integers; 0 for others."""
+    largest = 0
+    for part in getattr(source, "parts", ()):
+        for index in range(len(part.dataset)):
+            ids: list[Any] = part.dataset.annotation_ids(index)
+            largest = max([largest, *(id for id in ids if isinstance(id, int))])
+    return largest
+
+
+def _areas(objects: Instances) -> Iterator[float]:
+    if objects.masks is not None:
+        values = objects.masks.areas().double()
+    else:
+        values = (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(1).double()
+    yield from cast("list[float]", cast(Any, values).tolist())
+
+
+# ---- exporting -------------------------------------------------------------------------------------------------------
+
+
+def export(project: Project, format: str, *, allow_loss: bool = False, target: Path | None = None) -> Exported:
+    """Write the images that are complete or have objects as a data set.
+
+    Args:
+        project: The project.
+        format: Name of the format, see `convert.writable_formats`.
+        allow_loss: Write although objects lose something.
+        target: The new folder; None: exports/FORMAT-N in the folder of the project.
+
+    Returns:
+        What was written and lost. The folder also has made.csv and made.jsonl: who or what made each object.
+
+    Raises:
+        LossyError: If objects would lose something and `allow_loss` is False.
+        UsageError: If there is nothing to write, or no such format.
+        DataError: If a file cannot be written.
+    """
+    positions = project.labelled()
+    if not positions:
+        raise UsageError("there is nothing to export yet: no image has objects or is marked as done")
+    snapshot = project.snapshot()
+    try:
+        parts = parts_of(snapshot, positions)
+        losses = own_losses(snapshot, positions)
+        if losses and not allow_loss:
+            module = load_format(format)
+            further = find_losses(parts, module.NAME, module) if hasattr(module, "HOLDS") else []
+            raise LossyError([*losses, *(loss.sentence for loss in further if loss.severe)])
+        place = target or free_folder(project.folder / "exports", format)
+        source = {part.split: part.dataset for part in parts}
+        try:
+            written = convert_data(source, place, format, allow_loss=allow_loss)
+        except LossError as error:
+            raise LossyError([*losses, *(loss.sentence for loss in error.losses)]) from None
+        write_tables(place, parts)
+        losses += [loss.sentence for loss in written.losses]
+        return Exported(place, len(positions), sum(count for _, _, count in written.counts), losses)
+    finally:
+        snapshot.close()
+
+
+def parts_of(snapshot: Snapshot, positions: Sequence[int], split: str | None = None) -> list[Part]:
+    """Return images of a project as the splits of a data set.
+
+    Args:
+        snapshot: The annotations.
+        positions: The images.
+        split: Name of the only split; None: those of the data set that is annotated.
+    """
+    if split is not None:
+        return [Part(split, AnnotatedImages(snapshot, positions))]
+    source = snapshot.project.source
+    grouped: dict[str | None, list[int]] = {}
+    for position in positions:
+        grouped.setdefault(source.split(position), []).append(position)
+    return [Part(name, AnnotatedImages(snapshot, own)) for name, own in grouped.items()]
+
+
+def own_losses(snapshot: Snapshot, positions: Sequence[int]) -> list[str]:
+    """Return what no format can hold, a sentence for each kind."""
+    total = unlabelled = boxes = 0
+    for position in positions:
+        objects = list(snapshot.state(position).objects.values())
+        total += len(objects)
+        if snapshot.classes:
+            unlabelled += sum(one.label is None for one in objects)
+        if mixed(labelled(snapshot.state(position), snapshot.classes)):
+            boxes += sum(bool(one.kept.get("box_only")) for one in objects)
+    found: list[str] = []
+    if unlabelled:
+        found.append(f"{unlabelled} of {total} objects (without a class): they are left out")
+    if boxes:
+        found.append(f"{boxes} of {total} objects (boxes without masks, beside objects with masks): they are filled")
+    return found
+
+
+def free_folder(folder: Path, name: str) -> Path:
+    """Return a folder that does not exist yet, name-N."""
+    return next(path for number in itertools.count(1) if not (path := folder / f"{name}-{number}").exists())
+
+
+def write_tables(folder: Path, parts: Sequence[Part]) -> None:
+    """Write who or what made each object: made.csv, a line for each step, and made.jsonl, a line for each object.
+
+    In made.csv, texts that a spreadsheet would calculate have a ' in front.
+    """
+    text, lines = io.StringIO(newline=""), list[str]()
+    table = csv.writer(text)
+    table.writerow(["split", "image", "annotation", "object", "class", "step", "by", "how", "clicks"])
+    for part in parts:
+        dataset = cast(AnnotatedImages, part.dataset)
+        for index, position in enumerate(dataset.positions):
+            name, numbers = dataset.source.key(position), dataset.annotation_ids(index)
+            for one, number in zip(dataset.objects(index), numbers, strict=True):
+                kind = dataset.classes[one.label or 0]
+                about = {"split": part.split, "image": name, "annotation": number, "object": one.id, "class": kind}
+                lines.append(json.dumps(about | {"made": [dict(made) for made in one.made]}))
+                for count, made in enumerate(one.made):
+                    row = [*about.values(), count, made["by"], made["how"], made["clicks"]]
+                    table.writerow([_cell(value) for value in row])
+    write_bytes(folder / "made.csv", text.getvalue().encode("utf-8", "backslashreplace"), DataError)
+    write_bytes(folder / "made.jsonl", "".join(f"{line}\n" for line in lines).encode(), DataError)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return f"'{value}"
+    return "" if value is None else value
