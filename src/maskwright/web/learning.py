@@ -163,14 +163,21 @@ class Trainer:
         }  # fmt: skip
         return folder / "out", write_json(folder / "plan.json", plan)
 
+    def command(self, plan: Path) -> list[str]:
+        """Return the command that trains as a plan says."""
+        return [sys.executable, "-m", "maskwright.web.trainee", str(plan), str(os.getpid())]
+
     async def _follow(self, out: Path, plan: Path, steps: int) -> None:
         """Run the process, and report what it writes."""
         loop = asyncio.get_running_loop()
         with (plan.parent / "output.txt").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "maskwright.web.trainee", str(plan), str(os.getpid())],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+                self.command(plan),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
         while self._process.poll() is None:
             await asyncio.sleep(0.5)
             step, ap = await loop.run_in_executor(None, read_log, out / "log.csv")
