@@ -22,7 +22,7 @@ from maskwright.inference.sources import SUFFIXES
 from maskwright.structures import Instances, Masks
 from maskwright.text import printable
 from maskwright.web.objects import Object, step
-from maskwright.web.sources import ClipFrames, FolderImages, Size, Source, read_rgb
+from maskwright.web.sources import ClipFrames, FolderImages, Original, Size, Source, read_rgb
 
 
 class DatasetImages(Source):
@@ -110,13 +110,13 @@ class DatasetImages(Source):
         dataset, position = self._at(index)
         return None if isinstance(dataset, Clips) else len(dataset.image_labels(position))
 
-    def original(self, index: int) -> tuple[Instances, list[Any]]:
+    def original(self, index: int) -> Original:
         dataset, position = self._at(index)
-        return dataset.targets(position), dataset.annotation_ids(position)
+        return Original(dataset.targets(position), dataset.annotation_ids(position), dataset.areas(position))
 
     def imported(self, index: int) -> list[Object]:
-        found, ids = self.original(index)
         dataset, position = self._at(index)
+        found, ids = dataset.targets(position), dataset.annotation_ids(position)
         masks = filled(found) if found.masks is None else found.masks.pack()
         made = (step(self.format or "data set", "import"),)
         scores = dataset.scores(position)

@@ -6,12 +6,13 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from maskwright.data.convert import LossError, convert_data
@@ -22,9 +23,10 @@ from maskwright.data.formats import load_format
 from maskwright.errors import DataError, UsageError
 from maskwright.files import write_bytes
 from maskwright.structures import Instances
-from maskwright.web.datasets import unique_names
+from maskwright.web.datasets import filled, unique_names
 from maskwright.web.objects import Object, masks_of, step
 from maskwright.web.project import Project, Snapshot
+from maskwright.web.sources import Original
 from maskwright.web.states import State
 
 UNNAMED = "object"  # the class of a project without classes
@@ -67,14 +69,15 @@ class AnnotatedImages(Dataset):
     Args:
         snapshot: The annotations.
         positions: Images of the project.
+        fill: Whether objects that are only boxes get the whole box as their mask.
     """
 
     has_areas = True
 
-    def __init__(self, snapshot: Snapshot, positions: Sequence[int]):
+    def __init__(self, snapshot: Snapshot, positions: Sequence[int], fill: bool = False):
         source = snapshot.project.source
         self.snapshot, self.source, self.positions = snapshot, source, list(positions)
-        self.name = source.path.name
+        self.name, self.fill = source.path.name, fill
         self.classes = snapshot.classes or (UNNAMED,)
         known = dict(zip(source.classes, source.category_ids, strict=True))
         following = itertools.count(1 + max([*known.values(), 0]))
@@ -139,36 +142,44 @@ class AnnotatedImages(Dataset):
     def _made(self, position: int) -> _Target:
         state = self.snapshot.state(position)
         if state.version == 0 and (whole := self.source.original(position)) is not None:
-            return self._unchanged(state, *whole)
+            return self._unchanged(state, whole)
         objects = labelled(state, self.snapshot.classes)
-        kept = [] if mixed(objects) else [one for one in objects if one.kept.get("source")]
+        kept = [one for one in objects if one.kept.get("source")]
         original = self.source.original(position) if kept else None
         parts: list[Instances] = []
+        areas: list[npt.NDArray[np.float64]] = []
         if original is not None:
-            rows = {name: row for row, name in enumerate(unique_names(original[1], len(original[0])))}
+            rows = {name: row for row, name in enumerate(unique_names(original.ids, len(original.instances)))}
             kept = [one for one in kept if one.id in rows]  # others have gone from the data set meanwhile
-            parts.append(self._relabelled(original[0][torch.tensor([rows[one.id] for one in kept], dtype=torch.int64)]))
+            chosen = [rows[one.id] for one in kept]
+            parts.append(self._relabelled(original.instances[torch.tensor(chosen, dtype=torch.int64)]))
+            areas.append(original.areas[chosen])
         same = {one.id for one in kept}
         new = [one for one in objects if one.id not in same]
         if new or not kept:
             parts.append(self._drawn(new, state.size, parts[0] if kept else None))
+            areas.append(own_areas(parts[-1]))
         found, ordered = Instances.join(parts), [*kept, *new]
-        return self._numbered(found, ordered, [self._number(one) for one in ordered])
+        return self._numbered(found, ordered, [self._number(one) for one in ordered], np.concatenate(areas))
 
-    def _unchanged(self, state: State, found: Instances, ids: Sequence[Any]) -> _Target:
+    def _unchanged(self, state: State, whole: Original) -> _Target:
         """The annotations of an image that nobody has edited, also those without pixels."""
         nobody = (step(self.source.format or "data set", "import"),)
-        names = unique_names(ids, len(found))
+        names = unique_names(whole.ids, len(whole.instances))
         objects = [state.objects.get(name) or Object(name, None, "", nobody) for name in names]
-        return self._numbered(self._relabelled(found), objects, list(ids))
+        return self._numbered(self._relabelled(whole.instances), objects, list(whole.ids), whole.areas)
 
     def _relabelled(self, found: Instances) -> Instances:
+        if found.masks is None and self.fill:
+            found = replace(found, masks=filled(found))
         return replace(found, labels=self._labels[found.labels], scores=None)
 
-    def _numbered(self, found: Instances, objects: list[Object], numbers: list[Any]) -> _Target:
+    def _numbered(
+        self, found: Instances, objects: list[Object], numbers: list[Any], areas: npt.NDArray[np.float64]
+    ) -> _Target:
         exact = len(numbers) == len(found) and all(isinstance(n, int) and abs(n) < 1 << 62 for n in numbers)
         found = replace(found, ids=torch.tensor(numbers if exact else range(len(found)), dtype=torch.int64))
-        return _Target(found, objects, numbers, np.array(list(_areas(found))))
+        return _Target(found, objects, numbers, areas)
 
     def _drawn(self, objects: Sequence[Object], size: tuple[int, int], like: Instances | None) -> Instances:
         """Objects that have been drawn or changed, with the fields that those of the data set have."""
@@ -179,7 +190,7 @@ class AnnotatedImages(Dataset):
             rows = [one.kept.get("keypoints") or [[0.0, 0.0, 0.0]] * joints for one in objects]
             keypoints = torch.tensor(rows, dtype=torch.float32).reshape(len(objects), joints, 3)
         labels = torch.tensor([one.label or 0 for one in objects], dtype=torch.int64)
-        boxes_only = bool(objects) and all(one.kept.get("box_only") for one in objects)
+        boxes_only = bool(objects) and not self.fill and all(one.kept.get("box_only") for one in objects)
         return Instances(
             size,
             masks.boxes(),
@@ -206,18 +217,12 @@ class _Target:
     instances: Instances
     objects: list[Object]
     numbers: list[Any]
-    areas: np.ndarray
+    areas: npt.NDArray[np.float64]
 
 
 def labelled(state: State, classes: Sequence[str]) -> list[Object]:
     """Return the objects that have a class; all of them if there are no classes."""
     return [one for one in state.objects.values() if one.label is not None or not classes]
-
-
-def mixed(objects: Sequence[Object]) -> bool:
-    """Return whether some objects of an image are boxes without masks, and others not."""
-    boxes = [bool(one.kept.get("box_only")) for one in objects]
-    return any(boxes) and not all(boxes)
 
 
 def largest_id(source: Any) -> int:
@@ -230,12 +235,11 @@ def largest_id(source: Any) -> int:
     return largest
 
 
-def _areas(objects: Instances) -> Iterator[float]:
+def own_areas(objects: Instances) -> npt.NDArray[np.float64]:
+    """Return the pixels of masks, or the areas of boxes."""
     if objects.masks is not None:
-        values = objects.masks.areas().double()
-    else:
-        values = (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(1).double()
-    yield from cast("list[float]", cast(Any, values).tolist())
+        return objects.masks.areas().double().numpy()
+    return (objects.boxes[:, 2:] - objects.boxes[:, :2]).prod(1).double().numpy()
 
 
 # ---- exporting -------------------------------------------------------------------------------------------------------
@@ -263,8 +267,8 @@ def export(project: Project, format: str, *, allow_loss: bool = False, target: P
         raise UsageError("there is nothing to export yet: no image has objects or is marked as done")
     snapshot = project.snapshot()
     try:
-        parts = parts_of(snapshot, positions)
-        losses = own_losses(snapshot, positions)
+        survey = surveyed(snapshot, positions)
+        parts, losses = parts_of(snapshot, positions, fill=survey.mixed), survey.losses()
         if losses and not allow_loss:
             module = load_format(format)
             further = find_losses(parts, module.NAME, module) if hasattr(module, "HOLDS") else []
@@ -282,39 +286,68 @@ def export(project: Project, format: str, *, allow_loss: bool = False, target: P
         snapshot.close()
 
 
-def parts_of(snapshot: Snapshot, positions: Sequence[int], split: str | None = None) -> list[Part]:
+def parts_of(snapshot: Snapshot, positions: Sequence[int], split: str | None = None, fill: bool = False) -> list[Part]:
     """Return images of a project as the splits of a data set.
 
     Args:
         snapshot: The annotations.
         positions: The images.
         split: Name of the only split; None: those of the data set that is annotated.
+        fill: See `AnnotatedImages`.
     """
     if split is not None:
-        return [Part(split, AnnotatedImages(snapshot, positions))]
+        return [Part(split, AnnotatedImages(snapshot, positions, fill))]
     source = snapshot.project.source
     grouped: dict[str | None, list[int]] = {}
     for position in positions:
         grouped.setdefault(source.split(position), []).append(position)
-    return [Part(name, AnnotatedImages(snapshot, own)) for name, own in grouped.items()]
+    return [Part(name, AnnotatedImages(snapshot, own, fill)) for name, own in grouped.items()]
 
 
-def own_losses(snapshot: Snapshot, positions: Sequence[int]) -> list[str]:
-    """Return what no format can hold, a sentence for each kind."""
-    total = unlabelled = boxes = 0
+@dataclass
+class Survey:
+    """What no format can hold.
+
+    Attributes:
+        total: Number of objects.
+        unlabelled: Those without a class.
+        boxes: Those with a class that are boxes without masks.
+        masks: Those with a class and a mask.
+    """
+
+    total: int = 0
+    unlabelled: int = 0
+    boxes: int = 0
+    masks: int = 0
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some objects are boxes without masks, and others not."""
+        return bool(self.boxes and self.masks)
+
+    def losses(self) -> list[str]:
+        """Return a sentence for each kind of loss."""
+        found: list[str] = []
+        if self.unlabelled:
+            found.append(f"{self.unlabelled} of {self.total} objects (without a class): they are left out")
+        if self.mixed:
+            what = "boxes without masks, beside objects with masks"
+            found.append(f"{self.boxes} of {self.total} objects ({what}): they are filled")
+        return found
+
+
+def surveyed(snapshot: Snapshot, positions: Sequence[int]) -> Survey:
+    """Count what no format can hold."""
+    survey = Survey()
     for position in positions:
-        objects = list(snapshot.state(position).objects.values())
-        total += len(objects)
-        if snapshot.classes:
-            unlabelled += sum(one.label is None for one in objects)
-        if mixed(labelled(snapshot.state(position), snapshot.classes)):
-            boxes += sum(bool(one.kept.get("box_only")) for one in objects)
-    found: list[str] = []
-    if unlabelled:
-        found.append(f"{unlabelled} of {total} objects (without a class): they are left out")
-    if boxes:
-        found.append(f"{boxes} of {total} objects (boxes without masks, beside objects with masks): they are filled")
-    return found
+        state = snapshot.state(position)
+        objects = labelled(state, snapshot.classes)
+        boxes = sum(bool(one.kept.get("box_only")) for one in objects)
+        survey.total += len(state.objects)
+        survey.unlabelled += len(state.objects) - len(objects)
+        survey.boxes += boxes
+        survey.masks += len(objects) - boxes
+    return survey
 
 
 def free_folder(folder: Path, name: str) -> Path:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from maskwright.data.convert import convert_data
 from maskwright.errors import UsageError
 from maskwright.files import write_json
-from maskwright.web.exporting import free_folder, parts_of
+from maskwright.web.exporting import free_folder, parts_of, surveyed
 from maskwright.web.project import Project
 
 SYSTEM = "mask-rcnn-small"
@@ -148,7 +148,8 @@ class Trainer:
         images = self.images()
         snapshot = self.project.snapshot()
         try:
-            source = {part.split: part.dataset for part in parts_of(snapshot, images, "train")}
+            parts = parts_of(snapshot, images, "train", surveyed(snapshot, images).mixed)
+            source = {part.split: part.dataset for part in parts}
             convert_data(source, folder / "data", "coco", allow_loss=True, link=True)
         finally:
             snapshot.close()

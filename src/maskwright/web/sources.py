@@ -8,10 +8,12 @@ import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -25,6 +27,21 @@ from maskwright.web.objects import Object
 
 HIDDEN = ".maskwright"  # the folder of the journal in an annotated folder
 Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Original:
+    """The annotations of an image as the data set has them.
+
+    Attributes:
+        instances: The objects.
+        ids: Their ids.
+        areas: Their areas, as the data set states them.
+    """
+
+    instances: Instances
+    ids: list[Any]
+    areas: npt.NDArray[np.float64]
 
 
 class Source(ABC):
@@ -129,8 +146,8 @@ class Source(ABC):
         del index
         return []
 
-    def original(self, index: int) -> tuple[Instances, list[Any]] | None:
-        """Return the existing annotations as the data set has them, and their ids; None if there are none."""
+    def original(self, index: int) -> Original | None:
+        """Return the existing annotations as the data set has them; None if there are none."""
         del index
         return None
 
