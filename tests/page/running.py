@@ -20,8 +20,9 @@ from scipy import ndimage
 from maskwright.structures import Masks
 from maskwright.web.annotating import AnnotationServer
 from maskwright.web.assistant import Answer, Prompt
+from maskwright.web.datasets import open_source
 from maskwright.web.project import Project, default_folder
-from maskwright.web.sources import Source, open_source
+from maskwright.web.sources import Source
 
 FLAGS = (
     "--headless",

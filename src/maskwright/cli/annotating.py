@@ -60,7 +60,8 @@ def annotate(
 
     Args:
         source: A folder of images, a video file (needs the extra video), or a data set.
-        weights: A promptable system such as SAM: a file, or a name of the catalogue (`maskwright checkpoints`).
+        weights: A promptable system such as SAM: a file, or a name of the catalogue (`maskwright checkpoints`);
+            default: the one that is installed with this library, if there is one; none: masks are drawn by hand.
         suggest: A trained system whose objects are suggested.
         suggest_threshold: Objects with lower scores are not suggested.
         train: What the page trains on the labelled images: a system, a preset, or weights to continue from; default:

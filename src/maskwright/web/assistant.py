@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from maskwright.checkpoints.shipping import first_with
+from maskwright.checkpoints.shipping import first_with
 from maskwright.errors import UsageError
 from maskwright.inference.preparing import chosen_device, prepare
 from maskwright.inference.prompting import promptable
@@ -65,10 +66,14 @@ class Answer:
     score: float
 
 
-def default_weights() -> Path | None:
-    """Return the installed weights of a promptable system; None if there are none."""
-    entry = first_with("prompts")
-    return None if entry is None else entry.verified()
+def default_weights(clip: bool = False) -> str | None:
+    """Return the name of the promptable weights that are installed with the library; None if there are none.
+
+    Args:
+        clip: Prefer weights that follow objects through a video.
+    """
+    found = (first_with("video") if clip else None) or first_with("prompts")
+    return None if found is None else found.name
 
 
 class Assistant:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from maskwright.checkpoints import load
+from maskwright.checkpoints.shipping import first_with, resolved
 from maskwright.checkpoints.shipping import resolved
 from maskwright.errors import MissingExtraError, UsageError
 from maskwright.files import describe_os_error
@@ -35,6 +36,7 @@ except ImportError:
     raise MissingExtraError("the server", "web") from None
 
 PORT = 8765
+NONE = "none"  # as weights: no promptable system
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,13 @@ def make_server(plan: Plan, port: int = 0) -> AnnotationServer:
 
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
-    system = promptable_system(plan)
     source = open_source(
         plan.source, split=plan.split, format=plan.format, images=plan.images, clip=plan.clip,
         max_pixels=plan.max_pixels,
     )  # fmt: skip
     folder = plan.out or default_folder(plan.source)
-    suggest = None if plan.suggest is None else load(plan.suggest, commercial_ok=plan.commercial_ok)
+    system = promptable_system(plan, source.kind == "clip")
+    suggest = None if plan.suggest is None else load(resolved(plan.suggest) or "", commercial_ok=plan.commercial_ok)
     classes = plan.classes or (tuple(suggest.classes) if suggest is not None and not source.classes else ())
     project = Project(source, folder, classes, plan.user or user_name())
     try:
@@ -108,12 +110,17 @@ def make_server(plan: Plan, port: int = 0) -> AnnotationServer:
         raise
 
 
-def promptable_system(plan: Plan) -> System | None:
-    """Return the promptable system of a plan; None without."""
-    weights = resolved(plan.weights, "prompts") or default_weights()
-    if weights is None:
+def promptable_system(plan: Plan, clip: bool) -> System | None:
+    """Return the promptable system of a plan, or the one that is installed; None without.
+
+    Args:
+        plan: The plan; "none" as its weights stands for no system.
+        clip: Whether a clip is annotated.
+    """
+    if plan.weights == NONE:
         return None
-    return promptable(load(weights, commercial_ok=plan.commercial_ok))
+    weights = resolved(plan.weights, "video" if clip and first_with("video") else "prompts") or default_weights(clip)
+    return None if weights is None else promptable(load(weights, commercial_ok=plan.commercial_ok))
 
 
 def user_name() -> str:
