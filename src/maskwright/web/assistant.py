@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from maskwright.checkpoints.shipping import first_with
-from maskwright.checkpoints.shipping import first_with
 from maskwright.errors import UsageError
 from maskwright.inference.preparing import chosen_device, prepare
 from maskwright.inference.prompting import promptable

@@ -15,7 +15,6 @@ from typing import Any
 
 from maskwright.checkpoints import load
 from maskwright.checkpoints.shipping import first_with, resolved
-from maskwright.checkpoints.shipping import resolved
 from maskwright.errors import MissingExtraError, UsageError
 from maskwright.files import describe_os_error
 from maskwright.inference.prompting import promptable
