@@ -65,14 +65,14 @@ class Answer:
     score: float
 
 
-def default_weights(clip: bool = False) -> str | None:
-    """Return the name of the promptable weights that are installed with the library; None if there are none.
+def default_weights(clip: bool = False) -> Path | None:
+    """Return the promptable weights that are installed with the library; None if there are none.
 
     Args:
         clip: Prefer weights that follow objects through a video.
     """
     found = (first_with("video") if clip else None) or first_with("prompts")
-    return None if found is None else found.name
+    return None if found is None else found.verified()
 
 
 class Assistant:
