@@ -7,10 +7,11 @@
 #   make docs    the documentation site, into build/docs; warnings are errors
 #   make tables  the tables of systems in README.md and docs, from the registry
 #   make page    the page of maskwright annotate from page/ (node 20 or newer)
+#   make figures NAME=scenes    run the commands of a published figure again (docs/figures.toml lists them)
 #   make coverage    the test suite with coverage measured, into build/coverage
 #   make ci      lint, test, wheel and docs: what .ci/run calls
 
-.PHONY: help env dev demo test fast coverage lint format wheel docs tables page ci constraints clean
+.PHONY: help env dev demo test fast coverage lint format wheel docs tables figures page ci constraints clean
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -71,6 +72,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+	$(BIN)/python docs/figures.py check
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
@@ -102,6 +104,10 @@ page/node_modules: page/package.json page/package-lock.json
 # The built page is committed; tests/page/test_built.py checks that it belongs to its sources.
 page: page/node_modules
 	cd page && npm run --silent build
+
+# The commands of a figure in the documents; without NAME, the figures that there are. DATA is the folder of the data sets.
+figures: $(VENV)/.ready-dev
+	@if test -n "$(NAME)"; then $(BIN)/python docs/figures.py run "$(NAME)"; else $(BIN)/python docs/figures.py list; fi
 
 ci: lint test wheel docs
 

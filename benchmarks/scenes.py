@@ -44,12 +44,13 @@ def small_presets() -> list[str]:
 
 def learn(
     preset: str, data: Path | None, steps: int, batch: int, size: int, rate: float, seed: int, draw: Path | None,
-    recall: bool, scenes: int, workers: int, changes: dict[str, Any], given: dict[str, Any], tiles: dict[str, Any],
+    recall: bool, scenes: dict[str, Any], counts: tuple[int, int], workers: int, changes: dict[str, Any],
+    given: dict[str, Any], tiles: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     keypoints = preset.startswith("keypoint")  # it learns figures and their keypoints; shapes are what they hide behind
     if data is None:
-        train = Scenes(scenes, size=(size, size), classes=CLASSES, seed=seed, keypoints=keypoints)
-        unseen = Scenes(60, size=(size, size), classes=CLASSES, seed=seed + 1000, keypoints=keypoints)
+        kind = {"size": (size, size), "keypoints": keypoints, **scenes}
+        train, unseen = Scenes(counts[0], seed=seed, **kind), Scenes(counts[1], seed=seed + 1000, **kind)
     else:
         train, unseen = (open_dataset(data, part) for part in ("train", "val"))
     options = system_class(presets()[preset]).with_options(narrow(preset), given)
@@ -98,6 +99,12 @@ def main() -> None:
         "--recall", action="store_true", help="average recall too, whatever the class; proposals alone have it"
     )
     parser.add_argument("--scenes", type=int, default=400, help="how many there are to learn from")
+    parser.add_argument("--unseen", type=int, default=60, help="how many to measure on")
+    parser.add_argument("--shapes", nargs="*", default=CLASSES, help="the classes of the scenes")
+    parser.add_argument("--difficulty", type=float, default=0.5, help="of the scenes, 0 ... 1")
+    parser.add_argument(
+        "--decode", action="append", default=[], metavar="NAME=VALUE", help="of the decoding when measured"
+    )
     parser.add_argument("--workers", type=int, default=0, help="processes that draw them")
     parser.add_argument("--warmup", type=int, default=50)
     parser.add_argument("--ema", type=float, default=0.99)
@@ -118,12 +125,15 @@ def main() -> None:
     if arguments.jitter:
         changes["augment"] = {"flip": 0.5, "jitter": arguments.jitter, "size": arguments.size}
     tiles = {"tile": arguments.tile, "overlap": 0.4} if arguments.tile else {}
+    tiles |= {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in arguments.decode)}
+    scenes = {"classes": tuple(arguments.shapes), "difficulty": arguments.difficulty}
+    counts = (arguments.scenes, arguments.unseen)
     rows = []
     for preset in arguments.presets or small_presets():
         rate = rates.get(preset, arguments.lr)
         row = learn(
             preset, arguments.data, arguments.steps, arguments.batch, arguments.size, rate, arguments.seed,
-            arguments.draw, arguments.recall, arguments.scenes, arguments.workers, changes, given, tiles,
+            arguments.draw, arguments.recall, scenes, counts, arguments.workers, changes, given, tiles,
         )  # fmt: skip
         rows.append(row)
         print(json.dumps(row), flush=True)
