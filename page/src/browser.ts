@@ -1,7 +1,7 @@
 /** The list of images on the left, or the strip of frames below. */
 
 import { api } from "./api";
-import { byId, element, printable } from "./dom";
+import { byId, element, printable, setText } from "./dom";
 import type { Voice } from "./editor";
 import type { Images } from "./images";
 import { VirtualList } from "./list";
@@ -66,15 +66,15 @@ export class Browser {
     this.refresh();
   }
 
-  /** The image `by` places further in the list; undefined at its ends. */
-  async neighbour(by: number): Promise<number | undefined> {
+  /** The image `by` places further in the list; undefined at its ends. With `again`, a filtered list is read anew there. */
+  async neighbour(by: number, again: boolean): Promise<number | undefined> {
     const { images } = this;
     const place = images.placeOf(this.shown) ?? -1;
     const to = place + by;
     if (to < 0) return undefined;
     await images.need(to, to + 1);
     const item = images.at(to);
-    if (item || images.filter === "all" || by < 0) return item?.id;
+    if (item || images.filter === "all" || by < 0 || !again) return item?.id;
     // A filtered list has become shorter: read it again and go on with what is left.
     await images.choose(images.filter);
     return images.at(0)?.id === this.shown ? images.at(1)?.id : images.at(0)?.id;
@@ -82,7 +82,7 @@ export class Browser {
 
   refresh(): void {
     const { images } = this;
-    byId("image-count").textContent = images.total.toLocaleString();
+    setText("image-count", images.total.toLocaleString());
     this.list.set(images.total, (index) => images.at(index)?.id === this.shown);
   }
 
@@ -92,9 +92,9 @@ export class Browser {
       picture.alt = "";
       picture.decoding = "async";
       picture.addEventListener("error", () => picture.removeAttribute("src"));
-      row.append(picture, element("bdi"), element("small"));
+      row.append(picture, element("bdi"), element("small"), element("span", { className: "spoken" }));
     }
-    const [picture, name, note] = row.children as unknown as [HTMLImageElement, HTMLElement, HTMLElement];
+    const [picture, name, note, unit] = row.children as unknown as [HTMLImageElement, HTMLElement, HTMLElement, HTMLElement];
     const item = this.images.at(index);
     const id = item ? String(item.id) : "";
     if (row.dataset["image"] !== id) {
@@ -105,13 +105,13 @@ export class Browser {
     if (!item) {
       name.textContent = "";
       note.textContent = "…";
+      unit.textContent = "";
       return;
     }
     name.textContent = this.clip ? String(item.id + 1) : item.name;
     row.title = printable(item.name, 400);
     note.textContent = item.done ? "done" : item.objects ? String(item.objects) : "";
-    const objects = item.objects === 1 ? "1 object" : `${item.objects} objects`;
-    row.setAttribute("aria-label", `${printable(item.name)}, ${objects}${item.done ? ", done" : ""}`);
+    unit.textContent = !item.done && item.objects ? (item.objects === 1 ? " object" : " objects") : "";
   }
 
   private loadPictures(): void {

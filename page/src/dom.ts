@@ -30,6 +30,23 @@ export function icon(name: string): SVGSVGElement {
   return svg;
 }
 
+/** Set a text, without work for the browser if it is the same. */
+export function setText(id: string, text: string): void {
+  const place = byId(id);
+  if (place.textContent !== text) place.textContent = text;
+}
+
+/** Calls of the result within a frame become one call of `run`, in the next. */
+export function perFrame(run: () => void): () => void {
+  let frame = 0;
+  return () => {
+    frame ||= requestAnimationFrame(() => {
+      frame = 0;
+      run();
+    });
+  };
+}
+
 export function onClick(id: string, run: () => void): void {
   byId(id).addEventListener("click", run);
 }

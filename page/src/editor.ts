@@ -54,6 +54,8 @@ export class Editor {
   private histories = new Map<number, History<Action>>();
   private sessions = new Map<string, Map<string, Session>>();
   private queue: Promise<void> = Promise.resolve();
+  /** Clicks and boxes that are computed now. */
+  private tasks = 0;
   private hovering = false;
   private nextHover: [x: number, y: number, fresh: boolean] | null = null;
   private hoverRound = 0;
@@ -147,7 +149,13 @@ export class Editor {
 
   private session(shape: Shape | undefined): Session {
     if (!shape) return { points: [], box: null, byHand: false };
-    return this.sessions.get(shape.id)?.get(shape.data.rle.counts) ?? { points: [], box: null, byHand: true };
+    const known = this.sessions.get(shape.id)?.get(shape.data.rle.counts);
+    if (known) return known;
+    if (shape.data.box_only) {
+      const { x, y, w, h } = shape.bounds;
+      return { points: [], box: [x, y, x + w, y + h], byHand: false };
+    }
+    return { points: [], box: null, byHand: true };
   }
 
   private remember(shape: Shape, session: Session): void {
@@ -208,10 +216,16 @@ export class Editor {
       try {
         if (store.image !== image) return;
         if (fresh) store.select([]);
-        const current = store.current;
-        const answer = await this.decoder.mask(this.prompt(current, point), false);
-        if (store.image !== image || store.current?.data.rle.counts !== current?.data.rle.counts) return;
-        this.take(point, this.combined(current, answer, point));
+        for (let tries = 0; tries < 3; tries++) {
+          const current = store.current;
+          const answer = await this.decoder.mask(this.prompt(current, point), false);
+          if (store.image !== image) return;
+          // What was asked about must still be there; someone else, or an undo, may have changed it meanwhile.
+          if (store.current?.data.rle.counts !== current?.data.rle.counts) continue;
+          this.take(point, this.combined(current, answer, point));
+          return;
+        }
+        this.voice.say("The object changed meanwhile; click again");
       } finally {
         this.waiting = this.waiting.filter((other) => other !== point);
         this.onPreview(this.preview);
@@ -221,7 +235,9 @@ export class Editor {
 
   private prompt(current: Shape | undefined, point: PromptPoint) {
     const { points, box } = this.session(current);
-    return { image: this.store.image, points: [...points, point], box, rle: current?.data.rle ?? null };
+    // A box that stands for a mask that nobody has drawn is a prompt, but no mask to improve.
+    const rle = current && !current.data.box_only ? current.data.rle : null;
+    return { image: this.store.image, points: [...points, point], box, rle };
   }
 
   private combined(current: Shape | undefined, answer: Answer, [x, y, positive]: PromptPoint): Bitmap {
@@ -274,11 +290,21 @@ export class Editor {
     });
   }
 
+  /** Select nothing, so that the next click starts a new object; after the clicks that are computed now. */
+  deselect(): void {
+    if (this.tasks) void this.inTurn(async () => this.store.select([]));
+    else this.store.select([]);
+  }
+
   private inTurn(work: () => Promise<void>): Promise<void> {
-    this.queue = this.queue.then(work).catch((error: unknown) => {
-      if (error instanceof Unanswered) this.voice.warn("The server is not connected; the brush and the polygon still work");
-      else this.voice.warn(error instanceof Error ? error.message : String(error));
-    });
+    this.tasks++;
+    this.queue = this.queue
+      .then(work)
+      .catch((error: unknown) => {
+        if (error instanceof Unanswered) this.voice.warn("The server is not connected; the brush and the polygon still work");
+        else this.voice.warn(error instanceof Error ? error.message : String(error));
+      })
+      .finally(() => this.tasks--);
     return this.queue;
   }
 

@@ -24,6 +24,8 @@ export class Input implements Extra {
 
   private gesture: Gesture | null = null;
   private fingers = new Map<number, Point>();
+  /** Who draws with a pen moves the image with one finger, and the hand that rests draws nothing. */
+  private pen = false;
   private space = false;
   private spaceUsed = false;
   private cross: Point | null = null;
@@ -84,9 +86,12 @@ export class Input implements Extra {
     this.stage.setPointerCapture(event.pointerId);
     this.hideCross();
     const { pointerId: pointer, clientX: x, clientY: y } = event;
+    if (event.pointerType === "pen") this.pen = true;
     if (event.pointerType === "touch") {
+      if (this.gesture && !this.fingers.size) return;
       this.fingers.set(pointer, [x, y]);
-      if (this.fingers.size === 1) this.gesture = { kind: "touch", pointer, x, y, at: this.at(event) };
+      if (this.fingers.size === 1 && this.pen) this.gesture = { kind: "pan", pointer, x, y };
+      else if (this.fingers.size === 1) this.gesture = { kind: "touch", pointer, x, y, at: this.at(event) };
       else if (this.fingers.size === 2) {
         if (this.gesture?.kind === "tool") this.tool.cancel();
         this.gesture = { kind: "pinch" };

@@ -30,7 +30,10 @@ interface Sheet {
 }
 
 const LARGEST_SIDE = 4096;
-const SLICE_MS = 6;
+/** Changed rectangles above which everything is drawn again, a few milliseconds per frame. */
+const MANY = 40;
+/** Shapes that are drawn between two looks at the clock. */
+const BATCH = 6;
 
 export class Layer {
   private front: Sheet | null = null;
@@ -50,9 +53,11 @@ export class Layer {
     this.front = this.back = null;
   }
 
-  /** Whether the front shows `visible` at `scale` sharply. */
-  covers(visible: Rect, scale: number): boolean {
-    return this.front !== null && this.front.scale === scale && inside(visible, this.front.rect);
+  /** Whether the front shows `visible` at `scale` sharply; with a `factor`, at most so much larger or smaller. */
+  covers(visible: Rect, scale: number, factor = 1): boolean {
+    const { front } = this;
+    if (!front || !inside(visible, front.rect)) return false;
+    return front.scale <= scale * factor && scale <= front.scale * factor;
   }
 
   /** Start a new drawing for a view, unless one for it is under way. */
@@ -86,16 +91,18 @@ export class Layer {
     return this.back !== null;
   }
 
-  /** Go on for a few milliseconds; true if the new drawing is complete and shown from now on. */
-  step(): boolean {
+  /** Go on for some milliseconds; true if the new drawing is complete and shown from now on. */
+  step(milliseconds: number): boolean {
     const { back } = this;
     if (!back) return false;
     const context = this.prepared(back.sheet);
-    const until = performance.now() + SLICE_MS;
+    const until = performance.now() + milliseconds;
     while (back.next < back.items.length) {
-      const item = back.items[back.next++]!;
-      draw(context, item, back.sheet.scale / this.ratio());
-      if (performance.now() > until) return false;
+      draw(context, back.items[back.next++]!, back.sheet.scale / this.ratio());
+      if (back.next % BATCH && back.next < back.items.length) continue;
+      // Drawing is only recorded until somebody reads: without this, the slices would be paid in one frame at the end.
+      context.getImageData(0, 0, 1, 1);
+      if (performance.now() > until && back.next < back.items.length) return false;
     }
     this.front = back.sheet;
     this.back = null;
@@ -104,20 +111,33 @@ export class Layer {
 
   /** Draw some rectangles of the front again. */
   patch(areas: readonly Rect[]): void {
-    if (this.back) this.restart();
+    if (this.back || areas.length > MANY) this.restart();
     const { front } = this;
-    if (!front) return;
+    if (!front || areas.length > MANY) return;
     const context = this.prepared(front);
-    const pad = (3 * this.ratio()) / front.scale;
+    const pad = 3 * this.ratio();
+    const { scale } = front;
     for (const area of areas) {
       if (!area.w) continue;
-      const rect = { x: area.x - pad, y: area.y - pad, w: area.w + 2 * pad, h: area.h + 2 * pad };
+      // Whole pixels of the sheet, because a soft edge of the clip would leave its trace.
+      const x0 = Math.floor((area.x - front.rect.x) * scale - pad);
+      const y0 = Math.floor((area.y - front.rect.y) * scale - pad);
+      const x1 = Math.ceil((area.x + area.w - front.rect.x) * scale + pad);
+      const y1 = Math.ceil((area.y + area.h - front.rect.y) * scale + pad);
+      const rect = {
+        x: x0 / scale + front.rect.x,
+        y: y0 / scale + front.rect.y,
+        w: (x1 - x0) / scale,
+        h: (y1 - y0) / scale,
+      };
       if (!overlap(rect, front.rect)) continue;
       context.save();
+      context.setTransform(1, 0, 0, 1, 0, 0);
       context.beginPath();
-      context.rect(rect.x, rect.y, rect.w, rect.h);
+      context.rect(x0, y0, x1 - x0, y1 - y0);
       context.clip();
-      context.clearRect(rect.x, rect.y, rect.w, rect.h);
+      context.clearRect(x0, y0, x1 - x0, y1 - y0);
+      this.prepared(front);
       for (const item of this.near(rect)) draw(context, item, front.scale / this.ratio());
       context.restore();
     }
@@ -130,7 +150,7 @@ export class Layer {
   }
 
   private prepared(sheet: Sheet): CanvasRenderingContext2D {
-    const context = sheet.canvas.getContext("2d")!;
+    const context = sheet.canvas.getContext("2d", { willReadFrequently: true })!;
     const { scale, rect } = sheet;
     context.setTransform(scale, 0, 0, scale, -rect.x * scale, -rect.y * scale);
     return context;
@@ -155,7 +175,15 @@ export function draw(context: CanvasRenderingContext2D, { shape, style }: Drawn,
     context.globalAlpha = style.fill;
     context.fill(path, "evenodd");
   }
-  context.globalAlpha = style.dashed ? 0.95 : 0.9;
+  if (style.dashed) {
+    // A dark line under the dashes, so that they are seen on objects of their own colour.
+    context.globalAlpha = 0.5;
+    context.lineWidth = (style.line + 1.2) / zoom;
+    context.strokeStyle = "#000";
+    context.stroke(path);
+    context.strokeStyle = style.color;
+  }
+  context.globalAlpha = style.dashed ? 1 : 0.9;
   context.lineWidth = style.line / zoom;
   context.setLineDash(style.dashed ? [5 / zoom, 4 / zoom] : []);
   context.stroke(path);

@@ -8,7 +8,7 @@ import { Conflicts } from "./conflicts";
 import { path } from "./contour";
 import { ServerDecoder } from "./decoder";
 import { ExportDialog, TrainDialog } from "./dialogs";
-import { byId, element, icon, onClick, printable, setPressed } from "./dom";
+import { byId, element, icon, onClick, printable, setPressed, setText } from "./dom";
 import { Editor, type Voice } from "./editor";
 import { Images } from "./images";
 import { Input } from "./input";
@@ -90,6 +90,7 @@ class Page {
   /** What the assistant said of the image; null as long as it works on it. */
   private assistSays: { ready: boolean; text: string } | null = null;
   private askingFor: string | null = null;
+  private asking = 0;
   private wasOnline = false;
   private clickedAt = 0;
 
@@ -106,6 +107,7 @@ class Page {
       options: this.options,
       assisted: () => this.assisted,
       pick: (at) => this.pick(at),
+      changed: () => this.showHint(),
     };
     this.tools = [
       new ClickTool(context),
@@ -131,6 +133,7 @@ class Page {
     byId("clip").hidden = !canPropagate;
     if (canPropagate) new Propagation(live, store, this.images, project.count, voice);
     byId("everything").hidden = !project.assist;
+    byId("assist").title = project.assist ? printable(project.assist.system) : "";
     byId("similar").hidden = !(project.can_similar ?? project.assist !== null);
     byId("train").hidden = !project.can_train;
     if (!project.suggest) byId("filter").querySelector('option[value="uncertain"]')?.remove();
@@ -159,7 +162,7 @@ class Page {
     });
     this.input.onPointer = (at) => {
       const inside = at && at[0] >= 0 && at[1] >= 0 && at[0] < store.width && at[1] < store.height;
-      byId("cursor").textContent = inside ? `${Math.floor(at[0])}, ${Math.floor(at[1])}` : "";
+      setText("cursor", inside ? `${Math.floor(at[0])}, ${Math.floor(at[1])}` : "");
     };
     this.panel.setClasses(project.classes);
     this.makeTools();
@@ -223,15 +226,21 @@ class Page {
       history.replaceState(null, "", `#image=${image}`);
       this.showImage();
       this.loadPixels();
-      for (const by of [1, -1]) {
-        const near = await this.browser.neighbour(by);
-        if (near !== undefined && this.target === image) this.pixels.ahead(near);
-      }
+      void this.loadAhead(image);
     } catch (error) {
       if (this.target !== image) return;
+      this.target = this.store.image;
       byId("busy").hidden = true;
       voice.warn((error as Error).message);
       if (this.store.image < 0) empty((error as Error).message);
+    }
+  }
+
+  /** Load the neighbours in the list, so that they appear at once. */
+  private async loadAhead(image: number): Promise<void> {
+    for (const by of [1, -1]) {
+      const near = await this.browser.neighbour(by, false).catch(() => undefined);
+      if (near !== undefined && this.target === image) this.pixels.ahead(near);
     }
   }
 
@@ -260,7 +269,7 @@ class Page {
   }
 
   private viewed(): void {
-    byId("zoom").textContent = `${Math.round(this.view.zoom * 100)} %`;
+    setText("zoom", `${Math.round(this.view.zoom * 100)} %`);
     clearTimeout(this.pictureTimer);
     this.pictureTimer = window.setTimeout(() => this.loadPixels(), 150);
   }
@@ -281,7 +290,7 @@ class Page {
 
   private async go(by: number): Promise<void> {
     try {
-      const image = await this.browser.neighbour(by);
+      const image = await this.browser.neighbour(by, true);
       if (image === undefined) voice.say(by > 0 ? "This is the last image" : "This is the first image");
       else await this.open(image);
     } catch (error) {
@@ -309,7 +318,7 @@ class Page {
     const { store } = this;
     switch (event.event) {
       case "embedded":
-        if (event.image === this.target) this.assistSays = { ready: true, text: `${this.project.assist?.system ?? "assistant"} ready` };
+        if (event.image === this.target) this.assistSays = { ready: true, text: "assistant ready" };
         this.showAssist();
         break;
       case "no-assist":
@@ -369,7 +378,9 @@ class Page {
           : this.live.connection === "online"
             ? "reading the image…"
             : "";
-    byId<HTMLButtonElement>("everything").disabled = !this.assisted || this.askingFor !== null;
+    byId<HTMLButtonElement>("everything").disabled = !this.assisted;
+    const text = this.askingFor === null ? "Everything" : "Stop";
+    if (byId("everything").lastElementChild!.textContent !== text) byId("everything").lastElementChild!.textContent = text;
     this.showHint();
   }
 
@@ -404,9 +415,11 @@ class Page {
     if (this.askingFor !== null) return;
     if (op === "similar" && !current) return voice.say("Select the object that others should resemble");
     this.askingFor = op === "similar" ? "finding similar objects" : "finding all objects";
+    this.asking = this.live.number();
     this.showAssist();
     try {
-      const event = await this.live.ask({ op, image, ...(op === "similar" ? { id: current!.id } : {}) });
+      const message = { op, image, ...(op === "similar" ? { id: current!.id } : {}) };
+      const event = await this.live.ask(message, { request: this.asking });
       if (event.event === "suggestions" && event.image === store.image) {
         store.replaceSuggestions(event.objects);
         const n = store.suggestions.size;
@@ -502,7 +515,9 @@ class Page {
   }
 
   private showHint(): void {
-    byId("hint").textContent = this.input.tool.hint();
+    const idle = !this.store.selected.size && !this.input.tool.begun;
+    byId<HTMLButtonElement>("finish").disabled = byId<HTMLButtonElement>("drop").disabled = idle;
+    setText("hint", this.input.tool.hint());
   }
 
   private showHistory(): void {
@@ -538,7 +553,12 @@ class Page {
     onClick("undo", () => this.undo());
     onClick("redo", () => this.editor.redo());
     onClick("help", () => byId<HTMLDialogElement>("help-dialog").showModal());
-    onClick("everything", () => void this.suggest("everything"));
+    onClick("finish", () => this.enter());
+    onClick("drop", () => this.escape());
+    onClick("everything", () => {
+      if (this.askingFor === null) void this.suggest("everything");
+      else this.live.tell({ op: "stop", request: this.asking });
+    });
     onClick("similar", () => void this.suggest("similar"));
     onClick("zoom-in", () => view.zoomAt(1.4));
     onClick("zoom-out", () => view.zoomAt(1 / 1.4));
@@ -603,12 +623,13 @@ class Page {
   private escape(): void {
     if (this.input.drop()) return;
     this.editor.clearPreview();
-    if (this.store.selected.size) this.store.select([]);
+    this.editor.deselect();
   }
 
   private enter(): void {
     if (this.input.tool.finish()) return;
-    if (this.editor.accept(false) || this.store.selected.size) this.store.select([]);
+    this.editor.accept(false);
+    this.editor.deselect();
     voice.say("Ready for the next object");
   }
 

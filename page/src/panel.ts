@@ -2,14 +2,15 @@
 
 import { api } from "./api";
 import { classColor, shapeColor } from "./colors";
-import { byId, element, onClick, printable } from "./dom";
+import { byId, element, onClick, perFrame, printable, setText } from "./dom";
 import type { Editor, Voice } from "./editor";
 import { VirtualList } from "./list";
 import type { Shape, Store } from "./store";
 import type { ClassData } from "./types";
 import type { View } from "./view";
 
-const PITCH = 30;
+/** Height of a row, as in app.css: fingers need more. */
+const PITCH = matchMedia("(pointer: coarse)").matches ? 40 : 30;
 
 const HOW: Record<string, string> = {
   click: "clicks",
@@ -35,6 +36,9 @@ export class Panel {
   private order: Shape[] = [];
   private orderStale = true;
   private anchor = 0;
+
+  /** Show what is selected and what there is, at the next frame. */
+  readonly update = perFrame(() => this.refresh());
 
   constructor(
     private readonly store: Store,
@@ -215,34 +219,35 @@ export class Panel {
   private renderObject(row: HTMLElement, index: number): void {
     const shape = this.ordered()[index];
     if (!shape) return;
-    if (!row.firstChild) row.append(element("i"), element("bdi"), element("small"));
-    const [swatch, name, note] = row.children as unknown as [HTMLElement, HTMLElement, HTMLElement];
+    if (!row.firstChild) row.append(element("i"), element("span", { className: "spoken" }), element("bdi"), element("small"));
+    const [swatch, kind, name, note] = row.children as unknown as [HTMLElement, HTMLElement, HTMLElement, HTMLElement];
     const suggestion = this.store.suggestions.has(shape.id);
     swatch.style.backgroundColor = shapeColor(shape, this.classes);
     row.classList.toggle("suggested", suggestion);
     name.textContent = shape.label === null ? "no class" : (this.classes[shape.label]?.name ?? `class ${shape.label}`);
     const score = suggestion && shape.data.score !== undefined ? shape.data.score.toFixed(2) : "";
     note.textContent = score || (shape.data.track === undefined ? `${index + 1}` : `track ${shape.data.track}`);
-    row.setAttribute("aria-label", this.title(shape, index));
+    kind.textContent = suggestion ? "Suggestion: " : "";
   }
 
-  update(): void {
+  private refresh(): void {
     const { store } = this;
     this.objectList.set(store.objects.size + store.suggestions.size, (index) => {
       const shape = this.ordered()[index];
       return shape !== undefined && store.selected.has(shape.id);
     });
     this.classList.set(this.found.length, (index) => this.found[index] === this.shownLabel());
-    byId("object-count").textContent = String(store.objects.size);
-    byId("suggestions").hidden = !store.suggestions.size;
-    byId("suggestions-title").textContent =
-      store.suggestions.size === 1 ? "1 suggestion" : `${store.suggestions.size} suggestions`;
+    setText("object-count", String(store.objects.size));
+    const suggested = store.suggestions.size;
+    byId("suggestions").hidden = !suggested && byId("everything").hidden;
+    byId("suggestion-buttons").hidden = !suggested;
+    setText("suggestions-title", !suggested ? "Suggestions" : suggested === 1 ? "1 suggestion" : `${suggested} suggestions`);
     const n = store.selected.size;
     byId<HTMLButtonElement>("merge").disabled = n < 2;
     byId<HTMLButtonElement>("parts").disabled = n !== 1;
     byId<HTMLButtonElement>("similar").disabled = n !== 1;
     byId<HTMLButtonElement>("delete").disabled = n < 1;
-    byId("about").textContent = n > 1 ? `${n} selected` : store.current ? this.about(store.current) : "";
+    setText("about", n > 1 ? `${n} selected` : store.current ? this.about(store.current) : "");
   }
 
   /** How an object came about: pixels, and who did what. */
@@ -251,6 +256,7 @@ export class Panel {
       const what = HOW[how] ?? printable(how, 20);
       return `${clicks > 1 ? `${clicks} ` : ""}${what}${by && by !== this.editor.user ? ` (${printable(by, 24)})` : ""}`;
     });
-    return [`${shape.area.toLocaleString()} px`, ...steps].join(" · ");
+    const kinds = [...(shape.data.crowd ? ["crowd region"] : []), ...(shape.data.box_only ? ["box without a mask"] : [])];
+    return [`${shape.area.toLocaleString()} px`, ...kinds, ...steps].join(" · ");
   }
 }

@@ -24,6 +24,10 @@ export class Pixels {
       pixels.catch(() => this.kept.delete(key));
     }
     this.kept.set(key, pixels);
+    if (step > STEPS[0]!) {
+      // Of full sizes, hundreds of megabytes each, only the last is kept.
+      for (const old of this.kept.keys()) if (old !== key && !old.endsWith(`/${STEPS[0]}`)) this.kept.delete(old);
+    }
     for (const old of this.kept.keys()) {
       if (this.kept.size <= KEPT) break;
       // Not closed: it may still be on the screen. The browser frees it when nothing refers to it.

@@ -34,6 +34,10 @@ export interface ObjectData {
   score?: number;
   track?: number;
   revision?: number;
+  /** An imported box without a mask; `rle` is the filled box. */
+  box_only?: boolean;
+  /** A region of many objects. */
+  crowd?: boolean;
 }
 
 export interface ClassData {

@@ -8,6 +8,9 @@ import type { Point } from "./types";
 const LARGEST_ZOOM = 64;
 /** Milliseconds without zooming after which the layer is drawn sharply. */
 const REST_MS = 90;
+/** Milliseconds of a frame for the sharp drawing of the layer. */
+const SLICE_MS = 8;
+const SLICE_MOVING_MS = 3;
 
 /** What a tool or the hovering adds above the objects. */
 export interface Extra {
@@ -43,7 +46,8 @@ export class View {
   private readonly scratch = document.createElement("canvas");
   private readonly layer: Layer;
   private frame = 0;
-  private baseStale = true;
+  /** What of the lower canvas is to be drawn again: image rectangles, or everything. */
+  private stale: Rect[] | "all" = "all";
   private topStale = true;
   private movedAt = 0;
   private ratio = 1;
@@ -149,7 +153,8 @@ export class View {
     this.offsetX = Math.min(clientWidth - keep, Math.max(keep - width * this.zoom, this.offsetX));
     this.offsetY = Math.min(clientHeight - keep, Math.max(keep - height * this.zoom, this.offsetY));
     this.movedAt = performance.now();
-    this.baseStale = this.topStale = true;
+    this.stale = "all";
+    this.topStale = true;
     // Where the image is, for tests and other tools that look at the page.
     Object.assign(this.host.dataset, { zoom: this.zoom, left: this.offsetX, top: this.offsetY });
     this.request();
@@ -161,7 +166,7 @@ export class View {
   /** The image's pixels, of any resolution; null while they are loaded. */
   show(pixels: ImageBitmap | null): void {
     this.pixels = pixels;
-    this.baseStale = true;
+    this.stale = "all";
     this.request();
   }
 
@@ -175,7 +180,8 @@ export class View {
     if (clear) this.layer.clear();
     else this.layer.restart();
     this.liveBefore = new Set(this.store.live);
-    this.baseStale = this.topStale = true;
+    this.stale = "all";
+    this.topStale = true;
     this.request();
   }
 
@@ -190,8 +196,10 @@ export class View {
     const moved = [...live, ...this.liveBefore].filter((id) => live.has(id) !== this.liveBefore.has(id));
     this.liveBefore = live;
     const also = moved.map((id) => this.store.get(id)?.bounds).filter((rect): rect is Rect => rect !== undefined);
-    this.layer.patch([...areas, ...also]);
-    this.baseStale = this.topStale = true;
+    const dirty = [...areas, ...also];
+    this.layer.patch(dirty);
+    if (this.stale !== "all") this.stale.push(...dirty);
+    this.topStale = true;
     this.request();
   }
 
@@ -212,7 +220,7 @@ export class View {
     const chosen = this.store.selected.has(shape.id);
     return {
       color: this.colorOf(shape),
-      fill: (suggestion ? 0.3 : 1) * this.opacity * (chosen ? 1.4 : 1),
+      fill: (suggestion || shape.data.box_only ? 0.3 : 1) * this.opacity * (chosen ? 1.4 : 1),
       line: chosen ? 2.5 : 1.5,
       dashed: suggestion,
     };
@@ -236,13 +244,15 @@ export class View {
   }
 
   private render(): void {
-    if (this.layer.step()) this.baseStale = true;
-    if (this.baseStale) this.renderBase();
+    const moving = performance.now() - this.movedAt < REST_MS;
+    if (this.layer.step(moving ? SLICE_MOVING_MS : SLICE_MS)) this.stale = "all";
+    if (this.stale.length) this.renderBase(this.stale);
     if (this.topStale) this.renderTop();
     if (this.store.width && this.visible) {
       const { seen } = this;
       if (seen.w && seen.h && !this.layer.covers(seen, this.density)) {
-        if (performance.now() - this.movedAt >= REST_MS || !this.layer.working) {
+        // While zooming, pixels of another size do; drawing them anew in every frame would cost the sixty per second.
+        if (!moving || !(this.layer.working || this.layer.covers(seen, this.density, 2))) {
           const whole = { x: 0, y: 0, w: this.store.width, h: this.store.height };
           this.layer.start(seen, whole, this.density);
         }
@@ -256,10 +266,30 @@ export class View {
     context.setTransform(scale, 0, 0, scale, this.offsetX * this.ratio, this.offsetY * this.ratio);
   }
 
-  private renderBase(): void {
-    this.baseStale = false;
+  private renderBase(stale: Rect[] | "all"): void {
+    this.stale = [];
     const context = this.base;
     const { width, height } = this.store;
+    context.save();
+    if (stale !== "all") {
+      // A click changes little: only that is drawn, and the rest keeps its pixels.
+      // Whole device pixels, because a soft edge of the clip would leave its trace.
+      const [scale, pad] = [this.density, 4 * this.ratio];
+      const [left, top] = [this.offsetX * this.ratio, this.offsetY * this.ratio];
+      context.setTransform(1, 0, 0, 1, 0, 0);
+      context.beginPath();
+      for (const { x, y, w, h } of stale) {
+        if (!w) continue;
+        const [x0, y0] = [Math.floor(x * scale + left - pad), Math.floor(y * scale + top - pad)];
+        context.rect(x0, y0, Math.ceil((x + w) * scale + left + pad) - x0, Math.ceil((y + h) * scale + top + pad) - y0);
+      }
+      context.clip();
+    }
+    this.renderPixels(context, width, height);
+    context.restore();
+  }
+
+  private renderPixels(context: CanvasRenderingContext2D, width: number, height: number): void {
     context.setTransform(1, 0, 0, 1, 0, 0);
     context.fillStyle = getComputedStyle(this.host).backgroundColor;
     context.fillRect(0, 0, context.canvas.width, context.canvas.height);

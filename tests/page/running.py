@@ -68,35 +68,33 @@ class Connected:
     def __init__(self, source: Source, delay: float = 0.0):
         self.source, self.delay = source, delay
         self.asked: list[Prompt] = []
-        self._labels: dict[int, np.ndarray[Any, Any]] = {}
+        self._colours: dict[int, np.ndarray[Any, Any]] = {}
 
     def is_ready(self, index: int) -> bool:
-        return index in self._labels
+        return index in self._colours
 
     def embedding(self, index: int) -> None:
         pixels = self.source.read(index).numpy().astype(np.int64)
-        colour = (pixels[0] << 16) + (pixels[1] << 8) + pixels[2]
-        labels, first = np.zeros(colour.shape, np.int64), 0
-        for value in np.unique(colour):
-            found, count = ndimage.label(colour == value)
-            labels[found > 0] = found[found > 0] + first
-            first += count
-        self._labels[index] = labels
+        self._colours[index] = (pixels[0] << 16) + (pixels[1] << 8) + pixels[2]
 
     def answer(self, index: int, prompt: Prompt) -> Answer:
         self.asked.append(prompt)
         if not self.is_ready(index):
             self.embedding(index)
         time.sleep(self.delay)
-        labels = self._labels[index]
-        mask = np.zeros(labels.shape, bool)
+        colours = self._colours[index]
+        mask = np.zeros(colours.shape, bool)
         points = list(prompt.points)
         if prompt.box is not None:
             x0, y0, x1, y1 = prompt.box
             points.append(((x0 + x1) / 2, (y0 + y1) / 2, 1))
         for x, y, positive in points:
-            region = labels == labels[min(int(y), len(labels) - 1), min(int(x), labels.shape[1] - 1)]
-            mask = mask | region if positive else mask & ~region
+            row, column = min(int(y), len(colours) - 1), min(int(x), colours.shape[1] - 1)
+            equal = colours == colours[row, column]
+            rows, columns = np.flatnonzero(equal.any(1)), np.flatnonzero(equal.any(0))
+            box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            parts, _ = ndimage.label(equal[box])
+            mask[box][parts == parts[row - rows[0], column - columns[0]]] = bool(positive)
         counts = Masks.from_dense(torch.from_numpy(mask[None])).rle()[0]["counts"].decode("ascii")
         return Answer(counts, 0.9)
 

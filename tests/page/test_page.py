@@ -252,6 +252,28 @@ def test_box_polygon_split_merge_delete_and_classes(server: Running, tab: Callab
     page.saved(2)
 
 
+def test_quick_clicks_do_not_wait_for_the_assistant(server: Running, tab: Callable[..., Tab]):
+    page = tab(8)
+    page.page.uncheck("#hover")
+    server.assistant.delay = 0.25
+    try:
+        for x, y, _ in DISCS[:3]:
+            page.click(x, y)
+            page.press("Enter")
+        page.drag((14, 96), (66, 144))  # around the fourth
+        masks = page.saved(4)
+        assert all(iou(mask, disc(*place)) > 0.97 for mask, place in zip(masks, DISCS, strict=False))
+        # A second object joins the fourth while the assistant works, and a background click takes it away again.
+        page.click(120, 120)
+        page.click(122, 120, button="right")
+        page.page.wait_for_timeout(600)
+        assert iou(page.saved(4)[3], disc(*DISCS[3])) > 0.97
+        made = list(server.project.state(8).objects.values())[3].made
+        assert [(step["how"], step["clicks"]) for step in made] == [("box", 1), ("click", 2)]
+    finally:
+        server.assistant.delay = 0.0
+
+
 def test_everything_works_from_the_keyboard(server: Running, tab: Callable[..., Tab]):
     page = tab(3)
     page.page.focus("#stage")
@@ -428,7 +450,7 @@ def test_suggestions_export_and_training(server: Running, tab: Callable[..., Tab
 
     page = tab(7, prepare)
     page.tolerated = ("409",)  # the refusal of the export
-    page.page.wait_for_selector("#suggestions:not([hidden])")
+    page.page.wait_for_selector("#suggestion-buttons:not([hidden])")
     page.click(40, 40)  # takes the suggestion under it
     page.saved(1)
     page.press("Escape", "a")

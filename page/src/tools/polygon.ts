@@ -20,6 +20,10 @@ export class PolygonTool extends Tool {
       : "Click corners, or drag an outline · Shift: add to the selected object · Alt: take away";
   }
 
+  override get begun(): boolean {
+    return this.corners.length > 0;
+  }
+
   private near(at: At, [x, y]: Point, pixels: number): boolean {
     return Math.hypot(at.x - x, at.y - y) * this.context.view.zoom <= pixels;
   }
@@ -58,6 +62,7 @@ export class PolygonTool extends Tool {
       const last = this.corners.at(-1);
       if (!last || !this.near(at, last, 1)) this.corners.push([at.x, at.y]);
     }
+    this.context.changed();
     this.context.view.touch();
   }
 
@@ -71,6 +76,7 @@ export class PolygonTool extends Tool {
     this.corners = [];
     this.pressed = this.first = null;
     this.free = false;
+    this.context.changed();
     this.context.view.touch();
     return begun;
   }
@@ -89,6 +95,7 @@ export class PolygonTool extends Tool {
     if (!this.corners.length) return false;
     this.corners.pop();
     if (!this.corners.length) this.first = null;
+    this.context.changed();
     this.context.view.touch();
     return true;
   }

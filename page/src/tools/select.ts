@@ -1,5 +1,5 @@
 import type { Point } from "../types";
-import { type At, drawLine, Tool } from "./tool";
+import { type At, type Context, drawLine, Highlight, Tool } from "./tool";
 
 /** Select by clicking; dragging moves the image. */
 export class SelectTool extends Tool {
@@ -7,12 +7,26 @@ export class SelectTool extends Tool {
   readonly label = "Select";
   override readonly drags = false;
   override readonly cursor = "default";
+  private readonly highlight: Highlight;
+
+  constructor(context: Context) {
+    super(context);
+    this.highlight = new Highlight(context);
+  }
 
   hint(): string {
     const { store } = this.context;
     if (store.selected.size > 1) return "M: merge · Delete: remove · number keys: class";
     if (store.selected.size) return "J: split into parts · K: split by a line · Delete: remove · number keys: class";
     return "Click an object; Shift+click selects several; Enter accepts a selected suggestion";
+  }
+
+  override hover(at: At | null): void {
+    this.highlight.show(at ? this.context.store.at(at.x, at.y) : undefined);
+  }
+
+  override draw(context: CanvasRenderingContext2D, zoom: number): void {
+    this.highlight.draw(context, zoom);
   }
 
   override up(at: At): void {

@@ -1,8 +1,8 @@
 /** What every tool has in common. */
 
 import type { Editor, Voice } from "../editor";
-import type { Store } from "../store";
-import type { Extra, View } from "../view";
+import type { Shape, Store } from "../store";
+import { type Extra, outline, type View } from "../view";
 
 /** Where the pointer (mouse, pen, finger, or the keyboard's cross) is, in image pixels, with the keys that are held. */
 export interface At {
@@ -35,6 +35,8 @@ export interface Context {
   assisted: () => boolean;
   /** Accept or select what a click without a selection meets. */
   pick: (at: At) => boolean;
+  /** What the tool has begun is another now: hints and buttons follow. */
+  changed: () => void;
 }
 
 export abstract class Tool implements Extra {
@@ -53,6 +55,10 @@ export abstract class Tool implements Extra {
   up(_at: At): void {}
   /** The pointer moves with nothing pressed; null when it leaves. */
   hover(_at: At | null): void {}
+  /** Something is begun that Enter completes, such as a polygon. */
+  get begun(): boolean {
+    return false;
+  }
   /** Drop what is begun; true if there was something. */
   cancel(): boolean {
     return false;
@@ -66,6 +72,25 @@ export abstract class Tool implements Extra {
     return false;
   }
   draw(_context: CanvasRenderingContext2D, _zoom: number): void {}
+}
+
+/** The object under the pointer, outlined: what a click would select. */
+export class Highlight {
+  private shape: Shape | undefined;
+
+  constructor(private readonly context: Context) {}
+
+  show(shape: Shape | undefined): void {
+    if (shape === this.shape) return;
+    this.shape = shape;
+    this.context.view.touch();
+  }
+
+  draw(context: CanvasRenderingContext2D, zoom: number): void {
+    const { shape } = this;
+    if (!shape || this.context.store.get(shape.id) !== shape || this.context.store.selected.has(shape.id)) return;
+    outline(shape.path, this.context.view.colorOf(shape), 0.12).draw(context, zoom);
+  }
 }
 
 /** Line widths and dots in CSS pixels, readable on any image. */

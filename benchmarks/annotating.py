@@ -1,0 +1,196 @@
+"""How fast is the annotation page: from a click to the visible mask, and frames per second of zoom and pan.
+
+    python benchmarks/annotating.py                               # 0 and 500 objects, masks from a stand-in at no cost
+    python benchmarks/annotating.py --weights W --objects 0 500   # with a promptable system
+
+Needs playwright and the system's Chromium. The server is a process of its own. Clicks are real mouse events with the
+preview switched off, each on an object that has no mask yet; their time runs from the release of the button to the
+frame in which the mask is drawn. Zoom and pan are wheel events in every frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = (1600, 1200)
+CELL = 44  # pixels between the centres of neighbouring discs
+
+# Wheel events at every frame for some seconds; the intervals between frames.
+FRAMES = """async ([seconds, zooming]) => {
+  const stage = document.getElementById('stage'), box = stage.getBoundingClientRect(), times = [];
+  const start = performance.now();
+  for (let now = start, i = 0; now - start < 1000 * seconds; i++) {
+    const way = Math.floor(i / 40) % 2 ? 1 : -1;
+    stage.dispatchEvent(new WheelEvent('wheel', {
+      deltaY: zooming ? 25 * way : 0, deltaX: zooming ? 0 : 12 * way, shiftKey: !zooming, bubbles: true,
+      clientX: box.left + box.width / 2, clientY: box.top + box.height / 2, cancelable: true,
+    }));
+    now = await new Promise(requestAnimationFrame);
+    times.push(now);
+  }
+  return times.slice(1).map((time, i) => time - times[i]);
+}"""
+
+
+def places() -> list[tuple[int, int, int]]:
+    """Centres and radii of discs in rows, in a random but fixed order."""
+    rng = random.Random(0)
+    rows = [
+        (x, y, rng.randrange(9, 20))
+        for y in range(CELL // 2, SIZE[1] - CELL // 2, CELL)
+        for x in range(CELL // 2, SIZE[0] - CELL // 2, CELL)
+    ]
+    rng.shuffle(rows)
+    return rows
+
+
+def make_folder(folder: Path, objects: int) -> None:
+    """A COCO data set of one image with many discs, of which the first ones are annotated."""
+    from PIL import Image, ImageDraw
+
+    image = Image.new("RGB", SIZE, (38, 44, 52))
+    pen, annotations = ImageDraw.Draw(image), list[dict[str, Any]]()
+    for number, (x, y, r) in enumerate(places()):
+        colour = (90 + number * 37 % 150, 120 + number * 61 % 120, 100 + number * 89 % 140)
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+        if number < objects:
+            corners = [(x - r, y - r / 2), (x - r / 2, y - r), (x + r / 2, y - r), (x + r, y - r / 2)]
+            corners += [(2 * x - a, 2 * y - b) for a, b in corners]
+            annotations.append(
+                {"id": number + 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 3 * r * r}
+                | {"bbox": [x - r, y - r, 2 * r, 2 * r], "segmentation": [[v for corner in corners for v in corner]]}
+            )
+    folder.mkdir(parents=True)
+    image.save(folder / "image.png")
+    document = {
+        "images": [{"id": 1, "file_name": "image.png", "width": SIZE[0], "height": SIZE[1]}],
+        "annotations": annotations,
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    (folder / "annotations.json").write_text(json.dumps(document))
+
+
+def serve_stand_in(folder: Path, port: int) -> None:
+    """Serve with the assistant of the tests, whose masks cost nothing."""
+    sys.path.insert(0, str(ROOT))
+    from tests.page.running import Running
+
+    Running(folder, ("cell",), port=port)
+    while True:
+        time.sleep(3600)
+
+
+@contextmanager
+def server(folder: Path, weights: str | None) -> Iterator[str]:
+    """The address of a server process."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, "--stand-in-server", str(folder), "--port", str(port)]
+    if weights is not None:
+        command = [sys.executable, "-m", "maskwright", "annotate", str(folder), "--weights", weights]
+        command += ["--no-browser", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        until = time.monotonic() + 180
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}api/project", timeout=5).close()
+                break
+            except OSError:
+                if time.monotonic() > until or process.poll() is not None:
+                    raise
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def percentile(values: list[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def measure(browser: Any, address: str, objects: int, clicks: int, seconds: float, shot: Path | None) -> dict[str, Any]:
+    page = browser.new_page(viewport={"width": 1280, "height": 720})
+    page.goto(address)
+    page.wait_for_selector("#assist:has-text('ready')", timeout=180_000)
+    page.uncheck("#hover")
+    page.check("#single")
+    page.wait_for_timeout(1500)  # until all objects are drawn sharply
+    view = page.evaluate("() => ({...document.getElementById('stage').dataset})")
+    box = page.locator("#stage").bounding_box()
+    zoom, left, top = (float(view[name]) for name in ("zoom", "left", "top"))
+    for number, (x, y, _) in enumerate(places()[objects : objects + clicks]):
+        page.mouse.click(box["x"] + left + x * zoom, box["y"] + top + y * zoom)
+        done = "n => performance.getEntriesByName('click-to-visible').length > n"
+        for _ in range(2000):
+            if page.evaluate(done, number):
+                break
+            page.wait_for_timeout(5)
+        page.wait_for_timeout(60)
+    taken = page.evaluate("() => performance.getEntriesByName('click-to-visible').map(entry => entry.duration)")
+    page.mouse.move(box["x"] + 5, box["y"] + 5)
+    result: dict[str, Any] = {"objects": objects, "clicks": len(taken)}
+    result |= {"click p50 ms": statistics.median(taken), "click p95 ms": percentile(taken, 0.95)}
+    for name, zooming in (("zoom", True), ("pan", False)):
+        gaps = page.evaluate(FRAMES, [seconds, zooming])
+        result[f"{name} frames/s"] = 1000 / statistics.mean(gaps)
+        result[f"{name} p95 ms"] = percentile(gaps, 0.95)
+    if shot is not None:
+        page.keyboard.press("f")
+        page.wait_for_timeout(1500)
+        page.screenshot(path=str(shot / f"objects_{objects}.png"))
+    page.close()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", help="a promptable system; without, masks come from a stand-in")
+    parser.add_argument("--objects", type=int, nargs="+", default=[0, 500])
+    parser.add_argument("--clicks", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=3.0, help="of zooming and of panning")
+    parser.add_argument("--screenshots", type=Path)
+    parser.add_argument("--stand-in-server", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stand_in_server is not None:
+        serve_stand_in(options.stand_in_server, options.port)
+    sys.path.insert(0, str(ROOT))
+    from playwright.sync_api import sync_playwright
+
+    from tests.page.running import FLAGS, chromium
+
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    with sync_playwright() as running, tempfile.TemporaryDirectory() as temporary:
+        browser = running.chromium.launch(executable_path=chromium(), args=list(FLAGS), headless=True)
+        for objects in options.objects:
+            folder = Path(temporary) / str(objects)
+            make_folder(folder, objects)
+            with server(folder, options.weights) as address:
+                result = measure(browser, address, objects, options.clicks, options.seconds, options.screenshots)
+            print("  ".join(f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}"
+                            for name, value in result.items()), flush=True)  # fmt: skip
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
