@@ -143,8 +143,11 @@ def test_a_graph_computes_what_decode_does(masks):
     from maskwright.inference.exporting.checking import compare
 
     image = Scenes(1, (96, 128), seed=7)[0].image
-    for name, threshold in (("mask-rcnn", 0.05), ("fcos", 0.0), ("yolact", 0.0), ("solov2", 0.0), ("mask2former", 0.0)):
-        ready = graphs.prepare(build(name).eval(), "cpu")
+    mixed = {"htc": {"classes": ("a", "b", "c"), "stuff": ("b",)}}  # labels are not the rows of the heads
+    for name, threshold in (
+        ("mask-rcnn", 0.05), ("htc", 0.001), ("fcos", 0.0), ("yolact", 0.0), ("solov2", 0.0), ("mask2former", 0.0)
+    ):  # fmt: skip
+        ready = graphs.prepare(build(name, **mixed.get(name, {})).eval(), "cpu")
         canvas = ready.preprocess.padded_size(*image.shape[1:])
         limits = graphs.Limits(threshold, 0.5 if name != "fcos" else 0.6, 60, 0.5)
         module = graphs.Graph(ready, canvas, limits, masks, "instances")

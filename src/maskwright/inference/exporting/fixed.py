@@ -161,6 +161,9 @@ def two_stage(system: Any, raw: Any, valid: Tensor, limits: Limits) -> Found:
         values, order = torch.where(values >= 0, values * quality, -1.0).topk(limits.detections)
         frames, label, probabilities = frames[order], label[order], probabilities[order]
     masks = _pasted(probabilities, frames, system.rules.paste, limits.mask_threshold, system.rules.paste_above)
+    if getattr(system, "stuff", ()):  # heads have rows for things only
+        things = [row for row, name in enumerate(system.classes) if name not in system.stuff]
+        label = torch.tensor(things, device=label.device)[label]
     return Found(system.extents(frames), values, label, masks)
 
 
@@ -371,7 +374,10 @@ Decoder = Callable[[Any, Any, Tensor, Limits], Found]
 
 DECODERS: Mapping[str, Decoder] = {
     **dict.fromkeys(
-        ("faster-rcnn", "mask-rcnn", "panet", "cascade-mask-rcnn", "mask-scoring-rcnn", "pointrend", "panoptic-fpn"),
+        (
+            "faster-rcnn", "mask-rcnn", "panet", "cascade-mask-rcnn", "htc", "mask-scoring-rcnn", "pointrend",
+            "panoptic-fpn", "cascade-panoptic-fpn",
+        ),
         two_stage,
     ),
     **dict.fromkeys(("fcos", "centermask", "blendmask"), located),
