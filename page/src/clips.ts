@@ -4,6 +4,7 @@ import { byId, onClick } from "./dom";
 import type { Voice } from "./editor";
 import type { Images } from "./images";
 import { type Live, Unanswered } from "./live";
+import type { Saver } from "./saver";
 import { Shape, type Store } from "./store";
 
 export class Propagation {
@@ -12,6 +13,7 @@ export class Propagation {
   constructor(
     private readonly live: Live,
     private readonly store: Store,
+    private readonly saver: Saver,
     private readonly images: Images,
     private readonly frames: number,
     private readonly voice: Voice,
@@ -46,6 +48,7 @@ export class Propagation {
     this.show(0, length);
     let reached = 0;
     try {
+      await this.saver.settled();
       await this.live.ask(
         { op: "propagate", image: from, ids, until },
         {
@@ -54,9 +57,12 @@ export class Propagation {
             if (event.event !== "propagated") return;
             reached = Math.abs(event.image - from);
             this.show(reached, length);
-            if (event.image === store.image) store.put(event.objects.map((object) => [object.id, new Shape(object)]));
+            const removed = event.removed ?? [];
+            this.saver.changed(event.image, event.version, event.objects, removed, (data) => new Shape(data));
             const known = this.images.item(event.image);
-            if (known) this.images.note(event.image, { objects: Math.max(known.objects, event.objects.length) });
+            if (known && event.image !== from) {
+              this.images.note(event.image, { objects: Math.max(known.objects, event.objects.length) });
+            }
           },
         },
       );

@@ -90,7 +90,7 @@ export class ExportDialog {
 
   private async run(allowLoss: boolean): Promise<void> {
     const state = byId("export-state");
-    const buttons = [byId<HTMLButtonElement>("export-start"), byId<HTMLButtonElement>("export-anyway")];
+    const buttons = ["export-start", "export-anyway", "export-format"].map((id) => byId<HTMLButtonElement>(id));
     this.reset();
     const unsaved = this.unsaved();
     if (unsaved) {

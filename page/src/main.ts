@@ -131,12 +131,12 @@ class Page {
     document.body.classList.toggle("clip", this.clip);
     const canPropagate = project.can_propagate ?? (this.clip && project.assist !== null);
     byId("clip").hidden = !canPropagate;
-    if (canPropagate) new Propagation(live, store, this.images, project.count, voice);
+    if (canPropagate) new Propagation(live, store, saver, this.images, project.count, voice);
     byId("everything").hidden = !project.assist;
     byId("assist").title = project.assist ? printable(project.assist.system) : "";
     byId("similar").hidden = !(project.can_similar ?? project.assist !== null);
     byId("train").hidden = !project.can_train;
-    if (!project.suggest) byId("filter").querySelector('option[value="uncertain"]')?.remove();
+    this.showSuggester(project);
     this.exporting.setFormats(project.formats);
 
     view.colorOf = (shape) => shapeColor(shape, this.panel.classes);
@@ -187,6 +187,11 @@ class Page {
       (error: Error) => empty(error.message),
     );
     byId("stage").focus();
+  }
+
+  /** Least certain images first: only where a system suggests, which there may be only after training. */
+  private showSuggester(project: ProjectData): void {
+    byId("filter").querySelector<HTMLOptionElement>('option[value="uncertain"]')!.hidden = !project.suggest;
   }
 
   private hashed(): number | undefined {
@@ -306,12 +311,23 @@ class Page {
       void this.saver.recover();
       if (this.target >= 0) this.decoder.open(this.target);
       if (this.wasOnline) {
-        void api.project().then(({ classes }) => this.panel.setClasses(classes), () => {});
+        this.readProject();
       }
       this.wasOnline = true;
       if (this.project.can_train) void api.train().then((state) => this.training.take(state), () => {});
     }
     this.showStatus();
+  }
+
+  /** Read again what may have changed: classes, and whether a system suggests. */
+  private readProject(): void {
+    api.project().then(
+      (project) => {
+        this.panel.setClasses(project.classes);
+        this.showSuggester(project);
+      },
+      () => {},
+    );
   }
 
   private told(event: ServerEvent): void {
@@ -346,6 +362,8 @@ class Page {
         break;
       case "train":
         this.training.take(event);
+        // The new weights are loaded a moment later.
+        if (event.state === "done") setTimeout(() => this.readProject(), 4000);
         break;
       case "here": {
         const others = event.users - 1;
@@ -414,10 +432,12 @@ class Page {
     if (!this.assisted) return voice.say("There is no assistant for this image");
     if (this.askingFor !== null) return;
     if (op === "similar" && !current) return voice.say("Select the object that others should resemble");
+    if (op === "similar" && store.suggestions.has(current!.id)) return voice.say("Accept the suggestion first");
     this.askingFor = op === "similar" ? "finding similar objects" : "finding all objects";
     this.asking = this.live.number();
     this.showAssist();
     try {
+      await this.saver.settled();
       const message = { op, image, ...(op === "similar" ? { id: current!.id } : {}) };
       const event = await this.live.ask(message, { request: this.asking });
       if (event.event === "suggestions" && event.image === store.image) {

@@ -76,6 +76,14 @@ export class Saver {
     return this.queue.length;
   }
 
+  /** Resolves when everything is on the disk, so that the server can be asked about it. */
+  async settled(): Promise<void> {
+    while (this.queue.length) {
+      if (this.live.connection !== "online") throw new Unanswered("offline");
+      await new Promise((resolve) => setTimeout(resolve, 20));
+    }
+  }
+
   /** Show an action and save it. */
   submit(action: Action): void {
     const was = new Map<string, number>();

@@ -116,7 +116,7 @@ export type ServerEvent =
   | { event: "mask"; request: number; image: number; rle: Rle; score: number; ms: number }
   | { event: "dropped"; request: number }
   | { event: "suggestions"; request?: number; image: number; objects: ObjectData[] }
-  | { event: "propagated"; request: number; image: number; objects: ObjectData[] }
+  | { event: "propagated"; request: number; image: number; version: number; objects: ObjectData[]; removed?: string[] }
   | { event: "finished"; request: number }
   | { event: "saved"; request: number; image: number; version: number; objects: ObjectData[] }
   | {
