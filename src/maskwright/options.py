@@ -32,7 +32,7 @@ _POSITIVE = (
     "coefficients", "bases", "kernel_size", "stride", "window", "windows", "groups", "levels", "octaves", "parts",
     "patch", "multiple", "depth", "depths", "most_contours", "anchor_sizes", "canvas", "deform_every",
 )  # fmt: skip
-_MAY_BE_ZERO = ("many_queries",)
+_MAY_BE_ZERO = ("many_queries", "simulation.points")
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def check_range(name: str, value: Any) -> None:
             check_range(name, own)
     elif isinstance(value, int) and not isinstance(value, bool):
         field = name.rpartition(".")[2]
-        least = int(field.endswith(_POSITIVE) and field not in _MAY_BE_ZERO)
+        least = int(field.endswith(_POSITIVE) and not {field, name} & {*_MAY_BE_ZERO})
         if value < least:
             raise UsageError(f"{name} must be at least {least}, got {value}")
         if value > LARGEST_OPTION and field not in UNBOUNDED:

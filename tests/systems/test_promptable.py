@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -306,6 +307,40 @@ def test_weights_load_with_updates_of_low_rank_which_change_nothing_at_first(tmp
         again = mw.load(tmp_path / "tuned.safetensors").eval()
         torch.testing.assert_close(again(images).image, tuned(images).image)
         assert not torch.allclose(again(images).image, system()(images).image)
+
+
+def saved_bytes(name: str, count: int, *, frozen: bool = True, **simulation: Any) -> int:
+    """Bytes that the graph of a training step holds, without the network's own tensors."""
+    trained = build(name, simulation={"repeats": 0, **simulation})
+    trained.image_encoder.requires_grad_(not frozen)
+    own = {t.untyped_storage().data_ptr() for t in (*trained.parameters(), *trained.buffers())}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in own:
+            kept[place] = tensor.untyped_storage().nbytes(), tensor
+        return tensor
+
+    images = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        raw = trained(images)
+        before = sum(size for size, _ in kept.values())
+        assert (before == 0) is frozen
+        losses = sum(trained.losses(raw, [objects(count)]).values())
+    assert torch.isfinite(torch.as_tensor(losses))
+    return sum(size for size, _ in kept.values()) - before
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_what_a_training_step_holds(name):
+    """The rule that the documentation states: objects and rounds, unless rounds are computed again."""
+    whole = {(n, p): saved_bytes(name, n, points=p, checkpoint=False) for n, p in ((1, 0), (2, 0), (2, 2))}
+    assert whole[2, 0] == pytest.approx(2 * whole[1, 0], rel=0.1)  # objects
+    assert whole[2, 2] == pytest.approx(3 * whole[2, 0], rel=0.1)  # rounds
+    again = saved_bytes(name, 2, points=2, checkpoint=True)
+    assert again < 0.1 * whole[2, 0]
+    assert saved_bytes(name, 1, frozen=False, points=0, checkpoint=True) < 0.2 * whole[1, 0]
 
 
 def test_rounds_that_are_computed_again_give_the_same_gradients():

@@ -276,7 +276,7 @@ class SAM2(MemoryTracker):
         """The loss of one round, summed over objects, and the logits that the next round corrects."""
 
         def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            decoded = prompt_training.answer(self, features, *inputs, again=False)
+            decoded = prompt_training.answer(self, features, *inputs)
             with torch.autocast(planes.device.type, enabled=False):
                 wide = functional.interpolate(decoded.logits.float(), size=planes.shape[1:], mode="bilinear")
                 terms = answer_losses(wide, decoded.scores, decoded.present, planes, ambiguous, self.loss)

@@ -113,16 +113,33 @@ def losses(
             place, label = correction(logits, examples.masks, size)
             points = torch.cat([points, place[:, None]], 1)
             labels = torch.cat([labels, label[:, None]], 1)
-        decoded = answer(system, own, points, labels, logits, known, rules.checkpoint)
-        total = total + round_losses(decoded, examples, ambiguous=~boxed if number == 0 else torch.zeros_like(boxed))
-        # The next round corrects the answer that a user would see.
-        scores = decoded.scores.detach()
-        best = torch.where(boxed, 0, 1 + scores[:, 1:].argmax(1)) if number == 0 else torch.zeros_like(examples.owner)
-        logits = decoded.logits.detach().float()[torch.arange(len(best), device=best.device), best]
-        known = torch.ones_like(known)
+        prompts, ambiguous = (points, labels, logits, known), ~boxed & (number == 0)
+        terms, logits = _round(system, own, prompts, examples, ambiguous, rules.checkpoint)
+        total, known = total + terms, torch.ones_like(known)
     terms = total / count / len(rounds) * total.new_tensor(rules.weights)
     idle = sum((level.float().sum() for level in (features.image, *features.finer)), total.new_zeros(())) * 0
     return {"mask": terms[0] + idle, "dice": terms[1], "iou": terms[2]}
+
+
+def _round(
+    system: PromptableSystem, features: Features, prompts: tuple[Tensor, ...], examples: Examples,
+    ambiguous: Bool[Tensor, " n"], again: bool,
+) -> tuple[Float[Tensor, 3], Float[Tensor, "n h w"]]:  # fmt: skip
+    """The losses of one round, see `round_losses`, and the logits that the next round corrects.
+
+    `again`: Compute the round again for the gradients.
+    """
+
+    def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        decoded = answer(system, features, *inputs)
+        scores = decoded.scores.detach()
+        best = torch.where(ambiguous, 1 + scores[:, 1:].argmax(1), 0)  # the answer that a user would see
+        rows = torch.arange(len(best), device=best.device)
+        return round_losses(decoded, examples, ambiguous), decoded.logits[rows, best].detach().float()
+
+    if again and torch.is_grad_enabled():
+        return checkpoint(run, *prompts, use_reentrant=False)
+    return run(*prompts)
 
 
 def schedule(rules: Simulation) -> list[str]:
@@ -134,9 +151,8 @@ def schedule(rules: Simulation) -> list[str]:
 
 
 def answer(
-    system: PromptableSystem, features: Features, points: Tensor, labels: Tensor, logits: Tensor, known: Tensor,
-    again: bool,
-) -> Decoded:  # fmt: skip
+    system: PromptableSystem, features: Features, points: Tensor, labels: Tensor, logits: Tensor, known: Tensor
+) -> Decoded:
     """Runs prompt encoder and mask decoder for one round.
 
     Args:
@@ -146,7 +162,6 @@ def answer(
         labels: (N, T), what each slot holds.
         logits: (N, h, w), logits of the answer before.
         known: (N,), whether there was one.
-        again: Whether to compute the round again for the gradients.
     """
     from maskwright.systems.kinds.promptable import Slots
 
@@ -158,10 +173,7 @@ def answer(
     height, width = features.size
     points = torch.cat([points, points.new_full((len(points), most, 2), -1.0)], 1)
     place = (points + 0.5) / points.new_tensor([width, height])
-    slots = Slots(place, labels, logits[:, None], known, ragged=True)
-    if again and torch.is_grad_enabled():
-        return checkpoint(system.answer, features, slots, use_reentrant=False)
-    return system.answer(features, slots)
+    return system.answer(features, Slots(place, labels, logits[:, None], known, ragged=True))
 
 
 # ---- examples and prompts --------------------------------------------------------------------------------------------
