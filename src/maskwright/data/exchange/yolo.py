@@ -93,7 +93,9 @@ def _settings_file(folder: Path) -> Path | None:
     for name in ("data.yaml", "data.yml", "dataset.yaml", "dataset.yml"):
         if is_file(folder / name):
             return folder / name
-    others = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in (".yaml", ".yml") and _is_settings(p)]
+    with os.scandir(folder) as entries:  # paths of all files would take seconds for very many images
+        names = sorted(entry.name for entry in entries if entry.name.lower().endswith((".yaml", ".yml")))
+    others = [folder / name for name in names if _is_settings(folder / name)]
     return others[0] if len(others) == 1 else None
 
 
@@ -135,7 +137,7 @@ def _folders_without_settings(root: Path) -> list[str | None]:
         split = split_in_path(file)
         if split not in found:
             found.append(split)
-    return found if any((folder / "images").is_dir() for folder in _with_children(root)) else []
+    return found if found and any((folder / "images").is_dir() for folder in _with_children(root)) else []
 
 
 def _label_files(root: Path) -> list[str]:
