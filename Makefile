@@ -112,7 +112,8 @@ figures: $(VENV)/.ready-dev
 ci: lint test wheel docs
 
 # All installed packages, except maskwright and the platform-specific parts of torch.
-constraints: $(VENV)/.ready-dev
+constraints: $(VENV)/.ready-dev $(VENV)/.ready-docs
+	@$(PIP) install --quiet -c constraints.txt -e '.[all,ray,codecs]'
 	@{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --all | grep -viE '^(nvidia|cuda|triton|maskwright|setuptools|-e|# )|@' | LC_ALL=C sort -f; } > constraints.new
 	@mv constraints.new constraints.txt
 

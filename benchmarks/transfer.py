@@ -128,7 +128,9 @@ def train(run: Run, start: Start, folder: Path, out: Path, arguments: argparse.N
     short = SHORT.get(run.data, arguments.short)
     size = {"short": (short,), "long": 2 * short}
     steps, batch, place = run.steps, arguments.batch, out / run.name
-    if run.arm == "total":
+    if run.arm == "total" and arguments.total_steps is not None:
+        steps = arguments.total_steps
+    elif run.arm == "total":
         preprocess = mw.create(start.system, **start.options, classes=learn.classes).preprocess.at(short, 2 * short)
         steps += round((start.pixels or 0) / batch / mean_pixels(learn, preprocess))
     begun = time.process_time()
@@ -196,6 +198,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--short", type=int, default=160, help="short side of the input (nuclei: 224)")
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--total-steps", type=int, help="steps of the arm total; default: by input pixels")
     parser.add_argument("--limit", type=int, help="measure on at most so many images")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--table", action="store_true", help="print the table of finished runs only")
@@ -204,8 +207,10 @@ def main() -> None:
         if arguments.folder is None:
             parser.error("DATA is required, unless --table is given")
         start = Start.read(arguments.weights)
-        if "total" in arguments.arms and start.pixels is None:
-            parser.error(f"{start.path}: does not state the command of its pretraining; use --arms scenes random")
+        if "total" in arguments.arms and start.pixels is None and arguments.total_steps is None:
+            parser.error(
+                f"{start.path}: does not state how it was pretrained; add --arms scenes random, or --total-steps"
+            )
         names = arguments.data or [name for name in SETS if (arguments.folder / name).is_dir()]
         for seed in arguments.seeds:
             for steps in arguments.steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import importlib
 import json
 import re
@@ -12,9 +13,11 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import maskwright
 from maskwright.errors import MissingExtraError
@@ -144,6 +147,43 @@ def test_the_constraints_are_names_and_versions():
     wanted += [r for part in extras.values() for r in part if not r.startswith("maskwright")]
     names = {re.split(r"[<>=\[; ]", r)[0].lower() for r in wanted}
     assert names <= pinned
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the constraints name what is installed on Linux")
+def test_the_constraints_cover_what_the_extras_install():
+    project, lines = PROJECT["project"], (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = {_plain(line.split("==")[0]) for line in lines if "==" in line}
+    groups = [*project["optional-dependencies"].values(), *PROJECT["dependency-groups"].values()]
+    waiting = [Requirement(r) for part in (project["dependencies"], *groups) for r in part]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        wanted = waiting.pop()
+        key = (_plain(wanted.name), frozenset(wanted.extras))
+        if key in seen or key[0] == "maskwright":
+            continue
+        seen.add(key)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            inner = [Requirement(text) for text in metadata.requires(wanted.name) or []]
+            waiting += [
+                r for r in inner if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in {"", *key[1]})
+            ]
+    platform = re.compile("nvidia|cuda|triton|setuptools")  # left to torch
+    assert sorted(name for name, _ in seen if name not in pinned and not platform.match(name)) == []
+
+
+def _plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.fast
+def test_the_documents_name_every_extra_and_what_all_leaves_out():
+    extras = PROJECT["project"]["optional-dependencies"]
+    page = (ROOT / "docs/getting-started.md").read_text("utf-8")
+    rows = re.findall(r"^\| (`[a-z`, ]+`) \| (.*) \|$", page, re.MULTILINE)
+    named = {name: text for cell, text in rows for name in re.findall("[a-z]+", cell)}
+    assert {*named} == {*extras} - {"all"}
+    inside = set(re.findall("[a-z]+", extras["all"][0])) - {"maskwright"}
+    assert {name for name, text in named.items() if "not part of `all`" in text} == {*extras} - {"all"} - inside
 
 
 def test_imports_point_downwards():
