@@ -284,8 +284,9 @@ def test_of_three_masks_the_best_is_learned_and_of_a_box_the_first():
     assert float(terms[2].detach()) == pytest.approx(1 / 3)  # IoUs 0, 1, 0 for the point; 0 for the box
 
 
-def test_only_updates_of_low_rank_are_trained():
-    tuned = build("sam", lora=4)
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_only_updates_of_low_rank_are_trained(name):
+    tuned = build(name, lora=4)
     assert isinstance(tuned, PromptableSystem)
     trained = [n for n, p in tuned.image_encoder.named_parameters() if p.requires_grad]
     assert trained
@@ -295,18 +296,19 @@ def test_only_updates_of_low_rank_are_trained():
     assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
 
 
-def test_weights_load_with_updates_of_low_rank_which_change_nothing_at_first(tmp_path):
-    mw.save(system(), tmp_path / "plain.safetensors")
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_weights_load_with_updates_of_low_rank_which_change_nothing_at_first(name, tmp_path):
+    mw.save(system(name), tmp_path / "plain.safetensors")
     tuned = mw.load(tmp_path / "plain.safetensors", lora=4).eval()
     images = torch.randn(1, 3, *SIZE)
     with torch.no_grad():
-        torch.testing.assert_close(tuned(images).image, system()(images).image)
+        torch.testing.assert_close(tuned(images).image, system(name)(images).image)
         for parameter in tuned.image_encoder.lora.parameters():  # pyright: ignore[reportAttributeAccessIssue]
             parameter.add_(0.1)
         mw.save(tuned, tmp_path / "tuned.safetensors")
         again = mw.load(tmp_path / "tuned.safetensors").eval()
         torch.testing.assert_close(again(images).image, tuned(images).image)
-        assert not torch.allclose(again(images).image, system()(images).image)
+        assert not torch.allclose(again(images).image, system(name)(images).image)
 
 
 def saved_bytes(name: str, count: int, *, frozen: bool = True, **simulation: Any) -> int:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVa
 
 from maskwright.blocks.backbones import Backbone, BackboneLike, levels_of
 from maskwright.blocks.hiera import HieraNeck
+from maskwright.blocks.lora import adapt
 from maskwright.blocks.memory_attention import MemoryAttention, MemoryEncoder
 from maskwright.blocks.prompting import Decoded, PromptEncoder, stable_answer
 from maskwright.blocks.transformer import MLP
@@ -154,11 +155,14 @@ class SAM2(MemoryTracker):
         resize: Size and normalisation of the input: images are stretched to `canvas`, 1024 x 1024 pixels as published.
         in_channels: Channels of the images.
         points_per_side: Default of `decode`: the grid of "segment everything" has the square of this many points.
+        lora: Rank of updates of the attention layers of the image encoder, which is otherwise frozen (LoRA); 0: none,
+            and the encoder is trained.
         simulation: How prompts are simulated in training. Its weights are not used; those of `loss` are.
         loss: The loss.
     """
 
     name = "sam2"
+    optional_networks = ("image_encoder.lora.",)
     card = CARD
 
     def __init__(
@@ -172,6 +176,7 @@ class SAM2(MemoryTracker):
         resize: ResizeLike = RESIZE,
         in_channels: int = 3,
         points_per_side: int = 32,
+        lora: int = 0,
         simulation: Mapping[str, Any] | Simulation = SIMULATION,
         loss: Mapping[str, Any] | PresenceLoss = LOSS,
     ):
@@ -191,6 +196,8 @@ class SAM2(MemoryTracker):
         self.simulation, self.loss = Simulation.read(simulation, SIMULATION), PresenceLoss.read(loss, LOSS)
         self.preprocess = self.checked_canvas(Resize.read(resize, RESIZE).apply(PREPROCESS, in_channels), 32)
         self.image_encoder = ImageEncoder(spec, width, in_channels)
+        if lora:
+            adapt(self.image_encoder, lora)
         self.prompt_encoder = PromptEncoder(width)
         self.mask_decoder = heads.build(sigmoid=True, present=True, finer=True)
         self.pointer = ObjectPointer(width)

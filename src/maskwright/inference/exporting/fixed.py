@@ -375,8 +375,15 @@ Decoder = Callable[[Any, Any, Tensor, Limits], Found]
 DECODERS: Mapping[str, Decoder] = {
     **dict.fromkeys(
         (
-            "faster-rcnn", "mask-rcnn", "panet", "cascade-mask-rcnn", "htc", "mask-scoring-rcnn", "pointrend",
-            "panoptic-fpn", "cascade-panoptic-fpn",
+            "faster-rcnn",
+            "mask-rcnn",
+            "panet",
+            "cascade-mask-rcnn",
+            "htc",
+            "mask-scoring-rcnn",
+            "pointrend",
+            "panoptic-fpn",
+            "cascade-panoptic-fpn",
         ),
         two_stage,
     ),
