@@ -7,10 +7,10 @@
 
 A server runs in a process of its own, as `maskwright annotate` starts it, and is asked over its WebSocket.
 
-The simulated annotator labels every object of an image (crowd regions are left out): a click on the pixel farthest from
-the object's border, then clicks in the middle of the largest region that is wrong, until the IoU with the annotation is
-0.9; after 20 clicks the object counts as 20 (the usual "NoC@90"). With suggestions, accepting one costs a click, further
-ones correct it, and dismissing a wrong one costs a click too.
+The simulated annotator labels every object of an image (crowd regions are left out): a click on the pixel farthest
+from the object's border, then clicks in the middle of the largest region that is wrong, until the IoU with the
+annotation is 0.9; after 20 clicks the object counts as 20 (the usual "NoC@90"). With suggestions, accepting one costs a
+click, further ones correct it, and dismissing a wrong one costs a click too.
 """
 
 from __future__ import annotations

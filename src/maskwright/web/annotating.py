@@ -134,7 +134,7 @@ class AnnotationServer:
         self.operations = Operations(project, self.suggestions, self.hub, assistant, self._long, self._writer)
         device = None if assistant is None else assistant.device
         self.trainer = Trainer(project, train, device, self._tell_training, self._trained)
-        desk = None if assistant is None else Desk(assistant, self._clicks)
+        desk = None if assistant is None else Desk(assistant, self._clicks, self._now)
         self.services = Services(project, self.hub, self._writer, self._shown, desk, self.operations.handlers)
         self._rules = Rules(token, hosts, frozenset({"/", "/health"}), f"maskwright-{port}")
         handlers: Mapping[Any, Any] = {HTTPException: _refusal, MaskwrightError: _fault}

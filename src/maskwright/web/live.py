@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections import deque
@@ -113,10 +114,12 @@ class Desk:
     Args:
         assistant: The promptable system.
         thread: Where answers are computed.
+        encoder: Where images are encoded that a click needs; meanwhile clicks on others are answered.
     """
 
-    def __init__(self, assistant: Assistant, thread: Executor):
-        self.assistant, self._thread = assistant, thread
+    def __init__(self, assistant: Assistant, thread: Executor, encoder: Executor):
+        self.assistant, self._thread, self._encoder = assistant, thread, encoder
+        self._encoding = set[asyncio.Task[None]]()
         self._clicks = deque[Asked]()
         self._hovers = dict[Client, Asked]()
         self._wake = asyncio.Event()
@@ -141,8 +144,22 @@ class Desk:
         if asked.client.waiting >= WAITING:
             raise BusyError(f"{WAITING} prompts are waiting already; try again later")
         asked.client.waiting += 1
+        if self.assistant.is_ready(asked.image):
+            self._queue(asked)
+            return
+        task = asyncio.create_task(self._encode(asked))
+        self._encoding.add(task)
+        task.add_done_callback(self._encoding.discard)
+
+    def _queue(self, asked: Asked) -> None:
         self._clicks.append(asked)
         self._wake.set()
+
+    async def _encode(self, asked: Asked) -> None:
+        """Encode the image of a click, then answer it; what is wrong with the image is found again there."""
+        with contextlib.suppress(Exception):
+            await asyncio.get_running_loop().run_in_executor(self._encoder, self.assistant.embedding, asked.image)
+        self._queue(asked)
 
     def hover(self, asked: Asked) -> None:
         """Answer a prompt when no click waits, unless a newer one of the same page comes before."""

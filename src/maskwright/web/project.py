@@ -334,7 +334,7 @@ class Project:
             body["dismissed"] = sorted(state.dismissed)
         track = max([self._track, *(o.track or 0 for id in changed if (o := state.objects.get(id)))])
         head = self._head(self.source.key(index), state, full, number)
-        head |= {"track": track, "at": now(), "by": by, "what": what[:40]}
+        head |= {"track": track, "at": now(), "by": by, "what": what[:60]}
         place = self._journal.append(head, body)
         self._number, self._track = number, track
         places = [place] if full else [*entry.places, place]
