@@ -17,12 +17,14 @@ export class Losses extends Error {
   }
 }
 
+export class NoAnswer extends Error {}
+
 async function answer(path: string, options: RequestInit = {}): Promise<Response> {
   let response: Response;
   try {
     response = await fetch(path, { credentials: "same-origin", ...options });
   } catch {
-    throw new Error("The server does not answer");
+    throw new NoAnswer("The server does not answer");
   }
   if (response.ok) return response;
   let sentence = `The server refused the request (${response.status})`;

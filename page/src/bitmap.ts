@@ -3,7 +3,7 @@
  * size of the object, not of the image.
  */
 
-import { RunsBuilder, area, around, bounds, type Rect, type Runs } from "./rle";
+import { RunsBuilder, around, bounds, type Rect, type Runs } from "./rle";
 import type { Point } from "./types";
 
 /** Bits (0 or 1), in row order, of the rectangle x, y, w, h of an image of `width` x `height`. */
@@ -112,34 +112,55 @@ export function has(bitmap: Bitmap, x: number, y: number): boolean {
   return column >= 0 && row >= 0 && column < bitmap.w && row < bitmap.h && bitmap.bits[row * bitmap.w + column] === 1;
 }
 
-/** Parts that are connected by sides or corners: an index per pixel of the rectangle (-1 outside) and the areas. */
+/**
+ * Parts that are connected by sides or corners: an index per pixel of the rectangle (-1 outside) and the areas. Works on
+ * the runs of rows, which are few: each joins those that it touches in the row above.
+ */
 function labelled(bitmap: Bitmap): { part: Int32Array; areas: number[] } {
   const { bits, w, h } = bitmap;
+  const starts: number[] = []; // positions in `bits`, and one after the last
+  const ends: number[] = [];
+  const parent: number[] = [];
+  const root = (run: number): number => {
+    while (parent[run] !== run) run = parent[run] = parent[parent[run]!]!;
+    return run;
+  };
+  let above = 0; // first run of the row above, and of this row
+  let first = 0;
+  for (let row = 0; row < h; row++) {
+    const line = row * w;
+    let candidate = above;
+    for (let at = bits.indexOf(1, line); at >= 0 && at < line + w; ) {
+      let end = bits.indexOf(0, at);
+      if (end < 0 || end > line + w) end = line + w;
+      const run = starts.length;
+      starts.push(at);
+      ends.push(end);
+      parent.push(run);
+      // Runs above that end before this one begins touch no later one either, except by a corner.
+      while (candidate < first && ends[candidate]! + w < at) candidate++;
+      for (let other = candidate; other < first && starts[other]! + w <= end; other++) {
+        const [a, b] = [root(run), root(other)];
+        if (a < b) parent[b] = a;
+        else parent[a] = b;
+      }
+      at = bits.indexOf(1, end);
+    }
+    above = first;
+    first = starts.length;
+  }
   const part = new Int32Array(bits.length).fill(-1);
   const areas: number[] = [];
-  const stack: number[] = [];
-  for (let seed = 0; seed < bits.length; seed++) {
-    if (!bits[seed] || part[seed]! >= 0) continue;
-    const index = areas.length;
-    let count = 0;
-    part[seed] = index;
-    stack.push(seed);
-    while (stack.length) {
-      const at = stack.pop()!;
-      count++;
-      const column = at % w;
-      const row = (at - column) / w;
-      for (let r = Math.max(0, row - 1); r <= Math.min(h - 1, row + 1); r++) {
-        for (let c = Math.max(0, column - 1); c <= Math.min(w - 1, column + 1); c++) {
-          const next = r * w + c;
-          if (bits[next] && part[next]! < 0) {
-            part[next] = index;
-            stack.push(next);
-          }
-        }
-      }
+  const index = new Map<number, number>();
+  for (let run = 0; run < starts.length; run++) {
+    const top = root(run);
+    let number = index.get(top);
+    if (number === undefined) {
+      index.set(top, (number = areas.length));
+      areas.push(0);
     }
-    areas.push(count);
+    areas[number]! += ends[run]! - starts[run]!;
+    part.fill(number, starts[run]!, ends[run]!);
   }
   return { part, areas };
 }
@@ -163,25 +184,27 @@ export function parts(bitmap: Bitmap): Bitmap[] {
 function separated(bitmap: Bitmap, part: Int32Array, areas: number[]): Bitmap[] {
   const { w } = bitmap;
   const boxes = areas.map(() => ({ x0: Infinity, y0: Infinity, x1: -1, y1: -1 }));
-  for (let at = 0; at < part.length; at++) {
-    const box = boxes[part[at]!];
-    if (!box) continue;
-    const column = at % w;
-    const row = (at - column) / w;
-    box.x0 = Math.min(box.x0, column);
-    box.x1 = Math.max(box.x1, column);
-    box.y0 = Math.min(box.y0, row);
-    box.y1 = Math.max(box.y1, row);
+  for (let row = 0, at = 0; row < bitmap.h; row++) {
+    for (let column = 0; column < w; column++, at++) {
+      const number = part[at]!;
+      if (number < 0) continue;
+      const box = boxes[number]!;
+      if (column < box.x0) box.x0 = column;
+      if (column > box.x1) box.x1 = column;
+      if (row < box.y0) box.y0 = row;
+      box.y1 = row;
+    }
   }
   const results = boxes.map(({ x0, y0, x1, y1 }) =>
     empty(bitmap.width, bitmap.height, { x: bitmap.x + x0, y: bitmap.y + y0, w: x1 - x0 + 1, h: y1 - y0 + 1 }),
   );
-  for (let at = 0; at < part.length; at++) {
-    const result = results[part[at]!];
-    if (!result) continue;
-    const column = bitmap.x + (at % w);
-    const row = bitmap.y + Math.floor(at / w);
-    result.bits[(row - result.y) * result.w + column - result.x] = 1;
+  for (let row = 0, at = 0; row < bitmap.h; row++) {
+    for (let column = 0; column < w; column++, at++) {
+      const number = part[at]!;
+      if (number < 0) continue;
+      const result = results[number]!;
+      result.bits[(bitmap.y + row - result.y) * result.w + bitmap.x + column - result.x] = 1;
+    }
   }
   return areas
     .map((size, index) => ({ size, result: results[index]! }))
@@ -219,6 +242,9 @@ export function cut(bitmap: Bitmap, line: readonly Point[]): Bitmap[] {
     }
     front = next;
   }
+  // Specks that lie under the line as a whole stay with the largest part.
+  const largest = areas.indexOf(Math.max(...areas));
+  for (let at = 0; at < part.length; at++) if (bitmap.bits[at] && part[at]! < 0) part[at] = largest;
   return separated(bitmap, part, areas);
 }
 
@@ -332,13 +358,4 @@ export function applyClick(base: Bitmap, answer: Bitmap, x: number, y: number, p
   return positive
     ? union(base, partAt(subtract(answer, base), x, y))
     : subtract(base, partAt(subtract(base, answer), x, y));
-}
-
-/** Sizes of all connected parts, for messages. */
-export function partCount(bitmap: Bitmap): number {
-  return labelled(bitmap).areas.length;
-}
-
-export function areaOf(bitmap: Bitmap): number {
-  return area(toRuns(bitmap));
 }

@@ -99,7 +99,8 @@ export class Layer {
     const until = performance.now() + milliseconds;
     while (back.next < back.items.length) {
       draw(context, back.items[back.next++]!, back.sheet.scale / this.ratio());
-      if (back.next % BATCH && back.next < back.items.length) continue;
+      const late = performance.now() > until;
+      if (!late && back.next % BATCH && back.next < back.items.length) continue;
       // Drawing is only recorded until somebody reads: without this, the slices would be paid in one frame at the end.
       context.getImageData(0, 0, 1, 1);
       if (performance.now() > until && back.next < back.items.length) return false;

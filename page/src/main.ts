@@ -1,6 +1,6 @@
 /** Puts the page together: which image is shown, which tool is used, what the server tells. */
 
-import { api } from "./api";
+import { api, NoAnswer } from "./api";
 import { Browser } from "./browser";
 import { Propagation } from "./clips";
 import { shapeColor } from "./colors";
@@ -92,6 +92,8 @@ class Page {
   private askingFor: string | null = null;
   private asking = 0;
   private wasOnline = false;
+  private names = new Map<number, string>();
+  private diagnosis = 0;
   private clickedAt = 0;
 
   constructor(private readonly project: ProjectData) {
@@ -153,6 +155,7 @@ class Page {
       if (conflicts.length) this.conflicts.add(conflicts);
       else voice.say("Someone else changed the object; it is shown as it is now");
     };
+    saver.isSame = (images) => this.isSame(images);
     live.onConnection = () => this.connected();
     live.onEvent = (event) => this.told(event);
     store.listen((change) => {
@@ -282,6 +285,7 @@ class Page {
   private showImage(): void {
     const item = this.images.item(this.store.image);
     const name = item?.name ?? `image ${this.store.image + 1}`;
+    if (item) this.names.set(item.id, item.name);
     byId("image-name").textContent = name;
     byId("image-name").title = printable(name, 400);
     const place = (this.images.placeOf(this.store.image) ?? this.store.image) + 1;
@@ -314,9 +318,37 @@ class Page {
         this.readProject();
       }
       this.wasOnline = true;
+      clearTimeout(this.diagnosis);
       if (this.project.can_train) void api.train().then((state) => this.training.take(state), () => {});
     }
+    if (this.live.connection === "offline") {
+      clearTimeout(this.diagnosis);
+      this.diagnosis = window.setTimeout(() => void this.diagnose(), 4000);
+    }
     this.showStatus();
+  }
+
+  /** Whether images still have the names under which they were opened. */
+  private async isSame(images: number[]): Promise<boolean> {
+    for (const image of images) {
+      const before = this.names.get(image);
+      if (before === undefined) continue;
+      const { items } = await api.images(image, 1, "all");
+      if (items[0]?.name !== before) {
+        voice.warn("The server was started with other images. Load this page again; changes that are not saved are lost then.");
+        return false;
+      }
+    }
+    return true;
+  }
+
+  /** Why is there no connection? A server that answers otherwise, for example wants a token, says it. */
+  private async diagnose(): Promise<void> {
+    try {
+      await api.project();
+    } catch (error) {
+      if (!(error instanceof NoAnswer)) voice.warn((error as Error).message);
+    }
   }
 
   /** Read again what may have changed: classes, and whether a system suggests. */
@@ -407,8 +439,9 @@ class Page {
     const { connection } = this.live;
     const conflicts = this.conflicts.count;
     const changes = unsaved === 1 ? "1 change" : `${unsaved} changes`;
-    const [state, text] =
-      connection === "offline"
+    const [state, text] = this.saver.stopped
+      ? ["offline", `Other images · ${changes} not saved`]
+      : connection === "offline"
         ? ["offline", unsaved ? `Offline · ${changes} not saved` : "Offline"]
         : conflicts
           ? ["conflict", conflicts === 1 ? "1 conflict" : `${conflicts} conflicts`]

@@ -60,6 +60,10 @@ export class Saver {
   /** Actions that the server refused, with those that build on them; `why` is its sentence, or null for a conflict. */
   onRefused: (actions: Action[], why: string | null) => void = () => {};
   onConflict: (conflicts: Conflict[]) => void = () => {};
+  /** Whether numbers still mean the same images after a reconnection; the server may have been started anew. */
+  isSame: (images: number[]) => Promise<boolean> = async () => true;
+  /** The server has other images now: nothing is sent any more, because it could reach the wrong ones. */
+  stopped = false;
 
   private queue: Pending[] = [];
   private busy = false;
@@ -79,7 +83,7 @@ export class Saver {
   /** Resolves when everything is on the disk, so that the server can be asked about it. */
   async settled(): Promise<void> {
     while (this.queue.length) {
-      if (this.live.connection !== "online") throw new Unanswered("offline");
+      if (this.live.connection !== "online" || this.stopped) throw new Unanswered("offline");
       await new Promise((resolve) => setTimeout(resolve, 20));
     }
   }
@@ -111,9 +115,16 @@ export class Saver {
 
   /** The connection is there: read again what was missed, and send again what was not answered. */
   async recover(): Promise<void> {
-    if (this.recovering) return;
+    if (this.recovering || this.stopped) return;
     this.recovering = true;
     try {
+      const images = new Set(this.queue.map(({ action }) => action.image));
+      if (this.store.image >= 0) images.add(this.store.image);
+      if (!(await this.isSame([...images]))) {
+        this.stopped = true;
+        this.onStatus();
+        return;
+      }
       const head = this.queue[0];
       if (head?.uncertain) {
         const data = await api.objects(head.action.image);
@@ -170,7 +181,7 @@ export class Saver {
   }
 
   private async pump(): Promise<void> {
-    if (this.busy) return;
+    if (this.busy || this.stopped) return;
     this.busy = true;
     try {
       while (this.queue.length && this.live.connection === "online" && !this.recovering) {

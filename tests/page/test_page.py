@@ -47,7 +47,7 @@ POLICY = (
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("images")
     draw_image(folder / "b_rings.png", SIZE, [RING], holes=True)
-    for name in "cdefghij":
+    for name in "cdefghijk":
         draw_image(folder / f"{name}_discs.png", SIZE, DISCS)
     hostile = folder / HOSTILE.replace("/", "\u2215")
     draw_image(hostile, SIZE, DISCS)
@@ -368,6 +368,25 @@ def test_an_edit_that_was_not_answered_is_sent_again(server: Running, tab: Calla
     assert page.when(lambda masks: masks[0][80, 130])[0][40, 120]
     assert len(sockets) >= 3
     page.count(1)
+
+
+def test_nothing_is_sent_to_other_images_of_a_server_that_was_started_anew(server: Running, tab: Callable[..., Tab]):
+    sockets: list[Any] = []
+
+    def route(socket: Any) -> None:
+        socket.connect_to_server()
+        sockets.append(socket)
+
+    page = tab(9, lambda page: page.route_web_socket("**/api/live", route))
+    item = {"id": 9, "name": "other.png", "width": 9, "height": 9, "objects": 0, "done": False, "version": 0}
+    page.page.route("**/api/images?**", lambda route: route.fulfill(json={"total": 12, "items": [item]}))
+    sockets[0].close(code=1012, reason="restarted")
+    page.press("b")
+    page.drag((120, 80), (140, 80))
+    page.page.wait_for_selector("#status:has-text('Other images')")
+    assert "1 change not saved" in page.page.inner_text("#status")
+    assert "other images" in page.page.inner_text("#warnings")
+    assert server.project.state(9).objects == {}
 
 
 def test_names_are_text(server: Running, tab: Callable[..., Tab]):
