@@ -36,7 +36,7 @@ $(VENV)/.python:
 $(VENV)/.ready: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "Installing maskwright into $(VENV) (torch is large: a few minutes on a slow line)"
 	@$(PIP) install --quiet --upgrade -c constraints.txt pip
-	@$(PIP) install --progress-bar on -c constraints.txt -e '.[train,eval,geo]' | grep --line-buffered -E '^(Downloading|Installing|Successfully)' | cut -c1-100
+	@$(PIP) install --progress-bar on -c constraints.txt -e '.[train,eval]' | grep --line-buffered -E '^(Downloading|Installing|Successfully)' | cut -c1-100
 	@$(BIN)/maskwright --version
 	@touch $@
 

@@ -33,7 +33,6 @@ HEAVY = {
     "rich",
     "supervision",
     "timm",
-    "shapely",
     "tensorboard",
     "pyarrow",
 }
