@@ -72,6 +72,8 @@ def detectron2_options(shapes: Shapes, head: Head) -> dict[str, Any] | None:
     )
     if "roi_heads.box_predictor.cls_score.weight" not in shapes or not all(own.match(k) for k in shapes):
         return None
+    if "proposal_generator.rpn_head.objectness_logits.weight" not in shapes:
+        return None
     if keypoints != any(k.startswith("roi_heads.keypoint_head.") for k in shapes):
         return None
     mask = "roi_heads.mask_head.predictor.weight" in shapes
@@ -117,6 +119,24 @@ def detectron2_options(shapes: Shapes, head: Head) -> dict[str, Any] | None:
 def _keypoint_names(count: int, options: Mapping[str, Any]) -> tuple[str, ...]:
     """Class names of a keypoint head: with COCO's 17 keypoints, one class is a person."""
     return ("person",) if count == 1 and options["keypoints"]["count"] == 17 else class_names(count)
+
+
+def explain_detectron2(shapes: Shapes, about: Mapping[str, Any]) -> str:
+    """Why a file of detectron2 matches no supported system; "" for files of other code bases."""
+    if not any(key.startswith(("proposal_generator.rpn_head.", "backbone.bottom_up.")) for key in shapes):
+        return ""
+    if any(re.match(r"backbone\.bottom_up\.s1\.b1\.", key) for key in shapes):
+        return "holds a detector of detectron2 with a RegNet, which is not among the supported backbones"
+    heads = any(key.startswith("roi_heads.") for key in shapes)
+    if not heads and any(key.startswith("proposal_generator.rpn_head.") for key in shapes):
+        return "holds a proposal network of detectron2 alone, which detects no classes, and matches no supported system"
+    if not heads and "sem_seg_head.predictor.weight" in shapes:
+        return "holds a network of detectron2 for semantic segmentation alone and matches no supported system"
+    if heads and not any(key.startswith("proposal_generator.") for key in shapes):
+        return (
+            "holds Fast R-CNN of detectron2, whose proposals come from another network, and matches no supported system"
+        )
+    return ""
 
 
 def _prefix(shapes: Shapes) -> str:
@@ -327,6 +347,7 @@ ORIGINS = [
         ignore=ignore,
         code_licence=code,
         weights_licence=weights,
+        explain=explain_detectron2,
     )
     for system, head in HEADS.items()
     for name, rename, read, finish, ignore, code, weights in (

@@ -6,10 +6,9 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from maskwright.checkpoints.names import class_names
 from maskwright.checkpoints.origins import Origin, Shapes, State
+from maskwright.checkpoints.origins.detectron import with_statistics
 from maskwright.checkpoints.origins.mask_rcnn import DENSE, DEPTHS, RESNET_BLOCKS, background_last, minus
 
 
@@ -91,15 +90,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 
 def _finish(state: State, options: Mapping[str, Any]) -> State:
-    """Moves background from the first row to the last, drops its unused rows, and adds the statistics of the frozen
-    norms: the file has scale and shift only."""
-    result = background_last(state, options)
-    for key, value in state.items():
-        if key.startswith("dense.backbone.") and key.endswith(".norm.weight"):
-            prefix = key.removesuffix("weight")
-            result[f"{prefix}running_mean"] = torch.zeros_like(value)
-            result[f"{prefix}running_var"] = torch.ones_like(value)
-    return result
+    return with_statistics(background_last(state, options))
 
 
 ORIGINS = [
