@@ -55,17 +55,18 @@ def test_the_same_system_takes_everything_but_the_rows_of_classes():
     assert (system.preprocess.mean, system.preprocess.channels) == (giver.preprocess.mean, "BGR")
     assert system.source["pretrained"] == "rcnn-scenes"
     assert system.source["weights_licence"] == "Apache-2.0"
-    assert said.startswith(f"pretrained: {', '.join(system.groups())} of rcnn-scenes are taken ({len(keys - rows)} of")
-    assert "random values: the rows of classes in" in said
+    assert said.startswith("pretrained, from rcnn-scenes: backbone, neck, rpn, boxes, masks (")
+    assert f"({len(keys - rows)} of {len(keys)} tensors); from random values: the rows of classes in boxes" in said
 
 
 def test_parts_of_another_width_stay_random():
     system, untouched = (build("mask-rcnn", masks={"width": 24}) for _ in range(2))
     (said,) = take_pretrained(system, "rcnn-scenes")
-    assert "backbone" in said.split(" of ")[0]
+    assert said.startswith("pretrained, from rcnn-scenes: backbone, neck, rpn, boxes (")
+    assert "; from random values: masks, the rows of classes in" in said
     assert "`train rcnn-scenes` takes all of it" in said
     changed = [k for k in untouched.state_dict() if not equal(system, untouched, [k])]
-    heads = [k for k in system.state_dict() if "mask" in k]
+    heads = [k for k in system.state_dict() if k.startswith("masks.")]
     assert any("backbone" in key for key in changed)
     assert heads
     assert not set(heads) & set(changed)
@@ -79,8 +80,8 @@ def test_another_system_takes_the_backbone():
     assert any(not torch.equal(own[k], before[k]) for k in own)
     rest = [k for k in system.state_dict() if "backbone" not in k]
     assert equal(system, untouched, rest) == rest
-    assert said.startswith("pretrained: the backbone of rcnn-scenes is taken")
-    assert said.endswith("start from random values")
+    assert said.startswith("pretrained, from rcnn-scenes: backbone (")
+    assert said.endswith(f"tensors); from random values: {', '.join(k for k in system.groups() if k != 'backbone')}")
     assert system.source["taken"] == ["backbone"]
 
 
@@ -138,7 +139,7 @@ def test_a_run_starts_from_them_and_says_so(tmp_path, capsys):
         freeze=("backbone",),
         **changes,
     )  # fmt: skip
-    assert "pretrained: the backbone of rcnn-scenes is taken" in capsys.readouterr().err.replace("\n", " ")
+    assert "pretrained, from rcnn-scenes: backbone (" in capsys.readouterr().err.replace("\n", " ")
     system, giver = mw.load(best), mw.load("rcnn-scenes")
     own, theirs = (s.groups()["backbone"][0].state_dict() for s in (system, giver))
     assert all(torch.equal(own[k], theirs[k]) for k in own)

@@ -26,7 +26,7 @@ class _Offer:
     Attributes:
         entry: The weights.
         giver: The system that they belong to.
-        parts: The parts that fit, by their name in `System.groups`.
+        parts: The names of the parts that fit.
         tensors: Values for the state dict of the taker.
         rows: Parameters of these parts whose rows belong to classes, and are not taken.
     """
@@ -41,9 +41,9 @@ class _Offer:
 def take_pretrained(system: System, name: str) -> list[str]:
     """Copies installed weights into a system with random ones, as far as they fit.
 
-    Weights of the same system give every part (`System.groups`) whose parameters have the same names and shapes,
-    without rows that belong to classes. Weights of other systems give their backbone. The backbones must have the same
-    options, except `frozen`. The image normalisation of the weights is taken too.
+    Weights of the same system give every part (module of `System.groups`) whose parameters have the same names and
+    shapes, without rows that belong to classes. Weights of other systems give their backbone. The backbones must have
+    the same options, except `frozen`. The image normalisation of the weights is taken too.
 
     Args:
         system: The system; changed in place.
@@ -110,11 +110,11 @@ def _offer(system: System, entry: Shipped) -> _Offer | str:
     parts: list[str] = []
     left: list[str] = []
     why = "has no part in common"
-    for part in own if same else [name for name in own if name == "backbone"]:
+    for part in own if same else _labels(system)["backbone"]:
         faults = [key for key in own[part] if _fault(own[part][key], theirs.get(part, {}).get(key), rows)]
         if faults or len(own[part]) != len(theirs.get(part, {})):
             where = faults[0] if faults else next(iter(set(theirs[part]) - set(own[part])))
-            why = f"differs in {where}" if part == "backbone" else why
+            why = f"differs in {where} of the {part}" if not parts else why
             continue
         parts.append(part)
         for key, (name, _) in own[part].items():
@@ -126,17 +126,24 @@ def _offer(system: System, entry: Shipped) -> _Offer | str:
 
 
 def _parts(system: System) -> dict[str, dict[str, tuple[str, Tensor]]]:
-    """The parts of a system: place in the part -> name in the state dict, and value."""
+    """The parts of a system: key in the state dict of the module -> key in that of the system, and value."""
     state = system.state_dict()
     names = {id(module): name for name, module in cast("Any", system.named_modules())}
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    for part, modules in system.groups().items():
-        found: dict[str, tuple[str, Tensor]] = {}
-        for number, module in enumerate(modules):
+    for modules, labels in zip(system.groups().values(), _labels(system).values(), strict=True):
+        for label, module in zip(labels, modules, strict=True):
             prefix = f"{names[id(module)]}."
-            found |= {f"{number}.{key}": (prefix + key, state[prefix + key]) for key in module.state_dict()}
-        parts[part] = found
+            parts[label] = {key: (prefix + key, state[prefix + key]) for key in module.state_dict()}
     return parts
+
+
+def _labels(system: System) -> dict[str, list[str]]:
+    """The names of the parts in each group: that of the group, or those of its modules if there are several."""
+    names = {id(module): name for name, module in cast("Any", system.named_modules())}
+    return {
+        group: [group] if len(modules) == 1 else [names[id(module)] for module in modules]
+        for group, modules in system.groups().items()
+    }
 
 
 def _fault(own: tuple[str, Tensor], theirs: tuple[str, Tensor] | None, rows: set[str]) -> bool:
@@ -166,14 +173,16 @@ def _size(offer: _Offer) -> int:
 def _said(system: System, offer: _Offer) -> list[str]:
     """What was taken, in words."""
     name = offer.entry.name
-    rest = [part for part in system.groups() if part not in offer.parts]
+    rest: list[str] = []
+    for group, parts in _labels(system).items():
+        left = [part for part in parts if part not in offer.parts]
+        rest += left if len(left) < len(parts) else [group]
     share = f"{len(offer.tensors)} of {len(system.state_dict())} tensors"
-    if offer.entry.system != system.name:
-        return [f"pretrained: the backbone of {name} is taken ({share}); {', '.join(rest)} start from random values"]
     random = [*rest, f"the rows of classes in {_few(offer.rows)}"] if offer.rows else rest
-    hint = f". `train {name}` takes all of it, with its options" if rest else ""
-    tail = f"; random values: {', '.join(random)}" if random else ""
-    return [f"pretrained: {', '.join(offer.parts)} of {name} are taken ({share}){tail}{hint}"]
+    tail = f"; from random values: {', '.join(random)}" if random else ""
+    whole = rest and offer.entry.system == system.name
+    hint = f". `train {name}` takes all of it, with its options" if whole else ""
+    return [f"pretrained, from {name}: {', '.join(offer.parts)} ({share}){tail}{hint}"]
 
 
 def _few(names: Sequence[str]) -> str:
