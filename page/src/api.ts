@@ -1,14 +1,6 @@
 /** The server over HTTP. Every failure is an Error whose message is the server's sentence. */
 
-import type {
-  ClassData,
-  Exported,
-  Filter,
-  ImageItem,
-  ImageObjects,
-  ProjectData,
-  TrainState,
-} from "./types";
+import type { ClassData, Exported, Filter, ImageItem, ImageObjects, ProjectData, TrainState } from "./types";
 
 /** The export was not written, because the format cannot hold everything. */
 export class Losses extends Error {

@@ -23,7 +23,7 @@ export function fromRuns(runs: Runs, rect: Rect = bounds(runs)): Bitmap {
   const { ends, height } = runs;
   for (let i = 1; i < ends.length; i += 2) {
     const end = ends[i]!;
-    for (let start = ends[i - 1]!; start < end; ) {
+    for (let start = ends[i - 1]!; start < end;) {
       const column = Math.floor(start / height);
       const stop = Math.min(end, (column + 1) * height);
       if (column >= x && column < x + w) {
@@ -130,7 +130,7 @@ function labelled(bitmap: Bitmap): { part: Int32Array; areas: number[] } {
   for (let row = 0; row < h; row++) {
     const line = row * w;
     let candidate = above;
-    for (let at = bits.indexOf(1, line); at >= 0 && at < line + w; ) {
+    for (let at = bits.indexOf(1, line); at >= 0 && at < line + w;) {
       let end = bits.indexOf(0, at);
       if (end < 0 || end > line + w) end = line + w;
       const run = starts.length;

@@ -94,7 +94,12 @@ export class Browser {
       picture.addEventListener("error", () => picture.removeAttribute("src"));
       row.append(picture, element("bdi"), element("small"), element("span", { className: "spoken" }));
     }
-    const [picture, name, note, unit] = row.children as unknown as [HTMLImageElement, HTMLElement, HTMLElement, HTMLElement];
+    const [picture, name, note, unit] = row.children as unknown as [
+      HTMLImageElement,
+      HTMLElement,
+      HTMLElement,
+      HTMLElement,
+    ];
     const item = this.images.at(index);
     const id = item ? String(item.id) : "";
     if (row.dataset["image"] !== id) {

@@ -68,7 +68,11 @@ export class Propagation {
       );
       voice.say(`Propagated through ${reached} of ${length} frames`);
     } catch (error) {
-      voice.warn(error instanceof Unanswered ? "The connection broke; frames that were reached are kept" : (error as Error).message);
+      voice.warn(
+        error instanceof Unanswered
+          ? "The connection broke; frames that were reached are kept"
+          : (error as Error).message,
+      );
     } finally {
       this.request = null;
       this.show(null, length);
@@ -78,7 +82,8 @@ export class Propagation {
   private show(reached: number | null, length: number): void {
     const running = reached !== null;
     byId("propagate-running").hidden = !running;
-    byId<HTMLButtonElement>("propagate-forward").disabled = byId<HTMLButtonElement>("propagate-backward").disabled = running;
+    byId<HTMLButtonElement>("propagate-forward").disabled = byId<HTMLButtonElement>("propagate-backward").disabled =
+      running;
     const progress = byId<HTMLProgressElement>("propagate-progress");
     progress.max = length;
     progress.value = reached ?? 0;

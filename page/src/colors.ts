@@ -4,7 +4,18 @@ import type { Shape } from "./store";
 import type { ClassData } from "./types";
 
 /** Okabe and Ito's colours, told apart with all kinds of colour vision, and lighter relatives of them. */
-const PALETTE = ["#e69f00", "#56b4e9", "#009e73", "#f0e442", "#3f8fd8", "#d55e00", "#cc79a7", "#7ad151", "#b58df1", "#ff8fa3"];
+const PALETTE = [
+  "#e69f00",
+  "#56b4e9",
+  "#009e73",
+  "#f0e442",
+  "#3f8fd8",
+  "#d55e00",
+  "#cc79a7",
+  "#7ad151",
+  "#b58df1",
+  "#ff8fa3",
+];
 const NONE = "#b0b8b8";
 
 export function classColor(item: ClassData | undefined, index: number): string {

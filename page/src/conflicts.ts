@@ -70,6 +70,7 @@ export class Conflicts implements Extra {
   }
 
   draw(context: CanvasRenderingContext2D, zoom: number): void {
-    for (const { image, mine } of this.open) if (image === this.store.image) outline(mine.path, COLOR, 0.2, COLOR).draw(context, zoom);
+    for (const { image, mine } of this.open)
+      if (image === this.store.image) outline(mine.path, COLOR, 0.2, COLOR).draw(context, zoom);
   }
 }

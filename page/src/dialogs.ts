@@ -56,7 +56,8 @@ export class TrainDialog {
     const said = message ? ` ${printable(message, 300)}` : "";
     if (state === "running") return `${step.toLocaleString()} of ${steps ? steps.toLocaleString() : "…"} steps.${said}`;
     const score = ap === undefined ? "" : ` Mask AP ${(100 * ap).toFixed(1)}.`;
-    if (state === "done") return `Trained for ${step.toLocaleString()} steps.${score} Suggestions come from the new weights.${said}`;
+    if (state === "done")
+      return `Trained for ${step.toLocaleString()} steps.${score} Suggestions come from the new weights.${said}`;
     if (state === "failed") return `Training failed.${said}`;
     return said.trim();
   }

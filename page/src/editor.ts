@@ -142,7 +142,14 @@ export class Editor {
     });
     if (before?.same(shape.data)) return before;
     const suggestion = before && store.suggestions.get(before.id);
-    this.act(what, [{ id: shape.id, before: suggestion ? null : (before ?? null), after: shape, ...(suggestion ? { suggestion } : {}) }]);
+    this.act(what, [
+      {
+        id: shape.id,
+        before: suggestion ? null : (before ?? null),
+        after: shape,
+        ...(suggestion ? { suggestion } : {}),
+      },
+    ]);
     store.select([shape.id]);
     return store.current ?? shape;
   }
@@ -203,7 +210,9 @@ export class Editor {
       return Promise.resolve();
     }
     const shown =
-      positive && preview && Math.hypot(preview.x - x, preview.y - y) <= within && !this.waiting.length ? preview : null;
+      positive && preview && Math.hypot(preview.x - x, preview.y - y) <= within && !this.waiting.length
+        ? preview
+        : null;
     this.stopHover();
     if (shown && shown.from === (store.current?.data.rle.counts ?? null)) {
       // The mask that was seen is the mask that is taken.
@@ -267,8 +276,18 @@ export class Editor {
   box(x0: number, y0: number, x1: number, y1: number, mode: Mode, assisted: boolean): Promise<void> {
     const { store } = this;
     const image = store.image;
-    const box: [number, number, number, number] = [Math.min(x0, x1), Math.min(y0, y1), Math.max(x0, x1), Math.max(y0, y1)];
-    const corners: Point[] = [[box[0], box[1]], [box[2], box[1]], [box[2], box[3]], [box[0], box[3]]];
+    const box: [number, number, number, number] = [
+      Math.min(x0, x1),
+      Math.min(y0, y1),
+      Math.max(x0, x1),
+      Math.max(y0, y1),
+    ];
+    const corners: Point[] = [
+      [box[0], box[1]],
+      [box[2], box[1]],
+      [box[2], box[3]],
+      [box[0], box[3]],
+    ];
     this.stopHover();
     if (!assisted) {
       this.region(bits.polygon(store.width, store.height, corners), "box", mode);
@@ -301,7 +320,8 @@ export class Editor {
     this.queue = this.queue
       .then(work)
       .catch((error: unknown) => {
-        if (error instanceof Unanswered) this.voice.warn("The server is not connected; the brush and the polygon still work");
+        if (error instanceof Unanswered)
+          this.voice.warn("The server is not connected; the brush and the polygon still work");
         else this.voice.warn(error instanceof Error ? error.message : String(error));
       })
       .finally(() => this.tasks--);
@@ -356,7 +376,9 @@ export class Editor {
   // --- whole objects -----------------------------------------------------------------------------------------------
 
   private chosen(): Shape[] {
-    return [...this.store.selected].map((id) => this.store.get(id)).filter((shape): shape is Shape => shape !== undefined);
+    return [...this.store.selected]
+      .map((id) => this.store.get(id))
+      .filter((shape): shape is Shape => shape !== undefined);
   }
 
   private count(n: number): string {
@@ -378,7 +400,9 @@ export class Editor {
       return;
     }
     this.clearPreview();
-    const what = deltas.length ? `delete ${this.count(deltas.length)}` : `dismiss ${dismissed.length === 1 ? "suggestion" : `${dismissed.length} suggestions`}`;
+    const what = deltas.length
+      ? `delete ${this.count(deltas.length)}`
+      : `dismiss ${dismissed.length === 1 ? "suggestion" : `${dismissed.length} suggestions`}`;
     this.act(what, deltas, dismissed.length ? { dismissed: { shapes: dismissed, value: true } } : {});
     this.voice.say(`Done: ${what}`);
   }
@@ -396,7 +420,10 @@ export class Editor {
         `class ${name}`,
         shapes.map((shape): Delta => {
           const suggestion = this.store.suggestions.get(shape.id);
-          const after = shape.with({ label, ...(suggestion ? { made: madeAlso(shape.data.made, this.user, "suggestion") } : {}) });
+          const after = shape.with({
+            label,
+            ...(suggestion ? { made: madeAlso(shape.data.made, this.user, "suggestion") } : {}),
+          });
           return suggestion
             ? { id: shape.id, before: null, after, suggestion }
             : { id: shape.id, before: shape, after };
@@ -419,7 +446,12 @@ export class Editor {
       shapes.length === 1 ? "accept suggestion" : `accept ${shapes.length} suggestions`,
       shapes.map((shape): Delta => {
         const made = madeAlso(shape.data.made, this.user, "suggestion");
-        return { id: shape.id, before: null, after: shape.with({ made, label: shape.label ?? this.label }), suggestion: shape };
+        return {
+          id: shape.id,
+          before: null,
+          after: shape.with({ made, label: shape.label ?? this.label }),
+          suggestion: shape,
+        };
       }),
     );
     this.voice.say(shapes.length === 1 ? "Suggestion accepted" : `${shapes.length} suggestions accepted`);
@@ -447,7 +479,9 @@ export class Editor {
       `merge ${shapes.length} objects`,
       [
         { id: first.id, before: suggestion ? null : first, after, ...(suggestion ? { suggestion } : {}) },
-        ...others.filter(({ id }) => this.store.objects.has(id)).map((shape): Delta => ({ id: shape.id, before: shape, after: null })),
+        ...others
+          .filter(({ id }) => this.store.objects.has(id))
+          .map((shape): Delta => ({ id: shape.id, before: shape, after: null })),
       ],
       dismissed.length ? { dismissed: { shapes: dismissed, value: true } } : {},
     );
@@ -466,7 +500,9 @@ export class Editor {
     const pieces = line ? bits.cut(bitmap, line) : bits.parts(bitmap);
     const [largest, ...rest] = pieces;
     if (!largest || !rest.length) {
-      this.voice.say(line ? "The line does not cut the object in two" : "The object has only one part; draw a line to split it");
+      this.voice.say(
+        line ? "The line does not cut the object in two" : "The object has only one part; draw a line to split it",
+      );
       return;
     }
     const made = madeAlso(current.data.made, this.user, "split");
@@ -500,7 +536,9 @@ export class Editor {
     const id = way === "mine" ? conflict.id : newId();
     const { revision: _, ...data } = conflict.mine.data;
     const after = new Shape({ ...data, id });
-    this.act(way === "mine" ? "use my version" : "keep both versions", [{ id, before: way === "mine" ? now : null, after }]);
+    this.act(way === "mine" ? "use my version" : "keep both versions", [
+      { id, before: way === "mine" ? now : null, after },
+    ]);
     this.store.select([id]);
   }
 }

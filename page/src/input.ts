@@ -277,7 +277,12 @@ export class Input implements Extra {
     const arm = 14 / zoom;
     const gap = 3 / zoom;
     context.beginPath();
-    for (const [dx, dy] of [[1, 0], [-1, 0], [0, 1], [0, -1]] as const) {
+    for (const [dx, dy] of [
+      [1, 0],
+      [-1, 0],
+      [0, 1],
+      [0, -1],
+    ] as const) {
       context.moveTo(x + dx * gap, y + dy * gap);
       context.lineTo(x + dx * arm, y + dy * arm);
     }

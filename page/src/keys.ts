@@ -50,7 +50,10 @@ export function listen(commands: readonly Command[]): void {
 }
 
 /** Fill the help sheet. */
-export function describe(commands: readonly Command[], more: readonly { group: string; shown: string[]; title: string }[]): void {
+export function describe(
+  commands: readonly Command[],
+  more: readonly { group: string; shown: string[]; title: string }[],
+): void {
   const groups = new Map<string, HTMLElement>();
   for (const entry of [...more, ...commands.map((command) => ({ ...command, shown: command.shown ?? command.keys }))]) {
     let list = groups.get(entry.group);
@@ -61,7 +64,10 @@ export function describe(commands: readonly Command[], more: readonly { group: s
     }
     const keys = entry.shown.flatMap((key, i) => [
       ...(i ? [" or "] : []),
-      ...(key === "+" ? [key] : key.split("+")).flatMap((part, j) => [...(j ? ["+"] : []), element("kbd", { text: part })]),
+      ...(key === "+" ? [key] : key.split("+")).flatMap((part, j) => [
+        ...(j ? ["+"] : []),
+        element("kbd", { text: part }),
+      ]),
     ]);
     list.append(element("dt", {}, keys), element("dd", { text: entry.title }));
   }

@@ -67,8 +67,14 @@ export class Layer {
     const marginY = visible.h / 4;
     const x = Math.max(bounds.x, visible.x - marginX);
     const y = Math.max(bounds.y, visible.y - marginY);
-    const w = Math.min(Math.max(LARGEST_SIDE / scale, visible.x + visible.w - x), Math.min(bounds.x + bounds.w, visible.x + visible.w + marginX) - x);
-    const h = Math.min(Math.max(LARGEST_SIDE / scale, visible.y + visible.h - y), Math.min(bounds.y + bounds.h, visible.y + visible.h + marginY) - y);
+    const w = Math.min(
+      Math.max(LARGEST_SIDE / scale, visible.x + visible.w - x),
+      Math.min(bounds.x + bounds.w, visible.x + visible.w + marginX) - x,
+    );
+    const h = Math.min(
+      Math.max(LARGEST_SIDE / scale, visible.y + visible.h - y),
+      Math.min(bounds.y + bounds.h, visible.y + visible.h + marginY) - y,
+    );
     const canvas = document.createElement("canvas");
     canvas.width = Math.max(1, Math.ceil(w * scale));
     canvas.height = Math.max(1, Math.ceil(h * scale));
@@ -160,12 +166,7 @@ export class Layer {
 
 function inside(a: Rect, b: Rect): boolean {
   const slack = 1e-6;
-  return (
-    a.x >= b.x - slack &&
-    a.y >= b.y - slack &&
-    a.x + a.w <= b.x + b.w + slack &&
-    a.y + a.h <= b.y + b.h + slack
-  );
+  return a.x >= b.x - slack && a.y >= b.y - slack && a.x + a.w <= b.x + b.w + slack && a.y + a.h <= b.y + b.h + slack;
 }
 
 /** Draw one shape; `zoom` is CSS pixels per image pixel. */

@@ -116,7 +116,9 @@ export class VirtualList {
         row.dataset["index"] = String(index);
         row.id = `${options.prefix}-${index}`;
         row.style.transform =
-          options.axis === "vertical" ? `translateY(${index * options.pitch}px)` : `translateX(${index * options.pitch}px)`;
+          options.axis === "vertical"
+            ? `translateY(${index * options.pitch}px)`
+            : `translateX(${index * options.pitch}px)`;
         row.setAttribute("aria-posinset", String(index + 1));
         this.rows.set(index, row);
       }
@@ -125,7 +127,8 @@ export class VirtualList {
       row.classList.toggle("active", index === this.active);
       options.render(row, index);
     }
-    if (this.rows.has(this.active)) options.host.setAttribute("aria-activedescendant", `${options.prefix}-${this.active}`);
+    if (this.rows.has(this.active))
+      options.host.setAttribute("aria-activedescendant", `${options.prefix}-${this.active}`);
     else options.host.removeAttribute("aria-activedescendant");
     if (end > start) options.onRange?.(start, end);
   }

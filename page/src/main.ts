@@ -36,7 +36,10 @@ const voice: Voice = {
   warn(sentence) {
     const close = element("button", { className: "icon" }, [icon("close")]);
     close.setAttribute("aria-label", "Close the message");
-    const warning = element("div", { className: "warning" }, [element("span", { text: printable(sentence, 400) }), close]);
+    const warning = element("div", { className: "warning" }, [
+      element("span", { text: printable(sentence, 400) }),
+      close,
+    ]);
     const gone = (): void => warning.remove();
     close.addEventListener("click", gone);
     setTimeout(gone, WARNING_MS);
@@ -69,7 +72,12 @@ class Page {
   private readonly saver = new Saver(this.live, this.store);
   private readonly decoder = new ServerDecoder(this.live);
   private readonly editor = new Editor(this.store, this.saver, this.decoder, voice);
-  private readonly view = new View(byId("stage"), byId<HTMLCanvasElement>("base"), byId<HTMLCanvasElement>("top"), this.store);
+  private readonly view = new View(
+    byId("stage"),
+    byId<HTMLCanvasElement>("base"),
+    byId<HTMLCanvasElement>("top"),
+    this.store,
+  );
   private readonly options: Options = { radius: 8, background: false, single: false, hover: true };
   private readonly images = new Images();
   private readonly pixels = new Pixels();
@@ -94,13 +102,21 @@ class Page {
   private wasOnline = false;
   private names = new Map<number, string>();
   private diagnosis = 0;
+  private recounted = new Set<number>();
+  private recounting = 0;
   private clickedAt = 0;
 
   constructor(private readonly project: ProjectData) {
     this.clip = project.kind === "clip";
     this.editor.user = project.user;
     this.browser = new Browser(this.images, this.clip, (image) => void this.open(image), voice);
-    this.conflicts = new Conflicts(this.store, this.editor, this.view, (image) => void this.open(image), () => this.showStatus());
+    this.conflicts = new Conflicts(
+      this.store,
+      this.editor,
+      this.view,
+      (image) => void this.open(image),
+      () => this.showStatus(),
+    );
     const context: Context = {
       store: this.store,
       view: this.view,
@@ -291,7 +307,10 @@ class Page {
     const place = (this.images.placeOf(this.store.image) ?? this.store.image) + 1;
     byId("image-place").textContent = `${place.toLocaleString()} / ${this.images.total.toLocaleString()}`;
     const { width, height } = this.store;
-    byId("stage").setAttribute("aria-label", `Image ${printable(name)}, ${width} by ${height} pixels, ${this.store.objects.size} objects`);
+    byId("stage").setAttribute(
+      "aria-label",
+      `Image ${printable(name)}, ${width} by ${height} pixels, ${this.store.objects.size} objects`,
+    );
     this.conflicts.update();
     this.showHistory();
     this.showHint();
@@ -319,7 +338,11 @@ class Page {
       }
       this.wasOnline = true;
       clearTimeout(this.diagnosis);
-      if (this.project.can_train) void api.train().then((state) => this.training.take(state), () => {});
+      if (this.project.can_train)
+        void api.train().then(
+          (state) => this.training.take(state),
+          () => {},
+        );
     }
     if (this.live.connection === "offline") {
       clearTimeout(this.diagnosis);
@@ -335,11 +358,27 @@ class Page {
       if (before === undefined) continue;
       const { items } = await api.images(image, 1, "all");
       if (items[0]?.name !== before) {
-        voice.warn("The server was started with other images. Load this page again; changes that are not saved are lost then.");
+        voice.warn(
+          "The server was started with other images. Load this page again; changes that are not saved are lost then.",
+        );
         return false;
       }
     }
     return true;
+  }
+
+  /** Someone else has changed an image of the list: read its numbers again, many changes at once. */
+  private recount(image: number): void {
+    if (!this.images.item(image)) return;
+    this.recounted.add(image);
+    clearTimeout(this.recounting);
+    this.recounting = window.setTimeout(async () => {
+      for (const one of this.recounted) {
+        this.recounted.delete(one);
+        const { items } = await api.images(one, 1, "all").catch(() => ({ items: [] }));
+        if (items[0]?.id === one) this.images.note(one, items[0]);
+      }
+    }, 600);
   }
 
   /** Why is there no connection? A server that answers otherwise, for example wants a token, says it. */
@@ -377,16 +416,14 @@ class Page {
         if (event.image === store.image) store.replaceSuggestions(event.objects);
         break;
       case "changed":
-        this.images.note(event.image, {
-          version: event.version,
-          ...(event.done === undefined ? {} : { done: event.done }),
-        });
+        if (event.image !== store.image) this.recount(event.image);
         if (event.image === this.target && store.image !== event.image) this.targetStale = true;
         this.saver.changed(event.image, event.version, event.objects, event.removed, (data) => new Shape(data));
         if (event.image === store.image) {
           if (event.done !== undefined) store.setDone(event.done);
           const n = event.objects.length + event.removed.length;
-          if (n) voice.say(`${printable(event.by, 40) || "Someone else"} changed ${n === 1 ? "an object" : `${n} objects`}`);
+          if (n)
+            voice.say(`${printable(event.by, 40) || "Someone else"} changed ${n === 1 ? "an object" : `${n} objects`}`);
         }
         break;
       case "classes":
@@ -401,7 +438,8 @@ class Page {
         const others = event.users - 1;
         byId("people").hidden = others < 1;
         byId("people").lastElementChild!.textContent = String(event.users);
-        byId("people").title = others === 1 ? "One other page is open on this project" : `${others} other pages are open on this project`;
+        byId("people").title =
+          others === 1 ? "One other page is open on this project" : `${others} other pages are open on this project`;
         break;
       }
       case "error":
@@ -416,21 +454,19 @@ class Page {
     return this.project.assist !== null && this.assistSays?.ready !== false;
   }
 
+  private assistText(): string {
+    if (!this.project.assist) return "no assistant";
+    if (this.live.connection === "offline") return "";
+    if (this.askingFor) return `${this.askingFor}…`;
+    return this.assistSays?.text ?? "reading the image…";
+  }
+
   private showAssist(): void {
-    const { assist } = this.project;
-    const says = this.assistSays;
-    byId("assist").textContent = !assist
-      ? "no assistant"
-      : this.askingFor
-        ? `${this.askingFor}…`
-        : says
-          ? says.text
-          : this.live.connection === "online"
-            ? "reading the image…"
-            : "";
+    setText("assist", this.assistText());
     byId<HTMLButtonElement>("everything").disabled = !this.assisted;
     const text = this.askingFor === null ? "Everything" : "Stop";
-    if (byId("everything").lastElementChild!.textContent !== text) byId("everything").lastElementChild!.textContent = text;
+    if (byId("everything").lastElementChild!.textContent !== text)
+      byId("everything").lastElementChild!.textContent = text;
     this.showHint();
   }
 
@@ -454,7 +490,7 @@ class Page {
     if (status.dataset["state"] === state && status.lastElementChild!.textContent === text) return;
     status.dataset["state"] = state;
     status.lastElementChild!.textContent = text!;
-    if (connection !== "online") this.showAssist();
+    this.showAssist();
   }
 
   /** Suggestions for the whole image, or objects like the selected one. */
@@ -476,7 +512,11 @@ class Page {
       if (event.event === "suggestions" && event.image === store.image) {
         store.replaceSuggestions(event.objects);
         const n = store.suggestions.size;
-        voice.say(n ? `${n === 1 ? "1 suggestion" : `${n} suggestions`}: Enter accepts one, A accepts all` : "Nothing was found");
+        voice.say(
+          n
+            ? `${n === 1 ? "1 suggestion" : `${n} suggestions`}: Enter accepts one, A accepts all`
+            : "Nothing was found",
+        );
       }
     } catch (error) {
       voice.warn(error instanceof Unanswered ? "The server is not connected" : (error as Error).message);
@@ -503,7 +543,9 @@ class Page {
     const extras = [this.conflicts, this.input.tool, this.input];
     if (preview) {
       const shape = { id: "", label: this.editor.label, made: madeAlso([], "", "click") };
-      const color = this.store.current ? this.view.colorOf(this.store.current) : this.view.colorOf(Shape.of(preview.bitmap, shape));
+      const color = this.store.current
+        ? this.view.colorOf(this.store.current)
+        : this.view.colorOf(Shape.of(preview.bitmap, shape));
       this.view.extras = [outline(path(preview.bitmap), color, 0.3), ...extras];
     } else this.view.extras = extras;
     this.view.touch();
@@ -511,9 +553,20 @@ class Page {
 
   private makeTools(): void {
     const bar = byId("tools");
-    const keys: Record<string, string> = { click: "C", box: "X", polygon: "P", brush: "B", eraser: "E", select: "V", split: "K" };
+    const keys: Record<string, string> = {
+      click: "C",
+      box: "X",
+      polygon: "P",
+      brush: "B",
+      eraser: "E",
+      select: "V",
+      split: "K",
+    };
     for (const tool of this.tools) {
-      const button = element("button", { title: `${tool.label} (${keys[tool.name]})` }, [icon(tool.name), element("kbd", { text: keys[tool.name]! })]);
+      const button = element("button", { title: `${tool.label} (${keys[tool.name]})` }, [
+        icon(tool.name),
+        element("kbd", { text: keys[tool.name]! }),
+      ]);
       button.id = `tool-${tool.name}`;
       button.setAttribute("aria-label", tool.label);
       button.setAttribute("aria-keyshortcuts", keys[tool.name]!);
@@ -561,7 +614,10 @@ class Page {
 
   private setBackground(background: boolean): void {
     this.options.background = background;
-    for (const [id, on] of [["effect-add", !background], ["effect-subtract", background]] as const) {
+    for (const [id, on] of [
+      ["effect-add", !background],
+      ["effect-subtract", background],
+    ] as const) {
       setPressed(byId(id), on, "aria-checked");
       byId(id).tabIndex = on ? 0 : -1;
     }
@@ -703,8 +759,20 @@ class Page {
       tool("e", "eraser", "Eraser"),
       tool("v", "select", "Select"),
       tool("k", "split", "Split by a line"),
-      { keys: ["[", "BracketLeft"], shown: ["["], group: "Tools", title: "Smaller brush", run: () => this.setRadius(this.options.radius / 1.25) },
-      { keys: ["]", "BracketRight"], shown: ["]"], group: "Tools", title: "Larger brush", run: () => this.setRadius(this.options.radius * 1.25) },
+      {
+        keys: ["[", "BracketLeft"],
+        shown: ["["],
+        group: "Tools",
+        title: "Smaller brush",
+        run: () => this.setRadius(this.options.radius / 1.25),
+      },
+      {
+        keys: ["]", "BracketRight"],
+        shown: ["]"],
+        group: "Tools",
+        title: "Larger brush",
+        run: () => this.setRadius(this.options.radius * 1.25),
+      },
       {
         keys: ["i"],
         shown: ["I"],
@@ -719,7 +787,12 @@ class Page {
         title: "One click per object, on or off",
         run: () => byId("single").click(),
       },
-      { keys: ["Enter"], group: "Object", title: "Close the polygon; accept the suggestion; go on to the next object", run: () => this.enter() },
+      {
+        keys: ["Enter"],
+        group: "Object",
+        title: "Close the polygon; accept the suggestion; go on to the next object",
+        run: () => this.enter(),
+      },
       { keys: ["Escape"], group: "Object", title: "Drop what is begun; select nothing", run: () => this.escape() },
       { keys: ["w"], shown: ["W"], group: "Object", title: "Select the next object", run: () => panel.step(1) },
       { keys: ["q"], shown: ["Q"], group: "Object", title: "Select the previous object", run: () => panel.step(-1) },
@@ -742,12 +815,42 @@ class Page {
         run: (event) => panel.chooseClass((Number(event.code.slice(-1)) + 9) % 10),
       },
       { keys: ["/", "Shift+/"], shown: ["/"], group: "Object", title: "Find or add a class", run: () => panel.find() },
-      { keys: ["Control+a"], shown: ["Ctrl+A"], group: "Object", title: "Select all objects", run: () => this.store.select(this.store.objects.keys()) },
+      {
+        keys: ["Control+a"],
+        shown: ["Ctrl+A"],
+        group: "Object",
+        title: "Select all objects",
+        run: () => this.store.select(this.store.objects.keys()),
+      },
       { keys: ["Control+z"], shown: ["Ctrl+Z"], group: "Object", title: "Undo", run: () => this.undo() },
-      { keys: ["Control+Shift+z", "Control+y"], shown: ["Ctrl+Shift+Z", "Ctrl+Y"], group: "Object", title: "Redo", run: () => editor.redo() },
-      { keys: ["a"], shown: ["A"], group: "Suggestions", title: "Accept all suggestions", run: () => editor.accept(true) },
-      { keys: ["g"], shown: ["G"], group: "Suggestions", title: "Everything: suggest all objects", run: () => void this.suggest("everything") },
-      { keys: ["l"], shown: ["L"], group: "Suggestions", title: "Suggest objects like the selected one", run: () => void this.suggest("similar") },
+      {
+        keys: ["Control+Shift+z", "Control+y"],
+        shown: ["Ctrl+Shift+Z", "Ctrl+Y"],
+        group: "Object",
+        title: "Redo",
+        run: () => editor.redo(),
+      },
+      {
+        keys: ["a"],
+        shown: ["A"],
+        group: "Suggestions",
+        title: "Accept all suggestions",
+        run: () => editor.accept(true),
+      },
+      {
+        keys: ["g"],
+        shown: ["G"],
+        group: "Suggestions",
+        title: "Everything: suggest all objects",
+        run: () => void this.suggest("everything"),
+      },
+      {
+        keys: ["l"],
+        shown: ["L"],
+        group: "Suggestions",
+        title: "Suggest objects like the selected one",
+        run: () => void this.suggest("similar"),
+      },
       { keys: [",", "PageUp"], shown: [","], group: "Image", title: "Previous image", run: () => void this.go(-1) },
       { keys: [".", "PageDown"], shown: ["."], group: "Image", title: "Next image", run: () => void this.go(1) },
       {
@@ -771,7 +874,12 @@ class Page {
         title: "Everything is saved by itself; says whether it is",
         run: () => voice.say(byId("status").textContent!.trim()),
       },
-      { keys: ["?"], group: "Image", title: "This sheet", run: () => byId<HTMLDialogElement>("help-dialog").showModal() },
+      {
+        keys: ["?"],
+        group: "Image",
+        title: "This sheet",
+        run: () => byId<HTMLDialogElement>("help-dialog").showModal(),
+      },
     ];
   }
 }
@@ -779,8 +887,16 @@ class Page {
 const POINTER_HELP = [
   { group: "Mouse, pen and fingers", shown: ["Wheel", "Pinch"], title: "Zoom" },
   { group: "Mouse, pen and fingers", shown: ["Space+drag", "Middle button", "Two fingers"], title: "Move the image" },
-  { group: "Mouse, pen and fingers", shown: ["Alt+click", "Right button"], title: "Background click; erase; take away" },
-  { group: "Mouse, pen and fingers", shown: ["Shift+click"], title: "Select several (Select); refine (One click per object)" },
+  {
+    group: "Mouse, pen and fingers",
+    shown: ["Alt+click", "Right button"],
+    title: "Background click; erase; take away",
+  },
+  {
+    group: "Mouse, pen and fingers",
+    shown: ["Shift+click"],
+    title: "Select several (Select); refine (One click per object)",
+  },
   { group: "Mouse, pen and fingers", shown: ["Ctrl+click"], title: "New object inside another" },
   { group: "Keyboard on the image", shown: ["Arrow keys"], title: "Move the cross; with Shift finely, with Ctrl far" },
   { group: "Keyboard on the image", shown: ["Space"], title: "Click, or begin and end a stroke, at the cross" },

@@ -219,7 +219,8 @@ export class Panel {
   private renderObject(row: HTMLElement, index: number): void {
     const shape = this.ordered()[index];
     if (!shape) return;
-    if (!row.firstChild) row.append(element("i"), element("span", { className: "spoken" }), element("bdi"), element("small"));
+    if (!row.firstChild)
+      row.append(element("i"), element("span", { className: "spoken" }), element("bdi"), element("small"));
     const [swatch, kind, name, note] = row.children as unknown as [HTMLElement, HTMLElement, HTMLElement, HTMLElement];
     const suggestion = this.store.suggestions.has(shape.id);
     swatch.style.backgroundColor = shapeColor(shape, this.classes);
@@ -241,7 +242,10 @@ export class Panel {
     const suggested = store.suggestions.size;
     byId("suggestions").hidden = !suggested && byId("everything").hidden;
     byId("suggestion-buttons").hidden = !suggested;
-    setText("suggestions-title", !suggested ? "Suggestions" : suggested === 1 ? "1 suggestion" : `${suggested} suggestions`);
+    setText(
+      "suggestions-title",
+      !suggested ? "Suggestions" : suggested === 1 ? "1 suggestion" : `${suggested} suggestions`,
+    );
     const n = store.selected.size;
     byId<HTMLButtonElement>("merge").disabled = n < 2;
     byId<HTMLButtonElement>("parts").disabled = n !== 1;
@@ -256,7 +260,10 @@ export class Panel {
       const what = HOW[how] ?? printable(how, 20);
       return `${clicks > 1 ? `${clicks} ` : ""}${what}${by && by !== this.editor.user ? ` (${printable(by, 24)})` : ""}`;
     });
-    const kinds = [...(shape.data.crowd ? ["crowd region"] : []), ...(shape.data.box_only ? ["box without a mask"] : [])];
+    const kinds = [
+      ...(shape.data.crowd ? ["crowd region"] : []),
+      ...(shape.data.box_only ? ["box without a mask"] : []),
+    ];
     return [`${shape.area.toLocaleString()} px`, ...kinds, ...steps].join(" · ");
   }
 }

@@ -29,7 +29,7 @@ export function decode(rle: Rle): Runs {
   const ends: number[] = [];
   const lengths: number[] = [];
   let position = 0;
-  for (let i = 0; i < counts.length; ) {
+  for (let i = 0; i < counts.length;) {
     let value = 0;
     let shift = 0;
     let code: number;

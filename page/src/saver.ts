@@ -93,7 +93,8 @@ export class Saver {
     const was = new Map<string, number>();
     for (const { id, before } of action.deltas) {
       // What is shown has the newest revision; a shape from the history has the one of its time.
-      const revision = (action.image === this.store.image && this.store.objects.get(id)?.data.revision) || before?.data.revision;
+      const revision =
+        (action.image === this.store.image && this.store.objects.get(id)?.data.revision) || before?.data.revision;
       if (before && !this.waits(action.image, id)) was.set(id, revision ?? 0);
     }
     this.show(action);

@@ -61,7 +61,10 @@ export class View {
   ) {
     this.base = baseCanvas.getContext("2d", { alpha: false })!;
     this.top = topCanvas.getContext("2d")!;
-    this.layer = new Layer((rect) => this.near(rect), () => this.ratio);
+    this.layer = new Layer(
+      (rect) => this.near(rect),
+      () => this.ratio,
+    );
     new ResizeObserver(() => this.resize()).observe(host);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.redraw());
     store.listen((change) => {
@@ -136,7 +139,8 @@ export class View {
   /** Move so that a rectangle is seen, and zoom out if it is larger than the window. */
   reveal(rect: Rect): void {
     const { seen } = this;
-    const fits = rect.x >= seen.x && rect.y >= seen.y && rect.x + rect.w <= seen.x + seen.w && rect.y + rect.h <= seen.y + seen.h;
+    const fits =
+      rect.x >= seen.x && rect.y >= seen.y && rect.x + rect.w <= seen.x + seen.w && rect.y + rect.h <= seen.y + seen.h;
     if (fits || !rect.w) return;
     const { clientWidth, clientHeight } = this.host;
     this.zoom = Math.min(this.zoom, (0.8 * clientWidth) / rect.w, (0.8 * clientHeight) / rect.h);
@@ -307,7 +311,15 @@ export class View {
         const x1 = Math.min(this.pixels.width, Math.ceil((seen.x + seen.w) * perX));
         const y1 = Math.min(this.pixels.height, Math.ceil((seen.y + seen.h) * perY));
         context.drawImage(
-          this.pixels, x0, y0, x1 - x0, y1 - y0, x0 / perX, y0 / perY, (x1 - x0) / perX, (y1 - y0) / perY,
+          this.pixels,
+          x0,
+          y0,
+          x1 - x0,
+          y1 - y0,
+          x0 / perX,
+          y0 / perY,
+          (x1 - x0) / perX,
+          (y1 - y0) / perY,
         );
       }
     }

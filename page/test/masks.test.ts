@@ -20,7 +20,8 @@ function randomMask(): bits.Bitmap {
 }
 
 const count = (mask: bits.Bitmap): number => mask.bits.reduce((sum, bit) => sum + bit, 0);
-const line = (corners: number): Line => Array.from({ length: corners }, () => [random() * 30 - 8, random() * 30 - 8] as const);
+const line = (corners: number): Line =>
+  Array.from({ length: corners }, () => [random() * 30 - 8, random() * 30 - 8] as const);
 
 /** Calls `check` with every pixel of the image, and whether the mask has it. */
 function everyPixel(mask: bits.Bitmap, check: (x: number, y: number, has: boolean) => void): void {
@@ -77,7 +78,10 @@ test("parts are those of a flood, and a cut loses no pixel", () =>
     const mask = randomMask();
     assert.deepEqual(bits.parts(mask).map(count), flood(mask));
     const pieces = bits.cut(mask, line(2));
-    assert.equal(pieces.reduce((sum, piece) => sum + count(piece), 0), count(mask));
+    assert.equal(
+      pieces.reduce((sum, piece) => sum + count(piece), 0),
+      count(mask),
+    );
   }));
 
 test("outlines enclose as many pixels as the mask has", () =>
@@ -125,7 +129,12 @@ test("strokes have the pixels within their radius, and those under their points"
 
 test("a click after work by hand changes only the part around it", () => {
   const square = (x: number, y: number, size: number): bits.Bitmap =>
-    bits.polygon(40, 20, [[x, y], [x + size, y], [x + size, y + size], [x, y + size]]);
+    bits.polygon(40, 20, [
+      [x, y],
+      [x + size, y],
+      [x + size, y + size],
+      [x, y + size],
+    ]);
   const base = bits.subtract(square(2, 2, 10), square(5, 5, 3)); // with a hole
   const answer = bits.union(square(2, 2, 10), square(20, 2, 6)); // without it, and with something more
   const added = bits.applyClick(base, answer, 22, 4, true);

@@ -10,7 +10,14 @@ const out = mkdtempSync(join(tmpdir(), "maskwright-page-"));
 try {
   for (const name of readdirSync(here).filter((file) => file.endsWith(".test.ts"))) {
     const outfile = join(out, name.replace(/ts$/, "mjs"));
-    await build({ entryPoints: [join(here, name)], bundle: true, platform: "node", format: "esm", outfile, logLevel: "warning" });
+    await build({
+      entryPoints: [join(here, name)],
+      bundle: true,
+      platform: "node",
+      format: "esm",
+      outfile,
+      logLevel: "warning",
+    });
     await import(pathToFileURL(outfile).href);
   }
 } finally {

@@ -26,7 +26,8 @@ export class ClickTool extends Tool {
   hint(): string {
     const { store, options } = this.context;
     if (!this.context.assisted()) return "No assistant for this image: use polygon, brush or box";
-    if (!store.current || options.single) return "Click on an object, or drag around it · Ctrl+click: new object inside another";
+    if (!store.current || options.single)
+      return "Click on an object, or drag around it · Ctrl+click: new object inside another";
     return "Click: add · Alt+click or right button: take away · Enter: next object";
   }
 
@@ -51,7 +52,8 @@ export class ClickTool extends Tool {
     const met = !current && !at.ctrl && !negative ? store.at(at.x, at.y) : undefined;
     this.highlight.show(met);
     const outside = at.x < 0 || at.y < 0 || at.x >= store.width || at.y >= store.height;
-    if (negative || !options.hover || outside || met || editor.waiting.length || !this.context.assisted()) editor.clearPreview();
+    if (negative || !options.hover || outside || met || editor.waiting.length || !this.context.assisted())
+      editor.clearPreview();
     else editor.hover(at.x, at.y, this.fresh(at));
   }
 

@@ -106,7 +106,14 @@ export function drawLine(context: CanvasRenderingContext2D, zoom: number, dashed
   context.setLineDash([]);
 }
 
-export function drawDot(context: CanvasRenderingContext2D, zoom: number, x: number, y: number, color: string, size = 5): void {
+export function drawDot(
+  context: CanvasRenderingContext2D,
+  zoom: number,
+  x: number,
+  y: number,
+  color: string,
+  size = 5,
+): void {
   context.beginPath();
   context.arc(x, y, size / zoom, 0, 2 * Math.PI);
   context.fillStyle = color;
