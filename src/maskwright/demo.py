@@ -46,7 +46,7 @@ RECIPE: dict[str, Any] = {
 }
 
 EPOCHS, FEWER = 5, 2  # from random and from installed weights
-LOOKED_AT = {"instances": 12, "prompts": 4}  # images that installed weights are shown first, by their role
+LOOKED_AT = 12  # images that installed weights are shown first
 
 
 def run(out: Path, *, seed: int = 0, epochs: int | None = None, images: int = 560, unseen: int = 60) -> Path:
@@ -89,19 +89,18 @@ def run(out: Path, *, seed: int = 0, epochs: int | None = None, images: int = 56
     _make_room(out)
     began = time.monotonic()
     start = first_with("instances")
-    look = start or first_with("prompts")
     epochs = (EPOCHS if start is None else FEWER) if epochs is None else epochs
-    step, steps = 1, 5 if look is None else 6
+    step, steps = 1, 5 if start is None else 6
     print_line(f"{step}/{steps}  generating {images + 2 * unseen} scenes: {out / 'scenes'}")
     parts = (("train", images, 0), ("val", unseen, 1), ("test", unseen, 2))
     for split, count, part in progress(parts, "scenes"):
         scenes = Scenes(count, (SIDE, SIDE), seed=3 * seed + part, classes=CLASSES, difficulty=0.2, empty=0.02)
         scenes.write(out / "scenes", split)
 
-    if look is not None:
+    if start is not None:
         step += 1
-        print_line(f"{step}/{steps}  first results, by {look.name} as installed: {out / 'first' / 'drawn'}")
-        count = _first_look(look, out)
+        print_line(f"{step}/{steps}  first results, by {start.name} as installed: {out / 'first' / 'drawn'}")
+        count = _first_look(start, out)
         print_line(f"     {count} objects, labelled 'object', {time.monotonic() - began:.0f} seconds after the start")
 
     step += 1
@@ -148,8 +147,8 @@ def _first_look(look: Shipped, out: Path) -> int:
     from maskwright.inference.writer import PredictionWriter
 
     system = load(look.name)
-    files = sorted((out / "scenes" / "test").iterdir())[: LOOKED_AT[look.role]]
-    found = predict(system, files, device="cpu", **({"score_threshold": 0.3} if look.role == "instances" else {}))
+    files = sorted((out / "scenes" / "test").iterdir())[:LOOKED_AT]
+    found = predict(system, files, device="cpu", score_threshold=0.3)
     with PredictionWriter(out / "first", ("drawn",), system.classes, [str(file) for file in files]) as writer:
         for prediction in progress(found, "images", len(files)):
             writer.add(prediction.path or "image", prediction.instances, prediction.error)

@@ -195,7 +195,8 @@ def test_shipped_stands_for_the_weights_that_fit_what_is_asked(installed, made, 
         shipping.resolved("shipped", "video")
     only = [entry for entry in mw.shipped() if entry.role == "prompts"]
     monkeypatch.setattr(shipping, "shipped", lambda: only)
-    assert shipping.resolved("shipped") == "tiny-clicks", "segments everything"
+    with pytest.raises(CheckpointError, match="no installed weights find objects without prompts; installed are tiny"):
+        shipping.resolved("shipped")
 
 
 def test_the_command_line_takes_shipped(installed, tmp_path, capsys):

@@ -192,13 +192,12 @@ def fitting(role: Role = "instances") -> Shipped:
     """The weights that "shipped" stands for.
 
     Args:
-        role: What they are needed for. Without weights that find objects, promptable ones are used: these segment
-            everything.
+        role: What they are needed for.
 
     Raises:
         CheckpointError: If no installed weights fit.
     """
-    entry = first_with(role) or (first_with("prompts") if role == "instances" else None)
+    entry = first_with(role)
     if entry is None:
         raise CheckpointError(f"no installed weights {ROLES[role]}; {_none_fit(shipped())}")
     return entry

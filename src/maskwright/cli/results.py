@@ -102,7 +102,7 @@ def predict(
       maskwright predict slide.svs -w cells.safetensors --tile 1024 --format geojson labels
       maskwright predict street/ -w best.safetensors --classes person,car --threshold person=0.7,car=0.3
       maskwright predict photo.jpg -w sam_vit_b_01ec64.pth --points 210,340 '90,80;120,60,0' --boxes 90,80,400,390
-      maskwright predict photo.jpg --weights shipped
+      maskwright predict photo.jpg --weights shipped --points 210,340
       maskwright predict street/ -w sam_vit_b_01ec64.pth --from found/results.json -o refined
       maskwright predict photo.jpg -w sam_vit_b_01ec64.pth --decoding points_per_side=16 crop_n_layers=1
       maskwright predict s3://bucket/images -w best.safetensors --shard 2/8 -o predictions
