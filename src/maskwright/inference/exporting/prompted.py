@@ -75,8 +75,8 @@ class DecoderGraph(nn.Module):
             slots = Slots(torch.cat([places, beside], 1), torch.cat([kinds, more], 1), logits, given, ragged=True)
             decoded = self.system.answer(Features(maps[0], tuple(maps[1:]), canvas), slots)
             rows, columns = height.item(), width.item()
-            torch._check(rows >= 1)
-            torch._check(columns >= 1)
+            torch._check(rows >= 1)  # pyright: ignore[reportPrivateUsage] - the documented way to bound a size
+            torch._check(columns >= 1)  # pyright: ignore[reportPrivateUsage]
             grid = Grid((rows, columns), placed, placed.valid, canvas)
             resized = grid.resize(decoded.logits.flatten(0, 1), self.system.steps, self.system.cubic)
             masks = (resized > 0).to(torch.uint8).unflatten(0, decoded.logits.shape[:2])
@@ -133,7 +133,7 @@ def export_prompted(system: PromptableSystem, out: str | Path, *, image: str | P
     assert isinstance(ready, PromptableSystem)
     ready.uniform = True
     pixels = read(next(iter(items(check_image(image), False))), ready.preprocess)
-    parts = dict(zip(PARTS, _parts(ready, pixels), strict=True))
+    parts: dict[str, _Part] = dict(zip(PARTS, _parts(ready, pixels), strict=True))
     canvas = canvas_of(ready.preprocess)
     size = 0
     with staged(target) as folder:
