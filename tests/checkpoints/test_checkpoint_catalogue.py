@@ -31,7 +31,7 @@ mask-rcnn-lab = { path = "weights.pth" }
 
 def test_every_entry_is_complete_and_named_once() -> None:
     entries = list_checkpoints()
-    assert len([e for e in entries if "rcnn" in e.system]) == 32
+    assert len([e for e in entries if "rcnn" in e.system]) == 118
     assert len({e.name for e in entries}) == len({e.url for e in entries}) == len(entries)
     for entry in entries:
         assert entry.url.startswith("https://")
