@@ -12,7 +12,7 @@ from PIL import Image
 
 from maskwright.checkpoints.ours import save
 from maskwright.cli import main
-from maskwright.errors import UsageError
+from maskwright.errors import DataError, ImageError, UsageError
 from maskwright.inference.track_output import TrackWriter, palette
 from maskwright.inference.video import VideoSession
 from maskwright.structures import Masks, Placement, Prompts
@@ -161,6 +161,13 @@ def test_masks_do_not_overlap_if_asked(system):
         ({"points": [(1, 1)], "labels": [1, 0]}, "labels must have one entry for each point"),
         ({"mask": np.zeros((3, 3))}, "a mask must be one of 48 x 64, got 1 of 3 x 3"),
         ({"points": []}, "the prompt of object 1 has neither points nor a box nor a mask"),
+        ({"points": [(1, 2, 3)]}, r"have shape \(1, 3\) instead of \(P, 2\)"),
+        ({"points": "ab"}, "points must be lists of x, y"),
+        ({"points": [(1, 1)], "labels": [0.5]}, "point_labels must be integers, got 0.5"),
+        ({"box": 5}, "a box must be x0, y0, x1, y1, got 5"),
+        ({"box": (9, 9, 1, 1)}, "ends before it begins"),
+        ({"mask": "x"}, "a mask must be a plane"),
+        ({"mask": np.full(SIZE, np.nan)}, "a mask must not contain NaN"),
     ],
 )
 def test_invalid_prompts_are_refused(system, call, words):
@@ -173,9 +180,22 @@ def test_what_does_not_exist_is_refused(session, system):
         session.prompt(8, 1, points=[(1, 1)])
     with pytest.raises(UsageError, match="there is no object 7; known ids are 1, 4"):
         session.remove(7)
-    with pytest.raises(UsageError, match="ids of objects must be positive integers, got 0"):
-        session.prompt(0, 0, points=[(1, 1)])
-    with pytest.raises(UsageError, match="the session reads its frames from the frames"):
+    for id in (0, -3):
+        with pytest.raises(UsageError, match=f"ids of objects must be positive integers, got {id}"):
+            session.prompt_many(0, Prompts.from_points(SIZE, [(1, 1)]), [id])
+    with pytest.raises(UsageError, match="frames are counted by integers from 0, got -1"):
+        session.prompt(-1, 1, points=[(1, 1)])
+    for start in (-1, 9):
+        with pytest.raises(UsageError, match=f"which has 8 frames, got {start}"):
+            next(session.run(start))
+    assert list(session.run(8)) == []
+    with pytest.raises(UsageError, match="count must be at least 0, got -1"):
+        next(session.run(count=-1))
+    with pytest.raises(UsageError, match="length must be an integer of at least 1, got 0"):
+        VideoSession(system, painted(2), length=0)
+    with pytest.raises(UsageError, match=r"frames must be a folder of images, .* got dict"):
+        VideoSession(system, {"a": 1})
+    with pytest.raises(UsageError, match="the session reads its frames from the list of frames"):
         session.push(painted(1)[0])
     with pytest.raises(UsageError, match="solo does not track objects in videos"):
         VideoSession(build("solo"), painted(1))
@@ -273,6 +293,15 @@ def test_results_are_written_frame_by_frame(session, tmp_path):
         assert drawn.size == (SIZE[1], SIZE[0])
 
 
+def test_a_frame_of_another_size_is_not_counted(system):
+    live, images = VideoSession(system, device="cpu"), painted(2)
+    live.push(images[0])
+    live.prompt(0, 1, points=[(20, 20)])
+    with pytest.raises(ImageError, match="frame 1 has 64 x 20 pixels, but those before have 64 x 48"):
+        live.push(images[1][:20])
+    assert live.push(images[1]).frame == 1
+
+
 def test_large_ids_need_16_bits(session, tmp_path):
     session.prompt(0, 300, mask=square())
     with TrackWriter(tmp_path / "out", ("masks",)) as writer:
@@ -281,6 +310,9 @@ def test_large_ids_need_16_bits(session, tmp_path):
     with Image.open(tmp_path / "out" / "masks" / "x.png") as image:
         assert image.mode in ("I;16", "I")
         assert 300 in np.asarray(image)
+    session.prompt(0, 70000, mask=square())
+    with TrackWriter(tmp_path / "out", ("masks",)) as writer, pytest.raises(DataError, match="maps hold ids of up to"):
+        writer.add(0, "y", next(session.run()))
 
 
 @pytest.fixture

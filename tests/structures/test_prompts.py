@@ -40,6 +40,10 @@ def test_boxes_are_clipped_to_the_image():
     assert len(Prompts.from_boxes(objects)) == 1
 
 
+def refined(value: float) -> Prompts:
+    return Prompts(SIZE, torch.zeros(1, 0, 2), torch.zeros(1, 0).long(), logits=torch.full((1, 8, 8), value))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -56,6 +60,14 @@ def test_boxes_are_clipped_to_the_image():
         (lambda: Prompts.join([Prompts.empty(SIZE), Prompts.empty((1, 1))]), "different sizes"),
         (lambda: Prompts.join([]), "at least one part"),
         (lambda: Prompts.empty((0, 4)), "image_size must be"),
+        (lambda: Prompts.from_points(SIZE, [(1, 2)], [0.5]), "point_labels must be integers, got 0.5"),
+        (lambda: Prompts.from_points(SIZE, [(1, 2)], [float("nan")]), "point_labels must be integers, got nan"),
+        (lambda: Prompts.from_points(SIZE, [(1, 2)], ["on"]), r"labels must be lists of 1 and 0, got \['on'\]"),
+        (lambda: Prompts.from_boxes([[1, 2, 3], [1, 2, 3, 4]], SIZE), "boxes must be lists of x0, y0, x1, y1"),
+        (lambda: Prompts.from_boxes("x", SIZE), "boxes must be lists of x0, y0, x1, y1, got 'x'"),
+        (lambda: Prompts.from_boxes([[float("nan")] * 4], SIZE), "a box of object 0 is outside of the image: nan"),
+        (lambda: Prompts.from_boxes([[1, 2, float("inf"), 4]], SIZE), "a box of object 0 is outside of the image: 1"),
+        (lambda: refined(float("inf")), "logits must be finite numbers"),
     ],
 )
 def test_what_does_not_fit_is_an_error_in_words(make, words):

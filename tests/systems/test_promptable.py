@@ -159,6 +159,12 @@ def test_embeddings_of_other_weights_and_prompts_of_other_images_are_refused():
         other.segment(embeddings()[0], mixed())
     with pytest.raises(UsageError, match="the prompts are for an image of"):
         system().segment(embeddings()[1], mixed())
+    worded = Prompts(IMAGE, torch.zeros(1, 0, 2), torch.zeros(1, 0).long(), text=("a cat",))
+    with pytest.raises(UsageError, match="sam does not read text"):
+        system().segment(embeddings()[0], worded)
+    images = torch.zeros(1, 3, 128, 128)
+    with pytest.raises(UsageError, match=r"must be a batch .* and 2 placements"):
+        system().embed(images, [embeddings()[0].placement] * 2)
 
 
 def test_a_prepared_copy_reads_the_embeddings_of_the_original():
@@ -212,6 +218,14 @@ def test_crops_of_an_image_are_segmented_by_predict(monkeypatch):
         raw = system()(batch.images)
     with pytest.raises(UsageError, match="only predict has"):
         system().decode(raw, batch.placements, crop_n_layers=1)
+
+
+def test_crops_of_images_with_fewer_pixels_than_crops():
+    crops = everything.crop_boxes((2, 3), 2, 512 / 1500)
+    assert len(crops) > 5
+    assert all(x0 < x1 <= 3 and y0 < y1 <= 2 for _, (x0, y0, x1, y1) in crops)
+    with pytest.raises(UsageError, match="points_per_side must be at most 1024"):
+        system().everything_options(points_per_side=10**7)
 
 
 @pytest.mark.parametrize("name", ["points_per_side", "points_per_batch"])

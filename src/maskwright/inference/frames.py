@@ -10,7 +10,7 @@ import re
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -64,11 +64,13 @@ class Frames(ABC):
             ImageError: If the frame cannot be read, or has another size than those before.
             UsageError: If the source cannot be searched and the frame is over.
         """
-        if index < 0:
-            raise UsageError(f"{self.name}: frames are counted from 0, got {index}")
+        if not isinstance(index, int) or index < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(f"{self.name}: frames are counted by integers from 0, got {index!r}")
         image = self._read(index)
-        if image is None:
-            return None
+        return None if image is None else self._checked(image, index)
+
+    def _checked(self, image: UInt8[Tensor, "3 H W"], index: int) -> UInt8[Tensor, "3 H W"]:
+        """`image`, which must have the size of the frames before."""
         size = (image.shape[1], image.shape[2])
         if self.size is None:
             self.size = size
@@ -127,12 +129,13 @@ def open_frames(source: Any) -> Frames:
         values = cast("np.ndarray[Any, Any] | Tensor", source)
         if values.ndim != 4:
             raise UsageError(f"frames must be {KINDS}, got shape {tuple(values.shape)}")
-        return ListedFrames(list(values), "the frames")
-    if isinstance(source, Sequence) and not isinstance(source, (bytes, bytearray)):
-        return ListedFrames(cast("Sequence[Any]", source), "the frames")
-    if isinstance(source, Iterable):
-        return StreamedFrames(cast("Iterable[Any]", source))
-    raise UsageError(f"frames must be {KINDS}, got {type(source).__name__}")
+        return ListedFrames(list(values), "the list of frames")
+    kind = type(source).__name__
+    if isinstance(source, (Mapping, Set, bytes, bytearray)) or not isinstance(source, Iterable):
+        raise UsageError(f"frames must be {KINDS}, got {kind}")
+    if isinstance(source, Sequence):
+        return ListedFrames(cast("Sequence[Any]", source), "the list of frames")
+    return StreamedFrames(cast("Iterable[Any]", source))
 
 
 # ---- lists and folders -----------------------------------------------------------------------------------------------
@@ -265,8 +268,11 @@ class PushedFrames(StreamedFrames):
 
         Returns:
             Its number.
+
+        Raises:
+            ImageError: If it cannot be read or has another size than those before; it is not counted then.
         """
-        self._last = displayed(_item(image))
+        self._last = self._checked(displayed(_item(image)), self._index + 1)
         self._index += 1
         return self._index
 

@@ -68,6 +68,8 @@ def prompt_book(given: PromptsLike) -> PromptBook:
         return given
     if isinstance(given, Prompts):
         return PromptBook(lambda _, __: Asked(given))
+    if not isinstance(given, (str, Path)):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not be checked
+        raise UsageError(f"prompts must be Prompts, a JSON file or a PromptBook, got {type(given).__name__}")
     return read_prompts(given)
 
 
@@ -257,6 +259,8 @@ def _finite(value: Any) -> bool:
 def _document(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8-sig"))
+    except FileNotFoundError:
+        raise AnnotationError(f"{path}: there is no such file") from None
     except (OSError, ValueError, RecursionError) as error:
         raise AnnotationError(f"{path}: it cannot be read as JSON ({str(error)[:120]})") from None
 

@@ -22,6 +22,7 @@ from maskwright.locks import FolderLock
 from maskwright.structures import Instances
 
 Kind = Literal["masks", "coco", "drawn", "video"]
+MOST = 65535  # largest id in a map
 KINDS: tuple[Kind, ...] = ("masks", "coco", "drawn", "video")
 
 
@@ -130,6 +131,8 @@ def id_map(objects: Instances, ids: Sequence[int]) -> Any:
     from PIL import Image
 
     large = max(ids, default=0) > 255
+    if max(ids, default=0) > MOST:
+        raise DataError(f"maps hold ids of up to {MOST}, got {max(ids)}; leave out the format masks")
     plane = np.zeros(objects.image_size, np.uint16 if large else np.uint8)
     if objects.masks is not None:
         scores = torch.zeros(len(ids)) if objects.scores is None else objects.scores

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -97,15 +98,16 @@ class VideoSession:
         budget: int = 1 << 30,
     ):
         if not isinstance(system, VideoSystem):
+            name = getattr(system, "name", type(system).__name__)
             raise UsageError(
-                f"{system.name} does not track objects in videos; use a system such as sam2, or give ids to its "
+                f"{name} does not track objects in videos; use a system such as sam2, or give ids to its "
                 "detections (`track --tracker iou`, `track_objects`)"
             )
         if corrections not in ("keep", "once"):
             raise UsageError(f"corrections must be 'keep' or 'once', got {corrections!r}")
-        for name, value in (("fill_holes", fill_holes), ("history", history)):
-            if value is not None and value < 0:
-                raise UsageError(f"{name} must be at least 0, got {value}")
+        for name, value, least in (("fill_holes", fill_holes, 0), ("history", history, 0), ("length", length, 1)):
+            if value is not None and not (isinstance(value, int) and value >= least):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise UsageError(f"{name} must be an integer of at least {least}, got {value!r}")
         ready = prepare(system, chosen_device(device), dtype, compile)
         assert isinstance(ready, VideoSystem)
         self.system = ready
@@ -169,7 +171,7 @@ class VideoSession:
         else:
             prompts = _points(size, points, labels)
             if box is not None:
-                prompts = replace(prompts, boxes=Prompts.from_boxes([list(box)], size).boxes)
+                prompts = replace(prompts, boxes=_box(box, size))
         if add:
             prompts = self._added(frame, id, prompts)
         return self.prompt_many(frame, prompts, [id], hidden=[hidden])
@@ -259,10 +261,14 @@ class VideoSession:
             The objects of each frame.
 
         Raises:
-            UsageError: If there are no prompts.
+            UsageError: If there are no prompts, or no frame `start`.
             ImageError: If a frame cannot be read; what was yielded before is not affected.
         """
-        first = self.first
+        first, length = self.first, self.frames.length
+        if count is not None and count < 0:
+            raise UsageError(f"count must be at least 0, got {count}")
+        if start is not None and (start < 0 or (length is not None and start > length)):
+            raise UsageError(f"start must be a frame of {self.frames.name}, which has {length} frames, got {start}")
         if reverse and not self.frames.searchable:
             raise UsageError(f"{self.frames.name} cannot be read backwards; give a list, a folder or a video file")
         index, done = first if start is None else start, 0
@@ -429,11 +435,16 @@ def _points(size: tuple[int, int], points: Any, labels: Any) -> Prompts:
     """Points of one object; none for a box alone."""
     if points is None:
         return Prompts(size, torch.zeros(1, 0, 2), torch.zeros(1, 0, dtype=torch.int64))
-    values = torch.as_tensor(points, dtype=torch.float32).reshape(-1, 2)
-    marks = torch.ones(len(values)) if labels is None else torch.as_tensor(labels).reshape(-1)
-    if len(marks) != len(values):
-        raise UsageError(f"labels must have one entry for each point, got {len(marks)} for {len(values)} points")
-    return Prompts(size, values[None], marks[None].long())
+    return Prompts.from_points(size, [points], None if labels is None else [labels])
+
+
+def _box(box: Any, size: tuple[int, int]) -> Tensor | None:
+    """A box (1, 4)."""
+    try:
+        corners = [float(value) for value in box]
+    except (TypeError, ValueError):
+        raise UsageError(f"a box must be x0, y0, x1, y1, got {str(box)[:80]}") from None
+    return Prompts.from_boxes([corners], size).boxes
 
 
 def _mask(mask: Any, size: tuple[int, int]) -> Masks:
@@ -441,7 +452,12 @@ def _mask(mask: Any, size: tuple[int, int]) -> Masks:
     if isinstance(mask, Masks):
         masks = mask
     else:
-        plane = torch.as_tensor(mask)
+        try:
+            plane = torch.as_tensor(mask)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"a mask must be a plane (H, W) or Masks, got {type(mask).__name__}: {error}") from None
+        if plane.is_floating_point() and bool(plane.isnan().any()):
+            raise UsageError("a mask must not contain NaN")
         if plane.ndim == 3 and len(plane) == 1:
             plane = plane[0]
         if plane.ndim != 2:
@@ -455,6 +471,7 @@ def _mask(mask: Any, size: tuple[int, int]) -> Masks:
 
 
 def _checked_id(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value or value < 1:
+    number = int(value) if isinstance(value, (int, float, Integral)) and value == value // 1 else 0
+    if isinstance(value, bool) or number < 1:
         raise UsageError(f"ids of objects must be positive integers, got {value!r}")
-    return int(value)
+    return number

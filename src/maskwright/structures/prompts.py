@@ -62,9 +62,9 @@ class Prompts:
     text: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))
+        object.__setattr__(self, "image_size", _size(self.image_size))
         object.__setattr__(self, "points", _floating(self.points, "points"))
-        object.__setattr__(self, "point_labels", torch.as_tensor(self.point_labels).detach().cpu().long())
+        object.__setattr__(self, "point_labels", _whole(self.point_labels))
         if self.boxes is not None:
             object.__setattr__(self, "boxes", _floating(self.boxes, "boxes"))
         if self.text is not None:
@@ -97,9 +97,12 @@ class Prompts:
         if labels is None:
             marks = [torch.ones(len(row), dtype=torch.int64) for row in rows]
         else:
-            given: Any = labels if isinstance(labels, Tensor) else list(labels)
-            flat = len(rows) == 1 and (given.ndim == 1 if isinstance(given, Tensor) else not _nested(given))
-            marks = [torch.as_tensor(row).reshape(-1).long() for row in ([given] if flat else given)]
+            try:
+                given: Any = labels if isinstance(labels, Tensor) else list(labels)
+                flat = len(rows) == 1 and (given.ndim == 1 if isinstance(given, Tensor) else not _nested(given))
+                marks = [_whole(row).reshape(-1) for row in ([given] if flat else given)]
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UsageError(f"labels must be lists of 1 and 0, got {repr(labels)[:80]}: {error}") from None
         if [len(row) for row in rows] != [len(row) for row in marks]:
             raise UsageError(
                 f"labels must have one entry for each point, got {[len(row) for row in marks][:8]} labels for "
@@ -129,16 +132,20 @@ class Prompts:
         if isinstance(boxes, Instances):
             image_size, values = boxes.image_size, boxes.boxes
         else:
-            values = boxes if isinstance(boxes, Tensor) else torch.tensor(boxes, dtype=torch.float32)
+            try:
+                values = boxes if isinstance(boxes, Tensor) else torch.tensor(boxes, dtype=torch.float32)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise UsageError(f"boxes must be lists of x0, y0, x1, y1, got {repr(boxes)[:80]}: {error}") from None
         if image_size is None:
             raise UsageError("boxes without an image need the argument `image_size`, (height, width)")
+        image_size = _size(image_size)
         if values.numel() == 0:
             values = values.reshape(0, 4)
         values = _floating(values, "boxes")
         if values.ndim != 2 or values.shape[1] != 4:
             raise UsageError(f"boxes must have shape (N, 4), got {tuple(values.shape)}")
         limit = values.new_tensor([image_size[1], image_size[0]])
-        outside = (values[:, :2] > limit).any(1) | (values[:, 2:] < 0).any(1)
+        outside = (values[:, :2] > limit).any(1) | (values[:, 2:] < 0).any(1) | ~values.isfinite().all(1)
         if bool(outside.any()):
             raise _outside("box", int(outside.nonzero()[0]), values[outside][0], image_size)
         values = values.clamp(min=0).minimum(limit.repeat(2))
@@ -285,6 +292,8 @@ class Prompts:
             raise UsageError(f"masks have size {self.masks.size}, but the image has {self.image_size}")
         if self.logits is not None and (self.logits.ndim != 3 or not self.logits.is_floating_point()):
             raise UsageError(f"logits must be floating point of shape (N, h, w), got {tuple(self.logits.shape)}")
+        if self.logits is not None and bool(self.logits.isinf().any()):
+            raise UsageError("logits must be finite numbers (or NaN for an object without them), got infinity")
         for name in ("boxes", "masks", "logits", "text"):
             value = getattr(self, name)
             if value is not None and len(value) != len(points):
@@ -307,6 +316,23 @@ class Prompts:
             )
 
 
+def _size(value: Any) -> tuple[int, int]:
+    """A height and a width as integers."""
+    try:
+        height, width = (int(side) for side in value)
+    except (TypeError, ValueError):
+        raise UsageError(f"image_size must be a height and a width, got {value!r}") from None
+    return height, width
+
+
+def _whole(values: Any) -> Tensor:
+    """Labels as integers on the host."""
+    tensor = torch.as_tensor(values).detach().cpu()
+    if tensor.is_floating_point() and not bool((tensor == tensor.round()).all()):  # not for NaN either
+        raise UsageError(f"point_labels must be integers, got {float(tensor[tensor != tensor.round()][0])}")
+    return tensor.long()
+
+
 def _floating(values: Tensor | Sequence[Any], name: str) -> Tensor:
     """Coordinates on the host, float32 unless they have float64."""
     tensor = torch.as_tensor(values).detach().cpu()
@@ -320,7 +346,7 @@ def _rows(points: Tensor | Sequence[Any]) -> list[Tensor]:
     try:
         given: list[Any] = [] if isinstance(points, Tensor) else list(points)
         if any(hasattr(row, "__len__") and (len(row) == 0 or hasattr(row[0], "__len__")) for row in given):
-            rows = [_floating(row, "points").reshape(-1, 2) for row in given]  # a list of points for each object
+            rows = [_pairs(_floating(row, "points")) for row in given]  # a list of points for each object
             return [row.double() for row in rows] if any(r.dtype == torch.float64 for r in rows) else rows
         values = _floating(points, "points")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -332,6 +358,13 @@ def _rows(points: Tensor | Sequence[Any]) -> list[Tensor]:
     if values.ndim != 3 or values.shape[2] != 2:
         raise UsageError(f"points must have shape (N, P, 2) or (P, 2), got {tuple(values.shape)}")
     return list(values)
+
+
+def _pairs(values: Tensor) -> Tensor:
+    """The points (P, 2) of an object; (0, 2) for none."""
+    if values.numel() and (values.ndim != 2 or values.shape[1] != 2):
+        raise ValueError(f"those of an object have shape {tuple(values.shape)} instead of (P, 2)")
+    return values.reshape(-1, 2)
 
 
 def _nested(values: Sequence[Any]) -> bool:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from maskwright.systems.kinds.promptable import Features, PromptableSystem
 
 Crop = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels
+MOST_POINTS = 1024  # along a side of the grid
 EDGE = 20.0  # pixels; boxes so close to an edge of a crop are dropped
 
 
@@ -55,6 +56,8 @@ class Grid:
         for name in ("crop_nms_thresh", "crop_overlap_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        if self.points_per_side > MOST_POINTS:
+            raise UsageError(f"points_per_side must be at most {MOST_POINTS}, got {self.points_per_side}")
         if self.crop_n_layers > 8:
             raise UsageError(
                 f"crop_n_layers must be at most 8 (65536 crops in the last layer), got {self.crop_n_layers}"
@@ -125,7 +128,7 @@ def crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> list
         overlap_ratio: Overlap of the crops of layer 1, as a share of the short side; half of it in each further layer.
 
     Returns:
-        The layer and the box of each crop.
+        The layer and the box of each crop. Of images with fewer pixels than crops, those without pixels are left out.
     """
     height, width = size
     found: list[tuple[int, Crop]] = [(0, (0, 0, width, height))]
@@ -136,7 +139,7 @@ def crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> list
         for column, row in product(range(count), repeat=2):
             x0, y0 = (long - overlap) * column, (high - overlap) * row
             found.append((layer, (x0, y0, min(x0 + long, width), min(y0 + high, height))))
-    return found
+    return [(layer, crop) for layer, crop in found if crop[0] < crop[2] and crop[1] < crop[3]]
 
 
 def find_in_crop(

@@ -224,7 +224,15 @@ class PromptableSystem(ProposalSystem):
 
         Returns:
             The embedding of each image.
+
+        Raises:
+            UsageError: If `images` is no batch, or there is not a placement for each image.
         """
+        if images.ndim != 4 or len(images) != len(placements):
+            raise UsageError(
+                f"images must be a batch (B, C, H, W) with a placement for each, got shape {tuple(images.shape)} and "
+                f"{len(placements)} placements"
+            )
         return self.embeddings(self(images.to(*_place_of(self.image_encoder))), placements)
 
     def embeddings(self, features: Features, placements: Sequence[Placement]) -> list[Embedding]:
@@ -296,10 +304,16 @@ class PromptableSystem(ProposalSystem):
             budget: Bytes of scratch memory; it limits how many prompts are decoded at a time.
 
         Raises:
-            UsageError: If the embedding is of another system or image, or mask logits have the wrong size.
+            UsageError: If the embedding is of another system or image, mask logits have the wrong size, or a prompt is
+                of a kind that the system does not read.
         """
+        for value, kind in ((embedding, Embedding), (prompts, Prompts)):
+            if not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not be checked
+                raise UsageError(f"segment needs an Embedding and Prompts, got {type(value).__name__}")
         if answers not in (None, 1, 3, 4):
             raise UsageError(f"answers must be 1, 3, 4 or None, got {answers!r}")
+        if any(prompts.text or ()):
+            raise UsageError(f"{self.name} does not read text; use points, boxes or masks")
         if prompts.image_size != tuple(embedding.image_size):
             raise UsageError(
                 f"the prompts are for an image of {prompts.image_size}, the embedding is of one of "
