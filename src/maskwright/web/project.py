@@ -323,19 +323,27 @@ class Project:
     ) -> None:
         """Write what has changed of an image, or all of its objects."""
         entry = self._entries.get(index, Entry())
-        full = not entry.places or (len(entry.places) >= DELTAS and self._is_long(entry))
-        ids = list(state.objects) if full else [id for id in changed if id in state.objects]
-        body = {
-            "size": list(state.size),
-            "put": [state.objects[id].stored() for id in ids],
-            "gone": [] if full else [id for id in changed if id not in state.objects],
-        }
-        if dismissed or (full and state.dismissed):
-            body["dismissed"] = sorted(state.dismissed)
         track = max([self._track, *(o.track or 0 for id in changed if (o := state.objects.get(id)))])
-        head = self._head(self.source.key(index), state, full, number)
-        head |= {"track": track, "at": now(), "by": by, "what": what[:60]}
-        place = self._journal.append(head, body)
+
+        def append(full: bool) -> Place:
+            ids = list(state.objects) if full else [id for id in changed if id in state.objects]
+            body: dict[str, Any] = {
+                "size": list(state.size),
+                "put": [state.objects[id].stored() for id in ids],
+                "gone": [] if full else [id for id in changed if id not in state.objects],
+            }
+            if dismissed or (full and state.dismissed):
+                body["dismissed"] = sorted(state.dismissed)
+            head = self._head(self.source.key(index), state, full, number)
+            return self._journal.append(head | {"track": track, "at": now(), "by": by, "what": what[:60]}, body)
+
+        full = not entry.places or (len(entry.places) >= DELTAS and self._is_long(entry))
+        try:
+            place = append(full)
+        except DataError:
+            if not full or not entry.places:
+                raise
+            place, full = append(False), False  # the disk may have room for what has changed
         self._number, self._track = number, track
         places = [place] if full else [*entry.places, place]
         self._entries[index] = Entry(state.version, len(state.objects), state.done, places)
