@@ -207,8 +207,12 @@ def test_the_wheel_is_pure_and_whole(tmp_path):
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name == f"maskwright-{maskwright.__version__}-py3-none-any.whl"
-    assert wheel.stat().st_size < 2_000_000
     with zipfile.ZipFile(wheel) as archive:
+        sizes = {entry.filename: entry.compress_size for entry in archive.infolist()}
+        weights = [size for name, size in sizes.items() if name.endswith(".safetensors")]
+        assert len(weights) <= 2
+        assert all(size <= 8_000_000 for size in weights)
+        assert sum(sizes.values()) - sum(weights) < 2_000_000
         names = set(archive.namelist())
     assert f"maskwright-{maskwright.__version__}.dist-info/licenses/LICENSE" in names
     sources = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src/maskwright").rglob("*") if p.is_file()}
