@@ -57,7 +57,7 @@ def check(system: SAM2, layout: Path, ledger: Ledger) -> None:
                     (given[0].abs() @ layer.weight.abs().T + layer.bias.abs()).min()
                 )
             ),
-            system.memory_encoder.register_forward_hook(lambda _, __, found: made.remember(found)),
+            system.memory_encoder.register_forward_hook(lambda _, given, found: made.remember(given, found)),
         ]
         try:
             with torch.no_grad():
@@ -81,16 +81,20 @@ class Made:
     Attributes:
         sizes: Of the terms of the logits of presence, which all but cancel.
         memories: Memories in float32, by their values in bfloat16.
+        inputs: What those of thresholded masks were made of.
     """
 
     sizes: list[Tensor] = field(default_factory=list)
     memories: dict[bytes, Tensor] = field(default_factory=dict)
+    inputs: dict[bytes, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-    def remember(self, found: Tensor) -> None:
-        self.memories |= {_key(own.bfloat16()): own.float() for own in found}
-
-    def unrounded(self, memory: Tensor) -> Tensor:
-        return self.memories[_key(memory)]
+    def remember(self, given: tuple[Tensor, Tensor, Tensor], found: Tensor) -> None:
+        frames, masks, shown = given
+        for row, own in enumerate(found):
+            key = _key(own.bfloat16())
+            self.memories[key] = own.float()
+            if bool(((masks[row] == 0) | (masks[row] == 1)).all()):
+                self.inputs[key] = frames[min(row, len(frames) - 1)][None], masks[row][None], shown[row][None]
 
 
 def _key(memory: Tensor) -> bytes:
@@ -201,10 +205,13 @@ def state(session: VideoSession, step: str, ledger: Ledger, made: Made) -> None:
             ledger.compare(name, entry.logits[None, None], **LATER)
         else:
             assert entry.memory is not None
-            memories(name, made.unrounded(entry.memory)[None], entry.memory[None].float(), ledger)
+            own, flipped = made.memories[_key(entry.memory)][None], 0
+            if _key(entry.memory) in made.inputs:
+                own, flipped = settled(session.system, made.inputs[_key(entry.memory)], entry.logits, own, name, ledger)
+            memories(name, own, flipped, ledger)
 
 
-def memories(name: str, ours: Tensor, rounded: Tensor, ledger: Ledger) -> None:
+def memories(name: str, ours: Tensor, flipped: int, ledger: Ledger) -> None:
     """Memories are kept in bfloat16, where numbers that differ only by rounding in float32 may become neighbours.
 
     So ours in float32 are compared with the nearest numbers that the original may have rounded: with themselves, if
@@ -214,17 +221,50 @@ def memories(name: str, ours: Tensor, rounded: Tensor, ledger: Ledger) -> None:
     Args:
         name: The array.
         ours: Our memory in float32.
-        rounded: The same in bfloat16.
+        flipped: Number of pixels of its mask that were changed, see `settled`.
         ledger: The recording.
     """
+    places, theirs, nearest = nearest_numbers(name, ours, ledger)
+    values = ours.flatten().clone()
+    other = int((values[places].bfloat16().float() != theirs).sum())
+    values[places] = theirs + values[places] - nearest
+    note = f"{other} of {len(theirs)} are neighbours" + (f", {flipped} undecided pixels" if flipped else "")
+    ledger.compare(name, values.view(ours.shape), note=note)
+
+
+def nearest_numbers(name: str, ours: Tensor, ledger: Ledger) -> tuple[Tensor, Tensor, Tensor]:
+    """Recorded places and values of a memory, and the numbers that round to these values and are nearest to ours."""
     theirs = torch.from_numpy(ledger.arrays[f"{name}__sampled"])
     places = torch.from_numpy(np.random.RandomState(0).randint(0, ours.numel(), len(theirs)))
-    own, kept = ours.flatten()[places], rounded.flatten().clone()
     lower, upper = halfway(theirs)
-    beyond = (own - upper).clamp(min=0) - (lower - own).clamp(min=0)
-    kept[places] = theirs + beyond
-    other = rounded.flatten()[places] != theirs
-    ledger.compare(name, kept.view(ours.shape), note=f"{int(other.sum())} of {len(theirs)} are neighbours")
+    return places, theirs, ours.flatten()[places].clamp(lower, upper)
+
+
+def settled(
+    system: SAM2, inputs: tuple[Tensor, Tensor, Tensor], logits: Tensor, ours: Tensor, name: str, ledger: Ledger
+) -> tuple[Tensor, int]:
+    """The memory of a thresholded mask, with undecided pixels as in the recording, and how many were changed.
+
+    Whether a pixel belongs to the mask is nobody's decision if its logit is 0 but for rounding.
+    """
+    frames, masks, shown = inputs
+    wide = functional.interpolate(
+        logits[None, None].float(), size=masks.shape[2:], mode="bilinear", align_corners=False
+    )
+    undecided = (wide.abs() < 1e-5 * wide.square().mean().sqrt()).flatten().nonzero().flatten().tolist()
+
+    def error(memory: Tensor) -> float:
+        places, _, nearest = nearest_numbers(name, memory, ledger)
+        return float((memory.flatten()[places] - nearest).norm())
+
+    best, changed = error(ours), 0
+    for pixel in undecided[:32] if best else []:
+        other = masks.flatten().clone()
+        other[pixel] = 1 - other[pixel]
+        memory = system.memory_encoder(frames, other.view_as(masks), shown).float()
+        if error(memory) < best:
+            best, masks, ours, changed = error(memory), other.view_as(masks), memory, changed + 1
+    return ours, changed
 
 
 def halfway(values: Tensor) -> tuple[Tensor, Tensor]:
