@@ -176,8 +176,14 @@ def _sentence(box: str, program: str) -> str:
     text = re.sub(r"Missing value for argument '(.+?)'.*", r"\1 needs a value", text)
     text = re.sub(r"Error parsing (\S+): invalid literal for int\(\).*?: (.*)", r"\1 must be an integer, got \2", text)
     text = re.sub(r"Error parsing (\S+): could not convert string to float: (.*)", r"\1 must be a number, got \2", text)
-    text = re.sub(r"\. Expected one of \((.*)\)", r"; expected one of \1", text)
+    text = re.sub(r"\. Expected one of \((.*)\)", _choices, text)
     return f"{text}; see {program} --help"
+
+
+def _choices(found: re.Match[str]) -> str:
+    """The choices in alphabetical order; None stands for an option that is not given."""
+    words = sorted(word for word in found[1].split(", ") if word != "'None'")
+    return f"; expected one of {', '.join(words)}"
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from PIL import Image
 
 import maskwright as mw
 from maskwright.cli import main
+from maskwright.data.findings import DataWarning
 from maskwright.errors import AnnotationError, UsageError
 from maskwright.inference.predicting import predict
 from maskwright.inference.prompting import read_detections, read_prompts, written_prompts
@@ -35,6 +36,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write(path: Path, value: object) -> Path:
     path.write_text(json.dumps(value))
     return path
+
+
+def coco(image: int, category: int) -> dict[str, object]:
+    """A COCO file with one annotation; image 1 and category 1 are listed."""
+    return {
+        "images": [{"id": 1, "file_name": "b.png"}], "categories": [{"id": 1, "name": "car"}],
+        "annotations": [{"image_id": image, "category_id": category, "bbox": [5, 5, 40, 30]}],
+    }  # fmt: skip
 
 
 def test_there_is_one_object_for_each_prompt(folder):
@@ -77,6 +86,10 @@ def test_files_name_the_objects_of_each_image(tmp_path):
         ([{"points": "no"}], "points must be lists"),
         ([{"box": [1, 2]}], "boxes must have shape"),
         ([{"box": [1, 2, 3, 4], "score": "x"}], "score must be a number"),
+        ([{"points": [], "box": None}], "object 0: has neither points nor a box"),
+        ([{"points": [[1, 2, 3]]}], "points must be lists of x, y"),
+        ([{"points": [[1, 2]], "labels": [0.5]}], "point_labels must be integers"),
+        ([{"box": [1, 2, 3, 4], "class": {"a": 1}}], "the class of an object must be a name"),
     ],
 )
 def test_files_of_another_form_are_one_sentence(tmp_path, value, words):
@@ -120,11 +133,25 @@ def test_detections_become_prompts_with_their_classes_and_scores(tmp_path):
         ([{"image_id": 1, "category_id": 1, "bbox": [1, 2]}], "bbox must be 4 numbers"),
         ([{"image_id": [], "category_id": 1, "bbox": [1, 2, 3, 4]}], "expected the id of an image"),
         ([{"image_id": 1, "category_id": None, "bbox": [1, 2, 3, 4]}], "expected the id of a category"),
+        (coco(7, 1), "record 0 has the image_id 7, which is not listed"),
+        (coco(1, 7), "record 0 has the category_id 7, which is not listed"),
     ],
 )
 def test_detections_of_another_form_are_one_sentence(tmp_path, value, words):
     with pytest.raises(AnnotationError, match=words):
         read_detections(write(tmp_path / "r.json", value))
+
+
+def test_prompts_for_other_images_are_mentioned(folder, tmp_path):
+    system, one = build("sam").eval(), [{"box": [5, 5, 40, 30]}]
+    other = write(tmp_path / "p.json", {"c.png": one, "x/d.png": one})
+    with pytest.warns(DataWarning, match=r"prompts for 2 images \(c\.png, x/d\.png\), but for none of those .* a\.png"):
+        assert len(predict(system, folder / "a.png", prompts=other, device="cpu").found()) == 0
+    images = [folder / "a.png", folder / "b.png"]
+    with pytest.warns(DataWarning, match=r"such as b\.png"):
+        assert [len(p.found()) for p in predict(system, images, prompts=other, device="cpu")] == [0, 0]
+    exact = write(tmp_path / "q.json", {"a.png": one, "x/a.png": one * 2})  # the name itself goes before its end
+    assert [len(p.found()) for p in predict(system, images, prompts=exact, device="cpu")] == [1, 0]
 
 
 def test_points_and_boxes_are_written_on_the_command_line():

@@ -76,6 +76,8 @@ def prompt_from_file(session: VideoSession, path: str | Path, frame: int) -> Sta
         numbers = {str(frame): frame}
     else:
         numbers = {name: _frame_of(name, session.frames, path) for name in document}
+    if not any(document.values()):
+        raise AnnotationError(f"{path}: contains no prompts")
     start = Start(book.classes or ("object",), {} if book.classes else None)
     for name, number in sorted(numbers.items(), key=lambda pair: pair[1]):
         size = (int(session.image(number).shape[1]), int(session.image(number).shape[2]))

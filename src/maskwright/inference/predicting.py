@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from maskwright.data.findings import DataWarning
 from maskwright.data.images import Reading, reading
 from maskwright.data.slides import open_windows, read_in_windows
 from maskwright.data.windows import WindowSource
@@ -267,8 +269,23 @@ def predict(
         prediction = next(found)
         if prediction.error is not None:
             raise ImageError(prediction.error)
+        if book is not None:
+            _mention_unused(book)
         return prediction
+    if book is not None:
+        found = _mentioning_unused(found, book)
     return CountedPredictions(found, len(wanted)) if isinstance(wanted, list) else Predictions(found)
+
+
+def _mentioning_unused(found: Iterator[Prediction], book: PromptBook) -> Iterator[Prediction]:
+    """`found`, and a warning at the end if no prompt belongs to any of the images."""
+    yield from found
+    _mention_unused(book)
+
+
+def _mention_unused(book: PromptBook) -> None:
+    if words := book.unused():
+        warnings.warn(words, DataWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from maskwright.evaluation.result_ids import Listing, checked_id, listing_beside
 from maskwright.structures import Embedding, Instances, Prompts
 from maskwright.systems import System
 from maskwright.systems.kinds.promptable import PromptableSystem
+from maskwright.text import printable
 
 Size = tuple[int, int]
 
@@ -46,10 +47,12 @@ class PromptBook:
         of: The prompts for an image, from its path (None for an image in memory) and its height and width; None if it
             has none.
         classes: The class names that labels refer to; None if the objects have no class.
+        unused: A sentence if there are prompts for named images, and for none of those that `of` was asked for.
     """
 
     of: Callable[[Path | None, Size], Asked | None]
     classes: tuple[str, ...] | None = None
+    unused: Callable[[], str | None] = lambda: None
 
 
 PromptsLike = Prompts | PromptBook | str | Path
@@ -149,15 +152,17 @@ def read_prompts(path: str | Path) -> PromptBook:
         raise AnnotationError(
             f"{path}: expected a list of objects with points and boxes, or a mapping from file names to such lists"
         )
-    names = dict.fromkeys(str(o["class"]) for own in lists for o in own if isinstance(o, dict) and "class" in o)
-    classes = tuple(names) or None
-    find = None if entries is None else _by_name(entries)
+    given = [o["class"] for own in lists for o in own if isinstance(o, dict) and "class" in o]
+    if any(isinstance(name, bool) or not isinstance(name, (str, int)) for name in given):
+        raise AnnotationError(f"{path}: the class of an object must be a name")
+    classes = tuple(dict.fromkeys(str(name) for name in given)) or None
+    find = None if entries is None else ByName(path, entries)
 
     def of(image: Path | None, size: Size) -> Asked | None:
         own = document if find is None else find(image)
         return None if own is None else _objects(cast(list[Any], own), size, classes, str(path))
 
-    return PromptBook(of, classes)
+    return PromptBook(of, classes) if find is None else PromptBook(of, classes, find.unused)
 
 
 def _objects(values: Sequence[Any], size: Size, classes: tuple[str, ...] | None, where: str) -> Asked:
@@ -168,9 +173,10 @@ def _objects(values: Sequence[Any], size: Size, classes: tuple[str, ...] | None,
         if not isinstance(value, dict) or not ({"points", "box"} & value.keys()):
             raise AnnotationError(f"{place} must be a mapping with points or box, got {str(value)[:60]}")
         try:
-            points = value.get("points") or []
-            row = Prompts.from_points(size, [points], [value.get("labels", [1] * len(points))])
-            box = value.get("box")
+            points, labelled, box = value.get("points") or [], value.get("labels"), value.get("box")
+            row = Prompts.from_points(size, [points], None if labelled is None else [labelled])
+            if not len(points) and box is None:
+                raise UsageError("has neither points nor a box")
             boxes = None if box is None else Prompts.from_boxes([box], size).boxes
             parts.append(replace(row, boxes=boxes))
         except (UsageError, ValueError, TypeError, RuntimeError) as error:
@@ -216,10 +222,12 @@ def read_detections(path: str | Path) -> PromptBook:
         known = None if listing is None else listing.images.get(image)
         if ids[number] not in labels:
             raise AnnotationError(f"{place} has the category_id {ids[number]!r}, which is not listed")
+        if known is None and listing is not None and listing.images:
+            raise AnnotationError(f"{place} has the image_id {image!r}, which is not listed")
         name = str(image) if known is None or not known[0] else known[0]
         entry = _box(record["bbox"], place), labels[ids[number]], _score(record.get("score", 1.0), place)
         grouped.setdefault(name, []).append(entry)
-    find = _by_name(grouped)
+    find = ByName(path, grouped)
 
     def of(image: Path | None, size: Size) -> Asked | None:
         own = find(image)
@@ -235,7 +243,7 @@ def read_detections(path: str | Path) -> PromptBook:
             torch.tensor([score for _, _, score in own])[kept],
         )
 
-    return PromptBook(of, tuple(classes.values()))
+    return PromptBook(of, tuple(classes.values()), find.unused)
 
 
 def _box(value: Any, place: str) -> list[float]:
@@ -265,28 +273,53 @@ def _document(path: Path) -> Any:
         raise AnnotationError(f"{path}: it cannot be read as JSON ({str(error)[:120]})") from None
 
 
-def _by_name(entries: Mapping[str, Any]) -> Callable[[Path | None], Any]:
-    """Finds the entry of an image: by its path, by the name of its file, or by that without suffix, if it is unique."""
-    paths = {str(Path(name)): own for name, own in entries.items()}
-    tails = _unique((Path(name).name, own) for name, own in entries.items())
-    stems = _unique((Path(name).stem, own) for name, own in entries.items())
+class ByName:
+    """Finds the entry of an image: by its path, by the name of its file, or by that without suffix, if it is unique.
 
-    def find(image: Path | None) -> Any:
+    Args:
+        path: The file that the entries are from, for messages.
+        entries: What belongs to each name of a file.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, Any]):
+        self.path, self.entries = path, entries
+        self.asked: Path | None = None  # an image, if none of those that were asked for has an entry
+        self._found = False
+        paths = {str(Path(name)): own for name, own in entries.items()}
+        tails = _unique((Path(name).name, own) for name, own in entries.items())
+        stems = _unique((Path(name).stem, own) for name, own in entries.items())
+        self._tables = paths, tails, stems
+
+    def __call__(self, image: Path | None) -> Any:
+        """Returns the entry; None if there is none."""
         if image is None:
-            if len(entries) == 1:
-                return next(iter(entries.values()))
+            if len(self.entries) == 1:
+                self._found = True
+                return next(iter(self.entries.values()))
             raise UsageError("prompts for several images need images from files, whose names tell them apart")
+        paths, tails, stems = self._tables
         for table, key in (
             (paths, str(image)),
             (paths, str(image.absolute())),
+            (paths, image.name),
             (tails, image.name),
             (stems, image.stem),
         ):
             if key in table:
+                self._found = True
                 return table[key]
+        self.asked = image
         return None
 
-    return find
+    def unused(self) -> str | None:
+        """See `PromptBook`."""
+        if self._found or self.asked is None or not self.entries:
+            return None
+        some = ", ".join(printable(name) for name in list(self.entries)[:3]) + ", ..." * (len(self.entries) > 3)
+        return (
+            f"{self.path}: there are prompts for {len(self.entries)} images ({some}), but for none of those given, "
+            f"such as {self.asked.name}"
+        )
 
 
 def _unique(pairs: Any) -> dict[str, Any]:
