@@ -132,7 +132,7 @@ def track(
             if prompts is not None:
                 start = prompt_from_file(session, prompts, frame)
             elif from_ is not None and not from_.endswith(".json"):
-                detector = load(from_, commercial_ok=commercial_ok)
+                detector = load(str(resolved(from_)), commercial_ok=commercial_ok)
                 options = {"device": place, "classes": names(detector.classes)}
                 start = DetectedStart(session, detector, score_threshold, options)
                 if start.detect(frame) is None:
