@@ -128,6 +128,9 @@ def test_rows_are_kept_by_name(tmp_path):
     mw.save(system, tmp_path / "own.safetensors")
     again = mw.load(tmp_path / "own.safetensors", classes=("dog", "sea", "grass"), stuff=("sea", "grass"))
     every = mw.load(tmp_path / "own.safetensors", stuff=())
+    fewer = mw.load(tmp_path / "own.safetensors", classes=("dog", "cow", "Grass"))
+    assert fewer.stuff == ("Grass",)  # of the file's stuff, what is among the classes
+    assert mw.load(tmp_path / "own.safetensors", classes=("dog", "cow")).stuff == ()
     old, new = system.state_dict(), again.state_dict()
     assert torch.equal(new["masks_3.logits.weight"], old["masks_3.logits.weight"][1:])
     assert torch.equal(new["boxes_2.classes.bias"], old["boxes_2.classes.bias"][1:])

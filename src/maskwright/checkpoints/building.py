@@ -226,6 +226,11 @@ def _final(
     kind: type[System], options: Options, overrides: Mapping[str, Any], classes: Sequence[str] | None
 ) -> dict[str, Any]:
     merged = kind.with_options(options, overrides) | ({} if classes is None else {"classes": list(classes)})
+    stuff: Any = merged.get("stuff")
+    if classes is not None and "stuff" not in overrides and isinstance(stuff, list | tuple):
+        # Classes that are no longer there are not stuff either.
+        old = {name.strip().casefold() for name in cast(Sequence[Any], stuff) if isinstance(name, str)}
+        merged["stuff"] = [name for name in classes if name.strip().casefold() in old]
     return {name: plain(value) for name, value in merged.items()}  # of groups too, so that `rebuild` downloads nothing
 
 
