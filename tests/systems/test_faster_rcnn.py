@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torchvision.models.detection import FasterRCNN as Theirs
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
@@ -12,6 +13,7 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 import maskwright as mw
 from maskwright.cli import main
 from maskwright.data import Scenes
+from maskwright.errors import UsageError
 from maskwright.structures import Placement
 from tests.parity.weights import write_checkpoint
 from tests.systems.tiny import SIZE, build, objects
@@ -99,3 +101,12 @@ def test_it_trains_is_evaluated_and_drawn_without_masks(tmp_path: Path):
     records = json.loads((found / "results.json").read_text())
     assert records
     assert not [record for record in records if "segmentation" in record]
+
+
+def test_an_evaluation_compares_boxes_even_if_nothing_is_found():
+    system, scenes = build("faster-rcnn", classes=("disc", "box")).eval(), Scenes(1, SIZE, classes=("disc", "box"))
+    result = mw.evaluate(system, scenes, score_threshold=0.999, device="cpu", examples=0)
+    assert result.confusion is not None
+    assert result.confusion.by == "bbox"
+    with pytest.raises(UsageError, match="boundary AP is that of masks, which faster-rcnn does not predict"):
+        mw.evaluate(system, scenes, boundary=True, device="cpu")

@@ -244,7 +244,9 @@ class Evaluator:
         """
         truth, found = self._annotations(), self._predictions()
         curves: dict[Kind, Curves] = {kind: self._curves(truth, found, kind) for kind in self.kinds}
-        masked = truth.masks is not None and (found.masks is not None or not len(found.owner))
+        # Without predictions it is the measured kinds that tell whether masks were expected.
+        expected = found.masks is not None if len(found.owner) else "segm" in self.kinds
+        masked = truth.masks is not None and expected
         confusion, images = confuse(
             truth,
             found,

@@ -107,6 +107,8 @@ def evaluate(
     check_tiles(tile, overlap, task)
     if asked.segments and (suppression is not None or kinds is not None or boundary):
         raise UsageError(f"suppression, kinds and boundary do not apply to task {task!r}")
+    if boundary and "masks" not in system.outputs:
+        raise UsageError(f"boundary AP is that of masks, which {system.name} does not predict; omit `boundary`")
     verb = asked.of(system)
     threshold = asked.score_threshold if score_threshold is None else score_threshold
     limits = {} if asked.segments else {"detections": detections or asked.detections}

@@ -344,7 +344,7 @@ class HTC(PanopticTwoStage, CascadeMaskRCNN):
         Args:
             raw: Output of the dense networks.
             placements: How each image was placed in the input.
-            score_threshold: Detections must score more than this; far less than in other systems, as published.
+            score_threshold: Detections must score more than this; the default is the published value.
             nms_threshold: IoU threshold of the non-maximum suppression within a class.
             detections: Largest number of detections per image.
             mask_threshold: Probability from which on a pixel belongs to the mask.
