@@ -197,6 +197,28 @@ def test_group_norm_and_boxes_alone_in_files_of_detectron(tmp_path: Path) -> Non
     assert torch.equal(system.dense.backbone.stem.norm.weight.detach(), torch.from_numpy(content["conv1_gn_s"]))
 
 
+def test_cascades_of_the_authors_are_read(tmp_path: Path) -> None:
+    content = blobs()
+    for kind in "wb":  # one box for all classes, after that of background
+        content[f"bbox_pred_{kind}"] = content[f"bbox_pred_{kind}"][:8]
+    later = ("fc6", "fc7", "cls_score", "bbox_pred")
+    rng = np.random.default_rng(1)
+    for name in [f"{layer}_{stage}_{kind}" for layer in later for stage in (2, 3) for kind in "wb"]:
+        own = content[re.sub(r"_[23]_", "_", name)]
+        content[name] = rng.standard_normal(own.shape, dtype=np.float32)
+    system: Any = mw.load(written(content, tmp_path))
+    assert (system.name, system.options["rules"]) == ("cascade-mask-rcnn", "detectron")
+    cascade = system.options["cascade"]
+    assert (cascade["gradients"], cascade["resample"], cascade["mask_stage"]) == ([1.0, 0.5, 0.25], True, "last")
+    for stage, number in ((system.boxes, ""), (system.boxes_2, "_2"), (system.boxes_3, "_3")):
+        classes, deltas = (torch.from_numpy(content[f"{layer}{number}_b"]) for layer in ("cls_score", "bbox_pred"))
+        assert torch.equal(stage.classes.bias.detach(), classes.roll(-1))
+        assert torch.equal(stage.deltas.bias.detach(), deltas[4:])
+        assert torch.equal(stage.fcs[1].weight.detach(), torch.from_numpy(content[f"fc7{number}_w"]))
+    boxes = {key: value for key, value in content.items() if "mask" not in key}
+    assert mw.load(written(boxes, tmp_path)).outputs == {"boxes"}
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize(
     ("name", "kept", "words"),

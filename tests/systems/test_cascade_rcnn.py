@@ -128,6 +128,28 @@ def test_scores_are_the_mean_of_the_stages_and_boxes_those_of_the_last_one():
         assert not torch.equal(first.scores, full.scores)
 
 
+def test_in_the_authors_code_all_stages_score_the_boxes_of_the_last_one():
+    system = cascade(rules="detectron", cascade={"mask_stage": "last"}).eval()
+    with torch.no_grad():
+        for number in ("", "_2", "_3"):
+            torch.nn.init.constant_(system.get_submodule(f"boxes{number}").deltas.bias, 2.0)  # far to the lower right
+        raw = system(images(1))
+        boxes = [torch.tensor([[5.0, 8, 60, 70], [40, 20, 120, 90]])]
+        received = boxes
+        for stage in range(3):
+            received, boxes = boxes, system.refined(stage, system.run_stage(stage, raw, boxes)[1], boxes, [SIZE])
+        assert float(boxes[0].max()) > SIZE[1]  # not clipped between the stages
+        each = [system.run_stage(stage, raw, received)[0].softmax(-1)[:, :-1] for stage in range(3)]
+        first = [torch.tensor([[5.0, 8, 60, 70], [40, 20, 120, 90]])]
+        scores, last = system.run_stages(raw, first, [SIZE], 3)
+        torch.testing.assert_close(scores, sum(each) / 3)
+        torch.testing.assert_close(last[:, 0], boxes[0])
+        one = system.run_stages(raw, first, [SIZE], 1)[0]
+        torch.testing.assert_close(one, system.run_stage(0, raw, first)[0].softmax(-1)[:, :-1])
+    losses = system.losses(system(images()), [objects(3), objects(0)])
+    assert all(torch.isfinite(value) for value in losses.values())
+
+
 def test_the_gradient_to_the_features_is_scaled_and_that_of_the_head_is_not():
     norms = {}
     for factor in (1.0, 0.25):

@@ -45,6 +45,9 @@ class BoxRules:
         left_out: Boxes of a stage of a cascade that the next one is not trained on: "collapsed" ones, without area
             (detectron2), or those that the "objects" added to the sample have become (MMDetection).
         mean_of: What is averaged over the stages of a cascade: "probabilities", or "logits" (MMDetection).
+        mean_at: The boxes that it is computed at: those that each stage has received, or for all stages those of the
+            "last" one (Detectron).
+        clipped: The boxes that a stage of a cascade passes on are clipped to the image (all but Detectron).
         across_classes: Non-maximum suppression ignores classes.
     """
 
@@ -61,6 +64,8 @@ class BoxRules:
     symmetric: bool = False
     left_out: Literal["collapsed", "objects"] = "collapsed"
     mean_of: Literal["probabilities", "logits"] = "probabilities"
+    mean_at: Literal["own", "last"] = "own"
+    clipped: bool = True
     across_classes: bool = False
 
 

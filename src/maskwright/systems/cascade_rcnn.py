@@ -8,7 +8,8 @@ are predicted in the boxes of the last stage, and those of several branches are 
 
     proposals -> stage 1 -> boxes -> stage 2 -> boxes -> stage 3 -> boxes
     scores of a box: mean of the stages' probabilities, each computed at the boxes that the stage has received (in
-        MMDetection: probabilities of the mean of their logits)
+        MMDetection: probabilities of the mean of their logits; in the authors' code: all at the boxes that the last
+        stage has received)
 
 The published implementations differ in how much each stage contributes to the gradient (`CascadeOptions`).
 """
@@ -207,6 +208,9 @@ class CascadeMaskRCNN(MaskRCNN):
     @classmethod
     def conventions(cls, rules: RulesName) -> Rules:
         own = super().conventions(rules)
+        if rules == "detectron":  # as the authors' code, on Detectron, configures it
+            boxes = replace(own.boxes, beta=1.0, left_out="objects", mean_at="last", clipped=False)
+            return replace(own, boxes=boxes)
         if not rules.startswith("mmdetection"):
             return own
         return replace(
@@ -241,9 +245,11 @@ class CascadeMaskRCNN(MaskRCNN):
         self, stage: int, deltas: Float[Tensor, "r 4"], boxes: Sequence[Float[Tensor, "_n 4"]],
         sizes: Sequence[tuple[int, int]],
     ) -> list[Float[Tensor, "_n 4"]]:  # fmt: skip
-        """The boxes that a stage predicts, clipped to each image; without gradient."""
+        """The boxes that a stage predicts, clipped to each image unless the rules say otherwise; without gradient."""
         decoded = decode_boxes(deltas.detach(), torch.cat(list(boxes)), self.stage_rules[stage])[:, 0]
         parts = decoded.split([len(own) for own in boxes])
+        if not self.box_rules.clipped:
+            return list(parts)
         return [box_ops.clip(own, size, self.box_rules.plus_one) for own, size in zip(parts, sizes, strict=True)]
 
     # ---- training ----------------------------------------------------------------------------------------------------
@@ -353,11 +359,15 @@ class CascadeMaskRCNN(MaskRCNN):
         average: bool = True,
     ) -> tuple[Float[Tensor, "r k"], Float[Tensor, "r 1 4"]]:  # fmt: skip
         """Probability of each class and boxes after the first `until` stages. No box is dropped between them."""
-        boxes, found = list(proposals), []
+        boxes = received = list(proposals)
+        found: list[Tensor] = []
         for stage in range(until):
             logits, deltas = self.run_stage(stage, raw, boxes)
             found.append(logits.float())
-            boxes = self.refined(stage, deltas, boxes, sizes)
+            received, boxes = boxes, self.refined(stage, deltas, boxes, sizes)
+        if average and self.box_rules.mean_at == "last" and until > 1:
+            features = self.pooled(raw, received, self.box_side)
+            found[:-1] = [self.box_head(stage)(features)[0].float() for stage in range(until - 1)]
         if not average:
             scores = found[-1].softmax(-1)
         elif self.box_rules.mean_of == "logits":
@@ -402,7 +412,7 @@ class CascadeMaskRCNN(MaskRCNN):
         ),
         "cascade-mask-rcnn-r101-fpn-authors": Preset(
             {
-                "backbone": {"name": "resnet101", **MaskRCNN._CAFFE},
+                "backbone": {"name": "resnet101", **MaskRCNN._CAFFE}, "rules": "detectron",
                 "cascade": {"gradients": (1.0, 0.5, 0.25), "resample": True, "mask_stage": "last"},
             },
             (Score(43.3, "box AP", _OWN, _README), Score(37.1, "mask AP", _OWN, _README)),
@@ -410,7 +420,7 @@ class CascadeMaskRCNN(MaskRCNN):
         ),
         "cascade-mask-rcnn-r50-fpn-authors": Preset(
             {
-                "backbone": MaskRCNN._CAFFE,
+                "backbone": MaskRCNN._CAFFE, "rules": "detectron",
                 "cascade": {"gradients": (1.0, 0.5, 0.25), "resample": True, "mask_stage": "last"},
             },
             (Score(41.3, "box AP", _OWN, _README), Score(35.4, "mask AP", _OWN, _README)),
