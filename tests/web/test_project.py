@@ -363,6 +363,23 @@ def test_annotations_of_a_data_set_are_imported(tmp_path):
         assert {k: after["12"].kept[k] for k in ("number", "crowd")} == {"number": 12, "crowd": True}
         assert "source" not in after["12"].kept
         assert after["30"] == state.objects["30"]
+    with opened(folder, classes=("fox",)) as project:  # a removal that is undone, at once, later, and after compacting
+        original = project.state(1).objects["99"]
+        sent = {**original.public(SIZE), "track": None}
+        for again in range(3):
+            revision = project.state(1).objects["99"].revision
+            saved(project, 1, {"do": "remove", "id": "99", "was": revision})
+            if again == 1:
+                project.compact()
+            if again:
+                project.close()
+                project = opened(folder, classes=("fox",))
+            back = saved(project, 1, {"do": "add", "object": sent}).state.objects["99"]
+            assert back.kept == original.kept
+        saved(project, 1, {"do": "remove", "id": "99", "was": back.revision})
+        other = saved(project, 1, {"do": "add", "object": drawn("99", 9)}).state.objects["99"]
+        assert other.kept == {"number": 99, "keypoints": original.kept["keypoints"]}
+        project.close()
     (folder / "annotations" / "person_keypoints_train.json").write_text("{}")  # whatever becomes of the data set ...
     source = FolderImages(folder)
     with Project(source, default_folder(folder)) as project:  # ... what was opened and edited is in the journal

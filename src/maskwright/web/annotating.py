@@ -69,6 +69,7 @@ _MEDIA = {
     "txt": "text/plain; charset=utf-8",
 }  # fmt: skip
 _OPEN = ("open",)  # among the tasks of a page, whose other keys are requests
+BODY = 30  # seconds within which the body of a request has to arrive
 AHEAD = (1, 2, 3, -1)  # images that are encoded after the one that is shown
 
 
@@ -373,11 +374,15 @@ class AnnotationServer:
     async def _json(self, request: Request) -> dict[str, Any]:
         """The body of a request, an object."""
         parts, size = list[bytes](), 0
-        async for part in request.stream():
-            size += len(part)
-            if size > 1 << 16:
-                raise HTTPException(413, f"the body is larger than {1 << 16} bytes")
-            parts.append(part)
+        try:
+            async with asyncio.timeout(BODY):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > 1 << 16:
+                        raise HTTPException(413, f"the body is larger than {1 << 16} bytes")
+                    parts.append(part)
+        except TimeoutError:
+            raise HTTPException(408, f"the body did not arrive within {BODY} s") from None
         try:
             value: Any = json.loads(b"".join(parts) or b"{}")
         except (ValueError, RecursionError):

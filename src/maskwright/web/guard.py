@@ -54,7 +54,7 @@ class Rules:
         if self.hosts is not None and name.lower() not in self.hosts:
             return JSONResponse({"error": f"this server does not answer for host {name!r}"}, 421)
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _netloc(origin) != host:
             return JSONResponse({"error": f"requests from pages of {origin!r} are refused"}, 403)
         elsewhere = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if origin is None and elsewhere and headers.get("sec-fetch-mode") != "navigate":
@@ -122,6 +122,14 @@ def cookie_values(headers: list[str], name: str) -> list[str]:
         if name in cookie:
             found.append(cookie[name].value)
     return found
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an origin; None if it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def is_loopback(host: str) -> bool:

@@ -25,7 +25,7 @@ from maskwright.text import printable
 from maskwright.web.journal import Journal, Place, Reader, Record
 from maskwright.web.objects import MAX_OBJECTS, Edit, Object, checked_class, colour, read_edits
 from maskwright.web.sources import HIDDEN, Source
-from maskwright.web.states import Conflict, Saved, State, Work
+from maskwright.web.states import Conflict, Saved, State, Work, bury
 
 HELD = 64  # images whose objects are kept in memory
 COMPACT_ABOVE = 16 << 20  # bytes of records that later ones have replaced
@@ -268,16 +268,20 @@ class Project:
     def _read(entry: Entry, body: Callable[[Place], Any]) -> State:
         """The objects of an image from its records."""
         objects: dict[str, Object] = {}
+        buried: dict[str, Object] = {}
         size, dismissed = (0, 0), list[str]()
         for place in entry.places:
             value = body(place)
             size = (value["size"][0], value["size"][1])
             dismissed = value.get("dismissed", dismissed)
+            buried |= {stored["id"]: Object.of_stored(stored) for stored in value.get("buried", ())}
             for id in value["gone"]:
-                objects.pop(id, None)
+                if (one := objects.pop(id, None)) is not None:
+                    bury(buried, one)
             for stored in value["put"]:
+                buried.pop(stored["id"], None)
                 objects[stored["id"]] = Object.of_stored(stored)
-        return State(size, entry.version, objects, entry.done, frozenset(dismissed))
+        return State(size, entry.version, objects, entry.done, frozenset(dismissed), buried)
 
     # ---- edits -------------------------------------------------------------------------------------------------------
 
@@ -314,7 +318,7 @@ class Project:
             removed = [id for id in work.touched if id not in work.objects]
             if not work.written and (work.done, work.dismissed) == (state.done, state.dismissed):
                 return Saved(state, changed, removed, again=True)
-            after = State(state.size, work.version, work.objects, work.done, work.dismissed)
+            after = State(state.size, work.version, work.objects, work.done, work.dismissed, work.buried)
             self._write(index, after, work.written, by, what, work.number, work.dismissed != state.dismissed)
             return Saved(after, changed, removed)
 
@@ -334,6 +338,8 @@ class Project:
             }
             if dismissed or (full and state.dismissed):
                 body["dismissed"] = sorted(state.dismissed)
+            if full and state.buried:
+                body["buried"] = [one.stored() for one in state.buried.values()]
             head = self._head(self.source.key(index), state, full, number)
             return self._journal.append(head | {"track": track, "at": now(), "by": by, "what": what[:60]}, body)
 
@@ -427,8 +433,9 @@ class Project:
                 yield {"kind": "classes", "at": now()}, list(self.classes)
                 for key, entry in named:
                     state = self._read(entry, self._journal.body)
-                    put = [one.stored() for one in state.objects.values()]
+                    put, buried = ([one.stored() for one in m.values()] for m in (state.objects, state.buried))
                     body = {"size": state.size, "put": put, "gone": [], "dismissed": sorted(state.dismissed)}
+                    body["buried"] = buried
                     yield {**self._head(key, state, True, self._number), "track": self._track}, body
 
             first, *places = self._journal.rewrite(records())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from maskwright.web.objects import Edit, Object, carried, new_id
 
@@ -20,6 +20,7 @@ class State:
         objects: Its objects by their ids, in the order in which they were made.
         done: Whether a person has declared the image as complete.
         dismissed: Ids of suggestions that a person does not want.
+        buried: Existing annotations that have been removed, which are as before if that is undone.
     """
 
     size: Size
@@ -27,6 +28,7 @@ class State:
     objects: Mapping[str, Object]
     done: bool = False
     dismissed: frozenset[str] = frozenset()
+    buried: Mapping[str, Object] = field(default_factory=dict[str, Object])
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,14 @@ class Work:
         conflicts: Ids of those that another person has changed.
         done: Whether the image is complete afterwards.
         dismissed: Ids of suggestions that are dismissed afterwards.
+        buried: Existing annotations that are removed afterwards.
         number: Number of objects that have been added to all images, this edit included.
     """
 
     def __init__(self, state: State, number: int):
         self.before, self.version, self.number = state, state.version + 1, number
         self.objects, self.done, self.dismissed = dict(state.objects), state.done, state.dismissed
+        self.buried = dict(state.buried)
         self.touched = dict[str, None]()
         self.written = list[str]()
         self.conflicts = list[str]()
@@ -99,18 +103,33 @@ class Work:
                 self.conflicts.append(edit.id)
                 return
             del self.objects[edit.id]
+            bury(self.buried, there)
             self.written.append(edit.id)
             return
         assert edit.object is not None
         if there is not None and there.equals(edit.object):
             return
         if edit.do == "add" and there is None:
-            self.number += 1
-            kept = {"serial": self.number}
-            self.objects[new_id(edit.id)] = replace(edit.object, kept=kept, revision=self.version)
+            self.objects[edit.id] = self._added(edit.id, edit.object)
         elif edit.do == "replace" and there is not None and (known or there.revision == edit.was):
             self.objects[edit.id] = carried(edit.object, there, self.version)
         else:
             self.conflicts.append(edit.id)
             return
         self.written.append(edit.id)
+
+    def _added(self, id: str, object: Object) -> Object:
+        """An object that is added, or an existing annotation whose removal is undone."""
+        before = self.buried.pop(id, None)
+        if before is None:
+            self.number += 1
+            return replace(object, id=new_id(id), kept={"serial": self.number}, revision=self.version)
+        if before.equals(object):
+            return replace(object, kept=before.kept, track=before.track, revision=self.version)
+        return carried(object, before, self.version)
+
+
+def bury(buried: dict[str, Object], one: Object) -> None:
+    """Remember an object that is removed, if it is an existing annotation."""
+    if "number" in one.kept:
+        buried[one.id] = one
