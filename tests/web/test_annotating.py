@@ -21,6 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from maskwright.structures import Masks, Prompts
+from maskwright.structures.rle import encode_counts
 from maskwright.systems.kinds.promptable import PromptableSystem
 from maskwright.web.annotating import AnnotationServer, Limits
 from maskwright.web.assistant import Assistant, encoded
@@ -259,6 +260,9 @@ def test_prompts_are_answered_as_the_system_does(page, live, tmp_path):
         SIZE, torch.tensor([[[30.0, 10]]]), torch.tensor([[0]]), None, Masks.from_rle([mask], SIZE)
     )  # fmt: skip
     assert iou(improved["rle"]["counts"], expected(5, wanted, folder)) > 0.98
+    nothing = {"size": list(SIZE), "counts": encode_counts(np.array([SIZE[0] * SIZE[1]])).decode()}
+    assert live.ask("prompt", image=index, points=[[25, 25, 1]], rle=nothing, hover=False)["rle"] == click["rle"]
+    assert "must have points" in live.ask("prompt", image=index, points=[], rle=nothing)["error"]
     assert live.ask("prompt", image=index, points=[[80.5, 60, 1]], hover=False)["event"] == "mask"  # on the border
 
 

@@ -27,7 +27,7 @@ from maskwright.structures import Embedding, Masks, Prompts
 from maskwright.systems import System
 from maskwright.systems.kinds.promptable import PromptableSystem
 from maskwright.web.embeddings import LIMIT, EmbeddingStore
-from maskwright.web.objects import is_number, read_mask, shown
+from maskwright.web.objects import is_number, read_any_mask, shown
 from maskwright.web.sources import Source
 
 HELD = 256 << 20  # bytes of embeddings in memory
@@ -217,7 +217,7 @@ def read_prompt(message: dict[str, Any], size: Size) -> Prompt:
     points = _points(message.get("points"), size)
     box = _box(message.get("box"), size)
     rle = message.get("rle")
-    counts = None if rle is None else read_mask(rle, size)
+    counts = None if rle is None else read_any_mask(rle, size)
     if not points and box is None and counts is None:
         raise UsageError("a prompt must have points, a box or a mask")
     return Prompt(points, box, counts)

@@ -220,6 +220,18 @@ def read_mask(value: Any, size: Size) -> str:
     Raises:
         UsageError: If it is no mask of an image of `size`, or has no pixels.
     """
+    counts = read_any_mask(value, size)
+    if counts is None:
+        raise UsageError("the mask has no pixels; remove the object instead")
+    return counts
+
+
+def read_any_mask(value: Any, size: Size) -> str | None:
+    """Return the compressed string of a mask that the page has sent; None if it has no pixels.
+
+    Raises:
+        UsageError: If it is no mask of an image of `size`.
+    """
     given = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
     if not isinstance(given.get("counts"), str):
         raise UsageError(f"rle must be an object with size and counts (a compressed string), got {shown(value)}")
@@ -227,9 +239,7 @@ def read_mask(value: Any, size: Size) -> str:
         masks = Masks.from_rle([given], size)
     except MaskCodeError as error:
         raise UsageError(str(error)) from None
-    if not int(masks.areas()[0]):
-        raise UsageError("the mask has no pixels; remove the object instead")
-    return cast(str, given["counts"])
+    return cast(str, given["counts"]) if int(masks.areas()[0]) else None
 
 
 def read_made(value: Any) -> tuple[Mapping[str, Any], ...]:
