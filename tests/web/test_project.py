@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 pytest.importorskip("websockets", reason="needs the extra web")
@@ -19,8 +22,9 @@ from maskwright.errors import DataError, UsageError
 from maskwright.structures.rle import encode_counts
 from maskwright.web import journal
 from maskwright.web import project as module
+from maskwright.web.assistant import read_prompt
 from maskwright.web.datasets import open_source
-from maskwright.web.objects import Object, colour
+from maskwright.web.objects import Object, colour, read_edits
 from maskwright.web.project import NotFoundError, Project, default_folder
 from maskwright.web.sources import FolderImages
 from maskwright.web.states import Conflict, Saved
@@ -140,6 +144,7 @@ BAD = {
     "short runs": (masked({"size": [60, 80], "counts": "0T1"}), "cover"),
     "broken runs": (masked({"size": [60, 80], "counts": "\u00e9~"}), "not a valid"),
     "huge run": (masked({"size": [60, 80], "counts": "ooooooooooo1"}), "mask 0"),
+    "endless runs": (masked({"size": [60, 80], "counts": "01" * 20_000}), "more runs than the image has pixels"),
     "empty mask": (masked({"size": [60, 80], "counts": EMPTY}), "no pixels"),
     "huge size": (masked({"size": [1 << 40, 80], "counts": "0"}), "size"),
     "nobody": ([{"do": "add", "object": {**drawn(), "made": []}}], "made must be a list of at least one entry"),
@@ -166,6 +171,33 @@ def test_invalid_edits_are_refused_and_change_nothing(folder):
             with pytest.raises(UsageError, match="class"):
                 project.add_class(name)
         assert (project.folder / "journal.jsonl").stat().st_size == size
+
+
+PARTS = st.sampled_from(
+    ["do", "add", "replace", "remove", "done", "dismiss", "id", "ids", "object", "was", "value", "label", "rle", "size",
+     "counts", "made", "by", "how", "click", "clicks", "score", "track", "points", "box", "a", "0", ""]
+)  # fmt: skip
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | PARTS | st.text(max_size=4) | st.just(drawn()),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(PARTS, inner, max_size=6),
+    max_leaves=12,
+)
+
+
+@pytest.mark.fast
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=VALUES, do=PARTS)
+def test_whatever_is_sent_is_read_or_refused(value, do):
+    shapes = [value, [value], [{"do": do, "id": "a", "was": 1, "object": value, "value": value, "ids": value}]]
+    if isinstance(value, dict):
+        shapes += [[{"do": do, **value}], [{"do": "add", "object": {**drawn(), **value}}]]
+    for shape in shapes:
+        with suppress(UsageError):
+            read_edits(shape, SIZE, 2)
+    for message in (value, {"points": value}, {"box": value}, {"rle": value}):
+        if isinstance(message, dict):
+            with suppress(UsageError):
+                read_prompt(message, SIZE)
 
 
 @pytest.mark.fast

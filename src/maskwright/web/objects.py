@@ -16,6 +16,7 @@ from maskwright.text import printable
 HOW = frozenset(
     ("click", "box", "brush", "eraser", "polygon", "suggestion", "model", "merge", "split", "import", "propagated")
 )
+LONGEST = 7  # characters of a run
 MAX_EDITS = 5_000  # of a message
 MAX_OBJECTS = 20_000  # of an image
 MAX_STEPS = 256  # entries of `made`; the oldest ones after the first are dropped
@@ -235,6 +236,8 @@ def read_any_mask(value: Any, size: Size) -> str | None:
     given = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
     if not isinstance(given.get("counts"), str):
         raise UsageError(f"rle must be an object with size and counts (a compressed string), got {shown(value)}")
+    if len(given["counts"]) > LONGEST * (size[0] * size[1] + 2):  # decoding it would take memory for nothing
+        raise UsageError("the mask is not a valid run-length code: it has more runs than the image has pixels")
     try:
         masks = Masks.from_rle([given], size)
     except MaskCodeError as error:
