@@ -268,7 +268,7 @@ def test_prompts_are_answered_as_the_system_does(page, live, tmp_path):
 
 def test_a_newer_hover_replaces_an_older_one(page, live):
     index = number(page, "photo-6.png")
-    early = live.ask("prompt", image=number(page, "photo-8.png"), points=[[5, 5, 1]], hover=True)
+    early = live.ask("prompt", image=number(page, "photo-1.png"), points=[[5, 5, 1]], hover=True)
     assert early["event"] == "dropped"  # not encoded yet
     live.socket.send(json.dumps({"op": "open", "image": index}))
     live.event("embedded")

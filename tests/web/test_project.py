@@ -185,7 +185,7 @@ VALUES = st.recursive(
 
 
 @pytest.mark.fast
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=VALUES, do=PARTS)
 def test_whatever_is_sent_is_read_or_refused(value, do):
     shapes = [value, [value], [{"do": do, "id": "a", "was": 1, "object": value, "value": value, "ids": value}]]
