@@ -183,7 +183,7 @@ def main() -> None:
     with sync_playwright() as running, tempfile.TemporaryDirectory() as temporary:
         browser = running.chromium.launch(executable_path=chromium(), args=list(FLAGS), headless=True)
         for objects in options.objects:
-            folder = Path(temporary) / str(objects)
+            folder = Path(tempfile.mkdtemp(dir=temporary)) / "images"
             make_folder(folder, objects)
             with server(folder, options.weights) as address:
                 result = measure(browser, address, objects, options.clicks, options.seconds, options.screenshots)

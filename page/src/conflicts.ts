@@ -71,6 +71,6 @@ export class Conflicts implements Extra {
 
   draw(context: CanvasRenderingContext2D, zoom: number): void {
     for (const { image, mine } of this.open)
-      if (image === this.store.image) outline(mine.path, COLOR, 0.2, COLOR).draw(context, zoom);
+      if (image === this.store.image) outline(mine, COLOR, 0.2, COLOR).draw(context, zoom);
   }
 }

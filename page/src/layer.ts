@@ -6,7 +6,7 @@
  * nor a click depends on the number of objects.
  */
 
-import { overlap, type Rect } from "./rle";
+import { around, overlap, type Rect } from "./rle";
 import type { Shape } from "./store";
 
 export interface Style {
@@ -32,6 +32,8 @@ interface Sheet {
 const LARGEST_SIDE = 4096;
 /** Changed rectangles above which everything is drawn again, a few milliseconds per frame. */
 const MANY = 40;
+/** Runs of the shapes in a rectangle above which it is not drawn at once. */
+const MOST_RUNS = 20_000;
 /** Shapes that are drawn between two looks at the clock. */
 const BATCH = 6;
 
@@ -116,11 +118,22 @@ export class Layer {
     return true;
   }
 
-  /** Draw some rectangles of the front again. */
-  patch(areas: readonly Rect[]): void {
-    if (this.back || areas.length > MANY) this.restart();
+  /**
+   * Draw some rectangles of the front again. Where that would take long, everything is drawn anew over some frames, and
+   * until then `added` lie above the old drawing.
+   */
+  patch(areas: readonly Rect[], added: readonly Drawn[]): void {
+    const rect = areas.reduce(around, { x: 0, y: 0, w: 0, h: 0 });
+    const cost = this.near(rect).reduce((sum, { shape }) => sum + (shape.complex ? 500 : shape.runs.ends.length), 0);
+    const late = areas.length > MANY || cost > MOST_RUNS;
+    if (this.back || late) this.restart();
     const { front } = this;
-    if (!front || areas.length > MANY) return;
+    if (!front) return;
+    if (late) {
+      const context = this.prepared(front);
+      for (const item of added) draw(context, item, front.scale / this.ratio());
+      return;
+    }
     const context = this.prepared(front);
     const pad = 3 * this.ratio();
     const { scale } = front;
@@ -171,6 +184,12 @@ function inside(a: Rect, b: Rect): boolean {
 
 /** Draw one shape; `zoom` is CSS pixels per image pixel. */
 export function draw(context: CanvasRenderingContext2D, { shape, style }: Drawn, zoom: number): void {
+  if (shape.complex) {
+    const { x, y, w, h } = shape.bounds;
+    context.imageSmoothingEnabled = zoom < 2;
+    context.drawImage(shape.sprite(style.color, style.fill), x, y, w, h);
+    return;
+  }
   const { path } = shape;
   context.fillStyle = context.strokeStyle = style.color;
   if (style.fill) {

@@ -5,7 +5,6 @@ import { Browser } from "./browser";
 import { Propagation } from "./clips";
 import { shapeColor } from "./colors";
 import { Conflicts } from "./conflicts";
-import { path } from "./contour";
 import { ServerDecoder } from "./decoder";
 import { ExportDialog, TrainDialog } from "./dialogs";
 import { byId, element, icon, onClick, printable, setPressed, setText } from "./dom";
@@ -17,7 +16,7 @@ import { Live, Unanswered } from "./live";
 import { Panel } from "./panel";
 import { Pixels } from "./pixels";
 import { Saver } from "./saver";
-import { madeAlso, Shape, Store } from "./store";
+import { Shape, Store } from "./store";
 import { BoxTool } from "./tools/box";
 import { BrushTool, EraserTool } from "./tools/brush";
 import { ClickTool } from "./tools/click";
@@ -542,11 +541,9 @@ class Page {
     const { preview } = this.editor;
     const extras = [this.conflicts, this.input.tool, this.input];
     if (preview) {
-      const shape = { id: "", label: this.editor.label, made: madeAlso([], "", "click") };
-      const color = this.store.current
-        ? this.view.colorOf(this.store.current)
-        : this.view.colorOf(Shape.of(preview.bitmap, shape));
-      this.view.extras = [outline(path(preview.bitmap), color, 0.3), ...extras];
+      const shape = Shape.of(preview.bitmap, { id: "", label: this.editor.label, made: [] });
+      const color = this.view.colorOf(this.store.current ?? shape);
+      this.view.extras = [outline(shape, color, 0.3), ...extras];
     } else this.view.extras = extras;
     this.view.touch();
   }

@@ -6,7 +6,11 @@
 import { path } from "./contour";
 import { type Bitmap, fromRuns, toRuns } from "./bitmap";
 import { area, bounds, contains, decode, encode, type Rect, type Runs } from "./rle";
+import { sprite } from "./sprite";
 import type { How, ImageObjects, Made, ObjectData, Rle } from "./types";
+
+/** Runs above which a mask is drawn as pixels: about twice as many corners take longer than a frame. */
+const COMPLEX = 6000;
 
 /** An object as the page holds it: what the server knows, and lazily what is needed for drawing and pointing. */
 export class Shape {
@@ -14,6 +18,7 @@ export class Shape {
   private boundsMade?: Rect;
   private pathMade?: Path2D;
   private areaMade?: number;
+  private spriteMade?: { key: string; canvas: HTMLCanvasElement };
 
   constructor(readonly data: ObjectData) {}
 
@@ -52,6 +57,18 @@ export class Shape {
     return (this.pathMade ??= path(this.bitmap()));
   }
 
+  /** Whether the outline has so many corners that pixels are drawn instead. */
+  get complex(): boolean {
+    return this.runs.ends.length > COMPLEX;
+  }
+
+  /** The mask as pixels of a colour; the last one is kept. */
+  sprite(color: string, fill: number): HTMLCanvasElement {
+    const key = `${color} ${fill.toFixed(2)}`;
+    if (this.spriteMade?.key !== key) this.spriteMade = { key, canvas: sprite(this.bitmap(), color, fill) };
+    return this.spriteMade.canvas;
+  }
+
   /** The mask as bits, to be changed; made anew at each call. */
   bitmap(): Bitmap {
     return fromRuns(this.runs, this.bounds);
@@ -68,6 +85,7 @@ export class Shape {
     if (this.runsMade) shape.runsMade = this.runsMade;
     if (this.boundsMade) shape.boundsMade = this.boundsMade;
     if (this.pathMade) shape.pathMade = this.pathMade;
+    if (this.spriteMade) shape.spriteMade = this.spriteMade;
     if (this.areaMade !== undefined) shape.areaMade = this.areaMade;
     return shape;
   }

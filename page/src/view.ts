@@ -201,7 +201,8 @@ export class View {
     this.liveBefore = live;
     const also = moved.map((id) => this.store.get(id)?.bounds).filter((rect): rect is Rect => rect !== undefined);
     const dirty = [...areas, ...also];
-    this.layer.patch(dirty);
+    const added = moved.filter((id) => !live.has(id)).flatMap((id) => this.drawn(id));
+    this.layer.patch(dirty, added);
     if (this.stale !== "all") this.stale.push(...dirty);
     this.topStale = true;
     this.request();
@@ -218,6 +219,11 @@ export class View {
       ...shapes(store.objects).map((shape) => ({ shape, style: this.style(shape, false) })),
       ...shapes(store.suggestions).map((shape) => ({ shape, style: this.style(shape, true) })),
     ];
+  }
+
+  private drawn(id: string): Drawn[] {
+    const shape = this.store.get(id);
+    return shape ? [{ shape, style: this.style(shape, this.store.suggestions.has(id)) }] : [];
   }
 
   private style(shape: Shape, suggestion: boolean): Style {
@@ -354,10 +360,12 @@ export class View {
   }
 
   private drawLive(context: CanvasRenderingContext2D, shape: Shape, suggestion: boolean): void {
-    // A light and a dark line together are seen on every image.
-    context.lineWidth = 4 / this.zoom;
-    context.strokeStyle = "rgb(255 255 255 / 0.85)";
-    context.stroke(shape.path);
+    if (!shape.complex) {
+      // A light and a dark line together are seen on every image.
+      context.lineWidth = 4 / this.zoom;
+      context.strokeStyle = "rgb(255 255 255 / 0.85)";
+      context.stroke(shape.path);
+    }
     const style = { color: this.colorOf(shape), fill: this.opacity * 1.1, line: 2, dashed: suggestion };
     draw(context, { shape, style }, this.zoom);
   }
@@ -377,7 +385,8 @@ export class View {
     const shape = this.store.current;
     const color = shape ? this.colorOf(shape) : "#ffffff";
     paint.fillStyle = paint.strokeStyle = color;
-    if (shape) paint.fill(shape.path, "evenodd");
+    if (shape?.complex) paint.drawImage(shape.sprite(color, 1), shape.bounds.x, shape.bounds.y);
+    else if (shape) paint.fill(shape.path, "evenodd");
     paint.globalCompositeOperation = erase ? "destination-out" : "source-over";
     paint.lineCap = paint.lineJoin = "round";
     paint.lineWidth = 2 * radius;
@@ -395,10 +404,15 @@ export class View {
   }
 }
 
-/** Draw the outline of a path above everything, dashed. */
-export function outline(path: Path2D, color: string, fill = 0.25, line = "#fff"): Extra {
+/** A mask above everything, outlined by dashes. */
+export function outline(shape: Shape, color: string, fill = 0.25, line = "#fff"): Extra {
   return {
     draw(context, zoom) {
+      if (shape.complex) {
+        draw(context, { shape, style: { color, fill, line: 2, dashed: true } }, zoom);
+        return;
+      }
+      const { path } = shape;
       context.fillStyle = color;
       context.globalAlpha = fill;
       context.fill(path, "evenodd");

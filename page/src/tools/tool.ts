@@ -89,7 +89,7 @@ export class Highlight {
   draw(context: CanvasRenderingContext2D, zoom: number): void {
     const { shape } = this;
     if (!shape || this.context.store.get(shape.id) !== shape || this.context.store.selected.has(shape.id)) return;
-    outline(shape.path, this.context.view.colorOf(shape), 0.12).draw(context, zoom);
+    outline(shape, this.context.view.colorOf(shape), 0.12).draw(context, zoom);
   }
 }
 
