@@ -200,7 +200,10 @@ class Page implements Actions {
   // --- the image ---------------------------------------------------------------------------------------------------
 
   private async open(image: number): Promise<void> {
-    if (image === this.target) return;
+    if (image === this.target) {
+      this.browser.show(image); // after an image that could not be opened
+      return;
+    }
     this.toolbox.input.drop();
     this.editor.clearPreview();
     this.target = image;

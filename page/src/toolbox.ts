@@ -73,7 +73,7 @@ export class Toolbox {
     });
     this.connect();
     this.setRadius(this.options.radius);
-    this.use("click");
+    this.use(this.context.assisted() ? "click" : "polygon");
   }
 
   private connect(): void {
