@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import shutil
@@ -444,10 +445,9 @@ def _over_ray(address: str, specs: Sequence[dict[str, Any]]) -> list[dict[str, A
     """Train candidates at the same time on a Ray cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        import ray
+        library: Any = importlib.import_module("ray")
     except ImportError:
         raise MissingExtraError("Ray", "ray") from None
-    library: Any = ray
     if not library.is_initialized():
         own = address == "local"
         library.init(None if own else address, include_dashboard=False, log_to_driver=False)
