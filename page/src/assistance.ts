@@ -1,5 +1,6 @@
 /** What the assistant says of the image that is shown, and what it is asked for beyond clicks and boxes. */
 
+import { type ChoosingDecoder, type Place, PLACES } from "./choosing";
 import { byId, onClick, printable, setText } from "./dom";
 import type { Voice } from "./editor";
 import { type Live, Unanswered } from "./live";
@@ -21,11 +22,20 @@ export class Assistance {
     private readonly live: Live,
     private readonly store: Store,
     private readonly saver: Saver,
+    private readonly decoder: ChoosingDecoder,
     private readonly voice: Voice,
   ) {
     byId("everything").hidden = !project.assist;
     byId("similar").hidden = !(project.can_similar ?? project.assist !== null);
-    byId("assist").title = project.assist ? printable(project.assist.system) : "";
+    byId<HTMLButtonElement>("assist").disabled = !project.assist;
+    setText("assist-system", project.assist ? printable(project.assist.system) : "");
+    onClick("assist", () => byId<HTMLDialogElement>("assist-dialog").showModal());
+    for (const place of PLACES) {
+      const choice = byId<HTMLInputElement>(`decode-${place}`);
+      choice.checked = place === decoder.place;
+      choice.addEventListener("change", () => decoder.choose(place));
+    }
+    decoder.onChange = () => this.show();
     onClick("everything", () => {
       if (this.asked) live.tell({ op: "stop", request: this.asked.request });
       else void this.suggest("everything");
@@ -47,7 +57,7 @@ export class Assistance {
 
   told(event: Extract<ServerEvent, { event: "embedded" | "no-assist" }>): void {
     if (event.image !== this.image) return;
-    if (event.event === "embedded") this.says = { ready: true, text: "assistant ready" };
+    if (event.event === "embedded") this.says = { ready: true, text: "" };
     else this.says = { ready: false, text: printable(event.why, 120) };
     this.show();
   }
@@ -55,11 +65,30 @@ export class Assistance {
   private text(): string {
     if (!this.project.assist) return "no assistant";
     if (this.live.connection === "offline") return "";
-    return this.asked ? `${this.asked.what}…` : (this.says?.text ?? "reading the image…");
+    if (this.asked) return `${this.asked.what}…`;
+    if (!this.says) return "reading the image…";
+    if (!this.says.ready) return this.says.text;
+    return this.decoder.used === "page" ? "ready in the page" : "assistant ready";
+  }
+
+  /** Where clicks are answered, and why. */
+  private placeText(): string {
+    const { decoder } = this;
+    const { server, page } = decoder.took;
+    const sentences: string[] = [];
+    if (server !== null) sentences.push(`An answer of the server takes ${Math.round(server)} ms.`);
+    if (page !== null) sentences.push(`One of the page takes ${Math.round(page)} ms.`);
+    if (decoder.loading) sentences.push("The page loads its decoder…");
+    else if (decoder.trouble) sentences.push(`${printable(sentence(decoder.trouble), 300)}`);
+    sentences.push(decoder.used === "page" ? "Clicks are answered by the page." : "Clicks are answered by the server.");
+    return sentences.join(" ");
   }
 
   show(): void {
     setText("assist", this.text());
+    byId("assist").dataset["place"] = this.decoder.used;
+    setText("decode-state", this.placeText());
+    byId<HTMLInputElement>("decode-page" satisfies `decode-${Place}`).disabled = this.decoder.trouble !== null;
     byId<HTMLButtonElement>("everything").disabled = !this.ready;
     setText("everything-text", this.asked ? "Stop" : "Everything");
     this.onChange();
@@ -93,4 +122,8 @@ export class Assistance {
       this.show();
     }
   }
+}
+
+function sentence(text: string): string {
+  return `${text.charAt(0).toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 }

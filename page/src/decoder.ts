@@ -1,4 +1,4 @@
-/** What turns clicks and boxes into masks. The server does; a decoder in the page can be added behind the interface. */
+/** What turns clicks and boxes into masks: the server, or the page itself (`choosing.ts`). */
 
 import type { Live } from "./live";
 import type { PromptPoint, Rle } from "./types";

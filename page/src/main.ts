@@ -7,6 +7,7 @@ import { Propagation } from "./clips";
 import { shapeColor } from "./colors";
 import { type Actions, commandsOf, POINTER_HELP } from "./commands";
 import { Conflicts } from "./conflicts";
+import { ChoosingDecoder } from "./choosing";
 import { ServerDecoder } from "./decoder";
 import { ExportDialog, TrainDialog } from "./dialogs";
 import { byId, element, icon, onClick, printable, setPressed, setText } from "./dom";
@@ -66,13 +67,13 @@ class Page implements Actions {
   private readonly live = new Live(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/api/live`);
   readonly store = new Store();
   private readonly saver = new Saver(this.live, this.store);
-  private readonly decoder = new ServerDecoder(this.live);
-  readonly editor = new Editor(this.store, this.saver, this.decoder, voice);
+  private readonly decoder: ChoosingDecoder;
+  readonly editor: Editor;
   readonly view = new View(byId("stage"), byId<HTMLCanvasElement>("base"), byId<HTMLCanvasElement>("top"), this.store);
   readonly voice = voice;
   private readonly images = new Images();
   private readonly pixels = new Pixels();
-  readonly panel = new Panel(this.store, this.editor, this.view, voice);
+  readonly panel: Panel;
   private readonly browser: Browser;
   private readonly conflicts: Conflicts;
   private readonly training = new TrainDialog(voice);
@@ -95,6 +96,9 @@ class Page implements Actions {
 
   constructor(private readonly project: ProjectData) {
     this.clip = project.kind === "clip";
+    this.decoder = new ChoosingDecoder(new ServerDecoder(this.live), project.assist);
+    this.editor = new Editor(this.store, this.saver, this.decoder, voice);
+    this.panel = new Panel(this.store, this.editor, this.view, voice);
     this.editor.user = project.user;
     this.browser = new Browser(this.images, this.clip, (image) => void this.open(image), voice);
     this.conflicts = new Conflicts(
@@ -104,7 +108,7 @@ class Page implements Actions {
       (image) => void this.open(image),
       () => this.showStatus(),
     );
-    this.assistance = new Assistance(project, this.live, this.store, this.saver, voice);
+    this.assistance = new Assistance(project, this.live, this.store, this.saver, this.decoder, voice);
     this.toolbox = new Toolbox({
       store: this.store,
       view: this.view,
@@ -387,6 +391,7 @@ class Page implements Actions {
       case "embedded":
       case "no-assist":
         this.assistance.told(event);
+        if (event.event === "embedded") this.decoder.ready(event.image);
         break;
       case "suggestions":
         if (event.image === store.image) store.replaceSuggestions(event.objects);

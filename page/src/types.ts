@@ -50,7 +50,8 @@ export interface ProjectData {
   kind: "images" | "clip";
   count: number;
   classes: ClassData[];
-  assist: { system: string; ready: boolean; where: string } | null;
+  /** `page`: whether the page can decode by itself; `why`: why not. */
+  assist: { system: string; ready: boolean; where: string; page?: boolean; why?: string | null } | null;
   suggest: { system: string } | null;
   formats: string[];
   user: string;

@@ -6,7 +6,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class Connected:
     device = "cpu"
     dtype = "float32"
     system = None
+    page_decoder = None
 
     def __init__(self, source: Source, delay: float = 0.0):
         self.source, self.delay = source, delay
@@ -108,10 +109,18 @@ class Running:
         assistant: What answers clicks.
     """
 
-    def __init__(self, folder: Path, classes: tuple[str, ...], port: int = 0, delay: float = 0.0, **options: Any):
+    def __init__(
+        self,
+        folder: Path,
+        classes: tuple[str, ...],
+        port: int = 0,
+        delay: float = 0.0,
+        make: Callable[[Source], Any] | None = None,
+        **options: Any,
+    ):
         source = open_source(folder, **options)
         self.project = Project(source, default_folder(folder), classes, "ann")
-        self.assistant = Connected(source, delay)
+        self.assistant: Any = Connected(source, delay) if make is None else make(source)
         assistant: Any = self.assistant
         self.server = AnnotationServer(self.project, assistant)
         self._socket = socket.socket()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import re
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.fast
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "page"
 BUILT = Path(maskwright.__file__).parent / "web" / "page"
+WASM = "ort-wasm-simd-threaded.wasm"
 
 
 def text(path: Path) -> str:
@@ -33,7 +35,7 @@ def digest(files: Iterable[tuple[str, str]]) -> str:
 
 def sources() -> list[tuple[str, str]]:
     names = [path.relative_to(SOURCES).as_posix() for path in (SOURCES / "src").rglob("*.*") if path.is_file()]
-    names += ["build.mjs", "package.json", "tsconfig.json"]
+    names += ["build.mjs", "onnxruntime.LICENSE", "package.json", "tsconfig.json"]
     return [(name, text(SOURCES / name)) for name in sorted(names)]
 
 
@@ -51,10 +53,18 @@ def test_built_page_belongs_to_its_sources():
 
 
 def test_built_files_are_as_built():
-    names = ("index.html", "icon.svg", "app.css")
-    results = [*((name, text(BUILT / name)) for name in names), ("app.js", banner()[2])]
+    names = ("index.html", "icon.svg", "app.css", "decoder.js", "ort-wasm-simd-threaded.mjs")
+    runtime = hashlib.sha256(gzip.decompress((BUILT / f"{WASM}.gz").read_bytes())).hexdigest()
+    results = [*((name, text(BUILT / name)) for name in names), (WASM, runtime), ("app.js", banner()[2])]
     assert banner()[1] == digest(results), "run `make page`; the files in src/maskwright/web/page are made by it alone"
-    assert {path.name for path in BUILT.iterdir()} == {*names, "app.js"}
+    assert {path.name for path in BUILT.iterdir()} == {*names, f"{WASM}.gz", "app.js"}
+
+
+def test_runtime_of_the_decoder_is_small_and_has_its_license():
+    assert (BUILT / f"{WASM}.gz").stat().st_size < 4_000_000
+    assert (BUILT / "decoder.js").stat().st_size < 100_000
+    for name in ("decoder.js", "ort-wasm-simd-threaded.mjs"):
+        assert "Copyright (c) Microsoft Corporation" in text(BUILT / name)[:400], name
 
 
 @pytest.mark.skipif(not SOURCES.is_dir(), reason="needs the sources of the page, which are not installed")

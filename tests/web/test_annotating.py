@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 pytest.importorskip("uvicorn", reason="needs the extra web")
 pytest.importorskip("websockets", reason="needs the extra web")
@@ -20,6 +22,7 @@ pytest.importorskip("websockets", reason="needs the extra web")
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from maskwright.errors import UsageError
 from maskwright.structures import Masks, Prompts
 from maskwright.structures.rle import encode_counts
 from maskwright.systems.kinds.promptable import PromptableSystem
@@ -426,3 +429,60 @@ def test_images_with_too_many_pixels_are_not_decoded(tmp_path):
         assert "more than the limit" in json.loads(body)["error"]
         assert page.ask("GET", "/api/images/0/objects")[0] == 409
         assert page.ask("GET", "/api/images/1/pixels")[0] == 200
+
+
+def test_what_a_page_needs_to_decode_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = server(photos(tmp_path / "photos", 1), prompts=True)
+    assert found.assistant is not None
+    decoder = found.assistant.page_decoder
+    assert decoder is not None
+    monkeypatch.setattr("maskwright.web.decoding.exported", lambda system: b"the graph")
+    with serving(found) as page:
+        status, headers, body = page.ask("GET", "/api/images/0/embedding")
+        assert status == 200
+        path = tmp_path / "e.safetensors"
+        path.write_bytes(body)
+        own = found.assistant.embedding(0)
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            torch.testing.assert_close(file.get_tensor("image").float(), own.tensors["image"], rtol=1e-3, atol=1e-3)
+        assert json.loads(about["placement"])["image_size"] == list(SIZE)
+        assert json.loads(about["resizing"]) == {"steps": 2, "cubic": False}
+        status, _, body = page.ask("GET", "/api/images/0/embedding", If_None_Match=headers["etag"])
+        assert (status, body) == (304, b"")
+        assert page.ask("GET", "/api/images/7/embedding")[0] == 404
+        monkeypatch.setattr("maskwright.web.decoding.NEEDED", ("json",))
+        assert page.get("/api/project")["assist"]["page"] is True
+        assert page.ask("GET", "/api/decoder")[::2] == (200, b"the graph")
+        assert (found.assistant.store.folder / f"{decoder.name}.onnx").read_bytes() == b"the graph"
+        monkeypatch.setattr("maskwright.web.decoding.NEEDED", ("no_such_package",))
+        assist = page.get("/api/project")["assist"]
+        assert assist["page"] is False
+        assert "maskwright[export]" in assist["why"]
+
+
+def test_decoder_that_cannot_be_exported_is_refused_with_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(system: PromptableSystem) -> bytes:
+        raise UsageError("sam: the decoder cannot be exported")
+
+    monkeypatch.setattr("maskwright.web.decoding.exported", fails)
+    monkeypatch.setattr("maskwright.web.decoding.NEEDED", ("json",))
+    with serving(server(photos(tmp_path / "photos", 1), prompts=True)) as page:
+        for _ in range(2):
+            status, _, body = page.ask("GET", "/api/decoder")
+            assert status == 400
+            assert json.loads(body)["error"] == "the page cannot decode by itself: sam: the decoder cannot be exported"
+        assert page.get("/api/project")["assist"]["page"] is False
+
+
+def test_runtime_of_the_page_is_sent_compressed_where_the_browser_takes_it(page: Page):
+    path = "/ort-wasm-simd-threaded.wasm"
+    _, headers, packed = page.ask("GET", path, Accept_Encoding="gzip")
+    assert headers["content-encoding"] == "gzip"
+    assert headers["content-type"] == "application/wasm"
+    _, own, plain = page.ask("GET", path, Accept_Encoding="identity")
+    assert "content-encoding" not in own
+    assert plain[:4] == b"\0asm"
+    assert gzip.decompress(packed) == plain
+    status, _, body = page.ask("GET", path, If_None_Match=headers["etag"])
+    assert (status, body) == (304, b"")

@@ -5,6 +5,8 @@ GET  /api/project                  what is annotated, and what the server can do
 GET  /api/images                   the list of images
 GET  /api/images/N/pixels          an image
 GET  /api/images/N/objects         its objects
+GET  /api/images/N/embedding       its embedding, for a page that decodes by itself
+GET  /api/decoder                  the decoder, likewise
 POST /api/classes, /api/export, /api/train
 WS   /api/live                     see `web.live`
 """
@@ -12,6 +14,8 @@ WS   /api/live                     see `web.live`
 from __future__ import annotations
 
 import asyncio
+import gzip
+import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -36,6 +40,7 @@ from maskwright.errors import DataError, ImageError, MaskwrightError, UsageError
 from maskwright.systems import System
 from maskwright.text import printable
 from maskwright.web.assistant import Assistant, timed
+from maskwright.web.decoding import PageDecoder
 from maskwright.web.exporting import LossyError, export
 from maskwright.web.guard import LOCAL_HOSTS, Guard, Rules
 from maskwright.web.learning import MOST_STEPS, SYSTEM, Progress, Trainer
@@ -68,7 +73,9 @@ _MEDIA = {
     "json": "application/json", "onnx": "application/octet-stream", "mjs": "text/javascript; charset=utf-8",
     "txt": "text/plain; charset=utf-8",
 }  # fmt: skip
+_PACKED = ".gz"  # suffix of files that are stored compressed, and sent so
 _OPEN = ("open",)  # among the tasks of a page, whose other keys are requests
+NO_PAGE_DECODER = "there is no decoder for the page"
 BODY = 30  # seconds within which the body of a request has to arrive
 AHEAD = (1, 2, 3, -1)  # images that are encoded after the one that is shown
 
@@ -153,6 +160,8 @@ class AnnotationServer:
             Route("/api/images", self._images),
             Route("/api/images/{id:int}/pixels", self._pixels),
             Route("/api/images/{id:int}/objects", self._objects),
+            Route("/api/images/{id:int}/embedding", self._embedding),
+            Route("/api/decoder", self._decoder),
             WebSocketRoute("/api/live", self._live),
             Route("/{name}", self._file),
         ]
@@ -195,17 +204,29 @@ class AnnotationServer:
             return PlainTextResponse("Open the address with the token that the server has printed.\n", 401)
         if "index.html" not in self._pages:
             return PlainTextResponse("The page is not a part of this installation; see page/README.md.\n", 503)
-        return self._static("index.html")
+        return self._static("index.html", request)
 
     async def _file(self, request: Request) -> Response:
         name = request.path_params["name"]
-        if name not in self._pages:
+        if name not in self._pages and f"{name}{_PACKED}" not in self._pages:
             raise HTTPException(404, "there is no such page")
-        return self._static(name)
+        return self._static(name, request)
 
-    def _static(self, name: str) -> Response:
+    def _static(self, name: str, request: Request) -> Response:
         media = _MEDIA.get(name.rpartition(".")[2], "application/octet-stream")
-        return Response(self._pages[name], media_type=media, headers={"Cache-Control": "no-cache"})
+        packed = f"{name}{_PACKED}" in self._pages
+        body = self._pages[f"{name}{_PACKED}" if packed else name]
+        tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
+        headers = {"Cache-Control": "no-cache", "ETag": tag}
+        if packed:
+            headers["Vary"] = "Accept-Encoding"
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        if packed and "gzip" in request.headers.get("accept-encoding", ""):
+            headers["Content-Encoding"] = "gzip"
+        elif packed:
+            body = gzip.decompress(body)
+        return Response(body, media_type=media, headers=headers)
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -215,7 +236,10 @@ class AnnotationServer:
     async def _project(self, _: Request) -> Response:
         project, assistant, suggester = self.project, self.assistant, self.suggestions.suggester
         suggest = None if suggester is None else {"system": suggester.name, "done": suggester.progress[0]}
-        assist = None if assistant is None else {"system": assistant.name, "ready": True, "where": "server"}
+        assist: dict[str, Any] | None = None
+        if assistant is not None:
+            why = NO_PAGE_DECODER if assistant.page_decoder is None else assistant.page_decoder.missing
+            assist = {"system": assistant.name, "ready": True, "where": "server", "page": why is None, "why": why}
         return JSONResponse(
             {
                 "name": printable(project.source.path.absolute().name),
@@ -288,6 +312,33 @@ class AnnotationServer:
             return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
         return Response(await self._read(work), media_type="application/json")
+
+    # ---- for pages that decode by themselves -------------------------------------------------------------------------
+
+    def _page_decoder(self) -> tuple[Assistant, PageDecoder]:
+        decoder = None if self.assistant is None else self.assistant.page_decoder
+        if self.assistant is None or decoder is None:
+            raise HTTPException(404, NO_PAGE_DECODER)
+        return self.assistant, decoder
+
+    async def _decoder(self, request: Request) -> Response:
+        _, decoder = self._page_decoder()
+        graph = await self._read(decoder.graph)
+        headers = {"ETag": f'"{decoder.name}"', "Cache-Control": "no-cache"}
+        if request.headers.get("if-none-match") == headers["ETag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(graph, media_type=_MEDIA["onnx"], headers=headers)
+
+    async def _embedding(self, request: Request) -> Response:
+        assistant, decoder = self._page_decoder()
+        index, loop = self.project.check(request.path_params["id"]), asyncio.get_running_loop()
+        tag = await self._read(lambda: f'"{self.project.source.content(index)}-{assistant.system.fingerprint}"')
+        headers = {"ETag": tag, "Cache-Control": "no-cache"}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=headers)
+        embedding = await loop.run_in_executor(self._now, assistant.embedding, index)
+        body = await self._read(lambda: decoder.embedding(embedding))
+        return Response(body, media_type=_MEDIA["onnx"], headers=headers)
 
     async def _export(self, request: Request) -> Response:
         value = await self._json(request)

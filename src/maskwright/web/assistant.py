@@ -26,6 +26,7 @@ from maskwright.inference.prompting import promptable
 from maskwright.structures import Embedding, Masks, Prompts
 from maskwright.systems import System
 from maskwright.systems.kinds.promptable import PromptableSystem
+from maskwright.web.decoding import PageDecoder
 from maskwright.web.embeddings import LIMIT, EmbeddingStore
 from maskwright.web.objects import is_number, read_any_mask, shown
 from maskwright.web.sources import Source
@@ -91,6 +92,7 @@ class Assistant:
         name: Its name.
         device: As given.
         dtype: As given.
+        page_decoder: What pages need to answer prompts themselves.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Assistant:
         self.system = promptable(prepare(promptable(system), chosen_device(device), dtype))
         self.name = system.name
         self.store = EmbeddingStore(folder, self.system.fingerprint, limit)
+        self.page_decoder: PageDecoder | None = PageDecoder(self.system, folder)
         self._lock = threading.Lock()
         self._held = OrderedDict[int, Embedding]()
         self._under_way = dict[int, Future[Embedding]]()

@@ -66,13 +66,7 @@ class DecoderGraph(nn.Module):
             canvas = canvas_of(self.preprocess)
             height, width = size[0], size[1]
             placed = placed_in(height.float(), width.float(), self.preprocess, canvas)
-            places = (points * placed.scale + placed.offset + 0.5) / torch.tensor([canvas[1], canvas[0]])
-            kinds = torch.where(labels < 0, ABSENT, labels)
-            boxed = (kinds == FIRST_CORNER).any(1)
-            fill = self.system.padding(((kinds == 0) | (kinds == 1)).sum(1), boxed)
-            more = torch.where(torch.arange(self.system.most_padding) < fill[:, None], NOTHING, ABSENT)
-            beside = torch.zeros_like(more)[..., None] - 0.5 / torch.tensor([canvas[1], canvas[0]])
-            slots = Slots(torch.cat([places, beside], 1), torch.cat([kinds, more], 1), logits, given, ragged=True)
+            slots = slots_of(self.system, points * placed.scale + placed.offset, labels, logits, given, canvas)
             decoded = self.system.answer(Features(maps[0], tuple(maps[1:]), canvas), slots)
             rows, columns = height.item(), width.item()
             torch._check(rows >= 1)  # pyright: ignore[reportPrivateUsage] - the documented way to bound a size
@@ -82,6 +76,22 @@ class DecoderGraph(nn.Module):
             masks = (resized > 0).to(torch.uint8).unflatten(0, decoded.logits.shape[:2])
             found = (masks, decoded.scores, decoded.logits)
             return found if decoded.present is None else (*found, decoded.present)
+
+
+def slots_of(
+    system: PromptableSystem, points: Tensor, labels: Tensor, logits: Tensor | None, given: Tensor | None,
+    canvas: tuple[int, int],
+) -> Slots:  # fmt: skip
+    """Prompts as the networks read them, from points (N, T, 2) in pixels of the input and labels; see
+    `export_prompted`. The tokens that a system adds are a part of the graph."""
+    unit = torch.tensor([canvas[1], canvas[0]])
+    kinds = torch.where(labels < 0, ABSENT, labels)
+    boxed = (kinds == FIRST_CORNER).any(1)
+    fill = system.padding(((kinds == 0) | (kinds == 1)).sum(1), boxed)
+    more = torch.where(torch.arange(system.most_padding) < fill[:, None], NOTHING, ABSENT)
+    beside = torch.zeros_like(more)[..., None] - 0.5 / unit
+    places = torch.cat([(points + 0.5) / unit, beside], 1)
+    return Slots(places, torch.cat([kinds, more], 1), logits, given, ragged=True)
 
 
 def canvas_of(preprocess: Preprocess) -> tuple[int, int]:

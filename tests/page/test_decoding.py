@@ -1,0 +1,218 @@
+"""Masks that the page decodes by itself, with the weights that are installed, are those of the server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+for name in ("starlette", "uvicorn"):
+    pytest.importorskip(name, reason="needs the extra web")
+for name in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(name, reason="needs the extra export")
+
+from maskwright.structures import Masks  # noqa: E402 - only where the server is
+from maskwright.web.assistant import Answer, Assistant, Prompt  # noqa: E402
+from maskwright.web.sources import Source  # noqa: E402
+from maskwright.web.starting import Plan, promptable_system  # noqa: E402
+from tests.page.running import FLAGS, Running, chromium, draw_image  # noqa: E402
+
+if chromium() is None:
+    pytest.skip("needs chromium", allow_module_level=True)
+
+Mask = np.ndarray[Any, Any]
+DISCS = [(100, 90, 45), (280, 100, 60), (120, 230, 50), (300, 240, 35)]
+TALL = [(70, 90, 40), (150, 250, 55), (60, 330, 30)]
+
+
+class Timed(Assistant):
+    """The installed system, whose answers take a while longer, and are counted."""
+
+    def __init__(self, source: Source, folder: Path):
+        system = promptable_system(Plan("images"), False)
+        assert system is not None
+        super().__init__(source, system, folder, "cpu")
+        self.delay = 0.0
+        self.asked: list[Prompt] = []
+
+    def answer(self, index: int, prompt: Prompt) -> Answer:
+        self.asked.append(prompt)
+        time.sleep(self.delay)
+        return super().answer(index, prompt)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    folder = tmp_path_factory.mktemp("images")
+    draw_image(folder / "a_wide.png", (400, 300), DISCS)
+    draw_image(folder / "b_tall.png", (211, 377), TALL, holes=True)
+    running = Running(folder, ("cell",), make=lambda source: Timed(source, folder / ".maskwright" / "embeddings"))
+    running.assistant.page_decoder.graph()
+    yield running
+    running.stop()
+
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def open_page(server: Running) -> Iterator[Open]:
+    """Opens an image of the server in Chromium, with a choice of where clicks are answered."""
+    with playwright.sync_playwright() as running:
+        chrome = running.chromium.launch(executable_path=chromium(), args=list(FLAGS), headless=True)
+        errors: list[str] = []
+        server.assistant.asked.clear()
+
+        def make(image: int, place: str) -> Any:
+            page = chrome.new_page(viewport={"width": 900, "height": 600})
+            page.set_default_timeout(30_000)
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+            page.add_init_script(f"localStorage.setItem('maskwright-decoder', '{place}')")
+            page.goto(f"{server.address}#image={image}")
+            page.wait_for_selector("#assist:has-text('ready')")
+            return page
+
+        yield make
+        chrome.close()
+        assert errors == []
+
+
+def at(page: Any, x: float, y: float) -> tuple[float, float]:
+    """Window position of a place of the image."""
+    zoom, left, top, box_x, box_y = page.evaluate(
+        "() => { const s = document.getElementById('stage'); const b = s.getBoundingClientRect();"
+        " return [+s.dataset.zoom, +s.dataset.left, +s.dataset.top, b.left, b.top]; }"
+    )
+    return box_x + left + x * zoom, box_y + top + y * zoom
+
+
+def placed(page: Any, x: float, y: float) -> tuple[float, float]:
+    """The place of the image that a click there means, as the page computes it."""
+    (window_x, window_y), (zero_x, zero_y) = at(page, x, y), at(page, 0, 0)
+    zoom = float(page.get_attribute("#stage", "data-zoom"))
+    return (round(window_x) - zero_x) / zoom, (round(window_y) - zero_y) / zoom
+
+
+def click(page: Any, x: float, y: float, **options: Any) -> None:
+    window_x, window_y = at(page, x, y)
+    page.mouse.click(round(window_x), round(window_y), **options)
+
+
+def until(page: Any, condition: Callable[[], Any]) -> Any:
+    for _ in range(300):
+        if value := condition():
+            return value
+        page.wait_for_timeout(40)
+    raise AssertionError(f"not reached; the page says {page.inner_text('#say')!r}")
+
+
+def of_counts(counts: str, size: tuple[int, int]) -> Mask:
+    return Masks("rle", [counts.encode()], size).dense().numpy()[0]
+
+
+def iou(a: Mask, b: Mask) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+def test_page_decodes_what_the_server_decodes(server: Running, open_page: Open):
+    page = open_page(0, "page")
+    page.wait_for_selector("#assist[data-place=page]")
+    page.uncheck("#hover")
+    for number, (x, y, r) in enumerate(DISCS[:2]):
+        click(page, x + 5, y)
+        [first] = until(page, lambda n=number: server.masks(0)[n : n + 1])
+        click(page, x - r - 15, y, button="right")
+        [second] = until(page, lambda n=number, m=first: [s for s in server.masks(0)[n : n + 1] if (s != m).any()])
+        assert server.assistant.asked == [], "the server answers nothing"
+        prompt = Prompt(((*placed(page, x + 5, y), 1),))
+        own = Assistant.answer(server.assistant, 0, prompt)
+        assert iou(first, of_counts(own.counts, (300, 400))) >= 0.99
+        assert first.sum() > 100
+        further = Prompt((*prompt.points, (*placed(page, x - r - 15, y), 0)), None, own.counts)
+        assert iou(second, of_counts(Assistant.answer(server.assistant, 0, further).counts, (300, 400))) >= 0.99
+        page.keyboard.press("Enter")
+
+    page.keyboard.press(".")
+    page.wait_for_selector("#stage[aria-label*='211 by 377']")
+    page.wait_for_selector("#assist[data-place=page]")
+    page.keyboard.press("x")
+    x, y, r = TALL[1]
+    page.mouse.move(*map(round, at(page, x - r, y - r)))
+    page.mouse.down()
+    page.mouse.move(*map(round, at(page, x + r, y + r)), steps=3)
+    page.mouse.up()
+    [boxed] = until(page, lambda: server.masks(1))
+    box = (*placed(page, x - r, y - r), *placed(page, x + r, y + r))
+    own = Assistant.answer(server.assistant, 1, Prompt((), box))
+    assert server.assistant.asked == []
+    assert iou(boxed, of_counts(own.counts, (377, 211))) >= 0.99
+
+    # A mask that was painted by hand has no logits here: the server improves it.
+    page.keyboard.press("b")
+    page.mouse.move(*at(page, x, y))
+    page.mouse.down()
+    page.mouse.move(*at(page, x + r + 20, y), steps=3)
+    page.mouse.up()
+    until(page, lambda: (server.masks(1)[0] != boxed).any())
+    page.keyboard.press("c")
+    click(page, x, y + 10)
+    until(page, lambda: server.assistant.asked)
+    assert server.assistant.asked[0].counts is not None
+
+
+def test_page_decodes_by_itself_only_where_the_server_is_slow(server: Running, open_page: Open):
+    asked: list[str] = []
+    page = open_page(0, "auto")
+    page.on("request", lambda request: asked.append(request.url))
+    page.wait_for_selector("#assist[data-place=server]")
+    state = "#decode-state"
+    server.assistant.delay = 1.0
+    try:
+        for x in range(20, 80, 10):
+            before = len(server.assistant.asked)
+            page.mouse.move(*at(page, x, 20))
+            until(page, lambda n=before: len(server.assistant.asked) > n)
+        page.wait_for_selector("#assist[data-place=page]", timeout=60_000)
+        assert page.text_content(state).endswith("Clicks are answered by the page.")
+        assert "An answer of the server takes " in page.text_content(state)
+        asked_before = len(server.assistant.asked)
+        page.mouse.move(*at(page, 280, 100))
+        page.wait_for_timeout(300)
+        assert len(server.assistant.asked) == asked_before
+    finally:
+        server.assistant.delay = 0.0
+    assert any(url.endswith("/api/decoder") for url in asked)
+    page.click("#assist")
+    page.check("#decode-server")
+    page.wait_for_selector("#assist[data-place=server]")
+
+
+def test_page_says_why_it_cannot_decode(server: Running, open_page: Open, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("maskwright.web.decoding.NEEDED", ("no_such_package",))
+    page = open_page(0, "page")
+    assert page.is_disabled("#decode-page")
+    assert page.text_content("#decode-state") == (
+        "The page cannot decode by itself, because the server has no maskwright[export]. "
+        "Clicks are answered by the server."
+    )
+    click(page, 300, 240)
+    until(page, lambda: server.assistant.asked)
+
+
+def test_graph_of_the_page_is_kept_and_computes_what_torch_computes(server: Running):
+    from maskwright.web.decoding import PageDecoder
+
+    decoder = server.assistant.page_decoder
+    again = PageDecoder(decoder.system, decoder.folder)
+    begin = time.perf_counter()
+    assert again.graph() == decoder.graph()
+    assert time.perf_counter() - begin < 2, "it is read from the disk"
+    assert (decoder.folder / f"{decoder.name}.onnx").read_bytes() == decoder.graph()
+    assert torch.is_grad_enabled()
