@@ -3,6 +3,7 @@
     python benchmarks/scenes.py                                # the small preset of every system
     python benchmarks/scenes.py mask-rcnn-small solov2-small --steps 1000 --draw drawn/
     python benchmarks/scenes.py mask2former-small --data FOLDER --size 160   # images: its train and val part
+    python benchmarks/scenes.py panoptic-fpn-small --stuff     # the background is divided; PQ is measured too
     python benchmarks/scenes.py eomt-small --data FOLDER --size 64 --jitter 3 6 --tile 64   # windows of them
 
 Every network is a system's small preset with half of ResNet-18's channels and a narrow neck, from random weights, at
@@ -35,6 +36,7 @@ from maskwright.systems import ProposalSystem, presets, system_class
 
 RECALLS = ("segm/AR10", "segm/AR100")
 MEASURES = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50", "keypoints/AP", "keypoints/AP50")
+QUALITIES = ("panoptic/PQ", "panoptic/PQth", "panoptic/PQst")
 CLASSES = ("disc", "ring", "star", "box")
 
 
@@ -67,12 +69,18 @@ def learn(
     summary: dict[str, float] = {}
     if not proposing:
         summary |= mw.evaluate(system, unseen, examples=0, **tiles).summary
+    if scenes["stuff"]:
+        summary |= mw.evaluate(system, unseen, task="panoptic", examples=0).summary
     if recall or proposing:
         # For AR@10 what is the same object has to be suppressed, also where a system publishes its windows as they are.
         once: dict[str, Any] = {"nms_threshold": 0.7} if proposing else {}
         summary |= mw.evaluate(system, unseen, task="proposals", detections=100, examples=0, **once).summary
     row: dict[str, Any] = {"system": preset, "lr": rate, "CPU seconds": round(seconds), "seconds": round(clock)}
-    row |= {k: round(100 * float(summary[k]), 1) for k in (*MEASURES, *RECALLS * (recall or proposing)) if k in summary}
+    row |= {
+        k: round(100 * float(summary[k]), 1)
+        for k in (*MEASURES, *QUALITIES, *RECALLS * (recall or proposing))
+        if k in summary
+    }
     row["parameters / 1e6"] = round(sum(p.numel() for p in system.parameters()) / 1e6, 1)
     if draw is not None:
         draw.mkdir(parents=True, exist_ok=True)
@@ -102,6 +110,7 @@ def main() -> None:
     parser.add_argument("--unseen", type=int, default=60, help="how many to measure on")
     parser.add_argument("--shapes", nargs="*", default=CLASSES, help="the classes of the scenes")
     parser.add_argument("--difficulty", type=float, default=0.5, help="of the scenes, 0 ... 1")
+    parser.add_argument("--stuff", action="store_true", help="scenes with stuff, for panoptic systems: PQ too")
     parser.add_argument(
         "--decode", action="append", default=[], metavar="NAME=VALUE", help="of the decoding when measured"
     )
@@ -126,7 +135,7 @@ def main() -> None:
         changes["augment"] = {"flip": 0.5, "jitter": arguments.jitter, "size": arguments.size}
     tiles = {"tile": arguments.tile, "overlap": 0.4} if arguments.tile else {}
     tiles |= {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in arguments.decode)}
-    scenes = {"classes": tuple(arguments.shapes), "difficulty": arguments.difficulty}
+    scenes = {"classes": tuple(arguments.shapes), "difficulty": arguments.difficulty, "stuff": arguments.stuff}
     counts = (arguments.scenes, arguments.unseen)
     rows = []
     for preset in arguments.presets or small_presets():
