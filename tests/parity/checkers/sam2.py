@@ -245,7 +245,7 @@ def settled(
 ) -> tuple[Tensor, int]:
     """The memory of a thresholded mask, with undecided pixels as in the recording, and how many were changed.
 
-    Whether a pixel belongs to the mask is nobody's decision if its logit is 0 but for rounding.
+    A pixel whose logit is 0 up to rounding may be on either side of the threshold.
     """
     frames, masks, shown = inputs
     wide = functional.interpolate(
