@@ -22,7 +22,7 @@ from maskwright.checkpoints import call_specs
 from maskwright.data.scenes import Scenes
 from maskwright.errors import CheckpointError, UsageError
 from maskwright.inference.exporting import export_int8
-from maskwright.structures import Instances, Placement, Prompts
+from maskwright.structures import Instances, Prompts
 from tests.systems.tiny import build
 
 onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
@@ -136,63 +136,14 @@ def test_a_file_that_differs_is_not_written(two_stage, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("masks", ["network", "image"])
-def test_a_graph_computes_what_decode_does(masks):
-    """The decoding with a fixed number of rows, in PyTorch, against the system's own."""
-    from maskwright.inference.exporting import graphs
-    from maskwright.inference.exporting.checking import compare
-
-    image = Scenes(1, (96, 128), seed=7)[0].image
-    mixed = {"htc": {"classes": ("a", "b", "c"), "stuff": ("b",)}}  # labels are not the rows of the heads
-    for name, threshold in (
-        ("mask-rcnn", 0.05), ("htc", 0.001), ("fcos", 0.0), ("yolact", 0.0), ("solov2", 0.0), ("mask2former", 0.0)
-    ):  # fmt: skip
-        ready = graphs.prepare(build(name, **mixed.get(name, {})).eval(), "cpu")
-        canvas = ready.preprocess.padded_size(*image.shape[1:])
-        limits = graphs.Limits(threshold, 0.5 if name != "fcos" else 0.6, 60, 0.5)
-        module = graphs.Graph(ready, canvas, limits, masks, "instances")
-        with torch.no_grad():
-            outputs = module(image.permute(1, 2, 0).contiguous())
-        assert all(len(each) == 60 for each in outputs), name
-        found = dict(zip(("boxes", "scores", "labels", "masks"), (v.numpy() for v in outputs), strict=False))
-        own, placement = graphs._reference(ready, image, module)
-        difference = compare(own, graphs._answer(found, placement, own, module))
-        assert difference.exceeds() is None, (name, str(difference))
-        assert difference.objects > 5, name
-
-
-def test_a_graph_divides_an_image_as_decode_panoptic_does():
-    from maskwright.inference.exporting import graphs, panoptic
-    from maskwright.inference.exporting.placing import Grid
-
-    ready = graphs.prepare(build("mask2former", stuff=("b",)).eval(), "cpu")
-    image = Scenes(1, (120, 160), seed=7)[0].image
-    canvas = ready.preprocess.padded_size(*image.shape[1:])
-    raw = ready(torch.randn(1, 3, *canvas, generator=torch.Generator().manual_seed(0)))
-    classes = 30 * torch.randn(raw.classes.shape, generator=torch.Generator().manual_seed(1))
-    classes[..., -1] = -100.0  # every query is confident that it is an object
-    classes[-1, 0, 3, -1] = 100.0  # but this one
-    embeddings, features = torch.zeros_like(raw.embeddings), torch.full_like(raw.features, -10.0)
-    for query in range(12):  # each has a stripe, the last one that of the first
-        embeddings[..., query, query] = 1.0
-        features[:, query, :, 3 * (query % 11) : 3 * (query % 11) + 2] = 10.0 if query < 11 else 5.0
-    raw = replace(raw, classes=classes, embeddings=embeddings, features=features)
-    own = ready.decode_panoptic(raw, [Placement.identity(canvas)])[0]
-    segments, scores, labels = panoptic.queries(ready, raw, Grid(canvas, None, torch.tensor(canvas).float(), canvas))
-    assert len(own.segments) > 3
-    numbers = segments.unique()
-    assert len(numbers[numbers > 0]) == len(own.segments)
-    table = torch.cat([torch.tensor([-1]), labels])
-    assert (table[segments.long()] == own.semantic()).float().mean() > 0.999
-    assert sorted(scores[numbers[numbers > 0] - 1].tolist()) == pytest.approx(sorted(own.segments.scores.tolist()))
-
-
 def test_options_of_forms_are_checked(two_stage, tmp_path):
     system, _ = two_stage
     with pytest.raises(UsageError, match="has no option 'canvas'"):
         mw.export(system, tmp_path / "x.onnx", form="graph", canvas=(2, 2))
-    with pytest.raises(UsageError, match=r"cannot be exported with form='graph'.*exports every system"):
-        mw.export(build("deepsnake"), tmp_path / "x.onnx", form="graph")
+    with pytest.raises(UsageError, match="task must be 'instances' or 'panoptic'"):
+        mw.export(system, tmp_path / "x.onnx", form="graph", task="semantic")
+    with pytest.raises(UsageError, match="detections and the sides of size must be at least 1"):
+        mw.export(system, tmp_path / "x.onnx", form="graph", detections=0)
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------

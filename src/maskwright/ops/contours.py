@@ -623,8 +623,23 @@ def fourier_rays(
     if count % 2 == 0 and values.shape[-2] == bins:
         real[-1] = True
     imaginary = values[..., 1].masked_fill(real, 0)  # which FFT libraries treat differently
+    if torch.compiler.is_exporting():  # which has no transforms of complex numbers
+        logs = _inverse_transform(values[..., 0], imaginary, count)
+        return logs.clamp(max=longest).exp()
     logs = torch.fft.irfft(torch.complex(values[..., 0], imaginary), n=count, norm="ortho")
     return logs.clamp(max=longest).exp()
+
+
+def _inverse_transform(
+    real: Float[Tensor, "*n k"], imaginary: Float[Tensor, "*n k"], count: int
+) -> Float[Tensor, "*n {count}"]:
+    """The orthonormal inverse of the real Fourier transform, as products with cosines and sines."""
+    bins = real.shape[-1]
+    angles = torch.outer(torch.arange(bins), torch.arange(count)) % count * (2 * torch.pi / count)  # (k, n)
+    single = torch.arange(bins) * 2 % count == 0  # the first bin, and the last one of an even number of rays
+    weight = torch.where(single, 1.0, 2.0)[:, None] / count**0.5
+    cosines, sines = (weight * values for values in (angles.cos(), angles.sin()))
+    return real @ cosines.to(real) - imaginary @ sines.to(real)
 
 
 def fourier_coefficients(rays: Float[Tensor, "*n r"], keep: int) -> Float[Tensor, "*n {keep} 2"]:

@@ -195,6 +195,8 @@ def position_sensitive_pool(
     left, columns = _covered(boxes[:, 0] * scale, (boxes[:, 2] + 1) * scale, side, width)
     top, rows = _covered(boxes[:, 1] * scale, (boxes[:, 3] + 1) * scale, side, height)
 
+    if torch.compiler.is_exporting():  # no shapes that depend on values
+        return _means_by_sums(values, rois[:, 0].long(), (top, rows), (left, columns), group).to(features.dtype)
     # A bag is one bin: rows x columns cells, beginning at `corner`.
     part = torch.arange(side, device=rois.device) * group // side
     part = (part[:, None] * group + part).expand(len(rois), side, side)
@@ -210,6 +212,36 @@ def position_sensitive_pool(
     table = values.permute(0, 3, 4, 2, 1).reshape(-1, values.shape[1])
     means = torch.nn.functional.embedding_bag(index, table, first, mode="mean")
     return means.view(len(rois), side, side, -1).permute(0, 3, 1, 2).to(features.dtype)
+
+
+def _means_by_sums(
+    values: Tensor, images: Tensor, down: tuple[Tensor, Tensor], across: tuple[Tensor, Tensor], group: int
+) -> Tensor:
+    """Means of the cells of bins from tables of sums over all cells above and to the left.
+
+    Args:
+        values: Maps (B, C, G G, H, W).
+        images: Index of each RoI's image.
+        down: First row of each bin, and its number of rows.
+        across: Likewise for columns.
+        group: G.
+    """
+    height, width, side = values.shape[3], values.shape[4], down[0].shape[1]
+    sums = torch.nn.functional.pad(values.double().cumsum(3).cumsum(4), (1, 0, 1, 0))
+    table = sums.permute(0, 2, 3, 4, 1).flatten(0, 3)  # rows of C channels
+    part = torch.arange(side, device=values.device) * group // side
+    first = (images[:, None, None] * group**2 + part[:, None] * group + part) * (height + 1)  # (R, s, s)
+    corners = {
+        (below, right): table[
+            (first + (down[0] + below * down[1])[:, :, None]) * (width + 1)
+            + (across[0] + right * across[1])[:, None, :]
+        ]
+        for below in (0, 1)
+        for right in (0, 1)
+    }
+    total = corners[1, 1] - corners[0, 1] - corners[1, 0] + corners[0, 0]
+    count = (down[1][:, :, None] * across[1][:, None, :]).clamp(min=1)
+    return (total / count[..., None]).permute(0, 3, 1, 2)
 
 
 def _covered(low: Tensor, high: Tensor, side: int, length: int) -> tuple[Tensor, Tensor]:

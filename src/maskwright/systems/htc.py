@@ -373,8 +373,9 @@ class HTC(PanopticTwoStage, CascadeMaskRCNN):
     def semantic_logits(self, raw: Raw) -> Float[Tensor, "b k _h _w"]:
         """Logits of "things", which stands for all outputs but stuff, and of the stuff classes."""
         logits = raw.labels[0].float()
-        stuff = torch.cat([torch.tensor([False]), ~self.thing_classes()]).to(logits.device)
-        return torch.cat([logits[:, ~stuff].logsumexp(1, keepdim=True), logits[:, stuff]], 1)
+        stuff = [1 + row for row, name in enumerate(self.classes) if name in self.stuff]
+        others = [row for row in range(1 + len(self.classes)) if row not in stuff]
+        return torch.cat([logits[:, others].logsumexp(1, keepdim=True), logits[:, stuff]], 1)
 
     # ---- for loading and training ------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ MOST_PIXELS = 0.5
 MOST_SCORE = 0.01
 MOST_MASK = 0.02
 MOST_UNMATCHED = 0.05
+MOST_KEYPOINTS = 0.02  # of the keypoints of matched objects may be more than a pixel apart
 MOST_RAW = 0.01
 FREE_PIXELS = 2  # of each mask, at its border, where a value may be next to the threshold; small masks have few others
 
@@ -45,6 +46,7 @@ class Difference:
         torch_seconds: Time of the checkpoint's system.
         cpu_seconds: Processor time of the exported system, of all threads.
         torch_cpu_seconds: Processor time of the checkpoint's system.
+        keypoints: Share of the keypoints of matched objects that are more than a pixel apart.
     """
 
     objects: int
@@ -57,8 +59,14 @@ class Difference:
     torch_seconds: float = 0.0
     cpu_seconds: float = 0.0
     torch_cpu_seconds: float = 0.0
+    keypoints: float = 0.0
 
     def __str__(self) -> str:
+        if not self.objects and not self.raw:
+            return (
+                "no objects on the image, so that nothing was compared; choose another with --image; "
+                f"{self.seconds:.2f} s, PyTorch {self.torch_seconds:.2f} s"
+            )
         return (
             f"{self.objects} objects on the image, {self.unmatched} without a counterpart; largest differences: boxes "
             f"{self.box:.2g} pixels, scores {self.score:.2g}, masks {100 * self.mask:.2g} % of their pixels, network "
@@ -80,6 +88,8 @@ class Difference:
             return f"scores differ by {self.score:.3g} (at most {MOST_SCORE:g})"
         if not self.mask <= MOST_MASK:
             return f"masks differ in {100 * self.mask:.3g} % of their pixels (at most {100 * MOST_MASK:g} %)"
+        if not self.keypoints <= MOST_KEYPOINTS:
+            return f"{100 * self.keypoints:.3g} % of the keypoints are elsewhere (at most {100 * MOST_KEYPOINTS:g} %)"
         return None
 
 
@@ -123,6 +133,8 @@ def _compare_objects(own: Instances, other: Instances) -> Difference:
     apart = (own.boxes[:, None] - other.boxes[None]).abs().amax(-1)  # (N, M)
     scores = (own.scores[:, None] - other.scores[None]).abs()
     cost = apart + 100 * scores + 1e6 * (own.labels[:, None] != other.labels[None])
+    # Queries that are not trained may have nearly the same box and score: of these the order decides.
+    cost = cost + 1e-4 * (torch.arange(count)[:, None] - torch.arange(len(other))).abs()
     pairs = _assigned(cost)
     rows = torch.tensor([row for row, _ in pairs], dtype=torch.int64)
     columns = torch.tensor([column for _, column in pairs], dtype=torch.int64)
@@ -140,7 +152,12 @@ def _compare_objects(own: Instances, other: Instances) -> Difference:
         mask = max(shares)
     if not len(rows):
         return Difference(count, unmatched)
-    return Difference(count, unmatched, float(apart[rows, columns].max()), float(scores[rows, columns].max()), mask)
+    points = 0.0
+    if own.keypoints is not None and other.keypoints is not None:
+        moved = (own.keypoints[rows, :, :2] - other.keypoints[columns, :, :2]).abs().amax(2)
+        points = float((moved > 1).float().mean())
+    box, score = float(apart[rows, columns].max()), float(scores[rows, columns].max())
+    return Difference(count, unmatched, box, score, mask, keypoints=points)
 
 
 def _assigned(cost: Tensor) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from maskwright.ops.interpolation import cubic_weights
@@ -22,10 +22,12 @@ class Placed:
 
     Attributes:
         image: Height and width of the image.
-        valid: Height and width of the part of the input that the image fills.
+        valid: Height and width of the part of the input that decoding regards as the image: all of a canvas that the
+            image is pasted on, as in `Placement`.
         scale: Factors of x and y.
         offset: Shift in x and y.
         canvas: Height and width of the input.
+        filled: Height and width of the part of the input that the image fills.
     """
 
     image: Tensor
@@ -33,6 +35,7 @@ class Placed:
     scale: Tensor
     offset: Tensor
     canvas: tuple[int, int]
+    filled: Tensor
 
     def boxes_to_image(self, boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
         """Boxes of the input as boxes of the image, clipped to it."""
@@ -54,29 +57,37 @@ def placed_in(height: Tensor, width: Tensor, preprocess: Preprocess, canvas: tup
         preprocess: The rule.
         canvas: Height and width of the input.
     """
-    size = torch.stack([height, width])
-    full = torch.tensor(canvas, dtype=torch.float32)
+    size, full = torch.stack([height, width]), torch.tensor(canvas, dtype=torch.float32)
     if preprocess.fit == "stretch":
         valid = full
     else:
-        factor = torch.minimum(canvas[0] / height, canvas[1] / width)
-        if preprocess.fit == "short":
-            rule = torch.minimum(
-                preprocess.short / torch.minimum(height, width), preprocess.long / torch.maximum(height, width)
-            )
-            factor = torch.minimum(factor, rule)
-        elif preprocess.fit in ("own", "pad"):
-            factor = factor.clamp(max=1.0)
-        floored = preprocess.fit == "short" and preprocess.sizes in ("floored", "benchmark")
-        floored = floored or (
-            preprocess.fit == "short" and preprocess.sizes is None and preprocess.resample == "tensor"
-        )
-        # A thousandth of a pixel, because a factor that was divided and multiplied may end just below an integer.
-        rounded = (size * factor + (1e-3 if floored else 0.5)).floor()
-        valid = rounded.clamp(min=1).minimum(full)
+        # In float64, in which `Preprocess.size` computes, because a product may end just below an integer.
+        own, most = size.double(), full.double()
+        inside = (own * (most / own).min() + 0.5).floor()
+        by_rule = inside if preprocess.fit in ("inside", "letterbox") else _ruled(own, preprocess)
+        valid = torch.where((by_rule <= most).all(), by_rule, inside).clamp(min=1).minimum(most).float()
     centred = preprocess.fit in ("letterbox", "pad") and not preprocess.corner
     start = ((full - valid) / 2).floor() if centred else torch.zeros(2)
-    return Placed(size, valid, (valid / size).flip(0), start.flip(0), canvas)
+    seen = full if preprocess.fit in ("letterbox", "pad") else valid
+    return Placed(size, seen, (valid / size).flip(0), start.flip(0), canvas, valid)
+
+
+def _ruled(size: Float[Tensor, " 2"], preprocess: Preprocess) -> Float[Tensor, " 2"]:
+    """The size that an image is resized to, as `Preprocess.size` computes it, if the canvas does not limit it."""
+    if preprocess.fit != "short":
+        return size
+    low, high = size.min(), size.max()
+    # As tensors, because a number divided by a tensor is multiplied with its reciprocal.
+    short, long = (torch.tensor(side, dtype=torch.float64) for side in (preprocess.short, preprocess.long))
+    rule = preprocess.sizes or ("floored" if preprocess.resample == "tensor" else "rounded")
+    if rule == "floored":
+        return (size * torch.minimum(short / low, long / high)).floor()
+    if rule == "benchmark":
+        least = torch.where(high / low * short <= long, short, (long * low / high).round())
+        least = least.clamp(min=1)
+        return torch.where(size == low, least, (least * high / low).floor())
+    new = torch.where(size == low, short, size * (short / low))
+    return (new * (long / new.max()).clamp(max=1) + 0.5).floor()
 
 
 def place(
@@ -93,7 +104,7 @@ def place(
     """
     height, width = (torch.scalar_tensor(image.shape[axis], dtype=torch.float32) for axis in (0, 1))
     placed = placed_in(height, width, preprocess, canvas)
-    valid, start = placed.valid, placed.offset.flip(0)
+    valid, start = placed.filled, placed.offset.flip(0)
     down = _resizing(canvas[0], image.shape[0], height, valid[0], start[0], preprocess.resample)
     across = _resizing(canvas[1], image.shape[1], width, valid[1], start[1], preprocess.resample)
     values = image.permute(2, 0, 1).float() @ across.T
@@ -152,7 +163,7 @@ class Grid:
     Attributes:
         size: Height and width; symbols where the image decides.
         placed: How these pixels lie in the input; None for those of the input itself.
-        valid: Height and width of the part of the input that the image fills.
+        valid: As of `Placed`.
         canvas: Height and width of the input.
     """
 
@@ -161,11 +172,22 @@ class Grid:
     valid: Tensor
     canvas: tuple[int, int]
 
-    def boxes(self, boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
-        """Boxes of the input in these pixels."""
-        if self.placed is not None:
-            return self.placed.boxes_to_image(boxes)
-        return boxes.clamp(min=0).minimum(self.valid.flip(0).repeat(2))
+    @property
+    def limit(self) -> Float[Tensor, " 2"]:
+        """Height and width of what boxes are clipped to: the image, or the valid part of the input."""
+        return self.valid if self.placed is None else self.placed.image
+
+    def points(self, points: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n 2"]:
+        """Points of the input in these pixels, not clipped."""
+        return points if self.placed is None else (points - self.placed.offset) / self.placed.scale
+
+    def frames(self, boxes: Float[Tensor, "n 4"]) -> Float[Tensor, "n 4"]:
+        """Boxes of the input in these pixels, not clipped."""
+        return self.points(boxes.reshape(-1, 2, 2)).flatten(1)
+
+    def boxes(self, boxes: Float[Tensor, "n 4"], last: int = 0) -> Float[Tensor, "n 4"]:
+        """Boxes of the input in these pixels, clipped; with `last` = 1 they include their last pixel."""
+        return self.frames(boxes).clamp(min=0).minimum((self.limit - last).flip(0).repeat(2))
 
     def resize(self, planes: Float[Tensor, "n p q"], steps: int = 2, cubic: bool = False) -> Float[Tensor, "n h w"]:
         """Resizes planes that cover the input, as `ops.planes.place_planes` does."""
@@ -190,6 +212,15 @@ class Grid:
         second = torch.minimum(first + 1, limit - 1)
         low, high = onto_input[first.long()], onto_input[second.long()]
         return torch.lerp(low, high, (place - first)[:, None]) * seen[:, None]
+
+    def labelled(self, cells: int, axis: int) -> tuple[Float[Tensor, "_h p"], Bool[Tensor, " _h"]]:
+        """The weights of cells along one axis as `ops.planes.label_plane` has them, and which pixels see the image."""
+        pixels = torch.arange(self.size[axis], dtype=torch.float32) + 0.5
+        if self.placed is not None:
+            pixels = pixels * self.placed.scale[1 - axis] + self.placed.offset[1 - axis]
+        ratio, limit = cells / self.canvas[axis], self.valid[axis]
+        place = (pixels * ratio - 0.5).clamp(min=0).minimum((limit * ratio - 1).clamp(min=0))
+        return _weights(place, cells), (pixels > 0) & (pixels < limit)
 
     def nearest(self, planes: Tensor) -> Tensor:
         """Planes of the input, of which each of these pixels reads one, as `ops.planes.place_bits`."""
