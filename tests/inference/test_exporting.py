@@ -140,8 +140,8 @@ def test_options_of_forms_are_checked(two_stage, tmp_path):
     system, _ = two_stage
     with pytest.raises(UsageError, match="has no option 'canvas'"):
         mw.export(system, tmp_path / "x.onnx", form="graph", canvas=(2, 2))
-    with pytest.raises(UsageError, match="task must be 'instances' or 'panoptic'"):
-        mw.export(system, tmp_path / "x.onnx", form="graph", task="semantic")
+    with pytest.raises(UsageError, match=r"task='panoptic'; these can: .*detr"):
+        mw.export(system, tmp_path / "x.onnx", form="graph", task="panoptic")
     with pytest.raises(UsageError, match="detections and the sides of size must be at least 1"):
         mw.export(system, tmp_path / "x.onnx", form="graph", detections=0)
 
