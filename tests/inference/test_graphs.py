@@ -27,6 +27,7 @@ from maskwright.ops import keypoints as keypoint_ops
 from maskwright.ops.contours import _inverse_transform, fourier_rays
 from maskwright.ops.outlines import fill_contours
 from maskwright.ops.pooling import _covered, _means_by_sums, position_sensitive_pool
+from maskwright.ops.window_tensors import MaskTensor, _read_windows, _taps, swap_windows
 from maskwright.structures import Masks, Panoptic, Placement, Preprocess
 from maskwright.systems import names, system_class
 from maskwright.systems.kinds.promptable import PromptableSystem
@@ -204,6 +205,18 @@ def test_transforms_and_pooling_of_graphs_compute_the_same():
     own = _means_by_sums(maps.unflatten(1, (3, 49)), boxes[:, 0].long(), (top, rows), (left, columns), 7)
     whole = position_sensitive_pool(maps, boxes, 7, side, 1 / 16)
     torch.testing.assert_close(own.float(), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.fast
+def test_windows_are_read_in_a_graph_as_elsewhere():
+    generator = torch.Generator().manual_seed(0)
+    tensor = MaskTensor(torch.randn(2, 5, 5, 9, 13, generator=generator), True, 4.0, 8.0)
+    windows = torch.stack([torch.randint(0, n, (20,), generator=generator) for n in (2, 4, 6)], 1)
+    for mode in ("bilinear", "nearest", "floor"):
+        rows = _taps(5, 9, 2, 2, tensor.alpha / 2, mode, "cpu")
+        columns = _taps(5, 13, 2, 2, tensor.alpha / 2, mode, "cpu")
+        own = _read_windows(tensor.values, windows, rows, columns, -6.0)
+        torch.testing.assert_close(own, swap_windows(tensor, 2, windows, mode=mode), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.fast

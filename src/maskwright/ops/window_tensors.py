@@ -189,6 +189,8 @@ def swap_windows(
     v_out, u_out = rows.index.shape[0], columns.index.shape[0]
     flat, parts = values.reshape(-1), []
     at_once = max(1, budget // (v_out * u_out * 4 * (8 + 4)))
+    if torch.compiler.is_exporting():  # few operators, and all windows at a time
+        return _read_windows(values, windows, rows, columns, pad)
     for some in windows.split(at_once):
         image, y, x = some.unbind(1)
         row, row_weight = rows.index[:, y], rows.weight[:, y]  # (V', k, taps): v * H + y
@@ -205,6 +207,24 @@ def swap_windows(
         covered = row_weight.sum(-1).T[:, :, None] * column_weight.sum(-1).T[:, None]
         parts.append(total + pad * (1 - covered).to(total))
     return torch.cat(parts) if parts else values.new_zeros(0, v_out, u_out)
+
+
+def _read_windows(
+    values: Tensor, windows: Int[Tensor, "k 3"], rows: _Taps, columns: _Taps, pad: float
+) -> Float[Tensor, "k v u"]:
+    """What `swap_windows` returns, with the taps of columns read together."""
+    _, v, u, h, w = values.shape
+    image, y, x = windows.unbind(1)
+    row, row_weight = rows.index[:, y].transpose(0, 1), rows.weight[:, y].transpose(0, 1).to(values)  # (k, V', taps)
+    column, column_weight = (t[:, x].transpose(0, 1) for t in (columns.index, columns.weight))  # (k, U', taps)
+    column_weight = column_weight.to(values)
+    beside = column.div(w, rounding_mode="floor") * (h * w) + column % w
+    place = ((image[:, None, None] * v + row.div(h, rounding_mode="floor")) * u * h + row % h) * w
+    flat, total = values.reshape(-1), pad * (1 - row_weight.sum(-1)[:, :, None] * column_weight.sum(-1)[:, None])
+    for tap in range(row.shape[-1]):
+        read = flat[place[..., tap, None, None] + beside[:, None]]  # (k, V', U', taps)
+        total = total + (read * column_weight[:, None]).sum(-1) * row_weight[..., tap, None]
+    return total
 
 
 # ---- inside ----------------------------------------------------------------------------------------------------------
