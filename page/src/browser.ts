@@ -14,6 +14,8 @@ export class Browser {
   private readonly list: VirtualList;
   private shown = -1;
   private timer = 0;
+  /** Images whose small picture could not be loaded; they are not asked for again in this visit. */
+  private readonly broken = new Set<string>();
 
   constructor(
     private readonly images: Images,
@@ -91,7 +93,11 @@ export class Browser {
       const picture = element("img");
       picture.alt = "";
       picture.decoding = "async";
-      picture.addEventListener("error", () => picture.removeAttribute("src"));
+      picture.addEventListener("error", () => {
+        if (row.dataset["image"]) this.broken.add(row.dataset["image"]);
+        picture.removeAttribute("src");
+        row.classList.add("broken");
+      });
       row.append(picture, element("bdi"), element("small"), element("span", { className: "spoken" }));
     }
     const [picture, name, note, unit] = row.children as unknown as [
@@ -107,6 +113,7 @@ export class Browser {
       picture.removeAttribute("src");
     }
     row.classList.toggle("done", item?.done ?? false);
+    row.classList.toggle("broken", this.broken.has(id));
     if (!item) {
       name.textContent = "";
       note.textContent = "…";
@@ -123,7 +130,7 @@ export class Browser {
     for (const row of document.querySelectorAll<HTMLElement>("[data-image]:not([hidden])")) {
       const picture = row.querySelector("img");
       const id = row.dataset["image"];
-      if (picture && id && !picture.hasAttribute("src")) picture.src = api.pixels(Number(id), 96);
+      if (picture && id && !picture.hasAttribute("src") && !this.broken.has(id)) picture.src = api.pixels(Number(id), 96);
     }
   }
 }

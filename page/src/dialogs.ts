@@ -37,7 +37,7 @@ export class TrainDialog {
     const running = state.state === "running";
     const progress = byId<HTMLProgressElement>("train-progress");
     progress.hidden = !running;
-    if (state.steps) {
+    if (state.step) {
       progress.max = state.steps;
       progress.value = state.step;
     } else progress.removeAttribute("value");
@@ -46,14 +46,16 @@ export class TrainDialog {
     byId<HTMLInputElement>("train-steps").disabled = running;
     const text = this.text(state);
     byId("train-state").textContent = text;
-    byId("train").querySelector("span")!.textContent =
-      running && state.steps ? `Training ${Math.floor((100 * state.step) / state.steps)} %` : "Train";
+    const label = running && state.steps ? `Training ${Math.floor((100 * state.step) / state.steps)} %` : "Train";
+    byId("train").querySelector("span")!.textContent = label;
+    byId("train").setAttribute("aria-label", label); // the text is hidden in narrow windows
     if (before === "running" && state.state === "done") this.voice.say(text);
     if (before === "running" && state.state === "failed") this.voice.warn(text);
   }
 
   private text({ state, step, steps, ap, message }: TrainState): string {
     const said = message ? ` ${printable(message, 300)}` : "";
+    if (state === "running" && !step) return `Starting…${said}`;
     if (state === "running") return `${step.toLocaleString()} of ${steps ? steps.toLocaleString() : "…"} steps.${said}`;
     const score = ap === undefined ? "" : ` Mask AP ${(100 * ap).toFixed(1)}.`;
     if (state === "done")

@@ -31,16 +31,18 @@ const voice: Voice = {
     byId("say").textContent = sentence;
   },
   warn(sentence) {
+    const text = printable(sentence, 400);
+    const warnings = byId("warnings");
+    for (const same of [...warnings.children]) if (same.firstChild?.textContent === text) same.remove();
     const close = element("button", { className: "icon" }, [icon("close")]);
     close.setAttribute("aria-label", "Close the message");
     const warning = element("div", { className: "warning" }, [
-      element("span", { text: printable(sentence, 400) }),
+      element("span", { text }),
       close,
     ]);
     const gone = (): void => warning.remove();
     close.addEventListener("click", gone);
     setTimeout(gone, WARNING_MS);
-    const warnings = byId("warnings");
     warnings.append(warning);
     while (warnings.children.length > 3) warnings.firstChild!.remove();
   },

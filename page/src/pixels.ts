@@ -20,7 +20,11 @@ export class Pixels {
     let pixels = this.kept.get(key);
     if (pixels) this.kept.delete(key);
     else {
-      pixels = api.blob(api.pixels(image, step)).then((blob) => createImageBitmap(blob));
+      pixels = api.blob(api.pixels(image, step)).then((blob) =>
+        createImageBitmap(blob).catch(() => {
+          throw new Error("The image cannot be shown; its file may be damaged");
+        }),
+      );
       pixels.catch(() => this.kept.delete(key));
     }
     this.kept.set(key, pixels);

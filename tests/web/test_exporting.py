@@ -155,3 +155,19 @@ def test_exports_inside_of_the_folder_are_not_what_is_annotated_next(folder):
             export(project, format)
     source = open_source(folder)
     assert (len(source), source.format) == (3, None)
+
+
+def test_images_that_are_gone_do_not_prevent_an_export(folder):
+    with opened(folder) as project:
+        for image in range(2):
+            saved(project, image, add("a", 5))
+        (folder / "photo-1.png").unlink()
+        with pytest.raises(LossyError, match=r"the file of photo-1\.png is gone: left out with 1 objects"):
+            export(project, "coco")
+        found = export(project, "coco", allow_loss=True)
+        assert (found.images, found.objects) == (1, 1)
+        assert found.losses == ["the file of photo-1.png is gone: left out with 1 objects, which are kept here"]
+        assert len(project.state(0).objects) == 1
+        (folder / "photo-2.png").unlink()
+        with pytest.raises(UsageError, match="the images with objects are gone"):
+            export(project, "coco", allow_loss=True)

@@ -353,7 +353,7 @@ class AnnotationServer:
                 return JSONResponse({"error": str(error), "losses": error.losses}, 409)
         return JSONResponse(
             {
-                "path": printable(str(found.path)),
+                "path": printable(str(found.path.absolute())),
                 "images": found.images,
                 "objects": found.objects,
                 "losses": found.losses,

@@ -262,13 +262,16 @@ def export(project: Project, format: str, *, allow_loss: bool = False, target: P
         UsageError: If there is nothing to write, or no such format.
         DataError: If a file cannot be written.
     """
-    positions = project.labelled()
+    chosen = project.labelled()
+    positions = [position for position in chosen if project.source.is_there(position)]
     if not positions:
-        raise UsageError("there is nothing to export yet: no image has objects or is marked as done")
+        why = "the images with objects are gone" if chosen else "no image has objects or is marked as done"
+        raise UsageError(f"there is nothing to export yet: {why}")
     snapshot = project.snapshot()
     try:
         survey = surveyed(snapshot, positions)
         parts, losses = parts_of(snapshot, positions, fill=survey.mixed), survey.losses()
+        losses += gone_images(snapshot, sorted({*chosen} - {*positions}))
         if losses and not allow_loss:
             module = load_format(format)
             further = find_losses(parts, module.NAME, module) if hasattr(module, "HOLDS") else []
@@ -348,6 +351,16 @@ def surveyed(snapshot: Snapshot, positions: Sequence[int]) -> Survey:
         survey.boxes += boxes
         survey.masks += len(objects) - boxes
     return survey
+
+
+def gone_images(snapshot: Snapshot, positions: Sequence[int]) -> list[str]:
+    """Return a sentence for images whose files are gone, which cannot be exported; none if there are none."""
+    if not positions:
+        return []
+    total = sum(len(snapshot.state(position).objects) for position in positions)
+    first = snapshot.project.source.name(positions[0])
+    others = f" and {len(positions) - 1} others" if len(positions) > 1 else ""
+    return [f"the file of {first}{others} is gone: left out with {total} objects, which are kept here"]
 
 
 def free_folder(folder: Path, name: str) -> Path:

@@ -110,7 +110,8 @@ class Trainer:
     def images(self) -> list[int]:
         """Return the images to train on: those that are complete; if there are fewer than two, all with objects."""
         done = list(self.project.listed("done"))
-        return done if len(done) >= 2 else self.project.labelled()
+        chosen = done if len(done) >= 2 else self.project.labelled()
+        return [position for position in chosen if self.project.source.is_there(position)]
 
     async def stop(self) -> None:
         """End the training; what it has saved is kept."""

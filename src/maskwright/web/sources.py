@@ -106,6 +106,11 @@ class Source(ABC):
         del index
         return None
 
+    def is_there(self, index: int) -> bool:
+        """Return whether the file of an image still exists."""
+        file = self.file(index)
+        return file is None or file.is_file()
+
     def stamp(self, index: int) -> str:
         """Return a text that changes when the file of an image changes."""
         file = self.file(index) or self.path
