@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import inspect
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,7 @@ from PIL import Image
 
 import maskwright as mw
 from maskwright.data.scenes import Scenes
-from maskwright.errors import CheckpointError
+from maskwright.errors import CheckpointError, MissingExtraError
 from maskwright.inference.exporting import checking, filling, graphs, panoptic
 from maskwright.inference.exporting.decoders import DECODERS, SEGMENTERS
 from maskwright.inference.exporting.placing import Grid, placed_in
@@ -93,6 +94,17 @@ def test_a_graph_finds_the_objects_that_decode_finds(name):
 def test_masks_in_the_pixels_of_the_input(name):
     image = Scenes(1, (80, 150), seed=7)[0].image
     own = difference_of(graph_of(name, "network", image), image)
+    assert own.exceeds() is None, str(own)
+    assert own.objects > 0
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels(channels):
+    image = checking.check_image(None, (80, 120), channels)
+    ready = graphs.prepare(build("fcos", in_channels=channels).eval(), "cpu")
+    image = ready.preprocess.match_channels(image)
+    limits = graphs.limits_of(ready, ROWS, 0.0)
+    own = difference_of(graphs.Graph(ready, ready.preprocess.padded_size(80, 120), limits, "image", "instances"), image)
     assert own.exceeds() is None, str(own)
     assert own.objects > 0
 
@@ -294,6 +306,19 @@ def test_a_damaged_graph_is_not_written(converted, damage, tmp_path, monkeypatch
         graphs.export_graph(system, before, **options)
     assert [path.name for path in tmp_path.iterdir()] == ["graph.onnx"]
     assert before.read_bytes() == b"an earlier file"
+
+
+def test_a_missing_runtime_is_named_before_anything_is_converted(tmp_path, monkeypatch):
+    from maskwright.inference.exporting import networks, running
+
+    monkeypatch.setattr(graphs, "convert", lambda *a, **k: pytest.fail("converted"))
+    monkeypatch.setattr(running.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"onnxruntime.*\[export\]"):
+        graphs.export_graph("model.safetensors", tmp_path / "graph.onnx")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(MissingExtraError, match="onnxscript"):
+        networks.import_onnx()
 
 
 def test_a_full_disk_leaves_nothing(converted, tmp_path, monkeypatch):

@@ -174,12 +174,13 @@ def _compare_segments(own: Panoptic, other: Panoptic) -> Difference:
     return Difference(count, abs(count - len(other.segments)), mask=share)
 
 
-def check_image(image: str | Path | None, size: tuple[int, int] = (240, 320)) -> Any:
+def check_image(image: str | Path | None, size: tuple[int, int] = (240, 320), channels: int = 3) -> Any:
     """The image that exports are checked on: a file, or a generated one.
 
     Args:
         image: The file; None for a generated scene.
         size: Height and width of the scene.
+        channels: Channels that the system expects; those of the scene are repeated.
     """
     if image is not None:
         path = Path(image)
@@ -188,4 +189,5 @@ def check_image(image: str | Path | None, size: tuple[int, int] = (240, 320)) ->
         return path
     from maskwright.data.scenes import Scenes
 
-    return Scenes(1, size, seed=7)[0].image
+    scene = Scenes(1, size, seed=7)[0].image
+    return scene if channels in (1, 3) else scene[torch.arange(channels) % 3]

@@ -27,7 +27,7 @@ from maskwright.inference.exporting.fixed import Found, Limits
 from maskwright.inference.exporting.networks import OPSET, Convertible, convert
 from maskwright.inference.exporting.placing import Grid, Placed, place
 from maskwright.inference.exporting.prompted import export_prompted
-from maskwright.inference.exporting.running import open_session
+from maskwright.inference.exporting.running import open_session, require_runtime
 from maskwright.inference.exporting.writing import Exported, loaded_for_export, publish, staged, write_model
 from maskwright.inference.preparing import prepare
 from maskwright.inference.sources import items, read
@@ -151,6 +151,7 @@ def export_graph(
         )
     if detections < 1 or (size is not None and min(size) < 1):
         raise UsageError(f"detections and the sides of size must be at least 1, got {detections} and {size}")
+    require_runtime(target)
     original = loaded_for_export(system)
     if isinstance(original, Classless):
         raise UsageError(
@@ -167,7 +168,9 @@ def export_graph(
         )
     if task == "panoptic" and "panoptic" not in original.tasks:
         raise UsageError(f"{original.name}: this checkpoint has no stuff classes, which task='panoptic' needs")
-    pixels = read(next(iter(items(check_image(image), False))), original.preprocess)
+    pixels = read(
+        next(iter(items(check_image(image, channels=len(original.preprocess.mean)), False))), original.preprocess
+    )
     ready = prepare(original, "cpu")
     limits = limits_of(ready, detections, score_threshold, nms_threshold, mask_threshold)
     canvas = ready.preprocess.padded_size(*(size or (pixels.shape[1], pixels.shape[2])))

@@ -142,7 +142,7 @@ def export_prompted(system: PromptableSystem, out: str | Path, *, image: str | P
     ready = prepare(loaded_for_export(system), "cpu")
     assert isinstance(ready, PromptableSystem)
     ready.uniform = True
-    pixels = read(next(iter(items(check_image(image), False))), ready.preprocess)
+    pixels = read(next(iter(items(check_image(image, channels=len(ready.preprocess.mean)), False))), ready.preprocess)
     parts: dict[str, _Part] = dict(zip(PARTS, _parts(ready, pixels), strict=True))
     canvas = canvas_of(ready.preprocess)
     size = 0

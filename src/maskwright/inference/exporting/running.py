@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
@@ -14,6 +15,20 @@ import torch
 
 from maskwright.checkpoints.runtimes import import_openvino
 from maskwright.errors import MissingExtraError
+from maskwright.inference.exporting.networks import import_onnx
+
+
+def require_runtime(path: Path) -> None:
+    """Fails before anything is computed if the runtime of a file is not installed.
+
+    Raises:
+        MissingExtraError: If it is not.
+    """
+    if path.suffix.lower() == ".xml":
+        import_openvino()
+    elif importlib.util.find_spec("onnxruntime") is None:
+        raise MissingExtraError("onnxruntime", "export")
+    import_onnx()
 
 
 def open_session(path: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:

@@ -24,6 +24,7 @@ from maskwright.files import atomic_path
 from maskwright.inference.exporting.capturing import forms_of
 from maskwright.inference.exporting.checking import Difference, check_image, compare, relative_error, timed
 from maskwright.inference.exporting.networks import OPSET, export_form, merge
+from maskwright.inference.exporting.running import require_runtime
 from maskwright.inference.predicting import Prediction, predict
 from maskwright.inference.preparing import prepare
 from maskwright.inference.sources import items, read
@@ -95,8 +96,10 @@ def export(
     target = Path(out)
     if target.suffix.lower() not in SUFFIXES:
         raise UsageError(f"{target}: the file name of an exported system must end in {' or '.join(SUFFIXES)}")
+    require_runtime(target)
     original = loaded_for_export(system)
-    pixels = check_image(image) if check else None
+    channels = len(original.preprocess.mean)
+    pixels = check_image(image, channels=channels) if check else None
     ready = prepare(original, "cpu")
     about = dict[str, str]()
     if isinstance(ready, PromptableSystem):
@@ -105,7 +108,7 @@ def export(
     models, parts = _exported(ready)
     if _fixed(parts) and ready.preprocess.fit in ("short", "own", "pad"):
         # The network does not allow other sizes: images are resized into one, that of the image of the check.
-        pixels = check_image(image) if pixels is None else pixels
+        pixels = check_image(image, channels=channels) if pixels is None else pixels
         height, width = read(next(iter(items(pixels, False))), ready.preprocess).shape[1:]
         canvas = ready.preprocess.size(height, width)
         ready.preprocess = replace(ready.preprocess, fit="letterbox", canvas=canvas, corner=True)
