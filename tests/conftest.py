@@ -43,10 +43,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if both:
         raise pytest.UsageError(f"marked fast and slow at once: {', '.join(both)}")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    omitted = "thorough" if config.option.markexpr == "fast" else "cluster" if not config.option.markexpr else None
-    if omitted:
-        left_out = [item for item in items if item.get_closest_marker(omitted)]
-        items[:] = [item for item in items if not item.get_closest_marker(omitted)]
+    chosen = config.option.markexpr
+    omitted = ("thorough",) if chosen == "fast" else () if chosen else ("cluster", "runtime")
+    left_out = [item for item in items if any(item.get_closest_marker(name) for name in omitted)]
+    if left_out:
+        items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
 
 

@@ -353,10 +353,14 @@ def test_a_graph_takes_images_of_any_size(converted, tmp_path, monkeypatch):
             assert (found["boxes"][~real] == 0).all()
 
 
-@pytest.mark.slow
+# Converting takes about ten seconds each: these always, the others with `-m runtime`.
+ALWAYS = [("polarmask", "instances"), ("detr", "panoptic")]
+EVERY = [*((name, "instances") for name in SYSTEMS), *((name, "panoptic") for name in sorted(SEGMENTERS))]
+
+
 @pytest.mark.parametrize(
     ("name", "task"),
-    [*((name, "instances") for name in SYSTEMS), *((name, "panoptic") for name in sorted(SEGMENTERS))],
+    [pytest.param(*one, marks=pytest.mark.slow if one in ALWAYS else pytest.mark.runtime) for one in EVERY],
 )
 def test_every_graph_agrees_in_its_runtime(name, task, tmp_path):
     """The public function: conversion, ONNX Runtime, and the comparison with PyTorch."""
