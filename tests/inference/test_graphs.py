@@ -22,6 +22,7 @@ from maskwright.data.scenes import Scenes
 from maskwright.errors import CheckpointError, MissingExtraError
 from maskwright.inference.exporting import checking, filling, graphs, panoptic
 from maskwright.inference.exporting.decoders import DECODERS, SEGMENTERS
+from maskwright.inference.exporting.networks import Convertible
 from maskwright.inference.exporting.placing import Grid, placed_in
 from maskwright.inference.exporting.two_stage import keypoint_peaks
 from maskwright.ops import keypoints as keypoint_ops
@@ -229,6 +230,16 @@ def test_windows_are_read_in_a_graph_as_elsewhere():
         columns = _taps(5, 13, 2, 2, tensor.alpha / 2, mode, "cpu")
         own = _read_windows(tensor.values, windows, rows, columns, -6.0)
         torch.testing.assert_close(own, swap_windows(tensor, 2, windows, mode=mode), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.fast
+def test_booleans_are_chosen_without_where():
+    with Convertible():
+        choice = torch.tensor([True, True, False, False])
+        first, second = torch.tensor([True, False, True, False]), torch.tensor([False, False, True, True])
+        assert torch.where(choice, first, second).tolist() == [True, False, True, True]
+        assert torch.where(choice, 1.0, 2.0).tolist() == [1, 1, 2, 2]
+        assert [rows.tolist() for rows in torch.where(choice)] == [[0, 1]]
 
 
 @pytest.mark.fast

@@ -60,7 +60,7 @@ class Convertible(TorchFunctionMode):
 
     `torch.tensor` and `Tensor.new_tensor` of sizes keep them as symbols; traced as they are, sizes become fixed. Stable
     sorting is TopK, which puts the first of equal values first in ONNX. `searchsorted` counts comparisons, and
-    `repeat_interleave` expands.
+    `repeat_interleave` expands. ONNX Runtime has no Where of booleans.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -68,6 +68,9 @@ class Convertible(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in ("sort", "argsort") and kwargs.get("stable"):
             return _sorted(*args, indices=name == "argsort", **kwargs)
+        if name == "where" and len(args) == 3 and all(_is_bool(value) for value in args[1:]):
+            condition, first, second = args
+            return (condition & first) | (~condition & second)
         if name == "repeat_interleave" and len(args) == 2 and isinstance(args[1], int | torch.SymInt):
             return _repeated(*args, **kwargs)
         if name == "searchsorted" and set(kwargs) <= {"right"}:
@@ -83,6 +86,10 @@ class Convertible(TorchFunctionMode):
                 device = kwargs.get("device") or (like.device if own else "cpu")
                 return _stacked(data, dtype, torch.device(device))
         return function(*args, **kwargs)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _sorted(values: Tensor, dim: int = -1, descending: bool = False, *, stable: bool, indices: bool) -> Any:
