@@ -4,6 +4,7 @@
     python benchmarks/annotator.py clicks DATA --weights FILE --suggest FILE         # the same with suggestions
     python benchmarks/annotator.py latency --weights FILE [--side 1024]              # with 0 and with 500 masks
     python benchmarks/annotator.py folder [--count 60000]                            # a large folder
+    python benchmarks/annotator.py kills [--count 200]                               # kill -9 at random moments
 
 A server runs in a process of its own, as `maskwright annotate` starts it, and is asked over its WebSocket.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -41,6 +43,7 @@ from maskwright.data import open_dataset
 from maskwright.structures import Masks
 
 GOOD = 0.9
+COUNT = 60_000
 MOST = 20
 ACCEPTED = 0.5  # IoU from which a suggestion is taken and corrected
 
@@ -336,9 +339,154 @@ def measure_folder(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+# ---- kills -----------------------------------------------------------------------------------------------------------
+
+
+def serve_forked(folder: Path, port: int) -> int:
+    """Serve a folder in a forked process, which need not import anything; returns its number."""
+    import uvicorn
+
+    from maskwright.web import project as module
+    from maskwright.web.annotating import AnnotationServer
+    from maskwright.web.datasets import open_source
+    from maskwright.web.project import Project, default_folder
+
+    uvicorn.Config(AnnotationServer, factory=False, lifespan="on", ws="websockets-sansio").load()  # imports
+    child = os.fork()
+    if child:
+        return child
+    module.COMPACT_ABOVE = 1 << 12  # journals of a benchmark are short, but are to be compacted too
+    project = Project(open_source(folder), default_folder(folder), ("cell",), "ann")
+    config = uvicorn.Config(
+        AnnotationServer(project).app, port=port, log_level="error", ws="websockets-sansio", lifespan="on"
+    )
+    uvicorn.Server(config).run()
+    os._exit(0)
+
+
+def measure_kills(options: argparse.Namespace) -> dict[str, Any]:
+    """Kill the server while edits are under way, and compare what the next one has with what was answered.
+
+    The edits of one connection are applied in their order, so the state after a kill must be that after some of them:
+    all that were answered, and perhaps those that were sent and not answered.
+    """
+    import random
+    import signal
+    import socket
+
+    from PIL import Image
+    from websockets.exceptions import ConnectionClosed
+
+    rng, counts = random.Random(0), {"kills": 0, "edits": 0, "answered": 0, "applied": 0, "sent": 0, "lost": 0}
+    shapes = [one["object"]["rle"] for one in squares(40, 256)]
+    made = [{"by": "simulated", "how": "brush", "clicks": 1}]
+    count = 200 if options.count == COUNT else options.count
+    with tempfile.TemporaryDirectory(dir=options.place) as temporary, socket.socket() as probe:
+        folder = Path(temporary) / "photos"
+        folder.mkdir()
+        for n in range(3):
+            Image.new("RGB", (256, 256), (90, 120, 60)).save(folder / f"{n}.png")
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        known: dict[tuple[int, str], str] = {}  # of each object its mask, as far as it is certain
+        under_way: list[tuple[int, str, str | None]] = []  # sent and not answered; no mask: removed
+        sizes = list[int]()
+        while True:
+            child = serve_forked(folder, port)
+            while True:
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60).close()
+                    break
+                time.sleep(0.01)
+            there: dict[tuple[int, str], str] = {}
+            revisions: dict[tuple[int, str], int] = {}
+            for image in range(3):
+                address = f"http://127.0.0.1:{port}/api/images/{image}/objects"
+                with urllib.request.urlopen(address, timeout=60) as answer:
+                    for one in json.loads(answer.read())["objects"]:
+                        there[image, one["id"]] = one["rle"]["counts"]
+                        revisions[image, one["id"]] = one["revision"]
+            possible = [dict(known)]
+            for image, name, mask in under_way:
+                further = dict(possible[-1])
+                if mask is None:
+                    further.pop((image, name), None)
+                else:
+                    further[image, name] = mask
+                possible.append(further)
+            if there in possible:
+                counts["applied"] += possible.index(there)
+            else:
+                counts["lost"] += 1
+            known, under_way = there, []
+            sizes.append((folder / ".maskwright" / "journal.jsonl").stat().st_size)
+            if counts["kills"] == count:
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                break
+            deadline = time.perf_counter() + rng.uniform(0, 0.7)
+            killed = False
+            with connect(f"ws://127.0.0.1:{port}/api/live", max_size=1 << 26, ping_timeout=None) as live:
+                while not killed:
+                    while len(under_way) < 4:
+                        names = [key for key in known if key not in {(i, n) for i, n, _ in under_way}]
+                        if names and rng.random() < 0.6:
+                            image, name = rng.choice(names)
+                            remove = rng.random() < 0.3
+                        else:
+                            image, name, remove = rng.randrange(3), uuid.uuid4().hex[:12], False
+                        mask = None if remove else rng.choice(shapes)
+                        edit: dict[str, Any] = {"do": "remove", "id": name, "was": revisions.get((image, name), 0)}
+                        if mask is not None:
+                            edit = {"do": "add", "object": {"id": name, "label": 0, "rle": mask, "made": made}}
+                            if (image, name) in known:
+                                edit = {**edit, "do": "replace", "id": name, "was": revisions[image, name]}
+                        counts["edits"] += 1
+                        text = json.dumps({"op": "edit", "request": counts["edits"], "image": image, "edits": [edit]})
+                        under_way.append((image, name, None if mask is None else mask["counts"]))
+                        live.send(text)
+                    try:
+                        message = json.loads(live.recv(timeout=max(0.0, deadline - time.perf_counter())))
+                    except TimeoutError:
+                        os.kill(child, signal.SIGKILL)
+                        os.waitpid(child, 0)
+                        killed = True
+                        with contextlib.suppress(ConnectionClosed, OSError):  # answers that were sent before
+                            while True:
+                                message = json.loads(live.recv(timeout=5))
+                                known = answered(message, known, revisions, under_way, counts)
+                        break
+                    known = answered(message, known, revisions, under_way, counts)
+            counts["kills"] += 1
+            counts["sent"] += len(under_way)
+    return {**counts, "compactions": sum(b < a for a, b in itertools.pairwise(sizes)), "journal": max(sizes)}
+
+
+def answered(
+    message: dict[str, Any],
+    known: dict[tuple[int, str], str],
+    revisions: dict[tuple[int, str], int],
+    under_way: list[tuple[int, str, str | None]],
+    counts: dict[str, int],
+) -> dict[tuple[int, str], str]:
+    """What is known after a message of the server."""
+    if message["event"] != "saved":
+        if message["event"] in ("error", "conflict"):
+            raise SystemExit(str(message))
+        return known
+    image, name, mask = under_way.pop(0)
+    counts["answered"] += 1
+    known = {key: value for key, value in known.items() if key != (image, name)}
+    if mask is not None:
+        known[image, name] = mask
+        revisions[image, name] = next(one["revision"] for one in message["objects"] if one["id"] == name)
+    return known
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("clicks", "latency", "folder"))
+    parser.add_argument("what", choices=("clicks", "latency", "folder", "kills"))
     parser.add_argument("data", nargs="?", help="a data set with masks, for clicks")
     parser.add_argument("--split", default="val")
     parser.add_argument("--weights", help="a promptable system")
@@ -348,13 +496,13 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--clicks", type=int, default=100, help="clicks on each image")
     parser.add_argument("--settle", type=float, default=5.0, help="seconds for images that are encoded ahead")
-    parser.add_argument("--count", type=int, default=60_000)
+    parser.add_argument("--count", type=int, default=COUNT, help="images of the folder; kills, 200 by default")
     parser.add_argument("--place", help="folder for temporary files")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="file for the figures")
     options = parser.parse_args()
-    measure = {"clicks": measure_clicks, "latency": measure_latency, "folder": measure_folder}[options.what]
-    found = measure(options)
+    measures = {"clicks": measure_clicks, "latency": measure_latency, "folder": measure_folder, "kills": measure_kills}
+    found = {"load": round(os.getloadavg()[0], 1), **measures[options.what](options)}
     print(json.dumps(found, indent=2))
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2))

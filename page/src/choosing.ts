@@ -1,6 +1,7 @@
 /**
  * Where clicks are answered: on the server or in the page. Automatically, the first five answers of the server are
- * timed; only if they are slow, the page loads its own decoder, times the same prompts, and uses what is faster.
+ * timed; only if they are slow because it is far away, or runs on another machine that is busy, the page loads its own
+ * decoder, times the same prompts, and uses what is faster. A busy machine on which both run would only get slower.
  */
 
 import type { Answer, Decoder, Prompt } from "./decoder";
@@ -14,6 +15,9 @@ export type Place = (typeof PLACES)[number];
 const MEASURED = 5;
 /** Milliseconds that nobody notices: a server that answers within them is not compared with anything. */
 const QUICK = 60;
+/** Milliseconds on the way, beside the server's own, from which on it is far away, also through a tunnel. */
+const FAR = 25;
+const LOOPBACK = /^(localhost|127(\.\d+){3}|\[::1\])$/;
 /** The page must be faster by this factor, because it also loads and holds embeddings. */
 const GAIN = 0.8;
 const KEY = "maskwright-decoder";
@@ -34,6 +38,7 @@ export class ChoosingDecoder implements Decoder {
   private image = -1;
   private readonly embedded = new Set<number>();
   private times: number[] = [];
+  private ways: number[] = [];
   private prompts: Prompt[] = [];
 
   constructor(
@@ -84,7 +89,7 @@ export class ChoosingDecoder implements Decoder {
     const begin = performance.now();
     try {
       const answer = await this.server.mask(prompt, hover);
-      if (known) this.measured(prompt, performance.now() - begin);
+      if (known) this.measured(prompt, performance.now() - begin, answer.ms ?? 0);
       return answer;
     } catch (error) {
       // Without a connection the page goes on by itself, if it can.
@@ -144,14 +149,16 @@ export class ChoosingDecoder implements Decoder {
 
   // --- measuring -----------------------------------------------------------------------------------------------------
 
-  private measured(prompt: Prompt, milliseconds: number): void {
+  private measured(prompt: Prompt, milliseconds: number, ofServer: number): void {
     if (this.took.server !== null) return;
     this.times.push(milliseconds);
+    this.ways.push(milliseconds - ofServer);
     if (!prompt.rle) this.prompts.push(prompt);
     if (this.times.length < MEASURED) return;
     this.took.server = median(this.times);
     this.onChange();
-    if (this.place === "auto" && this.took.server > QUICK && !this.trouble)
+    const far = Math.min(...this.ways) > FAR || !LOOPBACK.test(location.hostname);
+    if (this.place === "auto" && far && this.took.server > QUICK && !this.trouble)
       void this.compare().catch(() => {});
   }
 

@@ -14,6 +14,8 @@ export interface Prompt {
 export interface Answer {
   rle: Rle;
   score: number;
+  /** Milliseconds that the server needed for it. */
+  ms?: number;
 }
 
 export interface Decoder {
@@ -33,6 +35,6 @@ export class ServerDecoder implements Decoder {
   async mask(prompt: Prompt, hover: boolean): Promise<Answer> {
     const event = await this.live.ask({ op: "prompt", ...prompt, hover });
     if (event.event !== "mask") throw new Error("unexpected answer of the server");
-    return { rle: event.rle, score: event.score };
+    return { rle: event.rle, score: event.score, ms: event.ms };
   }
 }

@@ -167,13 +167,16 @@ def test_page_decodes_what_the_server_decodes(server: Running, open_page: Open):
     assert server.assistant.asked[0].counts is not None
 
 
-def test_page_decodes_by_itself_only_where_the_server_is_slow(server: Running, open_page: Open):
+def test_page_decodes_by_itself_only_where_the_server_is_far(
+    server: Running, open_page: Open, monkeypatch: pytest.MonkeyPatch
+):
     asked: list[str] = []
     page = open_page(0, "auto")
     page.on("request", lambda request: asked.append(request.url))
     page.wait_for_selector("#assist[data-place=server]")
     state = "#decode-state"
-    server.assistant.delay = 1.0
+    server.assistant.delay = 0.5
+    monkeypatch.setattr("maskwright.web.live.timed", lambda begin: 1.0)  # the rest is time on the way
     try:
         for x in range(20, 80, 10):
             before = len(server.assistant.asked)
@@ -192,6 +195,24 @@ def test_page_decodes_by_itself_only_where_the_server_is_slow(server: Running, o
     page.click("#assist")
     page.check("#decode-server")
     page.wait_for_selector("#assist[data-place=server]")
+
+
+def test_page_does_not_compete_with_a_busy_server_of_its_machine(server: Running, open_page: Open):
+    asked: list[str] = []
+    page = open_page(0, "auto")
+    page.on("request", lambda request: asked.append(request.url))
+    server.assistant.delay = 0.2
+    try:
+        for x in range(20, 70, 10):
+            before = len(server.assistant.asked)
+            page.mouse.move(*at(page, x, 20))
+            until(page, lambda n=before: len(server.assistant.asked) > n)
+        until(page, lambda: "An answer of the server takes" in page.text_content("#decode-state"))
+        page.wait_for_timeout(300)
+    finally:
+        server.assistant.delay = 0.0
+    assert page.get_attribute("#assist", "data-place") == "server"
+    assert not any("decoder" in url for url in asked)
 
 
 def test_page_says_why_it_cannot_decode(server: Running, open_page: Open, monkeypatch: pytest.MonkeyPatch):

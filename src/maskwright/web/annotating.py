@@ -135,6 +135,7 @@ class AnnotationServer:
         self._now = ThreadPoolExecutor(1, thread_name_prefix="maskwright-encode")
         self._ahead = ThreadPoolExecutor(1, thread_name_prefix="maskwright-ahead", initializer=be_nice)
         self._long = ThreadPoolExecutor(1, thread_name_prefix="maskwright-long")
+        self._exporter = ThreadPoolExecutor(1, thread_name_prefix="maskwright-decoder", initializer=be_nice)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._exporting = asyncio.Lock()
         self._threshold = threshold
@@ -183,7 +184,9 @@ class AnnotationServer:
                 await desk.stop()
             if self.suggestions.suggester is not None:
                 await loop.run_in_executor(None, self.suggestions.suggester.stop)
-            for pool in (self._ahead, self._now, self._long, self._clicks, self._readers, self._writer):
+            for pool in (
+                self._exporter, self._ahead, self._now, self._long, self._clicks, self._readers, self._writer
+            ):  # fmt: skip
                 await loop.run_in_executor(None, lambda pool=pool: pool.shutdown(cancel_futures=True))
             self.project.close()
             self.project.source.close()
@@ -323,7 +326,10 @@ class AnnotationServer:
 
     async def _decoder(self, request: Request) -> Response:
         _, decoder = self._page_decoder()
-        graph = await self._read(decoder.graph)
+        try:
+            graph = await asyncio.get_running_loop().run_in_executor(self._exporter, decoder.graph)
+        except asyncio.CancelledError:  # it takes longer than the server waits when it ends
+            raise HTTPException(503, "the server ends") from None
         headers = {"ETag": f'"{decoder.name}"', "Cache-Control": "no-cache"}
         if request.headers.get("if-none-match") == headers["ETag"]:
             return Response(status_code=304, headers=headers)
