@@ -12,6 +12,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ import maskwright as mw
 from maskwright.checkpoints import call_specs
 from maskwright.data.scenes import Scenes
 from maskwright.errors import CheckpointError, UsageError
-from maskwright.inference.exporting import export_int8
+from maskwright.inference.exporting import export_int8, prompted, quantising, writing
 from maskwright.structures import Instances, Prompts
 from tests.systems.tiny import build
 
@@ -35,12 +37,30 @@ def images(count: int) -> list[torch.Tensor]:
     return [scenes[index].image for index in range(count)]
 
 
+CONVERTED: dict[str, Any] = {}  # models of the systems of fixtures, since converting takes seconds
+
+
+class Kept:
+    """A function whose results are kept, as they were returned."""
+
+    def __init__(self, function: Any):
+        self.function, self.results = function, list[Any]()
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        result = self.function(*arguments, **keywords)
+        self.results.append(copy.deepcopy(result))
+        return result
+
+
 @pytest.fixture(scope="module")
 def two_stage(tmp_path_factory) -> tuple[mw.System, Path]:
     """Mask R-CNN, whose three networks are called with varying numbers of boxes, and its file."""
     system = build("mask-rcnn", classes=("disc", "ring")).eval()
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
-    mw.export(system, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "_exported", kept := Kept(writing._exported))
+        mw.export(system, path)
+    CONVERTED["mask-rcnn"] = kept.results[0]
     return system, path
 
 
@@ -136,6 +156,30 @@ def test_a_file_that_differs_is_not_written(two_stage, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def largest_weights(model) -> None:
+    tensor = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    tensor.raw_data = (np.frombuffer(tensor.raw_data, np.float32)[::-1] * 1.5).tobytes()
+
+
+def activation(model) -> None:
+    next(node for node in model.graph.node if node.op_type == "Relu").op_type = "Abs"
+
+
+def unknown_operator(model) -> None:
+    model.graph.node[3].op_type = "Rulu"
+
+
+@pytest.mark.parametrize("damage", [largest_weights, activation, unknown_operator])
+@pytest.mark.parametrize("part", [0, 1])
+def test_damaged_networks_are_not_written(two_stage, damage, part, tmp_path, monkeypatch):
+    models, parts = copy.deepcopy(CONVERTED["mask-rcnn"])
+    damage(models[part][1])
+    monkeypatch.setattr(writing, "_exported", lambda ready: (models, parts))
+    with pytest.raises(CheckpointError, match=r"differs from PyTorch|cannot load"):
+        mw.export(two_stage[0], tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_options_of_forms_are_checked(two_stage, tmp_path):
     system, _ = two_stage
     with pytest.raises(UsageError, match="has no option 'canvas'"):
@@ -183,10 +227,21 @@ def test_an_exported_promptable_system_answers_prompts_as_the_checkpoint(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["sam2", "efficient-sam"])
-def test_the_graphs_of_a_promptable_system_need_nothing_of_this_library(name, tmp_path):
+def test_the_graphs_of_a_promptable_system_need_nothing_of_this_library(name, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     system = build(name).eval()
+    monkeypatch.setattr(prompted, "convert", kept := Kept(prompted.convert))
     done = mw.export(system, tmp_path / "model.onnx", form="graph")
+    for part in (0, 1):  # damaged, neither of the two is written
+        models = copy.deepcopy(kept.results)
+        largest_weights(models[part][0])
+        damaged = iter(models)
+        monkeypatch.setattr(prompted, "convert", lambda *a, damaged=damaged, **k: next(damaged))
+        (tmp_path / "damaged").mkdir(exist_ok=True)
+        with pytest.raises(CheckpointError, match="differ from PyTorch"):
+            mw.export(system, tmp_path / "damaged" / "model.onnx", form="graph")
+        assert list((tmp_path / "damaged").iterdir()) == []
+    (tmp_path / "damaged").rmdir()
     assert done.difference.mask < 0.01
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.decoder.onnx", "model.encoder.onnx"]
     encoder, decoder = (
@@ -329,7 +384,7 @@ import json, sys, torch
 import maskwright as mw
 from maskwright.checkpoints.call_specs import flatten
 from maskwright.data.scenes import Scenes
-from maskwright.inference.exporting import export_int8
+from maskwright.inference.exporting import export_int8, prompted, quantising, writing
 from tests.systems.tiny import build
 
 system = build("mask-rcnn", classes=("disc", "ring")).eval()
@@ -366,6 +421,30 @@ def test_int8_files_are_smaller_and_predict_nearly_the_same(suffix, tmp_path):
 def test_the_file_of_an_int8_system_must_be_of_a_runtime(two_stage, tmp_path):
     with pytest.raises(UsageError, match=r"must end in \.onnx or \.xml"):
         export_int8(two_stage[0], tmp_path / "int8.bin", Scenes(2, (96, 144), seed=3))
+
+
+def test_int8_that_loses_too_much_is_not_written(tmp_path, monkeypatch):
+    figures = iter([60.0, 58.9, 59.2, 59.4])
+
+    def exported(system, path, image=None):
+        path.write_bytes(b"float")
+        return SimpleNamespace(path=path, size=5)
+
+    monkeypatch.setattr(quantising, "import_nncf", lambda: None)
+    monkeypatch.setattr(quantising, "export", exported)
+    monkeypatch.setattr(quantising, "load_exported", lambda path: path)
+    monkeypatch.setattr(quantising, "record", lambda *arguments: None)
+    monkeypatch.setattr(quantising, "quantise", lambda system, feeds, level, path: path.write_bytes(b"int8"))
+    monkeypatch.setattr(quantising, "_figures", lambda *a: quantising.Figures("segm/AP", next(figures), 1.0, 1.0, 4))
+    system, scenes = build("yolact"), Scenes(2, (96, 144), seed=3)
+    with pytest.raises(CheckpointError, match=r"1\.10 with all networks .*0\.80 with .*0\.60 with the backbone"):
+        export_int8(system, tmp_path / "int8.onnx", scenes)
+    assert list(tmp_path.iterdir()) == []
+    figures = iter([60.0, 58.9, 59.6])
+    done = export_int8(system, tmp_path / "int8.onnx", scenes)
+    assert done.layers == "the network of the image but its output layers"
+    assert done.drop == pytest.approx(0.4)
+    assert (tmp_path / "int8.onnx").read_bytes() == b"int8"
 
 
 def test_openvino_and_nncf_report_nothing(tmp_path):
