@@ -10,7 +10,10 @@ the largest relative difference of the answers:
 - image: the image encoder, one image;
 - prompts: 64 single points on one embedding, three masks each (and transformers with 20 points: the aim is that 64 of
   ours take as long as these);
-- frame: a frame of a video with one object and as many memories as are read at most (SAM 2), image encoder included.
+- frame: a frame of a video with one object and as many memories as are read at most (SAM 2), image encoder included;
+- everything: an image of 768 x 1024 pixels, `--side` x `--side` points with three masks each (SAM). Every mask passes
+  the thresholds, up to the suppression of duplicates, because scores of random weights mean nothing. The difference is
+  that of the numbers of objects.
 """
 
 from __future__ import annotations
@@ -149,6 +152,41 @@ def ratio(times: dict[str, float]) -> dict[str, float]:
     return {"ours": times["ours"], "theirs": times["theirs"], "ratio": times["ours"] / times["theirs"]}
 
 
+def compare_everything(model: Any, system: Any, arguments: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
+    from PIL import Image
+    from transformers import MaskGenerationPipeline, SamImageProcessor
+
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 12, 16, generator=generator)
+    pixels = torch.nn.functional.interpolate(coarse, size=(768, 1024), mode="bicubic").clamp(0, 1)[0] * 255
+    image = Image.fromarray(pixels.permute(1, 2, 0).byte().numpy())
+    pipeline = MaskGenerationPipeline(
+        model=model, image_processor=SamImageProcessor(), device=arguments.device, dtype=getattr(torch, dtype)
+    )
+    counts = dict[str, int]()
+
+    def ours() -> None:
+        counts["ours"] = len(
+            system.predict(
+                image, points_per_side=arguments.side, score_threshold=0.0, stability_score_thresh=0.0
+            ).instances
+        )
+
+    def theirs() -> None:
+        found = pipeline(
+            image, points_per_batch=64, points_per_crop=arguments.side, pred_iou_thresh=0.0, stability_score_thresh=0.0
+        )
+        counts["theirs"] = len(found["masks"])
+
+    times, peaks = timed({"ours": ours, "theirs": theirs}, max(1, arguments.rounds // 3), arguments.device)
+    apart = abs(counts["ours"] - counts["theirs"]) / max(1, counts["theirs"])
+    what = f"everything, {arguments.side**2} points"
+    return [
+        {"system": "sam-vit-b", "dtype": dtype, "what": what, **ratio(times), "peak": peaks, "difference": apart,
+         "objects": counts}
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -156,6 +194,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["sam", "sam2"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memories", type=int, default=7, help="frames before the one that is timed")
+    parser.add_argument("--side", type=int, default=16, help="points along a side of the grid of everything")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     from transformers import Sam2Config, Sam2Model, Sam2VideoConfig, Sam2VideoModel, SamConfig, SamModel
@@ -167,8 +206,10 @@ def main() -> None:
             if arguments.only != "sam2":
                 torch.manual_seed(0)
                 model = SamModel(SamConfig()).eval()
+                model.mask_decoder.iou_prediction_head.proj_out.bias += 0.5  # predicted IoUs are positive
                 system = loaded(model, folder, arguments.device, dtype)
                 rows += compare_images("sam-vit-b", model.to(arguments.device, kind), system, arguments, dtype)
+                rows += compare_everything(model, system, arguments, dtype)
             if arguments.only != "sam":
                 torch.manual_seed(0)
                 video = Sam2VideoModel(Sam2VideoConfig()).eval()

