@@ -396,7 +396,7 @@ class Mask2Former(QuerySystem):
         "size": (160, 160), "classes": ("disc", "ring", "star", "box"), "difficulty": 0.4,
     }  # fmt: skip
     _TRAINED: ClassVar[dict[str, Any]] = {"lr": 1e-3, "warmup": 50, "ema": 0.99}
-    _MEMORY = "COCO val2017, R50, 50 epochs; from memory"
+    _MEMORY = "COCO val2017, R50, 50 epochs; not verified"
     ablations: ClassVar[Mapping[str, Ablation]] = {
         "4a": Ablation(
             "where queries attend: inside their masks, and at which strides",

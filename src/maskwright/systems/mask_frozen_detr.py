@@ -556,7 +556,7 @@ class MaskFrozenDETR(System):
             note="for a few hundred images and no GPU, from random weights: detector and masks are trained together",
         ),
     }  # fmt: skip
-    # Except for the epochs, from memory.
+    # Except for the epochs, not verified against the paper.
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "mask-frozen-detr-6ep": {
             "optimizer": "adamw", "lr": 1e-4, "weight_decay": 5e-5, "clip": 0.1, "epochs": 6, "warmup": 0,

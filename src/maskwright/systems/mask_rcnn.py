@@ -591,7 +591,7 @@ class MaskRCNN(TwoStage):
         "size": (160, 160), "classes": ("disc", "ring", "star", "box"), "difficulty": 0.4,
     }  # fmt: skip
     _TRAINED: ClassVar[dict[str, Any]] = {"lr": 1e-3, "warmup": 50, "ema": 0.99}
-    _MEMORY = "COCO minival, R50-C4, mask AP; the paper's third version, from memory"
+    _MEMORY = "COCO minival, R50-C4, mask AP; the paper's third version; not verified"
     ablations: ClassVar[Mapping[str, Ablation]] = {
         "2b": Ablation(
             "masks of classes that compete (softmax) or not (sigmoid)",

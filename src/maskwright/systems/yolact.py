@@ -543,7 +543,7 @@ class YOLACT(System):
         ),
         "yolact-r101-im400": Preset(
             {"backbone": {"name": "resnet101", "norm": "batch"}, "resize": {"short": 400}},
-            (Score(24.9, "mask AP", _COCO.format(400), "arXiv 1904.02689, from memory"),),
+            (Score(24.9, "mask AP", _COCO.format(400), "arXiv 1904.02689"),),
             "45.3 frames per second; weights were not published",
         ),
         "yolact-r101-im700": Preset(

@@ -286,7 +286,7 @@ RECIPES: Mapping[str, Recipe] = {
         long=1333,
     ),
     # detectron2's "new baselines", from scratch with large-scale jitter, 100 epochs. Mask R-CNN R50-FPN: mask AP 40.3
-    # with synchronised batch normalisation everywhere. Warm-up and milestones are from memory, not verified.
+    # with synchronised batch normalisation everywhere. Warm-up and milestones are not verified.
     "detectron2-lsj": replace(
         _PUBLISHED,
         epochs=100,
