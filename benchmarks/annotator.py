@@ -459,6 +459,8 @@ def measure_kills(options: argparse.Namespace) -> dict[str, Any]:
                         break
                     known = answered(message, known, revisions, under_way, counts)
             counts["kills"] += 1
+            if counts["kills"] % 20 == 0:
+                print(counts, file=sys.stderr, flush=True)
             counts["sent"] += len(under_way)
     return {**counts, "compactions": sum(b < a for a, b in itertools.pairwise(sizes)), "journal": max(sizes)}
 
