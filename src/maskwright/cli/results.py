@@ -356,7 +356,7 @@ def evaluate(
         classes: Names of the classes to evaluate, separated by commas; default: all that both sides have.
         detections: Maximum objects per image; as many per class are counted. 100, for proposals 1000.
         suppression: Apply Matrix NMS to the finished masks too: scores decay with the overlap with better objects.
-        boundary: Measure boundary AP too.
+        boundary: Measure boundary AP too, of systems that predict masks.
         limit: Maximum number of images, evenly spread over the data set; of clips, the first ones.
         batch: Images per forward pass.
         tile: Evaluate with tiles as predict --tile does: side of the tiles that large images are cut into.

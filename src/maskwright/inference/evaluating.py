@@ -83,7 +83,7 @@ def evaluate(
         detections: Objects per image; as many per class are counted. None: 100, for proposals 1000.
         limit: At most this many images, evenly spaced over the data set.
         kinds: What to measure, of "segm", "bbox", "keypoints"; None: all that the system predicts and the data set has.
-        boundary: Measure boundary AP too.
+        boundary: Measure boundary AP too, of systems that predict masks.
         examples: Number of images to keep for the report page.
         workers: Threads that read and resize images while the network computes.
         title: Title of the report page.
@@ -107,8 +107,6 @@ def evaluate(
     check_tiles(tile, overlap, task)
     if asked.segments and (suppression is not None or kinds is not None or boundary):
         raise UsageError(f"suppression, kinds and boundary do not apply to task {task!r}")
-    if boundary and "masks" not in system.outputs:
-        raise UsageError(f"boundary AP is that of masks, which {system.name} does not predict; omit `boundary`")
     verb = asked.of(system)
     threshold = asked.score_threshold if score_threshold is None else score_threshold
     limits = {} if asked.segments else {"detections": detections or asked.detections}
