@@ -226,7 +226,7 @@ def test_an_exported_promptable_system_answers_prompts_as_the_checkpoint(tmp_pat
         exported.segment(build("sam", points_per_side=7).eval().embed(batch.images, [placement])[0], given)
 
 
-@pytest.mark.parametrize("name", ["sam2", "efficient-sam"])
+@pytest.mark.parametrize("name", ["sam2", pytest.param("efficient-sam", marks=pytest.mark.runtime)])
 def test_the_graphs_of_a_promptable_system_need_nothing_of_this_library(name, tmp_path, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     system = build(name).eval()
@@ -400,7 +400,7 @@ print(json.dumps([done.layers, done.drop, done.before.size, done.after.size, min
 """
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".xml"])
+@pytest.mark.parametrize("suffix", [pytest.param(".onnx", marks=pytest.mark.runtime), ".xml"])
 def test_int8_files_are_smaller_and_predict_nearly_the_same(suffix, tmp_path):
     for name in ("openvino", "nncf"):
         if importlib.util.find_spec(name) is None:

@@ -80,7 +80,9 @@ def test_the_project_is_described(page):
     assert about["name"] == "photos"
     assert (about["kind"], about["count"], about["user"]) == ("images", 11, "ann")
     assert [one["name"] for one in about["classes"]] == ["cat", "dog"]
-    assert about["assist"] == {"system": "sam", "ready": True, "where": "server"}
+    assist = about["assist"]
+    assert (assist["system"], assist["ready"], assist["where"]) == ("sam", True, "server")
+    assert assist["page"] is (assist["why"] is None)
     assert {"coco", "yolo", "labelme"} <= set(about["formats"])
     listed = page.get("/api/images?start=1&count=2")
     assert listed["total"] == 11
