@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
+from clicks import iou, largest_error, middle
 from websockets.sync.client import ClientConnection, connect
 
 import maskwright as mw
@@ -112,30 +112,6 @@ class Live:
 # ---- clicks ----------------------------------------------------------------------------------------------------------
 
 
-def iou(a: Mask, b: Mask) -> float:
-    return float((a & b).sum() / max(1, (a | b).sum()))
-
-
-def middle(region: Mask) -> tuple[float, float]:
-    """x, y of the pixel of a region that is farthest from its border."""
-    away = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
-    row, column = np.unravel_index(int(away.argmax()), away.shape)
-    return float(column) + 0.5, float(row) + 0.5
-
-
-def largest_error(found: Mask, truth: Mask) -> tuple[float, float, int]:
-    """x, y in the middle of the largest region that is wrong, and 1 if it belongs to the object."""
-    best: tuple[int, Mask, int] | None = None
-    for wrong, label in ((truth & ~found, 1), (found & ~truth, 0)):
-        parts, count = ndimage.label(wrong)
-        if count:
-            sizes = np.bincount(parts.ravel())[1:]
-            if best is None or sizes.max() > best[0]:
-                best = int(sizes.max()), parts == 1 + int(sizes.argmax()), label
-    assert best is not None
-    return (*middle(best[1]), best[2])
-
-
 def plane(code: dict[str, Any]) -> Mask:
     return Masks.from_rle([code]).dense()[0].numpy()
 
@@ -146,8 +122,10 @@ def click(live: Live, image: int, truth: Mask, start: dict[str, Any] | None) -> 
     rle, found = start, plane(start) if start is not None else np.zeros_like(truth)
     best = (iou(found, truth), rle)
     while len(points) < MOST:
-        point = [*middle(truth), 1] if rle is None else list(largest_error(found, truth))
-        points.append(point)
+        wrong = largest_error(found, truth) if rle is not None else (middle(truth), 1)
+        assert wrong is not None  # otherwise the mask is good
+        (row, column), label = wrong
+        points.append([column + 0.5, row + 0.5, label])
         answer = live.ask(op="prompt", image=image, points=points, box=None, rle=rle, hover=False)
         rle, found = answer["rle"], plane(answer["rle"])
         best = max(best, (iou(found, truth), rle), key=lambda pair: pair[0])

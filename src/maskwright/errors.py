@@ -5,14 +5,14 @@
     │   ├── MissingExtraError       an optional dependency is not installed
     │   └── UnknownSystemError      no system or preset with this name
     ├── DataError                   an image, an annotation file, a data set
-    │   ├── ImageError              an image that cannot be read
-    │   └── AnnotationError         an annotation file, or one of its entries, that cannot be read
+    │   ├── ImageError              an unreadable image
+    │   └── AnnotationError         an invalid annotation file or entry
     │       └── MaskCodeError       an invalid run-length code; a ValueError too
     ├── CheckpointError             a file of weights
     │   ├── UnsafeCheckpointError   loading it would execute code, or it is not a checkpoint
     │   ├── UnknownLayoutError      its keys match no supported system
     │   └── DownloadError           it could not be downloaded completely; a retry may help
-    └── TrainingError               a training run that cannot continue (NaN, no annotated objects)
+    └── TrainingError               a failed training run (NaN, no annotated objects)
 
 Every message names the file, annotation or key and says what to do. The command line prints the message and exits with
 code 2. Any other exception is a bug of this library and keeps its traceback.
@@ -46,15 +46,15 @@ class UnknownSystemError(UsageError):
 
 
 class DataError(MaskwrightError):
-    """A data set that cannot be used, or a file that cannot be written."""
+    """An invalid data set, or a file that could not be written."""
 
 
 class ImageError(DataError):
-    """An image that cannot be read."""
+    """An unreadable image."""
 
 
 class AnnotationError(DataError):
-    """An annotation file, or one of its entries, that cannot be read."""
+    """An invalid annotation file, or an invalid entry of one."""
 
 
 class MaskCodeError(AnnotationError, ValueError):
@@ -62,7 +62,7 @@ class MaskCodeError(AnnotationError, ValueError):
 
 
 class CheckpointError(MaskwrightError):
-    """A file of weights that cannot be used."""
+    """An invalid or unsupported file of weights."""
 
 
 class UnsafeCheckpointError(CheckpointError):

@@ -58,7 +58,7 @@ def is_slide(path: str | Path) -> bool:
 def read_in_windows(path: Path) -> bool:
     """Whether an image that is predicted in tiles is read in windows too, because it is large or a slide.
 
-    Files that cannot be read, and formats without windows up to `MAX_PIXELS`, are not.
+    Unreadable files, and formats without windows up to `MAX_PIXELS`, are not.
     """
     if is_slide(path) or is_huge(path):
         return True

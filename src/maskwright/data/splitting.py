@@ -173,6 +173,6 @@ def _thumbnail(path: Path) -> npt.NDArray[np.float32] | None:
             image.draft("L", (4 * _SIDE, 4 * _SIDE))
             grey = image if image.mode in ("I;16", "I", "F") else image.convert("L")
             values = np.asarray(grey.convert("F").resize((_SIDE + 1, _SIDE), Image.Resampling.BOX), np.float32)
-    except Exception:  # an image that cannot be read is reported elsewhere
+    except Exception:  # unreadable images are reported elsewhere
         return None
     return values if values.std() > _FLAT * max(1.0, float(values.max()) / 255) else None

@@ -30,7 +30,7 @@ _TRUNCATED = (3, 5, 6, 20)  # expat: no element found, unclosed token, partial c
 
 
 class FileProblem(Exception):
-    """A file that cannot be parsed; the message is a sentence without the name of the file, and advice after '; '."""
+    """An invalid file; the message is a sentence without the name of the file, and advice after '; '."""
 
 
 # ---- finding -------------------------------------------------------------------------------------------------------
