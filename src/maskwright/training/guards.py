@@ -168,7 +168,7 @@ class Stop:
             self._say("stopping after this step; press Ctrl-C again to stop at once")
 
 
-_elsewhere: set[threading.Event] = set()  # one for each run in a thread that is not the main one
+_elsewhere: dict[threading.Event, threading.Thread] = {}  # one for each run in a thread that is not the main one
 _ending = threading.Event()  # the interpreter ends
 
 
@@ -183,19 +183,26 @@ def waited_for() -> Generator[None, None, None]:
         yield
         return
     done = threading.Event()
-    _elsewhere.add(done)
+    _elsewhere[done] = threading.current_thread()
     try:
         yield
     finally:
         done.set()
-        _elsewhere.discard(done)
+        if not _ending.is_set():
+            _elsewhere.pop(done)
 
 
 @atexit.register
 def _finish_elsewhere() -> None:
     _ending.set()
-    for done in list(_elsewhere):
+    runs = list(_elsewhere.items())
+    for done, _ in runs:
         done.wait()
+    # What ended a run is printed by its thread after this. The limit is for threads that do other work afterwards.
+    deadline = time.monotonic() + 5
+    for _, thread in runs:
+        while thread in threading.enumerate() and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def _main_was_interrupted() -> bool:
