@@ -6,6 +6,9 @@
 Needs playwright and the system's Chromium. The server is a process of its own. Clicks are real mouse events with the
 preview switched off, each on an object that has no mask yet; their time runs from the release of the button to the
 frame in which the mask is drawn. Zoom and pan are wheel events in every frame.
+
+The time of a click is also given by stages, each with its median, its 95th percentile, and its mean in the slowest
+tenth of the clicks, which says what the slow ones waited for.
 """
 
 from __future__ import annotations
@@ -96,7 +99,7 @@ def serve_stand_in(folder: Path, port: int) -> None:
 
 
 @contextmanager
-def server(folder: Path, weights: str | None) -> Iterator[str]:
+def server(folder: Path, weights: str | None, threads: int | None = None) -> Iterator[str]:
     """The address of a server process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -105,6 +108,7 @@ def server(folder: Path, weights: str | None) -> Iterator[str]:
     if weights is not None:
         command = [sys.executable, "-m", "maskwright", "annotate", str(folder), "--weights", weights]
         command += ["--no-browser", "--port", str(port)]
+        command += [] if threads is None else ["--threads", str(threads)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}/"
     try:
@@ -121,6 +125,31 @@ def server(folder: Path, weights: str | None) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait()
+
+
+# Of each click the milliseconds of its stages, in their order.
+STAGES = """() => {
+  const of = (name) => performance.getEntriesByName(name);
+  return of('click-to-visible').flatMap(({ startTime, duration, detail: { drawing } }) => {
+    const end = startTime + duration;
+    const answer = of('click-answer').findLast((entry) => entry.startTime >= startTime && entry.startTime < end);
+    const taken = of('click-taken').findLast((entry) => entry.startTime >= startTime && entry.startTime < end);
+    if (!answer || !taken) return [];
+    const { ms = 0, stages = [0, 0, 0] } = answer.detail, arrived = answer.startTime + answer.duration;
+    return [{
+      'click': duration,
+      'page: until it asks': answer.startTime - startTime,
+      'on the way, both directions': answer.duration - ms,
+      'server: until it computes': stages[0],
+      'server: networks': stages[1],
+      'server: mask of the image': stages[2],
+      'server: rest': ms - stages[0] - stages[1] - stages[2],
+      'page: takes the mask': taken.startTime - arrived,
+      'page: until the next frame': drawing - taken.startTime,
+      'page: draws': end - drawing,
+    }];
+  });
+}"""
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -147,6 +176,7 @@ def measure(browser: Any, address: str, objects: int, clicks: int, seconds: floa
             page.wait_for_timeout(5)
         page.wait_for_timeout(60)
     taken = page.evaluate("() => performance.getEntriesByName('click-to-visible').map(entry => entry.duration)")
+    stages = page.evaluate(STAGES)
     page.mouse.move(box["x"] + 5, box["y"] + 5)
     result: dict[str, Any] = {"objects": objects, "clicks": len(taken)}
     result |= {"click p50 ms": statistics.median(taken), "click p95 ms": percentile(taken, 0.95)}
@@ -159,7 +189,17 @@ def measure(browser: Any, address: str, objects: int, clicks: int, seconds: floa
         page.wait_for_timeout(1500)
         page.screenshot(path=str(shot / f"objects_{objects}.png"))
     page.close()
-    return result
+    return result | {"stages": by_stage(stages)}
+
+
+def by_stage(clicks: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Of each stage the median, the 95th percentile, and the mean in the slowest tenth of clicks."""
+    slow = sorted(clicks, key=lambda click: -click["click"])[: max(1, len(clicks) // 10)]
+    found: dict[str, list[float]] = {}
+    for name in clicks[0] if clicks else ():
+        values = [click[name] for click in clicks]
+        found[name] = [statistics.median(values), percentile(values, 0.95), statistics.mean(one[name] for one in slow)]
+    return found
 
 
 def main() -> None:
@@ -168,6 +208,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, nargs="+", default=[0, 500])
     parser.add_argument("--clicks", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=3.0, help="of zooming and of panning")
+    parser.add_argument("--threads", type=int, help="of the server; default: PyTorch's")
     parser.add_argument("--screenshots", type=Path)
     parser.add_argument("--stand-in-server", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
@@ -185,10 +226,15 @@ def main() -> None:
         for objects in options.objects:
             folder = Path(tempfile.mkdtemp(dir=temporary)) / "images"
             make_folder(folder, objects)
-            with server(folder, options.weights) as address:
+            with server(folder, options.weights, options.threads) as address:
                 result = measure(browser, address, objects, options.clicks, options.seconds, options.screenshots)
-            print("  ".join(f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}"
-                            for name, value in result.items()), flush=True)  # fmt: skip
+            stages = result.pop("stages")
+            print(f"load {os.getloadavg()[0]:.1f}  " + "  ".join(
+                f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in result.items()))  # fmt: skip
+            print(f"  {'ms':28}{'median':>8}{'95 %':>8}{'slowest':>9}")
+            for name, (middle, high, slow) in stages.items():
+                print(f"  {name:28}{middle:8.1f}{high:8.1f}{slow:9.1f}", flush=True)
         browser.close()
 
 

@@ -16,6 +16,8 @@ export interface Answer {
   score: number;
   /** Milliseconds that the server needed for it. */
   ms?: number;
+  /** Of these, in the queue, in the networks, and making the mask from their logits. */
+  stages?: number[];
 }
 
 export interface Decoder {
@@ -35,6 +37,6 @@ export class ServerDecoder implements Decoder {
   async mask(prompt: Prompt, hover: boolean): Promise<Answer> {
     const event = await this.live.ask({ op: "prompt", ...prompt, hover });
     if (event.event !== "mask") throw new Error("unexpected answer of the server");
-    return { rle: event.rle, score: event.score, ms: event.ms };
+    return { rle: event.rle, score: event.score, ms: event.ms, ...(event.stages ? { stages: event.stages } : {}) };
   }
 }

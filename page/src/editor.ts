@@ -227,11 +227,15 @@ export class Editor {
         if (fresh) store.select([]);
         for (let tries = 0; tries < 3; tries++) {
           const current = store.current;
+          const asked = performance.now();
           const answer = await this.decoder.mask(this.prompt(current, point), false);
+          const { ms, stages } = answer;
+          performance.measure("click-answer", { start: asked, detail: { ms, stages } });
           if (store.image !== image) return;
           // What was asked about must still be there; someone else, or an undo, may have changed it meanwhile.
           if (store.current?.data.rle.counts !== current?.data.rle.counts) continue;
           this.take(point, this.combined(current, answer, point));
+          performance.mark("click-taken");
           return;
         }
         this.voice.say("The object changed meanwhile; click again");

@@ -213,6 +213,8 @@ class Page implements Actions {
     this.toolbox.input.drop();
     this.editor.clearPreview();
     this.target = image;
+    performance.clearMeasures();
+    performance.clearMarks();
     this.targetStale = false;
     byId("busy").hidden = false;
     this.browser.show(image);
@@ -497,7 +499,7 @@ class Page implements Actions {
   private drawn(): void {
     if (!this.clickedAt || this.editor.waiting.length) return;
     const took = performance.now() - this.clickedAt;
-    performance.measure("click-to-visible", { start: this.clickedAt });
+    performance.measure("click-to-visible", { start: this.clickedAt, detail: { drawing: this.view.began } });
     this.clickedAt = 0;
     byId("stage").dataset["took"] = took.toFixed(1);
   }

@@ -114,7 +114,7 @@ export type Edit =
 export type ServerEvent =
   | { event: "embedded"; image: number; ms: number }
   | { event: "no-assist"; image: number; why: string; request?: number }
-  | { event: "mask"; request: number; image: number; rle: Rle; score: number; ms: number }
+  | { event: "mask"; request: number; image: number; rle: Rle; score: number; ms: number; stages?: number[] }
   | { event: "dropped"; request: number }
   | { event: "suggestions"; request?: number; image: number; objects: ObjectData[] }
   | { event: "propagated"; request: number; image: number; version: number; objects: ObjectData[]; removed?: string[] }

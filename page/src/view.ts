@@ -50,6 +50,8 @@ export class View {
   private stale: Rect[] | "all" = "all";
   private topStale = true;
   private movedAt = 0;
+  /** When the drawing of this frame began. */
+  began = 0;
   private ratio = 1;
   private liveBefore = new Set<string>();
 
@@ -254,7 +256,8 @@ export class View {
   }
 
   private render(): void {
-    const moving = performance.now() - this.movedAt < REST_MS;
+    this.began = performance.now();
+    const moving = this.began - this.movedAt < REST_MS;
     if (this.layer.step(moving ? SLICE_MOVING_MS : SLICE_MS)) this.stale = "all";
     if (this.stale.length) this.renderBase(this.stale);
     if (this.topStale) this.renderTop();

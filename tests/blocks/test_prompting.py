@@ -1,12 +1,15 @@
-"""The attention of prompt tokens and image cells."""
+"""The attention of prompt tokens and image cells, and the encoding of positions."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
-from maskwright.blocks.prompting import NarrowAttention
+from maskwright.blocks.prompting import FourierPositions, NarrowAttention
 
 pytestmark = pytest.mark.fast
 
@@ -71,3 +74,55 @@ def test_gradients_are_those_with_all_projections(queries: int, keys: int) -> No
     theirs = torch.autograd.grad((plain(layer, query, key, value, None) * weights).sum(), given)
     for own, other in zip(ours, theirs, strict=True):
         assert torch.allclose(own, other, atol=1e-10)
+
+
+def computed(positions: FourierPositions, size: tuple[int, int]) -> torch.Tensor:
+    """The grid, computed by a new module."""
+    fresh = FourierPositions(2 * positions.frequencies.shape[1]).to(positions.frequencies.dtype)
+    fresh.load_state_dict(positions.state_dict())
+    return fresh.grid(size)
+
+
+def test_grid_of_positions_is_computed_once_for_a_size_and_again_when_the_frequencies_change() -> None:
+    positions = FourierPositions(8)
+    first = positions.grid((3, 5))
+    assert positions.grid((3, 5)) is first
+    assert torch.equal(first, computed(positions, (3, 5)))
+    assert positions.grid((5, 3)).shape == (1, 8, 5, 3)
+    assert list(positions.state_dict()) == ["frequencies"]
+
+    other = FourierPositions(8)
+    positions.load_state_dict(other.state_dict())
+    assert torch.equal(positions.grid((5, 3)), other.grid((5, 3)))
+    positions.frequencies.mul_(2)
+    assert torch.equal(positions.grid((5, 3)), computed(positions, (5, 3)))
+    positions.frequencies = torch.ones(2, 4)
+    assert torch.equal(positions.grid((5, 3)), computed(positions, (5, 3)))
+    positions.half()
+    assert torch.equal(positions.grid((5, 3)), computed(positions, (5, 3)))
+    twin = copy.deepcopy(positions)
+    twin.frequencies.add_(1)
+    assert torch.equal(twin.grid((5, 3)), computed(twin, (5, 3)))
+    assert torch.equal(positions.grid((5, 3)), computed(positions, (5, 3)))
+
+
+def test_grid_of_positions_that_was_used_for_inference_serves_training_and_export() -> None:
+    class Weighted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.weight = FourierPositions(8), nn.Parameter(torch.ones(8, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.weight * self.positions.grid((4, 6))
+
+    model = Weighted()
+    with torch.inference_mode():
+        expected = model(torch.zeros(1))
+    model(torch.zeros(1)).sum().backward()
+    assert model.weight.grad is not None
+    assert torch.equal(model.weight.grad, model.positions.grid((4, 6)).sum((0, 2, 3)).reshape(8, 1, 1))
+    program = torch.export.export(model, (torch.zeros(1),))
+    assert set(program.state_dict) == {"weight", "positions.frequencies"}
+    assert not program.constants, "the grid is computed in the graph, from the frequencies"
+    assert torch.allclose(program.module()(torch.zeros(1)), expected, atol=1e-6)
+    assert torch.equal(model(torch.zeros(1)), expected)

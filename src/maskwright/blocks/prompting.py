@@ -78,6 +78,7 @@ class FourierPositions(nn.Module):
     def __init__(self, width: int, scale: float = 1.0):
         super().__init__()
         self.register_buffer("frequencies", scale * torch.randn(2, width // 2))
+        self._last: tuple[Tensor, int, tuple[int, int], Tensor] | None = None
 
     def forward(self, points: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n c"]:
         """Encodes points x, y in units of the input's width and height, 0 ... 1."""
@@ -86,12 +87,35 @@ class FourierPositions(nn.Module):
             return torch.cat([angles.sin(), angles.cos()], -1)
 
     def grid(self, size: tuple[int, int]) -> Float[Tensor, "1 c h w"]:
-        """Encodes the centres of the cells of a map of `size` (h, w)."""
+        """Encodes the centres of the cells of a map of `size` (h, w).
+
+        The last result is kept, since it is the same for all prompts of an image; it must not be changed in place.
+        """
+        own = self.frequencies
+        kept = type(own) is Tensor and not (own.requires_grad or own.is_inference() or _is_traced())
+        if not kept:
+            return self._grid(size)
+        last, version = self._last, own._version  # pyright: ignore[reportPrivateUsage] - no public counter
+        if last is not None and last[0] is own and last[1:3] == (version, size):
+            return last[3]
+        with torch.inference_mode(False):  # what is kept may be used in training later
+            found = self._grid(size)
+        if type(found) is Tensor:  # no stand-in of a tracer
+            self._last = own, version, size, found
+        return found
+
+    def _grid(self, size: tuple[int, int]) -> Float[Tensor, "1 c h w"]:
+        """Computes the encoding of the centres of cells."""
         device = self.frequencies.device
         rows = (torch.arange(size[0], device=device, dtype=torch.float32) + 0.5) / size[0]
         columns = (torch.arange(size[1], device=device, dtype=torch.float32) + 0.5) / size[1]
         points = torch.stack([columns.expand(size[0], -1), rows[:, None].expand(-1, size[1])], -1)
         return self(points).permute(2, 0, 1)[None]
+
+
+def _is_traced() -> bool:
+    """Whether operations are recorded instead of, or beside, being computed."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 class MaskEncoder(nn.Sequential):

@@ -26,6 +26,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -132,9 +133,10 @@ class AnnotationServer:
         self._readers = ThreadPoolExecutor(4, thread_name_prefix="maskwright-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="maskwright-write")
         self._clicks = ThreadPoolExecutor(1, thread_name_prefix="maskwright-click")
-        self._now = ThreadPoolExecutor(1, thread_name_prefix="maskwright-encode")
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="maskwright-ahead", initializer=be_nice)
-        self._long = ThreadPoolExecutor(1, thread_name_prefix="maskwright-long")
+        self._hovers = ThreadPoolExecutor(1, thread_name_prefix="maskwright-hover")
+        self._now = ThreadPoolExecutor(1, "maskwright-encode", all_threads, (torch.get_num_threads(),))
+        self._ahead = ThreadPoolExecutor(1, "maskwright-ahead", all_threads, (torch.get_num_threads(), True))
+        self._long = ThreadPoolExecutor(1, "maskwright-long", all_threads, (torch.get_num_threads(),))
         self._exporter = ThreadPoolExecutor(1, thread_name_prefix="maskwright-decoder", initializer=be_nice)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._exporting = asyncio.Lock()
@@ -143,7 +145,7 @@ class AnnotationServer:
         self.operations = Operations(project, self.suggestions, self.hub, assistant, self._long, self._writer)
         device = None if assistant is None else assistant.device
         self.trainer = Trainer(project, train, device, self._tell_training, self._trained)
-        desk = None if assistant is None else Desk(assistant, self._clicks, self._now)
+        desk = None if assistant is None else Desk(assistant, self._clicks, self._hovers, self._now)
         self.services = Services(project, self.hub, self._writer, self._shown, desk, self.operations.handlers)
         self._rules = Rules(token, hosts, frozenset({"/", "/health"}), f"maskwright-{port}")
         handlers: Mapping[Any, Any] = {HTTPException: _refusal, MaskwrightError: _fault}
@@ -185,7 +187,8 @@ class AnnotationServer:
             if self.suggestions.suggester is not None:
                 await loop.run_in_executor(None, self.suggestions.suggester.stop)
             for pool in (
-                self._exporter, self._ahead, self._now, self._long, self._clicks, self._readers, self._writer
+                self._exporter, self._ahead, self._now, self._long, self._hovers, self._clicks, self._readers,
+                self._writer,
             ):  # fmt: skip
                 await loop.run_in_executor(None, lambda pool=pool: pool.shutdown(cancel_futures=True))
             self.project.close()
@@ -477,6 +480,13 @@ class AnnotationServer:
                     await loop.run_in_executor(self._ahead, assistant.embedding, index + step)
                 except (MaskwrightError, RuntimeError, OSError):
                     continue
+
+
+def all_threads(count: int, nice: bool = False) -> None:
+    """Let a new thread compute with `count` threads; otherwise it would begin with what clicks use at this moment."""
+    torch.set_num_threads(count)
+    if nice:
+        be_nice()
 
 
 def page_files() -> dict[str, bytes]:

@@ -10,8 +10,9 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ from maskwright.web.sources import Source
 HELD = 256 << 20  # bytes of embeddings in memory
 MAX_POINTS = 256  # of a prompt
 REMEMBERED = 64  # answers whose logits can be refined
+PER_THREAD = 1 << 18  # numbers of an image embedding for which another thread pays in the decoder
 
 Size = tuple[int, int]
 
@@ -60,10 +62,12 @@ class Answer:
     Attributes:
         counts: A compressed run-length string.
         score: The predicted IoU.
+        stages: Milliseconds of the networks, and of making the mask from their logits.
     """
 
     counts: str
     score: float
+    stages: tuple[float, float] = (0.0, 0.0)
 
 
 def default_weights(clip: bool = False) -> Path | None:
@@ -170,17 +174,20 @@ class Assistant:
             ImageError: If the image cannot be read.
         """
         embedding = self.embedding(index)
-        choices = self.system.segment(embedding, self._prompts(index, prompt, embedding.image_size))
-        found = choices.best()
-        assert found.masks is not None
-        assert found.scores is not None
-        counts = found.masks.rle()[0]["counts"].decode("ascii")
-        score = float(found.scores[0])
+        with at_most(1 + embedding.tensors["image"].numel() // PER_THREAD):
+            begin = time.perf_counter()
+            choices = self.system.segment(embedding, self._prompts(index, prompt, embedding.image_size))
+            networks = timed(begin)
+            found = choices.best()
+            assert found.masks is not None
+            assert found.scores is not None
+            counts = found.masks.rle()[0]["counts"].decode("ascii")
+            score = float(found.scores[0])
         with self._lock:
             self._logits[index, counts] = choices.logits[:, 0]  # one answer for each prompt
             while len(self._logits) > REMEMBERED:
                 self._logits.popitem(last=False)
-        return Answer(counts, score if math.isfinite(score) else 0.0)
+        return Answer(counts, score if math.isfinite(score) else 0.0, (networks, round(timed(begin) - networks, 1)))
 
     def _prompts(self, index: int, prompt: Prompt, size: Size) -> Prompts:
         places = [[x, y] for x, y, _ in prompt.points]
@@ -194,6 +201,24 @@ class Assistant:
         if logits is not None:
             return replace(prompts, logits=logits)
         return replace(prompts, masks=Masks("rle", [prompt.counts.encode("ascii")], size))
+
+
+@contextmanager
+def at_most(threads: int) -> Generator[None]:
+    """Compute with so many threads, or with fewer if PyTorch is set to fewer.
+
+    The operations of a small decoder are so short that a second thread gains little, and all of them wait whenever the
+    core of that thread is taken by something else, such as the browser.
+    """
+    before = torch.get_num_threads()
+    if threads >= before:
+        yield
+        return
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def encoded(system: PromptableSystem, image: Tensor) -> Embedding:

@@ -15,7 +15,7 @@ from typing import Any, cast
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from maskwright.errors import MaskwrightError, UsageError
-from maskwright.web.assistant import Answer, Assistant, Prompt, read_prompt, timed
+from maskwright.web.assistant import Assistant, Prompt, read_prompt, timed
 from maskwright.web.objects import is_number, shown
 from maskwright.web.project import Project
 from maskwright.web.states import Conflict, Saved
@@ -107,33 +107,44 @@ class Asked:
     prompt: Prompt
     begin: float
 
+    def is_like(self, other: Asked) -> bool:
+        """Return whether both have the same answer."""
+        return (self.image, self.prompt) == (other.image, other.prompt)
+
 
 class Desk:
-    """Answers prompts one at a time: clicks in their order, then the newest position of each pointer.
+    """Answers clicks one at a time in their order and, while none waits, the newest position of each pointer.
+
+    The two have a thread each, so that a click never waits for a position that is being computed. A click for which
+    just this is being computed takes that answer.
 
     Args:
         assistant: The promptable system.
-        thread: Where answers are computed.
+        thread: Where clicks are answered.
+        hovers: Where positions of pointers are answered.
         encoder: Where images are encoded that a click needs; meanwhile clicks on others are answered.
     """
 
-    def __init__(self, assistant: Assistant, thread: Executor, encoder: Executor):
-        self.assistant, self._thread, self._encoder = assistant, thread, encoder
+    def __init__(self, assistant: Assistant, thread: Executor, hovers: Executor, encoder: Executor):
+        self.assistant, self._encoder = assistant, encoder
+        self._threads = (thread, hovers)
         self._encoding = set[asyncio.Task[None]]()
         self._clicks = deque[Asked]()
         self._hovers = dict[Client, Asked]()
-        self._wake = asyncio.Event()
-        self._worker: asyncio.Task[None] | None = None
+        self._hovered: Asked | None = None  # what is being computed, and the clicks that take its answer
+        self._alike = list[Asked]()
+        self._clicked, self._wake_clicks, self._wake_hovers = False, asyncio.Event(), asyncio.Event()
+        self._workers = list[asyncio.Task[None]]()
 
     def start(self) -> None:
         """Begin to answer."""
-        self._worker = asyncio.create_task(self._work())
+        self._workers = [asyncio.create_task(self._answer_clicks()), asyncio.create_task(self._answer_hovers())]
 
     async def stop(self) -> None:
         """Answer nothing more."""
-        if self._worker is not None:
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
+        for worker in self._workers:
+            worker.cancel()
+        await asyncio.gather(*self._workers, return_exceptions=True)
 
     def click(self, asked: Asked) -> None:
         """Answer a prompt after those before it.
@@ -152,8 +163,11 @@ class Desk:
         task.add_done_callback(self._encoding.discard)
 
     def _queue(self, asked: Asked) -> None:
+        if self._hovered is not None and asked.is_like(self._hovered):
+            self._alike.append(asked)
+            return
         self._clicks.append(asked)
-        self._wake.set()
+        self._wake_clicks.set()
 
     async def _encode(self, asked: Asked) -> None:
         """Encode the image of a click, then answer it; what is wrong with the image is found again there."""
@@ -170,43 +184,64 @@ class Desk:
             asked.client.send({"event": "dropped", "request": asked.request})
             return
         self._hovers[asked.client] = asked
-        self._wake.set()
+        self._wake_hovers.set()
 
     def forget(self, client: Client) -> None:
         """Drop what a page has asked that has gone."""
         self._hovers.pop(client, None)
         self._clicks = deque(asked for asked in self._clicks if asked.client is not client)
 
-    async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
+    async def _answer_clicks(self) -> None:
         while True:
-            await self._wake.wait()
-            if not self._clicks and not self._hovers:
-                self._wake.clear()
-                continue
-            click = bool(self._clicks)
-            asked = self._clicks.popleft() if click else self._hovers.pop(next(iter(self._hovers)))
-            try:
-                answer = await loop.run_in_executor(self._thread, self.assistant.answer, asked.image, asked.prompt)
-                asked.client.send(mask_event(asked, answer, self.assistant.source.size(asked.image)))
-            except MaskwrightError as error:
-                asked.client.send({"event": "error", "request": asked.request, "error": str(error)})
-            except Exception as error:  # of a network, such as one out of memory; the page must not wait for ever
-                asked.client.send({"event": "error", "request": asked.request, "error": f"the system failed: {error}"})
-            finally:
-                asked.client.waiting -= click
+            while self._clicks:
+                self._clicked = True
+                asked = self._clicks.popleft()
+                answer_click(asked, await self._answered(asked, self._threads[0]))
+            self._clicked = False
+            self._wake_hovers.set()
+            self._wake_clicks.clear()
+            await self._wake_clicks.wait()
+
+    async def _answer_hovers(self) -> None:
+        while True:
+            while self._hovers and not self._clicks and not self._clicked:
+                asked = self._hovered = self._hovers.pop(next(iter(self._hovers)))
+                message = await self._answered(asked, self._threads[1])
+                clicks, self._alike, self._hovered = self._alike, [], None
+                for click in clicks:
+                    answer_click(click, message)
+                asked.client.send(addressed(message, asked))
+            self._wake_hovers.clear()
+            await self._wake_hovers.wait()
+
+    async def _answered(self, asked: Asked, thread: Executor) -> dict[str, Any]:
+        """The message with the answer, for whoever has asked for it."""
+        waited, loop = timed(asked.begin), asyncio.get_running_loop()
+        try:
+            answer = await loop.run_in_executor(thread, self.assistant.answer, asked.image, asked.prompt)
+            size = self.assistant.source.size(asked.image)
+        except MaskwrightError as error:
+            return {"event": "error", "error": str(error)}
+        except Exception as error:  # of a network, such as one out of memory; the page must not wait for ever
+            return {"event": "error", "error": f"the system failed: {error}"}
+        return {
+            "event": "mask",
+            "image": asked.image,
+            "rle": {"size": list(size), "counts": answer.counts},
+            "score": round(answer.score, 4),
+            "stages": [waited, *answer.stages],
+        }
 
 
-def mask_event(asked: Asked, answer: Answer, size: tuple[int, int]) -> dict[str, Any]:
-    """Return the message with the answer to a prompt."""
-    return {
-        "event": "mask",
-        "request": asked.request,
-        "image": asked.image,
-        "rle": {"size": list(size), "counts": answer.counts},
-        "score": round(answer.score, 4),
-        "ms": timed(asked.begin),
-    }
+def answer_click(asked: Asked, message: Mapping[str, Any]) -> None:
+    """Send the answer to a click."""
+    asked.client.waiting -= 1
+    asked.client.send(addressed(message, asked))
+
+
+def addressed(message: Mapping[str, Any], asked: Asked) -> dict[str, Any]:
+    """Return an answer with the number of the request and the milliseconds that it took."""
+    return {**message, "request": asked.request, "ms": timed(asked.begin)}
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import getpass
 import os
 import socket
@@ -195,8 +196,12 @@ def run(plan: Plan, say: Callable[[str], Any]) -> None:
             timeout_keep_alive=30, h11_max_incomplete_event_size=1 << 16, proxy_headers=False,
         )  # fmt: skip
         runner = uvicorn.Server(config)
+        # What is there now stays: looking through all of it for garbage would take longer than a click.
+        gc.collect()
+        gc.freeze()
         if plan.browser:
             threading.Timer(0.5, webbrowser.open, [address]).start()
         runner.run(sockets=[listening])
     finally:
+        gc.unfreeze()
         listening.close()
