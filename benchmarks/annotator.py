@@ -1,17 +1,20 @@
 """How many clicks an annotator needs, with and without suggestions, and how long a click takes.
 
-    python benchmarks/annotator.py clicks DATA --weights FILE                        # clicks to an IoU of 0.9
-    python benchmarks/annotator.py clicks DATA --weights FILE --suggest FILE         # the same with suggestions
+    python benchmarks/annotator.py clicks DATA [--weights FILE]                      # clicks to an IoU of 0.9
+    python benchmarks/annotator.py clicks DATA [--weights FILE] --suggest FILE       # the same with suggestions
     python benchmarks/annotator.py latency --weights FILE [--side 1024]              # with 0 and with 500 masks
     python benchmarks/annotator.py folder [--count 60000]                            # a large folder
     python benchmarks/annotator.py kills [--count 200]                               # kill -9 at random moments
 
-A server runs in a process of its own, as `maskwright annotate` starts it, and is asked over its WebSocket.
+The simulated annotator labels the objects of an image (crowd regions and objects of fewer than 16 pixels are left
+out): a click on the pixel farthest from the object's border, then clicks in the middle of the largest region that is
+wrong, until the IoU with the annotation is 0.9; after 20 clicks the object counts as 20 (the usual "NoC@90"). With
+suggestions, accepting one costs a click, further ones correct it (a click changes the part of a suggestion around it,
+as in the page), and dismissing a wrong one costs a click too. Images are encoded once, and the objects of an image are
+clicked together; each has the answers that it would have alone.
 
-The simulated annotator labels every object of an image (crowd regions are left out): a click on the pixel farthest
-from the object's border, then clicks in the middle of the largest region that is wrong, until the IoU with the
-annotation is 0.9; after 20 clicks the object counts as 20 (the usual "NoC@90"). With suggestions, accepting one costs a
-click, further ones correct it, and dismissing a wrong one costs a click too.
+For the other measurements a server runs in a process of its own, as `maskwright annotate` starts it, and is asked over
+its WebSocket.
 """
 
 from __future__ import annotations
@@ -30,21 +33,30 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from clicks import iou, largest_error, middle
+from clicks import iou, largest_error, middle, usable
+from scipy import ndimage
 from websockets.sync.client import ClientConnection, connect
 
 import maskwright as mw
 from maskwright.data import open_dataset
-from maskwright.structures import Masks
+from maskwright.inference.preparing import prepare
+from maskwright.inference.prompting import promptable
+from maskwright.structures import Embedding, Masks, Prompts
+from maskwright.systems import System
+from maskwright.systems.kinds.promptable import PromptableSystem
+from maskwright.web.assistant import default_weights, encoded
+from maskwright.web.proposing import answers_by_box
 
 GOOD = 0.9
 COUNT = 60_000
 MOST = 20
+TOGETHER = 32  # objects that are clicked at a time
 ACCEPTED = 0.5  # IoU from which a suggestion is taken and corrected
 
 Mask = np.ndarray[Any, Any]
@@ -112,103 +124,204 @@ class Live:
 # ---- clicks ----------------------------------------------------------------------------------------------------------
 
 
-def plane(code: dict[str, Any]) -> Mask:
-    return Masks.from_rle([code]).dense()[0].numpy()
+@dataclass
+class Job:
+    """An object that is labelled.
+
+    Attributes:
+        truth: Its annotation.
+        found: Its mask so far.
+        points: x, y and 1 or 0 of the clicks so far.
+        logits: Of the last answer; None: none yet, or the mask was not an answer as it is.
+        clicks: Number of clicks; accepting a suggestion is one.
+        quality: The best IoU so far.
+        by_hand: Whether it began as a suggestion, of which a click changes the part around it only, as in the page.
+        after: The best IoU after each click.
+    """
+
+    truth: Mask
+    found: Mask
+    points: list[tuple[float, float, int]] = field(default_factory=list[tuple[float, float, int]])
+    logits: torch.Tensor | None = None
+    clicks: int = 0
+    quality: float = 0.0
+    by_hand: bool = False
+    after: list[float] = field(default_factory=list[float])
+
+    def judge(self) -> None:
+        """Note how good the mask is."""
+        self.clicks += 1
+        window = around(self.truth | self.found)
+        self.quality = max(self.quality, iou(self.truth[window], self.found[window]))
+        self.after.append(self.quality)
+
+    def aim(self) -> None:
+        """Choose the place of the next click."""
+        window = around(self.truth | self.found)
+        truth, found = self.truth[window], self.found[window]
+        error = largest_error(found, truth) if self.points or self.by_hand else (middle(truth), 1)
+        assert error is not None  # otherwise the mask is good
+        (row, column), kind = error
+        self.points.append((window[1].start + column + 0.5, window[0].start + row + 0.5, kind))
+
+    def take(self, answer: Mask, logits: torch.Tensor) -> None:
+        """Take an answer as the page does (page/src/editor.ts)."""
+        if not self.by_hand:
+            self.found, self.logits = answer, logits
+            return
+        x, y, kind = self.points[-1]
+        parts, _ = ndimage.label(answer & ~self.found if kind else self.found & ~answer)
+        number = parts[int(y), int(x)]
+        if number:
+            self.found = np.where(parts == number, bool(kind), self.found)
 
 
-def click(live: Live, image: int, truth: Mask, start: dict[str, Any] | None) -> tuple[int, dict[str, Any]]:
-    """Click until a mask is good; returns the number of clicks and the mask."""
-    points: list[list[float]] = []
-    rle, found = start, plane(start) if start is not None else np.zeros_like(truth)
-    best = (iou(found, truth), rle)
-    while len(points) < MOST:
-        wrong = largest_error(found, truth) if rle is not None else (middle(truth), 1)
-        assert wrong is not None  # otherwise the mask is good
-        (row, column), label = wrong
-        points.append([column + 0.5, row + 0.5, label])
-        answer = live.ask(op="prompt", image=image, points=points, box=None, rle=rle, hover=False)
-        rle, found = answer["rle"], plane(answer["rle"])
-        best = max(best, (iou(found, truth), rle), key=lambda pair: pair[0])
-        if best[0] >= GOOD:
-            return len(points), best[1] or rle
-    return MOST, best[1] or answer["rle"]
+def around(mask: Mask) -> tuple[slice, slice]:
+    """The rows and columns of a mask; results there are those of the whole plane, since all around is empty."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
 
-def label(live: Live, server: Server, image: int, truths: list[Mask], wait: bool) -> tuple[list[int], int, int]:
-    """Label an image; returns clicks for each object, and numbers of suggestions that were taken and dismissed."""
-    live.open(image)
-    objects = server.get(f"/api/images/{image}/objects")
-    suggestions = objects["suggestions"]
-    while wait and server.get("/api/project")["suggest"]["done"] < len(server.get("/api/images?count=1000")["items"]):
-        time.sleep(0.5)
-        suggestions = server.get(f"/api/images/{image}/objects")["suggestions"]
-    if wait:
-        suggestions = server.get(f"/api/images/{image}/objects")["suggestions"]
-    planes = [plane(one["rle"]) for one in suggestions]
+def answer_all(system: PromptableSystem, embedding: Embedding, jobs: list[Job]) -> None:
+    """One more click for each of some objects of an image, answered together."""
+    for job in jobs:
+        job.aim()
+    size = embedding.image_size
+    places = [[[x, y] for x, y, _ in job.points] for job in jobs]
+    prompts = Prompts.from_points(size, places, [[kind for _, _, kind in job.points] for job in jobs])
+    if system.reads_masks:
+        if any(job.logits is not None for job in jobs):
+            like = next(job.logits for job in jobs if job.logits is not None)
+            nothing = torch.full_like(like, torch.nan)
+            planes = [nothing if job.logits is None else job.logits for job in jobs]
+            prompts = replace(prompts, logits=torch.stack(planes))
+        if any(job.by_hand for job in jobs):
+            drawn = np.stack([job.found if job.by_hand else np.zeros_like(job.found) for job in jobs])
+            prompts = replace(prompts, masks=Masks.from_dense(torch.from_numpy(drawn)))
+    choices = system.segment(embedding, prompts)
+    masks = choices.best().masks
+    assert masks is not None
+    for job, answer, logits in zip(jobs, masks.dense().numpy(), choices.logits[:, 0], strict=True):
+        job.take(answer, logits)
+        job.judge()
+
+
+def suggested(system: System, assistant: PromptableSystem, image: torch.Tensor, threshold: float) -> Masks:
+    """What the page would suggest for an image, the highest scores first."""
+    found = mw.predict(system, image, score_threshold=threshold).found()
+    if found.masks is None:
+        found = answers_by_box(assistant, encoded(assistant, image), found.boxes)
+    assert found.masks is not None
+    assert found.scores is not None
+    masks = found.masks[found.scores.argsort(descending=True)]
+    same = masks.iou(masks) > 0.8
+    kept = [n for n in range(len(masks)) if not bool(same[n, :n].any())]
+    return masks[torch.tensor(kept, dtype=torch.int64)]
+
+
+def matched(suggestions: Masks, truths: Masks) -> dict[int, int]:
+    """For each object that is suggested the number of its suggestion."""
     taken: dict[int, int] = {}
-    for number, truth in enumerate(truths):
-        scores = [0.0 if n in taken.values() else iou(own, truth) for n, own in enumerate(planes)]
-        if scores and max(scores) >= ACCEPTED:
-            taken[number] = int(np.argmax(scores))
-    clicks: list[int] = []
-    for number, truth in enumerate(truths):
-        start = suggestions[taken[number]]["rle"] if number in taken else None
-        cost, rle = int(start is not None), start
-        if start is None or iou(plane(start), truth) < GOOD:
-            further, rle = click(live, image, truth, start)
-            cost = min(MOST, cost + further)
-        clicks.append(cost)
-        id = suggestions[taken[number]]["id"] if number in taken else str(uuid.uuid4())
-        made = [{"by": "simulated", "how": "click", "clicks": cost}]
-        if plane(rle).any():
-            object = {"id": id, "label": None, "rle": rle, "made": made}
-            live.ask(op="edit", image=image, base=0, what="add", edits=[{"do": "add", "object": object}])
-    dismissed = [one["id"] for n, one in enumerate(suggestions) if n not in taken.values()]
-    edits: list[dict[str, Any]] = [{"do": "done", "value": True}]
-    if dismissed:
-        edits.append({"do": "dismiss", "ids": dismissed, "value": True})
-    live.ask(op="edit", image=image, base=0, what="done", edits=edits)
-    return clicks, len(taken), len(dismissed)
+    if not len(suggestions):
+        return taken
+    for number, scores in enumerate(truths.iou(suggestions)):
+        scores[list(taken.values())] = 0
+        if float(scores.max()) >= ACCEPTED:
+            taken[number] = int(scores.argmax())
+    return taken
+
+
+def label(
+    system: PromptableSystem, embedding: Embedding, truths: Masks, starts: dict[int, Mask]
+) -> tuple[list[Job], int]:
+    """Label the objects of an image; returns them, and the number of prompts."""
+    prompts, done = 0, list[Job]()
+    for rows in torch.arange(len(truths)).split(TOGETHER):
+        jobs = [Job(truth, np.zeros_like(truth)) for truth in truths[rows].dense().numpy()]
+        for job, row in zip(jobs, rows.tolist(), strict=True):
+            if row in starts:
+                job.found, job.by_hand = starts[row], True
+                job.judge()
+        while left := [job for job in jobs if job.quality < GOOD and job.clicks < MOST]:
+            answer_all(system, embedding, left)
+            prompts += len(left)
+        done += jobs
+    return done, prompts
 
 
 def measure_clicks(options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(options.threads)
     dataset = open_dataset(options.data, options.split)
-    order = np.random.default_rng(0).permutation(len(dataset))[: options.images]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "photos"
-        folder.mkdir()
-        truths: list[list[Mask]] = []
-        for number, index in enumerate(order.tolist()):
-            file = dataset.paths()[index]
-            assert file is not None
-            shutil.copy(file, folder / f"{number:04d}{file.suffix}")
-            target = dataset.targets(index)
-            assert target.masks is not None
-            own = target[~target.crowd] if target.crowd is not None else target
-            chosen = np.random.default_rng(index).permutation(len(own))[: options.objects].tolist()
-            truths.append([own.masks[n : n + 1].dense()[0].numpy() for n in chosen])
-        found: dict[str, Any] = {"images": len(order), "objects": sum(map(len, truths))}
-        for name, further in (("alone", ()), ("suggested", ("--suggest", options.suggest or ""))):
-            if name == "suggested" and options.suggest is None:
-                continue
-            shutil.rmtree(folder / ".maskwright" / "suggestions", ignore_errors=True)
-            (folder / ".maskwright" / "journal.jsonl").unlink(missing_ok=True)
-            server = Server(folder, "--weights", options.weights, "--threads", str(options.threads), *further)
-            try:
-                with server.live() as live:
-                    results = [label(live, server, n, own, bool(further)) for n, own in enumerate(truths)]
-            finally:
-                server.stop()
-            clicks = [cost for own, _, _ in results for cost in own]
-            dismissed = sum(count for _, _, count in results)
-            found[name] = {
-                "clicks per object": round(statistics.mean(clicks), 2),
-                "with those that dismiss": round((sum(clicks) + dismissed) / max(1, len(clicks)), 2),
-                "median": statistics.median(clicks),
-                "not reached": round(sum(cost >= MOST for cost in clicks) / max(1, len(clicks)), 3),
-                "taken": sum(count for _, count, _ in results),
-                "dismissed": dismissed,
-            }
+    order = np.random.default_rng(0).permutation(len(dataset))[: options.images].tolist()
+    weights = options.weights or default_weights()
+    if weights is None:
+        raise SystemExit("there are no installed weights; give --weights")
+    system = promptable(prepare(promptable(mw.load(weights)), torch.device("cpu"), "float32"))
+    suggest = None if options.suggest is None else mw.load(options.suggest).eval()
+    ways: dict[str, list[Job]] = {"alone": []} | ({} if suggest is None else {"suggested": []})
+    dismissed, taken, spent, begin = 0, 0, {"images": 0.0, "suggestions": 0.0, "clicks": 0.0}, time.process_time()
+    prompts = 0
+
+    def lap(name: str) -> None:
+        nonlocal begin
+        begin, before = time.process_time(), begin
+        spent[name] += begin - before
+
+    for count, index in enumerate(order):
+        example = dataset[index]
+        rows = np.random.default_rng(index).permutation(usable(example.target))[: options.objects]
+        every = example.target.masks
+        assert every is not None
+        truths = every[torch.from_numpy(np.sort(rows).astype(np.int64))]
+        embedding = encoded(system, example.image)
+        lap("images")
+        starts: dict[int, Mask] = {}
+        if suggest is not None:
+            found = suggested(suggest, system, example.image, options.threshold)
+            chosen = matched(found, truths)
+            starts = {number: found[n : n + 1].dense()[0].numpy() for number, n in chosen.items()}
+            # One that lies on an object that is not among the chosen ones is not wrong.
+            wrong = set(range(len(found))) - set(matched(found, every).values()) - set(chosen.values())
+            share = len(truths) / max(1, len(usable(example.target)))
+            taken, dismissed = taken + len(chosen), dismissed + share * len(wrong)
+            lap("suggestions")
+        for name, jobs in ways.items():
+            own, number = label(system, embedding, truths, starts if name == "suggested" else {})
+            jobs += own
+            prompts += number
+        lap("clicks")
+        print(f"{count + 1} of {len(order)} images, {len(ways['alone'])} objects", file=sys.stderr, flush=True)
+    found = {"weights": Path(weights).name, "images": len(order), "objects": len(ways["alone"])}
+    found |= {name: summary(jobs) for name, jobs in ways.items()}
+    if suggest is not None:
+        total = sum(job.clicks if job.quality >= GOOD else MOST for job in ways["suggested"]) + dismissed
+        found["suggested"] |= {
+            "taken": taken,
+            "dismissed": round(dismissed),
+            "clicks per object with those that dismiss": round(total / max(1, len(ways["suggested"])), 2),
+        }
+    found["CPU seconds"] = {name: round(value) for name, value in spent.items()}
+    found["CPU ms per prompt"] = round(1000 * spent["clicks"] / max(1, prompts), 1)
+    return found
+
+
+def summary(jobs: list[Job]) -> dict[str, Any]:
+    """Clicks for each object, and how many objects became good."""
+    clicks = [job.clicks if job.quality >= GOOD else MOST for job in jobs]
+    reached = [job.quality >= GOOD for job in jobs]
+    few = [count for count, good in zip(clicks, reached, strict=True) if good]
+    found: dict[str, Any] = {
+        "clicks per object": round(statistics.mean(clicks), 2),
+        "median": statistics.median(clicks),
+        "reached": round(statistics.mean(reached), 3),
+        "clicks of those": round(statistics.mean(few), 2) if few else None,
+    }
+    for number in (1, 3, 5, 10, 20):
+        after = [job.after[min(number, len(job.after)) - 1] for job in jobs]
+        found[f"after {number}"] = {
+            "IoU": round(statistics.mean(after), 3),
+            "reached": round(statistics.mean(value >= GOOD for value in after), 3),
+        }
     return found
 
 
@@ -469,8 +582,9 @@ def main() -> None:
     parser.add_argument("what", choices=("clicks", "latency", "folder", "kills"))
     parser.add_argument("data", nargs="?", help="a data set with masks, for clicks")
     parser.add_argument("--split", default="val")
-    parser.add_argument("--weights", help="a promptable system")
+    parser.add_argument("--weights", help="a promptable system; for clicks, the installed one by default")
     parser.add_argument("--suggest", help="a trained system")
+    parser.add_argument("--threshold", type=float, default=0.5, help="least score of a suggestion")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--objects", type=int, default=1000, help="most objects of an image")
     parser.add_argument("--side", type=int, default=1024)

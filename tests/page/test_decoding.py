@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -63,15 +64,28 @@ Open = Callable[..., Any]
 
 @pytest.fixture
 def open_page(server: Running) -> Iterator[Open]:
-    """Opens an image of the server in Chromium, with a choice of where clicks are answered."""
+    """Opens an image of the server in Chromium, with a choice of where clicks are answered.
+
+    Nothing else can be reached: other names are not resolved, and requests that leave the origin fail the test.
+    """
     with playwright.sync_playwright() as running:
-        chrome = running.chromium.launch(executable_path=chromium(), args=list(FLAGS), headless=True)
+        offline = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+        chrome = running.chromium.launch(executable_path=chromium(), args=[*FLAGS, offline], headless=True)
         errors: list[str] = []
         server.assistant.asked.clear()
+
+        def guard(route: Any) -> None:
+            if urlsplit(route.request.url).netloc == urlsplit(server.address).netloc:
+                route.continue_()
+            else:
+                errors.append(f"asks {route.request.url}")
+                route.abort()
 
         def make(image: int, place: str) -> Any:
             page = chrome.new_page(viewport={"width": 900, "height": 600})
             page.set_default_timeout(30_000)
+            page.route(lambda url: url.startswith(("http", "ftp")), guard)
+            page.on("websocket", lambda socket: errors.extend([socket.url] * (server.address[4:-1] not in socket.url)))
             page.on("pageerror", lambda error: errors.append(str(error)))
             page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
             page.add_init_script(f"localStorage.setItem('maskwright-decoder', '{place}')")
@@ -122,8 +136,12 @@ def iou(a: Mask, b: Mask) -> float:
 
 
 def test_page_decodes_what_the_server_decodes(server: Running, open_page: Open):
+    asked: list[str] = []
     page = open_page(0, "page")
+    page.on("request", lambda request: asked.append(urlsplit(request.url).path))
+    page.reload()
     page.wait_for_selector("#assist[data-place=page]")
+    assert {"/decoder.js", "/ort-wasm-simd-threaded.wasm", "/api/decoder", "/api/images/0/embedding"} <= set(asked)
     page.uncheck("#hover")
     for number, (x, y, r) in enumerate(DISCS[:2]):
         click(page, x + 5, y)

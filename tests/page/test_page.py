@@ -58,6 +58,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         running.stop()
 
 
+# The colour that the lower canvas has at a place of the window.
+PIXEL = """([x, y]) => {
+  const canvas = document.getElementById('base'), box = canvas.getBoundingClientRect();
+  return [...canvas.getContext('2d').getImageData(x - box.left, y - box.top, 1, 1).data].slice(0, 3);
+}"""
+
+
 class Tab:
     """One tab that shows an image."""
 
@@ -427,6 +434,80 @@ def test_a_list_of_60000_images_has_few_rows(tab: Callable[..., Tab]):
     page.page.wait_for_selector("#images .row:has-text('frame 59999')")
     assert page.page.locator("#images .row").count() < 60
     assert asked == [0, 59_800]
+    # Scrolling through everything makes no further elements and asks only for what is looked at.
+    rows = page.page.evaluate("""async () => {
+      const list = document.getElementById('images'), most = [];
+      for (let i = 0; i <= 60; i++) {
+        list.scrollTop = (list.scrollHeight - list.clientHeight) * i / 60;
+        await new Promise(requestAnimationFrame);
+        most.push(document.querySelectorAll('#images .row').length);
+      }
+      return Math.max(...most);
+    }""")
+    assert rows < 60
+    assert len(asked) <= 2 + 2 * 61
+
+
+def test_pictures_of_the_list_are_asked_for_once_also_those_that_are_refused(tab: Callable[..., Tab]):
+    asked: list[str] = []
+
+    def refuse(page: Any) -> None:
+        def answer(route: Any) -> None:
+            place = urlsplit(route.request.url).path.split("/")[3]
+            asked.append(place)
+            if place == "0":
+                route.fulfill(status=409, json={"error": "the image is damaged"})
+            elif place == "1":
+                route.fulfill(status=200, content_type="image/png", body=b"no image")
+            else:
+                route.continue_()
+
+        page.route("**/pixels?max=96", answer)
+
+    page = tab(7, refuse)
+    page.tolerated = ("409",)
+    page.page.click("#toggle-images")
+    page.until(lambda: page.page.locator("#images .row.broken").count() == 2)
+    page.until(lambda: page.page.locator("#images .row:not([hidden]) img[src]").count() >= 8)
+    page.press("b")
+    for x in (110, 130):  # the list is drawn again after each edit
+        page.drag((x, 80), (x + 10, 80))
+        page.saved(1)
+        page.page.wait_for_timeout(200)
+    page.page.evaluate("() => { document.getElementById('images').scrollTop = 200; }")
+    page.page.wait_for_timeout(250)
+    page.page.evaluate("() => { document.getElementById('images').scrollTop = 0; }")
+    page.page.wait_for_timeout(250)
+    broken = page.page.locator("#images .row.broken")
+    assert sorted(broken.nth(n).get_attribute("data-image") for n in range(2)) == ["0", "1"]
+    assert asked.count("0") == asked.count("1") == 1
+
+
+def test_image_that_cannot_be_decoded_is_named_and_read_again_later(server: Running, tab: Callable[..., Tab]):
+    damaged, disc_colour = [True], [90, 120, 100]
+
+    def damage(page: Any) -> None:
+        def answer(route: Any) -> None:
+            if damaged[0]:
+                route.fulfill(status=200, content_type="image/png", body=b"\x89PNG\r\n\x1a\n broken")
+            else:
+                route.continue_()
+
+        page.route("**/api/images/10/pixels?max=2048", answer)
+
+    page = tab(10, damage)
+    page.page.wait_for_selector("#warnings:has-text('The image cannot be shown; its file may be damaged')")
+    assert not page.page.is_visible("#busy")
+    # Its objects can be changed all the same, and it is shown once its file is whole again.
+    page.press("b")
+    page.drag((110, 80), (130, 80))
+    page.saved(1)
+    assert page.page.evaluate(PIXEL, page.place(40, 40)) != disc_colour
+    damaged[0] = False
+    page.page.reload()
+    page.ready()
+    page.until(lambda: page.page.evaluate(PIXEL, page.place(40, 40)) == disc_colour)
+    page.count(1)
 
 
 def test_suggestions_export_and_training(server: Running, tab: Callable[..., Tab]):
