@@ -18,7 +18,7 @@ from maskwright.data.youtube_vis import ListedClip
 from maskwright.errors import AnnotationError, DataError, UsageError
 from maskwright.evaluation import ClipEvaluator, ClipResult
 from maskwright.evaluation.track_results import read_tracks, track_records, video_listing
-from maskwright.inference.evaluating_clips import evaluate_clips, evaluate_tracks
+from maskwright.inference.evaluating_clips import evaluate_clips, evaluate_tracks, open_clips
 from maskwright.inference.tracking import track_objects
 from maskwright.structures import Instances, Masks
 from tests.evaluation.tracked import objects
@@ -280,9 +280,20 @@ def test_a_folder_of_maps_is_read(clips: Clips, tmp_path: Path):
     assert result["J"] == pytest.approx(6 / 8)
     with pytest.raises(AnnotationError, match="has no folder for a clip of data val; expected folders such as a1"):
         evaluate_tracks(tmp_path / "data", davis)
+    for name in ("a1", "b2"):  # 16 bits, in the folders that `track -o CLIP` makes, and nothing found in b2
+        for frame in range(4):
+            path = tmp_path / "tracked" / name / "masks" / f"{frame:05d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ids = np.asarray(Image.open(tmp_path / "found" / "b2" / f"{frame:05d}.png"))
+            plane = np.where(ids > 0, ids.astype(np.uint16) + 254, 0).astype(np.uint16) * (name == "a1")
+            Image.fromarray(plane).save(path)
+    found = read_tracks(tmp_path / "tracked", open_clips(davis))
+    assert sorted({int(i) for objects in found["a1"] for i in objects.ids})[0] >= 255
+    assert [len(objects) for objects in found["b2"]] == [0] * 4
+    assert evaluate_tracks(tmp_path / "tracked", davis)["HOTA"] < 1
     (tmp_path / "other" / "a1").mkdir(parents=True)
     Image.new("P", (64, 32)).save(tmp_path / "other" / "a1" / "frame-1.png")
-    with pytest.raises(AnnotationError, match=r"none of its files, such as frame-1\.png, shows an object"):
+    with pytest.raises(AnnotationError, match=r"none of its files, such as frame-1\.png, is the map of a frame"):
         evaluate_tracks(tmp_path / "other", davis)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from maskwright.data.findings import DataWarning
 from maskwright.errors import DataError, ImageError, UsageError
-from maskwright.inference.frames import VideoFile, open_frames
+from maskwright.inference.frames import VideoFile, frame_number, open_frames
 
 SIZE = (48, 64)
 
@@ -53,6 +53,24 @@ def test_arrays_tensors_lists_and_iterables_give_the_same_frames():
         assert [torch.equal(a, b) for a, b in zip(frames, expected, strict=True)] == [True] * 3
         assert frames.length == 3
         assert frames.get(3) is None
+
+
+@pytest.mark.fast
+def test_frames_of_16_bits_are_scaled_alike():
+    clip = np.stack([np.full((4, 4, 3), value, np.uint16) for value in (200, 1000, 4095)])
+    for source in (clip, list(clip), torch.from_numpy(clip).permute(0, 3, 1, 2)):
+        with pytest.warns(DataWarning, match="hold 12-bit values: 4095 becomes 255"):
+            frames = open_frames(source)
+        assert [int(frame.max()) for frame in frames] == [12, 62, 255]
+
+
+@pytest.mark.fast
+def test_numbers_of_frames_are_integers_of_any_library():
+    for number in (np.int64(1), np.uint8(1), torch.tensor(1)):
+        assert frame_number(number, "clip") == 1
+    for wrong in (True, -1, np.int64(-1)):
+        with pytest.raises(UsageError, match="clip: frames are counted by integers from 0"):
+            frame_number(wrong, "clip")
 
 
 def test_frames_of_a_folder_are_sorted_by_number(tmp_path):

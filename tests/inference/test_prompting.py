@@ -85,6 +85,7 @@ def test_files_name_the_objects_of_each_image(tmp_path):
         ([{"points": [[200, 3]]}], "outside of the image"),
         ([{"points": "no"}], "points must be lists"),
         ([{"box": [1, 2]}], "boxes must have shape"),
+        ([{"box": []}], r"p\.json, a\.png: object 0: box must be 4 numbers, x0, y0, x1 and y1, got \[\]"),
         ([{"box": [1, 2, 3, 4], "score": "x"}], "score must be a number"),
         ([{"points": [], "box": None}], "object 0: has neither points nor a box"),
         ([{"points": [[1, 2, 3]]}], "points must be lists of x, y"),
@@ -96,6 +97,19 @@ def test_files_of_another_form_are_one_sentence(tmp_path, value, words):
     path = write(tmp_path / "p.json", value)
     with pytest.raises(AnnotationError, match=words):
         read_prompts(path).of(Path("a.png"), SIZE)
+
+
+def test_keys_that_are_not_read_are_mentioned(tmp_path):
+    path = write(tmp_path / "p.json", {"a.png": [{"points": [[1, 2]], "label": [0]}]})
+    with pytest.warns(DataWarning, match=r"p\.json, a\.png: object 0: label is not read; the keys are points, labels"):
+        read_prompts(path).of(Path("a.png"), SIZE)
+
+
+def test_prompts_of_the_command_line_name_the_image_that_they_do_not_fit():
+    book = written_prompts(["60,50"], [])
+    assert book.of(Path("x/a.png"), SIZE) is not None
+    with pytest.raises(UsageError, match=r"^small\.png: a point of object 0 is outside of the image: 60, 50"):
+        book.of(Path("x/small.png"), (20, 30))
 
 
 def test_detections_become_prompts_with_their_classes_and_scores(tmp_path):

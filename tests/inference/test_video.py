@@ -13,7 +13,7 @@ from PIL import Image
 from maskwright.checkpoints.ours import save
 from maskwright.cli import main
 from maskwright.errors import DataError, ImageError, UsageError
-from maskwright.inference.track_output import TrackWriter, palette
+from maskwright.inference.track_output import TrackWriter, id_map, palette
 from maskwright.inference.video import VideoSession
 from maskwright.structures import Masks, Placement, Prompts
 from maskwright.systems import create
@@ -165,6 +165,7 @@ def test_masks_do_not_overlap_if_asked(system):
         ({"points": "ab"}, "points must be lists of x, y"),
         ({"points": [(1, 1)], "labels": [0.5]}, "point_labels must be integers, got 0.5"),
         ({"box": 5}, "a box must be x0, y0, x1, y1, got 5"),
+        ({"box": ()}, r"a box must be x0, y0, x1, y1, got \(\)"),
         ({"box": (9, 9, 1, 1)}, "ends before it begins"),
         ({"mask": "x"}, "a mask must be a plane"),
         ({"mask": np.full(SIZE, np.nan)}, "a mask must not contain NaN"),
@@ -175,6 +176,32 @@ def test_invalid_prompts_are_refused(system, call, words):
         VideoSession(system, painted(2), device="cpu").prompt(0, 1, **call)
 
 
+def test_numbers_and_ids_may_be_integers_of_any_library(session):
+    shown = session.prompt(np.int64(1), torch.tensor(9), mask=square().astype(np.uint16))
+    assert (shown.frame, session.ids) == (1, [1, 4, 9])
+    assert 9 in shown.ids
+    session.prompt(np.int64(1), np.uint8(9), points=[(20, 20)])
+    session.prompt(1, shown.ids[-1], points=[(21, 20)], add=True)
+    assert session._prompts[1, 9].points.shape[1] == 2
+    assert [objects.frame for objects in session.run(6, count=1)] == [6]
+    session.clear(np.int64(1), torch.tensor(9))
+    assert (1, 9) not in session._prompts
+    session.remove(torch.tensor(4))
+    assert session.ids == [1, 9]
+
+
+def test_all_objects_may_be_removed_while_frames_are_tracked(session):
+    found = list[tuple[int, list[int]]]()
+    for objects in session.run(count=4):
+        found.append((objects.frame, sorted(objects.presence)))
+        if objects.frame == 1:
+            session.remove(1)
+            session.remove(4)
+        if objects.frame == 2:
+            session.prompt(3, 2, mask=square())
+    assert found == [(0, [1, 4]), (1, [1, 4]), (2, []), (3, [2])]
+
+
 def test_what_does_not_exist_is_refused(session, system):
     with pytest.raises(UsageError, match="has no frame 8; it has 8 frames"):
         session.prompt(8, 1, points=[(1, 1)])
@@ -183,8 +210,12 @@ def test_what_does_not_exist_is_refused(session, system):
     for id in (0, -3):
         with pytest.raises(UsageError, match=f"ids of objects must be positive integers, got {id}"):
             session.prompt_many(0, Prompts.from_points(SIZE, [(1, 1)]), [id])
+    with pytest.raises(UsageError, match=rf"ids of objects must be less than 2\^63, got {1 << 63}"):
+        session.prompt(0, 1 << 63, points=[(1, 1)])
     with pytest.raises(UsageError, match="frames are counted by integers from 0, got -1"):
         session.prompt(-1, 1, points=[(1, 1)])
+    with pytest.raises(UsageError, match="budget must be an integer of at least 1, got 0"):
+        VideoSession(system, painted(2), budget=0)
     for start in (-1, 9):
         with pytest.raises(UsageError, match=f"which has 8 frames, got {start}"):
             next(session.run(start))
@@ -303,6 +334,11 @@ def test_a_frame_of_another_size_is_not_counted(system):
 
 
 def test_large_ids_need_16_bits(session, tmp_path):
+    shown = session.prompt(0, 254, mask=square())
+    ids = list(range(1, len(shown)))
+    assert id_map(shown, [*ids, 254]).mode == "P"
+    assert id_map(shown, [*ids, 255]).mode == "I;16"  # 255 is void in maps of 8 bits
+    session.remove(254)
     session.prompt(0, 300, mask=square())
     with TrackWriter(tmp_path / "out", ("masks",)) as writer:
         objects = next(session.run())
@@ -356,6 +392,37 @@ def test_the_command_starts_from_detections(weights, tmp_path, capsys):
     )
     assert code == 2
     assert "finds nothing in frame 0" in printed
+
+
+def test_detections_of_a_file_that_score_less_are_left_out(weights, tmp_path, capsys):
+    frames, out = folder(tmp_path / "f", list(range(2))), tmp_path / "out"
+    records = [
+        {"image_id": 1, "category_id": 1, "bbox": [5 + 9 * n, 5, 20, 20], "score": 0.1 + 0.3 * n} for n in range(3)
+    ]
+    about = {"images": [{"id": 1, "file_name": "00000.png"}], "categories": [{"id": 1, "name": "car"}]}
+    (tmp_path / "results.json").write_text(json.dumps(records))
+    (tmp_path / "pictures.json").write_text(json.dumps(about))
+    for threshold, words in (
+        (0.3, f"2 objects in 2 frames: {out}"),
+        (0.8, "no detection in frame 0 (00000) scores at least 0.8; the best scores 0.7"),
+    ):
+        code, printed = run(
+            capsys,
+            frames,
+            "-w",
+            weights,
+            "--from",
+            tmp_path / "results.json",
+            "--score-threshold",
+            threshold,
+            "-o",
+            out,
+        )
+        assert (code, words in printed) == (2 * (threshold > 0.7), True)
+    (tmp_path / "pictures.json").write_text(json.dumps({**about, "images": [{"id": 1, "file_name": "x.png"}]}))
+    code, printed = run(capsys, frames, "-w", weights, "--from", tmp_path / "results.json")
+    assert code == 2
+    assert "there are prompts for 1 image (x.png), but for none of those given, such as 00000" in printed
 
 
 def test_what_was_done_before_a_damaged_frame_is_kept(weights, tmp_path, capsys):

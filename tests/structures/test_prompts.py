@@ -112,6 +112,11 @@ def test_an_embedding_is_read_as_it_was_written(tmp_path):
     assert torch.equal(again.tensors["image"], embedding.tensors["image"])
     assert (again.placement, again.input_size, again.system) == (placement, (160, 160), "sam-0")
     assert again.to(dtype=torch.bfloat16).tensors["image"].dtype == torch.bfloat16
+    with pytest.raises(UsageError, match=r"must be a floating point type, got torch\.int32"):
+        again.to(dtype=torch.int32)
+    with pytest.raises(UsageError, match="the embedding cannot be moved to xpu:7"):
+        again.to("xpu:7")
+    assert repr(again) == "Embedding(image: (4, 2, 3); image 60 x 80; sam-0)"
     with pytest.raises(UsageError, match=r"must end in \.safetensors"):
         embedding.save(tmp_path / "a.pt")
 
@@ -130,6 +135,28 @@ def test_files_that_are_no_embedding_are_refused(tmp_path):
             Embedding.load(tmp_path / f"{name}.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("names", "about", "words"),
+    [
+        (("picture",), {}, r"must have the tensors image, finer\.0, \.\.\., got picture; save it again"),
+        (("image", "finer.1"), {}, "got finer.1, image"),
+        (("image",), {"input_size": "[0, 0]"}, "its input_size is invalid"),
+        (("image",), {"placement": "{}"}, "cannot be read as an embedding"),
+    ],
+)
+def test_embeddings_whose_parts_do_not_fit_are_refused(tmp_path, names, about, words):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    whole = Embedding({"image": torch.randn(4, 2, 3)}, Placement.identity(SIZE), (160, 160), "s")
+    with safe_open(whole.save(tmp_path / "whole.safetensors"), "pt") as file:
+        metadata = {**file.metadata(), **about}
+    path = tmp_path / "changed.safetensors"
+    save_file({name: torch.zeros(4, 2, 3) for name in names}, path, metadata=metadata)
+    with pytest.raises(DataError, match=words):
+        Embedding.load(path)
+
+
 def test_the_best_choice_is_that_with_the_highest_score():
     logits = torch.full((2, 3, 6, 8), -1.0)
     logits[0, 1, 2:4, 1:3] = 1.0
@@ -141,3 +168,6 @@ def test_the_best_choice_is_that_with_the_highest_score():
     assert best.scores.tolist() == pytest.approx([0.9, 0.2])
     assert len(choices.masks) == 6
     assert choices.masks.areas().tolist() == [0, 4, 0, 0, 0, 0]
+    assert repr(choices) == (
+        "Choices(2 prompts, 3 answers each, logits (6, 8), image 6 x 8, scores [[0.1, 0.9, 0.3], [0.2, 0.1, 0.0]])"
+    )

@@ -139,7 +139,7 @@ def track(
                     raise UsageError(f"{from_}: finds nothing in frame {frame} (--score-threshold {score_threshold:g})")
             else:
                 book = read_detections(from_) if from_ is not None else written_prompts(points, boxes)
-                start = prompt_from_book(session, frame, book)
+                start = prompt_from_book(session, frame, book, score_threshold)
             first = frame if prompts is None else session.first
             with TrackWriter(out, format, rate=frames.rate, classes=start.classes, labels=start.labels) as writer:
                 problem = follow(session, writer, start, first, count=count, every=every)

@@ -32,6 +32,7 @@ NAME = "DAVIS"
 LAYOUT = "JPEGImages/480p/CLIP/*.jpg with Annotations/480p/CLIP/*.png (DAVIS)"
 
 VOID = 255
+IdMap = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 IMAGES = (".jpg", ".jpeg", ".png")
 _RESOLUTIONS = ("480p", "Full-Resolution", "1080p", "")
 
@@ -105,7 +106,7 @@ class DavisClip(Clip):
     def __init__(self, name: str, number: int, size: tuple[int, int], paths: Sequence[Path], masks: dict[int, Path]):
         super().__init__(name, number, size, len(paths), sorted(masks), paths)
         self._masks = masks
-        self._last: tuple[int, npt.NDArray[np.uint8]] | None = None
+        self._last: tuple[int, IdMap] | None = None
 
     def target(self, frame: int) -> Instances:
         return instances_from_map(self._plane(frame))
@@ -115,7 +116,7 @@ class DavisClip(Clip):
         void = plane == VOID
         return Masks.from_dense(torch.from_numpy(void)[None]).pack() if void.any() else None  # pyright: ignore[reportUnknownMemberType] - untyped in torch
 
-    def _plane(self, frame: int) -> npt.NDArray[np.uint8]:
+    def _plane(self, frame: int) -> IdMap:
         if frame not in self._masks:
             raise UsageError(f"frame {frame} of the clip {self.name} is not annotated")
         last = self._last
@@ -124,22 +125,24 @@ class DavisClip(Clip):
         return last[1]
 
 
-def read_ids(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+def read_ids(path: Path, size: tuple[int, int], *, wide: bool = False) -> IdMap:
     """Read a map of object ids.
 
     Args:
         path: A palette or 8-bit gray image.
         size: Expected H, W.
+        wide: Read images of 16 bits too, as `track` writes them for ids above 254.
 
     Returns:
-        (H, W), the value of each pixel.
+        (H, W), the value of each pixel; of type uint16 for images of 16 bits.
 
     Raises:
         AnnotationError: If the file is damaged, or of another mode or size.
     """
     try:
         with path.open("rb") as file, opened(file, path, MAX_PIXELS) as image:
-            if image.mode not in ("P", "L", "1"):
+            deep = wide and image.mode in ("I;16", "I;16B", "I;16L")
+            if not deep and image.mode not in ("P", "L", "1"):
                 raise AnnotationError(
                     f"{path}: has image mode {image.mode}; expected a palette PNG whose pixels are ids of objects"
                 )
@@ -148,7 +151,7 @@ def read_ids(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
                     f"{path}: is {image.width} x {image.height}, but the frames of its clip are {size[1]} x {size[0]}; "
                     "restore the annotation that belongs to this clip"
                 )
-            return np.asarray(image).astype(np.uint8)
+            return np.asarray(image).astype(np.uint16) if deep else np.asarray(image).astype(np.uint8)
     except ImageError as error:
         raise AnnotationError(str(error)) from None
     except AnnotationError:
@@ -157,11 +160,12 @@ def read_ids(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
         raise AnnotationError(f"{path}: the annotation is damaged ({error}); restore it") from None
 
 
-def instances_from_map(plane: npt.NDArray[np.uint8]) -> Instances:
-    """Return the objects of a map of ids (H, W), ascending by id, with label 0; 0 and 255 are no objects."""
+def instances_from_map(plane: IdMap) -> Instances:
+    """Return the objects of a map of ids (H, W), ascending by id, with label 0; 0 and the 255 of 8 bits are none."""
     size = (plane.shape[0], plane.shape[1])
     counts = np.bincount(plane.ravel(), minlength=256)
-    ids = [int(number) for number in np.flatnonzero(counts) if number not in (0, VOID)]
+    others = (0, VOID) if plane.dtype == np.uint8 else (0,)
+    ids = [int(number) for number in np.flatnonzero(counts) if number not in others]
     planes = np.stack([plane == number for number in ids]) if ids else np.zeros((0, *size), bool)
     masks = Masks.from_dense(torch.from_numpy(planes)).pack()  # pyright: ignore[reportUnknownMemberType] - untyped in torch
     return Instances(

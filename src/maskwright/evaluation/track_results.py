@@ -62,8 +62,9 @@ def read_tracks(source: str | Path, clips: Clips) -> dict[str, list[Instances]]:
     """Read the tracks of clips from a file of results or from a folder of maps of ids.
 
     Args:
-        source: A JSON file as described above, or a folder with CLIP/FRAME.png, whose pixels are ids of objects. Frames
-            have the names of the clip's frames, or 00000, 00001, ... Without a file, a frame has no objects.
+        source: A JSON file as described above, or a folder with CLIP/FRAME.png or CLIP/masks/FRAME.png (as `track`
+            writes them), whose pixels are ids of objects. Frames have the names of the clip's frames, or 00000, 00001,
+            ... Without a file, a frame has no objects.
         clips: The data set.
 
     Returns:
@@ -87,13 +88,19 @@ def _read_maps(folder: Path, clips: Clips) -> dict[str, list[Instances]]:
         if not place.is_dir():
             continue
         frames: list[Instances] = []
-        for frame in range(len(clip)):
-            path = place / f"{f'{frame:05d}' if clip.paths is None else clip.paths[frame].stem}.png"
-            objects = instances_from_map(read_ids(path, clip.size)) if path.is_file() else _empty(clip.size)
-            frames.append(objects)
-        if not any(len(objects) for objects in frames) and any(place.iterdir()):
-            first = sorted(place.iterdir())[0].name
-            raise AnnotationError(f"{place}: none of its files, such as {first}, shows an object of this clip")
+        names = [f"{f'{n:05d}' if clip.paths is None else clip.paths[n].stem}.png" for n in range(len(clip))]
+        if (place / "masks").is_dir() and not any((place / name).is_file() for name in names):
+            place = place / "masks"
+        for name in names:
+            path = place / name
+            known = path.is_file()
+            frames.append(instances_from_map(read_ids(path, clip.size, wide=True)) if known else _empty(clip.size))
+        others = sorted(entry.name for entry in place.iterdir())
+        if others and not any((place / name).is_file() for name in names):
+            raise AnnotationError(
+                f"{place}: none of its files, such as {others[0]}, is the map of a frame of this clip; expected names "
+                f"such as {names[0]}"
+            )
         found[clip.name] = frames
     if not found:
         named = ", ".join(clip.name for clip in clips.clips[:4])

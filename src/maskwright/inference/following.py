@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from maskwright.inference.tracking import ObjectTracker, track_objects
 from maskwright.inference.video import TrackedInstances, VideoSession
 from maskwright.structures import Instances, Prompts
 from maskwright.systems import System
+from maskwright.text import printable
 
 OVERLAP = 0.5  # IoU with a tracked object above which a detection is not a new one
 
@@ -39,21 +41,33 @@ class Start:
     labels: dict[int, int] | None = None
 
 
-def prompt_from_book(session: VideoSession, frame: int, book: PromptBook) -> Start:
+def prompt_from_book(session: VideoSession, frame: int, book: PromptBook, least: float = -math.inf) -> Start:
     """Prompts objects in a frame.
 
     Args:
         session: The session.
         frame: Number of the frame.
         book: The prompts, as for an image with the name of the frame.
+        least: Objects with lower scores are left out.
 
     Raises:
         UsageError: If there are none.
     """
-    size = (int(session.image(frame).shape[1]), int(session.image(frame).shape[2]))
-    asked = book.of(Path(f"{session.frames.frame_name(frame)}.jpg"), size)
+    size, name = (
+        (int(session.image(frame).shape[1]), int(session.image(frame).shape[2])),
+        session.frames.frame_name(frame),
+    )
+    asked = book.of(Path(f"{name}.jpg"), size)
     if asked is None or not len(asked.prompts):
-        raise UsageError(f"there are no prompts for frame {frame} ({session.frames.frame_name(frame)})")
+        raise UsageError(book.unused() or f"there are no prompts for frame {frame} ({printable(name)})")
+    if asked.scores is not None:
+        kept = (asked.scores >= least).nonzero()[:, 0]
+        if not len(kept):
+            best = float(asked.scores.max())
+            raise UsageError(
+                f"no detection in frame {frame} ({printable(name)}) scores at least {least:g}; the best scores {best:g}"
+            )
+        asked = Asked(asked.prompts[kept], None if asked.labels is None else asked.labels[kept], asked.scores[kept])
     return _add(session, frame, asked, book.classes or ("object",))
 
 
@@ -84,8 +98,10 @@ def prompt_from_file(session: VideoSession, path: str | Path, frame: int) -> Sta
         asked = book.of(Path(name), size)
         assert asked is not None
         ids = [entry.get("id") for entry in document[name]]
-        if any(id is not None and (not isinstance(id, int) or isinstance(id, bool) or id < 1) for id in ids):
-            raise AnnotationError(f"{path}: an id of an object must be a positive integer")
+        if any(
+            id is not None and (not isinstance(id, int) or isinstance(id, bool) or not 0 < id < 1 << 63) for id in ids
+        ):
+            raise AnnotationError(f"{path}: an id of an object must be a positive integer of less than 2^63")
         free = max([*session.ids, *(id for id in ids if id is not None)], default=0)
         own = [id if id is not None else (free := free + 1) for id in ids]
         if len(set(own)) != len(own):

@@ -6,6 +6,7 @@ camera, only the frame that was read last is kept.
 
 from __future__ import annotations
 
+import operator
 import re
 import warnings
 from abc import ABC, abstractmethod
@@ -15,7 +16,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self, SupportsIndex, cast
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from maskwright.data.findings import DataWarning
-from maskwright.data.images import Reading, common_white, white_words
+from maskwright.data.images import Reading, common_white, common_white_of, white_words
+from maskwright.data.pixel_values import range_end
 from maskwright.errors import DataError, ImageError, MissingExtraError, UsageError
 from maskwright.inference.sources import SUFFIXES, Item, displayed, items
 
@@ -64,10 +66,9 @@ class Frames(ABC):
             ImageError: If the frame cannot be read, or has another size than those before.
             UsageError: If the source cannot be searched and the frame is over.
         """
-        if not isinstance(index, int) or index < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise UsageError(f"{self.name}: frames are counted by integers from 0, got {index!r}")
-        image = self._read(index)
-        return None if image is None else self._checked(image, index)
+        number = frame_number(index, self.name)
+        image = self._read(number)
+        return None if image is None else self._checked(image, number)
 
     def _checked(self, image: UInt8[Tensor, "3 H W"], index: int) -> UInt8[Tensor, "3 H W"]:
         """`image`, which must have the size of the frames before."""
@@ -138,6 +139,17 @@ def open_frames(source: Any) -> Frames:
     return StreamedFrames(cast("Iterable[Any]", source))
 
 
+def frame_number(value: SupportsIndex, name: str) -> int:
+    """The number of a frame, an integer of any library from 0; UsageError, which names the source, for others."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise UsageError(f"{name}: frames are counted by integers from 0, got {value!r}")
+    return number
+
+
 # ---- lists and folders -----------------------------------------------------------------------------------------------
 
 
@@ -155,7 +167,8 @@ class ListedFrames(Frames):
             raise UsageError(f"{name}: there are no frames")
         self._items = [_item(entry) for entry in source]
         paths = [item.path for item in self._items if item.path is not None]
-        white = common_white(paths) if paths else None
+        ranges = [common_white(paths) if paths else None, _white_of_arrays([item.given for item in self._items])]
+        white = max((end for end in ranges if end is not None), default=None)
         if white is not None and white < 0xFFFF:
             warnings.warn(white_words(white), DataWarning, stacklevel=3)
         self._reading = Reading(white)
@@ -168,6 +181,23 @@ class ListedFrames(Frames):
     def frame_name(self, index: int) -> str:
         path = self._items[index].path
         return f"{index:05d}" if path is None else path.stem
+
+
+def _white_of_arrays(given: Sequence[Any]) -> int | None:
+    """The value that becomes 255 in all frames, if some are arrays of integers of more than 8 bits.
+
+    Judged frame by frame, the brightness of a clip would change with the largest value of each frame.
+    """
+
+    def white(number: int) -> int | None:
+        values = given[number]
+        if not isinstance(values, (np.ndarray, Tensor)) or (isinstance(values, Tensor) and values.is_floating_point()):
+            return None
+        array = cast("np.ndarray[Any, Any]", values.detach().cpu().numpy() if isinstance(values, Tensor) else values)
+        largest = int(array.max()) if array.dtype.kind in "ui" and array.dtype.itemsize > 1 and array.size else 0
+        return range_end(largest) if largest > 255 else None
+
+    return common_white_of(len(given), white)
 
 
 def _folder(path: Path) -> ListedFrames:

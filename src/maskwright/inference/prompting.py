@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from maskwright.data.findings import DataWarning
 from maskwright.errors import AnnotationError, UsageError
 from maskwright.evaluation.result_ids import Listing, checked_id, listing_beside
 from maskwright.structures import Embedding, Instances, Prompts
@@ -22,6 +24,7 @@ from maskwright.systems.kinds.promptable import PromptableSystem
 from maskwright.text import printable
 
 Size = tuple[int, int]
+KEYS = ("points", "labels", "box", "class", "score", "id")  # of an object in a file of prompts
 
 
 @dataclass(frozen=True)
@@ -101,10 +104,13 @@ def written_prompts(points: Sequence[str], boxes: Sequence[str]) -> PromptBook:
     rows = [[_point(part, text) for part in text.split(";")] for text in points]
     corners = [_numbers(text, (4,), "x0,y0,x1,y1") for text in boxes]
 
-    def of(_: Path | None, size: Size) -> Asked:
+    def of(image: Path | None, size: Size) -> Asked:
         places = [[(x, y) for x, y, _ in row] for row in rows]
-        clicked = Prompts.from_points(size, places, [[int(v[2]) for v in row] for row in rows])
-        parts = [clicked if rows else Prompts.empty(size), Prompts.from_boxes(corners, size)]
+        try:
+            clicked = Prompts.from_points(size, places, [[int(v[2]) for v in row] for row in rows])
+            parts = [clicked if rows else Prompts.empty(size), Prompts.from_boxes(corners, size)]
+        except UsageError as error:
+            raise UsageError(str(error) if image is None else f"{image.name}: {error}") from None
         return Asked(Prompts.join(parts))
 
     return PromptBook(of)
@@ -160,7 +166,8 @@ def read_prompts(path: str | Path) -> PromptBook:
 
     def of(image: Path | None, size: Size) -> Asked | None:
         own = document if find is None else find(image)
-        return None if own is None else _objects(cast(list[Any], own), size, classes, str(path))
+        where = str(path) if image is None else f"{path}, {printable(image.name)}"
+        return None if own is None else _objects(cast(list[Any], own), size, classes, where)
 
     return PromptBook(of, classes) if find is None else PromptBook(of, classes, find.unused)
 
@@ -172,11 +179,18 @@ def _objects(values: Sequence[Any], size: Size, classes: tuple[str, ...] | None,
         place = f"{where}: object {number}"
         if not isinstance(value, dict) or not ({"points", "box"} & value.keys()):
             raise AnnotationError(f"{place} must be a mapping with points or box, got {str(value)[:60]}")
+        unknown = [printable(str(key)) for key in value if key not in KEYS]
+        if unknown:
+            warnings.warn(
+                f"{place}: {unknown[0]} is not read; the keys are {', '.join(KEYS)}", DataWarning, stacklevel=2
+            )
         try:
             points, labelled, box = value.get("points") or [], value.get("labels"), value.get("box")
             row = Prompts.from_points(size, [points], None if labelled is None else [labelled])
             if not len(points) and box is None:
                 raise UsageError("has neither points nor a box")
+            if box == []:
+                raise UsageError("box must be 4 numbers, x0, y0, x1 and y1, got []")
             boxes = None if box is None else Prompts.from_boxes([box], size).boxes
             parts.append(replace(row, boxes=boxes))
         except (UsageError, ValueError, TypeError, RuntimeError) as error:
@@ -315,10 +329,11 @@ class ByName:
         """See `PromptBook`."""
         if self._found or self.asked is None or not self.entries:
             return None
-        some = ", ".join(printable(name) for name in list(self.entries)[:3]) + ", ..." * (len(self.entries) > 3)
+        count = len(self.entries)
+        some = ", ".join(printable(name) for name in list(self.entries)[:3]) + ", ..." * (count > 3)
         return (
-            f"{self.path}: there are prompts for {len(self.entries)} images ({some}), but for none of those given, "
-            f"such as {self.asked.name}"
+            f"{self.path}: there are prompts for {count} image{'s' * (count > 1)} ({some}), but for none of those "
+            f"given, such as {printable(self.asked.name)}"
         )
 
 

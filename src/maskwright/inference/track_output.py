@@ -30,7 +30,7 @@ class TrackWriter:
     """Writes the objects of a video to a folder, one frame at a time.
 
     - "masks": ``masks/NAME.png``, indexed as in DAVIS: the value of a pixel is the id of its object, 0 is background;
-      16 bits if an id is above 255.
+      16 bits if an id is above 254, because 255 stands for void pixels in maps of 8 bits.
     - "coco": ``results.json``, COCO results with image_id = frame + 1 and ``track_id``; ``frames.json``, the "images"
       and "categories" that they refer to.
     - "drawn": ``drawn/NAME.jpg``, the frame with its objects drawn over it.
@@ -79,6 +79,8 @@ class TrackWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if error is not None and not self.frames:  # nothing to keep, and earlier results are not replaced
             self._results.abandon()
+            if self._video is not None:
+                self._video.abandon()
             self._lock.release()
             return
         self.close()
@@ -130,7 +132,7 @@ def id_map(objects: Instances, ids: Sequence[int]) -> Any:
     """The id of each pixel as a PIL image; where masks overlap, the object with the higher score is on top."""
     from PIL import Image
 
-    large = max(ids, default=0) > 255
+    large = max(ids, default=0) > 254  # 255 is void in maps of 8 bits
     if max(ids, default=0) > MOST:
         raise DataError(f"maps hold ids of up to {MOST}, got {max(ids)}; leave out the format masks")
     plane = np.zeros(objects.image_size, np.uint16 if large else np.uint8)
@@ -197,6 +199,16 @@ class _Video:
             self._container.mux(self._stream.encode(frame))
         except (self._av.FFmpegError, OSError) as error:
             raise DataError(f"{self.path}: cannot be written ({error})") from None
+
+    def abandon(self) -> None:
+        """Drops what was encoded; an earlier video stays."""
+        container, self._container = self._container, None
+        if container is None:
+            return
+        with contextlib.suppress(self._av.FFmpegError, OSError):
+            container.close()
+        abandoned = DataError(f"{self.path}: the video was abandoned")
+        self._file.__exit__(DataError, abandoned, None)  # removes the temporary file
 
     def close(self) -> None:
         """Ends the video."""

@@ -4,17 +4,18 @@
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from maskwright.errors import UsageError
-from maskwright.inference.frames import Frames, PushedFrames, open_frames
+from maskwright.inference.frames import Frames, PushedFrames, frame_number, open_frames
 from maskwright.inference.preparing import chosen_device, prepare
 from maskwright.ops.planes import axes, place_planes
 from maskwright.structures import Embedding, Instances, Masks, Prompts
@@ -105,7 +106,8 @@ class VideoSession:
             )
         if corrections not in ("keep", "once"):
             raise UsageError(f"corrections must be 'keep' or 'once', got {corrections!r}")
-        for name, value, least in (("fill_holes", fill_holes, 0), ("history", history, 0), ("length", length, 1)):
+        whole = (("fill_holes", fill_holes, 0), ("history", history, 0), ("length", length, 1), ("budget", budget, 1))
+        for name, value, least in whole:
             if value is not None and not (isinstance(value, int) and value >= least):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise UsageError(f"{name} must be an integer of at least {least}, got {value!r}")
         ready = prepare(system, chosen_device(device), dtype, compile)
@@ -128,8 +130,8 @@ class VideoSession:
 
     def prompt(
         self,
-        frame: int,
-        id: int,
+        frame: SupportsIndex,
+        id: SupportsIndex,
         *,
         points: Any = None,
         labels: Any = None,
@@ -159,10 +161,11 @@ class VideoSession:
             UsageError: If the prompt is empty, contradictory or outside of the frame, or there is no such frame.
             ImageError: If the frame cannot be read.
         """
+        number, own = frame_number(frame, self.frames.name), _checked_id(id)
         given = [points is not None or box is not None, mask is not None, hidden]
         if sum(given) != 1:
             raise UsageError("a prompt must be points, a box or both, or a mask, or hidden=True")
-        size = self._size(frame)
+        size = self._size(number)
         if mask is not None:
             prompts = Prompts.from_masks(_mask(mask, size))
             hidden = not int(prompts.masks.areas()[0]) if prompts.masks is not None else False
@@ -173,11 +176,16 @@ class VideoSession:
             if box is not None:
                 prompts = replace(prompts, boxes=_box(box, size))
         if add:
-            prompts = self._added(frame, id, prompts)
-        return self.prompt_many(frame, prompts, [id], hidden=[hidden])
+            prompts = self._added(number, own, prompts)
+        return self.prompt_many(number, prompts, [own], hidden=[hidden])
 
     def prompt_many(
-        self, frame: int, prompts: Prompts, ids: Sequence[int] | None = None, *, hidden: Sequence[bool] = ()
+        self,
+        frame: SupportsIndex,
+        prompts: Prompts,
+        ids: Sequence[SupportsIndex] | None = None,
+        *,
+        hidden: Sequence[bool] = (),
     ) -> TrackedInstances:
         """Prompts several objects in a frame, for instance the detections of another system.
 
@@ -189,12 +197,18 @@ class VideoSession:
 
         Returns:
             All objects that are known in this frame.
+
+        Raises:
+            UsageError: See `prompt`; or if the prompts are for frames of another size, or `ids` do not fit them.
         """
-        size = self._size(frame)
+        if not isinstance(prompts, Prompts):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not be checked
+            raise UsageError(f"prompts must be Prompts, got {type(prompts).__name__}; `prompt` takes lists of points")
+        number = frame_number(frame, self.frames.name)
+        size = self._size(number)
         if prompts.image_size != size:
             raise UsageError(f"the prompts are for frames of {prompts.image_size}, but those of the video have {size}")
         start = max(self.ids, default=0) + 1
-        numbers = list(range(start, start + len(prompts))) if ids is None else [_checked_id(v) for v in ids]
+        numbers = [_checked_id(v) for v in (range(start, start + len(prompts)) if ids is None else ids)]
         if len(numbers) != len(prompts) or len(set(numbers)) != len(numbers):
             raise UsageError(f"ids must be {len(prompts)} different integers, one for each prompt, got {numbers[:8]}")
         empty = (prompts.point_counts == 0) & ~prompts.has_box & ~prompts.has_mask
@@ -209,30 +223,32 @@ class VideoSession:
         rows = [known[numbers[n]] for n in order if numbers[n] in known]
         part = self._memory[rows]
         _, after = self.system.track(
-            self._embedding(frame), part, prompts[torch.tensor(order, dtype=torch.int64)], index=frame,
+            self._embedding(number), part, prompts[torch.tensor(order, dtype=torch.int64)], index=number,
             hidden=[place for place, n in enumerate(order) if n in gone], budget=self.budget,
         )  # fmt: skip
         memory = self._memory.put([*rows, *range(len(known), len(known) + len(added))], after)
         self._memory = replace(memory, frame=self._memory.frame)
         self.ids += [numbers[n] for n in order if numbers[n] not in known]
-        self._prompts |= {(frame, id): prompts[n : n + 1] for n, id in enumerate(numbers)}
-        return self._result(frame, self._logits(frame))
+        self._prompts |= {(number, id): prompts[n : n + 1] for n, id in enumerate(numbers)}
+        return self._result(number, self._logits(number))
 
-    def clear(self, frame: int, id: int) -> TrackedInstances:
+    def clear(self, frame: SupportsIndex, id: SupportsIndex) -> TrackedInstances:
         """Removes the prompts of an object in a frame. Its mask there stays until the frame is tracked again.
 
         Returns:
             All objects that are known in this frame.
         """
-        self._memory = self._memory.forget(self._row(id), frame)
-        self._prompts.pop((frame, id), None)
-        return self._result(frame, self._logits(frame))
+        row, number = self._row(id), frame_number(frame, self.frames.name)
+        self._memory = self._memory.forget(row, number)
+        self._prompts.pop((number, self.ids[row]), None)
+        return self._result(number, self._logits(number))
 
-    def remove(self, id: int) -> None:
+    def remove(self, id: SupportsIndex) -> None:
         """Removes an object."""
-        self._memory = self._memory.without(self._row(id))
-        self.ids.remove(id)
-        self._prompts = {key: prompts for key, prompts in self._prompts.items() if key[1] != id}
+        row = self._row(id)
+        self._memory = self._memory.without(row)
+        gone = self.ids.pop(row)
+        self._prompts = {key: prompts for key, prompts in self._prompts.items() if key[1] != gone}
 
     def reset(self) -> None:
         """Removes all objects."""
@@ -265,13 +281,15 @@ class VideoSession:
             ImageError: If a frame cannot be read; what was yielded before is not affected.
         """
         first, length = self.first, self.frames.length
+        if count is not None and not isinstance(count, Integral):
+            raise UsageError(f"count must be an integer, got {count!r}")
         if count is not None and count < 0:
             raise UsageError(f"count must be at least 0, got {count}")
         if start is not None and (start < 0 or (length is not None and start > length)):
             raise UsageError(f"start must be a frame of {self.frames.name}, which has {length} frames, got {start}")
         if reverse and not self.frames.searchable:
             raise UsageError(f"{self.frames.name} cannot be read backwards; give a list, a folder or a video file")
-        index, done = first if start is None else start, 0
+        index, done = first if start is None else frame_number(start, self.frames.name), 0
         while index >= 0 and (count is None or done < count):
             if self._image_of(index) is None:
                 return
@@ -298,7 +316,7 @@ class VideoSession:
             found = self._result(index, {})
         return found if prompts is None else self.prompt_many(index, prompts, ids)
 
-    def image(self, frame: int) -> UInt8[Tensor, "3 H W"]:
+    def image(self, frame: SupportsIndex) -> UInt8[Tensor, "3 H W"]:
         """The pixels of a frame, RGB.
 
         Raises:
@@ -384,23 +402,25 @@ class VideoSession:
         boxes = prompts.boxes if prompts.boxes is not None else before.boxes
         return replace(prompts, points=points, point_labels=labels, boxes=boxes)
 
-    def _row(self, id: int) -> int:
-        if id not in self.ids:
+    def _row(self, id: SupportsIndex) -> int:
+        number = _checked_id(id)
+        if number not in self.ids:
             known = ", ".join(map(str, self.ids[:16])) or "none"
-            raise UsageError(f"there is no object {id}; known ids are {known}")
-        return self.ids.index(id)
+            raise UsageError(f"there is no object {number}; known ids are {known}")
+        return self.ids.index(number)
 
-    def _size(self, frame: int) -> tuple[int, int]:
+    def _size(self, frame: SupportsIndex) -> tuple[int, int]:
         image = self.image(frame)
         return (image.shape[1], image.shape[2])
 
-    def _image_of(self, frame: int) -> Tensor | None:
+    def _image_of(self, frame: SupportsIndex) -> Tensor | None:
         """The pixels of a frame; the last one that was read is kept."""
-        if self._image is None or self._image[0] != frame:
-            image = self.frames.get(frame)
+        number = frame_number(frame, self.frames.name)
+        if self._image is None or self._image[0] != number:
+            image = self.frames.get(number)
             if image is None:
                 return None
-            self._image = frame, image
+            self._image = number, image
         return self._image[1]
 
     def _embedding(self, frame: int) -> Embedding:
@@ -443,7 +463,9 @@ def _box(box: Any, size: tuple[int, int]) -> Tensor | None:
     try:
         corners = [float(value) for value in box]
     except (TypeError, ValueError):
-        raise UsageError(f"a box must be x0, y0, x1, y1, got {str(box)[:80]}") from None
+        corners = []
+    if len(corners) != 4:
+        raise UsageError(f"a box must be x0, y0, x1, y1, got {str(box)[:80]}")
     return Prompts.from_boxes([corners], size).boxes
 
 
@@ -462,6 +484,10 @@ def _mask(mask: Any, size: tuple[int, int]) -> Masks:
             plane = plane[0]
         if plane.ndim != 2:
             raise UsageError(f"a mask must be a plane (H, W), got shape {tuple(plane.shape)}")
+        if plane.is_complex():
+            raise UsageError(f"a mask must have real values, got {str(plane.dtype).removeprefix('torch.')}")
+        if plane.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            plane = plane != 0  # torch does not order these types
         masks = Masks.from_dense(plane[None] > 0)
     if len(masks) != 1 or masks.size != size:
         raise UsageError(
@@ -471,7 +497,13 @@ def _mask(mask: Any, size: tuple[int, int]) -> Masks:
 
 
 def _checked_id(value: Any) -> int:
-    number = int(value) if isinstance(value, (int, float, Integral)) and value == value // 1 else 0
-    if isinstance(value, bool) or number < 1:
+    whole = isinstance(value, float) and value.is_integer()
+    try:
+        number = 0 if isinstance(value, bool) else int(value) if whole else operator.index(cast(Any, value))
+    except TypeError:
+        number = 0
+    if number < 1:
         raise UsageError(f"ids of objects must be positive integers, got {value!r}")
+    if number >= 1 << 63:
+        raise UsageError(f"ids of objects must be less than 2^63, got {number}")
     return number

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -37,6 +38,20 @@ class Choices:
     place: Callable[[Tensor], Masks] = field(repr=False)
     present: Float[Tensor, " n"] | None = None
     tokens: Float[Tensor, "n m c"] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        """Return a line with shapes in place of logits."""
+        height, width = self.image_size
+        scores = "" if self.scores.numel() > 12 else f", scores {self._rounded()}"
+        return (
+            f"Choices({len(self)} prompts, {self.scores.shape[1]} answers each, logits {tuple(self.logits.shape[2:])}, "
+            f"image {height} x {width}{scores})"
+        )
+
+    def _rounded(self) -> list[list[float]]:
+        """The scores as lists."""
+        values = cast("list[list[float]]", self.scores.detach().float().cpu().tolist())  # pyright: ignore[reportUnknownMemberType] - not typed
+        return [[round(value, 3) for value in row] for row in values]
 
     def __len__(self) -> int:
         """Return the number of prompts."""

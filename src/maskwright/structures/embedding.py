@@ -47,9 +47,21 @@ class Embedding:
         """Where the tensors are."""
         return next(iter(self.tensors.values())).device
 
+    def __repr__(self) -> str:
+        """Return a line with shapes in place of values."""
+        shapes = ", ".join(f"{name}: {tuple(value.shape)}" for name, value in self.tensors.items())
+        height, width = self.image_size
+        return f"Embedding({shapes}; image {height} x {width}; {self.system})"
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Embedding:
-        """Return the embedding on a device, or with another floating point type."""
-        return replace(self, tensors={name: value.to(device, dtype) for name, value in self.tensors.items()})
+        """Return the embedding on a device, or with another floating point type.
+
+        Raises:
+            UsageError: If the device is not available, or the type is not a floating point type.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise UsageError(f"the type of an embedding must be a floating point type, got {dtype}")
+        return replace(self, tensors=_moved(self.tensors, device, dtype))
 
     def save(self, path: str | Path) -> Path:
         """Write a file, atomically, that `load` reads on any machine.
@@ -87,6 +99,7 @@ class Embedding:
 
         Raises:
             DataError: If the file cannot be read or is not an embedding.
+            UsageError: If the device is not available.
         """
         from safetensors import safe_open
 
@@ -108,9 +121,26 @@ class Embedding:
         except Exception as error:  # safetensors raises its own class for damaged files
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise DataError(f"{path}: it cannot be read as an embedding ({reason}); save it again") from None
-        if not tensors or any(value.ndim != 3 or not value.is_floating_point() for value in tensors.values()):
+        expected = {"image", *(f"finer.{number}" for number in range(len(tensors) - 1))}
+        if tensors.keys() != expected:
+            given = ", ".join(sorted(tensors)[:4]) or "none"
+            raise DataError(
+                f"{path}: an embedding must have the tensors image, finer.0, ..., got {given}; save it again"
+            )
+        if any(value.ndim != 3 or not value.is_floating_point() for value in tensors.values()):
             raise DataError(f"{path}: an embedding must have floating point tensors of three axes; save it again")
-        return cls({name: value.to(device) for name, value in tensors.items()}, placement, input_size, system)
+        return cls(_moved(tensors, device), placement, input_size, system)
+
+
+def _moved(
+    tensors: Mapping[str, Tensor], device: torch.device | str | None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The tensors on a device."""
+    try:
+        return {name: value.to(device, dtype) for name, value in tensors.items()}
+    except (RuntimeError, AssertionError) as error:  # torch raises one or the other where a device is missing
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UsageError(f"the embedding cannot be moved to {device!s} ({reason})") from None
 
 
 def _placement(values: Any) -> Placement:
@@ -128,4 +158,6 @@ def _placement(values: Any) -> Placement:
 
 def _size(values: Any) -> tuple[int, int]:
     height, width = values
+    if min(int(height), int(width)) < 1:
+        raise ValueError("its input_size is invalid")
     return int(height), int(width)

@@ -154,11 +154,20 @@ class Prompts:
 
     @classmethod
     def from_masks(cls, masks: Masks | Instances) -> Prompts:
-        """Return prompts of one mask for each object."""
+        """Return prompts of one mask for each object.
+
+        Raises:
+            UsageError: If the objects have no masks, or `masks` is of another type.
+        """
         if isinstance(masks, Instances):
             if masks.masks is None:
                 raise UsageError("the objects have no masks")
             masks = masks.masks
+        if not isinstance(masks, Masks):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not be checked
+            raise UsageError(
+                f"masks must be Masks or Instances, got {type(masks).__name__}; Masks.from_dense makes them of planes "
+                "(N, H, W)"
+            )
         return cls(
             masks.size, torch.zeros(len(masks), 0, 2), torch.zeros(len(masks), 0, dtype=torch.int64), None, masks
         )
