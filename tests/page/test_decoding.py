@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,11 +19,14 @@ for name in ("starlette", "uvicorn"):
 for name in ("onnx", "onnxscript", "onnxruntime"):
     pytest.importorskip(name, reason="needs the extra export")
 
-from maskwright.structures import Masks  # noqa: E402 - only where the server is
+from maskwright.structures import Embedding, Masks  # noqa: E402 - only where the server is
+from maskwright.systems import System  # noqa: E402
 from maskwright.web.assistant import Answer, Assistant, Prompt  # noqa: E402
+from maskwright.web.embeddings import half  # noqa: E402
 from maskwright.web.sources import Source  # noqa: E402
 from maskwright.web.starting import Plan, promptable_system  # noqa: E402
 from tests.page.running import FLAGS, Running, chromium, draw_image  # noqa: E402
+from tests.systems.tiny import build  # noqa: E402
 
 if chromium() is None:
     pytest.skip("needs chromium", allow_module_level=True)
@@ -33,14 +37,17 @@ TALL = [(70, 90, 40), (150, 250, 55), (60, 330, 30)]
 
 
 class Timed(Assistant):
-    """The installed system, whose answers take a while longer, and are counted."""
+    """A system whose answers take a while longer, and are counted. Embeddings are those that the page receives."""
 
-    def __init__(self, source: Source, folder: Path):
-        system = promptable_system(Plan("images"), False)
-        assert system is not None
-        super().__init__(source, system, folder, "cpu")
+    def __init__(self, source: Source, folder: Path, system: System | None = None):
+        own = system or promptable_system(Plan("images"), False)
+        assert own is not None
+        super().__init__(source, own, folder, "cpu")
         self.delay = 0.0
         self.asked: list[Prompt] = []
+
+    def embedding(self, index: int) -> Embedding:
+        return half(super().embedding(index)).to(dtype=torch.float32)
 
     def answer(self, index: int, prompt: Prompt) -> Answer:
         self.asked.append(prompt)
@@ -64,7 +71,14 @@ Open = Callable[..., Any]
 
 @pytest.fixture
 def open_page(server: Running) -> Iterator[Open]:
-    """Opens an image of the server in Chromium, with a choice of where clicks are answered.
+    """Opens an image of the server in Chromium, with a choice of where clicks are answered."""
+    with opening(server) as make:
+        yield make
+
+
+@contextmanager
+def opening(server: Running) -> Iterator[Open]:
+    """What opens an image in Chromium.
 
     Nothing else can be reached: other names are not resolved, and requests that leave the origin fail the test.
     """
@@ -183,6 +197,59 @@ def test_page_decodes_what_the_server_decodes(server: Running, open_page: Open):
     click(page, x, y + 10)
     until(page, lambda: server.assistant.asked)
     assert server.assistant.asked[0].counts is not None
+
+
+# Without a promptable token for masks and with cubic resizing; with finer maps and another choice among the answers;
+# and two with the decoder of SAM, of which the weights that are installed are an example already.
+@pytest.mark.parametrize(
+    "name",
+    ["efficient-sam", "sam2", *(pytest.param(name, marks=pytest.mark.runtime) for name in ("mobile-sam", "edge-sam"))],
+)
+def test_page_decodes_every_kind_of_decoder(name: str, tmp_path: Path):
+    draw_image(tmp_path / "a.png", (211, 150), [(60, 70, 40), (150, 80, 30)])
+    system = build(name).eval()
+    server = Running(tmp_path, ("cell",), make=lambda source: Timed(source, tmp_path / "embeddings", system))
+    assistant, size = server.assistant, (150, 211)
+
+    def answer(prompt: Prompt) -> tuple[str, Mask]:
+        found = Assistant.answer(assistant, 0, prompt)
+        return found.counts, of_counts(found.counts, size)
+
+    try:
+        with opening(server) as make:
+            page = make(0, "page")
+            page.wait_for_selector("#assist[data-place=page]", timeout=120_000)
+            page.uncheck("#hover")
+            places = [placed(page, x, y) for x in range(20, 200, 30) for y in range(20, 140, 30)]
+            areas = [int(answer(Prompt(((x, y, 1),)))[1].sum()) for x, y in places]
+            x, y = places[min(range(len(places)), key=lambda n: abs(areas[n] - 150 * 211 / 3))]
+            click(page, x, y)
+            [first] = until(page, lambda: server.masks(0))
+            prompt = Prompt(((*placed(page, x, y), 1),))
+            counts, expected = answer(prompt)
+            assert 100 < expected.sum() < 150 * 211 - 100, "weights at random give a mask that can be compared"
+            assert iou(first, expected) >= 0.99
+            out = max(places, key=lambda place: abs(place[0] - x) + abs(place[1] - y))
+            click(page, *out, button="right")
+            further = Prompt((*prompt.points, (*placed(page, *out), 0)), None, counts)
+            _, expected = answer(further)
+            if (expected != first).any() and expected.any():
+                until(page, lambda: (server.masks(0)[0] != first).any())
+                assert iou(server.masks(0)[0], expected) >= 0.99
+            page.keyboard.press("Enter")
+            page.keyboard.press("x")
+            page.mouse.move(*map(round, at(page, 20, 30)))
+            page.mouse.down()
+            page.mouse.move(*map(round, at(page, 180, 120)), steps=3)
+            page.mouse.up()
+            box = (*placed(page, 20, 30), *placed(page, 180, 120))
+            _, expected = answer(Prompt((), box))
+            if expected.any():
+                boxed = until(page, lambda: server.masks(0)[1:])
+                assert iou(boxed[0], expected) >= 0.99
+            assert assistant.asked == [], "the server answers nothing"
+    finally:
+        server.stop()
 
 
 def test_page_decodes_by_itself_only_where_the_server_is_far(
