@@ -2,6 +2,7 @@
 
     python benchmarks/annotating.py                               # 0 and 500 objects, masks from a stand-in at no cost
     python benchmarks/annotating.py --weights W --objects 0 500   # with a promptable system
+    python benchmarks/annotating.py --weights mobile-sam --place page --clicks 20    # random weights
 
 Needs playwright and the system's Chromium. The server is a process of its own. Clicks are real mouse events with the
 preview switched off, each on an object that has no mask yet; their time runs from the release of the button to the
@@ -135,15 +136,17 @@ STAGES = """() => {
     const answer = of('click-answer').findLast((entry) => entry.startTime >= startTime && entry.startTime < end);
     const taken = of('click-taken').findLast((entry) => entry.startTime >= startTime && entry.startTime < end);
     if (!answer || !taken) return [];
-    const { ms = 0, stages = [0, 0, 0] } = answer.detail, arrived = answer.startTime + answer.duration;
+    const { ms, stages } = answer.detail, arrived = answer.startTime + answer.duration;
     return [{
       'click': duration,
       'page: until it asks': answer.startTime - startTime,
-      'on the way, both directions': answer.duration - ms,
-      'server: until it computes': stages[0],
-      'server: networks': stages[1],
-      'server: mask of the image': stages[2],
-      'server: rest': ms - stages[0] - stages[1] - stages[2],
+      ...(ms === undefined ? { 'page: decodes': answer.duration } : {
+        'on the way, both directions': answer.duration - ms,
+        'server: until it computes': stages[0],
+        'server: networks': stages[1],
+        'server: mask of the image': stages[2],
+        'server: rest': ms - stages[0] - stages[1] - stages[2],
+      }),
       'page: takes the mask': taken.startTime - arrived,
       'page: until the next frame': drawing - taken.startTime,
       'page: draws': end - drawing,
@@ -157,16 +160,32 @@ def percentile(values: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def measure(browser: Any, address: str, objects: int, clicks: int, seconds: float, shot: Path | None) -> dict[str, Any]:
+def weights_of(name: str | None, folder: Path) -> str | None:
+    """A file of weights; for the name of a system, weights at random."""
+    if name is None or Path(name).exists():
+        return name
+    import maskwright as mw
+
+    path = folder / f"{name}.safetensors"
+    mw.save(mw.create(name), path)
+    return str(path)
+
+
+def measure(
+    browser: Any, address: str, objects: int, clicks: int, seconds: float, shot: Path | None, place: str = "server"
+) -> dict[str, Any]:
     page = browser.new_page(viewport={"width": 1280, "height": 720})
+    page.add_init_script(f"localStorage.setItem('maskwright-decoder', '{place}')")
     page.goto(address)
-    page.wait_for_selector("#assist:has-text('ready')", timeout=180_000)
+    page.wait_for_selector("#assist:has-text('ready')", timeout=600_000)
+    page.wait_for_selector(f"#assist[data-place={place}]", timeout=600_000)
     page.uncheck("#hover")
     page.check("#single")
     page.wait_for_timeout(1500)  # until all objects are drawn sharply
     view = page.evaluate("() => ({...document.getElementById('stage').dataset})")
     box = page.locator("#stage").bounding_box()
     zoom, left, top = (float(view[name]) for name in ("zoom", "left", "top"))
+    page.keyboard.down("Control")  # a new object also where there is one; random weights cover much of the image
     for number, (x, y, _) in enumerate(places()[objects : objects + clicks]):
         page.mouse.click(box["x"] + left + x * zoom, box["y"] + top + y * zoom)
         done = "n => performance.getEntriesByName('click-to-visible').length > n"
@@ -175,6 +194,7 @@ def measure(browser: Any, address: str, objects: int, clicks: int, seconds: floa
                 break
             page.wait_for_timeout(5)
         page.wait_for_timeout(60)
+    page.keyboard.up("Control")
     taken = page.evaluate("() => performance.getEntriesByName('click-to-visible').map(entry => entry.duration)")
     stages = page.evaluate(STAGES)
     page.mouse.move(box["x"] + 5, box["y"] + 5)
@@ -204,7 +224,10 @@ def by_stage(clicks: list[dict[str, float]]) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", help="a promptable system; without, masks come from a stand-in")
+    parser.add_argument(
+        "--weights", help="a promptable system, or its name for weights at random; without, masks come from a stand-in"
+    )
+    parser.add_argument("--place", choices=("server", "page"), default="server", help="where clicks are answered")
     parser.add_argument("--objects", type=int, nargs="+", default=[0, 500])
     parser.add_argument("--clicks", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=3.0, help="of zooming and of panning")
@@ -226,8 +249,10 @@ def main() -> None:
         for objects in options.objects:
             folder = Path(tempfile.mkdtemp(dir=temporary)) / "images"
             make_folder(folder, objects)
-            with server(folder, options.weights, options.threads) as address:
-                result = measure(browser, address, objects, options.clicks, options.seconds, options.screenshots)
+            with server(folder, weights_of(options.weights, Path(temporary)), options.threads) as address:
+                result = measure(
+                    browser, address, objects, options.clicks, options.seconds, options.screenshots, options.place
+                )
             stages = result.pop("stages")
             print(f"load {os.getloadavg()[0]:.1f}  " + "  ".join(
                 f"{name} {value:.1f}" if isinstance(value, float) else f"{name} {value}"
