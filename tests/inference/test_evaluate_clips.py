@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,8 @@ def test_objects_that_do_not_fit_a_clip_are_refused(clips: Clips):
     with pytest.raises(UsageError, match=r"frame 3: the objects are on a grid of \(8, 8\)"):
         evaluator.add("a1", [*frames[:3], objects((8, 8), [], [])])
     bare = Instances(SIZE, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64), ids=torch.tensor([1]))
+    with pytest.raises(UsageError, match="frame 0: an object has the label 2, but the data set has 2 classes"):
+        evaluator.add("b2", [replace(one, labels=one.labels + 1) for one in frames])
     with pytest.raises(UsageError, match="frame 3: the objects have no masks"):
         evaluator.add("a1", [*frames[:3], bare])
     evaluator.add("a1", frames)

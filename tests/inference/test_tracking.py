@@ -130,6 +130,13 @@ def test_empty_masks_and_missing_scores_are_accepted():
     assert ids([square(3), nan]) == [[1], []]
 
 
+@pytest.mark.parametrize("name", ["iou", pytest.param("bytetrack", marks=needs_library)])
+def test_boxes_that_are_not_finite_are_left_out(name):
+    boxes = torch.tensor([[torch.nan, 1, 9, 9], [5.0, 5, 20, 20], [0, 0, torch.inf, 9]])
+    found = Instances(SIZE, boxes, torch.zeros(3).long(), scores=torch.full((3,), 0.9))
+    assert ids([found] * 3, make_tracker(name))[1:] == [[1], [1]]
+
+
 def test_an_object_that_leaves_the_image_is_no_error():
     frames = [square(50 + 8 * t) for t in range(4)]
     assert ids([*frames, *[NOTHING] * 5, square(0)]) == [[1]] * 4 + [[]] * 5 + [[2]]

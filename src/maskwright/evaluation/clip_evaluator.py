@@ -137,6 +137,12 @@ class ClipEvaluator:
             objects = replace(objects, masks=Masks.empty(clip.size))
         if self.clips.classless:
             return replace(objects, labels=torch.zeros_like(objects.labels))
+        largest, classes = int(objects.labels.max()) if len(objects) else 0, len(self.clips.classes)
+        if largest >= classes:
+            raise UsageError(
+                f"clip {clip.name!r}, frame {frame}: an object has the label {largest}, but the data set has {classes} "
+                f"class{'es' * (classes != 1)}; labels are counted from 0, and -1 leaves an object out"
+            )
         return objects[objects.labels >= 0]
 
     def _measured(self, clip: Clip, frames: Sequence[Instances], detections: Sequence[Instances]) -> _Clip:

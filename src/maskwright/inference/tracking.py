@@ -128,6 +128,9 @@ class Tracker:
             raise UsageError(f"`low` must be at least 0 and at most `high`, got low {low} and high {high}")
         if min(match, match_low, match_again) <= 0:
             raise UsageError(f"lowest IoUs must be above 0, got {match}, {match_low} and {match_again}")
+        for name, value in (("memory", memory), ("confirm", confirm)):
+            if isinstance(value, bool) or not isinstance(value, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise UsageError(f"`{name}` must be an integer, got {value!r}")
         if memory < 0 or confirm < 1:
             raise UsageError(f"`memory` must be at least 0 and `confirm` at least 1, got {memory} and {confirm}")
         self.high, self.low = high, low
@@ -145,14 +148,17 @@ class Tracker:
         """Give ids to the detections of the next frame.
 
         Args:
-            objects: The detections, with masks or boxes only. Without scores, all count as certain.
+            objects: The detections, with masks or boxes only. Without scores, all count as certain. Detections whose
+                box is not finite or whose mask is empty are left out.
 
         Returns:
             The detections that belong to tracks, in their order, with `ids`; on the host, masks in compact form.
 
         Raises:
-            UsageError: If the frame has another size than those before it.
+            UsageError: If the frame has another size than those before it, or `objects` are no `Instances`.
         """
+        if not isinstance(objects, Instances):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not be checked
+            raise UsageError(f"detections must be Instances, got {type(objects).__name__}; track_objects takes images")
         size = (int(objects.image_size[0]), int(objects.image_size[1]))
         if self._size is not None and size != self._size:
             raise UsageError(
@@ -273,7 +279,9 @@ class _Detections:
         scores = np.ones(len(objects)) if objects.scores is None else objects.scores.double().numpy()
         labels = objects.labels.numpy().astype(np.int64)
         if objects.masks is None:
-            return cls(objects.boxes.double().numpy(), labels, scores, None, [(0, 0)] * len(objects), None)
+            boxes = objects.boxes.double().numpy()
+            scores = np.where(np.isfinite(boxes).all(1), scores, -1.0)
+            return cls(boxes, labels, scores, None, [(0, 0)] * len(objects), None)
         masks = objects.masks.pack()
         frames, crops = masks.crops()
         boxes = frames.double().numpy()
@@ -354,16 +362,16 @@ class LibraryTracker:
         self._numbers: dict[tuple[int, int], int] = {}
 
     def update(self, objects: Instances) -> Instances:
-        """Give ids to the detections of the next frame; see `Tracker.update`."""
+        """Give ids to the detections of the next frame, those whose box is finite; see `Tracker.update`."""
         import supervision  # pyright: ignore[reportMissingTypeStubs]
 
         objects = objects.to("cpu")
-        labels = objects.labels.numpy()
+        labels, finite = objects.labels.numpy(), objects.boxes.isfinite().all(1).numpy()
         ids: dict[int, int] = {}
         for label in sorted({*labels.tolist(), *self._trackers}):
             if label not in self._trackers:
                 self._trackers[label] = self._make()
-            rows = np.flatnonzero(labels == label)
+            rows = np.flatnonzero((labels == label) & finite)
             boxes = objects.boxes[rows].double().numpy().reshape(-1, 4)
             scores = np.ones(len(rows)) if objects.scores is None else objects.scores[rows].double().numpy()
             given = supervision.Detections(
