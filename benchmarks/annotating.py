@@ -3,6 +3,7 @@
     python benchmarks/annotating.py                               # 0 and 500 objects, masks from a stand-in at no cost
     python benchmarks/annotating.py --weights W --objects 0 500   # with a promptable system
     python benchmarks/annotating.py --weights mobile-sam --place page --clicks 20    # random weights
+    python benchmarks/annotating.py --images 60000                # the list of images while it is scrolled
 
 Needs playwright and the system's Chromium. The server is a process of its own. Clicks are real mouse events with the
 preview switched off, each on an object that has no mask yet; their time runs from the release of the button to the
@@ -113,7 +114,7 @@ def server(folder: Path, weights: str | None, threads: int | None = None) -> Ite
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}/"
     try:
-        until = time.monotonic() + 180
+        until = time.monotonic() + 600
         while True:
             try:
                 urllib.request.urlopen(f"{address}api/project", timeout=5).close()
@@ -127,6 +128,25 @@ def server(folder: Path, weights: str | None, threads: int | None = None) -> Ite
         process.terminate()
         process.wait()
 
+
+# The list of images, scrolled by some pixels in every frame; the intervals between frames, and the share of the rows in
+# sight whose name was not there yet.
+SCROLL = """async ([seconds, by]) => {
+  const list = document.getElementById('images'), times = [];
+  let rows = 0, empty = 0;
+  list.scrollTop = 0;
+  const start = performance.now();
+  for (let now = start; now - start < 1000 * seconds;) {
+    list.scrollTop += by;
+    now = await new Promise(requestAnimationFrame);
+    times.push(now);
+    for (const row of list.querySelectorAll('.row:not([hidden])')) {
+      rows++;
+      if (!row.querySelector('bdi').textContent) empty++;
+    }
+  }
+  return [times.slice(1).map((time, i) => time - times[i]), empty / rows];
+}"""
 
 # Of each click the milliseconds of its stages, in their order.
 STAGES = """() => {
@@ -212,6 +232,35 @@ def measure(
     return result | {"stages": by_stage(stages)}
 
 
+def measure_list(browser: Any, address: str, seconds: float) -> None:
+    """Scroll the list of images slowly, a page per frame, and through all of it."""
+    page = browser.new_page(viewport={"width": 1280, "height": 720})
+    page.goto(address)
+    page.wait_for_selector("#images .row:not([hidden])", timeout=600_000)
+    page.wait_for_timeout(2000)
+    total = page.evaluate("() => document.getElementById('images').scrollHeight")
+    for name, by in (("24 pixels a frame", 24), ("a page a frame", 500), ("all of it", total / (60 * seconds))):
+        gaps, empty = page.evaluate(SCROLL, [seconds, by])
+        rows = page.locator("#images .row").count()
+        print(f"load {os.getloadavg()[0]:.1f}  scrolling {name}: {1000 / statistics.mean(gaps):.1f} frames/s", end=", ")
+        print(f"95 % within {percentile(gaps, 0.95):.1f} ms, longest {max(gaps):.0f} ms", end=", ")
+        print(f"{100 * empty:.0f} % of rows without a name yet, {rows} rows in the page", flush=True)
+    page.close()
+
+
+def many(folder: Path, count: int) -> None:
+    """A folder of many images, which are links to a few files."""
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for n in range(count):
+        path = folder / f"{n:06d}.jpg"
+        if n % 1000:
+            os.link(folder / f"{n - n % 1000:06d}.jpg", path)
+        else:
+            Image.new("RGB", (640, 480), (90, n // 1000, 60)).save(path)
+
+
 def by_stage(clicks: list[dict[str, float]]) -> dict[str, list[float]]:
     """Of each stage the median, the 95th percentile, and the mean in the slowest tenth of clicks."""
     slow = sorted(clicks, key=lambda click: -click["click"])[: max(1, len(clicks) // 10)]
@@ -230,6 +279,7 @@ def main() -> None:
     parser.add_argument("--place", choices=("server", "page"), default="server", help="where clicks are answered")
     parser.add_argument("--objects", type=int, nargs="+", default=[0, 500])
     parser.add_argument("--clicks", type=int, default=40)
+    parser.add_argument("--images", type=int, default=0, help="measure the list of a folder of so many images instead")
     parser.add_argument("--seconds", type=float, default=3.0, help="of zooming and of panning")
     parser.add_argument("--threads", type=int, help="of the server; default: PyTorch's")
     parser.add_argument("--screenshots", type=Path)
@@ -246,6 +296,11 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     with sync_playwright() as running, tempfile.TemporaryDirectory() as temporary:
         browser = running.chromium.launch(executable_path=chromium(), args=list(FLAGS), headless=True)
+        if options.images:
+            many(Path(temporary) / "many", options.images)
+            with server(Path(temporary) / "many", options.weights) as address:
+                measure_list(browser, address, options.seconds)
+            options.objects = []
         for objects in options.objects:
             folder = Path(tempfile.mkdtemp(dir=temporary)) / "images"
             make_folder(folder, objects)

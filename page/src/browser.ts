@@ -9,11 +9,17 @@ import type { Filter } from "./types";
 
 /** Milliseconds that a row stays in sight before its small picture is asked for. */
 const REST_MS = 120;
+/** Rows by which the list jumps in one frame if it is flung, and milliseconds until its images are then asked for. */
+const FAR = 30;
+const PASSING_MS = 60;
 
 export class Browser {
   private readonly list: VirtualList;
   private shown = -1;
   private timer = 0;
+  private needed = 0;
+  /** The first row that was in sight. */
+  private seen = 0;
   /** Images whose small picture could not be loaded; they are not asked for again in this visit. */
   private readonly broken = new Set<string>();
 
@@ -30,7 +36,13 @@ export class Browser {
       prefix: "image",
       render: (row, index) => this.render(row, index),
       onRange: (start, end) => {
-        images.need(start, end).catch((error: Error) => voice.warn(error.message));
+        // Where the list is only passed by, nothing is asked for: a fling would ask for all images.
+        const passing = Math.abs(start - this.seen) > FAR;
+        this.seen = start;
+        clearTimeout(this.needed);
+        const need = (): void => void images.need(start, end).catch((error: Error) => voice.warn(error.message));
+        if (passing) this.needed = window.setTimeout(need, PASSING_MS);
+        else need();
         clearTimeout(this.timer);
         this.timer = window.setTimeout(() => this.loadPictures(), REST_MS);
       },

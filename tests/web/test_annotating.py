@@ -201,6 +201,8 @@ BAD = {
     "no image": '{"op": "edit", "edits": []}',
     "image": '{"op": "open", "image": 1e9}',
     "request": '{"op": "open", "image": 0, "request": {"a": 1}}',
+    "large number": '{"op": "open", "image": 0, "request": 1' + "0" * 400 + "}",
+    "large place": '{"op": "prompt", "image": 0, "points": [[1' + "0" * 400 + ", 5, 1]]}",
     "long number": '{"op": "open", "image": ' + "9" * 5000 + "}",
     "no prompt": '{"op": "prompt", "image": 0}',
     "outside": '{"op": "prompt", "image": 0, "points": [[500, 5, 1]]}',
@@ -223,6 +225,17 @@ def test_messages_that_cannot_be_done_are_answered_with_a_sentence(page, live):
     live.socket.send(b"binary")
     assert live.event("error")["error"] == "a message must be a JSON object in a text frame"
     assert live.edit(3, add("after"))["event"] == "saved"
+
+
+def test_mistake_of_the_server_is_answered_and_the_connection_goes_on(page, live, monkeypatch):
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Project, "edit", fails)
+        answer = live.edit(3, add("never"))
+        assert (answer["event"], answer["error"]) == ("error", "the server failed: division by zero")
+    assert live.edit(3, add("later"))["event"] == "saved"
 
 
 def test_a_message_that_is_too_long_ends_its_connection_only(page, live):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -331,6 +332,9 @@ async def _handle(client: Client, text: str, services: Services) -> None:
         client.send({"event": "error", "request": request, "error": str(error)})
     except OSError as error:
         client.send({"event": "error", "request": request, "error": f"the server failed: {error.strerror}"})
+    except Exception as error:  # a mistake of ours; the page must not wait for ever, nor lose its connection
+        logging.getLogger(__name__).exception("a message could not be handled")
+        client.send({"event": "error", "request": request, "error": f"the server failed: {error}"})
 
 
 async def _done(client: Client, message: dict[str, Any], services: Services) -> None:

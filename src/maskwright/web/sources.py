@@ -213,7 +213,13 @@ class FolderImages(Source):
         return self._sizes[index]
 
     def read(self, index: int) -> UInt8[Tensor, "3 H W"]:
-        return read_rgb(self.file(index), self.max_pixels, self.white)
+        image, size = read_rgb(self.file(index), self.max_pixels, self.white), self.size(index)
+        if (image.shape[1], image.shape[2]) != size:
+            raise ImageError(
+                f"{printable(str(self.file(index)))}: is {image.shape[2]} x {image.shape[1]} now, but was {size[1]} x "
+                f"{size[0]} when it was opened; restore it, or start the server again"
+            )
+        return image
 
     def white(self) -> int | None:
         """Return the value that becomes 255 in all images of more than 8 bits."""
