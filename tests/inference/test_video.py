@@ -333,6 +333,31 @@ def test_a_frame_of_another_size_is_not_counted(system):
     assert live.push(images[1]).frame == 1
 
 
+def written(session: VideoSession, writer: TrackWriter) -> None:
+    with writer:
+        for objects in session.run():
+            writer.add(objects.frame, f"{objects.frame:05d}", objects, session.image(objects.frame))
+
+
+def test_an_interruption_keeps_the_frames_before_it(session, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    drawings = iter(range(3))
+
+    def drawn(objects, image):
+        if next(drawings) == 2:
+            raise KeyboardInterrupt
+        return objects.draw(image)
+
+    monkeypatch.setattr("maskwright.inference.track_output.drawing", drawn)
+    with pytest.raises(KeyboardInterrupt, match="interrupted after 2 frames, whose results are in"):
+        written(session, TrackWriter(out, ("coco", "drawn")))
+    frames = [image["id"] for image in json.loads((out / "frames.json").read_text())["images"]]
+    records = json.loads((out / "results.json").read_text())
+    assert frames == [1, 2]
+    assert {record["image_id"] for record in records} <= set(frames)
+    assert sorted(path.name for path in out.rglob("*.*")) == ["00000.jpg", "00001.jpg", "frames.json", "results.json"]
+
+
 def test_large_ids_need_16_bits(session, tmp_path):
     shown = session.prompt(0, 254, mask=square())
     ids = list(range(1, len(shown)))

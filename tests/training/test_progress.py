@@ -189,6 +189,23 @@ def test_new_rows_of_a_head_are_named(tmp_path: Path, capsys: pytest.CaptureFixt
     assert said == []
 
 
+def test_weights_of_another_network_than_the_preset_are_mentioned(tmp_path: Path):
+    import maskwright as mw
+    from maskwright.training.setup import make_system
+    from tests.systems.tiny import build
+
+    weights = tmp_path / "tiny.safetensors"
+    mw.save(build("sam"), weights)
+    said: list[str] = []
+    make_system("sam-vit-b", ("cell",), weights, {"lora": 2}, said=said)
+    assert len(said) == 1
+    assert "the network of the weights is trained, of " in said[0]
+    assert said[0].endswith("million parameters, and not that of sam-vit-b, of 93.7 million")
+    again: list[str] = []
+    make_system("sam", ("cell",), weights, None, said=again)
+    assert again == []
+
+
 @pytest.mark.fast
 @pytest.mark.parametrize("entry", [{"step": "3"}, {"step": -1}, {"best": "x"}, {"sums": {"a": None}}, {"seen": 1.5},
                                    {"other": 1}, {"sums": {"a": 1.0}, "terms": 0}, {"step": True}])  # fmt: skip

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from maskwright.errors import DataError, MissingExtraError, UsageError
+from maskwright.errors import DataError, MissingExtraError, UsageError, interruption
 from maskwright.files import atomic_path, remove_stale_parts, write_json
 from maskwright.inference.outputs import RecordStream, write_image
 from maskwright.locks import FolderLock
@@ -84,6 +84,10 @@ class TrackWriter:
             self._lock.release()
             return
         self.close()
+        if isinstance(error, KeyboardInterrupt):
+            number, count = getattr(error, "exit_code", 130) - 128, len(self.frames)
+            words = f"interrupted after {count} frame{'s' * (count != 1)}, whose results are in {self.folder}"
+            raise interruption(words, number) from None
 
     def add(self, frame: int, name: str, objects: Instances, image: UInt8[Tensor, "3 H W"] | None = None) -> None:
         """Writes the objects of a frame.
@@ -97,23 +101,23 @@ class TrackWriter:
         if objects.ids is None:
             raise UsageError("the objects have no ids; track them first")
         ids: list[int] = cast("list[int]", objects.ids.tolist())  # pyright: ignore[reportUnknownMemberType] - not typed
-        self.ids |= set(ids)
         if self.labels is not None:
             own = torch.tensor([self.labels.get(id, 0) for id in ids], dtype=torch.int64)
             objects = replace(objects, labels=own)
         if "masks" in self.kinds:
             write_image(self.folder / "masks" / f"{name}.png", id_map(objects, ids), sync=False)
-        if "coco" in self.kinds:
-            records = objects.to_coco(frame + 1)
-            self._results.add([{**record, "track_id": id} for record, id in zip(records, ids, strict=True)])
         if image is not None and {"drawn", "video"} & self.kinds:
             drawn = drawing(objects, image)
             if "drawn" in self.kinds:
                 write_image(self.folder / "drawn" / f"{name}.jpg", drawn, sync=False)
             if self._video is not None:
                 self._video.add(np.asarray(drawn))
+        if "coco" in self.kinds:  # last: after an interruption, the records are of the frames that are listed
+            records = objects.to_coco(frame + 1)
+            self._results.add([{**record, "track_id": id} for record, id in zip(records, ids, strict=True)])
         height, width = objects.image_size
         self.frames.append({"id": frame + 1, "file_name": name, "height": height, "width": width})
+        self.ids |= set(ids)
 
     def close(self) -> None:
         """Completes the files about all frames."""

@@ -248,7 +248,20 @@ def make_system(
         raise UsageError(f"{weights} holds the weights of {loaded.name}, not of {wanted.name if wanted else system}")
     if said is not None:
         said += _new_rows(source, loaded)
+        if weights is not None and str(system) in presets() and not {"backbone", "encoder"} & options.keys():
+            said += _another_size(source, loaded, str(system))
     return loaded
+
+
+def _another_size(source: str | Path, loaded: System, preset: str) -> list[str]:
+    """A line if the weights are of a network of another size than that of the preset that was named; none otherwise."""
+    counts = [sum(p.numel() for p in each.parameters()) / 1e6 for each in (loaded, describe(preset))]
+    if abs(counts[0] - counts[1]) <= 0.1 * max(counts):
+        return []
+    return [
+        f"{source}: the network of the weights is trained, of {counts[0]:.1f} million parameters, and not that of "
+        f"{preset}, of {counts[1]:.1f} million"
+    ]
 
 
 def _without_download(name: str, options: Mapping[str, Any] | None) -> Mapping[str, Any]:
