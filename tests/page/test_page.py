@@ -344,6 +344,30 @@ def test_two_tabs_see_each_other_and_nobodys_work_is_overwritten(server: Running
     second.count(3)
 
 
+def test_undo_leaves_alone_what_another_tab_has_changed_since(server: Running, tab: Callable[..., Tab]):
+    first, second = tab(5), tab(5)
+    before = len(server.masks(5))
+    first.press("b")
+    first.drag((40, 78), (60, 78))
+    drawn = first.saved(before + 1)[-1]
+    second.count(before + 1)
+    second.click(50, 78)  # selects it
+    second.press("b")
+    second.drag((80, 78), (90, 78))
+    theirs = second.when(lambda masks: masks[-1][78, 85])[-1]
+    first.until(lambda: "changed an object" in first.page.inner_text("#say"))
+    first.press("Control+z")
+    first.page.wait_for_selector("#warnings:has-text('someone else has changed the object since')")
+    assert np.array_equal(first.saved(before + 1)[-1], theirs)
+    second.press("Control+z")
+    second.when(lambda masks: np.array_equal(masks[-1], drawn))
+    second.press("Control+Shift+z", "Delete")
+    second.saved(before)
+    first.count(before)
+    first.press("Control+z", "Control+y")  # there is nothing to undo, and the object does not come back
+    assert len(first.saved(before)) == before
+
+
 def test_an_edit_that_was_not_answered_is_sent_again(server: Running, tab: Callable[..., Tab]):
     sockets: list[Any] = []
 

@@ -26,7 +26,7 @@ from maskwright.web.assistant import read_prompt
 from maskwright.web.datasets import open_source
 from maskwright.web.objects import Object, colour, read_edits
 from maskwright.web.project import NotFoundError, Project, default_folder
-from maskwright.web.sources import FolderImages
+from maskwright.web.sources import FolderImages, of_unread
 from maskwright.web.states import Conflict, Saved
 from tests.web.photos import SIZE, add, drawn, photos, rle
 
@@ -276,6 +276,22 @@ def test_any_file_name_can_be_annotated(tmp_path):
         assert len(project) == len(names) + 2
         for index in range(len(project)):
             assert project.state(index).objects["a"].counts == rle(5 + index, 5, 15 + index, 15)["counts"]
+
+
+@pytest.mark.fast
+def test_photos_of_kinds_that_are_not_read_are_named(tmp_path):
+    folder = photos(tmp_path / "photos", 1)
+    for name in ("a.HEIC", "b.heic", "line\nbreak.dng", "z.cr2", "notes.txt", ".hidden.heic"):
+        (folder / name).write_bytes(b"")
+    source = open_source(folder)
+    assert len(source) == 1
+    assert isinstance(source, FolderImages)
+    assert of_unread(source.left_out) == (
+        "4 images of other kinds left out (a.HEIC, b.heic, line\\nbreak.dng, ...); convert them to JPEG or PNG"
+    )
+    (folder / "photo-1.png").unlink()
+    with pytest.raises(UsageError, match=r"no images in this folder; 4 images of other kinds left out"):
+        open_source(folder)
 
 
 @pytest.mark.fast

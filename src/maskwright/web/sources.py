@@ -182,16 +182,23 @@ class FolderImages(Source):
     Args:
         path: The folder, or an image.
         max_pixels: Largest number of pixels of an image.
+
+    Attributes:
+        left_out: Images of kinds that are not read.
     """
+
+    left_out: Sequence[str] = ()
 
     def __init__(self, path: Path, max_pixels: int = MAX_PIXELS):
         super().__init__(path, max_pixels)
         if path.is_dir():
             self.folder, self._files = path, sorted(listed(path), key=natural)
+            self.left_out = sorted(listed(path, UNREAD), key=natural)
         else:
             self.folder, self._files = path.parent, [path.name]
         if not self._files:
-            raise UsageError(f"{path}: no images in this folder")
+            others = f"; {of_unread(self.left_out)}" if self.left_out else ""
+            raise UsageError(f"{path}: no images in this folder{others}")
         self._sizes = dict[int, Size]()
         self._white: tuple[int | None] | None = None
 
@@ -228,8 +235,13 @@ class FolderImages(Source):
         return self._white[0]
 
 
-def listed(folder: Path) -> list[str]:
-    """Return the images of a folder and its subfolders, relative to it, with "/"; hidden ones are left out."""
+def listed(folder: Path, suffixes: frozenset[str] = SUFFIXES) -> list[str]:
+    """Return the images of a folder and its subfolders, relative to it, with "/"; hidden ones are left out.
+
+    Args:
+        folder: The folder.
+        suffixes: Those of images, in lower case.
+    """
     found: list[str] = []
     waiting = [("", os.fspath(folder))]
     while waiting:
@@ -241,12 +253,18 @@ def listed(folder: Path) -> list[str]:
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append((f"{prefix}{entry.name}/", entry.path))
-                    elif os.path.splitext(entry.name)[1].lower() in SUFFIXES and entry.is_file():  # noqa: PTH122
+                    elif os.path.splitext(entry.name)[1].lower() in suffixes and entry.is_file():  # noqa: PTH122
                         found.append(prefix + entry.name)
         except OSError as error:
             if not prefix:
                 raise UsageError(f"{folder}: cannot be read ({error.strerror})") from None
     return found
+
+
+def of_unread(names: Sequence[str]) -> str:
+    """Return a sentence about images of kinds that are not read."""
+    shown = ", ".join(printable(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} image{'s' * (len(names) != 1)} of other kinds left out ({shown}); convert them to JPEG or PNG"
 
 
 def natural(name: str) -> list[tuple[int, str]]:
@@ -255,6 +273,8 @@ def natural(name: str) -> list[tuple[int, str]]:
 
 
 _NUMBERS = re.compile(r"([0-9]{1,18})")
+# What cameras and editors write besides. Without this list they would be missing without a word.
+UNREAD = frozenset(".arw .cr2 .cr3 .dng .heic .heif .nef .orf .psd .raf .rw2 .svg".split())  # noqa: SIM905
 
 
 def read_rgb(path: Path, max_pixels: int, white: Callable[[], int | None] | None = None) -> UInt8[Tensor, "3 H W"]:

@@ -24,6 +24,7 @@ from maskwright.text import printable
 from maskwright.web.datasets import open_source
 from maskwright.web.guard import LOCAL_HOSTS, is_loopback
 from maskwright.web.project import Project, default_folder
+from maskwright.web.sources import FolderImages, of_unread
 
 try:
     import uvicorn
@@ -187,6 +188,9 @@ def run(plan: Plan, say: Callable[[str], Any]) -> None:
         if project.absent:
             say(f"{project.absent} annotated images are not there any more; their annotations are kept")
         say(f"{len(project)} image{'s' * (len(project) != 1)}, annotations in {project.folder}")
+        left_out = project.source.left_out if isinstance(project.source, FolderImages) else ()
+        if left_out:
+            say(of_unread(left_out))
         if server.assistant is None:
             say("no promptable system (--weights): masks are drawn by hand")
         say(address)
