@@ -178,7 +178,7 @@ def test_points_and_boxes_are_written_on_the_command_line():
             written_prompts(points, boxes)
 
 
-def test_the_command_writes_the_classes_of_the_detections(folder, tmp_path):
+def test_the_command_writes_the_classes_of_the_detections(folder, tmp_path, capsys):
     records = [{"image_id": 1, "category_id": 3, "bbox": [5, 5, 40, 30], "score": 0.25}]
     detections = write(tmp_path / "results.json", records)
     write(
@@ -195,6 +195,9 @@ def test_the_command_writes_the_classes_of_the_detections(folder, tmp_path):
     assert main([*command, "-o", str(tmp_path / "o"), "--points", "10,20", "--from", str(detections)]) == 2
     assert main([*command, "-o", str(tmp_path / "o"), "--points", "1000,20"]) == 2
     assert main([*command, "-o", str(tmp_path / "o"), "--decoding", "points_per_sides=3"]) == 2
+    capsys.readouterr()
+    assert main([*command, "-o", str(tmp_path / "o"), "--decoding", "score_threshold=0"]) == 2
+    assert "score_threshold=0: score_threshold is an option of the command itself, --score" in capsys.readouterr().err
 
 
 def test_what_does_not_go_with_prompts_is_refused():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maskwright.errors import DataError, UsageError
+import maskwright as mw
+from maskwright.errors import DataError, UnknownLayoutError, UsageError
 from maskwright.structures import Choices, Embedding, Instances, Masks, Placement, Prompts
 
 pytestmark = pytest.mark.fast
@@ -116,6 +117,8 @@ def test_an_embedding_is_read_as_it_was_written(tmp_path):
         again.to(dtype=torch.int32)
     with pytest.raises(UsageError, match="the embedding cannot be moved to xpu:7"):
         again.to("xpu:7")
+    with pytest.raises(UnknownLayoutError, match="is the embedding of an image, not weights; read it with Embedding"):
+        mw.load(path)
     assert repr(again) == "Embedding(image: (4, 2, 3); image 60 x 80; sam-0)"
     with pytest.raises(UsageError, match=r"must end in \.safetensors"):
         embedding.save(tmp_path / "a.pt")

@@ -262,6 +262,8 @@ def _recognise(state: Mapping[str, Tensor], about: Mapping[str, Any], variant: s
     failures: list[Exception] = []
     found = _matches(state, about, failures)
     if not found:
+        if "image" in state and all(key == "image" or key.startswith("finer.") for key in state):
+            raise UnknownLayoutError(f"{path}: is the embedding of an image, not weights; read it with Embedding.load")
         shapes = {k: tuple(v.shape) for k, v in state.items()}
         for explain in dict.fromkeys(origin.explain for origin in origins()):
             if reason := explain(shapes, about):

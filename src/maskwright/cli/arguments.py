@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,13 +33,15 @@ def value_of(arguments: Sequence[str], *names: str) -> str | None:
     return None
 
 
-def key_values(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE pairs; values are JSON if they parse as JSON, otherwise text."""
+def key_values(pairs: Sequence[str], own: Collection[str] = ()) -> dict[str, Any]:
+    """KEY=VALUE pairs, with other keys than `own`; values are JSON if they parse as JSON, otherwise text."""
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise UsageError(f"{pair!r} is not KEY=VALUE; write, for example, flip=0.5")
+        if key in own:
+            raise UsageError(f"{pair}: {key} is an option of the command itself, --{key.replace('_', '-')}")
         try:
             values[key] = json.loads(text)
         except ValueError:

@@ -153,6 +153,7 @@ def predict(
     from maskwright.inference.selecting import parse_thresholds, split_names
     from maskwright.inference.shards import Work
     from maskwright.inference.writer import PredictionWriter
+    from maskwright.options import parameters_of
     from maskwright.systems import stuff_of
 
     if weights is None:
@@ -200,7 +201,7 @@ def predict(
         classes=None if classes is None else split_names([classes], network.classes),
         threshold=own or None,
         prompts=book,
-        **key_values(decoding),
+        **key_values(decoding, ("score_threshold", "nms_threshold", "detections", *parameters_of(run))),
     )
     if shard is not None or ray is not None:
         if format != ("drawn", "coco"):
