@@ -206,5 +206,9 @@ def test_what_does_not_go_with_prompts_is_refused():
         predict(build("solo"), image, prompts=prompts)
     with pytest.raises(UsageError, match="omit `tile`"):
         predict(build("sam"), image, prompts=prompts, tile=64)
+    with pytest.raises(
+        UsageError, match=r"the image is 80 x 50, but the prompts are for images of 80 x 60; call predict"
+    ):
+        predict(build("sam"), image[:50], prompts=prompts)
     with pytest.raises(UsageError, match="does not apply to prompts"):
         predict(build("sam"), image, prompts=prompts, score_threshold=0.5)

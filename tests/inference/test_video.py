@@ -214,6 +214,8 @@ def test_what_does_not_exist_is_refused(session, system):
         session.prompt(0, 1 << 63, points=[(1, 1)])
     with pytest.raises(UsageError, match="frames are counted by integers from 0, got -1"):
         session.prompt(-1, 1, points=[(1, 1)])
+    with pytest.raises(UsageError, match="hidden must have an entry for each of 1 prompts, got 2"):
+        session.prompt_many(0, Prompts.from_points(SIZE, [(1, 1)]), hidden=[False, True])
     with pytest.raises(UsageError, match="budget must be an integer of at least 1, got 0"):
         VideoSession(system, painted(2), budget=0)
     for start in (-1, 9):

@@ -73,10 +73,24 @@ def prompt_book(given: PromptsLike) -> PromptBook:
     if isinstance(given, PromptBook):
         return given
     if isinstance(given, Prompts):
-        return PromptBook(lambda _, __: Asked(given))
+        return PromptBook(lambda image, size: _same(given, image, size))
     if not isinstance(given, (str, Path)):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not be checked
-        raise UsageError(f"prompts must be Prompts, a JSON file or a PromptBook, got {type(given).__name__}")
+        raise UsageError(
+            "prompts must be Prompts, which are the same for every image, a JSON file or a PromptBook, got "
+            f"{type(given).__name__}"
+        )
     return read_prompts(given)
+
+
+def _same(prompts: Prompts, image: Path | None, size: Size) -> Asked:
+    """The prompts, if they are for images of this size."""
+    if prompts.image_size != size:
+        (height, width), (h, w) = prompts.image_size, size
+        name = "the image" if image is None else image.name
+        raise UsageError(
+            f"{name} is {w} x {h}, but the prompts are for images of {width} x {height}; call predict for each image"
+        )
+    return Asked(prompts)
 
 
 def answered(system: PromptableSystem, embedding: Embedding, asked: Asked | None) -> Instances:

@@ -472,6 +472,8 @@ def track_objects(
         ImageError: If `source` is a single image that cannot be read.
     """
     follower = make_tracker(tracker) if isinstance(tracker, str) else tracker
+    if not callable(getattr(follower, "update", None)):
+        raise UsageError(f"the tracker must be a name or have the method update, got {type(tracker).__name__}")
     many = cast("Iterable[Any]", source)
     found = cast("Iterable[Prediction] | Prediction", predict(system, many, score_threshold=score_threshold, **options))
     predictions = [found] if isinstance(found, Prediction) else found

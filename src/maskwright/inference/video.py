@@ -211,6 +211,8 @@ class VideoSession:
         numbers = [_checked_id(v) for v in (range(start, start + len(prompts)) if ids is None else ids)]
         if len(numbers) != len(prompts) or len(set(numbers)) != len(numbers):
             raise UsageError(f"ids must be {len(prompts)} different integers, one for each prompt, got {numbers[:8]}")
+        if len(hidden) not in (0, len(prompts)):
+            raise UsageError(f"hidden must have an entry for each of {len(prompts)} prompts, got {len(hidden)}")
         empty = (prompts.point_counts == 0) & ~prompts.has_box & ~prompts.has_mask
         gone = [n for n, flag in enumerate(hidden) if flag]
         without = next((n for n in range(len(prompts)) if empty[n] and n not in gone), None)
@@ -327,9 +329,10 @@ class VideoSession:
             raise UsageError(f"{self.frames.name} has no frame {frame}; it has {self.frames.length or 'no'} frames")
         return image
 
-    def logits(self, frame: int) -> dict[int, Float[Tensor, "h w"]]:
+    def logits(self, frame: SupportsIndex) -> dict[int, Float[Tensor, "h w"]]:
         """The mask logits of each object that is known in a frame, on the low-resolution grid."""
-        return {id: entry.logits for id, entry in self._logits(frame).items()}
+        number = frame_number(frame, self.frames.name)
+        return {id: entry.logits for id, entry in self._logits(number).items()}
 
     @property
     def first(self) -> int:
