@@ -218,7 +218,7 @@ def test_page_decodes_every_kind_of_decoder(name: str, tmp_path: Path):
     try:
         with opening(server) as make:
             page = make(0, "page")
-            page.wait_for_selector("#assist[data-place=page]", timeout=120_000)
+            page.wait_for_selector("#assist[data-place=page]", timeout=300_000)
             page.uncheck("#hover")
             places = [placed(page, x, y) for x in range(20, 200, 30) for y in range(20, 140, 30)]
             areas = [int(answer(Prompt(((x, y, 1),)))[1].sum()) for x, y in places]

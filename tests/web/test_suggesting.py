@@ -53,6 +53,7 @@ def test_uncertainty_counts_expected_mistakes():
     assert uncertainty([], 0.5) == 0
     assert uncertainty([0.9], 0.5) == pytest.approx(0.1 / 2)
     assert uncertainty([0.9, 0.6, 0.4, 0.05], 0.5) == pytest.approx((0.1 + 0.4 + 0.4) / 3, abs=1e-5)
+    assert uncertainty([1.3, 0.9], 0.5) == pytest.approx(0.1 / 3, abs=1e-5), "a score above 1 makes up for nothing"
 
 
 def wait(condition: Any, seconds: float = 60) -> None:

@@ -220,8 +220,9 @@ def uncertainty(scores: Sequence[float], threshold: float) -> float:
     """Return the expected number of wrong suggestions and of objects that are missed, per object.
 
     Scores are taken as probabilities: a suggestion that scores s is wrong with 1 - s, and an object that scores less
-    than the threshold is there with s.
+    than the threshold is there with s. Those above 1, which some systems give, count as 1.
     """
+    scores = [min(1.0, score) for score in scores]
     shown = [score for score in scores if score >= threshold]
     hidden = [score for score in scores if LEAST <= score < threshold]
     return round((sum(1 - score for score in shown) + sum(hidden)) / (len(shown) + 1), 5)
