@@ -40,6 +40,8 @@ export class ChoosingDecoder implements Decoder {
   private times: number[] = [];
   private ways: number[] = [];
   private prompts: Prompt[] = [];
+  /** The last position of the pointer that the page has answered. */
+  private hovered: { key: string; answer: Promise<Answer | null> } | null = null;
 
   constructor(
     private readonly server: Decoder,
@@ -82,7 +84,7 @@ export class ChoosingDecoder implements Decoder {
 
   async mask(prompt: Prompt, hover: boolean): Promise<Answer> {
     if (this.used === "page") {
-      const answer = await this.locally(prompt);
+      const answer = await this.locally(prompt, hover);
       if (answer) return answer;
     }
     const known = this.embedded.has(prompt.image);
@@ -100,9 +102,13 @@ export class ChoosingDecoder implements Decoder {
     }
   }
 
-  private async locally(prompt: Prompt): Promise<Answer | null> {
+  private async locally(prompt: Prompt, hover = false): Promise<Answer | null> {
+    // A click on the place whose mask is being computed takes that answer, and does not wait for a second one.
+    const key = JSON.stringify(prompt);
+    const answer = this.hovered?.key === key ? this.hovered.answer : this.local?.mask(prompt);
+    if (hover && answer) this.hovered = { key, answer };
     try {
-      return (await this.local?.mask(prompt)) ?? null;
+      return (await answer) ?? null;
     } catch (error) {
       this.failed(error as Error);
       return null;
@@ -143,7 +149,7 @@ export class ChoosingDecoder implements Decoder {
     this.trouble = error.message;
     this.decided = "server";
     this.local?.stop(error.message);
-    this.local = null;
+    this.local = this.hovered = null;
     this.onChange();
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -366,6 +367,31 @@ def test_undo_leaves_alone_what_another_tab_has_changed_since(server: Running, t
     first.count(before)
     first.press("Control+z", "Control+y")  # there is nothing to undo, and the object does not come back
     assert len(first.saved(before)) == before
+
+
+def test_edit_that_a_full_disk_refuses_is_taken_back_and_can_be_made_again(
+    server: Running, tab: Callable[..., Tab], monkeypatch: pytest.MonkeyPatch
+):
+    def full(_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    page = tab(6)
+    before = len(server.masks(6))
+    page.press("b")
+    with monkeypatch.context() as patch:
+        patch.setattr("maskwright.web.journal.sync_file", full)
+        page.drag((40, 80), (60, 80))
+        page.page.wait_for_selector("#warnings:has-text('Not saved')")
+        assert "the disk is full" in page.page.inner_text("#warnings")
+        page.count(before)
+        assert len(server.masks(6)) == before
+        assert page.page.get_attribute("#status", "data-state") == "saved", "nothing waits to be saved"
+    page.press("Control+z")
+    assert "Nothing to undo" in page.page.inner_text("#say")
+    page.drag((40, 80), (60, 80))
+    page.saved(before + 1)
+    page.press("Control+z")
+    page.saved(before)
 
 
 def test_an_edit_that_was_not_answered_is_sent_again(server: Running, tab: Callable[..., Tab]):
