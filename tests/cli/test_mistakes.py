@@ -55,6 +55,22 @@ def test_an_interruption_is_130(capsys):
     assert capsys.readouterr().err == "stopped after step 3; runs/x goes on with resume\n"
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--size", "64", "64", "--masks", "image"], "--size, --masks requires --form graph"),
+        (["--task", "panoptic", "--score-threshold", "0.3"], "--task, --score-threshold requires --form graph"),
+        (["--form", "graph", "--calibration", "8"], "--calibration requires --int8"),
+        (["--data", "x", "--limit", "3"], "--data, --limit requires --int8"),
+        (["--int8"], "--int8 requires --data"),
+        (["--int8", "--data", "x", "--detections", "5"], "--detections requires --form graph"),
+    ],
+)
+def test_options_of_export_without_an_effect_are_refused(options, words, capsys):
+    assert cli.main(["export", "x.safetensors", "-o", "x.onnx", *options]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_a_warning_is_one_line(capsys):
     def action() -> int:
         warnings.simplefilter("always")

@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +99,40 @@ def test_an_interrupted_comparison_has_an_answer_and_continues(
     assert _compare(tmp_path, scenes, FIVE).finished
     assert [Path(spec["folder"]).parent.name for spec in trainer.specs[:5]] == FIVE
     assert trainer.specs[2]["steps"] == steps, "the budget of the interrupted run is kept"
+
+
+def test_hours_are_divided_equally_and_end_also_after_an_interruption(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+):
+    now = 0.0
+    speeds = dict(zip(FIVE, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True))
+
+    class Clocked(Trainer):
+        def __call__(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+            nonlocal now
+            done = super().__call__(spec)
+            now += spec["steps"] * speeds[spec["system"]]
+            return done
+
+    def measure(self: Any, candidate: Any, number: int) -> None:
+        candidate.rounds[number]["AP"] = 0.5
+
+    monkeypatch.setattr(running._Comparing, "_measure", measure)
+    monkeypatch.setattr(running._Comparing, "_write", lambda self, final: self._save())
+    trainer = Clocked(stop="polarmask-small")
+    monkeypatch.setattr(running, "_train", trainer)
+    monkeypatch.setattr(running, "_pilot", lambda spec: speeds[spec["system"]])
+    monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: now))
+    with pytest.raises(KeyboardInterrupt):
+        _compare(tmp_path, scenes, FIVE, steps=None, hours=10.0)
+    assert Comparison.load(tmp_path).spent == pytest.approx(now)  # pyright: ignore[reportOptionalMemberAccess]
+    used, now = now, 1e6  # continued days later
+    assert _compare(tmp_path, scenes, FIVE, steps=None, hours=10.0).finished
+    seconds = [spec["steps"] * speeds[spec["system"]] for spec in trainer.specs]
+    assert seconds[:5] == pytest.approx([seconds[0]] * 5, rel=0.01)
+    assert seconds[5:] == pytest.approx([seconds[5]] * 3, rel=0.01)
+    assert 2 * seconds[0] <= seconds[5] < 2.5 * seconds[0], "what evaluation did not need is used too"
+    assert 0.6 * 36_000 < used + now - 1e6 <= 36_000
 
 
 def test_a_candidate_that_fails_is_named_and_the_others_go_on(

@@ -345,7 +345,41 @@ def test_hostile_descriptions_are_refused(two_stage, tmp_path):
     def other(model):
         entry(model, "format").value = "maskwright-graph"
 
+    def more_classes(model):
+        entry(model, "classes").value = '["disc", "ring", "square"]'
+
+    def loop(model):
+        model.graph.node.add(op_type="Loop", name="dense/loop")
+
+    def doubled(model):
+        """Functions each of which calls the next one twice: 2 ** 40 nodes."""
+        for number in range(40):
+            function = model.functions.add(name=f"f{number}", domain="own")
+            function.node.add(op_type=f"f{number + 1}", domain="own")
+            function.node.add(op_type=f"f{number + 1}", domain="own")
+        model.functions.add(name="f40", domain="own")
+        model.graph.node.add(op_type="f0", domain="own", name="dense/f")
+
+    def itself(model):
+        model.functions.add(name="f", domain="own").node.add(op_type="f", domain="own")
+        model.graph.node.add(op_type="f", domain="own", name="dense/f")
+
+    def chain(model):
+        for number in range(5000):
+            model.functions.add(name=f"f{number}", domain="own").node.add(op_type=f"f{number + 1}", domain="own")
+        model.functions.add(name="f5000", domain="own")
+        model.graph.node.add(op_type="f0", domain="own", name="dense/f")
+
+    def hidden(model):
+        function = model.functions.add(name="f", domain="own")
+        tensor = function.node.add(op_type="Constant").attribute.add(name="value", type=onnx.AttributeProto.TENSOR).t
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value="../secret.bin")
+
     for change, words in (
+        (chain, "far too often"), (hidden, "outside of the folder"),
+        (more_classes, r"is \(.*\), but has the shape .* with the options and classes"),
+        (loop, "the operator 'Loop', which may never end"), (doubled, "far too often"), (itself, "far too often"),
         (operators, "has the operator"), (huge, "the weights do not match the options"), (classes, "does not have"),
         (nothing, "description of the networks is missing"), (other, "form='networks'"),
     ):  # fmt: skip

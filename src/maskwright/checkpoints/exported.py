@@ -110,6 +110,7 @@ def _assembled(path: Path, runtime: Runtime) -> System:
         if part.network not in system.networks():
             raise CheckpointError(f"{path}: {system.name} has no network {shown(part.network)!r}; export it again")
         forms.setdefault(part.network, []).append(part)
+    _compare_weights(path, system, parts, runtime)
     runtime.prepare([part.name for part in parts])
     for name, network in system.networks().items():
         call = ExportedNetwork(f"{path}: {name}", type(network).forward, forms.get(name, []), runtime)
@@ -148,6 +149,23 @@ def _parts(path: Path, text: str) -> list[Part]:
             Part(name, network, *(call_specs.check(own.get(kind), str(path)) for kind in ("inputs", "output")))
         )
     return result
+
+
+def _compare_weights(path: Path, system: System, parts: Sequence[Part], runtime: Runtime) -> None:
+    """Compares the weights that kept their names with the system that options and classes describe.
+
+    Raises:
+        CheckpointError: If one has another shape: answers of the networks would mean something else.
+    """
+    shapes = runtime.shapes()
+    for part in parts:
+        for name, parameter in system.networks()[part.network].named_parameters():
+            found = shapes.get(f"{part.name}/network.{name}")
+            if found is not None and sorted(found) != sorted(parameter.shape):  # a matrix may be transposed
+                raise CheckpointError(
+                    f"{path}: {shown(name)} is {found}, but has the shape {tuple(parameter.shape)} with the options "
+                    "and classes in the file; the file is damaged, export the system again"
+                )
 
 
 class _WithoutInitialisation(TorchFunctionMode):

@@ -20,7 +20,11 @@ from maskwright.errors import CheckpointError, MissingExtraError, UsageError
 SUFFIXES = (".onnx", ".xml")
 KEY = "maskwright"  # of our metadata in OpenVINO's runtime information
 CRC = "weights_crc32"
+LARGEST_ONNX = (1 << 31) - 1  # bytes, of protocol buffers
 _DOMAINS = ("", "ai.onnx")
+# Operators that repeat others, as often as a value says; no network that is exported here has any.
+_LOOPS = ("Loop", "Scan", "SequenceMap", "TensorIterator")
+_MOST_CALLS = 100_000  # of functions, each within the others counted
 
 
 class Runtime(ABC):
@@ -47,6 +51,10 @@ class Runtime(ABC):
             UsageError: If the runtime does not have this precision.
             CheckpointError: If a part is invalid.
         """
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the weights, by part and name: "dense/network.head.conv.weight"."""
 
     @abstractmethod
     def run(self, part: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
@@ -117,6 +125,8 @@ class OnnxRuntime(Runtime):
             raise MissingExtraError("onnxruntime", "export") from None
         self.path, self._onnx, self._ort = path, onnx, onnxruntime
         self.size = path.stat().st_size
+        if self.size > LARGEST_ONNX:
+            raise CheckpointError(f"{path}: larger than 2 GB, which an ONNX file cannot be; export the system again")
         try:
             self.model: Any = onnx.load_model_from_string(path.read_bytes())
         except Exception as error:  # google.protobuf's DecodeError, among others
@@ -126,7 +136,7 @@ class OnnxRuntime(Runtime):
         self.metadata = {entry.key: entry.value for entry in self.model.metadata_props}
         self._sessions: dict[str, Any] = {}
         _refuse_foreign_parts(self.model, path)
-        self._external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _tensors(self.model.graph))
+        self._external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in _all_tensors(self.model))
         if self._external:
             _load_external(onnx, self.model, path)
         if CRC in self.metadata and self.metadata[CRC] != weights_crc(self.model):
@@ -156,6 +166,9 @@ class OnnxRuntime(Runtime):
                 f"{self.path}: ONNX Runtime cannot load the network {shown(part)} ({shown(error, 160)}); export "
                 "the system again"
             ) from None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {tensor.name: tuple(tensor.dims) for tensor in self.model.graph.initializer}
 
     def part(self, part: str) -> Any:
         """The nodes, weights, inputs and outputs of one part as a model."""
@@ -189,6 +202,14 @@ def weights_crc(model: Any) -> str:
     return f"{value:08x}"
 
 
+def _all_tensors(model: Any) -> Iterable[Any]:
+    """Every tensor of a model, those of its functions included."""
+    yield from _tensors(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _tensors_in(node)
+
+
 def _tensors(graph: Any) -> Iterable[Any]:
     """Every tensor of a graph, those in attributes and in graphs inside of it included."""
     yield from graph.initializer
@@ -216,15 +237,43 @@ def _nodes(graph: Any) -> Iterable[Any]:
 
 
 def _refuse_foreign_parts(model: Any, path: Path) -> None:
-    """Raises a CheckpointError for operators that are not ONNX's own or functions of the file."""
-    own = {(function.domain, function.name) for function in model.functions}
-    nodes = [*_nodes(model.graph), *(node for function in model.functions for node in function.node)]
+    """Raises a CheckpointError for operators that are not ONNX's own or functions of the file, and for loops."""
+    own = {(function.domain, function.name): function for function in model.functions}
+    nodes = [*_nodes(model.graph), *(node for function in model.functions for node in _nodes(function))]
     for node in nodes:
         if node.domain not in _DOMAINS and (node.domain, node.op_type) not in own:
             raise CheckpointError(
                 f"{path}: has the operator {shown(node.op_type)!r} of {shown(node.domain)!r}, not one of ONNX's; not "
                 "loaded"
             )
+        _refuse_loop(node.op_type, path)
+    try:
+        calls = _calls(model.graph.node, own, {}) if own else 0
+    except RecursionError:
+        calls = _MOST_CALLS + 1
+    if calls > _MOST_CALLS:
+        raise CheckpointError(f"{path}: its functions call one another without end or far too often; not loaded")
+
+
+def _refuse_loop(kind: str, path: Path) -> None:
+    if kind in _LOOPS:
+        raise CheckpointError(f"{path}: has the operator {kind!r}, which may never end; not loaded")
+
+
+def _calls(nodes: Iterable[Any], own: Mapping[tuple[str, str], Any], known: dict[tuple[str, str], int]) -> int:
+    """How many calls of functions nodes cause, those of functions included; a function in itself counts as endless."""
+    count = 0
+    for node in nodes:
+        name = (node.domain, node.op_type)
+        if name in own:
+            if name not in known:
+                known[name] = _MOST_CALLS + 1
+                known[name] = _calls(own[name].node, own, known)
+            count += 1 + known[name]
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                count += _calls(inner.node, own, known)
+    return min(count, _MOST_CALLS + 1)
 
 
 def _load_external(onnx: Any, model: Any, path: Path) -> None:
@@ -233,8 +282,8 @@ def _load_external(onnx: Any, model: Any, path: Path) -> None:
     Raises:
         CheckpointError: If a file lies elsewhere, or is missing or too short.
     """
-    folder = path.parent.resolve()
-    for tensor in _tensors(model.graph):
+    folder, left = path.parent.resolve(), LARGEST_ONNX
+    for tensor in _all_tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -256,9 +305,13 @@ def _load_external(onnx: Any, model: Any, path: Path) -> None:
             size = target.stat().st_size
             if offset < 0 or offset + max(length, 0) > size or not target.is_file():
                 raise ValueError("it is too short")
+            length = length if length >= 0 else size - offset
+            left -= length
+            if left < 0:
+                raise ValueError("there are more than 2 GB")
             with target.open("rb") as file:
                 file.seek(offset)
-                tensor.raw_data = file.read(length if length >= 0 else size - offset)
+                tensor.raw_data = file.read(length)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{path}: its weights in {shown(location)!r} cannot be read ({shown(error)}); keep both files together"
@@ -281,7 +334,9 @@ class OpenVino(Runtime):
         if not weights.is_file():
             raise CheckpointError(f"{path}: the file {weights.name} with its weights is missing; keep both together")
         self.size = path.stat().st_size + weights.stat().st_size
-        if path.read_bytes()[:512].lstrip()[:5] not in (b"<?xml", b"<net "):
+        with path.open("rb") as file:
+            head = file.read(512)
+        if head.lstrip()[:5] not in (b"<?xml", b"<net "):
             raise CheckpointError(f"{path}: not a model of OpenVINO; export the system again")
         try:
             self.model: Any = self._ov.Core().read_model(path, weights)
@@ -293,6 +348,8 @@ class OpenVino(Runtime):
             raise CheckpointError(
                 f"{path}: OpenVINO cannot read it ({shown(error, 160)}); it may be damaged, export the system again"
             ) from None
+        for operator in self.model.get_ops():
+            _refuse_loop(operator.get_type_name(), path)
         self.metadata = about
         self._compiled: dict[tuple[str, str], Any] = {}
         self._lock = threading.Lock()  # a compiled model answers one call at a time
@@ -319,6 +376,10 @@ class OpenVino(Runtime):
                     f"{self.path}: OpenVINO cannot load the network {shown(part)} ({shown(error, 160)}); export "
                     "the system again"
                 ) from None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        weights = (op for op in self.model.get_ops() if op.get_type_name() == "Constant")
+        return {op.get_friendly_name(): tuple(op.get_output_shape(0)) for op in weights}
 
     def part(self, part: str) -> Any:
         """The inputs and outputs of one part, and what lies between them, as a model of OpenVINO."""

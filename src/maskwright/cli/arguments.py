@@ -54,6 +54,16 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def changed(**options: tuple[Any, Any]) -> dict[str, Any]:
+    """Of options given as pairs of value and default, the values that are not the default."""
+    return {name: value for name, (value, usual) in options.items() if value != usual}
+
+
+def options_as_words(names: Collection[str]) -> str:
+    """Names of options as they are written on the command line."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
 def device_named(name: str) -> str | None:
     """The device; None, which selects one, for `auto`."""
     return None if name == "auto" else name

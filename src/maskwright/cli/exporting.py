@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from maskwright.cli.arguments import Integer, Name, Number
+from maskwright.cli.arguments import Integer, Name, Number, changed, options_as_words
 from maskwright.errors import UsageError
 from maskwright.terminal import print_line
 
@@ -73,21 +73,26 @@ def export(
     from maskwright.checkpoints import load
     from maskwright.inference import exporting
 
+    graph = changed(
+        size=(size, None), masks=(masks, "network"), task=(task, "instances"), detections=(detections, 100),
+        score_threshold=(score_threshold, None),
+    )  # fmt: skip
+    of_int8 = changed(
+        data=(data, None), split=(split, "val"), calibration=(calibration, 32), max_drop=(max_drop, 0.5),
+        limit=(limit, None),
+    )  # fmt: skip
     if int8 and (data is None or form != "networks"):
         raise UsageError("--int8 requires --data, a data set to calibrate and measure on, and --form networks")
-    if data is not None and not int8:
-        raise UsageError("--data is for --int8; the image of the check is --image")
+    if of_int8 and not int8:
+        raise UsageError(f"{options_as_words(of_int8)} requires --int8; the image of the check is --image")
+    if graph and form != "graph":
+        raise UsageError(
+            f"{options_as_words(graph)} requires --form graph; a file of networks takes it when predicting"
+        )
     system = load(weights, commercial_ok=commercial_ok, variant=variant)
     if int8:
-        done: object = exporting.export_int8(
-            system, out, data, split=split, calibration=calibration, max_drop=max_drop, limit=limit, image=image
-        )
-    elif form == "graph":
-        done = exporting.export_graph(
-            system, out, image=image, size=size, masks=masks, task=task, detections=detections,
-            score_threshold=score_threshold,
-        )  # fmt: skip
+        done: object = exporting.export_int8(system, out, image=image, **of_int8)
     else:
-        done = exporting.export(system, out, image=image)
+        done = exporting.export(system, out, form=form, image=image, **graph)
     print_line(str(done))
     return 0

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from maskwright.checkpoints.budget import shown
 from maskwright.comparison.agreement import agreement, weaknesses
 from maskwright.comparison.footprint import measure_footprint
 from maskwright.comparison.intervals import bootstrap, calibration, interval
@@ -137,6 +138,7 @@ class _Comparing:
         self.state, self.folder, self.train_set, self.val_set = state, folder, train_set, val_set
         self.recipe, self.common, self.hours, self.steps, self.begun = recipe, common, hours, steps, begun
         self.ray, self.footprint, self.source = ray, footprint, source
+        self.before = state.spent
         trained = sum(c.trained for c in state.candidates)
         self.sizes = _rounds(trained)
         state.rounds = len(self.sizes)
@@ -158,12 +160,12 @@ class _Comparing:
 
     def _round(self, number: int) -> None:
         waiting = [c for c in self.state.active(number) if c.trained and _missing(c, number)]
-        specs = [(c, self._spec(c, number, len(waiting) - place)) for place, c in enumerate(waiting)]
+        self._plan(waiting, number)
+        specs = [self._spec(c, number) for c in waiting]
         if self.ray is not None and waiting:
-            for (candidate, _), done in zip(specs, _over_ray(self.ray, [spec for _, spec in specs]), strict=True):
+            for candidate, done in zip(waiting, _over_ray(self.ray, specs), strict=True):
                 self._trained(candidate, number, done)
-        for place, candidate in enumerate(waiting if self.ray is None else []):
-            spec = self._spec(candidate, number, len(waiting) - place)
+        for candidate, spec in zip(waiting, specs, strict=True) if self.ray is None else ():
             print_line(f"round {number + 1} of {self.state.rounds}: {candidate.label}, {spec['steps']} steps")
             self._trained(candidate, number, _train(spec))
         for candidate in self.state.active(number):
@@ -171,39 +173,57 @@ class _Comparing:
                 continue
             self._measure(candidate, number)
 
-    def _spec(self, candidate: Candidate, number: int, left: int) -> dict[str, Any]:
+    def _plan(self, waiting: Sequence[Candidate], number: int) -> None:
+        """Decides the training steps of a round's candidates at once; with `hours` all of them get the same time."""
+        new = [c for c in waiting if len(c.rounds) <= number]
+        if not new:
+            return
+        planned = dict[str, int]()
+        if self.steps is not None:
+            share = max(1, round(self.steps * 2**number / (2**self.state.rounds - 1)))
+            planned = {c.label: share for c in new}
+        else:
+            for candidate in new:
+                if "seconds per step" not in candidate.measured:
+                    candidate.measured["seconds per step"] = _pilot(self._spec(candidate, number))
+                    self._save()
+            seconds = self._seconds(len(waiting), number)
+            planned = {c.label: max(10, int(seconds / c.measured["seconds per step"])) for c in new}
+        for candidate in new:
+            candidate.rounds.append({"steps": planned[candidate.label]})
+        self._save()
+
+    def _seconds(self, waiting: int, number: int) -> float:
+        """Training time of each candidate in a round that has not begun for `waiting` of them."""
+        assert self.hours is not None
+        share = 2**number
+        later = sum(size * 2 ** (number + 1 + k) for k, size in enumerate(self.sizes[number + 1 :]))
+        remaining = (1 - _OVERHEAD) * (3600 * self.hours - self._spent())
+        return max(5.0, remaining * share / (waiting * share + later))
+
+    def _spent(self) -> float:
+        """Seconds since the comparison began, without those between an interruption and its continuation."""
+        return self.before + time.monotonic() - self.begun
+
+    def _save(self) -> None:
+        self.state.spent = round(self._spent(), 1)
+        self.state.save(self.folder)
+
+    def _spec(self, candidate: Candidate, number: int) -> dict[str, Any]:
         """What `_train` needs; plain values only, so that it can be sent to another machine."""
         folder = self.folder / candidate.label / f"round-{number + 1}"
-        planned = candidate.rounds[number]["steps"] if len(candidate.rounds) > number else None
         spec: dict[str, Any] = {
             "system": candidate.name, "weights": candidate.weights, "folder": str(folder), "train": self.train_set,
             "recipe": self.recipe, **self.common, "seed": self.common["seed"] + 1000 * number,
         }  # fmt: skip
-        if planned is None:
-            planned = self._steps(candidate, number, left, spec)
-            candidate.rounds.append({"steps": planned})
-            self.state.save(self.folder)
-        return spec | {"steps": planned}
-
-    def _steps(self, candidate: Candidate, number: int, left: int, spec: dict[str, Any]) -> int:
-        """Training steps of a candidate in a round; `left` candidates of the round wait, this one included."""
-        share = 2**number
-        if self.steps is not None:
-            return max(1, round(self.steps * share / (2**self.state.rounds - 1)))
-        assert self.hours is not None
-        later = sum(size * 2 ** (number + 1 + k) for k, size in enumerate(self.sizes[number + 1 :]))
-        remaining = (1 - _OVERHEAD) * 3600 * self.hours - (time.monotonic() - self.begun) * (1 - _OVERHEAD)
-        seconds = max(5.0, remaining) * share / (left * share + later)
-        speed = candidate.measured.get("seconds per step") or _pilot(spec)
-        candidate.measured["seconds per step"] = speed
-        return max(10, int(seconds / speed))
+        return spec | ({"steps": candidate.rounds[number]["steps"]} if len(candidate.rounds) > number else {})
 
     def _trained(self, candidate: Candidate, number: int, done: Mapping[str, Any]) -> None:
         candidate.failed = done.get("error")
         candidate.rounds[number] |= {k: v for k, v in done.items() if k != "error"}
         if candidate.failed:
             print_line(f"{candidate.label} failed: {candidate.failed}")
-        self.state.save(self.folder)
+        self._save()
 
     def _measure(self, candidate: Candidate, number: int) -> None:
         from maskwright.checkpoints import load
@@ -226,7 +246,7 @@ class _Comparing:
             )  # fmt: skip
         except MaskwrightError as error:
             candidate.failed = str(error)
-            self.state.save(self.folder)
+            self._save()
             return
         result.save(folder / "result.json")
         entry["AP"] = result.summary[f"{result.kinds[0]}/AP"]
@@ -236,7 +256,7 @@ class _Comparing:
         }
         if not candidate.measured["licence"]:
             candidate.measured["licence"] = "yours: trained here" if candidate.trained else "not stated"
-        self.state.save(self.folder)
+        self._save()
         print_line(f"{candidate.label}: AP {100 * entry['AP']:.1f}")
 
     def _eliminate(self, number: int) -> None:
@@ -246,7 +266,7 @@ class _Comparing:
         active = [c for c in self.state.active(number) if c.trained and (c.out is None or c.out > number)]
         for candidate in sorted(active, key=lambda c: -c.score)[self.sizes[number + 1] :]:
             candidate.out = number
-        self.state.save(self.folder)
+        self._save()
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -257,7 +277,7 @@ class _Comparing:
                 if "ms" not in candidate.measured and candidate.weights is not None:
                     done = measure_footprint(candidate.weights, images)
                     candidate.measured |= {"footprint": done} | {k: done[k] for k in ("ms", "MB", "form") if k in done}
-                    self.state.save(self.folder)
+                    self._save()
         self.state.finished = True
         self._write(final=True)
 
@@ -306,7 +326,7 @@ class _Comparing:
             truth = columns[finalists[0].label][0]
             agreed = agreement(truth, {c.label: columns[c.label][1] for c in finalists})
             shown = self._disagreements(agreed, finalists, 6 if final else 2)
-        self.state.save(self.folder)
+        self._save()
         write_tables(self.state, self.folder)
         write_page(self.state, self.folder, results, shown, self.source)
 
@@ -409,6 +429,10 @@ def _train(spec: Mapping[str, Any]) -> dict[str, Any]:
         )  # fmt: skip
     except MaskwrightError as error:
         return {"error": str(error)}
+    except Exception as error:  # of one system; the others go on
+        if os.environ.get("MASKWRIGHT_DEBUG"):
+            raise
+        return {"error": f"{type(error).__name__}: {shown(error, 200)}"}
     (folder / "last.ckpt").unlink(missing_ok=True)
     (folder / "last.safetensors").unlink(missing_ok=True)
     return {"weights": str(best), "seconds": round(time.monotonic() - start, 1)}

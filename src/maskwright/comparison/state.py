@@ -67,6 +67,7 @@ class Comparison:
         notes: Sentences about the conditions.
         intervals: 95 % intervals by label, and of differences to the best.
         finished: Whether everything planned has been done.
+        spent: Seconds used until the state was saved, in all runs of the comparison.
     """
 
     data: str
@@ -77,6 +78,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list[str])
     intervals: dict[str, Any] = field(default_factory=dict[str, Any])
     finished: bool = False
+    spent: float = 0.0
 
     def active(self, number: int) -> list[Candidate]:
         """The candidates that take part in a round, the first of which is 0."""

@@ -42,6 +42,7 @@ from maskwright.systems.kinds.promptable import PromptableSystem
 MaskSize = Literal["network", "image"]
 MOST_LEVELS, MOST_MEAN_LEVELS = 1.1, 0.05  # halves may be rounded to the other side
 GraphTask = Literal["instances", "panoptic"]
+_USUAL = {"masks": "network", "task": "instances", "detections": 100}  # the defaults of `export_graph`
 
 
 class Graph(nn.Module):
@@ -114,7 +115,7 @@ def export_graph(
 ) -> Exported:
     """Exports a system as one graph, from `image` to `boxes`, `scores`, `labels` and, where there are, masks.
 
-    Promptable systems become two graphs, see `prompted.export_prompted`; the options from `size` on are not theirs.
+    Promptable systems become two graphs, see `prompted.export_prompted`; they do not take the options from `size` on.
 
     `image` is (H, W, C), 8 bits, RGB, of any size. `boxes` (N, 4) are x0, y0, x1, y1 in its pixels, `scores` (N,) and
     `labels` (N,) best first, with a score of 0 in rows without an object; `masks` (N, h, w) are 0 or 1, and `keypoints`
@@ -151,6 +152,10 @@ def export_graph(
         )
     if detections < 1 or (size is not None and min(size) < 1):
         raise UsageError(f"detections and the sides of size must be at least 1, got {detections} and {size}")
+    thresholds = {"score_threshold": score_threshold, "nms_threshold": nms_threshold, "mask_threshold": mask_threshold}
+    for name, value in thresholds.items():
+        if value is not None and not 0 <= value <= 1:
+            raise UsageError(f"{name} must be between 0 and 1, got {value}")
     require_runtime(target)
     original = loaded_for_export(system)
     if isinstance(original, Classless):
@@ -159,6 +164,14 @@ def export_graph(
             "them, and fine-tuned ones can be exported in both forms"
         )
     if isinstance(original, PromptableSystem):
+        changed = {"size": size, **thresholds}
+        names = [name for name, value in changed.items() if value is not None]
+        names += [n for n, v in (("masks", masks), ("task", task), ("detections", detections)) if v != _USUAL[n]]
+        if names:
+            raise UsageError(
+                f"{original.name}: {', '.join(names)} cannot be set for the graphs of a system that answers prompts; "
+                "the size of the image and the number of prompts vary in them"
+            )
         return export_prompted(original, target, image=image)
     known = DECODERS if task == "instances" else SEGMENTERS
     if original.name not in known:

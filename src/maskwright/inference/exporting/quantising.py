@@ -153,6 +153,8 @@ def export_int8(
         raise UsageError(f"{target}: the file name of an exported system must end in {' or '.join(SUFFIXES)}")
     if calibration < 1 or not max_drop >= 0:
         raise UsageError(f"calibration must be at least 1 and max_drop at least 0, got {calibration} and {max_drop}")
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit must be at least 1, got {limit}")
     import_nncf()
     original = loaded_for_export(system)
     try:
