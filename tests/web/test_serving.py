@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
 import json
@@ -27,6 +28,7 @@ import uvicorn
 import maskwright as mw
 from maskwright.data import Scenes
 from maskwright.errors import UsageError
+from maskwright.web.listening import bound, timed_protocol
 from maskwright.web.serving import LOCAL_HOSTS, Limits, PredictionServer, is_loopback
 from tests.systems.tiny import build
 
@@ -52,8 +54,11 @@ def running(system: mw.System, hold: threading.Event | None = None, **options: A
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     runner = uvicorn.Server(
-        uvicorn.Config(server.app, "127.0.0.1", port, log_level="error", timeout_graceful_shutdown=20, ws="none")
-    )
+        uvicorn.Config(
+            server.app, "127.0.0.1", port, log_level="error", timeout_graceful_shutdown=20, ws="none",
+            http=timed_protocol(server.limits.timeout),
+        )
+    )  # fmt: skip
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()
     until = time.monotonic() + 20
@@ -224,6 +229,38 @@ def test_slow_bodies_and_slow_models_time_out(system: mw.System):
             assert b" 408 " in raw.recv(65536)
 
 
+def test_connections_whose_headers_do_not_arrive_are_closed(system: mw.System):
+    with running(system, limits=Limits(timeout=0.3)) as client:
+        whole = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for begun in (b"", whole[:30]):
+            with socket.create_connection(("127.0.0.1", client.port), timeout=20) as raw:
+                raw.sendall(begun)
+                with contextlib.suppress(ConnectionResetError):
+                    assert raw.recv(65536) == b""
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as raw:
+            for _ in range(2):
+                raw.sendall(whole)
+                assert b" 200 " in raw.recv(65536)
+                time.sleep(0.5)  # between requests a connection may rest longer
+            raw.sendall(whole[:30])
+            with contextlib.suppress(ConnectionResetError):
+                assert raw.recv(65536) == b""
+
+
+@pytest.mark.fast
+def test_an_address_that_is_not_available_is_named():
+    with pytest.raises(UsageError, match=r"cannot listen on 127\.0\.0\.1:70000"):
+        bound("127.0.0.1", 70000)
+    with pytest.raises(UsageError, match="cannot listen on no such host:80"):
+        bound("no such host", 80)
+    with bound("127.0.0.1", 0) as first:
+        taken = first.getsockname()[1]
+        with pytest.raises(UsageError, match=rf"cannot listen on 127\.0\.0\.1:{taken} .*--port"):
+            bound("127.0.0.1", taken)
+        with bound("127.0.0.1", taken, 0) as second:
+            assert second.getsockname()[1] != taken
+
+
 def test_requests_of_clients_that_leave_are_dropped(system: mw.System):
     hold = threading.Event()
     with running(system, hold, limits=Limits(batch=1)) as client:
@@ -268,8 +305,9 @@ def test_requests_in_progress_are_answered_before_the_server_ends(system: mw.Sys
 def test_limits_and_addresses_are_checked():
     with pytest.raises(UsageError, match="batch must be at least 1"):
         Limits(batch=0)
-    with pytest.raises(UsageError, match="timeout must be positive"):
-        Limits(timeout=0)
+    for wrong in (0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="timeout must be positive"):
+            Limits(timeout=wrong)
     assert is_loopback("127.0.0.1")
     assert is_loopback("::1")
     assert is_loopback("localhost")

@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from maskwright.cli.arguments import Device, Dtype, Integer, Name, device_named
+from maskwright.errors import UsageError
 from maskwright.terminal import print_line
 
 TOKEN = "MASKWRIGHT_TOKEN"  # the environment variable
@@ -52,7 +53,7 @@ def serve(
     Args:
         weights: A checkpoint of maskwright, an official file, or a name of the catalogue (`maskwright checkpoints`).
         host: Address to listen on.
-        port: Its port.
+        port: Its port; 0: a free one.
         allow_host: Further host names under which clients reach a server that only this machine can reach, as behind a
             reverse proxy.
         batch: Most images per forward pass.
@@ -71,11 +72,15 @@ def serve(
     import torch
 
     from maskwright.checkpoints import load
+    from maskwright.web.listening import bound
     from maskwright.web.serving import LOCAL_HOSTS, Limits, PredictionServer, is_loopback, run_server
 
     limits = Limits(max_bytes, max_pixels, requests, timeout, batch, wait)
     if threads is not None:
+        if threads < 1:
+            raise UsageError(f"--threads must be at least 1, got {threads}")
         torch.set_num_threads(threads)
+    opened = bound(host, port, listen=False)  # before the system is loaded, which may take long
     system = load(weights, commercial_ok=commercial_ok, variant=variant)
     local = is_loopback(host)
     token = os.environ.get(TOKEN) or (None if local else secrets.token_urlsafe(24))
@@ -88,8 +93,9 @@ def serve(
         dtype,
         compile,
     )
-    print_line(f"{system.name} at http://{host}:{port}/predict")
+    place = f"[{host}]" if ":" in host else host
+    print_line(f"{system.name} at http://{place}:{opened.getsockname()[1]}/predict")
     if not local and not os.environ.get(TOKEN):
         print_line(f"token: {token}")
-    run_server(server, host, port, limits.timeout)()
+    run_server(server, opened, limits.timeout)()
     return 0

@@ -13,11 +13,14 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
+import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from PIL import Image
@@ -32,6 +35,7 @@ from maskwright.inference.preparing import chosen_device, prepare
 from maskwright.systems import System
 from maskwright.web.batching import Batcher, StoppedError
 from maskwright.web.guard import LOCAL_HOSTS, Rules, is_loopback
+from maskwright.web.listening import timed_protocol
 
 try:
     import uvicorn
@@ -64,7 +68,7 @@ class Limits:
         pixels: Most pixels of an image.
         requests: Most requests in progress, from the first byte of the request to the last of the answer; more are
             refused with 503.
-        timeout: Seconds within which a body has to arrive, and within which the model has to answer.
+        timeout: Seconds within which the head of a request and its body have to arrive each, and the model to answer.
         batch: Most images per forward pass.
         wait: Seconds that an image waits for others to share its forward pass.
     """
@@ -80,7 +84,7 @@ class Limits:
         for name in ("bytes", "pixels", "requests", "batch"):
             if getattr(self, name) < 1:
                 raise UsageError(f"serve: {name} must be at least 1, got {getattr(self, name)}")
-        if self.timeout <= 0 or self.wait < 0:
+        if not 0 < self.timeout < math.inf or not 0 <= self.wait < math.inf:
             raise UsageError(
                 f"serve: timeout must be positive and wait not negative, got {self.timeout} and {self.wait}"
             )
@@ -250,7 +254,7 @@ class PredictionServer:
         declared = request.headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > self.limits.bytes:
             raise _large(self.limits.bytes)
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+        if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             return await self._form(request)
         parts: list[bytes] = []
         size = 0
@@ -396,18 +400,18 @@ def _fault(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 500)
 
 
-def run_server(server: PredictionServer, host: str, port: int, grace: float = 30.0) -> Callable[[], None]:
+def run_server(server: PredictionServer, opened: socket.socket, grace: float = 30.0) -> Callable[[], None]:
     """Return the function that serves until SIGINT or SIGTERM; requests in progress are answered before it returns.
 
     Args:
         server: What to serve.
-        host: Address to listen on.
-        port: Its port.
+        opened: A socket with the address to listen on, see `web.listening.bound`.
         grace: Seconds that requests in progress have after the signal.
     """
     config = uvicorn.Config(
-        server.app, host, port, log_level="warning", access_log=False, server_header=False, lifespan="on",
+        server.app, http=timed_protocol(server.limits.timeout),
+        log_level="warning", access_log=False, server_header=False, lifespan="on",
         timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=15, h11_max_incomplete_event_size=1 << 16,
         ws="none",
     )  # fmt: skip
-    return uvicorn.Server(config).run
+    return partial(uvicorn.Server(config).run, sockets=[opened])

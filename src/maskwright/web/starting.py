@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import getpass
-import os
 import socket
 import threading
 import webbrowser
@@ -16,11 +14,11 @@ from typing import Any
 
 from maskwright.checkpoints import load
 from maskwright.checkpoints.shipping import first_with, resolved
-from maskwright.errors import MissingExtraError, UsageError
-from maskwright.files import describe_os_error
+from maskwright.errors import MissingExtraError
 from maskwright.inference.prompting import promptable
 from maskwright.systems import System
 from maskwright.text import printable
+from maskwright.web import listening
 from maskwright.web.datasets import open_source
 from maskwright.web.guard import LOCAL_HOSTS, is_loopback
 from maskwright.web.project import Project, default_folder
@@ -142,26 +140,7 @@ def bound(host: str, port: int | None) -> socket.socket:
     Raises:
         UsageError: If the address is not available.
     """
-    wanted = [port] if port is not None else [PORT, 0]
-    for number in wanted:
-        try:
-            family = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][0]
-            opened = socket.socket(family, socket.SOCK_STREAM)
-        except (OSError, OverflowError) as error:
-            raise UsageError(f"cannot listen on {host}:{number} ({error}); give another --host or --port") from None
-        if os.name == "posix":
-            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            opened.bind((host, number))
-            opened.listen(128)
-            return opened
-        except (OSError, OverflowError) as error:
-            opened.close()
-            if number != wanted[-1] and isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                continue
-            reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
-            raise UsageError(f"cannot listen on {host}:{number} ({reason}); give another --host or --port") from None
-    raise AssertionError
+    return listening.bound(host, *([port] if port is not None else [PORT, 0]))
 
 
 def address_of(plan: Plan, port: int) -> str:
@@ -180,9 +159,9 @@ def run(plan: Plan, say: Callable[[str], Any]) -> None:
         plan: What to open and where to listen.
         say: Called with lines for the person who has started the server.
     """
-    listening = bound(plan.host, plan.port)
+    opened = bound(plan.host, plan.port)
     try:
-        port = int(listening.getsockname()[1])
+        port = int(opened.getsockname()[1])
         server = make_server(plan, port)
         project, address = server.project, address_of(plan, port)
         if project.absent:
@@ -205,7 +184,7 @@ def run(plan: Plan, say: Callable[[str], Any]) -> None:
         gc.freeze()
         if plan.browser:
             threading.Timer(0.5, webbrowser.open, [address]).start()
-        runner.run(sockets=[listening])
+        runner.run(sockets=[opened])
     finally:
         gc.unfreeze()
-        listening.close()
+        opened.close()
