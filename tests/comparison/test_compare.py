@@ -91,7 +91,9 @@ def test_an_interrupted_comparison_has_an_answer_and_continues(
 ):
     trainer = Trainer(stop="polarmask-small")
     monkeypatch.setattr(running, "_train", trainer)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(
+        KeyboardInterrupt, match=r"index\.html has what is known so far, and the same command continues"
+    ):
         _compare(tmp_path, scenes, FIVE)
     assert len(trainer.specs) == 2
     assert "not finished" in (tmp_path / "index.html").read_text()

@@ -23,7 +23,7 @@ from maskwright.comparison.page import Shown, write_page, write_tables
 from maskwright.comparison.profile import DataProfile, choose_systems
 from maskwright.comparison.state import Candidate, Comparison
 from maskwright.data import Dataset, Subset, has_split, open_dataset
-from maskwright.errors import MaskwrightError, MissingExtraError, UsageError
+from maskwright.errors import MaskwrightError, MissingExtraError, UsageError, interruption
 from maskwright.evaluation import Evaluator
 from maskwright.evaluation.coco import Detections, Kind, Truth
 from maskwright.evaluation.confusion import hits
@@ -152,9 +152,11 @@ class _Comparing:
                 self._eliminate(number)
                 self._write(final=False)
             self._finish()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             self._write(final=False)
-            raise
+            page = self.folder / "index.html"
+            message = f"stopped; {page} has what is known so far, and the same command continues the comparison"
+            raise interruption(message, getattr(stop, "exit_code", 130) - 128) from stop
 
     # ---- rounds ------------------------------------------------------------------------------------------------------
 
