@@ -110,6 +110,17 @@ def test_images_of_other_channels(channels):
     assert own.objects > 0
 
 
+@pytest.mark.parametrize("name", ["fcos", "mask-rcnn"])
+def test_an_input_smaller_than_the_system_would_take_is_compared_on_the_smaller_image(name):
+    image = Scenes(1, (117, 150), seed=7)[0].image
+    ready = graphs.prepare(lively(name), "cpu")
+    assert max(ready.preprocess.size(117, 150)) > 96
+    module = graphs.Graph(ready, (64, 96), graphs.limits_of(ready, ROWS, 0.0), "image", "instances")
+    assert graphs.input_difference(image, module)[1] <= graphs.MOST_MEAN_LEVELS
+    own = difference_of(module, image)
+    assert own.exceeds() is None, str(own)
+
+
 # ---- panoptic --------------------------------------------------------------------------------------------------------
 
 

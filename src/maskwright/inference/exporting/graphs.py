@@ -290,7 +290,7 @@ def _reference(ready: System, pixels: Tensor, module: Graph) -> tuple[Instances 
 
     The input is that of the graph, which may differ by a level where rounding decides, see `input_difference`.
     """
-    _, placement = ready.preprocess.apply(pixels)
+    _, placement = _fitted(pixels, module)
     canvas = module.canvas
     plane = place(pixels.permute(1, 2, 0), ready.preprocess, canvas)[0]
     size = (min(placement.size[0], canvas[0]), min(placement.size[1], canvas[1]))
@@ -319,11 +319,24 @@ def _reference(ready: System, pixels: Tensor, module: Graph) -> tuple[Instances 
     return own, placement
 
 
+def _fitted(pixels: Tensor, module: Graph) -> tuple[Tensor, Placement]:
+    """The image preprocessed by the rule of the system; one that would exceed the input is made smaller instead."""
+    rule, canvas = module.system.preprocess, module.canvas
+    image = (pixels.shape[1], pixels.shape[2])
+    height, width = rule.size(*image)
+    if rule.fit not in ("short", "own") or (height <= canvas[0] and width <= canvas[1]):
+        return rule.apply(pixels)
+    smaller = replace(rule, fit="letterbox", canvas=canvas, corner=True)
+    values, _ = smaller.apply(pixels)
+    height, width = smaller.size(*image)
+    return values[:, :height, :width], Placement.resize(image, (height, width))
+
+
 def input_difference(pixels: Tensor, module: Graph) -> tuple[float, float]:
     """How much the network's input differs between the graph's preprocessing and `Preprocess.apply`: the largest and
     the mean difference, in levels of an image of 8 bits."""
     rule = module.system.preprocess
-    own, placement = rule.apply(pixels)
+    own, placement = _fitted(pixels, module)
     other = place(pixels.permute(1, 2, 0), rule, module.canvas)[0][0]
     height, width = (min(a, b) for a, b in zip(placement.size, module.canvas, strict=True))
     apart = (own[:, :height, :width] - other[:, :height, :width]).abs().flatten(1)
