@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"marked fast and slow at once: {', '.join(both)}")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     chosen = config.option.markexpr
-    omitted = ("thorough",) if chosen == "fast" else () if chosen else ("cluster", "runtime")
+    omitted = ("thorough",) if chosen == "fast" else () if chosen else ("cluster", "full", "runtime")
     left_out = [item for item in items if any(item.get_closest_marker(name) for name in omitted)]
     if left_out:
         items[:] = [item for item in items if item not in left_out]

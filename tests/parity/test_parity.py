@@ -23,6 +23,8 @@ from tests.parity.weights import write_checkpoint
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("MASKWRIGHT_SHARED", HERE.parents[1] / "../shared")) / "reference"
 LONG = ("x101", "dc5", "eomt", "sam2-hiera", "sam2.1-hiera", "sam-vit", "mobile-sam", "efficient-sam")
+# Minutes of the largest networks, whose code other recordings run through: ViT-B in sam-amg, C4 and DC5 alone.
+FULL = ("sam-vit_b", "mask-rcnn-detectron2-r50-c4-batch")
 
 
 def layout_of(layouts: Path, outputs: str) -> Path:
@@ -90,7 +92,7 @@ def test_every_recording_kept_here_is_checked():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(n, marks=[pytest.mark.slow] * any(w in n for w in LONG))
+        pytest.param(n, marks=[pytest.mark.full] * (n in FULL) or [pytest.mark.slow] * any(w in n for w in LONG))
         for n in pairs(HERE / "thin", HERE / "layouts")
     ],
 )

@@ -99,8 +99,9 @@ def end(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("method", "number"), [("fork", signal.SIGINT), ("spawn", signal.SIGTERM), ("forkserver", signal.SIGINT)]
+)
 def test_a_signal_to_the_group_ends_after_a_step_that_is_saved(tmp_path: Path, method: str, number: signal.Signals):
     process = start(tmp_path / "run", method)
     os.killpg(process.pid, number)
