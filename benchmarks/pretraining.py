@@ -57,8 +57,8 @@ RECIPES = {
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",
                   {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
-                  192, 4500,
-                  {"batch": 4, "lr": 6e-4, "warmup": 300, "ema": 0.998, "augment": {"flip": 0.5, "jitter": [0.5, 1.6]}},
+                  192, 2600,
+                  {"batch": 4, "lr": 6e-4, "warmup": 200, "ema": 0.998, "augment": {"flip": 0.5, "jitter": [0.5, 1.6]}},
                   classes=False,
                   then=({"resize": {"canvas": [512, 512]}}, 700,
                         {"batch": 2, "lr": 2e-4, "warmup": 50, "ema": 0.99,
@@ -73,7 +73,7 @@ def images(recipe: Recipe, count: int, seed: int, nuclei: str | None) -> Dataset
         return contours
     scenes = Scenes(count, (recipe.size, recipe.size), seed=seed, difficulty=0.7)
     people = Scenes(count, (recipe.size, recipe.size), seed=seed, difficulty=0.7, keypoints=True)
-    parts: list[tuple[Any, float]] = [(contours, 0.6), (scenes, 0.15), (people, 0.1)]
+    parts: list[tuple[Any, float]] = [(contours, 0.5), (scenes, 0.15), (people, 0.2)]
     if nuclei is not None:
         parts.append((open_dataset(nuclei, "train"), 0.15))
     return Mixture(parts, count, seed)

@@ -35,11 +35,13 @@ class PromptTokens:
         sparse: Tokens of the slots.
         dense: Added to the image: of masks, or constant; with batch size 1 if it is the same for all prompts.
         positions: Position encoding of the image's cells.
+        drawn: The mask logits of the prompts themselves, at four times the resolution; None if no prompt has a mask.
     """
 
     sparse: Float[Tensor, "n t c"]
     dense: Float[Tensor, "_n c h w"]
     positions: Float[Tensor, "1 c h w"]
+    drawn: Float[Tensor, "n 1 _h _w"] | None = None
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,12 @@ class PromptEncoder(nn.Module):
         grid = self.positions.grid(size).to(table.dtype)
         if self.no_mask is None or self.masks is None:
             return PromptTokens(sparse, grid.new_zeros(1, self.width, 1, 1).expand(1, -1, *size), grid)
-        dense = self.no_mask[..., None, None].expand(1, -1, *size)
+        dense, given = self.no_mask[..., None, None].expand(1, -1, *size), None
         if logits is not None:
             given = logits if has_mask is None else torch.where(has_mask[:, None, None, None], logits, 0)
             encoded = self.masks(given.to(table.dtype))
             dense = encoded if has_mask is None else torch.where(has_mask[:, None, None, None], encoded, dense)
-        return PromptTokens(sparse, dense, grid)
+        return PromptTokens(sparse, dense, grid, given)
 
 
 def draw_prompts(
@@ -190,7 +192,10 @@ def draw_prompts(
     logits: Float[Tensor, "n 1 h w"] | None = None,
     has_mask: Bool[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "n 1 {size[0]} {size[1]}"]:
-    """Draws prompts as mask logits: a box is likely inside and unlikely outside, and a point certain around itself.
+    """Draws prompts as mask logits: a box as the ellipse in it, and a point as certain around itself.
+
+    In a box, the logit is 3 (1 - u^2 - v^2) for coordinates u, v from -1 to 1, at least -6. Its contour of 0 is the
+    ellipse, the mean shape of an object, and cells of any size hold the box exactly.
 
     Tokens alone leave it to the decoder to find the place of a prompt in the image, which it learns slowly. Clicks are
     often drawn as disks in interactive segmentation (arXiv 2102.06583).
@@ -209,9 +214,12 @@ def draw_prompts(
     places = points * cells  # in cells
     corners = [((labels == kind)[..., None] * places).sum(1) for kind in (FIRST_CORNER, LAST_CORNER)]
     (x0, y0), (x1, y1) = ([v[:, None, None] for v in corner.unbind(1)] for corner in corners)
-    inside = (columns > x0) & (columns < x1) & (rows > y0) & (rows < y1)  # (n, h, w)
+    across, down = (
+        (2 * v - low - high) / (high - low).clamp(min=0.1) for v, low, high in ((columns, x0, x1), (rows, y0, y1))
+    )
+    ellipse = (3 * (1 - across.square() - down.square())).clamp(min=-6)  # (n, h, w)
     boxed = (labels == FIRST_CORNER).any(1)[:, None, None]
-    drawn = torch.where(boxed, torch.where(inside, 3.0, -6.0), 0.0)
+    drawn = torch.where(boxed, ellipse, 0.0)
     if logits is not None:
         given = torch.ones_like(boxed) if has_mask is None else has_mask[:, None, None]
         drawn = torch.where(given, logits[:, 0].float(), drawn)
@@ -406,6 +414,21 @@ class TwoWayTransformer(nn.Module):
         return tokens, image
 
 
+class Refinement(nn.Module):
+    """A residual block of 3 x 3 convolutions, which reads the mask logits of prompts beside the map."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.first = nn.Conv2d(channels + 1, channels, 3, padding=1)
+        self.norm = LayerNorm2d(channels, eps=1e-6)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Float[Tensor, "n c h w"], drawn: Float[Tensor, "n 1 h w"]) -> Float[Tensor, "n c h w"]:
+        """Returns the refined map."""
+        inner = self.first(torch.cat([x, drawn / 4], 1))
+        return x + self.second(functional.gelu(self.norm(inner)))
+
+
 class MaskDecoder(nn.Module):
     """Decodes masks from an image embedding and prompts.
 
@@ -425,6 +448,8 @@ class MaskDecoder(nn.Module):
         sigmoid: Whether predicted IoUs pass a sigmoid (SAM 2).
         present: Whether an additional token predicts that there is an object (SAM 2).
         finer: Whether finer feature maps of the image are added while upscaling (SAM 2).
+        refine: Layers of 3 x 3 convolutions of the upscaled map together with the mask logits of the prompts, to which
+            answers are then corrections; every prompt must have them. 0: none, as published.
     """
 
     def __init__(
@@ -444,6 +469,7 @@ class MaskDecoder(nn.Module):
         sigmoid: bool = False,
         present: bool = False,
         finer: bool = False,
+        refine: int = 0,
     ):
         super().__init__()
         first, last = upscale or (width // 4, width // 8)
@@ -455,6 +481,8 @@ class MaskDecoder(nn.Module):
         self.up1 = nn.ConvTranspose2d(width, first, 2, stride=2)
         self.up_norm = LayerNorm2d(first, eps=1e-6) if norm == "layer" else nn.GroupNorm(1, first)
         self.up2 = nn.ConvTranspose2d(first, last, 2, stride=2)
+        self.refine = nn.ModuleList(Refinement(last) for _ in range(refine))
+        self.share = nn.Parameter(torch.ones(answers)) if refine else None  # of the logits of prompts
         self.kernels = nn.ModuleList(MLP((width, width, width, last), activation) for _ in range(answers))
         self.score = MLP((width, *[score_hidden] * (score_layers - 1), answers), activation)
         self.present = MLP((width, width, width, 1)) if present else None
@@ -492,7 +520,12 @@ class MaskDecoder(nn.Module):
         scores = self.score(tokens[:, 0])
         kernels = torch.stack([network(answers[:, k]) for k, network in enumerate(self.kernels)], 1)
         maps = self.upscaled(cells.transpose(1, 2).unflatten(2, image.shape[2:]), finer)
+        for layer in self.refine:
+            assert prompts.drawn is not None, "every prompt has a mask"
+            maps = layer(maps, prompts.drawn)
         logits = (kernels @ maps.flatten(2)).unflatten(2, maps.shape[2:])
+        if self.share is not None and prompts.drawn is not None:
+            logits = logits + self.share[:, None, None] * prompts.drawn
         return Decoded(logits, scores.sigmoid() if self.sigmoid else scores, answers, present)
 
     def upscaled(self, cells: Float[Tensor, "n c h w"], finer: Sequence[Tensor] = ()) -> Float[Tensor, "n d _h _w"]:

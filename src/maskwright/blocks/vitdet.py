@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from maskwright.blocks.layers import ConvNorm, LayerNorm2d
+from maskwright.blocks.layers import ConvNorm, LayerNorm2d, Norm
 from maskwright.ops.partition import from_windows, to_windows
 
 BIAS_BYTES = 96 << 20  # of relative positions that are held at a time, without gradients
@@ -201,10 +201,10 @@ def positions_at(table: Float[Tensor, "1 s t c"], size: tuple[int, int]) -> Floa
 class Residual(nn.Module):
     """Two 3 x 3 convolutions, added to the input."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, norm: Norm):
         super().__init__()
-        self.first = ConvNorm(channels, channels, norm="batch", relu=True)
-        self.second = ConvNorm(channels, channels, norm="batch")
+        self.first = ConvNorm(channels, channels, norm=norm, relu=True)
+        self.second = ConvNorm(channels, channels, norm=norm)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Returns the refined map."""
@@ -223,24 +223,25 @@ class ConvViTDet(ViTDet):
         heads: Attention heads.
         stem: Channels at 1/2, 1/4 and 1/8 of the resolution.
         finer: Channels of the maps for the decoder at 1/4 and 1/8 of the resolution.
+        norm: Normalisation of the convolutions.
         **options: See `ViTDet`.
     """
 
     def __init__(
         self, width: int, depth: int, heads: int, *, stem: Sequence[int], finer: Sequence[int], in_channels: int = 3,
-        **options: Any,
+        norm: Norm = "batch", **options: Any,
     ):  # fmt: skip
         super().__init__(width, depth, heads, in_channels=in_channels, **options)
         half, quarter, eighth = stem
         self.quarter = nn.Sequential(
-            ConvNorm(in_channels, half, stride=2, norm="batch", relu=True),
-            ConvNorm(half, quarter, stride=2, norm="batch", relu=True),
-            Residual(quarter),
+            ConvNorm(in_channels, half, stride=2, norm=norm, relu=True),
+            ConvNorm(half, quarter, stride=2, norm=norm, relu=True),
+            Residual(quarter, norm),
         )
         self.eighth = nn.Sequential(
-            ConvNorm(quarter, eighth, stride=2, norm="batch", relu=True), Residual(eighth), Residual(eighth)
+            ConvNorm(quarter, eighth, stride=2, norm=norm, relu=True), Residual(eighth, norm), Residual(eighth, norm)
         )
-        self.patches = ConvNorm(eighth, width, stride=2, norm="batch")
+        self.patches = ConvNorm(eighth, width, stride=2, norm=norm)
         self.finer = nn.ModuleList(
             nn.Conv2d(before, after, 1) for before, after in zip((quarter, eighth), finer, strict=True)
         )

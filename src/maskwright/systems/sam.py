@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from maskwright.blocks.layers import Norm
 from maskwright.blocks.lora import adapt
 from maskwright.blocks.prompting import PromptEncoder
 from maskwright.blocks.vitdet import ConvViTDet, ViTDet
@@ -48,6 +49,7 @@ class Encoder(OptionGroup):
         table: Patches along a side of the tables of positions, which are resampled for inputs of other sizes.
         stem: Channels at 1/2, 1/4 and 1/8 of the resolution of convolutions in place of the patch embedding, whose maps
             the decoder receives too (not published); None for none.
+        norm: Normalisation of these convolutions.
         checkpoint: Compute the blocks again for the gradients, so that training needs less memory.
     """
 
@@ -62,6 +64,7 @@ class Encoder(OptionGroup):
     patch: int = 16
     table: int = 64
     stem: Sequence[int] | None = None
+    norm: Norm = "batch"
     checkpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -81,7 +84,9 @@ class Encoder(OptionGroup):
         }  # fmt: skip
         if self.stem is None:
             return ViTDet(self.width, self.depth, self.heads, **options)
-        return ConvViTDet(self.width, self.depth, self.heads, stem=self.stem, finer=decoder.upscaled, **options)
+        return ConvViTDet(
+            self.width, self.depth, self.heads, stem=self.stem, finer=decoder.upscaled, norm=self.norm, **options
+        )
 
 
 ENCODER = Encoder()
@@ -169,14 +174,22 @@ class SAM(PromptableSystem):
                     "everywhere": [1, 3],
                     "table": 24,
                     "stem": [24, 48, 96],
+                    "norm": "group",
                 },
-                "decoder": {"width": 128, "hidden": 512},
+                "decoder": {"width": 128, "hidden": 512, "refine": 2},
                 "resize": {"canvas": [384, 384]},
                 "points_per_side": 16,
                 "drawn": True,
-                "simulation": {"points": 3, "repeats": 1, "checkpoint": False, "weights": [4, 1, 1]},
+                "simulation": {
+                    "points": 3,
+                    "repeats": 1,
+                    "noise": 0.05,
+                    "weights": [1, 1, 1],
+                    "normalised": True,
+                    "checkpoint": False,
+                },
             },
-            note="3.3 million parameters, with convolutions before the transformer, for training from random weights",
+            note="3.3 million parameters, with convolutions before the transformer and after the decoder, for training from random weights",
         ),
     }
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

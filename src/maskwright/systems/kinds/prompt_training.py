@@ -38,6 +38,8 @@ class Simulation(OptionGroup):
         noise: Standard deviation of the noise of a box's corners, as a share of its sides.
         most_noise: Limit of the noise, in pixels of the input.
         weights: Weights of the focal loss, the dice loss and the error of the predicted IoU.
+        normalised: Whether the focal loss of an object is divided by the mean of its focusing factors, so that small
+            objects and late training have gradients too (arXiv 1909.07829; not in SAM).
         checkpoint: Compute each round again for the gradients, so that memory does not grow with the rounds.
     """
 
@@ -50,6 +52,7 @@ class Simulation(OptionGroup):
     noise: float = 0.1
     most_noise: float = 20.0
     weights: Sequence[float] = (20.0, 1.0, 1.0)
+    normalised: bool = False
     checkpoint: bool = True
 
     def __post_init__(self) -> None:
@@ -114,7 +117,7 @@ def losses(
             points = torch.cat([points, place[:, None]], 1)
             labels = torch.cat([labels, label[:, None]], 1)
         prompts, ambiguous = (points, labels, logits, known), ~boxed & (number == 0)
-        terms, logits = _round(system, own, prompts, examples, ambiguous, rules.checkpoint)
+        terms, logits = _round(system, own, prompts, examples, ambiguous, rules)
         total, known = total + terms, torch.ones_like(known)
     terms = total / count / len(rounds) * total.new_tensor(rules.weights)
     idle = sum((level.float().sum() for level in (features.image, *features.finer)), total.new_zeros(())) * 0
@@ -123,21 +126,20 @@ def losses(
 
 def _round(
     system: PromptableSystem, features: Features, prompts: tuple[Tensor, ...], examples: Examples,
-    ambiguous: Bool[Tensor, " n"], again: bool,
+    ambiguous: Bool[Tensor, " n"], rules: Simulation,
 ) -> tuple[Float[Tensor, 3], Float[Tensor, "n h w"]]:  # fmt: skip
-    """The losses of one round, see `round_losses`, and the logits that the next round corrects.
-
-    `again`: Compute the round again for the gradients.
-    """
+    """The losses of one round, see `round_losses`, and the logits that the next round corrects."""
 
     def run(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         decoded = answer(system, features, *inputs)
         scores = decoded.scores.detach()
         best = torch.where(ambiguous, 1 + scores[:, 1:].argmax(1), 0)  # the answer that a user would see
         rows = torch.arange(len(best), device=best.device)
-        return round_losses(decoded, examples, ambiguous), decoded.logits[rows, best].detach().float()
+        return round_losses(decoded, examples, ambiguous, normalised=rules.normalised), decoded.logits[
+            rows, best
+        ].detach().float()
 
-    if again and torch.is_grad_enabled():
+    if rules.checkpoint and torch.is_grad_enabled():
         return checkpoint(run, *prompts, use_reentrant=False)
     return run(*prompts)
 
@@ -282,18 +284,21 @@ def _inside(masks: Float[Tensor, "n h w"]) -> Bool[Tensor, "n h w"]:
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
-def round_losses(decoded: Decoded, examples: Examples, ambiguous: Bool[Tensor, " n"]) -> Float[Tensor, 3]:
+def round_losses(
+    decoded: Decoded, examples: Examples, ambiguous: Bool[Tensor, " n"], *, normalised: bool = False
+) -> Float[Tensor, 3]:
     """Focal loss, dice loss and error of the predicted IoU of one round, summed over objects.
 
     Args:
         decoded: The answers.
         examples: The objects.
         ambiguous: Objects of which the best of the answers after the first counts; of the others, the first does.
+        normalised: See `Simulation`.
     """
     with torch.autocast(decoded.logits.device.type, enabled=False):
         logits, scores = decoded.logits.float(), decoded.scores.float()
         masks = examples.masks[:, None].expand_as(logits)
-        focal = soft_focal(logits, masks)
+        focal = soft_focal(logits, masks, normalised=normalised)
         dice = dice_loss(logits, masks)
         inside, found = _inside(examples.masks)[:, None], logits.detach() > 0
         both, either = (part.flatten(2).sum(2).float() for part in (inside & found, inside | found))
@@ -311,13 +316,26 @@ def round_losses(decoded: Decoded, examples: Examples, ambiguous: Bool[Tensor, "
 
 
 def soft_focal(
-    logits: Float[Tensor, "n k h w"], target: Float[Tensor, "n k h w"], alpha: float = 0.25, gamma: float = 2.0
+    logits: Float[Tensor, "n k h w"],
+    target: Float[Tensor, "n k h w"],
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    *,
+    normalised: bool = False,
 ) -> Float[Tensor, "n k"]:
-    """Mean focal loss of each mask, for targets between 0 and 1: the mean of the losses for 1 and 0."""
+    """Mean focal loss of each mask, for targets between 0 and 1: the mean of the losses for 1 and 0.
+
+    `normalised`: With alpha = 0.5, and divided by the mean of the focusing factors (arXiv 1909.07829, eq. 4), which has
+    no gradient.
+    """
+    alpha = 0.5 if normalised else alpha
     probability = logits.sigmoid()
-    ones = alpha * (1 - probability).pow(gamma) * functional.softplus(-logits)
-    zeros = (1 - alpha) * probability.pow(gamma) * functional.softplus(logits)
-    return (target * ones + (1 - target) * zeros).flatten(2).mean(2)
+    hard1, hard0 = alpha * (1 - probability).pow(gamma), (1 - alpha) * probability.pow(gamma)
+    loss = target * hard1 * functional.softplus(-logits) + (1 - target) * hard0 * functional.softplus(logits)
+    if not normalised:
+        return loss.flatten(2).mean(2)
+    factors = (target * hard1 + (1 - target) * hard0).detach().flatten(2).mean(2)
+    return loss.flatten(2).mean(2) / factors.clamp(min=1e-6)
 
 
 def dice_loss(logits: Float[Tensor, "n k h w"], target: Float[Tensor, "n k h w"]) -> Float[Tensor, "n k"]:

@@ -120,6 +120,8 @@ class PromptDecoder(OptionGroup):
         answers: Masks of each prompt: one for prompts without ambiguity, then those for ambiguous ones.
         score_hidden: Channels inside of the network that predicts the IoU.
         score_layers: Its linear layers.
+        refine: Layers of convolutions that read points and boxes as masks at a quarter of the input's resolution (not
+            published), for systems that draw them; 0: none.
     """
 
     label: ClassVar[str] = "decoder"
@@ -131,6 +133,7 @@ class PromptDecoder(OptionGroup):
     answers: int = 4
     score_hidden: int = 256
     score_layers: int = 3
+    refine: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,7 +151,7 @@ class PromptDecoder(OptionGroup):
 
     def build(self, **options: Any) -> MaskDecoder:
         """Constructs the mask decoder; for `options` see there."""
-        own = {name: getattr(self, name) for name in ("answers", "score_hidden", "score_layers")}
+        own = {name: getattr(self, name) for name in ("answers", "score_hidden", "score_layers", "refine")}
         return MaskDecoder(self.width, self.depth, self.heads, self.hidden, **own, **options)
 
 
