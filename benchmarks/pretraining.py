@@ -57,10 +57,10 @@ RECIPES = {
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",
                   {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
-                  192, 2600,
+                  192, 1800,
                   {"batch": 4, "lr": 6e-4, "warmup": 200, "ema": 0.998, "augment": {"flip": 0.5, "jitter": [0.5, 1.6]}},
                   classes=False,
-                  then=({"resize": {"canvas": [512, 512]}}, 700,
+                  then=({"resize": {"canvas": [512, 512]}}, 640,
                         {"batch": 2, "lr": 2e-4, "warmup": 50, "ema": 0.99,
                          "augment": {"flip": 0.5, "jitter": [0.35, 1.3]}})),
 }  # fmt: skip

@@ -211,7 +211,8 @@ def test_an_exported_promptable_system_answers_prompts_as_the_checkpoint(tmp_pat
     batch = system.preprocess.collate([pixels])
     placement = batch.placements[0]
     own, other = (s.embed(batch.images, [placement])[0] for s in (system, exported))
-    torch.testing.assert_close(other.tensors["image"], own.tensors["image"], rtol=1e-4, atol=1e-5)
+    # Group normalisation in ONNX Runtime differs from the result in double precision by 2e-5, in PyTorch by 2e-6.
+    torch.testing.assert_close(other.tensors["image"], own.tensors["image"], rtol=1e-4, atol=5e-5)
     for given in (prompts_for((96, 144)), prompts_for((96, 144))[:1], prompts_for((96, 144))[2:3]):
         wanted = system.segment(own, given, answers=4)
         found = exported.segment(own, given, answers=4)  # the embedding of the checkpoint is valid for its export

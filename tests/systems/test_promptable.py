@@ -410,7 +410,8 @@ def test_prompts_are_drawn_as_masks_and_kept_masks_are_not_drawn_over():
     points = torch.tensor([[[0.25, 0.25], [0.75, 0.5], [0.5, 0.5]], [[0.5, 0.5], [0.0, 0.0], [0.0, 0.0]]])
     labels = torch.tensor([[2, 3, 0], [1, -2, -1]])
     drawn = draw_prompts(points, labels, (16, 16))[:, 0]
-    assert float(drawn[0, 4, 4]) == 3
+    assert float(drawn[0, 5, 7]) == pytest.approx(3 * (1 - (1 / 8) ** 2 - (1 / 4) ** 2))  # the box is 4 ... 12, 4 ... 8
+    assert float(drawn[0, 4, 7]) > 0 > float(drawn[0, 4, 4]), "outside of the ellipse"
     assert float(drawn[0, 0, 0]) == -6
     assert float(drawn[0, 8, 8]) == -8
     assert float(drawn[1, 8, 8]) == 8
@@ -420,6 +421,45 @@ def test_prompts_are_drawn_as_masks_and_kept_masks_are_not_drawn_over():
     assert float(kept[0, 0, 0]) == 1
     assert float(kept[0, 8, 8]) == -8
     assert torch.equal(kept[1], drawn[1])
+
+
+def test_a_decoder_that_refines_starts_from_the_drawn_prompt():
+    from maskwright.blocks.prompting import MaskDecoder, PromptEncoder, draw_prompts
+
+    decoder, encoder = MaskDecoder(32, 1, 2, 32, refine=1), PromptEncoder(32)
+    for network in decoder.kernels:
+        last = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear)][-1]
+        torch.nn.init.zeros_(last.weight)
+        torch.nn.init.zeros_(last.bias)
+    points, labels = torch.tensor([[[0.2, 0.2], [0.9, 0.7]]]), torch.tensor([[2, 3]])
+    drawn = draw_prompts(points, labels, (16, 16))
+    with torch.no_grad():
+        decoded = decoder(torch.randn(1, 32, 4, 4), encoder(points, labels, (4, 4), drawn))
+    torch.testing.assert_close(decoded.logits, drawn.expand(-1, 4, -1, -1))
+    with pytest.raises(UsageError, match="drawn=True"):
+        mw.create("sam-small", drawn=False)
+
+
+def test_the_local_loss_is_the_mean_entropy_near_the_object_plus_that_elsewhere():
+    from maskwright.systems.kinds.prompt_training import Examples, local_entropy
+
+    masks = torch.zeros(1, 16, 16)
+    masks[0, 4:8, 6:10] = 1
+    examples = Examples(masks, torch.tensor([[24.0, 16.0, 40.0, 32.0]]), torch.zeros(1).long(), torch.ones(1))
+    near = examples.near()
+    assert near[0].nonzero().amin(0).tolist() == [2, 4]
+    assert near[0].nonzero().amax(0).tolist() == [9, 11]
+    logits = torch.randn(1, 3, 16, 16)
+    entropy = functional.binary_cross_entropy_with_logits(logits, masks[:, None].expand_as(logits), reduction="none")
+    expected = entropy[:, :, 2:10, 4:12].mean((2, 3)) + entropy[:, :, ~near[0]].mean(2)
+    torch.testing.assert_close(local_entropy(logits, masks[:, None].expand_as(logits), near), expected)
+
+
+def test_group_normalisation_makes_an_image_independent_of_its_batch():
+    system = mw.create("sam-small").train()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(system(images).image[:1], system(images[:1]).image, rtol=1e-4, atol=1e-5)
 
 
 def test_interpolation_by_cubic_weights_is_that_of_torch():

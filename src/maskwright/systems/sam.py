@@ -138,6 +138,8 @@ class SAM(PromptableSystem):
         super().__init__()
         self.classes = self.checked_classes(classes)
         network, heads = Encoder.read(encoder, ENCODER), PromptDecoder.read(decoder, DECODER)
+        if heads.refine and not drawn:
+            raise UsageError("sam: decoder.refine reads prompts that are drawn as masks; give drawn=True too")
         self.simulation = Simulation.read(simulation, SIMULATION)
         self.points_per_side, self.draws = self.checked_points(points_per_side), drawn
         self.preprocess = self.checked_canvas(Resize.read(resize, RESIZE).apply(PREPROCESS, in_channels), network.patch)
@@ -185,11 +187,11 @@ class SAM(PromptableSystem):
                     "repeats": 1,
                     "noise": 0.05,
                     "weights": [1, 1, 1],
-                    "normalised": True,
+                    "local": True,
                     "checkpoint": False,
                 },
             },
-            note="3.3 million parameters, with convolutions before the transformer and after the decoder, for training from random weights",
+            note="3.3 million parameters; convolutions before and behind the transformers, to learn from little",
         ),
     }
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -7,7 +7,7 @@ answer is wrong, each together with the logits of the answer before, and rounds 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -38,8 +38,8 @@ class Simulation(OptionGroup):
         noise: Standard deviation of the noise of a box's corners, as a share of its sides.
         most_noise: Limit of the noise, in pixels of the input.
         weights: Weights of the focal loss, the dice loss and the error of the predicted IoU.
-        normalised: Whether the focal loss of an object is divided by the mean of its focusing factors, so that small
-            objects and late training have gradients too (arXiv 1909.07829; not in SAM).
+        local: Whether the mask loss is, in place of the focal loss, the mean cross-entropy in the object's box at twice
+            its size plus the mean outside of it (not published). Small objects then count as much as large ones.
         checkpoint: Compute each round again for the gradients, so that memory does not grow with the rounds.
     """
 
@@ -52,7 +52,7 @@ class Simulation(OptionGroup):
     noise: float = 0.1
     most_noise: float = 20.0
     weights: Sequence[float] = (20.0, 1.0, 1.0)
-    normalised: bool = False
+    local: bool = False
     checkpoint: bool = True
 
     def __post_init__(self) -> None:
@@ -76,15 +76,27 @@ class Examples:
         boxes: x0, y0, x1, y1 in pixels of the input.
         owner: The image of each object.
         weight: 1, or 0 for the stand-in of a batch without objects.
+        cell: Width and height of a cell of the grid in pixels of the input.
     """
 
     masks: Float[Tensor, "n h w"]
     boxes: Float[Tensor, "n 4"]
     owner: Int[Tensor, " n"]
     weight: Float[Tensor, " n"]
+    cell: Float[Tensor, 2] = field(default_factory=lambda: torch.full((2,), 4.0))
 
     def __len__(self) -> int:
         return len(self.owner)
+
+    def near(self) -> Bool[Tensor, "n h w"]:
+        """The cells whose centres lie in the box of each object at twice its size, and at least two cells around it."""
+        _, height, width = self.masks.shape
+        low, high = self.boxes[:, :2] / self.cell, self.boxes[:, 2:] / self.cell
+        margin = ((high - low) / 2).clamp(min=2)
+        (x0, y0), (x1, y1) = ((v[:, None] for v in corner.unbind(1)) for corner in (low - margin, high + margin))
+        columns, rows = (torch.arange(n, device=self.boxes.device) + 0.5 for n in (width, height))
+        across, down = (columns > x0) & (columns < x1), (rows > y0) & (rows < y1)
+        return down[:, :, None] & across[:, None]
 
 
 def losses(
@@ -135,7 +147,7 @@ def _round(
         scores = decoded.scores.detach()
         best = torch.where(ambiguous, 1 + scores[:, 1:].argmax(1), 0)  # the answer that a user would see
         rows = torch.arange(len(best), device=best.device)
-        return round_losses(decoded, examples, ambiguous, normalised=rules.normalised), decoded.logits[
+        return round_losses(decoded, examples, ambiguous, local=rules.local), decoded.logits[
             rows, best
         ].detach().float()
 
@@ -185,6 +197,7 @@ def drawn(features: Features, targets: Sequence[Instances], most: int) -> Exampl
     """Draws at most `most` objects of each image. A batch without objects has one of weight 0."""
     device = features.image.device
     grid = (4 * features.image.shape[-2], 4 * features.image.shape[-1])
+    cell = torch.tensor([features.size[1] / grid[1], features.size[0] / grid[0]], device=device)
     masks, boxes, owner = list[Tensor](), list[Tensor](), list[int]()
     for index, target in enumerate(targets):
         if target.crowd is not None:
@@ -201,11 +214,11 @@ def drawn(features: Features, targets: Sequence[Instances], most: int) -> Exampl
     if not owner:
         return Examples(
             torch.zeros(1, *grid, device=device), torch.zeros(1, 4, device=device),
-            torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device), cell,
         )  # fmt: skip
     joined = torch.cat(masks)
     weight = (joined.flatten(1).amax(1) > 0).float()  # an object may lie outside of an augmented image
-    return Examples(joined, torch.cat(boxes).float(), torch.tensor(owner, device=device), weight)
+    return Examples(joined, torch.cat(boxes).float(), torch.tensor(owner, device=device), weight, cell)
 
 
 def first_prompts(
@@ -285,25 +298,25 @@ def _inside(masks: Float[Tensor, "n h w"]) -> Bool[Tensor, "n h w"]:
 
 
 def round_losses(
-    decoded: Decoded, examples: Examples, ambiguous: Bool[Tensor, " n"], *, normalised: bool = False
+    decoded: Decoded, examples: Examples, ambiguous: Bool[Tensor, " n"], *, local: bool = False
 ) -> Float[Tensor, 3]:
-    """Focal loss, dice loss and error of the predicted IoU of one round, summed over objects.
+    """Mask loss, dice loss and error of the predicted IoU of one round, summed over objects.
 
     Args:
         decoded: The answers.
         examples: The objects.
         ambiguous: Objects of which the best of the answers after the first counts; of the others, the first does.
-        normalised: See `Simulation`.
+        local: See `Simulation`.
     """
     with torch.autocast(decoded.logits.device.type, enabled=False):
         logits, scores = decoded.logits.float(), decoded.scores.float()
         masks = examples.masks[:, None].expand_as(logits)
-        focal = soft_focal(logits, masks, normalised=normalised)
+        focal = local_entropy(logits, masks, examples.near()) if local else soft_focal(logits, masks)
         dice = dice_loss(logits, masks)
         inside, found = _inside(examples.masks)[:, None], logits.detach() > 0
         both, either = (part.flatten(2).sum(2).float() for part in (inside & found, inside | found))
         error = (scores - both / either.clamp(min=1)).square()
-        cost = (20 * focal + dice).detach()
+        cost = ((1 if local else 20) * focal + dice).detach()
         best = 1 + cost[:, 1:].argmin(1) if logits.shape[1] > 1 else torch.zeros_like(examples.owner)
         chosen = torch.where(ambiguous, best, 0)
         rows = torch.arange(len(chosen), device=chosen.device)
@@ -316,26 +329,23 @@ def round_losses(
 
 
 def soft_focal(
-    logits: Float[Tensor, "n k h w"],
-    target: Float[Tensor, "n k h w"],
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-    *,
-    normalised: bool = False,
+    logits: Float[Tensor, "n k h w"], target: Float[Tensor, "n k h w"], alpha: float = 0.25, gamma: float = 2.0
 ) -> Float[Tensor, "n k"]:
-    """Mean focal loss of each mask, for targets between 0 and 1: the mean of the losses for 1 and 0.
-
-    `normalised`: With alpha = 0.5, and divided by the mean of the focusing factors (arXiv 1909.07829, eq. 4), which has
-    no gradient.
-    """
-    alpha = 0.5 if normalised else alpha
+    """Mean focal loss of each mask, for targets between 0 and 1: the mean of the losses for 1 and 0."""
     probability = logits.sigmoid()
-    hard1, hard0 = alpha * (1 - probability).pow(gamma), (1 - alpha) * probability.pow(gamma)
-    loss = target * hard1 * functional.softplus(-logits) + (1 - target) * hard0 * functional.softplus(logits)
-    if not normalised:
-        return loss.flatten(2).mean(2)
-    factors = (target * hard1 + (1 - target) * hard0).detach().flatten(2).mean(2)
-    return loss.flatten(2).mean(2) / factors.clamp(min=1e-6)
+    ones = alpha * (1 - probability).pow(gamma) * functional.softplus(-logits)
+    zeros = (1 - alpha) * probability.pow(gamma) * functional.softplus(logits)
+    return (target * ones + (1 - target) * zeros).flatten(2).mean(2)
+
+
+def local_entropy(
+    logits: Float[Tensor, "n k h w"], target: Float[Tensor, "n k h w"], near: Bool[Tensor, "n h w"]
+) -> Float[Tensor, "n k"]:
+    """Mean cross-entropy of each mask in a region, plus that outside of the region."""
+    entropy = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    inside = near[:, None].float()
+    parts = [(entropy * part).flatten(2).sum(2) / part.flatten(2).sum(2).clamp(min=1) for part in (inside, 1 - inside)]
+    return parts[0] + parts[1]
 
 
 def dice_loss(logits: Float[Tensor, "n k h w"], target: Float[Tensor, "n k h w"]) -> Float[Tensor, "n k"]:
