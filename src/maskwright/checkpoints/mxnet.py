@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import struct
 from functools import partial
-from typing import Any
 
 import torch
 
+from maskwright.checkpoints.binary import BinaryReader
 from maskwright.checkpoints.budget import Budget
 from maskwright.checkpoints.records import StorageRecord, TensorRecord
 from maskwright.errors import CheckpointError
@@ -58,11 +58,11 @@ def read_mxnet(data: bytes, budget: Budget) -> dict[str, TensorRecord]:
     return {name: array for name, array in zip(names, arrays, strict=True) if array is not None}
 
 
-class _Reader:
-    """Reader of the values of a file, from the position `at` on."""
+class _Reader(BinaryReader):
+    """Reader of the values of a file."""
 
     def __init__(self, data: bytes, path: str):
-        self.data, self.path, self.at = data, path, 0
+        super().__init__(data, path, "MXNet")
 
     def array(self, number: int) -> TensorRecord | None:
         """The next array; None if it is empty."""
@@ -85,23 +85,4 @@ class _Reader:
         stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(axes))
         return TensorRecord(
             StorageRecord(str(number), dtype, count, partial(bytearray, content)), 0, shape, stride, dtype
-        )
-
-    def numbers(self, kind: str, count: int) -> tuple[Any, ...]:
-        form = f"<{count}{kind}"
-        return struct.unpack(form, self.bytes(struct.calcsize(form)))
-
-    def bytes(self, count: int) -> memoryview:
-        if not 0 <= count <= len(self.data) - self.at:
-            raise CheckpointError(
-                f"{self.path}: claims {count} bytes, but {len(self.data) - self.at} are left; the file is truncated or "
-                "damaged, download it again"
-            )
-        part = memoryview(self.data)[self.at : self.at + count]
-        self.at += count
-        return part
-
-    def damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: contains {what}, which MXNet does not write; the file is damaged, download it again"
         )

@@ -9,12 +9,12 @@ parameters get flat names: "trunk.5.1.weight" is `weight` of the first module of
 from __future__ import annotations
 
 import re
-import struct
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from maskwright.checkpoints.binary import BinaryReader
 from maskwright.checkpoints.budget import Budget, shown
 from maskwright.checkpoints.records import StorageRecord, TensorRecord
 from maskwright.errors import CheckpointError
@@ -97,11 +97,11 @@ class _Walk:
             self.visit(child, f"{prefix}{number}.", above | {id(fields)})
 
 
-class _Reader:
-    """Reader of the values of a file, from the position `at` on."""
+class _Reader(BinaryReader):
+    """Reader of the values of a file."""
 
     def __init__(self, data: bytes, path: str):
-        self.data, self.path, self.at = data, path, 0
+        super().__init__(data, path, "Torch 7")
         self.seen: dict[int, Any] = {}
 
     def value(self, depth: int) -> Any:
@@ -182,22 +182,3 @@ class _Reader:
 
     def integer(self) -> int:
         return self.numbers("i", 1)[0]
-
-    def numbers(self, kind: str, count: int) -> tuple[Any, ...]:
-        form = f"<{count}{kind}"
-        return struct.unpack(form, self.bytes(struct.calcsize(form)))
-
-    def bytes(self, count: int) -> memoryview:
-        if not 0 <= count <= len(self.data) - self.at:
-            raise CheckpointError(
-                f"{self.path}: claims {count} bytes, but {len(self.data) - self.at} are left; the file is truncated or "
-                "damaged, download it again"
-            )
-        part = memoryview(self.data)[self.at : self.at + count]
-        self.at += count
-        return part
-
-    def damaged(self, what: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path}: contains {what}, which Torch 7 does not write; the file is damaged, download it again"
-        )

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from maskwright.data.drawing_shapes import Stamp
 from maskwright.data.formats import CERTAIN, Match, Request
-from maskwright.data.generated import GeneratedScenes, Layout
+from maskwright.data.generated import GeneratedScenes, Layout, text_options
 from maskwright.data.painting import noise_window, paint_clutter, paint_ground, paint_stamp, plain_noise
 from maskwright.errors import UsageError
 
@@ -305,13 +305,7 @@ def read(match: Match, request: Request) -> ContourScenes:
     """Return the scenes that a text describes."""
     text, split = match.location, match.split or "train"
     options: dict[str, Any] = {}
-    for part in filter(None, text.partition(":")[2].split(",")):
-        name, equals, value = part.partition("=")
-        if not equals or name not in _OPTIONS:
-            raise UsageError(
-                f"{text!r}: unknown option {part!r}; expected NAME=VALUE with a name of {', '.join(_OPTIONS)}, as in "
-                "contours:count=2000,size=160"
-            )
+    for name, value in text_options(text, _OPTIONS, "contours:count=2000,size=160").items():
         try:
             options[name] = _OPTIONS[name](value)
             if name == "size":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +18,32 @@ from maskwright.data.dataset import Dataset, Sample
 from maskwright.data.drawing_shapes import Stamp
 from maskwright.data.painting import cut_stamp
 from maskwright.data.panoptic import write_panoptic
-from maskwright.errors import DataError
+from maskwright.errors import DataError, UsageError
 from maskwright.files import write_bytes
 from maskwright.structures import Instances, Masks
+
+
+def text_options(text: str, names: Collection[str], example: str) -> dict[str, str]:
+    """The options of generated data that a text "KIND:NAME=VALUE,..." describes.
+
+    Args:
+        text: The text.
+        names: The options that there are.
+        example: A valid text, for the message.
+
+    Raises:
+        UsageError: If an option is unknown or has no value.
+    """
+    options: dict[str, str] = {}
+    for part in filter(None, text.partition(":")[2].split(",")):
+        name, equals, value = part.partition("=")
+        if not equals or name not in names:
+            raise UsageError(
+                f"{text!r}: unknown option {part!r}; expected NAME=VALUE with a name of {', '.join(names)}, as in "
+                f"{example}"
+            )
+        options[name] = value
+    return options
 
 
 @dataclass

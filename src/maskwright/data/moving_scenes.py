@@ -21,6 +21,7 @@ from torch import Tensor
 from maskwright.data.clips import Clip, Clips
 from maskwright.data.drawing_shapes import SHAPES, Stamp, draw_shape
 from maskwright.data.formats import CERTAIN, Match, Request
+from maskwright.data.generated import text_options
 from maskwright.data.painting import cut_stamp, noise_window, paint_clutter, paint_ground, paint_stamp, plain_noise
 from maskwright.data.scenes import CLASSES
 from maskwright.errors import UsageError
@@ -268,15 +269,7 @@ def parse_clips(text: str, split: str) -> MovingScenes:
     Raises:
         UsageError: If an option is unknown or its value invalid.
     """
-    options: dict[str, str] = {}
-    for part in filter(None, text.partition(":")[2].split(",")):
-        name, equals, value = part.partition("=")
-        if not equals or name not in _OPTIONS:
-            raise UsageError(
-                f"{text!r}: unknown option {part!r}; expected NAME=VALUE with a name of {', '.join(_OPTIONS)}, as in "
-                "clips:count=20,frames=24"
-            )
-        options[name] = value
+    options = text_options(text, _OPTIONS, "clips:count=20,frames=24")
     try:
         count, seed = int(options.get("count", 20)), int(options.get("seed", 0))
         frames = int(options.get("frames", 24))

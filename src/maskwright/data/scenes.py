@@ -15,7 +15,7 @@ import torch
 from maskwright.data.dataset import PERSON_KEYPOINTS
 from maskwright.data.drawing_shapes import SHAPES, draw_figure, draw_shape
 from maskwright.data.formats import CERTAIN, Match, Request
-from maskwright.data.generated import GeneratedScenes, Layout
+from maskwright.data.generated import GeneratedScenes, Layout, text_options
 from maskwright.data.painting import (
     GROUNDS,
     noise_fields,
@@ -208,15 +208,7 @@ def parse_scenes(text: str, split: str, keypoints: bool = False, stuff: bool = F
     Raises:
         UsageError: If an option is unknown or its value invalid.
     """
-    options: dict[str, str] = {}
-    for part in filter(None, text.partition(":")[2].split(",")):
-        name, equals, value = part.partition("=")
-        if not equals or name not in _OPTIONS:
-            raise UsageError(
-                f"{text!r}: unknown option {part!r}; expected NAME=VALUE with a name of {', '.join(_OPTIONS)}, as in "
-                "scenes:count=200,size=192"
-            )
-        options[name] = value
+    options = text_options(text, _OPTIONS, "scenes:count=200,size=192")
     try:
         count = int(options.get("count", 200))
         seed = int(options.get("seed", 0))
