@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch.nn import functional
 
 import maskwright as mw
@@ -438,6 +439,21 @@ def test_a_decoder_that_refines_starts_from_the_drawn_prompt():
     torch.testing.assert_close(decoded.logits, drawn.expand(-1, 4, -1, -1))
     with pytest.raises(UsageError, match="drawn=True"):
         mw.create("sam-small", drawn=False)
+
+
+def test_inputs_that_were_not_preprocessed_and_budgets_of_no_bytes_are_refused():
+    system = build("sam").eval()
+    placement = mw.structures.Placement.identity((64, 64))
+    # In the tests, annotations of shapes are checked first.
+    with pytest.raises((UsageError, TypeCheckError), match=r"must be preprocessed, in floating point|dtype uint8"):
+        system.embed(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), [placement])
+    with pytest.raises(UsageError, match="placement 0 puts the image on 64 x 64 pixels, but the input has 32 x 64"):
+        system.embed(torch.zeros(1, 3, 32, 64), [placement])
+    embedding = system.embed(torch.zeros(1, 3, 64, 64), [placement])[0]
+    prompts = Prompts.from_points((64, 64), torch.tensor([[[5.0, 5.0]]]))
+    for budget in (None, "x", 0):
+        with pytest.raises(UsageError, match="budget must be a number of bytes"):
+            system.segment(embedding, prompts, budget=budget)
 
 
 def test_the_local_loss_is_the_mean_entropy_near_the_object_plus_that_elsewhere():

@@ -229,13 +229,26 @@ class PromptableSystem(ProposalSystem):
             The embedding of each image.
 
         Raises:
-            UsageError: If `images` is no batch, or there is not a placement for each image.
+            UsageError: If `images` is no batch of preprocessed images, or there is not a placement for each image that
+                fits into the input.
         """
         if images.ndim != 4 or len(images) != len(placements):
             raise UsageError(
                 f"images must be a batch (B, C, H, W) with a placement for each, got shape {tuple(images.shape)} and "
                 f"{len(placements)} placements"
             )
+        if not images.is_floating_point():
+            raise UsageError(
+                f"images must be preprocessed, in floating point, got {images.dtype}; see system.preprocess.collate"
+            )
+        height, width = images.shape[-2:]
+        for number, placement in enumerate(placements):
+            rows, columns = placement.size
+            if rows > height or columns > width:
+                raise UsageError(
+                    f"placement {number} puts the image on {rows} x {columns} pixels, but the input has {height} x "
+                    f"{width}; give the placements that `preprocess` returned with the images"
+                )
         return self.embeddings(self(images.to(*_place_of(self.image_encoder))), placements)
 
     def embeddings(self, features: Features, placements: Sequence[Placement]) -> list[Embedding]:
@@ -307,14 +320,16 @@ class PromptableSystem(ProposalSystem):
             budget: Bytes of scratch memory; it limits how many prompts are decoded at a time.
 
         Raises:
-            UsageError: If the embedding is of another system or image, mask logits have the wrong size, or a prompt is
-                of a kind that the system does not read.
+            UsageError: If the embedding is of another system or image, mask logits have the wrong size, a prompt is of
+                a kind that the system does not read, or an argument is invalid.
         """
         for value, kind in ((embedding, Embedding), (prompts, Prompts)):
             if not isinstance(value, kind):  # pyright: ignore[reportUnnecessaryIsInstance] - callers may not be checked
                 raise UsageError(f"segment needs an Embedding and Prompts, got {type(value).__name__}")
         if answers not in (None, 1, 3, 4):
             raise UsageError(f"answers must be 1, 3, 4 or None, got {answers!r}")
+        if not isinstance(budget, int) or budget < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UsageError(f"budget must be a number of bytes, an integer of at least 1, got {budget!r}")
         if any(prompts.text or ()):
             raise UsageError(f"{self.name} does not read text; use points, boxes or masks")
         if prompts.image_size != tuple(embedding.image_size):
