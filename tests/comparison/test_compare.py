@@ -196,13 +196,24 @@ def test_two_systems_are_trained_and_compared(tmp_path: Path, scenes: Scenes, ca
     assert not list(tmp_path.glob("*/round-1/last.*"))
 
 
-def test_a_failure_of_training_is_recorded(scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (TrainingError("there is nothing to learn from"), "there is nothing to learn from"),
+        (RuntimeError("a kernel failed"), "RuntimeError: a kernel failed"),
+    ],
+)
+def test_a_failure_of_training_is_recorded(
+    scenes: Scenes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+):
     import maskwright.training
 
     def refuse(*values: Any, **options: Any) -> Path:
-        raise TrainingError("there is nothing to learn from")
+        raise error
+
+    monkeypatch.delenv("MASKWRIGHT_DEBUG", raising=False)
 
     monkeypatch.setattr(maskwright.training, "train", refuse)
     spec = {"system": "solov2-small", "weights": None, "folder": str(tmp_path), "train": scenes, "recipe": {},
             "seed": 0, "batch": 2, "device": "cpu", "steps": 3}  # fmt: skip
-    assert running._train(spec) == {"error": "there is nothing to learn from"}
+    assert running._train(spec) == {"error": words}

@@ -215,7 +215,7 @@ def _check_same_files(path: Path, pairs: Sequence[tuple[Path, Path]]) -> None:
                 f"{path}: the predictions are of {others[0][0]}, which is not the image {others[0][1]} of the data "
                 "set, though it has its name; they are probably of another split"
             )
-    except OSError:  # a file that cannot be read now says nothing about the predictions
+    except OSError:  # unreadable files are no evidence against the predictions
         return
 
 

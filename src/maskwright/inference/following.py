@@ -53,10 +53,8 @@ def prompt_from_book(session: VideoSession, frame: int, book: PromptBook, least:
     Raises:
         UsageError: If there are none.
     """
-    size, name = (
-        (int(session.image(frame).shape[1]), int(session.image(frame).shape[2])),
-        session.frames.frame_name(frame),
-    )
+    _, height, width = session.image(frame).shape
+    size, name = (int(height), int(width)), session.frames.frame_name(frame)
     asked = book.of(Path(f"{name}.jpg"), size)
     if asked is None or not len(asked.prompts):
         raise UsageError(book.unused() or f"there are no prompts for frame {frame} ({printable(name)})")

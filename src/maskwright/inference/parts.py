@@ -42,7 +42,7 @@ class PartFolder:
         box         x0, y0, x1, y1 in pixels
         rle         COCO's compressed run lengths of the mask, for size [height, width]; null without masks
 
-    Images that cannot be read have no rows; the part that counts them and the manifest list them with the reason.
+    Unreadable images have no rows; the part that counts them and the manifest list them with the reason.
 
     Args:
         folder: The folder; created if missing.
@@ -52,7 +52,7 @@ class PartFolder:
     Attributes:
         done: Names of the images that parts contain.
         objects: Number of objects in all parts.
-        skipped: Name and reason of images that cannot be read.
+        skipped: Names of unreadable images, with the reasons.
 
     Raises:
         UsageError: If another process writes into the folder, or it has parts that do not belong to the run.

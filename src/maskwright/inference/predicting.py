@@ -121,7 +121,7 @@ class Prediction:
 class Predictions:
     """An iterator over predictions, in the order of the images, computed as they are asked for.
 
-    An image that cannot be read is skipped: its prediction has an `error`.
+    An unreadable image is skipped: its prediction has an `error`.
 
     Attributes:
         skipped: The predictions of skipped images so far.

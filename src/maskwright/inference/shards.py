@@ -108,7 +108,7 @@ def predict_shard(
         progress: Wraps the stream of images, with their name and number, to display progress.
 
     Returns:
-        The folder, closed: number of objects, images that cannot be read.
+        The folder, closed: number of objects, unreadable images.
 
     Raises:
         UsageError: If there are no images, or the folder has parts of other options or another number of shards.

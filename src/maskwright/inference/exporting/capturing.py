@@ -78,7 +78,7 @@ def forms_of(system: System, seed: int = 0) -> list[Form]:
     """Every form in which decoding calls the networks of a prepared system, found by decoding two batches of noise.
 
     Raises:
-        UsageError: If the system calls a network with values that cannot be exported.
+        UsageError: If the system calls a network with arguments of unsupported types.
     """
     runs: list[dict[str, list[_Call]]] = []
     generator = torch.Generator().manual_seed(seed)
