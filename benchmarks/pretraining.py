@@ -36,6 +36,7 @@ class Recipe:
         steps: Training steps.
         changes: Fields of the training recipe.
         classes: Whether outlines are classes; otherwise every object is "object".
+        resize: Size of the input while learning; the file has that of the preset.
         then: A second stage that goes on with the result: its options, steps and fields of the training recipe.
     """
 
@@ -45,15 +46,21 @@ class Recipe:
     steps: int
     changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     classes: bool = True
+    resize: Mapping[str, Any] | None = None
     then: tuple[Mapping[str, Any], int, Mapping[str, Any]] | None = None
 
 
 NARROW = {"neck_width": 64, "boxes": {"width": 256}, "masks": {"width": 64}}
+SQUARE = {"short": 224, "long": 224}
+CONVOLUTIONS = {"lr": 5e-4, "ema": 0.998, "amp": "bf16"}
+QUERIES = {"ema": 0.998, "amp": "bf16"}
 RECIPES = {
-    "mask-rcnn": Recipe("mask-rcnn-small", NARROW, 160, 8000, {"batch": 4, "lr": 5e-4, "ema": 0.998}),
-    "solov2": Recipe("solov2-small", {}, 160, 12000, {"batch": 4, "lr": 5e-4, "ema": 0.998}),
-    "mask2former": Recipe("mask2former-small", {}, 160, 20000, {"batch": 8, "lr": 2e-4, "ema": 0.999}),
-    "eomt": Recipe("eomt-small", {}, 128, 40000, {"batch": 16, "lr": 3e-4, "ema": 0.999}),
+    "mask-rcnn": Recipe("mask-rcnn-small", NARROW, 192, 4000, {**CONVOLUTIONS, "batch": 4}, resize=SQUARE),
+    "solov2": Recipe("solov2-small", {}, 192, 4000, {**CONVOLUTIONS, "batch": 4}, resize=SQUARE),
+    "mask2former": Recipe("mask2former-small", {}, 160, 3000, {**QUERIES, "batch": 8, "lr": 2e-4},
+                          resize={"short": 160, "long": 160}),
+    "eomt": Recipe("eomt-small", {"table": 20}, 128, 4000, {**QUERIES, "batch": 16, "lr": 3e-4},
+                   resize={"canvas": [128, 128]}),
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",
                   {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
@@ -100,7 +107,8 @@ def main() -> None:
         )  # fmt: skip
 
     folder = arguments.out / arguments.name
-    kind = learned(recipe.preset, folder, steps, arguments.seed, recipe.changes, options=recipe.options)
+    learning = recipe.options if recipe.resize is None else {**recipe.options, "resize": recipe.resize}
+    kind = learned(recipe.preset, folder, steps, arguments.seed, recipe.changes, options=learning)
     if recipe.then is not None:
         options, more, changes = recipe.then
         if arguments.steps is not None:
@@ -108,7 +116,11 @@ def main() -> None:
         kind = learned(
             mw.load(kind, **options), arguments.out / f"{arguments.name}-2", more, arguments.seed + 1, changes
         )
-    system = mw.load(kind)
+    if recipe.resize is None:
+        system = mw.load(kind)
+    else:
+        published = mw.create(recipe.preset, **recipe.options).options["resize"]
+        system = mw.load(kind, resize={name: value for name, value in published.items() if value is not None})
     source = {
         "origin": "maskwright: trained on generated images" + (" and CC0 nuclei" if arguments.nuclei else ""),
         "licence": "Apache-2.0",

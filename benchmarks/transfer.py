@@ -88,6 +88,8 @@ def _pixels(about: Mapping[str, Any]) -> int | None:
     if len(words) < 4 or not words[0].endswith("pretraining.py") or words[1] not in RECIPES or "--steps" not in words:
         return None
     recipe, preprocess = RECIPES[words[1]], preprocess_of(about)
+    if recipe.resize is not None:
+        preprocess = mw.create(recipe.preset, **{**recipe.options, "resize": recipe.resize}).preprocess
     if preprocess is None:
         return None
     height, width = preprocess.size(recipe.size, recipe.size)
