@@ -89,7 +89,7 @@ def peer(name: str, small: bool) -> Callable[[np.ndarray], Any] | None:
     elif name == "eomt" and hasattr(transformers, "EomtForUniversalSegmentation"):
         config = transformers.EomtConfig(hidden_size=384, num_attention_heads=6, num_hidden_layers=12, image_size=640)
         network = transformers.EomtForUniversalSegmentation(config).eval()
-        processor = transformers.EomtImageProcessor(size={"shortest_edge": 640, "longest_edge": 640})
+        processor = transformers.EomtImageProcessor(size={"shortest_edge": 640, "longest_edge": 640}, do_pad=True)
     else:
         return None
 

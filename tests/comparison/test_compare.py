@@ -91,14 +91,18 @@ def test_an_interrupted_comparison_has_an_answer_and_continues(
 ):
     trainer = Trainer(stop="polarmask-small")
     monkeypatch.setattr(running, "_train", trainer)
+    folder = tmp_path / "before"
     with pytest.raises(
         KeyboardInterrupt, match=r"index\.html has what is known so far, and the same command continues"
     ):
-        _compare(tmp_path, scenes, FIVE)
+        _compare(folder, scenes, FIVE)
     assert len(trainer.specs) == 2
-    assert "not finished" in (tmp_path / "index.html").read_text()
-    steps = json.loads((tmp_path / "comparison.json").read_text())["candidates"][2]["rounds"][0]["steps"]
-    assert _compare(tmp_path, scenes, FIVE).finished
+    assert "not finished" in (folder / "index.html").read_text()
+    steps = json.loads((folder / "comparison.json").read_text())["candidates"][2]["rounds"][0]["steps"]
+    monkeypatch.chdir(folder.rename(tmp_path / "after").parent)
+    found = _compare(Path("after"), scenes, FIVE)
+    assert found.finished
+    assert all(Path(each.weights or "").parts[0] == "after" for each in found.candidates)
     assert [Path(spec["folder"]).parent.name for spec in trainer.specs[:5]] == FIVE
     assert trainer.specs[2]["steps"] == steps, "the budget of the interrupted run is kept"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +39,6 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(sources: Path, tmp_path: Path) -> Callable[[str], Path]:
     def copied(name: str) -> Path:
-        import shutil
-
         return Path(shutil.copytree(sources / name, tmp_path / name))
 
     return copied
@@ -337,6 +336,38 @@ def test_a_bad_region_of_via_is_named(case: str, copy: Callable[[str], Path]) ->
     path.write_text(json.dumps(content), "utf-8")
     assert "annotation 'image 0.png: regions[0]' on 'image 0.png'" in the(found(root, "skip"), words)
     assert counts(root) == [1, 1]
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("train2017", "val2017")])
+def test_splits_of_via_have_the_same_classes_wherever_they_are_opened(
+    names: tuple[str, str], sources: Path, tmp_path: Path
+) -> None:
+    for name in names:
+        shutil.copytree(sources / "via", tmp_path / "set" / name)
+    path = tmp_path / "set" / names[1] / "via_region_data.json"
+    content = json.loads(path.read_text("utf-8"))
+    metadata = content["_via_img_metadata"]
+    only = next(iter(metadata.values()))
+    only["regions"] = only["regions"][:1]
+    path.write_text(json.dumps({"_via_img_metadata": {"a": only}}), "utf-8")  # without the list of classes
+    every = open_dataset(tmp_path / "set", names[0]).classes
+    assert len(every) == 3
+    assert open_dataset(tmp_path / "set", names[1]).classes == every
+    assert open_dataset(tmp_path / "set" / names[1]).classes == every
+
+
+def test_other_folders_of_via_files_are_no_splits(sources: Path, tmp_path: Path) -> None:
+    """A folder whose name begins like that of a split has nothing to do with its neighbours."""
+    for name in ("test_photos", "training-data"):
+        shutil.copytree(sources / "via", tmp_path / name / "deep")
+        shutil.copytree(sources / "via", tmp_path / name / "via")
+    path = tmp_path / "test_photos" / "via" / "via_region_data.json"
+    content = json.loads(path.read_text("utf-8"))
+    metadata = content["_via_img_metadata"]
+    only = next(iter(metadata.values()))
+    only["regions"] = only["regions"][:1]
+    path.write_text(json.dumps({"_via_img_metadata": {"a": only}}), "utf-8")
+    assert len(open_dataset(path).classes) == len(open_dataset(path.parent).classes) == 1
 
 
 @pytest.mark.parametrize("form", ["project", "bare", "via 1", "checkboxes", "one attribute of several"])

@@ -99,6 +99,17 @@ def test_masks_in_the_pixels_of_the_input(name):
     assert own.objects > 0
 
 
+@pytest.mark.parametrize("size", [(64, 64), (160, 192)])
+@pytest.mark.parametrize("name", ["mask-rcnn", "yolact", "deepsnake", "eomt"])
+def test_an_input_of_another_size(name, size):
+    image = Scenes(1, (80, 150), seed=7)[0].image  # larger than the one input, smaller than the other
+    module = graph_of(name, "image", image)
+    canvas = graphs.input_of(module.system, image, size)
+    assert all(side >= asked for side, asked in zip(canvas, size, strict=True))
+    own = difference_of(graphs.Graph(module.system, canvas, module.limits, "image", "instances"), image)
+    assert own.exceeds() is None, str(own)
+
+
 @pytest.mark.parametrize("channels", [1, 4])
 def test_images_of_other_channels(channels):
     image = checking.check_image(None, (80, 120), channels)
@@ -376,7 +387,7 @@ def test_a_graph_takes_images_of_any_size(converted, tmp_path, monkeypatch):
 
 
 # Converting takes about ten seconds each: these always, the others with `-m runtime`.
-ALWAYS = [("polarmask", "instances"), ("detr", "panoptic")]
+ALWAYS = [("solov2", "instances"), ("detr", "panoptic")]
 EVERY = [*((name, "instances") for name in SYSTEMS), *((name, "panoptic") for name in sorted(SEGMENTERS))]
 
 

@@ -201,10 +201,8 @@ def test_page_decodes_what_the_server_decodes(server: Running, open_page: Open):
 
 # Without a promptable token for masks and with cubic resizing; with finer maps and another choice among the answers;
 # and two with the decoder of SAM, of which the weights that are installed are an example already.
-@pytest.mark.parametrize(
-    "name",
-    ["efficient-sam", "sam2", *(pytest.param(name, marks=pytest.mark.runtime) for name in ("mobile-sam", "edge-sam"))],
-)
+@pytest.mark.runtime
+@pytest.mark.parametrize("name", ["efficient-sam", "sam2", "mobile-sam", "edge-sam"])
 def test_page_decodes_every_kind_of_decoder(name: str, tmp_path: Path):
     draw_image(tmp_path / "a.png", (211, 150), [(60, 70, 40), (150, 80, 30)])
     system = build(name).eval()

@@ -23,8 +23,15 @@ from tests.parity.weights import write_checkpoint
 HERE = Path(__file__).parent
 SHARED = Path(os.environ.get("MASKWRIGHT_SHARED", HERE.parents[1] / "../shared")) / "reference"
 LONG = ("x101", "dc5", "eomt", "sam2-hiera", "sam2.1-hiera", "sam-vit", "mobile-sam", "efficient-sam")
-# Minutes of the largest networks, whose code other recordings run through: ViT-B in sam-amg, C4 and DC5 alone.
-FULL = ("sam-vit_b", "mask-rcnn-detectron2-r50-c4-batch")
+# Minutes of large networks, whose code other recordings or tests run through: ViT-B in sam-amg, DC5 in C4, X101 in R50,
+# answers of recordings with gradients.
+FULL = {
+    "sam-vit_b", "eomt-s-coco-panoptic-640", "keypoint-rcnn-torchvision-r50-fpn",
+    "keypoint-rcnn-detectron2-r50-fpn", "cascade-mask-rcnn-detectron2-r50-fpn", "mask-rcnn-torchvision-r50-fpn-v2",
+    "mask-rcnn-detectron2-r50-c4", "mask-rcnn-detectron2-r50-c4-batch", "mask-rcnn-detectron2-r50-dc5",
+    "mask-rcnn-detectron2-x101-32x8d-fpn", "mask-rcnn-detectron2-r50-fpn-lsj", "mask-rcnn-detectron2-r50-fpn-gn",
+    "mask-rcnn-detectron2-r50-fpn-syncbn",
+}  # fmt: skip
 
 
 def layout_of(layouts: Path, outputs: str) -> Path:

@@ -100,8 +100,13 @@ class Comparison:
         return finalists[0]
 
     def save(self, folder: Path) -> Path:
-        """Write the file."""
-        return write_json(folder / NAME, {"format": FORMAT, "version": 1, **asdict(self)}, DataError)
+        """Write the file; weights in the folder are written relative to it, so that it can be moved."""
+        values = {"format": FORMAT, "version": 1, **asdict(self)}
+        for entry in (entry for candidate in values["candidates"] for entry in candidate["rounds"]):
+            path = Path(entry.get("weights") or "")
+            if path.absolute().is_relative_to(folder.absolute()) and path.name:
+                entry["weights"] = path.absolute().relative_to(folder.absolute()).as_posix()
+        return write_json(folder / NAME, values, DataError)
 
     @classmethod
     def load(cls, folder: Path) -> Comparison | None:
@@ -118,6 +123,10 @@ class Comparison:
             if values["format"] != FORMAT or values["version"] != 1:
                 raise ValueError
             kept = {name: value for name, value in values.items() if name not in ("format", "version", "candidates")}
-            return cls(**kept, candidates=[Candidate(**each) for each in values["candidates"]])
+            candidates = [Candidate(**each) for each in values["candidates"]]
+            for entry in (entry for candidate in candidates for entry in candidate.rounds):
+                if entry.get("weights") and (folder / entry["weights"]).exists():
+                    entry["weights"] = str(folder / entry["weights"])
+            return cls(**kept, candidates=candidates)
         except (OSError, ValueError, TypeError, KeyError):
             raise DataError(f"{path}: is not the state of a comparison; remove it or choose another folder") from None

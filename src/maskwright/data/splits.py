@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 KINDS = ("train", "val", "test")  # every split whose name begins with one of these belongs to that kind
@@ -11,6 +12,15 @@ def kind_of(split: str) -> str | None:
     """Return which of `KINDS` a split belongs to: "train" for "train2017", "val" for "valid"; None for others."""
     name = split.lower()
     return next((kind for kind in KINDS if name.startswith(kind)), None)
+
+
+def is_usual(folder: str) -> bool:
+    """Return whether a folder outside a data set that was named by the caller has the usual name of a split.
+
+    That is "train", "training", "val", "valid", "validation", "test" or "testing", with or without digits. Other names
+    that begin like those, such as "test_photos" or "training-data", are common for folders that are no splits.
+    """
+    return re.fullmatch(r"(train(ing)?|val(id|idation)?|test(ing)?)[-_]?\d*", folder.lower()) is not None
 
 
 def fitting(wanted: str, splits: Iterable[str]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from maskwright.data import splits
 from maskwright.data.exchange import outlines
 from maskwright.data.exchange.collecting import (
     ClassNames,
@@ -85,10 +86,10 @@ def sniff(source: str, request: Request) -> list[Match]:
     if not path.is_dir():
         return []
     files = via_files(path)
-    splits: dict[str | None, str] = {}
+    found: dict[str | None, str] = {}
     for file in files:
-        splits.setdefault(split_in_path(file), file)
-    return matches_of(splits, request, CERTAIN, lambda split: str(path / splits[split]))
+        found.setdefault(split_in_path(file), file)
+    return matches_of(found, request, CERTAIN, lambda split: str(path / found[split]))
 
 
 def via_files(root: Path) -> list[str]:
@@ -133,7 +134,7 @@ def read(match: Match, request: Request) -> Table:
         return table
     attribute, options = _class_attribute(table, content, images)
     used = {name for image in images for region in image.regions if (name := _class(region, attribute)) is not None}
-    used |= _classes_elsewhere(path, attribute)
+    used |= _classes_elsewhere(path, folder, attribute, match.split is not None)
     names = ClassNames(options, used or ([] if options else ["object"]))
     names.fill(table)
     collector = Collector(table, request)
@@ -202,15 +203,26 @@ def _class_attribute(table: Table, content: dict[str, Any], images: Sequence[_Im
     return chosen, [name for name in options if name not in ("", "undefined")]
 
 
-def _classes_elsewhere(path: Path, attribute: str | None) -> set[str]:
-    """The classes in the files of the other splits, so that all splits have the same classes."""
-    own = split_in_path(path.as_posix())
-    root = next((p.parent for p in path.parents if p.name == own), None)
-    if own is None or root is None:
+def _classes_elsewhere(path: Path, folder: Path, attribute: str | None, below: bool) -> set[str]:
+    """The classes in the files of the other splits beside `folder`, so that all splits have the same classes.
+
+    Args:
+        path: The file.
+        folder: The folder of its split.
+        attribute: The region attribute with the class.
+        below: Whether `folder` was found below the folder that the caller named. Otherwise its neighbours may be
+            anything, so only usual names of splits count.
+    """
+
+    def is_split(name: str) -> bool:
+        return splits.kind_of(name) is not None if below else splits.is_usual(name)
+
+    if not is_split(folder.name):
         return set()
+    root = folder.resolve().parent
     found: set[str] = set()
     for file in via_files(root):
-        if split_in_path(file) is None or root / file == path:
+        if not is_split(file.split("/")[0]) or (root / file).samefile(path):
             continue
         try:
             content = as_dict(read_json(root / file))

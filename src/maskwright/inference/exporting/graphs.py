@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from torch import Tensor, nn
 
 from maskwright.checkpoints.exported import GRAPH_FORMAT
@@ -186,10 +187,7 @@ def export_graph(
     )
     ready = prepare(original, "cpu")
     limits = limits_of(ready, detections, score_threshold, nms_threshold, mask_threshold)
-    canvas = ready.preprocess.padded_size(*(size or (pixels.shape[1], pixels.shape[2])))
-    if size is not None and ready.preprocess.fit in ("short", "own", "pad"):
-        step = ready.preprocess.multiple
-        canvas = (-(-size[0] // step) * step, -(-size[1] // step) * step)
+    canvas = input_of(ready, pixels, size)
     module = Graph(ready, canvas, limits, masks, task).eval()
     example = pixels.permute(1, 2, 0).contiguous()
     with torch.no_grad():
@@ -219,6 +217,18 @@ def export_graph(
         bytes_written = publish(written, target)
     words = f"an image of any size, resized into {canvas[0]} x {canvas[1]}"
     return Exported(target, original.name, "graph", OPSET, bytes_written, difference, {"image": words})
+
+
+def input_of(ready: System, pixels: UInt8[Tensor, "_c h w"], size: tuple[int, int] | None) -> tuple[int, int]:
+    """Height and width of the input of a graph: `size` or that of an image, padded; a canvas of the system follows."""
+    rule = ready.preprocess
+    if size is None:
+        return rule.padded_size(pixels.shape[1], pixels.shape[2])
+    step = rule.multiple if rule.fit != "inside" else 1
+    canvas = (-(-size[0] // step) * step, -(-size[1] // step) * step)
+    if rule.canvas is not None:
+        ready.preprocess = replace(rule, canvas=canvas)
+    return canvas
 
 
 def limits_of(
@@ -324,7 +334,16 @@ def _fitted(pixels: Tensor, module: Graph) -> tuple[Tensor, Placement]:
     rule, canvas = module.system.preprocess, module.canvas
     image = (pixels.shape[1], pixels.shape[2])
     height, width = rule.size(*image)
-    if rule.fit not in ("short", "own") or (height <= canvas[0] and width <= canvas[1]):
+    fits = height <= canvas[0] and width <= canvas[1]
+    if rule.fit == "pad":
+        if not fits:
+            return replace(rule, fit="letterbox", canvas=canvas).apply(pixels)
+        values, placement = replace(rule, fit="own").apply(pixels)
+        top, left = (0, 0) if rule.corner else ((canvas[0] - height) // 2, (canvas[1] - width) // 2)
+        plane = rule.normalize(torch.zeros(len(pixels), 1, 1)).expand(len(pixels), *canvas).clone()
+        plane[:, top : top + height, left : left + width] = values
+        return plane, placement.then_crop(-left, -top, canvas)
+    if fits or rule.fit not in ("short", "own"):
         return rule.apply(pixels)
     smaller = replace(rule, fit="letterbox", canvas=canvas, corner=True)
     values, _ = smaller.apply(pixels)
