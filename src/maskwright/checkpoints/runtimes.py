@@ -393,9 +393,13 @@ class OpenVino(Runtime):
     def run(self, part: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
         compiled = self._compiled[part, self._dtype]
         try:
+            # A request of its own, whose outputs are not overwritten by the next: maps of features are large to copy.
+            request = compiled.create_infer_request()
             with self._lock:
-                found = compiled({f"{part}/{name}": value for name, value in inputs.items()})
-                return [np.array(found[f"{part}/{name}"]) for name in outputs]
+                found = request.infer(
+                    {f"{part}/{name}": value for name, value in inputs.items()}, share_inputs=True, share_outputs=True
+                )
+            return [found[f"{part}/{name}"] for name in outputs]
         except Exception as error:
             raise CheckpointError(
                 f"{self.path}: OpenVINO cannot compute the network {shown(part)} ({shown(error, 200)}); export "

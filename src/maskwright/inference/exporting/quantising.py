@@ -47,10 +47,11 @@ from maskwright.systems import System
 
 MOST_ROWS = 64  # boxes of an image that a network of boxes is calibrated on
 IMAGES_TIMED = 8
-# What is tried until the loss is small enough: everything but the outputs of each network; the first network, that of
-# the image, alone; its backbone alone.
-LADDER = ("all", "image", "backbone")
+# What is tried until the loss is small enough: everything; everything but the outputs of each network; of this only the
+# first network, that of the image; its backbone alone. Layers of outputs may be a third of the arithmetic.
+LADDER = ("every", "all", "image", "backbone")
 LADDER_WORDS = {
+    "every": "all layers",
     "all": "all networks but their output layers",
     "image": "the network of the image but its output layers",
     "backbone": "the backbone",
@@ -126,9 +127,9 @@ def export_int8(
 ) -> Quantised:
     """Exports a system with int8 weights and activations, to OpenVINO or ONNX Runtime.
 
-    Activations are calibrated on images of the data set. Then the float32 and the int8 system are evaluated on it. The
-    output layers of each network remain in float32. If more is lost than `max_drop`, less is quantised: first only the
-    network of the image, then only its backbone.
+    Activations are calibrated on images of the data set. Then the float32 and the int8 system are evaluated on it. If
+    more is lost than `max_drop`, less is quantised: the output layers of each network remain in float32, then all
+    networks but that of the image, then all but its backbone.
 
     Args:
         system: The system, or a checkpoint as for `load`.
@@ -293,10 +294,10 @@ def quantise(system: System, feeds: Path, level: str, path: Path) -> None:
     for number, part in enumerate(whole):
         model = runtime.part(part.name).clone()
         examples = _Feeds(feeds, part.name)
-        if len(examples) and (level == "all" or number == 0):
+        if len(examples) and (level in ("every", "all") or number == 0):
             operations = model.get_ordered_ops()
             attention = any(op.get_type_name() == "Softmax" for op in operations)
-            kept = _output_layers(model) if level != "backbone" else _outside_of_backbone(model)
+            choose = {"every": lambda _: [], "backbone": _outside_of_backbone}.get(level, _output_layers)
             with _quiet():
                 model = nncf.quantize(
                     model,
@@ -304,7 +305,7 @@ def quantise(system: System, feeds: Path, level: str, path: Path) -> None:
                     preset=nncf.QuantizationPreset.MIXED,
                     subset_size=len(examples),
                     model_type=nncf.ModelType.TRANSFORMER if attention else None,
-                    ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
+                    ignored_scope=nncf.IgnoredScope(names=choose(model), validate=False),
                 )
         outputs += list(model.get_results())
         inputs += list(model.get_parameters())
@@ -316,9 +317,9 @@ def _quantise_onnx(runtime: OnnxRuntime, parts: Sequence[Part], feeds: Path, lev
     models = list[Any]()
     for number, part in enumerate(parts):
         model, examples = runtime.part(part.name), _Feeds(feeds, part.name)
-        if len(examples) and (level == "all" or number == 0):
+        if len(examples) and (level in ("every", "all") or number == 0):
             with _quiet():
-                model = quantised_part(model, part.name, examples, backbone_only=level == "backbone")
+                model = quantised_part(model, part.name, examples, level)
         models.append(model)
     merged = joined(models)
     write_model(merged, _metadata(runtime, level) | {CRC: weights_crc(merged)}, path)
@@ -329,11 +330,15 @@ def _metadata(runtime: Runtime, level: str) -> dict[str, str]:
     return known | {"precision": json.dumps({"int8": level})}
 
 
-_WEIGHTED = ("Convolution", "GroupConvolution", "MatMul", "ConvolutionBackpropData")
+_WEIGHTED = ("Convolution", "GroupConvolution", "MatMul", "ConvolutionBackpropData", "Einsum")
 
 
 def _output_layers(model: Any) -> list[str]:
-    """The last layers with weights before each output: classes, boxes and masks are read from them."""
+    """The last layers with weights before each output, from which classes, boxes and masks are read.
+
+    Not those that other layers with weights read as well: such outputs are feature maps for other networks, and their
+    layers, for example the last ones of a feature pyramid, may be the most expensive ones.
+    """
     found: list[str] = []
     for result in model.get_results():
         waiting, seen = [result.input_value(0).get_node()], set[str]()
@@ -344,10 +349,25 @@ def _output_layers(model: Any) -> list[str]:
                 continue
             seen.add(name)
             if node.get_type_name() in _WEIGHTED:
-                found.append(name)
+                found += [] if _is_read(node) else [name]
                 continue
             waiting += [value.get_node() for value in node.input_values()]
     return sorted(set(found))
+
+
+def _is_read(layer: Any) -> bool:
+    """Whether another layer with weights uses what a layer computes."""
+    waiting, seen = [layer], set[str]()
+    while waiting:
+        node = waiting.pop()
+        for reader in (port.get_node() for value in node.outputs() for port in value.get_target_inputs()):
+            name, kind = reader.get_friendly_name(), reader.get_type_name()
+            if kind in _WEIGHTED:
+                return True
+            if name not in seen and kind != "ShapeOf":
+                seen.add(name)
+                waiting.append(reader)
+    return False
 
 
 def _outside_of_backbone(model: Any) -> list[str]:

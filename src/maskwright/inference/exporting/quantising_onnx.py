@@ -5,24 +5,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maskwright.checkpoints.runtimes import import_nncf
 
-_WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")
 
 
-def quantised_part(model: Any, name: str, examples: Any, *, backbone_only: bool) -> Any:
+def quantised_part(model: Any, name: str, examples: Any, level: str) -> Any:
     """One part of a file in int8.
 
     Args:
         model: The part as an ONNX model, whose names begin with `name` and a slash.
         name: The part.
         examples: Its inputs, for calibration.
-        backbone_only: Whether layers outside of the backbone remain in float32, and not only those before the outputs.
+        level: "every": all layers; "backbone": those of the backbone; otherwise all but the output layers.
     """
     nncf = import_nncf()
-    kept = outside_of_backbone(model) if backbone_only else output_layers(model)
+    choose = {"every": lambda _: [], "backbone": outside_of_backbone}.get(level, output_layers)
     attention = any(node.op_type == "Softmax" for node in model.graph.node)
     found = nncf.quantize(
         model,
@@ -30,15 +31,22 @@ def quantised_part(model: Any, name: str, examples: Any, *, backbone_only: bool)
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(examples),
         model_type=nncf.ModelType.TRANSFORMER if attention else None,
-        ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
+        ignored_scope=nncf.IgnoredScope(names=choose(model), validate=False),
     )
     _name(found.graph, f"{name}/")
     return found
 
 
 def output_layers(model: Any) -> list[str]:
-    """The last layers with weights before each output: classes, boxes and masks are read from them."""
+    """The last layers with weights before each output that no other layer with weights reads.
+
+    Classes, boxes and masks are read from them; the others make feature maps for other networks.
+    """
     makers = {value: node for node in model.graph.node for value in node.output}
+    readers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for value in node.input:
+            readers.setdefault(value, []).append(node)
     found = set[str]()
     for output in model.graph.output:
         waiting, seen = [output.name], set[str]()
@@ -48,11 +56,25 @@ def output_layers(model: Any) -> list[str]:
             if value in seen or node is None:
                 continue
             seen.add(value)
-            if node.op_type in _WEIGHTED:
-                found.add(node.name)
-            else:
+            if node.op_type not in _WEIGHTED:
                 waiting += node.input
+            elif not _is_read(node, readers):
+                found.add(node.name)
     return sorted(found)
+
+
+def _is_read(layer: Any, readers: Mapping[str, Sequence[Any]]) -> bool:
+    """Whether another layer with weights uses what a layer computes."""
+    waiting, seen = [*layer.output], set[str]()
+    while waiting:
+        value = waiting.pop()
+        for node in readers.get(value, ()):
+            if node.op_type in _WEIGHTED:
+                return True
+            if node.op_type != "Shape":
+                waiting += [other for other in node.output if other not in seen]
+                seen.update(node.output)
+    return False
 
 
 def outside_of_backbone(model: Any) -> list[str]:
