@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from maskwright.blocks.fpn import FPN
 from maskwright.blocks.layers import ConvNorm, make_norm
 from maskwright.errors import UsageError
 
@@ -68,3 +69,16 @@ def test_invalid_norms_are_refused(kind, eps, words):
 def test_norms_with_fixed_statistics_need_no_epsilon(kind):
     x = torch.randn(1, 8, 2, 2)
     torch.testing.assert_close(make_norm(kind, 8, 0.0)(x), x)
+
+
+def test_levels_of_one_cell_have_finite_gradients_in_bfloat16():
+    pyramid = FPN([8], 64, extra="output")
+    for _ in range(8):
+        memory = [torch.full((1 << 16,), float("nan")) for _ in range(20)]
+        del memory  # what a kernel may return instead of a gradient
+        pyramid.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            levels = pyramid([torch.randn(2, 8, 2, 2)])
+        assert [tuple(level.shape[-2:]) for level in levels] == [(2, 2), (1, 1), (1, 1)]
+        sum(level.float().sum() for level in levels).backward()
+        assert all(torch.isfinite(p.grad).all() for p in pyramid.parameters() if p.grad is not None)

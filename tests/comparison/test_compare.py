@@ -107,6 +107,25 @@ def test_an_interrupted_comparison_has_an_answer_and_continues(
     assert trainer.specs[2]["steps"] == steps, "the budget of the interrupted run is kept"
 
 
+def test_training_starts_from_installed_weights_where_they_fit(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+):
+    trainer = Trainer()
+    monkeypatch.setattr(running, "_train", trainer)
+    monkeypatch.setattr(
+        "maskwright.training.pretrained.fitting_weights",
+        lambda system, wanted: "some-scenes" if (system.name, wanted) == ("mask-rcnn", "scenes") else None,
+    )
+    found = _compare(tmp_path / "a", scenes, ["mask-rcnn-small", "solov2-small"])
+    assert [spec["pretrained"] for spec in trainer.specs] == ["some-scenes", None]
+    start = "training starts: mask-rcnn-small from the installed weights some-scenes, solov2-small from random weights"
+    assert start in found.notes
+    assert start in (tmp_path / "a" / "index.html").read_text()
+    found = _compare(tmp_path / "b", scenes, ["mask-rcnn-small", "solov2-small"], pretrained=None)
+    assert trainer.specs[2]["pretrained"] is None
+    assert not any("installed" in note for note in found.notes)
+
+
 def test_hours_are_divided_equally_and_end_also_after_an_interruption(
     tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
 ):
@@ -193,7 +212,7 @@ def test_unknown_systems_and_small_sets_are_refused(tmp_path: Path, scenes: Scen
 def test_two_systems_are_trained_and_compared(tmp_path: Path, scenes: Scenes, capsys: pytest.CaptureFixture[str]):
     state = compare(["solov2-small", "fcos-small"], scenes, out=tmp_path, steps=2, batch=2, short=64, footprint=False)
     assert state.finished
-    assert state.notes == ["there is no split 'val': 2 of 10 images, chosen at random with seed 0, are measured on"]
+    assert state.notes[:1] == ["there is no split 'val': 2 of 10 images, chosen at random with seed 0, are measured on"]
     tasks = {c.label: c.measured["task"] for c in state.candidates}
     assert tasks == {"solov2-small": "masks", "fcos-small": "boxes"}
     assert all(c.rounds[0]["steps"] == 2 and c.score >= 0 for c in state.candidates)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -80,9 +81,21 @@ class FPN(nn.Module):
         source = features[-1] if self.extra == "input" else levels[-1]
         for number, layer in enumerate(self.coarser):
             source = functional.relu(source) if number and self.relu == "between" else source
-            source = layer(source)
+            source = _reduced(layer, source)
             levels.append(source)
         return levels
+
+
+def _reduced(layer: nn.Module, source: Float[Tensor, "b c _h _w"]) -> Float[Tensor, "b d _h2 _w2"]:
+    """A convolution of stride two, in float32 on a single cell.
+
+    There the weight gradient of PyTorch's bfloat16 kernel for processors with AVX-512 is partly uninitialised memory.
+    """
+    small = not torch.compiler.is_compiling() and source.shape[-2:] == (1, 1)
+    if small and source.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return layer(source.float())
+    return layer(source)
 
 
 class PathAggregation(nn.Module):

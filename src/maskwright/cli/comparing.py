@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -28,6 +28,7 @@ def compare(
     lr: float = 5e-4,
     seed: int = 0,
     device: Device = "auto",
+    pretrained: Literal["scenes", "none"] = "scenes",
     ray: Annotated[str | None, arg(metavar="local|ADDRESS")] = None,
 ) -> int:
     """Train systems with equal budgets on your images and write one page that compares them.
@@ -61,6 +62,7 @@ def compare(
         lr: The learning rate.
         seed: Seed of initial weights, order and augmentation.
         device: Where to train; auto takes a GPU if there is one.
+        pretrained: Start from installed weights trained on generated images where they fit, or from random weights.
         ray: Train the systems of a round at the same time on a Ray cluster.
     """
     from maskwright.comparison import compare as run
@@ -68,7 +70,8 @@ def compare(
 
     state = run(
         list(systems), data, out=out, hours=hours, steps=steps, split=split, val=val, val_split=val_split, count=count,
-        seed=seed, batch=batch, short=short, device=device, ray=ray, lr=lr,
+        seed=seed, batch=batch, short=short, device=device,
+        pretrained=None if pretrained == "none" else pretrained, ray=ray, lr=lr,
     )  # fmt: skip
     print_line(f"{verdict(state)}\n{out / 'index.html'}")
     return 0 if any(c.failed is None for c in state.candidates) else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from maskwright.checkpoints.budget import shown
 from maskwright.comparison.agreement import agreement, weaknesses
@@ -30,6 +32,7 @@ from maskwright.evaluation.confusion import hits
 from maskwright.evaluation.records import read_results
 from maskwright.evaluation.result import Result
 from maskwright.inference.outputs import write_image
+from maskwright.inference.preparing import has_bfloat16
 from maskwright.terminal import print_line
 
 FINALISTS = 3  # candidates that receive the whole budget
@@ -52,6 +55,7 @@ def compare(
     batch: int = 4,
     short: int | None = None,
     device: str = "auto",
+    pretrained: str | None = "scenes",
     ray: str | None = None,
     footprint: bool = True,
     **changes: Any,
@@ -83,6 +87,8 @@ def compare(
         short: Short side of the images in training and measuring; None: on a CPU as small as the objects permit,
             otherwise the presets' own.
         device: Where to train; "auto" takes a GPU if there is one.
+        pretrained: "scenes": start from installed weights that were trained on generated images, where they fit, see
+            `train`; None: from random weights.
         ray: "local" or the address of a Ray cluster that trains the candidates of a round at the same time; the output
             folder and the data must be on a file system that all its machines share.
         footprint: Measure latency and memory, in processes of their own.
@@ -106,7 +112,8 @@ def compare(
     chosen = _candidates(systems, profile, count)
     request = {
         "systems": [c.name for c in chosen], "data": train_set.name, "measured on": val_set.name, "hours": hours,
-        "steps": steps, "seed": seed, "batch": batch, "short": short, "changes": _json(changes),
+        "steps": steps, "seed": seed, "batch": batch, "short": short, "pretrained": pretrained,
+        "changes": _json(changes),
     }  # fmt: skip
     found = Comparison.load(folder)
     if found is not None and found.request != request:
@@ -114,9 +121,18 @@ def compare(
             f"{folder} holds a comparison with other systems, data or options; continue it with the same ones, or give "
             "another folder"
         )
+    here = _on_cpu(device)
+    recipe: dict[str, Any] = {"lr": 5e-4, "tensorboard": False, "workers": 0, "log_every": 10}
+    if here and has_bfloat16(torch.device("cpu")):  # half the time of a step, on processors with instructions for it
+        recipe["amp"] = "bf16"
+    recipe |= changes
+    if found is None:
+        if pretrained is not None:
+            notes = notes + _started(chosen, pretrained, train_set.classes)
+        if recipe.get("amp") == "bf16":
+            notes = [*notes, "trained in bfloat16 (mixed precision)"]
     state = found or Comparison(train_set.name, request, profile.to_dict(), chosen, notes=notes)
-    side = short if short is not None or not _on_cpu(device) else _side(profile)
-    recipe: dict[str, Any] = {"lr": 5e-4, "tensorboard": False, "workers": 0, "log_every": 10} | changes
+    side = short if short is not None or not here else _side(profile)
     if side is not None:
         recipe |= {"short": (side,), "long": 2 * side}
     run = _Comparing(
@@ -215,7 +231,8 @@ class _Comparing:
         """What `_train` needs; plain values only, so that it can be sent to another machine."""
         folder = self.folder / candidate.label / f"round-{number + 1}"
         spec: dict[str, Any] = {
-            "system": candidate.name, "weights": candidate.weights, "folder": str(folder), "train": self.train_set,
+            "system": candidate.name, "weights": candidate.weights, "pretrained": candidate.start or None,
+            "folder": str(folder), "train": self.train_set,
             "recipe": self.recipe, **self.common, "seed": self.common["seed"] + 1000 * number,
         }  # fmt: skip
         return spec | ({"steps": candidate.rounds[number]["steps"]} if len(candidate.rounds) > number else {})
@@ -402,6 +419,25 @@ def _candidates(systems: Sequence[str] | str, profile: DataProfile, count: int) 
     return candidates[::-1]
 
 
+def _started(candidates: Iterable[Candidate], pretrained: str, classes: Sequence[str]) -> list[str]:
+    """Chooses what each candidate's training starts from, and says it."""
+    from maskwright.systems import create
+    from maskwright.training.pretrained import fitting_weights
+
+    starts: dict[str, list[str]] = {}
+    for candidate in candidates:
+        if candidate.trained:
+            # A system that cannot be created is recorded when it is trained.
+            with contextlib.suppress(MaskwrightError):
+                candidate.start = fitting_weights(create(candidate.name, classes=classes), pretrained) or ""
+            starts.setdefault(candidate.start, []).append(candidate.label)
+    given = [f"{', '.join(labels)} from the installed weights {name}" for name, labels in starts.items() if name]
+    if not given:
+        return []
+    others = f", {', '.join(starts[''])} from random weights" if "" in starts else ""
+    return [f"training starts: {'; '.join(given)}{others}"]
+
+
 def _rounds(candidates: int) -> list[int]:
     """Number of trained candidates in each round."""
     sizes = [candidates]
@@ -426,6 +462,7 @@ def _train(spec: Mapping[str, Any]) -> dict[str, Any]:
     try:
         best = train(
             spec["system"], spec["train"], val=False, out=folder, weights=spec["weights"], steps=steps,
+            pretrained=None if spec["weights"] else spec["pretrained"],
             resume=(folder / "last.ckpt").exists(), seed=spec["seed"], batch=spec["batch"], device=spec["device"],
             **recipe,
         )  # fmt: skip

@@ -24,6 +24,7 @@ class Candidate:
         label: What tables and folders call it.
         why: Why it was chosen; empty if it was named by the caller.
         trained: Whether it is trained here.
+        start: The installed weights that its training starts from; empty: random ones.
         rounds: What was done in each round: "steps", "seconds", "weights", and "AP" once it was evaluated.
         out: The round after which it was left out; None if it was not.
         measured: Figures of the last evaluation: "AP", "AP50", ..., "ms", "MB", "parameters", ...
@@ -34,6 +35,7 @@ class Candidate:
     label: str
     why: str = ""
     trained: bool = True
+    start: str = ""
     rounds: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
     out: int | None = None
     measured: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -101,8 +103,9 @@ class Comparison:
 
     def save(self, folder: Path) -> Path:
         """Write the file; weights in the folder are written relative to it, so that it can be moved."""
-        values = {"format": FORMAT, "version": 1, **asdict(self)}
-        for entry in (entry for candidate in values["candidates"] for entry in candidate["rounds"]):
+        values: dict[str, Any] = {"format": FORMAT, "version": 1, **asdict(self)}
+        rounds: list[dict[str, Any]] = [entry for candidate in values["candidates"] for entry in candidate["rounds"]]
+        for entry in rounds:
             path = Path(entry.get("weights") or "")
             if path.absolute().is_relative_to(folder.absolute()) and path.name:
                 entry["weights"] = path.absolute().relative_to(folder.absolute()).as_posix()

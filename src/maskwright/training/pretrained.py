@@ -56,6 +56,33 @@ def take_pretrained(system: System, name: str) -> list[str]:
         UsageError: If nothing fits; the message says why.
         CheckpointError: If the weights are not installed or damaged.
     """
+    best, reasons = _best(system, name)
+    if best is None:
+        raise UsageError(
+            f"no installed weights fit this {system.name}: {'; '.join(reasons) or missing(name)}. Train without "
+            "pretrained, or with the backbone options of such weights"
+        )
+    system.load_state_dict({**system.state_dict(), **best.tensors})
+    there = best.giver.preprocess
+    if len(there.mean) == len(system.preprocess.mean):
+        system.preprocess = replace(
+            system.preprocess, mean=there.mean, std=there.std, divide=there.divide, channels=there.channels
+        )
+    system.source = {
+        "pretrained": best.entry.name, "weights_licence": best.entry.licence, "commercial": "yes",
+        "taken": list(best.parts),
+    }  # fmt: skip
+    return _said(system, best)
+
+
+def fitting_weights(system: System, pretrained: str = SCENES) -> str | None:
+    """The name of the installed weights that `take_pretrained` takes for a system; None if none fit."""
+    best, _ = _best(system, pretrained)
+    return None if best is None else best.entry.name
+
+
+def _best(system: System, name: str) -> tuple[_Offer | None, list[str]]:
+    """The weights of this name that give a system most, and why others give nothing."""
     if name == SCENES:
         entries = sorted(shipped(), key=lambda entry: entry.system != system.name)  # those of the same system first
     else:
@@ -75,22 +102,7 @@ def take_pretrained(system: System, name: str) -> list[str]:
             reasons.append(f"{entry.name} {offer}")
         elif best is None or _size(offer) > _size(best):
             best = offer
-    if best is None:
-        raise UsageError(
-            f"no installed weights fit this {system.name}: {'; '.join(reasons) or missing(name)}. Train without "
-            "pretrained, or with the backbone options of such weights"
-        )
-    system.load_state_dict({**system.state_dict(), **best.tensors})
-    there = best.giver.preprocess
-    if len(there.mean) == len(system.preprocess.mean):
-        system.preprocess = replace(
-            system.preprocess, mean=there.mean, std=there.std, divide=there.divide, channels=there.channels
-        )
-    system.source = {
-        "pretrained": best.entry.name, "weights_licence": best.entry.licence, "commercial": "yes",
-        "taken": list(best.parts),
-    }  # fmt: skip
-    return _said(system, best)
+    return best, reasons
 
 
 def _offer(system: System, entry: Shipped) -> _Offer | str:

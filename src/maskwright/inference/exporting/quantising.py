@@ -297,7 +297,9 @@ def quantise(system: System, feeds: Path, level: str, path: Path) -> None:
         if len(examples) and (level in ("every", "all") or number == 0):
             operations = model.get_ordered_ops()
             attention = any(op.get_type_name() == "Softmax" for op in operations)
-            choose = {"every": lambda _: [], "backbone": _outside_of_backbone}.get(level, _output_layers)
+            kept = list[str]()
+            if level != "every":
+                kept = _outside_of_backbone(model) if level == "backbone" else _output_layers(model)
             with _quiet():
                 model = nncf.quantize(
                     model,
@@ -305,7 +307,7 @@ def quantise(system: System, feeds: Path, level: str, path: Path) -> None:
                     preset=nncf.QuantizationPreset.MIXED,
                     subset_size=len(examples),
                     model_type=nncf.ModelType.TRANSFORMER if attention else None,
-                    ignored_scope=nncf.IgnoredScope(names=choose(model), validate=False),
+                    ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
                 )
         outputs += list(model.get_results())
         inputs += list(model.get_parameters())

@@ -23,7 +23,9 @@ def quantised_part(model: Any, name: str, examples: Any, level: str) -> Any:
         level: "every": all layers; "backbone": those of the backbone; otherwise all but the output layers.
     """
     nncf = import_nncf()
-    choose = {"every": lambda _: [], "backbone": outside_of_backbone}.get(level, output_layers)
+    kept = list[str]()
+    if level != "every":
+        kept = outside_of_backbone(model) if level == "backbone" else output_layers(model)
     attention = any(node.op_type == "Softmax" for node in model.graph.node)
     found = nncf.quantize(
         model,
@@ -31,7 +33,7 @@ def quantised_part(model: Any, name: str, examples: Any, level: str) -> Any:
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(examples),
         model_type=nncf.ModelType.TRANSFORMER if attention else None,
-        ignored_scope=nncf.IgnoredScope(names=choose(model), validate=False),
+        ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
     )
     _name(found.graph, f"{name}/")
     return found
