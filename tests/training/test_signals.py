@@ -100,7 +100,12 @@ def end(process: subprocess.Popen[str], seconds: float = 60) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "number"), [("fork", signal.SIGINT), ("spawn", signal.SIGTERM), ("forkserver", signal.SIGINT)]
+    ("method", "number"),
+    [
+        ("fork", signal.SIGINT),
+        ("spawn", signal.SIGTERM),
+        pytest.param("forkserver", signal.SIGINT, marks=pytest.mark.full),
+    ],
 )
 def test_a_signal_to_the_group_ends_after_a_step_that_is_saved(tmp_path: Path, method: str, number: signal.Signals):
     process = start(tmp_path / "run", method)
@@ -116,7 +121,10 @@ def test_a_signal_to_the_group_ends_after_a_step_that_is_saved(tmp_path: Path, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), pytest.param(signal.SIGHUP, 129, marks=pytest.mark.full)],
+)
 def test_the_exit_code_of_the_command_names_the_signal(tmp_path: Path, number: signal.Signals, code: int):
     process = start(tmp_path / "run", how="command")
     # Twice within a moment, as `timeout` and container runtimes deliver it.
@@ -130,7 +138,7 @@ def test_the_exit_code_of_the_command_names_the_signal(tmp_path: Path, number: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)])
 def test_a_second_signal_ends_at_once_whatever_workers_do(tmp_path: Path, number: signal.Signals):
     process = start(tmp_path / "run", how="command", stalls=True)
     time.sleep(1)
@@ -155,7 +163,7 @@ def test_ctrl_c_in_the_main_thread_stops_a_run_in_another(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.full)])
 def test_a_script_without_a_main_guard_gets_one_sentence(tmp_path: Path, method: str):
     script = tmp_path / "script.py"
     script.write_text(
