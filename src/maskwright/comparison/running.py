@@ -462,7 +462,7 @@ def _train(spec: Mapping[str, Any]) -> dict[str, Any]:
     try:
         best = train(
             spec["system"], spec["train"], val=False, out=folder, weights=spec["weights"], steps=steps,
-            pretrained=None if spec["weights"] else spec["pretrained"],
+            pretrained=None if spec["weights"] else spec.get("pretrained"),
             resume=(folder / "last.ckpt").exists(), seed=spec["seed"], batch=spec["batch"], device=spec["device"],
             **recipe,
         )  # fmt: skip
