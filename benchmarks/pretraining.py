@@ -37,6 +37,7 @@ class Recipe:
         changes: Fields of the training recipe.
         classes: Whether outlines are classes; otherwise every object is "object".
         resize: Size of the input while learning; the file has that of the preset.
+        kept: Number of classes that stay in the file, see `condensed`; None: all.
         then: A second stage that goes on with the result: its options, steps and fields of the training recipe.
     """
 
@@ -47,6 +48,7 @@ class Recipe:
     changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     classes: bool = True
     resize: Mapping[str, Any] | None = None
+    kept: int | None = None
     then: tuple[Mapping[str, Any], int, Mapping[str, Any]] | None = None
 
 
@@ -55,7 +57,8 @@ SQUARE = {"short": 224, "long": 224}
 CONVOLUTIONS = {"lr": 5e-4, "ema": 0.998, "amp": "bf16"}
 QUERIES = {"ema": 0.998, "amp": "bf16"}
 RECIPES = {
-    "mask-rcnn": Recipe("mask-rcnn-small", NARROW, 192, 4000, {**CONVOLUTIONS, "batch": 4}, resize=SQUARE),
+    "mask-rcnn": Recipe("mask-rcnn-small", NARROW, 192, 4000, {**CONVOLUTIONS, "batch": 4}, resize=SQUARE,
+                         kept=100),
     "solov2": Recipe("solov2-small", {}, 192, 4000, {**CONVOLUTIONS, "batch": 4}, resize=SQUARE),
     "mask2former": Recipe("mask2former-small", {}, 160, 3000, {**QUERIES, "batch": 8, "lr": 2e-4},
                           resize={"short": 160, "long": 160}),
@@ -84,6 +87,28 @@ def images(recipe: Recipe, count: int, seed: int, nuclei: str | None) -> Dataset
     if nuclei is not None:
         parts.append((open_dataset(nuclei, "train"), 0.15))
     return Mixture(parts, count, seed)
+
+
+def condensed(system: mw.System, count: int) -> mw.System:
+    """A Mask R-CNN with the mean of all classes' boxes and masks, and with `count` of the classes, evenly spread.
+
+    Where classes do not matter it finds more than the whole one (the mean of many predictions of the same box, and
+    fewer classes that an object's probability is divided among), and its file is smaller.
+    """
+    options = {name: value for name, value in system.options.items() if name != "classes"}
+    options |= {name: {**options[name], "agnostic": True} for name in ("boxes", "masks")}
+    total = len(system.classes)
+    rows = [number * total // count for number in range(count)]
+    smaller = mw.create(system.name, classes=[system.classes[row] for row in rows], **options)
+    state = dict(system.state_dict())
+    for name in ("boxes.classes.weight", "boxes.classes.bias"):
+        state[name] = state[name][[*rows, total]]  # the background is last
+    for name, outputs in (("boxes.deltas", 4), ("masks.logits", 1)):
+        for part in ("weight", "bias"):
+            value = state[f"{name}.{part}"]
+            state[f"{name}.{part}"] = value.view(total, outputs, *value.shape[1:]).mean(0)
+    smaller.load_state_dict(state)
+    return smaller
 
 
 def main() -> None:
@@ -121,6 +146,8 @@ def main() -> None:
     else:
         published = mw.create(recipe.preset, **recipe.options).options["resize"]
         system = mw.load(kind, resize={name: value for name, value in published.items() if value is not None})
+    if recipe.kept is not None:
+        system = condensed(system, recipe.kept)
     source = {
         "origin": "maskwright: trained on generated images" + (" and CC0 nuclei" if arguments.nuclei else ""),
         "licence": "Apache-2.0",
