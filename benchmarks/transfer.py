@@ -85,7 +85,8 @@ class Start:
 def _pixels(about: Mapping[str, Any]) -> int | None:
     """Input pixels that the weights of a file were trained on."""
     words = str(about["source"].get("command", "")).split()
-    if len(words) < 4 or not words[0].endswith("pretraining.py") or words[1] not in RECIPES or "--steps" not in words:
+    words = words[next((place for place, word in enumerate(words) if word.endswith("pretraining.py")), len(words)) :]
+    if len(words) < 2 or words[1] not in RECIPES:
         return None
     recipe, preprocess = RECIPES[words[1]], preprocess_of(about)
     if recipe.resize is not None:
@@ -93,7 +94,8 @@ def _pixels(about: Mapping[str, Any]) -> int | None:
     if preprocess is None:
         return None
     height, width = preprocess.size(recipe.size, recipe.size)
-    return int(words[words.index("--steps") + 1]) * recipe.changes["batch"] * height * width
+    steps = int(words[words.index("--steps") + 1]) if "--steps" in words else recipe.steps
+    return steps * recipe.changes["batch"] * height * width
 
 
 def sets(folder: Path, name: str) -> tuple[Dataset, Dataset]:

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.systems.tiny import build
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.fast
@@ -44,6 +47,25 @@ def test_the_control_has_the_input_pixels_of_the_pretraining(transfer):
         "preprocess": {"fit": "short", "short": 320, "long": 512, "multiple": 32},
     }
     recipe = transfer.RECIPES["mask-rcnn"]
-    assert transfer._pixels(about) == 100 * recipe.changes["batch"] * 320 * 320
+    assert transfer._pixels(about) == 100 * recipe.changes["batch"] * 224 * 224  # its input while learning
+    about["source"]["command"] = "python benchmarks/pretraining.py mask-rcnn --out weights"
+    assert transfer._pixels(about) == recipe.steps * recipe.changes["batch"] * 224 * 224
     assert transfer._pixels({**about, "source": {"command": "by hand"}}) is None
     assert transfer._pixels({**about, "source": {}}) is None
+
+
+def test_a_condensed_detector_has_fewer_classes_and_the_mean_of_their_boxes_and_masks(transfer):
+    from benchmarks.pretraining import condensed
+
+    system = build("mask-rcnn", classes=[f"contour-{n}" for n in range(6)]).eval()
+    smaller = condensed(system, 3)
+    assert smaller.classes == ("contour-0", "contour-2", "contour-4")
+    features = torch.randn(2, *system.boxes.deltas.weight.shape[1:])
+    torch.testing.assert_close(
+        smaller.boxes.deltas(features), system.boxes.deltas(features).view(2, 6, 4).mean(1), rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(smaller.boxes.classes(features), system.boxes.classes(features)[:, [0, 2, 4, 6]])
+    maps = torch.randn(2, system.masks.logits.weight.shape[1], 3, 3)
+    torch.testing.assert_close(
+        smaller.masks.logits(maps), system.masks.logits(maps).mean(1, keepdim=True), rtol=1e-4, atol=1e-5
+    )
