@@ -21,7 +21,9 @@ from typing import Any, cast
 import torch
 
 from maskwright.errors import MaskwrightError
+from maskwright.evaluation.speed import largest_resident
 
+_FILES = {"ONNX Runtime": "model.onnx", "OpenVINO": "model.xml", "OpenVINO bfloat16": "model.xml"}
 _AGREE = 0.95  # fraction of the objects that a form has to predict alike
 
 
@@ -34,7 +36,8 @@ def measure_footprint(weights: str | Path, images: Sequence[Path], timeout: floa
         timeout: Seconds after which the process is ended.
 
     Returns:
-        "ms" (median time per image from the decoded image to masks at its own size), "MB" (largest resident memory),
+        "ms" (median time per image from the decoded image to masks at its own size), "MB" (largest resident memory of
+        a process that only predicts in this form),
         "form" and "forms" (milliseconds of each form); only "error" if it could not be measured.
     """
     command = [sys.executable, "-m", "maskwright.comparison.footprint", str(weights), *map(str, images)]
@@ -55,8 +58,9 @@ def _main(weights: str, images: Sequence[str]) -> dict[str, Any]:
     pixels = [read_image(path) for path in images]
     timed: dict[str, float] = {}
     expected: list[Any] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for form, load in _forms(weights, images, Path(folder)):
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for form, load in _forms(weights, images, folder):
             try:
                 system, dtype = load()
             except MaskwrightError:  # cannot be exported, or is not equal
@@ -65,8 +69,11 @@ def _main(weights: str, images: Sequence[str]) -> dict[str, Any]:
             expected = expected or found
             if form == "float32" or _alike(expected, found) >= _AGREE:
                 timed[form] = milliseconds
-    best = min(timed, key=lambda form: timed[form])
-    return {"ms": timed[best], "MB": _resident(), "form": best, "forms": timed}
+        best = min(timed, key=lambda form: timed[form])
+        # In a process of its own, which has not exported anything.
+        file = folder / _FILES[best] if best in _FILES else weights
+        memory = _resident(file, "bfloat16" if best.endswith("bfloat16") else "float32", images)
+    return {"ms": timed[best], "MB": memory, "form": best, "forms": timed}
 
 
 def _forms(weights: str, images: Sequence[str], folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, str]]]]:
@@ -80,11 +87,11 @@ def _forms(weights: str, images: Sequence[str], folder: Path) -> Iterator[tuple[
     if fast and exportable:
         yield "bfloat16", lambda: (load(weights), "bfloat16")
     if exportable and find_spec("onnxruntime") and find_spec("onnxscript"):
-        yield "ONNX Runtime", lambda: (load(_exported(weights, folder / "model.onnx", images[0])), "float32")
+        yield "ONNX Runtime", lambda: (load(_exported(weights, folder / _FILES["ONNX Runtime"], images[0])), "float32")
     if exportable and find_spec("openvino") and find_spec("onnxscript"):
-        yield "OpenVINO", lambda: (load(_exported(weights, folder / "model.xml", images[0])), "float32")
+        yield "OpenVINO", lambda: (load(_exported(weights, folder / _FILES["OpenVINO"], images[0])), "float32")
         if fast:
-            yield "OpenVINO bfloat16", lambda: (load(folder / "model.xml"), "bfloat16")
+            yield "OpenVINO bfloat16", lambda: (load(folder / _FILES["OpenVINO"]), "bfloat16")
 
 
 def _exported(weights: str, path: Path, image: str) -> Path:
@@ -124,20 +131,32 @@ def _box_iou(a: Any, b: Any) -> Any:
     return pairwise_iou(a, b)
 
 
-def _resident() -> float | None:
-    """Largest resident memory of this process in MB; None if it cannot be measured."""
+def _resident(weights: str | Path, dtype: str, images: Sequence[str]) -> float | None:
+    """Largest resident memory in MB of a process that loads a file and predicts; None if it cannot be measured."""
+    command = [sys.executable, "-m", "maskwright.comparison.footprint", "--resident", dtype, str(weights), *images]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        import resource
-    except ImportError:  # Windows
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
         return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most / (1 << 20) if sys.platform == "darwin" else most / 1024
+
+
+def _predict_alone(dtype: str, weights: str, images: Sequence[str]) -> float | None:
+    from maskwright.checkpoints import load
+    from maskwright.data import read_image
+
+    _timed(load(weights), [read_image(path) for path in images], dtype)
+    most = largest_resident()
+    return None if most is None else most / (1 << 20)
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        answer = _main(sys.argv[1], sys.argv[2:])
+        if sys.argv[1] == "--resident":
+            answer = _predict_alone(sys.argv[2], sys.argv[3], sys.argv[4:])
+        else:
+            answer = _main(sys.argv[1], sys.argv[2:])
     except MaskwrightError as error:
         answer = {"error": str(error)}
     sys.stdout.write(json.dumps(answer) + "\n")

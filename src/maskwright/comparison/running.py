@@ -37,7 +37,8 @@ from maskwright.terminal import print_line
 
 FINALISTS = 3  # candidates that receive the whole budget
 _PILOT = 6  # steps that measure the speed of training
-_OVERHEAD = 0.25  # fraction of the time that evaluation and the page take
+_OVERHEAD = 0.25  # fraction of the time that evaluation and the page take, and at least
+_MEASURING = 45.0  # seconds that latency and memory of a system take, with its exports
 
 
 def compare(
@@ -216,7 +217,9 @@ class _Comparing:
         assert self.hours is not None
         share = 2**number
         later = sum(size * 2 ** (number + 1 + k) for k, size in enumerate(self.sizes[number + 1 :]))
-        remaining = (1 - _OVERHEAD) * (3600 * self.hours - self._spent())
+        left = 3600 * self.hours - self._spent()
+        others = sum("ms" not in c.measured for c in self.state.candidates) if self.footprint else 0
+        remaining = left - max(_OVERHEAD * left, min(_MEASURING * others, 0.6 * left))
         return max(5.0, remaining * share / (waiting * share + later))
 
     def _spent(self) -> float:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,17 @@ def _peak(device: torch.device) -> int | None:
     """Peak memory in bytes, of the GPU or of this process since it began; None if it is not known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if device.type != "cpu" or sys.platform == "win32":
+    return largest_resident() if device.type == "cpu" else None
+
+
+def largest_resident() -> int | None:
+    """Largest resident memory of this process since it began, in bytes; None if it is not known."""
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux `getrusage` includes the memory of the process that started this one
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return 1024 * int(line.split()[1])
+    if sys.platform == "win32":
         return None
     import resource
 
