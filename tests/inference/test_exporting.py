@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import maskwright as mw
 from maskwright.checkpoints import call_specs
@@ -451,6 +452,14 @@ def test_int8_files_are_smaller_and_predict_nearly_the_same(suffix, tmp_path):
     assert after < 0.5 * before
     assert alike > 0.95  # eight bits of random weights with few channels
     assert not same
+
+
+@pytest.mark.runtime
+def test_the_input_need_not_be_a_multiple_of_the_strides(tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(Scenes(1, (85, 107), seed=7)[0].image.permute(1, 2, 0).numpy()).save(photo)
+    done = mw.export(build("mask-frozen-detr").eval(), tmp_path / "networks.onnx", image=photo)
+    assert done.difference.objects > 0
 
 
 def test_the_file_of_an_int8_system_must_be_of_a_runtime(two_stage, tmp_path):

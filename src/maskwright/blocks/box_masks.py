@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.blocks.deformable_attention import DeformableEncoderLayer, cell_centres
 from maskwright.blocks.layers import GroupNorm
-from maskwright.blocks.positions import padding_of, sine_positions
+from maskwright.blocks.positions import sine_positions
 from maskwright.blocks.transformer import CrossAttention, FeedForward, SelfAttention
 
 QueryPart = Literal["objects", "box", "feed_forward"]
@@ -51,22 +51,19 @@ class ImageEncoder(nn.Module):
         self,
         memory: Sequence[Float[Tensor, "b d _h _w"]],
         fine: Float[Tensor, "b e p q"],
-        valid: Int[Tensor, "b 2"],
-        size: tuple[int, int],
+        paddings: Sequence[Bool[Tensor, "b _h _w"]],
     ) -> Float[Tensor, "b c p q"]:
         """Computes the feature map that boxes are cropped from.
 
         Args:
             memory: Levels of the detector's memory, finest first.
             fine: The backbone's feature map of stride 4.
-            valid: Height and width of the part of each image that is not padding.
-            size: Height and width of the network's input.
+            paddings: The cells of each level, and of `fine`, that are padding.
         """
         shapes = [(m.shape[2], m.shape[3]) for m in memory]
-        paddings = [padding_of(valid, size, shape) for shape in shapes]
         tokens = torch.cat([m.flatten(2).mT for m in memory], 1)  # (B, S, D)
         codes, centres, ratios = [], [], []
-        for shape, padding, level in zip(shapes, paddings, self.levels, strict=True):
+        for shape, padding, level in zip(shapes, paddings[:-1], self.levels, strict=True):
             code = sine_positions(shape, tokens.shape[2] // 2, padding=padding, shift=-0.5, device=tokens.device)
             codes.append(code.flatten(2).mT.to(tokens.dtype) + level)
             # The part of the level without padding: (B, 2), x and y.
@@ -74,13 +71,13 @@ class ImageEncoder(nn.Module):
             ratios.append(ratio)
             centres.append(cell_centres([shape], tokens.device) / ratio[:, None])
         references = torch.cat(centres, 1)[:, :, None] * torch.stack(ratios, 1)[:, None]  # (B, S, L, 2)
-        padded, positions = torch.cat([p.flatten(1) for p in paddings], 1), torch.cat(codes, 1)
+        padded, positions = torch.cat([p.flatten(1) for p in paddings[:-1]], 1), torch.cat(codes, 1)
         for layer in self.layers:
             tokens = layer(tokens, positions, references, shapes, padded)
         finest = tokens[:, : shapes[0][0] * shapes[0][1]].mT.unflatten(2, shapes[0])
         grid = (fine.shape[2], fine.shape[3])
         # Padding is set to zero, so that its content does not change the statistics of the group norm.
-        lateral = self.neck(fine.masked_fill(padding_of(valid, size, grid)[:, None], 0.0))
+        lateral = self.neck(fine.masked_fill(paddings[-1][:, None], 0.0))
         return self.mapper(lateral + functional.interpolate(finest, size=grid, mode="bilinear", align_corners=False))
 
 

@@ -27,6 +27,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from maskwright.blocks.box_masks import ImageEncoder, MaskNetwork, QueryEncoder, QueryPart
+from maskwright.blocks.positions import padding_of
 from maskwright.errors import UsageError
 from maskwright.ops import boxes as box_ops
 from maskwright.ops.assignment import assign
@@ -253,7 +254,11 @@ class MaskFrozenDETR(System):
         else:
             with torch.no_grad():
                 frozen = self._detect(images, valid)[1]
-        features = self.image_encoder(frozen.memory, frozen.fine, valid, size)
+        # The size of the input does not follow from those of the levels, where it is no multiple of their strides.
+        paddings = [
+            padding_of(valid, size, (level.shape[2], level.shape[3])) for level in (*frozen.memory, frozen.fine)
+        ]
+        features = self.image_encoder(frozen.memory, frozen.fine, paddings)
         queries = self.query_encoder(frozen.queries)
         return Raw(frozen.boxes.detach().float(), frozen.scores.detach().float(), queries, features, detector_raw)
 
