@@ -213,8 +213,8 @@ def write_json(
 ) -> Path:
     """Write `value` to `path` atomically, as strict JSON in UTF-8; see `write_bytes`.
 
-    A file name that is not UTF-8 is written as Python represents it: each byte that cannot be decoded as the escape of
-    a lone surrogate, ``\\udc80`` ... ``\\udcff`` (PEP 383). `json.loads` returns the same name, which `open` accepts.
+    A file name that is not UTF-8 is written as Python represents it: each undecodable byte as the escape of a lone
+    surrogate, ``\\udc80`` ... ``\\udcff`` (PEP 383). `json.loads` returns the same name, which `open` accepts.
 
     Raises:
         ValueError: If `value` contains NaN or infinity, which JSON does not have.

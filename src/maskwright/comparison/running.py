@@ -430,7 +430,7 @@ def _started(candidates: Iterable[Candidate], pretrained: str, classes: Sequence
     starts: dict[str, list[str]] = {}
     for candidate in candidates:
         if candidate.trained:
-            # A system that cannot be created is recorded when it is trained.
+            # Errors of construction are recorded when the system is trained.
             with contextlib.suppress(MaskwrightError):
                 candidate.start = fitting_weights(create(candidate.name, classes=classes), pretrained) or ""
             starts.setdefault(candidate.start, []).append(candidate.label)

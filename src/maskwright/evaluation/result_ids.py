@@ -2,7 +2,7 @@
 
 Ids are accepted as annotation files may have them: 1, 1.0 and "1" are the same, and so is "0001" if nothing else is
 meant. The file `pictures.json`, which `predict` writes beside its results, names the images and classes that the ids
-stand for; it is used if it lists every id of the results. Results that cannot belong to the data set are refused:
+stand for; it is used if it lists every id of the results. Results of another data set are refused:
 their average precision would be 0, whatever the quality of the predictions.
 """
 

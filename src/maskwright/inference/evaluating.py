@@ -60,9 +60,9 @@ def evaluate(
     """Evaluates a system on a data set with annotations.
 
     If torch.distributed is initialised, every process takes its share of the images and all get the whole result. An
-    image that cannot be read counts as one without predictions, with a warning; it is an error if the data set is
-    strict. `Result.speed` measures the networks and the arithmetic between and after them, up to masks at the images'
-    own size, without reading.
+    unreadable image counts as one without predictions, with a warning; it is an error if the data set is strict.
+    `Result.speed` measures the networks and the arithmetic between and after them, up to masks at the images' own size,
+    without reading.
 
     Args:
         system: The system. Its classes are matched with the data set's by name.
@@ -190,7 +190,7 @@ def _read(
     dataset: Dataset, indices: Sequence[int], preprocess: Preprocess, prepared: Callable[[Tensor], Any], workers: int,
     depth: int,
 ) -> Iterator[tuple[int, Any]]:  # fmt: skip
-    """Index and prepared image, in order; None for one that cannot be read if the data set is not strict."""
+    """Index and prepared image, in order; None for an unreadable one if the data set is not strict."""
 
     def load(index: int) -> tuple[int, Any]:
         try:

@@ -55,7 +55,7 @@ def detect(system: System, clip: Clip, **options: Any) -> Iterator[Instances]:
         **options: Options of `predict`.
 
     Yields:
-        The objects of each frame, with labels of the system. A frame that cannot be read has none, with a warning.
+        The objects of each frame, with labels of the system. An unreadable frame has none, with a warning.
     """
     source: Iterable[Any] = (
         list(clip.paths) if clip.paths is not None else (clip.image(frame) for frame in range(len(clip)))

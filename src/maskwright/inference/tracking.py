@@ -464,12 +464,12 @@ def track_objects(
         **options: Further options of `predict`. Frames are processed as they come with `batch=1`.
 
     Yields:
-        For each frame its prediction, whose instances have ids. A frame that cannot be read has an `error`, and its
+        For each frame its prediction, whose instances have ids. An unreadable frame has an `error`, and its
         tracks are lost for that frame.
 
     Raises:
         UsageError: If an option is invalid, or there are no frames.
-        ImageError: If `source` is a single image that cannot be read.
+        ImageError: If `source` is a single unreadable image.
     """
     follower = make_tracker(tracker) if isinstance(tracker, str) else tracker
     if not callable(getattr(follower, "update", None)):

@@ -64,7 +64,7 @@ class Exported:
 class AnnotatedImages(Dataset):
     """Some images of a project, as a data set.
 
-    Existing annotations that nobody has changed are those of the original data set, polygons included.
+    Unchanged annotations are those of the original data set, polygons included.
 
     Args:
         snapshot: The annotations.
@@ -163,10 +163,10 @@ class AnnotatedImages(Dataset):
         return self._numbered(found, ordered, [self._number(one) for one in ordered], np.concatenate(areas))
 
     def _unchanged(self, state: State, whole: Original) -> _Target:
-        """The annotations of an image that nobody has edited, also those without pixels."""
-        nobody = (step(self.source.format or "data set", "import"),)
+        """The annotations of an unedited image, also those without pixels."""
+        imported = (step(self.source.format or "data set", "import"),)
         names = unique_names(whole.ids, len(whole.instances))
-        objects = [state.objects.get(name) or Object(name, None, "", nobody) for name in names]
+        objects = [state.objects.get(name) or Object(name, None, "", imported) for name in names]
         return self._numbered(self._relabelled(whole.instances), objects, list(whole.ids), whole.areas)
 
     def _relabelled(self, found: Instances) -> Instances:
