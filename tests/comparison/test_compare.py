@@ -14,6 +14,7 @@ import torch
 
 from maskwright.checkpoints import save
 from maskwright.comparison import Comparison, compare, running
+from maskwright.comparison.state import Candidate
 from maskwright.data import Scenes, Subset
 from maskwright.errors import TrainingError, UsageError
 from tests.systems.tiny import build
@@ -124,6 +125,20 @@ def test_training_starts_from_installed_weights_where_they_fit(
     found = _compare(tmp_path / "b", scenes, ["mask-rcnn-small", "solov2-small"], pretrained=None)
     assert trainer.specs[2]["pretrained"] is None
     assert not any("installed" in note for note in found.notes)
+
+
+def test_weights_of_the_caller_keep_their_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file of the same relative name in the folder of the comparison is another one."""
+    monkeypatch.chdir(tmp_path)
+    for place in (Path("a"), Path("out/a")):
+        place.mkdir(parents=True)
+        (place / "w.safetensors").touch()
+    given = [{"steps": 0, "weights": "a/w.safetensors"}]
+    made = Candidate("a/w.safetensors", "a", trained=False, rounds=given)
+    Comparison("data", {}, candidates=[made]).save(Path("out"))
+    found = Comparison.load(Path("out"))
+    assert found is not None
+    assert found.candidates[0].rounds == given
 
 
 def test_hours_are_divided_equally_and_end_also_after_an_interruption(

@@ -340,7 +340,7 @@ def test_a_bad_region_of_via_is_named(case: str, copy: Callable[[str], Path]) ->
 
 @pytest.mark.parametrize("names", [("train", "val"), ("train2017", "val2017")])
 def test_splits_of_via_have_the_same_classes_wherever_they_are_opened(
-    names: tuple[str, str], sources: Path, tmp_path: Path
+    names: tuple[str, str], sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in names:
         shutil.copytree(sources / "via", tmp_path / "set" / name)
@@ -354,6 +354,8 @@ def test_splits_of_via_have_the_same_classes_wherever_they_are_opened(
     assert len(every) == 3
     assert open_dataset(tmp_path / "set", names[1]).classes == every
     assert open_dataset(tmp_path / "set" / names[1]).classes == every
+    monkeypatch.chdir(tmp_path / "set" / names[1])
+    assert open_dataset(".").classes == every
 
 
 def test_other_folders_of_via_files_are_no_splits(sources: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def train(
       maskwright train mask-rcnn --data scenes --option backbone=resnet18 backbone.norm=group --epochs 5
       maskwright train mask-rcnn --data my-images --out runs/first --resume
       maskwright train mask-rcnn --data my-yolo/data.yaml --val 0.2
-      maskwright train mask-rcnn-small --data my-images --pretrained scenes
+      maskwright train solov2-small --data my-images --pretrained scenes
 
     Args:
         system: A system or preset (see `maskwright systems`), or weights to continue from.

@@ -104,7 +104,9 @@ class Comparison:
     def save(self, folder: Path) -> Path:
         """Write the file; weights in the folder are written relative to it, so that it can be moved."""
         values: dict[str, Any] = {"format": FORMAT, "version": 1, **asdict(self)}
-        rounds: list[dict[str, Any]] = [entry for candidate in values["candidates"] for entry in candidate["rounds"]]
+        rounds: list[dict[str, Any]] = [
+            entry for candidate in values["candidates"] if candidate["trained"] for entry in candidate["rounds"]
+        ]
         for entry in rounds:
             path = Path(entry.get("weights") or "")
             if path.absolute().is_relative_to(folder.absolute()) and path.name:
@@ -127,9 +129,9 @@ class Comparison:
                 raise ValueError
             kept = {name: value for name, value in values.items() if name not in ("format", "version", "candidates")}
             candidates = [Candidate(**each) for each in values["candidates"]]
-            for entry in (entry for candidate in candidates for entry in candidate.rounds):
+            for entry in (entry for candidate in candidates if candidate.trained for entry in candidate.rounds):
                 if entry.get("weights") and (folder / entry["weights"]).exists():
                     entry["weights"] = str(folder / entry["weights"])
             return cls(**kept, candidates=candidates)
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise DataError(f"{path}: is not the state of a comparison; remove it or choose another folder") from None

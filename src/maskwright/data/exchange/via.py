@@ -217,9 +217,10 @@ def _classes_elsewhere(path: Path, folder: Path, attribute: str | None, below: b
     def is_split(name: str) -> bool:
         return splits.kind_of(name) is not None if below else splits.is_usual(name)
 
+    folder = folder.absolute()  # a link is a neighbour of what lies beside it, not of its target
     if not is_split(folder.name):
         return set()
-    root = folder.resolve().parent
+    root = folder.parent
     found: set[str] = set()
     for file in via_files(root):
         if not is_split(file.split("/")[0]) or (root / file).samefile(path):

@@ -332,7 +332,14 @@ def _metadata(runtime: Runtime, level: str) -> dict[str, str]:
     return known | {"precision": json.dumps({"int8": level})}
 
 
-_WEIGHTED = ("Convolution", "GroupConvolution", "MatMul", "ConvolutionBackpropData", "Einsum")
+_WEIGHTED = (
+    "Convolution",
+    "GroupConvolution",
+    "MatMul",
+    "ConvolutionBackpropData",
+    "GroupConvolutionBackpropData",
+    "Einsum",
+)
 
 
 def _output_layers(model: Any) -> list[str]:

@@ -47,7 +47,7 @@ def output_layers(model: Any) -> list[str]:
     makers = {value: node for node in model.graph.node for value in node.output}
     readers: dict[str, list[Any]] = {}
     for node in model.graph.node:
-        for value in node.input:
+        for value in filter(None, node.input):  # left out inputs have the name ""
             readers.setdefault(value, []).append(node)
     found = set[str]()
     for output in model.graph.output:
