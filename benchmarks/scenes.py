@@ -5,12 +5,14 @@
     python benchmarks/scenes.py mask2former-small --data FOLDER --size 160   # images: its train and val part
     python benchmarks/scenes.py panoptic-fpn-small --stuff     # the background is divided; PQ is measured too
     python benchmarks/scenes.py eomt-small --data FOLDER --size 64 --jitter 3 6 --tile 64   # windows of them
+    python benchmarks/scenes.py --data FOLDER --pretrained scenes --json rows.json   # from installed weights; continues
 
 Every network is a system's small preset with half of ResNet-18's channels and a narrow neck, from random weights, at
 the same input size, with the same images in the same order (Keypoint R-CNN: figures
 with keypoints), the same number of steps, AdamW with the same schedule.
-What differs is the system, and its learning rate where `--rates` says so. AP is measured on scenes that none has
-seen, and average recall of what finds objects without classes.
+What differs is the system, and its learning rate where `--rates` says so. With `--pretrained` the networks are the
+small presets as they are, and start with what fits of installed weights: for most the same backbone. AP is measured on
+images that none has seen, and average recall of what finds objects without classes.
 A system that needs longer than the budget shows less than it can: this is a test of losses, targets and decoding, not a
 ranking.
 """
@@ -32,7 +34,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import maskwright as mw
 from benchmarks.narrow import narrow
 from maskwright.data import Scenes, open_dataset
-from maskwright.systems import ProposalSystem, presets, system_class
+from maskwright.files import write_json
+from maskwright.systems import PromptableSystem, ProposalSystem, presets, system_class
+from maskwright.training.pretrained import fitting_weights
 
 RECALLS = ("segm/AR10", "segm/AR100")
 MEASURES = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50", "keypoints/AP", "keypoints/AP50")
@@ -41,27 +45,35 @@ CLASSES = ("disc", "ring", "star", "box")
 
 
 def small_presets() -> list[str]:
-    return [name for name in presets() if name.endswith("-small")]
+    """The small preset of every system that finds objects without prompts."""
+    return [
+        name for name, system in presets().items()
+        if name == f"{system}-small" and not issubclass(system_class(system), PromptableSystem)
+    ]  # fmt: skip
 
 
 def learn(
     preset: str, data: Path | None, steps: int, batch: int, size: int, rate: float, seed: int, draw: Path | None,
     recall: bool, scenes: dict[str, Any], counts: tuple[int, int], workers: int, changes: dict[str, Any],
-    given: dict[str, Any], tiles: dict[str, Any],
+    given: dict[str, Any], tiles: dict[str, Any], pretrained: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     keypoints = preset.startswith("keypoint")  # it learns figures and their keypoints; shapes are what they hide behind
     if data is None:
-        kind = {"size": (size, size), "keypoints": keypoints, **scenes}
-        train, unseen = Scenes(counts[0], seed=seed, **kind), Scenes(counts[1], seed=seed + 1000, **kind)
+        drawn = {"size": (size, size), "keypoints": keypoints, **scenes}
+        train, unseen = Scenes(counts[0], seed=seed, **drawn), Scenes(counts[1], seed=seed + 1000, **drawn)
     else:
         train, unseen = (open_dataset(data, part) for part in ("train", "val"))
-    options = system_class(presets()[preset]).with_options(narrow(preset), given)
+    kind = system_class(presets()[preset])
+    options = given if pretrained else kind.with_options(narrow(preset), given)
+    fitting = None
+    if pretrained:
+        fitting = fitting_weights(mw.create(preset, classes=train.classes, **options), pretrained)
     start, begun = time.process_time(), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         best = mw.train(
             preset, train, val=False, out=Path(folder) / "run", recipe="small", steps=steps, batch=batch, lr=rate,
             short=(size,), long=size if data is None else 2 * size, seed=seed,
-            workers=workers, tensorboard=False, options=options, **changes,
+            workers=workers, tensorboard=False, options=options, pretrained=fitting, **changes,
         )  # fmt: skip
         system = mw.load(best)
     seconds, clock = time.process_time() - start, time.perf_counter() - begun
@@ -76,6 +88,8 @@ def learn(
         once: dict[str, Any] = {"nms_threshold": 0.7} if proposing else {}
         summary |= mw.evaluate(system, unseen, task="proposals", detections=100, examples=0, **once).summary
     row: dict[str, Any] = {"system": preset, "lr": rate, "CPU seconds": round(seconds), "seconds": round(clock)}
+    if pretrained:
+        row["from"] = fitting or "random values"
     row |= {
         k: round(100 * float(summary[k]), 1)
         for k in (*MEASURES, *QUALITIES, *RECALLS * (recall or proposing))
@@ -125,30 +139,45 @@ def main() -> None:
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the system; VALUE in JSON"
     )
+    parser.add_argument("--pretrained", help="start from installed weights: scenes, or a name; whole presets")
+    parser.add_argument("--amp", help="numbers to learn in: bf16")
     parser.add_argument("--draw", type=Path, help="write drawn images there")
-    parser.add_argument("--json", type=Path, help="write the figures there too")
+    parser.add_argument(
+        "--json", type=Path, help="write the figures there too; presets that it has with the same options are omitted"
+    )
     arguments = parser.parse_args()
     rates = {name: float(value) for name, value in (pair.split("=") for pair in arguments.rates)}
     given = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in arguments.option)}
     changes: dict[str, Any] = {"warmup": arguments.warmup, "ema": arguments.ema}
+    if arguments.amp:
+        changes["amp"] = arguments.amp
     if arguments.jitter:
         changes["augment"] = {"flip": 0.5, "jitter": arguments.jitter, "size": arguments.size}
     tiles = {"tile": arguments.tile, "overlap": 0.4} if arguments.tile else {}
     tiles |= {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in arguments.decode)}
     scenes = {"classes": tuple(arguments.shapes), "difficulty": arguments.difficulty, "stuff": arguments.stuff}
     counts = (arguments.scenes, arguments.unseen)
-    rows = []
+    options = {k: v for k, v in vars(arguments).items() if k not in ("json", "draw", "data", "presets")}
+    options["data"] = None if arguments.data is None else arguments.data.name
+    rows: list[dict[str, Any]] = []
+    if arguments.json and arguments.json.exists():
+        before = json.loads(arguments.json.read_text("utf-8"))
+        if before["options"] != json.loads(json.dumps(options)):
+            parser.error(f"{arguments.json}: made with other options; name another file")
+        rows = before["rows"]
     for preset in arguments.presets or small_presets():
+        if any(row["system"] == preset for row in rows):
+            continue
         rate = rates.get(preset, arguments.lr)
         row = learn(
             preset, arguments.data, arguments.steps, arguments.batch, arguments.size, rate, arguments.seed,
             arguments.draw, arguments.recall, scenes, counts, arguments.workers, changes, given, tiles,
+            arguments.pretrained,
         )  # fmt: skip
         rows.append(row)
         print(json.dumps(row), flush=True)
-    if arguments.json:
-        options = {k: v for k, v in vars(arguments).items() if k not in ("json", "draw", "data")}
-        arguments.json.write_text(json.dumps({"torch": torch.__version__, "options": options, "rows": rows}) + "\n")
+        if arguments.json:
+            write_json(arguments.json, {"torch": torch.__version__, "options": options, "rows": rows}, indent=1)
 
 
 if __name__ == "__main__":

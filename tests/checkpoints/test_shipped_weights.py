@@ -205,6 +205,9 @@ def test_the_command_line_takes_shipped(installed, tmp_path, capsys):
     line = ["predict", image, "--weights", "shipped", "-o", out, "--device", "cpu", "--format", "coco"]
     assert cli.main([*line, "--score-threshold", "0.01"]) == 0
     assert json.loads((tmp_path / "found/pictures.json").read_text())["categories"][0]["name"] == "object"
+    capsys.readouterr()
+    assert cli.main([*line, "-o", str(tmp_path / "shown")]) == 0
+    assert "with a score of at least 0.25 (--score-threshold)" in capsys.readouterr().out
     assert cli.main([*line, "--boxes", "10,10,50,60"]) == 0
     assert len(json.loads((tmp_path / "found/results.json").read_text())) == 1
     capsys.readouterr()

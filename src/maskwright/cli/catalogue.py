@@ -85,18 +85,16 @@ def checkpoints(
         commercial_ok: Only weights whose licence allows commercial use.
     """
     from maskwright.checkpoints.catalogue import list_checkpoints
-    from maskwright.checkpoints.shipping import find_shipped, shipped
+    from maskwright.checkpoints.shipping import shipped
     from maskwright.systems import names
 
     if system is not None:
         choose(system, names(), "system")
     entries = {entry.name: entry for entry in list_checkpoints(commercial_ok, system)}
     installed = {entry.name: entry for entry in shipped() if system in (None, entry.system)}
-    if name is not None and name not in entries and (own := find_shipped(name)) is not None:
-        print_line(own.card())
-        return 0
     if name is not None:
-        print_line(entries[choose(name, entries, "entry of the catalogue")].terms())
+        choose(name, {**installed, **entries}, "name of weights")
+        print_line(entries[name].terms() if name in entries else installed[name].card())
         return 0
     width = max(map(len, {*entries, *installed}), default=0)
     for own in installed.values():

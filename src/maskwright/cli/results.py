@@ -121,7 +121,8 @@ def predict(
         to: Write the objects as a data set too, OUT/FORMAT, to go back to a labelling tool as suggestions: coco, yolo,
             labelme, via, cvat, voc ... (see convert-data).
         classes: Names of the classes to keep, separated by commas; default: all.
-        score_threshold: Objects that score less are left out; default: 0.5 for objects, otherwise the system's.
+        score_threshold: Objects that score less are left out; default: 0.5 for objects (0.25 if
+            classes have no meaning), otherwise the system's.
         threshold: Score thresholds by class: person=0.7,car=0.3; the other classes keep --score-threshold.
         nms_threshold: Overlap above which the lower-scoring of two boxes of a class is dropped; default: the system's.
         suppression: Apply Matrix NMS to the finished masks too: scores decay with the overlap with better objects.
@@ -187,7 +188,7 @@ def predict(
         ids = find_ids(images, names) if "coco" in format and shard is None and ray is None else None
     drawing = score_threshold is None and task == "instances" and "prompts" not in network.tasks
     options = given(
-        score_threshold=0.5 if drawing else score_threshold,
+        score_threshold=network.shown_score if drawing else score_threshold,
         nms_threshold=nms_threshold,
         detections=detections,
         batch=batch,
@@ -228,7 +229,7 @@ def predict(
             writer.add(prediction.path or "image", found_there, prediction.error, prediction.reading)
     what = "object" if task == "instances" else "segment"
     default = drawing and not own
-    limit = " with a score of at least 0.5 (--score-threshold)" if default else ""
+    limit = f" with a score of at least {network.shown_score:g} (--score-threshold)" if default else ""
     print_line(f"{_count(writer.objects, what)}{limit} in {_count(len(writer.images), 'image')}: {out}")
     if ids is not None and "coco" in format:
         print_line(ids.summary)

@@ -38,7 +38,8 @@ def serve(
     """Serve predictions over HTTP: POST /predict with an image, GET /health, GET /metrics.
 
     The answer to POST /predict is COCO JSON, a 16-bit label image (?format=png) or the drawn image (?format=overlay).
-    Further options of the query: score_threshold (default 0.5), nms_threshold, detections, classes=a,b.
+    Further options of the query: score_threshold (default 0.5; 0.25 if classes have no meaning), nms_threshold,
+    detections, classes=a,b.
 
     Only this machine can reach the server unless --host is given. Then requests need the header "Authorization: Bearer
     TOKEN" with the value of the environment variable MASKWRIGHT_TOKEN, or, where that is not set, with a random token

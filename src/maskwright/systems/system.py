@@ -69,6 +69,8 @@ class System(nn.Module):
         ablations: Tables of the paper by a short name.
         sees_padding: Whether `forward` takes a second tensor, (B, 2): height and width of the part of each image that
             is not padding. Needed where positions or attention depend on where an image ends.
+        shown_score: Objects that score less are not drawn or answered, unless a threshold is given; `predict` of
+            Python returns all that the system decodes.
         optional_networks: Prefixes of parameter names that loading may leave random if the options passed to it ask for
             them and the file has none, such as a mask head on top of a box detector.
         renamed_options: Options of earlier versions: old name to new name, dotted for a field of a group; None for one
@@ -87,6 +89,7 @@ class System(nn.Module):
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     ablations: ClassVar[Mapping[str, Ablation]] = {}
     sees_padding: ClassVar[bool] = False
+    shown_score: ClassVar[float] = 0.5
     optional_networks: ClassVar[tuple[str, ...]] = ()
     renamed_options: ClassVar[Mapping[str, str | None]] = {}
     renamed_parameters: ClassVar[Mapping[str, str]] = {}

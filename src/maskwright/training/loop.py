@@ -267,7 +267,8 @@ class Run:
                 if here.step < self.end and not self._out_of_patience() and self._asked_to_stop():
                     raise self._interruption()
         best = f"{here.measure} {abs(here.best):.4f} at step {here.best_step}" if here.best is not None else "the last"
-        self.display.say(f"finished after {here.step} steps; best: {best}, in {self.out / 'best.safetensors'}")
+        steps = "step" if here.step == 1 else "steps"
+        self.display.say(f"finished after {here.step} {steps}; best: {best}, in {self.out / 'best.safetensors'}")
         self.fabric.barrier()
         return self.out / "best.safetensors"
 

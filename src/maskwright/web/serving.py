@@ -292,7 +292,7 @@ class PredictionServer:
 
     def _wanted_options(self, request: Request) -> tuple[tuple[str, Any], ...]:
         """The decoding options of the query, in a form that can be compared."""
-        options: dict[str, Any] = {"score_threshold": 0.5}
+        options: dict[str, Any] = {"score_threshold": self.system.shown_score}
         for name, text in request.query_params.items():
             if name == "format":
                 continue

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Classless(System):
         stored_classes: The class names of the heads' rows, which `save` writes.
     """
 
+    shown_score: ClassVar[float] = 0.25  # many classes share an object's probability
     stored_classes: tuple[str, ...]
 
     @property
