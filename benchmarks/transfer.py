@@ -11,7 +11,7 @@ network, recipe, images and order of images:
     scenes   from the weights
     random   from random weights, as many steps
     total    from random weights, with the compute of the pretraining too: so many more steps as have as many input
-             pixels as the pretraining had
+             pixels as the pretraining had; once, for the largest number of steps
 
 OUT/DATA-ARM-STEPS-SEED.json is the result of a run; finished runs are not repeated, interrupted ones continue. The
 table has mask AP in percent: means, and standard errors over the seeds; differences are those of pairs with the same
@@ -142,7 +142,7 @@ def train(run: Run, start: Start, folder: Path, out: Path, arguments: argparse.N
         start.system, learn, val=False, out=place, steps=steps, batch=batch, lr=arguments.lr, weight_decay=0.01,
         clip=10.0, schedule="steps", milestones=(0.8,), warmup=100, ema=None, seed=run.seed, workers=0,
         tensorboard=False, resume=(place / "last.ckpt").exists(), save_minutes=3.0, device=arguments.device,
-        weights=start.path if run.arm == "scenes" else None,
+        amp=arguments.amp, weights=start.path if run.arm == "scenes" else None,
         options={} if run.arm == "scenes" else start.options, **size,
     )  # fmt: skip
     seconds = time.process_time() - begun
@@ -150,6 +150,7 @@ def train(run: Run, start: Start, folder: Path, out: Path, arguments: argparse.N
     row: dict[str, Any] = {
         "data": run.data, "arm": run.arm, "steps": run.steps, "trained": steps, "seed": run.seed,
         "system": start.system, "weights": start.path.name, "short": short, "batch": batch, "lr": arguments.lr,
+        "amp": arguments.amp,
         "CPU seconds since the last start": round(seconds), "torch": torch.__version__, "code": mw.__version__,
     }  # fmt: skip
     row |= {name: round(100 * float(result[name]), 2) for name in MEASURES if name in result.summary}
@@ -171,7 +172,9 @@ def table(out: Path) -> str:
     ]
     order = list(SETS)
     for data, steps in sorted(found, key=lambda key: (order.index(key[0]) if key[0] in order else 99, key)):
-        arms = found[data, steps]
+        arms = dict(found[data, steps])
+        most = max(other for name, other in found if name == data)
+        arms.setdefault("total", found[data, most].get("total", {}))
         cells = [spread(list(arms.get(arm, {}).values())) for arm in ARMS]
         first = arms.get("scenes", {})
         for other in ("random", "total"):
@@ -202,6 +205,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--short", type=int, default=160, help="short side of the input (nuclei: 224)")
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--amp", default="no", help="numbers to learn in: no (float32) or bf16")
     parser.add_argument("--total-steps", type=int, help="steps of the arm total; default: by input pixels")
     parser.add_argument("--limit", type=int, help="measure on at most so many images")
     parser.add_argument("--device", default="auto")
@@ -220,6 +224,8 @@ def main() -> None:
             for steps in arguments.steps:
                 for data in names:
                     for arm in arguments.arms:
+                        if arm == "total" and steps < max(arguments.steps):
+                            continue
                         run = Run(data, arm, steps, seed)
                         if not (arguments.out / f"{run.name}.json").exists():
                             row = train(run, start, arguments.folder, arguments.out, arguments)

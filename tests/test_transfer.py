@@ -30,12 +30,14 @@ def test_the_table_has_means_standard_errors_and_differences_of_pairs(transfer, 
     for arm, seed, ap in rows:
         row = {"data": "nuclei", "arm": arm, "steps": 300, "seed": seed, "segm/AP": ap}
         (tmp_path / f"nuclei-{arm}-300-{seed}.json").write_text(json.dumps(row))
-    row = {"data": "balloons", "arm": "scenes", "steps": 1200, "seed": 0, "segm/AP": 5.0}
-    (tmp_path / "balloons-scenes-1200-0.json").write_text(json.dumps(row))
+    for arm, steps, ap in [("scenes", 300, 3.0), ("scenes", 1200, 5.0), ("total", 1200, 8.0)]:  # one total for both
+        row = {"data": "balloons", "arm": arm, "steps": steps, "seed": 0, "segm/AP": ap}
+        (tmp_path / f"balloons-{arm}-{steps}-0.json").write_text(json.dumps(row))
     head, rule, *body = transfer.table(tmp_path).splitlines()
     assert head == "| data | steps | scenes | random | total | scenes - random | scenes - total |"
     assert body == [
-        "| balloons | 1200 | 5.0 |  |  |  |  |",
+        "| balloons | 300 | 3.0 |  | 8.0 |  | -5.0 |",
+        "| balloons | 1200 | 5.0 |  | 8.0 |  | -3.0 |",
         "| nuclei | 300 | 31.0 ± 1.0 | 22.0 ± 2.0 | 31.0 | +9.0 ± 1.0 | +1.0 |",
     ]
     assert rule.count("--:") == 6

@@ -74,13 +74,17 @@ def verdict(state: Comparison) -> str:
     if len(finalists) < 2:
         return f"{ap}."
     if state.winner() is not None:
-        return f"{ap}, and its lead over every other finalist is certain at the 95 % level."
-    leads = state.intervals.get("leads", {})
-    close = [c.label for c in finalists[1:] if leads.get(c.label, [0.0])[0] <= 0]
-    fast = min((c for c in [best, *(c for c in finalists if c.label in close)] if c.measured.get("ms")),
-               key=lambda c: c.measured["ms"], default=None)  # fmt: skip
-    further = f" Of these, {fast.label} is the fastest ({fast.measured['ms']:.0f} ms)." if fast is not None else ""
-    return f"There is no winner: {ap}, but its lead over {', '.join(close)} is within the uncertainty.{further}"
+        return f"{ap}, which no interval of another finalist reaches."
+    close = state.close_to_best()
+    text = f"There is no winner: {ap}, and the intervals of {', '.join(c.label for c in close)} overlap with it."
+    leads = [(c.label, bounds) for c in close if (bounds := state.intervals.get("leads", {}).get(c.label))]
+    ahead = [f"{label} by {_percent(low)} to {_percent(high)}" for label, (low, high) in leads if low > 0]
+    if ahead:
+        text += f" On the same images it is ahead of {', '.join(ahead)}, but each was trained once."
+    fast = min((c for c in [best, *close] if c.measured.get("ms")), key=lambda c: c.measured["ms"], default=None)
+    return text + (
+        f" Of these, {fast.label} is the fastest ({fast.measured['ms']:.0f} ms)." if fast is not None else ""
+    )
 
 
 def next_command(state: Comparison, source: str) -> str:

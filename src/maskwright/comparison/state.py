@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,14 +93,20 @@ class Comparison:
         return sorted(known, key=lambda c: (c.out is not None, -(c.out or 0), -c.score))
 
     def winner(self) -> Candidate | None:
-        """The best candidate if its lead over every other one of the last round is certain; otherwise None."""
+        """The best candidate if its AP is certainly higher than that of every other one of the last round.
+
+        Certainly: their intervals do not overlap. That a difference on the same images excludes zero is not enough, as
+        each system was trained once and another seed changes it too.
+        """
         finalists = [c for c in self.ranking() if c.out is None]
-        if not finalists:
-            return None
-        leads = self.intervals.get("leads", {})
-        if len(finalists) > 1 and not all(leads.get(c.label, [0.0])[0] > 0 for c in finalists[1:]):
-            return None
-        return finalists[0]
+        return finalists[0] if finalists and not self.close_to_best() else None
+
+    def close_to_best(self) -> list[Candidate]:
+        """The other candidates of the last round whose interval of AP overlaps with that of the best, or is unknown."""
+        finalists = [c for c in self.ranking() if c.out is None]
+        known = self.intervals.get("AP", {})
+        lower, _ = known.get(finalists[0].label, (-math.inf, math.inf)) if finalists else (0.0, 0.0)
+        return [c for c in finalists[1:] if not known.get(c.label, (0.0, math.inf))[1] < lower]
 
     def save(self, folder: Path) -> Path:
         """Write the file; weights in the folder are written relative to it, so that it can be moved."""
