@@ -35,7 +35,8 @@ import maskwright as mw
 from benchmarks.narrow import narrow
 from maskwright.data import Scenes, open_dataset
 from maskwright.files import write_json
-from maskwright.systems import PromptableSystem, ProposalSystem, presets, system_class
+from maskwright.systems import ProposalSystem, presets, system_class
+from maskwright.systems.kinds.promptable import PromptableSystem
 from maskwright.training.pretrained import fitting_weights
 
 RECALLS = ("segm/AR10", "segm/AR100")
