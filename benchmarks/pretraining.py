@@ -36,7 +36,7 @@ class Recipe:
         steps: Training steps.
         changes: Fields of the training recipe.
         classes: Whether outlines are classes; otherwise every object is "object".
-        resize: Size of the input while learning; the file has that of the preset.
+        learning: Groups of options while learning, such as the size of the input; the file has those of the preset.
         kept: Number of classes that stay in the file, see `condensed`; None: all.
         then: A second stage that goes on with the result: its options, steps and fields of the training recipe.
     """
@@ -47,7 +47,7 @@ class Recipe:
     steps: int
     changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     classes: bool = True
-    resize: Mapping[str, Any] | None = None
+    learning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     kept: int | None = None
     then: tuple[Mapping[str, Any], int, Mapping[str, Any]] | None = None
 
@@ -55,17 +55,22 @@ class Recipe:
 # Narrower than the presets: a file is at most 25 MB, and ResNet-18 alone has 22.4.
 NARROW = {"neck_width": 64, "boxes": {"width": 256}, "masks": {"width": 64}}
 FEWER = {"decoder": {"layers": 3, "hidden": 256}, "encoder_hidden": 256}
-SQUARE = {"short": 224, "long": 224}
+SQUARE = {"resize": {"short": 224, "long": 224}}
 CONVOLUTIONS = {"lr": 5e-4, "ema": 0.998, "amp": "bf16"}
+POINTS = {"points": 512}  # a mask of 40 x 40 has no use for 2,048 points, which take most of the time
 QUERIES = {"ema": 0.998, "amp": "bf16"}
 RECIPES = {
-    "mask-rcnn": Recipe("mask-rcnn-small", NARROW, 192, 4000, {**CONVOLUTIONS, "batch": 4}, resize=SQUARE,
+    "mask-rcnn": Recipe("mask-rcnn-small", NARROW, 192, 4000, {**CONVOLUTIONS, "batch": 4}, learning=SQUARE,
                          kept=100),
-    "solov2": Recipe("solov2-small", {"neck_width": 64}, 192, 4000, {**CONVOLUTIONS, "batch": 4}, resize=SQUARE),
+    "solov2": Recipe("solov2-small", {"neck_width": 64}, 192, 4000, {**CONVOLUTIONS, "batch": 4},
+                     learning=SQUARE),
     "mask2former": Recipe("mask2former-small", FEWER, 160, 3000, {**QUERIES, "batch": 8, "lr": 2e-4},
-                          resize={"short": 160, "long": 160}),
-    "eomt": Recipe("eomt-small", {"table": 20}, 128, 4000, {**QUERIES, "batch": 16, "lr": 3e-4},
-                   resize={"canvas": [128, 128]}),
+                          learning={"resize": {"short": 160, "long": 160}, "loss": POINTS}),
+    "eomt": Recipe("eomt-small", {"table": 20}, 160, 4000, {**QUERIES, "batch": 16, "lr": 3e-4},
+                   learning={"resize": {"canvas": [160, 160]}, "loss": POINTS},
+                   # Attention over the tokens of the preset's canvas is learnt for a while too.
+                   then=({"resize": {"canvas": [320, 320]}}, 600,
+                         {**QUERIES, "batch": 4, "lr": 1e-4, "warmup": 50, "ema": 0.99})),
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",
                   {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
@@ -89,6 +94,11 @@ def images(recipe: Recipe, count: int, seed: int, nuclei: str | None) -> Dataset
     if nuclei is not None:
         parts.append((open_dataset(nuclei, "train"), 0.15))
     return Mixture(parts, count, seed)
+
+
+def stated(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a group of options that have a value."""
+    return {name: value for name, value in group.items() if value is not None}
 
 
 def condensed(system: mw.System, count: int) -> mw.System:
@@ -134,7 +144,7 @@ def main() -> None:
         )  # fmt: skip
 
     folder = arguments.out / arguments.name
-    learning = recipe.options if recipe.resize is None else {**recipe.options, "resize": recipe.resize}
+    learning = {**recipe.options, **recipe.learning}
     kind = learned(recipe.preset, folder, steps, arguments.seed, recipe.changes, options=learning)
     if recipe.then is not None:
         options, more, changes = recipe.then
@@ -143,11 +153,8 @@ def main() -> None:
         kind = learned(
             mw.load(kind, **options), arguments.out / f"{arguments.name}-2", more, arguments.seed + 1, changes
         )
-    if recipe.resize is None:
-        system = mw.load(kind)
-    else:
-        published = mw.create(recipe.preset, **recipe.options).options["resize"]
-        system = mw.load(kind, resize={name: value for name, value in published.items() if value is not None})
+    published = mw.create(recipe.preset, **recipe.options).options
+    system = mw.load(kind, **{name: stated(published[name]) for name in recipe.learning})
     if recipe.kept is not None:
         system = condensed(system, recipe.kept)
     source = {

@@ -89,8 +89,8 @@ def _pixels(about: Mapping[str, Any]) -> int | None:
     if len(words) < 2 or words[1] not in RECIPES:
         return None
     recipe, preprocess = RECIPES[words[1]], preprocess_of(about)
-    if recipe.resize is not None:
-        preprocess = mw.create(recipe.preset, **{**recipe.options, "resize": recipe.resize}).preprocess
+    if recipe.learning:
+        preprocess = mw.create(recipe.preset, **{**recipe.options, **recipe.learning}).preprocess
     if preprocess is None:
         return None
     height, width = preprocess.size(recipe.size, recipe.size)
