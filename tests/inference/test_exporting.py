@@ -21,11 +21,14 @@ import torch
 from PIL import Image
 
 import maskwright as mw
-from maskwright.checkpoints import call_specs
+from maskwright.blocks import solo_grid
+from maskwright.checkpoints import call_specs, runtimes
 from maskwright.data.scenes import Scenes
-from maskwright.errors import CheckpointError, UsageError
-from maskwright.inference.exporting import export_int8, prompted, quantising, writing
+from maskwright.errors import CheckpointError, DataError, ImageError, UsageError
+from maskwright.inference.exporting import export_int8, graphs, prompted, quantising, quantising_onnx, writing
+from maskwright.inference.journal import digest
 from maskwright.structures import Instances, Prompts
+from maskwright.web.assistant import Assistant, Prompt
 from tests.systems.tiny import build
 
 onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
@@ -115,6 +118,15 @@ def test_tiles_and_other_sizes_and_no_objects(two_stage):
     assert len(mw.predict(exported, image, score_threshold=1.0, device="cpu").found()) == 0
 
 
+def test_an_exported_system_has_a_digest(two_stage, tmp_path):
+    def other(model):
+        entry(model, "source").value = '{"note": "another"}'
+
+    own, again = (digest(mw.load(two_stage[1])) for _ in range(2))
+    assert own == again
+    assert digest(mw.load(changed(two_stage[1], tmp_path / "model.onnx", other))) != own
+
+
 def test_evaluation_gives_the_same_figures(two_stage):
     system, path = two_stage
     data = Scenes(3, (96, 144), seed=3, classes=("disc", "ring"))
@@ -134,14 +146,60 @@ def test_what_an_exported_system_cannot_do_is_stated(two_stage, tmp_path):
         mw.export(exported, tmp_path / "again.onnx")
     with pytest.raises(UsageError, match=r"resize cannot be changed in an exported file"):
         mw.load(path, resize={"short": 200})
+    for device in ("cuda", "cuda:1", "unknown"):
+        with pytest.raises(UsageError, match=f"computes on the CPU, not on '{device}'"):
+            mw.load(path, device=device)
     with pytest.raises(UsageError, match="computes on the CPU, not on 'cuda'"):
-        mw.load(path, device="cuda")
+        mw.predict(exported, images(1)[0], device="cuda")
+    with pytest.raises(UsageError, match="classes cannot be changed in an exported file"):
+        mw.load(path, classes=())
     with pytest.raises(UsageError, match="not in bfloat16"):
         mw.predict(exported, images(1)[0], dtype="bfloat16", device="cpu")
     with pytest.raises(UsageError, match="compile does not apply to an exported system"):
         mw.predict(exported, images(1)[0], compile=True, device="cpu")
     with pytest.raises(UsageError, match=r"must end in \.onnx or \.xml"):
         mw.export(system, tmp_path / "model.pt")
+
+
+def test_exported_systems_compute_on_the_cpu_in_what_their_runtime_has(two_stage, monkeypatch):
+    """Where there is a GPU, and a processor with bfloat16, nothing needs to be chosen."""
+    from maskwright.inference import preparing
+
+    exported, image = mw.load(two_stage[1]), images(1)[0]
+    alone = mw.predict(exported, image, score_threshold=0.3, device="cpu").found()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(preparing, "has_bfloat16", lambda device: True)
+    for options in ({}, {"device": "auto"}, {"dtype": "auto"}):
+        found = mw.predict(exported, image, score_threshold=0.3, **options).found()
+        assert torch.equal(found.boxes, alone.boxes)
+    data = Scenes(1, (96, 144), seed=3, classes=("disc", "ring"))
+    assert mw.evaluate(exported, data, dtype="auto").protocol.precision == "float32"
+
+
+def test_where_a_file_cannot_be_written_is_found_before_anything_is_converted(tmp_path, monkeypatch):
+    for module in (writing, graphs, prompted, quantising):
+        monkeypatch.setattr(module, "loaded_for_export", lambda system: pytest.fail("loaded"))
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "model.bin").mkdir()
+    (tmp_path / "sam.decoder.onnx").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    for out, words in (
+        ("folder.onnx", "is a folder"),
+        ("file/model.onnx", "not a folder"),
+        ("model.xml", "model.bin.*is a folder"),
+    ):
+        for form in ("networks", "graph"):
+            with pytest.raises(CheckpointError, match=words):
+                mw.export("model.safetensors", tmp_path / out, form=form)
+        with pytest.raises(CheckpointError, match=words):
+            export_int8("model.safetensors", tmp_path / out, "scenes")
+    with pytest.raises(CheckpointError, match=r"sam\.decoder\.onnx.*is a folder"):
+        prompted.export_prompted(build("sam"), tmp_path / "sam.onnx")
+    monkeypatch.setattr(writing.os, "access", lambda path, mode: False)
+    with pytest.raises(CheckpointError, match="permission denied"):
+        mw.export("model.safetensors", tmp_path / "new" / "model.onnx")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_file_that_differs_is_not_written(two_stage, tmp_path, monkeypatch):
@@ -224,6 +282,15 @@ def test_an_exported_promptable_system_answers_prompts_as_the_checkpoint(tmp_pat
         torch.testing.assert_close(refined[1], refined[0], rtol=1e-4, atol=1e-4)
     options = {"points_per_side": 3, "score_threshold": 0.0, "stability_score_thresh": 0.0}
     assert_same(system.predict(pixels, **options).instances, exported.predict(pixels, **options).instances)
+    source: Any = SimpleNamespace(
+        content=lambda index: 32 * "0", read=lambda index: pixels, size=lambda index: (96, 144)
+    )
+    answers = []
+    for each in (system, exported, exported):  # with the embedding of the first, and with that on the disk
+        assistant = Assistant(source, each, tmp_path / "embeddings")
+        answers.append(assistant.answer(0, Prompt(((72.0, 48.0, 1),))).counts)
+    assert answers[1] == answers[2]
+    assert assistant.page_decoder is None
     with pytest.raises(UsageError, match="was computed by sam-"):
         exported.segment(build("sam", points_per_side=7).eval().embed(batch.images, [placement])[0], given)
 
@@ -341,6 +408,10 @@ def test_hostile_descriptions_are_refused(two_stage, tmp_path):
             "maskwright.systems.families.two_stage:Raw", "maskwright.files:AtomicFile"
         )
 
+    def renamed_field(model):
+        networks = entry(model, "networks")
+        networks.value = networks.value.replace('"objectness"', '"objects"')
+
     def nothing(model):
         entry(model, "networks").value = "[[[["
 
@@ -383,6 +454,7 @@ def test_hostile_descriptions_are_refused(two_stage, tmp_path):
         (more_classes, r"is \(.*\), but has the shape .* with the options and classes"),
         (loop, "the operator 'Loop', which may never end"), (doubled, "far too often"), (itself, "far too often"),
         (operators, "has the operator"), (huge, "the weights do not match the options"), (classes, "does not have"),
+        (renamed_field, "description of the networks is invalid"),
         (nothing, "description of the networks is missing"), (other, "form='networks'"),
     ):  # fmt: skip
         with pytest.raises(CheckpointError, match=words):
@@ -412,6 +484,43 @@ def test_values_and_specs_correspond():
 def test_invalid_specs_are_refused(spec):
     with pytest.raises(CheckpointError):
         call_specs.check(spec, "file")
+
+
+@pytest.mark.fast
+def test_descriptions_of_calls_fit_together():
+    raw = "maskwright.systems.families.sliding:Windows"
+    with pytest.raises(CheckpointError, match="is invalid"):
+        call_specs.check({"c": raw, "f": {"boxes": {"i": 1}}}, "file")
+    size = {"d": "n1", "scale": [1, 4]}
+    inputs = {"l": [{"t": "x0", "dtype": "float32", "shape": ["n0", 3, "n1", "n2"]}]}
+    call_specs.check_sizes(inputs, {"u": [size]}, "file")
+    with pytest.raises(CheckpointError, match="is invalid"):
+        call_specs.check_sizes({"l": []}, {"u": [size]}, "file")
+
+
+def test_weights_of_an_openvino_file_have_a_checksum(tmp_path):
+    if importlib.util.find_spec("openvino") is None:
+        pytest.skip("the extra openvino is not installed")
+    ov = runtimes.import_openvino()
+    for name, factor in (("a", 2.0), ("b", 3.0)):
+        x = ov.opset13.parameter([1, 64], np.float32, name="dense/x0")
+        y = ov.opset13.multiply(x, ov.opset13.constant(np.full((1, 64), factor, np.float32)))
+        writing.save_openvino(ov.Model([y], [x], name), {"format": "maskwright-networks"}, tmp_path / f"{name}.xml")
+    assert runtimes.open_runtime(tmp_path / "a.xml").metadata["format"] == "maskwright-networks"
+    other, own = (tmp_path / "b.bin").read_bytes(), (tmp_path / "a.bin").read_bytes()
+    for weights in (other, own[:40] + b"\x01" + own[41:]):
+        (tmp_path / "a.bin").write_bytes(weights)
+        with pytest.raises(CheckpointError, match=r"weights in a\.bin do not match their checksum"):
+            runtimes.open_runtime(tmp_path / "a.xml")
+
+
+@pytest.mark.fast
+def test_a_map_of_one_cell_has_its_coordinates_in_exported_networks_too(monkeypatch):
+    maps = [torch.zeros(1, 4, *size) for size in ((1, 9), (5, 1), (1, 1), (4, 3))]
+    own = [solo_grid.coordinates(each) for each in maps]
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    for each, wanted in zip(maps, own, strict=True):
+        torch.testing.assert_close(solo_grid.coordinates(each), wanted)
 
 
 # In a process of its own: nncf changes functions of torch when it is imported.
@@ -491,6 +600,127 @@ def test_int8_that_loses_too_much_is_not_written(tmp_path, monkeypatch):
     assert done.layers == "the network of the image but its output layers"
     assert done.drop == pytest.approx(0.4)
     assert (tmp_path / "int8.onnx").read_bytes() == b"int8"
+
+
+@pytest.fixture
+def measured(monkeypatch) -> dict[str, Any]:
+    """`export_int8` without conversion and measurement: the AP that each file has, and what was read and written."""
+    seen: dict[str, Any] = {"figures": [60.0, 60.0], "files": [], "levels": quantising.LADDER}
+    figures = iter(range(9))
+
+    def exported(system, path, image=None):
+        seen["files"].append(path)
+        path.write_bytes(b"float")
+        return SimpleNamespace(path=path, size=5)
+
+    def quantised(system, feeds, level, path):
+        seen["files"].append(path)
+        if level not in seen["levels"]:
+            return False
+        path.write_bytes(b"int8")
+        return True
+
+    def measure(system, data, size):
+        return quantising.Figures("segm/AP", seen["figures"][next(figures)], 1.0, 1.0, size)
+
+    monkeypatch.setattr(quantising, "import_nncf", lambda: None)
+    monkeypatch.setattr(quantising, "export", exported)
+    monkeypatch.setattr(quantising, "load_exported", lambda path: path)
+    monkeypatch.setattr(quantising, "record", lambda system, images, folder: seen.update(images=images))
+    monkeypatch.setattr(quantising, "quantise", quantised)
+    monkeypatch.setattr(quantising, "_figures", measure)
+    return seen
+
+
+def write_part(folder: Path, split: str, count: int) -> None:
+    """A part of a data set in COCO's format, with an object in each image."""
+    (folder / split).mkdir(parents=True)
+    (folder / "annotations").mkdir(exist_ok=True)
+    for number in range(count):
+        Image.new("RGB", (32, 32), (50 * number, 90, 90)).save(folder / split / f"{number}.png")
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.png", "height": 32, "width": 32} for n in range(count)],
+        "annotations": [
+            {"id": n + 1, "image_id": n, "category_id": 1, "bbox": [4, 4, 8, 8], "area": 64, "iscrowd": 0,
+             "segmentation": [[4, 4, 12, 4, 12, 12, 4, 12]]}
+            for n in range(count)
+        ],
+        "categories": [{"id": 1, "name": "a"}],
+    }  # fmt: skip
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def test_int8_is_calibrated_on_the_part_train_if_there_is_one(measured, tmp_path):
+    data = tmp_path / "data"
+    for split, count in (("val", 2), ("train", 3)):
+        write_part(data, split, count)
+        export_int8(build("yolact"), tmp_path / "int8.onnx", data)
+        measured["figures"] *= 2
+        assert len(measured["images"]) == count
+    (data / "annotations" / "instances_train.json").write_text("{")
+    with pytest.raises(DataError, match="instances_train"):  # a damaged part is not replaced by another
+        export_int8(build("yolact"), tmp_path / "int8.onnx", data)
+
+
+def test_int8_whose_loss_cannot_be_measured_is_not_written(measured, tmp_path):
+    measured["figures"] = [-100.0, -100.0]
+    with pytest.raises(UsageError, match="segm/AP is undefined on the 2 images"):
+        export_int8(build("yolact"), tmp_path / "int8.onnx", Scenes(2, (96, 144), seed=3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_without_a_quantised_layer_is_no_int8_file(measured, tmp_path):
+    """Of a system whose networks have no backbone, that level would be the float32 file."""
+    measured["figures"], measured["levels"] = [60.0, 40.0, 41.0, 60.0], ("every", "all")
+    with pytest.raises(CheckpointError, match=r"20\.00 with all layers in int8; 19\.00 with all networks .* in int8\)"):
+        export_int8(build("yolact"), tmp_path / "int8.onnx", Scenes(2, (96, 144), seed=3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_without_layers_of_a_backbone_are_not_quantised_at_its_level(two_stage, monkeypatch):
+    monkeypatch.setattr(quantising_onnx, "import_nncf", lambda: None)
+    model = mw.load(two_stage[1]).__dict__["_runtime"].part("boxes")
+    assert quantising_onnx.quantised_part(model, "boxes", [], "backbone") is None
+
+
+@pytest.mark.parametrize("name", ["float.xml", "float32.xml", "every.onnx"])
+def test_int8_does_not_overwrite_the_file_that_it_is_made_from(measured, name, tmp_path):
+    export_int8(build("yolact"), tmp_path / name, Scenes(2, (96, 144), seed=3))
+    first, second = measured["files"]
+    assert first != second
+    assert (tmp_path / name).read_bytes() == b"int8"
+
+
+def test_figures_of_int8_are_points_of_ap(monkeypatch):
+    for value in (0.005, 0.5, 1.0, 1.0000000002):
+        summary = {"bbox/AP": 0.1, "segm/AP": value}
+        monkeypatch.setattr(quantising, "evaluate", lambda *a, summary=summary, **k: SimpleNamespace(summary=summary))
+        monkeypatch.setattr(quantising, "predict", lambda *a, **k: None)
+        found = quantising._figures(build("yolact"), Scenes(1, (32, 32)), 5)
+        assert found.value == pytest.approx(100 * value)
+
+
+def test_images_that_cannot_be_read_do_not_calibrate(two_stage, tmp_path):
+    class Damaged(Scenes):
+        def __getitem__(self, index):
+            if index == 0:
+                raise ImageError("0.png: damaged")
+            return super().__getitem__(index)
+
+    exported = mw.load(two_stage[1])
+    quantising.record(exported, Damaged(2, (96, 144), seed=3), tmp_path)
+    assert len(list((tmp_path / "dense").iterdir())) == 1
+    with pytest.raises(UsageError, match="no image to calibrate on"):
+        quantising.record(exported, Damaged(1, (96, 144), seed=3), tmp_path)
+
+
+def test_the_events_of_onnx_runtime_are_turned_off(two_stage, monkeypatch):
+    import onnxruntime
+
+    calls = []
+    monkeypatch.setattr(onnxruntime, "disable_telemetry_events", lambda: calls.append("off"))
+    mw.load(two_stage[1])
+    assert calls == ["off"]
 
 
 def test_openvino_and_nncf_report_nothing(tmp_path):

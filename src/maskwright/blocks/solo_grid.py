@@ -124,5 +124,6 @@ def conv_norm(channels_in: int, channels: int, kernel: int, deformable: bool, mo
 def _steps(count: int, device: torch.device) -> Float[Tensor, " _n"]:
     """Equal steps from -1 to 1."""
     if torch.compiler.is_exporting():  # the number of steps of linspace would be fixed in the exported network
-        return 2 * torch.arange(count, device=device, dtype=torch.float32) / (count - 1) - 1
+        steps = torch.arange(count, device=device, dtype=torch.float32)
+        return 2 * steps / steps[-1:].clamp(min=1) - 1
     return torch.linspace(-1, 1, count, device=device)

@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from importlib import import_module
 from typing import Any, cast
 
@@ -226,7 +226,8 @@ def check(spec: Any, path: str) -> Spec:
             own: Any = entry.get("f")
             if not isinstance(entry["c"], str) or not isinstance(own, dict):
                 return False
-            _class_of(entry["c"])
+            if not _fits(_class_of(entry["c"]), cast(dict[str, Any], own)):
+                return False
             return all(visit(each, depth + 1) for each in cast(dict[str, Any], own).values())
         parts: Any = entry.get("l", entry.get("u"))
         return isinstance(parts, list) and all(visit(each, depth + 1) for each in cast(list[Any], parts))
@@ -234,6 +235,26 @@ def check(spec: Any, path: str) -> Spec:
     if not visit(spec, 0):
         raise CheckpointError(f"{path}: its description of the networks is invalid; export the system again")
     return cast(Spec, spec)
+
+
+def _fits(kind: Any, values: Mapping[str, Any]) -> bool:
+    """Whether a dataclass or named tuple can be made from values of these names."""
+    if is_dataclass(kind):
+        known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind) if f.init}
+    else:
+        known = {name: name not in kind._field_defaults for name in kind._fields}
+    return set(values) <= set(known) and all(name in values for name, needed in known.items() if needed)
+
+
+def check_sizes(inputs: Spec, output: Spec, path: str) -> None:
+    """Checks that the integers of a call follow from dimensions of its arguments.
+
+    Raises:
+        CheckpointError: If one follows from a dimension that no argument has.
+    """
+    known = {size for leaf in tensors_of(inputs) for size in leaf["shape"] if isinstance(size, str)}
+    if any("d" in leaf and leaf["d"] not in known for leaf in (*leaves(inputs), *leaves(output))):
+        raise CheckpointError(f"{path}: its description of the networks is invalid; export the system again")
 
 
 def _is_size(value: Any) -> bool:

@@ -81,7 +81,9 @@ def load_exported(
         MissingExtraError: If its runtime is not installed.
     """
     if classes is not None or variant is not None or overrides:
-        given = ", ".join([*overrides, *(["classes"] if classes else []), *(["variant"] if variant else [])])
+        given = ", ".join(
+            [*overrides, *(["classes"] if classes is not None else []), *(["variant"] if variant else [])]
+        )
         raise UsageError(
             f"{path}: {given} cannot be changed in an exported file; change the checkpoint, and export it again"
         )
@@ -145,9 +147,9 @@ def _parts(path: Path, text: str) -> list[Part]:
         name, network = own.get("name"), own.get("network")
         if not isinstance(name, str) or not isinstance(network, str) or "/" in name:
             raise CheckpointError(f"{path}: its description of the networks is invalid; export the system again")
-        result.append(
-            Part(name, network, *(call_specs.check(own.get(kind), str(path)) for kind in ("inputs", "output")))
-        )
+        inputs, output = (call_specs.check(own.get(kind), str(path)) for kind in ("inputs", "output"))
+        call_specs.check_sizes(inputs, output, str(path))
+        result.append(Part(name, network, inputs, output))
     return result
 
 

@@ -64,7 +64,7 @@ def load(
     """
     path, entry = _locate(source, commercial_ok)
     if path.suffix.lower() in SUFFIXES and path.is_file():
-        if device not in (None, "auto") and torch.device(device).type != "cpu":
+        if device not in (None, "auto") and str(device).partition(":")[0] != "cpu":
             raise UsageError(f"{path}: an exported system computes on the CPU, not on {str(device)!r}; use 'cpu'")
         system = load_exported(path, classes, variant, overrides)
         _check_licence(str(path), system.source or {}, commercial_ok)

@@ -9,7 +9,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from maskwright.errors import CheckpointError, MissingExtraError, UsageError
 SUFFIXES = (".onnx", ".xml")
 KEY = "maskwright"  # of our metadata in OpenVINO's runtime information
 CRC = "weights_crc32"
+BIN_CRC = "bin_crc32"  # of the file with the weights of an .xml file
 LARGEST_ONNX = (1 << 31) - 1  # bytes, of protocol buffers
 _DOMAINS = ("", "ai.onnx")
 # Operators that repeat others, as often as a value says; no network that is exported here has any.
@@ -32,11 +33,13 @@ class Runtime(ABC):
 
     Attributes:
         name: Name of the runtime.
+        precisions: What `prepare` accepts.
         metadata: Our entries in the file.
         size: Size of the file in bytes.
     """
 
     name: str
+    precisions: ClassVar[tuple[str, ...]]
     metadata: dict[str, str]
     size: int
 
@@ -78,6 +81,23 @@ def open_runtime(path: Path) -> Runtime:
     return kind(path)
 
 
+def import_onnxruntime() -> Any:
+    """The package onnxruntime, which does not report its use.
+
+    Its builds for Windows give events of models and sessions to the telemetry of Windows, unless told not to.
+
+    Raises:
+        MissingExtraError: If onnxruntime is not installed.
+    """
+    try:
+        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError:
+        raise MissingExtraError("onnxruntime", "export") from None
+    runtime: Any = onnxruntime
+    runtime.disable_telemetry_events()
+    return runtime
+
+
 def import_openvino() -> Any:
     """The package openvino, which does not report its use.
 
@@ -116,14 +136,15 @@ class OnnxRuntime(Runtime):
     """The parts of an ONNX file, each a session of ONNX Runtime on the CPU."""
 
     name = "ONNX Runtime"
+    precisions = ("float32",)
 
     def __init__(self, path: Path):
+        self._ort: Any = import_onnxruntime()
         try:
             import onnx
-            import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
         except ImportError:
-            raise MissingExtraError("onnxruntime", "export") from None
-        self.path, self._onnx, self._ort = path, onnx, onnxruntime
+            raise MissingExtraError("onnx", "export") from None
+        self.path, self._onnx = path, onnx
         self.size = path.stat().st_size
         if self.size > LARGEST_ONNX:
             raise CheckpointError(f"{path}: larger than 2 GB, which an ONNX file cannot be; export the system again")
@@ -143,7 +164,7 @@ class OnnxRuntime(Runtime):
             raise CheckpointError(f"{path}: its weights do not match their checksum; the file is damaged, export again")
 
     def prepare(self, parts: Sequence[str], dtype: str = "float32") -> None:
-        if dtype != "float32":
+        if dtype not in self.precisions:
             raise UsageError(
                 f"{self.path}: ONNX Runtime computes an exported system in the precision of the file (float32 or "
                 f"int8), not in {dtype}; export to OpenVINO for bfloat16"
@@ -199,6 +220,15 @@ def weights_crc(model: Any) -> str:
     value = 0
     for tensor in model.graph.initializer:
         value = zlib.crc32(tensor.raw_data, zlib.crc32(tensor.name.encode(), value))
+    return f"{value:08x}"
+
+
+def file_crc(path: Path) -> str:
+    """The checksum of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while data := file.read(1 << 22):
+            value = zlib.crc32(data, value)
     return f"{value:08x}"
 
 
@@ -327,6 +357,7 @@ class OpenVino(Runtime):
     """The parts of an OpenVINO file (.xml and .bin), each compiled for the CPU."""
 
     name = "OpenVINO"
+    precisions = ("float32", "bfloat16")
 
     def __init__(self, path: Path):
         self.path, self._ov = path, import_openvino()
@@ -350,17 +381,21 @@ class OpenVino(Runtime):
             ) from None
         for operator in self.model.get_ops():
             _refuse_loop(operator.get_type_name(), path)
+        if BIN_CRC in about and about[BIN_CRC] != file_crc(weights):
+            raise CheckpointError(
+                f"{path}: its weights in {weights.name} do not match their checksum; the file is damaged or that of "
+                "another model, export again"
+            )
         self.metadata = about
         self._compiled: dict[tuple[str, str], Any] = {}
         self._lock = threading.Lock()  # a compiled model answers one call at a time
         self._dtype = "float32"
 
     def prepare(self, parts: Sequence[str], dtype: str = "float32") -> None:
-        hints = {"float32": "f32", "bfloat16": "bf16"}
-        if dtype not in hints:
+        if dtype not in self.precisions:
             raise UsageError(f"{self.path}: OpenVINO computes on the CPU in float32 or bfloat16, not in {dtype}")
         settings = {
-            "INFERENCE_PRECISION_HINT": hints[dtype],
+            "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
         }

@@ -113,8 +113,8 @@ def evaluate(
     scores = {} if threshold is None else {"score_threshold": threshold}
     options = checked_options(verb, system.name, {**thresholds, **scores, **limits})
     lowest = default_of(verb, "score_threshold") if threshold is None else threshold
-    place = chosen_device(device)
-    dtype = chosen_dtype(dtype, place)
+    place = chosen_device(device, system)
+    dtype = chosen_dtype(dtype, place, system)
     kind = precision(dtype)
     opened = open_dataset(data, split, panoptic=asked.segments or None) if isinstance(data, (str, Path)) else data
     dataset = asked.view(as_dataset(opened), system)

@@ -118,7 +118,7 @@ def evaluate_clips(
     clips = _limited(open_clips(data, split), limit)
     labels = None if clips.classless else match_classes(system.classes, clips.classes)
     follower = make_tracker(tracker, **(tracker_options or {})) if isinstance(tracker, str) else tracker
-    place = chosen_device(device)
+    place = chosen_device(device, system)
     ready = prepare(system, place, dtype, compile)
     evaluator = ClipEvaluator(clips)
     stream = None if out is None else RecordStream(Path(out) / TRACKED)

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from maskwright.checkpoints.exported import runtime_of
 from maskwright.errors import DataError
 from maskwright.files import write_errors_as
 from maskwright.structures import Instances, Masks
@@ -120,8 +121,11 @@ def identity(path: Path) -> dict[str, Any]:
 
 
 def digest(system: System) -> str:
-    """A digest of the weights of a system."""
-    value = hashlib.sha256()
+    """A digest of the weights of a system; of an exported one, of what its file says, which has their checksum."""
+    value, runtime = hashlib.sha256(), runtime_of(system)
+    if runtime is not None:
+        value.update(f"{runtime.name} {runtime.size} {sorted(runtime.metadata.items())}".encode())
+        return value.hexdigest()
     for name, tensor in sorted(system.state_dict().items()):
         value.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         plain = tensor.detach().cpu().contiguous()

@@ -46,8 +46,8 @@ def prepare(
     Raises:
         UsageError: If the device is not available or the dtype is not one of the three.
     """
-    place = chosen_device(device)
-    dtype = chosen_dtype(dtype, place)
+    place = chosen_device(device, system)
+    dtype = chosen_dtype(dtype, place, system)
     kind = precision(dtype)
     if compile not in (True, False, "frozen"):
         raise UsageError(f"compile must be True, False or 'frozen', got {compile!r}")
@@ -118,12 +118,20 @@ def fold(module: nn.Module) -> int:
     return count
 
 
-def chosen_device(device: torch.device | str | None) -> torch.device:
+def chosen_device(device: torch.device | str | None, system: System | None = None) -> torch.device:
     """The device of this name; None or "auto": a GPU if there is one, otherwise the CPU.
 
+    Args:
+        device: Its name.
+        system: What it will compute. An exported system, whose runtime computes on the CPU, takes no other device.
+
     Raises:
-        UsageError: If there is no such device.
+        UsageError: If there is no such device, or `system` cannot be computed on it.
     """
+    if system is not None and runtime_of(system) is not None:
+        if device not in (None, "auto") and str(device).partition(":")[0] != "cpu":
+            raise UsageError(f"an exported system computes on the CPU, not on {str(device)!r}; use 'cpu'")
+        return torch.device("cpu")
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -143,12 +151,20 @@ def precision(dtype: str) -> torch.dtype:
     return PRECISIONS[dtype]
 
 
-def chosen_dtype(dtype: str, device: torch.device) -> str:
+def chosen_dtype(dtype: str, device: torch.device, system: System | None = None) -> str:
     """The dtype of this name; for "auto" bfloat16 where `device` computes it faster than float32.
+
+    Args:
+        dtype: Its name.
+        device: Where to compute.
+        system: What it will compute. "auto" is float32 for an exported system whose runtime has nothing else.
 
     Raises:
         UsageError: If there is no such dtype.
     """
+    runtime = None if system is None else runtime_of(system)
+    if dtype == "auto" and runtime is not None and "bfloat16" not in runtime.precisions:
+        return "float32"
     if dtype == "auto":
         return "bfloat16" if has_bfloat16(device) else "float32"
     precision(dtype)

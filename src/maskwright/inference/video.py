@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskwright.errors import UsageError
 from maskwright.inference.frames import Frames, PushedFrames, frame_number, open_frames
-from maskwright.inference.preparing import chosen_device, prepare
+from maskwright.inference.preparing import prepare
 from maskwright.ops.planes import axes, place_planes
 from maskwright.structures import Embedding, Instances, Masks, Prompts
 from maskwright.systems import System
@@ -110,7 +110,7 @@ class VideoSession:
         for name, value, least in whole:
             if value is not None and not (isinstance(value, int) and value >= least):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise UsageError(f"{name} must be an integer of at least {least}, got {value!r}")
-        ready = prepare(system, chosen_device(device), dtype, compile)
+        ready = prepare(system, device, dtype, compile)
         assert isinstance(ready, VideoSystem)
         self.system = ready
         self.frames: Frames = PushedFrames() if frames is None else open_frames(frames)

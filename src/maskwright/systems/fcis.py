@@ -118,7 +118,7 @@ class Dense(nn.Module):
         *_, before, last = self.backbone(images)
         logits, deltas = (maps[0] for maps in self.rpn([before]))
         background, objects = logits.chunk(2, 1)
-        rows, columns = (max(1, side // STRIDE) for side in size)  # the published code has no anchors beyond
+        rows, columns = (torch.sym_max(1, side // STRIDE) for side in size)  # the published code has no anchors beyond
         features = self.reduce(last)
         return Raw(
             self.scores(features), self.boxes(features), (objects - background)[..., :rows, :columns],

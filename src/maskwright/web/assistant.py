@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from maskwright.checkpoints.exported import is_exported
 from maskwright.checkpoints.shipping import first_with
 from maskwright.errors import UsageError
 from maskwright.inference.preparing import chosen_device, prepare
@@ -109,10 +110,11 @@ class Assistant:
         limit: int = LIMIT,
     ):
         self.source, self.device, self.dtype = source, device, dtype
-        self.system = promptable(prepare(promptable(system), chosen_device(device), dtype))
+        self.system = promptable(prepare(promptable(system), device, dtype))
         self.name = system.name
         self.store = EmbeddingStore(folder, self.system.fingerprint, limit)
-        self.page_decoder: PageDecoder | None = PageDecoder(self.system, folder)
+        # The decoder of an exported system has no weights from which that of the page could be made.
+        self.page_decoder = None if is_exported(self.system) else PageDecoder(self.system, folder)
         self._lock = threading.Lock()
         self._held = OrderedDict[int, Embedding]()
         self._under_way = dict[int, Future[Embedding]]()
@@ -159,7 +161,7 @@ class Assistant:
         content = self.source.content(index)
         embedding = self.store.get(content)
         if embedding is not None and embedding.image_size == self.source.size(index):
-            return embedding.to(next(self.system.mask_decoder.parameters()).device)
+            return embedding.to(chosen_device(self.device, self.system))
         embedding = encoded(self.system, self.source.read(index))
         self.store.put(content, embedding)
         return embedding

@@ -31,7 +31,7 @@ from maskwright.errors import ImageError, MaskwrightError, MissingExtraError, Us
 from maskwright.inference import predict
 from maskwright.inference.outputs import coco_document, label_plane
 from maskwright.inference.predicting import Prediction
-from maskwright.inference.preparing import chosen_device, prepare
+from maskwright.inference.preparing import prepare
 from maskwright.systems import System
 from maskwright.web.batching import Batcher, StoppedError
 from maskwright.web.guard import LOCAL_HOSTS, Rules, is_loopback
@@ -120,7 +120,7 @@ class PredictionServer:
     ):
         self.limits, self.token, self.hosts = limits or Limits(), token, hosts
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, "compile": compile}
-        self.system = prepare(system, chosen_device(device), dtype, compile)
+        self.system = prepare(system, device, dtype, compile)
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="maskwright-web")
         self._open, self._pixels, self._accepting = 0, 0, False
         self.registry = CollectorRegistry()

@@ -15,7 +15,7 @@ from typing import Any, cast
 from maskwright.errors import DataError, MaskwrightError, UsageError
 from maskwright.inference.journal import digest
 from maskwright.inference.predicting import predict
-from maskwright.inference.preparing import chosen_device, prepare
+from maskwright.inference.preparing import prepare
 from maskwright.structures import Instances
 from maskwright.systems import System
 from maskwright.web.assistant import Assistant
@@ -68,7 +68,7 @@ class Suggester:
         self.name, self.notify = system.name, notify
         self.mark = digest(system)[:12]
         self.device = device
-        self.system = prepare(system, chosen_device(device))
+        self.system = prepare(system, device)
         self._lock = threading.Lock()
         self._found = dict[int, tuple[Place, float]]()  # place of the objects, uncertainty
         self._failed = set[int]()

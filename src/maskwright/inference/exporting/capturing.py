@@ -67,10 +67,13 @@ def sizes_for_tracing(preprocess: Preprocess) -> tuple[tuple[int, int], tuple[in
     if preprocess.fit in ("inside", "stretch", "letterbox"):
         size = preprocess.padded_size(64, 64)
         return size, size
-    step = -(-32 // preprocess.multiple) * preprocess.multiple
+    multiple = preprocess.multiple
+    step = -(-32 // multiple) * multiple
     # Sides whose halves, rounded up, differ at every level, so that no two feature maps have an equal side by chance,
-    # and of which even the coarsest level has more than one cell.
-    return (10 * step, 13 * step), (7 * step, 9 * step)
+    # and of which even the coarsest level has more than one cell. Where sides need not be multiples of the strides,
+    # those of the second size are none, so that integers that the networks return follow from all sizes alike.
+    height, width = (-(-side // multiple) * multiple for side in (7 * step + 5, 9 * step + 3))
+    return (10 * step, 13 * step), (7 * step, 9 * step) if multiple % 32 == 0 else (height, width)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from maskwright.checkpoints.exported import GRAPH_FORMAT
 from maskwright.checkpoints.ours import metadata_of
-from maskwright.checkpoints.runtimes import CRC, SUFFIXES, weights_crc
+from maskwright.checkpoints.runtimes import CRC, weights_crc
 from maskwright.errors import CheckpointError, UsageError
 from maskwright.inference.exporting.checking import Difference, check_image, compare, timed
 from maskwright.inference.exporting.decoders import DECODERS, SEGMENTERS
@@ -29,7 +29,14 @@ from maskwright.inference.exporting.networks import OPSET, Convertible, convert
 from maskwright.inference.exporting.placing import Grid, Placed, place
 from maskwright.inference.exporting.prompted import export_prompted
 from maskwright.inference.exporting.running import open_session, require_runtime
-from maskwright.inference.exporting.writing import Exported, loaded_for_export, publish, staged, write_model
+from maskwright.inference.exporting.writing import (
+    Exported,
+    checked_target,
+    loaded_for_export,
+    publish,
+    staged,
+    write_model,
+)
 from maskwright.inference.preparing import prepare
 from maskwright.inference.sources import items, read
 from maskwright.ops.boxes import clip
@@ -144,9 +151,7 @@ def export_graph(
         UsageError: If the system cannot be exported in this form, or an argument is invalid.
         CheckpointError: If the graph differs by more than rounding; there is no file then.
     """
-    target = Path(out)
-    if target.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{target}: the file name of an exported system must end in {' or '.join(SUFFIXES)}")
+    target = checked_target(out)
     if task not in ("instances", "panoptic") or masks not in ("network", "image"):
         raise UsageError(
             f"task must be 'instances' or 'panoptic' and masks 'network' or 'image', got {task!r}, {masks!r}"

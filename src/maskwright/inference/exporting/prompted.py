@@ -19,13 +19,21 @@ from torch import Tensor, nn
 from maskwright.blocks.prompting import ABSENT, FIRST_CORNER, NOTHING
 from maskwright.checkpoints.exported import GRAPH_FORMAT
 from maskwright.checkpoints.ours import metadata_of
-from maskwright.checkpoints.runtimes import CRC, SUFFIXES, weights_crc
+from maskwright.checkpoints.runtimes import CRC, weights_crc
 from maskwright.errors import CheckpointError, UsageError
 from maskwright.inference.exporting.checking import Difference, check_image, relative_error, timed
 from maskwright.inference.exporting.networks import OPSET, Convertible, convert
 from maskwright.inference.exporting.placing import Grid, place, placed_in
 from maskwright.inference.exporting.running import open_session
-from maskwright.inference.exporting.writing import Exported, loaded_for_export, publish, staged, write_model
+from maskwright.inference.exporting.writing import (
+    Exported,
+    checked_target,
+    loaded_for_export,
+    part_path,
+    publish,
+    staged,
+    write_model,
+)
 from maskwright.inference.preparing import prepare
 from maskwright.inference.sources import items, read
 from maskwright.structures import Preprocess, Prompts
@@ -136,9 +144,7 @@ def export_prompted(system: PromptableSystem, out: str | Path, *, image: str | P
         UsageError: If the system cannot be exported.
         CheckpointError: If the graphs differ by more than rounding; there are no files then.
     """
-    target = Path(out)
-    if target.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{target}: the file name of an exported system must end in {' or '.join(SUFFIXES)}")
+    target = checked_target(out, PARTS)
     ready = prepare(loaded_for_export(system), "cpu")
     assert isinstance(ready, PromptableSystem)
     ready.uniform = True
@@ -160,18 +166,13 @@ def export_prompted(system: PromptableSystem, out: str | Path, *, image: str | P
             metadata = metadata_of(system, target) | {
                 "format": GRAPH_FORMAT, "torch": torch.__version__, "graph": json.dumps(about), CRC: weights_crc(model),
             }  # fmt: skip
-            final = named(target, name)
+            final = part_path(target, name)
             written[name] = write_model(model, metadata, folder / final.name)
         difference = _checked(ready, written, parts, pixels, target)
         for name, path in written.items():
-            size += publish(path, named(target, name))
+            size += publish(path, part_path(target, name))
     words = f"an image of any size, resized into {canvas[0]} x {canvas[1]}"
-    return Exported(named(target, "encoder"), ready.name, "graph", OPSET, size, difference, {"image": words})
-
-
-def named(target: Path, part: str) -> Path:
-    """The file of a part: NAME.onnx is NAME.encoder.onnx."""
-    return target.with_name(f"{target.stem}.{part}{target.suffix}")
+    return Exported(part_path(target, "encoder"), ready.name, "graph", OPSET, size, difference, {"image": words})
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -18,8 +19,8 @@ import numpy as np
 
 from maskwright.checkpoints.exported import Part, load_exported, parts_of, runtime_of
 from maskwright.checkpoints.runtimes import (
+    BIN_CRC,
     CRC,
-    SUFFIXES,
     OnnxRuntime,
     OpenVino,
     Runtime,
@@ -27,14 +28,16 @@ from maskwright.checkpoints.runtimes import (
     import_openvino,
     weights_crc,
 )
-from maskwright.data import evenly_spaced, open_dataset
-from maskwright.errors import CheckpointError, DataError, UsageError
+from maskwright.data import evenly_spaced, has_split, open_dataset
+from maskwright.data.images import reading
+from maskwright.errors import CheckpointError, ImageError, UsageError
 from maskwright.evaluation import Result
 from maskwright.inference.evaluating import evaluate
 from maskwright.inference.exporting.checking import timed
 from maskwright.inference.exporting.networks import joined
 from maskwright.inference.exporting.quantising_onnx import quantised_part
 from maskwright.inference.exporting.writing import (
+    checked_target,
     export,
     loaded_for_export,
     publish,
@@ -64,7 +67,7 @@ class Figures:
 
     Attributes:
         metric: Name of the measured figure, "segm/AP" for most systems.
-        value: The figure in points, 0 ... 100.
+        value: The figure in points, 0 ... 100; negative if it is undefined.
         milliseconds: Median time of an image, preprocessing and decoding included.
         cpu_milliseconds: Processor time, likewise.
         size: Bytes of the file.
@@ -146,36 +149,41 @@ def export_int8(
         The file, and the figures before and after.
 
     Raises:
-        UsageError: If an argument is invalid.
+        UsageError: If an argument is invalid, or the measured images have no annotated objects.
         CheckpointError: If more is lost than `max_drop`; there is no file then.
     """
-    target = Path(out)
-    if target.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{target}: the file name of an exported system must end in {' or '.join(SUFFIXES)}")
+    target = checked_target(out)
     if calibration < 1 or not max_drop >= 0:
         raise UsageError(f"calibration must be at least 1 and max_drop at least 0, got {calibration} and {max_drop}")
     if limit is not None and limit < 1:
         raise UsageError(f"limit must be at least 1, got {limit}")
     import_nncf()
     original = loaded_for_export(system)
-    try:
-        examples = open_dataset(data, calibration_split) if isinstance(data, str | Path) else data
-    except DataError:  # no such split
-        examples = open_dataset(data, split)
+    examples = _calibration_images(data, calibration_split, split)
     examples = evenly_spaced(examples, min(calibration, len(examples)))
     measured = open_dataset(data, split) if isinstance(data, str | Path) else data
     if limit is not None:
         measured = evenly_spaced(measured, min(limit, len(measured)))
     with staged(target) as folder:
-        exported = export(original, folder / f"float{target.suffix}", image=image)
+        # Each file in a folder of its own: OpenVINO reads weights from the file while a system of it exists.
+        folders = {name: folder / name for name in ("float32", *LADDER)}
+        for own in folders.values():
+            own.mkdir()
+        exported = export(original, folders["float32"] / target.name, image=image)
         plain = load_exported(exported.path)
         before = _figures(plain, measured, exported.size)
+        if before.value < 0:
+            raise UsageError(
+                f"{before.metric} is undefined on the {len(measured)} images to measure on, which have no annotated "
+                "objects of the system's classes, so that the loss cannot be measured; give a split with annotations"
+            )
         feeds = folder / "feeds"
         record(plain, examples, feeds)
         lost: list[str] = []
         for level in LADDER:
-            path = folder / target.name
-            quantise(plain, feeds, level, path)
+            path = folders[level] / target.name
+            if not quantise(plain, feeds, level, path):
+                continue
             size = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
             after = _figures(load_exported(path), measured, size)
             result = Quantised(target, before, after, LADDER_WORDS[level], len(measured))
@@ -196,22 +204,47 @@ def _figures(system: System, data: Any, size: int) -> Figures:
     summary = result.summary
     metric = next((name for name in ("segm/AP", "keypoints/AP", "bbox/AP") if name in summary), next(iter(summary)))
     wall, processor = list[float](), list[float]()
-    for index in range(min(IMAGES_TIMED, len(data))):
-        image = data[index].image
+    for image in itertools.islice(_readable(data, system), IMAGES_TIMED):
         _, seconds, own = timed(lambda image=image: predict(system, image, device="cpu"))
         wall.append(seconds)
         processor.append(own)
-    scale = 1 if abs(summary[metric]) > 1 else 100
     return Figures(
-        metric, scale * float(summary[metric]), 1000 * float(np.median(wall)), 1000 * float(np.median(processor)), size
+        metric, 100 * float(summary[metric]), 1000 * float(np.median(wall)), 1000 * float(np.median(processor)), size
     )
+
+
+def _readable(data: Any, system: System) -> Iterator[Any]:
+    """The images of a data set that can be read, as the system reads them; `evaluate` mentions the others."""
+    for index in range(len(data)):
+        try:
+            with reading(system.preprocess):
+                image = data[index].image
+        except ImageError:
+            continue
+        yield image
+
+
+def _calibration_images(data: Any, calibration_split: str, split: str) -> Any:
+    """The data set to calibrate on: that of `calibration_split`, or of `split` if there is no such part."""
+    if not isinstance(data, str | Path):
+        return data
+    try:
+        return open_dataset(data, calibration_split)
+    except UsageError:
+        if has_split(data, calibration_split):  # there is one, but which one is not certain
+            raise
+        return open_dataset(data, split)
 
 
 # ---- calibration -----------------------------------------------------------------------------------------------------
 
 
 def record(system: System, images: Any, folder: Path) -> None:
-    """Predicts images and keeps what each part of the file receives."""
+    """Predicts images and keeps what each part of the file receives.
+
+    Raises:
+        UsageError: If there is no image.
+    """
     runtime = runtime_of(system)
     assert runtime is not None
     run = runtime.run
@@ -238,10 +271,12 @@ def record(system: System, images: Any, folder: Path) -> None:
 
     runtime.run = recording
     try:
-        for index in range(len(images)):
-            predict(system, images[index].image, device="cpu")
+        for image in _readable(images, system):
+            predict(system, image, device="cpu")
     finally:
         runtime.run = run
+    if not numbers:
+        raise UsageError("there is no image to calibrate on that can be read")
 
 
 def _leaves(spec: Any) -> list[Any]:
@@ -281,15 +316,18 @@ def _quiet() -> Generator[None]:
         logger.setLevel(level)
 
 
-def quantise(system: System, feeds: Path, level: str, path: Path) -> None:
-    """Writes the file with the parts quantised that a level of the ladder names."""
+def quantise(system: System, feeds: Path, level: str, path: Path) -> bool:
+    """Writes the file with the parts quantised that a level of the ladder names.
+
+    Returns:
+        Whether there is one: not if the level has no layers, as in a system without a backbone of that name.
+    """
     runtime = runtime_of(system)
     if isinstance(runtime, OnnxRuntime):
-        _quantise_onnx(runtime, parts_of(system), feeds, level, path)
-        return
+        return _quantise_onnx(runtime, parts_of(system), feeds, level, path)
     ov, nncf = import_openvino(), import_nncf()
     assert isinstance(runtime, OpenVino)
-    outputs, inputs = list[Any](), list[Any]()
+    outputs, inputs, some = list[Any](), list[Any](), False
     whole = parts_of(system)
     for number, part in enumerate(whole):
         model = runtime.part(part.name).clone()
@@ -300,35 +338,41 @@ def quantise(system: System, feeds: Path, level: str, path: Path) -> None:
             kept = list[str]()
             if level != "every":
                 kept = _outside_of_backbone(model) if level == "backbone" else _output_layers(model)
-            with _quiet():
-                model = nncf.quantize(
-                    model,
-                    nncf.Dataset(examples),
-                    preset=nncf.QuantizationPreset.MIXED,
-                    subset_size=len(examples),
-                    model_type=nncf.ModelType.TRANSFORMER if attention else None,
-                    ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
-                )
+            if len(kept) < sum(op.get_type_name() in _WEIGHTED for op in operations):
+                some = True
+                with _quiet():
+                    model = nncf.quantize(
+                        model,
+                        nncf.Dataset(examples),
+                        preset=nncf.QuantizationPreset.MIXED,
+                        subset_size=len(examples),
+                        model_type=nncf.ModelType.TRANSFORMER if attention else None,
+                        ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
+                    )
         outputs += list(model.get_results())
         inputs += list(model.get_parameters())
-    merged = ov.Model(outputs, inputs, "networks")
-    save_openvino(merged, _metadata(runtime, level), path)
+    if some:
+        save_openvino(ov.Model(outputs, inputs, "networks"), _metadata(runtime, level), path)
+    return some
 
 
-def _quantise_onnx(runtime: OnnxRuntime, parts: Sequence[Part], feeds: Path, level: str, path: Path) -> None:
-    models = list[Any]()
+def _quantise_onnx(runtime: OnnxRuntime, parts: Sequence[Part], feeds: Path, level: str, path: Path) -> bool:
+    models, some = list[Any](), False
     for number, part in enumerate(parts):
         model, examples = runtime.part(part.name), _Feeds(feeds, part.name)
         if len(examples) and (level in ("every", "all") or number == 0):
             with _quiet():
-                model = quantised_part(model, part.name, examples, level)
+                found = quantised_part(model, part.name, examples, level)
+            some, model = some or found is not None, model if found is None else found
         models.append(model)
-    merged = joined(models)
-    write_model(merged, _metadata(runtime, level) | {CRC: weights_crc(merged)}, path)
+    if some:
+        merged = joined(models)
+        write_model(merged, _metadata(runtime, level) | {CRC: weights_crc(merged)}, path)
+    return some
 
 
 def _metadata(runtime: Runtime, level: str) -> dict[str, str]:
-    known = {name: value for name, value in runtime.metadata.items() if name != CRC}
+    known = {name: value for name, value in runtime.metadata.items() if name not in (CRC, BIN_CRC)}
     return known | {"precision": json.dumps({"int8": level})}
 
 

@@ -13,7 +13,7 @@ from maskwright.checkpoints.runtimes import import_nncf
 _WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum")
 
 
-def quantised_part(model: Any, name: str, examples: Any, level: str) -> Any:
+def quantised_part(model: Any, name: str, examples: Any, level: str) -> Any | None:
     """One part of a file in int8.
 
     Args:
@@ -21,11 +21,16 @@ def quantised_part(model: Any, name: str, examples: Any, level: str) -> Any:
         name: The part.
         examples: Its inputs, for calibration.
         level: "every": all layers; "backbone": those of the backbone; otherwise all but the output layers.
+
+    Returns:
+        The model; None if the part has no such layers.
     """
     nncf = import_nncf()
     kept = list[str]()
     if level != "every":
         kept = outside_of_backbone(model) if level == "backbone" else output_layers(model)
+    if len(kept) >= sum(node.op_type in _WEIGHTED for node in model.graph.node):
+        return None
     attention = any(node.op_type == "Softmax" for node in model.graph.node)
     found = nncf.quantize(
         model,

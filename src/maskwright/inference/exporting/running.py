@@ -13,7 +13,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from maskwright.checkpoints.runtimes import import_openvino
+from maskwright.checkpoints.runtimes import import_onnxruntime, import_openvino
 from maskwright.errors import MissingExtraError
 from maskwright.inference.exporting.networks import import_onnx
 
@@ -47,10 +47,7 @@ def open_session(path: Path) -> Callable[[Mapping[str, np.ndarray]], dict[str, n
             return {name: np.array(found[output]) for name, output in ports}
 
         return compute
-    try:
-        import onnxruntime  # pyright: ignore[reportMissingTypeStubs]
-    except ImportError:
-        raise MissingExtraError("onnxruntime", "export") from None
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()

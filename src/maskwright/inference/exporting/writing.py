@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from maskwright.checkpoints.call_specs import flatten, tensors_of
 from maskwright.checkpoints.exported import FORMAT, Part, is_exported, load_exported
 from maskwright.checkpoints.ours import metadata_of
-from maskwright.checkpoints.runtimes import CRC, KEY, SUFFIXES, import_openvino, weights_crc
+from maskwright.checkpoints.runtimes import BIN_CRC, CRC, KEY, SUFFIXES, file_crc, import_openvino, weights_crc
 from maskwright.errors import CheckpointError, UsageError
 from maskwright.evaluation.measuring import run_network
 from maskwright.files import atomic_path
@@ -93,9 +94,7 @@ def export(
         MissingExtraError: If onnx, onnxruntime or openvino is not installed.
         CheckpointError: If the exported system differs by more than rounding; there is no file then.
     """
-    target = Path(out)
-    if target.suffix.lower() not in SUFFIXES:
-        raise UsageError(f"{target}: the file name of an exported system must end in {' or '.join(SUFFIXES)}")
+    target = checked_target(out)
     require_runtime(target)
     original = loaded_for_export(system)
     channels = len(original.preprocess.mean)
@@ -131,6 +130,39 @@ def export(
             difference = compare_systems(ready, load_exported(written), pixels, target)
         size = publish(written, target)
     return Exported(target, original.name, "networks", OPSET, size, difference, _fixed(parts))
+
+
+def checked_target(out: str | Path, parts: Sequence[str] = ()) -> Path:
+    """The path of a new file, whose folder can be written to, before anything is computed.
+
+    Args:
+        out: The path.
+        parts: The names of the files that are written in its place, see `part_path`; none: itself.
+
+    Raises:
+        UsageError: If its suffix is not that of a runtime.
+        CheckpointError: If no file can be written there.
+    """
+    target = Path(out)
+    if target.suffix.lower() not in SUFFIXES:
+        raise UsageError(f"{target}: the file name of an exported system must end in {' or '.join(SUFFIXES)}")
+    files = [part_path(target, part) for part in parts] or [target]
+    try:
+        for path in (*files, *(path.with_suffix(".bin") for path in files if path.suffix.lower() == ".xml")):
+            if path.is_dir():
+                raise CheckpointError(f"{path}: cannot be written: it is a folder; choose another path")
+        folder = next(folder for folder in target.absolute().parents if folder.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            reason = "permission denied" if folder.is_dir() else "not a folder"
+            raise CheckpointError(f"{target}: cannot be written ({folder}: {reason}); choose another path")
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error})") from None
+    return target
+
+
+def part_path(target: Path, part: str) -> Path:
+    """The file of a part: NAME.onnx is NAME.encoder.onnx."""
+    return target.with_name(f"{target.stem}.{part}{target.suffix}")
 
 
 def _exported(ready: System) -> tuple[list[tuple[str, Any]], list[Part]]:
@@ -187,9 +219,12 @@ def write_model(model: Any, metadata: Mapping[str, str], path: Path) -> Path:
 
 def save_openvino(model: Any, metadata: Mapping[str, str], path: Path) -> None:
     """Writes a model of OpenVINO with our metadata, and its weights as they are."""
+    save = import_openvino().save_model
     for key, value in metadata.items():
         model.set_rt_info(value, [KEY, key])
-    import_openvino().save_model(model, path, compress_to_fp16=False)
+    save(model, path, compress_to_fp16=False)
+    model.set_rt_info(file_crc(path.with_suffix(".bin")), [KEY, BIN_CRC])
+    save(model, path, compress_to_fp16=False)
 
 
 def publish(written: Path, target: Path) -> int:
