@@ -571,6 +571,15 @@ def test_the_input_need_not_be_a_multiple_of_the_strides(tmp_path):
     assert done.difference.objects > 0
 
 
+@pytest.mark.runtime
+def test_the_input_may_be_narrower_than_a_stride(tmp_path):
+    """R-FCN has at least one row of anchors, where the division of the side by the stride is rounded down to none."""
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(7).integers(0, 256, (2, 100, 3), np.uint8)).save(photo)
+    done = mw.export(build("rfcn").eval(), tmp_path / "networks.onnx", image=photo)
+    assert done.difference.raw < 0.01
+
+
 def test_the_file_of_an_int8_system_must_be_of_a_runtime(two_stage, tmp_path):
     with pytest.raises(UsageError, match=r"must end in \.onnx or \.xml"):
         export_int8(two_stage[0], tmp_path / "int8.bin", Scenes(2, (96, 144), seed=3))
