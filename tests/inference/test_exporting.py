@@ -25,9 +25,9 @@ from maskwright.blocks import solo_grid
 from maskwright.checkpoints import call_specs, runtimes
 from maskwright.data.scenes import Scenes
 from maskwright.errors import CheckpointError, DataError, ImageError, UsageError
-from maskwright.inference.exporting import export_int8, graphs, prompted, quantising, quantising_onnx, writing
+from maskwright.inference.exporting import checking, export_int8, graphs, prompted, quantising, quantising_onnx, writing
 from maskwright.inference.journal import digest
-from maskwright.structures import Instances, Prompts
+from maskwright.structures import Instances, Preprocess, Prompts
 from maskwright.web.assistant import Assistant, Prompt
 from tests.systems.tiny import build
 
@@ -561,6 +561,15 @@ def test_int8_files_are_smaller_and_predict_nearly_the_same(suffix, tmp_path):
     assert after < 0.5 * before
     assert alike > 0.95  # eight bits of random weights with few channels
     assert not same
+
+
+@pytest.mark.fast
+def test_the_image_of_the_check_is_read_as_the_system_reads_images(tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.full((4, 5), 300, np.uint16)).save(photo)
+    pixels = checking.check_pixels(photo, Preprocess(white=1500))
+    assert pixels.shape == (3, 4, 5)
+    assert pixels.unique().tolist() == [51]
 
 
 @pytest.mark.runtime

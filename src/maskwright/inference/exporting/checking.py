@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import UInt8
 from torch import Tensor
 
+from maskwright.data.images import Reading
 from maskwright.errors import UsageError
-from maskwright.structures import Instances, Panoptic
+from maskwright.inference.sources import items, read
+from maskwright.structures import Instances, Panoptic, Preprocess
 
 # Upper bounds of float32 against float32. Rounding can move a score across a threshold, or one box before another of
 # nearly the same score, whose suppression then differs: a few objects may have no counterpart.
@@ -191,3 +194,9 @@ def check_image(image: str | Path | None, size: tuple[int, int] = (240, 320), ch
 
     scene = Scenes(1, size, seed=7)[0].image
     return scene if channels in (1, 3) else scene[torch.arange(channels) % 3]
+
+
+def check_pixels(image: Any, preprocess: Preprocess) -> UInt8[Tensor, "c h w"]:
+    """The image of the check as `predict` reads it: with the bands and the range of values of the system."""
+    item = next(iter(items(image, False)))
+    return read(replace(item, reading=Reading(preprocess.white, preprocess.bands)), preprocess)

@@ -22,7 +22,7 @@ from maskwright.checkpoints.exported import GRAPH_FORMAT
 from maskwright.checkpoints.ours import metadata_of
 from maskwright.checkpoints.runtimes import CRC, weights_crc
 from maskwright.errors import CheckpointError, UsageError
-from maskwright.inference.exporting.checking import Difference, check_image, compare, timed
+from maskwright.inference.exporting.checking import Difference, check_image, check_pixels, compare, timed
 from maskwright.inference.exporting.decoders import DECODERS, SEGMENTERS
 from maskwright.inference.exporting.fixed import Found, Limits
 from maskwright.inference.exporting.networks import OPSET, Convertible, convert
@@ -38,7 +38,6 @@ from maskwright.inference.exporting.writing import (
     write_model,
 )
 from maskwright.inference.preparing import prepare
-from maskwright.inference.sources import items, read
 from maskwright.ops.boxes import clip
 from maskwright.structures import Instances, Masks, Panoptic, Placement
 from maskwright.systems import System
@@ -187,9 +186,7 @@ def export_graph(
         )
     if task == "panoptic" and "panoptic" not in original.tasks:
         raise UsageError(f"{original.name}: this checkpoint has no stuff classes, which task='panoptic' needs")
-    pixels = read(
-        next(iter(items(check_image(image, channels=len(original.preprocess.mean)), False))), original.preprocess
-    )
+    pixels = check_pixels(check_image(image, channels=len(original.preprocess.mean)), original.preprocess)
     ready = prepare(original, "cpu")
     limits = limits_of(ready, detections, score_threshold, nms_threshold, mask_threshold)
     canvas = input_of(ready, pixels, size)

@@ -21,7 +21,7 @@ from maskwright.checkpoints.exported import GRAPH_FORMAT
 from maskwright.checkpoints.ours import metadata_of
 from maskwright.checkpoints.runtimes import CRC, weights_crc
 from maskwright.errors import CheckpointError, UsageError
-from maskwright.inference.exporting.checking import Difference, check_image, relative_error, timed
+from maskwright.inference.exporting.checking import Difference, check_image, check_pixels, relative_error, timed
 from maskwright.inference.exporting.networks import OPSET, Convertible, convert
 from maskwright.inference.exporting.placing import Grid, place, placed_in
 from maskwright.inference.exporting.running import open_session
@@ -35,7 +35,6 @@ from maskwright.inference.exporting.writing import (
     write_model,
 )
 from maskwright.inference.preparing import prepare
-from maskwright.inference.sources import items, read
 from maskwright.structures import Preprocess, Prompts
 from maskwright.systems.kinds.promptable import Features, PromptableSystem, Slots
 
@@ -148,7 +147,7 @@ def export_prompted(system: PromptableSystem, out: str | Path, *, image: str | P
     ready = prepare(loaded_for_export(system), "cpu")
     assert isinstance(ready, PromptableSystem)
     ready.uniform = True
-    pixels = read(next(iter(items(check_image(image, channels=len(ready.preprocess.mean)), False))), ready.preprocess)
+    pixels = check_pixels(check_image(image, channels=len(ready.preprocess.mean)), ready.preprocess)
     parts: dict[str, _Part] = dict(zip(PARTS, _parts(ready, pixels), strict=True))
     canvas = canvas_of(ready.preprocess)
     size = 0

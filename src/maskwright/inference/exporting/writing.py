@@ -23,12 +23,18 @@ from maskwright.errors import CheckpointError, UsageError
 from maskwright.evaluation.measuring import run_network
 from maskwright.files import atomic_path
 from maskwright.inference.exporting.capturing import forms_of
-from maskwright.inference.exporting.checking import Difference, check_image, compare, relative_error, timed
+from maskwright.inference.exporting.checking import (
+    Difference,
+    check_image,
+    check_pixels,
+    compare,
+    relative_error,
+    timed,
+)
 from maskwright.inference.exporting.networks import OPSET, export_form, merge
 from maskwright.inference.exporting.running import require_runtime
 from maskwright.inference.predicting import Prediction, predict
 from maskwright.inference.preparing import prepare
-from maskwright.inference.sources import items, read
 from maskwright.structures import Placement, Prompts
 from maskwright.systems import System
 from maskwright.systems.kinds.promptable import PromptableSystem
@@ -108,7 +114,7 @@ def export(
     if _fixed(parts) and ready.preprocess.fit in ("short", "own", "pad"):
         # The network does not allow other sizes: images are resized into one, that of the image of the check.
         pixels = check_image(image, channels=channels) if pixels is None else pixels
-        height, width = read(next(iter(items(pixels, False))), ready.preprocess).shape[1:]
+        height, width = check_pixels(pixels, ready.preprocess).shape[1:]
         canvas = ready.preprocess.size(height, width)
         ready.preprocess = replace(ready.preprocess, fit="letterbox", canvas=canvas, corner=True)
         models, parts = _exported(ready)
@@ -284,7 +290,7 @@ def compare_systems(ready: System, exported: System, image: Any, target: Path, b
 
 def _raw_error(ready: System, exported: System, image: Any) -> float:
     """The relative error of what `forward` returns for an image."""
-    pixels = read(next(iter(items(image, False))), ready.preprocess)
+    pixels = check_pixels(image, ready.preprocess)
     batch = ready.preprocess.collate([pixels])
     with torch.no_grad():
         raws = [run_network(system, batch, torch.device("cpu"), torch.float32) for system in (ready, exported)]
