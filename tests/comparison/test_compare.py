@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from maskwright.checkpoints import save
-from maskwright.comparison import Comparison, compare, running
+from maskwright.comparison import Comparison, DataProfile, compare, division, running
+from maskwright.comparison.division import divided
+from maskwright.comparison.page import verdict
 from maskwright.comparison.state import Candidate
-from maskwright.data import Scenes, Subset
+from maskwright.data import Renamed, Scenes, Subset
 from maskwright.errors import TrainingError, UsageError
+from maskwright.locks import FolderLock
+from maskwright.structures import Instances
+from maskwright.systems.kinds.classless import classless
 from tests.systems.tiny import build
 
 CLASSES = ("disc", "ring")
@@ -141,6 +149,18 @@ def test_weights_of_the_caller_keep_their_path(tmp_path: Path, monkeypatch: pyte
     assert found.candidates[0].rounds == given
 
 
+def test_weights_are_found_through_symbolic_links(tmp_path: Path):
+    real, link = tmp_path / "real", tmp_path / "link"
+    (real / "a" / "round-1").mkdir(parents=True)
+    link.symlink_to(real, target_is_directory=True)
+    best = real / "a" / "round-1" / "best.safetensors"
+    best.touch()
+    made = Candidate("a-small", "a", rounds=[{"steps": 1, "weights": str(best)}])
+    Comparison("data", {}, candidates=[made]).save(link)
+    stored = json.loads((real / "comparison.json").read_text())["candidates"][0]["rounds"][0]["weights"]
+    assert stored == "a/round-1/best.safetensors"
+
+
 def test_hours_are_divided_equally_and_end_also_after_an_interruption(
     tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
 ):
@@ -255,3 +275,269 @@ def test_a_failure_of_training_is_recorded(
     spec = {"system": "solov2-small", "weights": None, "folder": str(tmp_path), "train": scenes, "recipe": {},
             "seed": 0, "batch": 2, "device": "cpu", "steps": 3}  # fmt: skip
     assert running._train(spec) == {"error": words}
+
+
+@pytest.mark.fast
+def test_the_time_of_a_run_that_was_killed_counts(tmp_path: Path):
+    made = [Candidate("a-small", "a", rounds=[{"steps": 9, "weights": "w", "AP": 0.1}, {"steps": 9}]),
+            Candidate("b-small", "b", rounds=[{"steps": 9, "weights": "w", "AP": 0.1}])]  # fmt: skip
+    state = Comparison("data", {}, candidates=made)
+    assert running._unsaved(state, tmp_path) == 0
+    saved = state.save(tmp_path).stat().st_mtime
+    for name, later in (("a/round-2/log.csv", 500), ("a/round-1/log.csv", 800), ("b/round-1/last.ckpt", 900)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (saved + later, saved + later))
+    assert running._unsaved(state, tmp_path) == pytest.approx(500), "of the training that has not ended"
+    os.utime(tmp_path / "comparison.json", (saved + 600, saved + 600))
+    assert running._unsaved(state, tmp_path) == 0
+
+
+# ---- what can go wrong -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fast
+def test_there_must_be_something_to_measure_on(tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch):
+    empty = Subset(Scenes(3, (64, 64), classes=CLASSES, empty=1), range(3))
+    for judged in (empty, Subset(scenes, [])):
+        with pytest.raises(UsageError, match=r"[03] images to measure on have no objects"):
+            compare(["solov2-small"], scenes, val=judged, out=tmp_path, steps=3)
+    with pytest.raises(UsageError, match=r"classes 'disc', 'ring', those to measure on 'nut', 'bolt': none in common"):
+        compare(["solov2-small"], scenes, val=_named(scenes, "nut", "bolt"), out=tmp_path, steps=3)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(division, "_has_objects", lambda dataset, index: index == 5)
+    for seed in range(6):
+        _, judged, _ = divided(scenes, "train", None, "val", seed)
+        assert len(judged) == 2
+        assert scenes.image_ids()[5] in judged.image_ids()
+
+
+def _named(scenes: Scenes, *names: str) -> Renamed:
+    renamed = Renamed(scenes, scenes.classes)
+    renamed.classes = names
+    return renamed
+
+
+@pytest.mark.fast
+def test_a_split_to_measure_on_is_never_replaced_by_another(tmp_path: Path):
+    folder = tmp_path / "annotations"
+    folder.mkdir()
+    images = [{"id": n, "file_name": f"{n}.png", "height": 8, "width": 8} for n in range(6)]
+    square = {"category_id": 1, "bbox": [1, 1, 4, 4], "area": 16, "segmentation": [[1, 1, 5, 1, 5, 5, 1, 5]]}
+    objects = [{"id": n + 1, "image_id": n, **square} for n in range(6)]
+    document = {"images": images, "categories": [{"id": 1, "name": "disc"}], "annotations": objects}
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for image in images:
+            Image.new("RGB", (8, 8)).save(tmp_path / split / str(image["file_name"]))
+        (folder / f"instances_{split}.json").write_text(json.dumps(document))
+    train, judged, notes = divided(tmp_path, "train", None, "test", 0)
+    assert (len(train), len(judged), notes) == (6, 6, [])
+    train, judged, notes = divided(tmp_path, "train", None, "val", 0)
+    assert (len(train), len(judged), len(notes)) == (4, 2, 1)
+    with pytest.raises(UsageError, match="has no split 'tset'; omit `val_split`"):
+        divided(tmp_path, "train", None, "tset", 0)
+    with pytest.raises(UsageError, match="the split 'test' is trained on"):
+        divided(tmp_path, "test", None, "test", 0)
+
+
+@pytest.mark.fast
+def test_stuff_is_not_measured():
+    _, judged, _ = divided(Scenes(10, (64, 64), stuff=True, empty=0), "train", None, "val", 0)
+    assert judged.stuff == ()
+    assert len(judged.classes) == 6
+
+
+@pytest.mark.fast
+def test_one_process_writes_a_folder(tmp_path: Path, scenes: Scenes):
+    with (
+        FolderLock(tmp_path, "compare", "another comparison writes to this folder"),
+        pytest.raises(UsageError, match="another comparison writes to this folder: process"),
+    ):
+        _compare(tmp_path, scenes, FIVE)
+
+
+@pytest.mark.fast
+def test_data_that_changed_are_not_mixed(tmp_path: Path, scenes: Scenes):
+    before = DataProfile.create(scenes)
+    Comparison("data", {"seed": 0}, before.to_dict()).save(tmp_path)
+    assert running._found(tmp_path, {"seed": 0, "images": [8, 2]}, before) is not None, "of an earlier version"
+    with pytest.raises(UsageError, match="the images or annotations have changed since"):
+        running._found(tmp_path, {"seed": 0}, replace(before, objects=before.objects + 1))
+    with pytest.raises(UsageError, match="with other systems, data or options"):
+        running._found(tmp_path, {"seed": 1}, before)
+
+
+@pytest.mark.fast
+def test_no_system_has_the_folder_of_something_else(tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("images.safetensors", "a/b.safetensors", "A/b.safetensors"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    names = ["images.safetensors", "a/b.safetensors", "A/b.safetensors"]
+    labels = [c.label for c in running._candidates(names, DataProfile.create(scenes), 6)]
+    assert labels[0] == "images-2"
+    assert len({label.casefold() for label in labels}) == 3
+
+
+def _refusing(error: Exception) -> Callable[..., Any]:
+    def refuse(*values: Any, **options: Any) -> Any:
+        raise error
+
+    return refuse
+
+
+def test_a_system_whose_prediction_fails_does_not_end_the_comparison(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+):
+    import maskwright.inference
+
+    evaluate = maskwright.inference.evaluate
+
+    def broken(*values: Any, title: str, **options: Any) -> Any:
+        if title == "yolact-small":
+            raise RuntimeError("shapes differ")
+        return evaluate(*values, title=title, **options)
+
+    monkeypatch.delenv("MASKWRIGHT_DEBUG", raising=False)
+    monkeypatch.setattr(running, "_train", Trainer())
+    monkeypatch.setattr(maskwright.inference, "evaluate", broken)
+    state = _compare(tmp_path, scenes, ["solov2-small", "yolact-small"])
+    assert [c.failed for c in state.candidates] == [None, "RuntimeError: shapes differ"]
+    assert state.finished
+    assert "yolact-small failed: RuntimeError: shapes differ" in (tmp_path / "index.html").read_text()
+
+
+def test_a_system_that_cannot_be_made_does_not_end_the_comparison(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+):
+    import maskwright.systems
+
+    monkeypatch.delenv("MASKWRIGHT_DEBUG", raising=False)
+    monkeypatch.setattr(maskwright.systems, "create", _refusing(ValueError("of an own system")))
+    made = [Candidate("solov2-small", "a")]
+    assert running._started(made, "scenes", CLASSES) == []
+    assert made[0].start == ""
+
+
+def test_a_pilot_that_fails_leaves_the_report_to_the_training(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+):
+    import maskwright.training
+
+    monkeypatch.delenv("MASKWRIGHT_DEBUG", raising=False)
+    monkeypatch.setattr(maskwright.training, "train", _refusing(RuntimeError("a kernel failed")))
+    spec = {"system": "solov2-small", "folder": str(tmp_path / "a" / "round-1"), "train": scenes, "recipe": {},
+            "seed": 0, "batch": 2, "device": "cpu"}  # fmt: skip
+    assert running._pilot(spec) == 1.0
+
+
+def test_training_that_ended_just_before_a_kill_is_not_repeated(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+):
+    class Leaving(Trainer):
+        def __call__(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+            done = super().__call__(spec)
+            (Path(spec["folder"]) / "last.ckpt").touch()
+            return done
+
+    kept, save_state = tmp_path / "solov2-small" / "round-1" / "last.ckpt", Comparison.save
+    killed: list[bool] = []
+
+    def dying(self: Comparison, folder: Path) -> Path:
+        if self.candidates[0].weights and not killed:
+            killed.append(True)
+            raise SystemExit(137)
+        return save_state(self, folder)
+
+    monkeypatch.setattr(running, "_train", Leaving())
+    monkeypatch.setattr(Comparison, "save", dying)
+    with pytest.raises(SystemExit):
+        _compare(tmp_path, scenes, ["solov2-small"])
+    assert kept.exists(), "from which the training continues, that is, ends at once"
+    assert _compare(tmp_path, scenes, ["solov2-small"]).finished
+    assert not kept.exists()
+
+
+def test_licences_and_kinds_of_given_weights_are_stated(tmp_path: Path, scenes: Scenes):
+    torch.manual_seed(0)
+    published, merged = build("solov2", classes=CLASSES), classless(build("solov2", classes=CLASSES))
+    published.source, merged.source = {"weights_licence": "CC BY-NC 4.0"}, {"classless": True}
+    save(published, tmp_path / "published.safetensors")
+    save(merged, tmp_path / "merged.safetensors")
+    state = _compare(
+        tmp_path / "out", scenes, [str(tmp_path / f"{name}.safetensors") for name in ("published", "merged")]
+    )
+    assert [c.measured["licence"] for c in state.candidates] == ["CC BY-NC 4.0", "not stated"]
+    assert [c.task for c in state.candidates] == ["masks", "masks of any class"]
+    assert [c.label for c in state.finalists()] == [state.candidates[0].label]
+    assert "masks of any class" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_data_without_masks_are_compared_by_boxes(tmp_path: Path):
+    class Boxes(Subset):
+        def apply(self, target: Instances) -> Instances:
+            return replace(super().apply(target), masks=None)
+
+    torch.manual_seed(0)
+    save(build("solov2", classes=CLASSES), tmp_path / "mine.safetensors")
+    data = Boxes(Scenes(10, (64, 64), classes=CLASSES, empty=0), range(10))
+    state = compare([str(tmp_path / "mine.safetensors")], data, out=tmp_path / "out", steps=1, footprint=False)
+    assert [(c.failed, c.task) for c in state.candidates] == [(None, "boxes")]
+    assert state.finished
+    assert "; without masks" in (tmp_path / "out" / "index.html").read_text()
+    assert verdict(state)
+
+
+class Cluster:
+    """Stands for Ray: tasks are computed when they are waited for, the last one first."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    def __init__(self, lost: str = "", gpus: int = 0):
+        self.lost, self.gpus, self.asked = lost, gpus, dict[str, Any]()
+        self.tasks: dict[int, Any] = {}
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"GPU": float(self.gpus)} if self.gpus else {}
+
+    def remote(self, **options: Any) -> Callable[[Any], Any]:
+        self.asked = options
+
+        def submit(spec: dict[str, Any]) -> int:
+            self.tasks[len(self.tasks)] = spec
+            return len(self.tasks) - 1
+
+        return lambda function: SimpleNamespace(remote=submit)
+
+    def wait(self, waiting: list[int], num_returns: int) -> tuple[list[int], list[int]]:
+        return waiting[-1:], waiting[:-1]
+
+    def get(self, number: int) -> dict[str, Any]:
+        spec = self.tasks[number]
+        if Path(spec["folder"]).parent.name == self.lost:
+            raise self.exceptions.RayError("the worker has died")
+        return running._train(spec)
+
+
+def test_a_lost_machine_of_a_cluster_costs_one_system(tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch):
+    cluster = Cluster("yolact-small", gpus=2)
+    monkeypatch.delenv("MASKWRIGHT_DEBUG", raising=False)
+    monkeypatch.setattr(running, "importlib", SimpleNamespace(import_module=lambda name: cluster))
+    monkeypatch.setattr(running, "_train", Trainer())
+    monkeypatch.chdir(tmp_path)
+    state = _compare(Path("out"), scenes, FIVE[:3], ray="local")
+    assert [c.failed for c in state.candidates] == [None, "RayError: the worker has died", None]
+    assert all(Path(spec["folder"]).is_absolute() for spec in cluster.tasks.values())
+    assert cluster.asked == {"max_retries": 2, "num_gpus": 1}
+    stored = json.loads(Path("out/comparison.json").read_text())["candidates"][0]["rounds"][0]["weights"]
+    assert stored == "solov2-small/round-1/best.safetensors"
+    assert [
+        place for place, _ in running._over_ray("local", [{"folder": "a/b", "weights": None, "device": "cpu"}])
+    ] == [0]
+    assert cluster.asked == {"max_retries": 2}, "no GPU where the CPU is asked for"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ import torch
 from maskwright.comparison import Candidate, Comparison, DataProfile, choose_systems
 from maskwright.comparison.agreement import agreement
 from maskwright.comparison.intervals import bootstrap, calibration, interval
-from maskwright.comparison.page import next_command, pareto_front, verdict
-from maskwright.comparison.running import _rounds, _side
-from maskwright.data import ContourScenes, Scenes
+from maskwright.comparison.page import next_command, pareto_front, verdict, write_tables
+from maskwright.comparison.running import _continuing, _rounds, _side
+from maskwright.data import ContourScenes, Scenes, Subset
+from maskwright.errors import UsageError
 from maskwright.evaluation import Evaluator
 from maskwright.evaluation.coco import Detections, Truth, coco_ap
 from maskwright.evaluation.confusion import hits
@@ -167,6 +170,94 @@ def test_a_lead_on_the_same_images_is_said_but_does_not_make_a_winner():
     assert unknown.winner() is None, "a finalist without an interval may be as good"
 
 
+def test_a_lead_on_a_few_images_is_never_certain():
+    state = _state(b=(0.1, 0.2), c=(0.1, 0.3))
+    assert state.winner() is not None
+    state.intervals["images"] = 5
+    assert state.winner() is None
+    assert "a lead is never certain on 5 images with objects, only on 6 or more" in verdict(state)
+    state.intervals["images"] = 6
+    assert state.winner() is not None
+
+
+def test_nothing_is_certain_before_all_have_been_trained_equally_long():
+    state = _state(b=(0.1, 0.2), c=(0.1, 0.3))
+    state.candidates[0].rounds.append({"steps": 20, "weights": "a2.safetensors", "AP": 0.6})
+    state.candidates[1].rounds.append({"steps": 20})  # planned, not trained
+    assert state.winner() is None
+    assert verdict(state).startswith("So far a has the highest AP, 60.0 (95 % interval 35.0 to 45.0). Not all systems")
+    assert [c.steps for c in state.candidates] == [29, 9, 9, 3], "of the weights that were measured"
+    for candidate in state.candidates[1:3]:
+        candidate.rounds[1:] = [{"steps": 20, "weights": "x.safetensors", "AP": 0.3}]
+    assert state.winner() is not None
+
+
+def test_a_finalist_that_failed_is_not_compared():
+    state = _state(b=(0.1, 0.2), c=(0.1, 0.3))
+    state.candidates[0].failed = "the loss is not finite"
+    assert [c.label for c in state.ranking()] == ["b", "c", "d", "a"]
+    assert "b has the highest AP, 39.0" in verdict(state)
+    assert "--weights b.safetensors" in next_command(state, "images")
+    for candidate in state.candidates[1:3]:
+        candidate.failed = "the loss is not finite"
+    assert verdict(state).startswith("All finalists have failed. In the rounds before, d has the highest AP, 50.0")
+
+
+def test_ap_of_another_kind_is_shown_and_not_compared(tmp_path: Path):
+    state = _state(c=(0.1, 0.3))
+    state.candidates[1].measured |= {"task": "boxes", "AP": 0.6}
+    state.candidates[1].rounds[0]["AP"] = 0.6
+    assert [c.label for c in state.ranking()] == ["a", "c", "b", "d"]
+    winner = state.winner()
+    assert winner is not None
+    assert winner.label == "a"
+    assert verdict(state).endswith("Not compared, because their AP is of another kind: b (boxes).")
+    assert pareto_front(state.ranking()) == {"a", "c"}
+    write_tables(state, tmp_path)
+    assert "| b | boxes | 60.0 |" in (tmp_path / "table.md").read_text()
+
+
+def test_an_interval_that_is_not_known_is_no_lead():
+    state = _state(b=(math.nan, math.nan), c=(0.1, 0.3))
+    assert state.winner() is None
+    assert "the intervals of b overlap with it" in verdict(state)
+
+
+def test_text_of_files_stays_in_its_cell(tmp_path: Path):
+    state = _state(b=(0.1, 0.2), c=(0.1, 0.3))
+    state.candidates[0].measured["licence"] = "mine\n| <b>yours</b> & more"
+    write_tables(state, tmp_path)
+    table = (tmp_path / "table.md").read_text()
+    assert len(table.splitlines()) == 2 + 2 + 4
+    assert r"| mine\n\| &lt;b>yours&lt;/b> &amp; more |" in table
+
+
+def test_the_next_command_can_be_pasted():
+    state = _state(b=(0.1, 0.2), c=(0.1, 0.3))
+    state.candidates[0].rounds[0]["weights"] = "my out/a's/best.safetensors"
+    recipe = {"short": (192,), "long": 384, "amp": "bf16"}
+    options = _continuing("train2017", Path("my val"), "val", 8, recipe)
+    words = shlex.split(next_command(state, "my data; rm x", options))
+    assert words == [
+        "maskwright", "train", "a-small", "--data", "my data; rm x", "--split", "train2017", "--val", "my val",
+        "--batch", "8", "--short", "192", "--long", "384", "--amp", "bf16", "--weights", "my out/a's/best.safetensors",
+        "--steps", "1000", "--out", "runs/a",
+    ]  # fmt: skip
+    assert _continuing("train", None, "val", 4, {}) == []
+
+
+def test_systems_for_masks_are_not_chosen_for_data_without_masks():
+    class Boxes(Subset):
+        def apply(self, target: Instances) -> Instances:
+            return replace(super().apply(target), masks=None)
+
+    profile = DataProfile.create(Boxes(Scenes(4, (64, 64), empty=0), range(4)))
+    assert not profile.masks
+    assert profile.words().endswith("; without masks")
+    with pytest.raises(UsageError, match="name systems that need boxes alone"):
+        choose_systems(profile)
+
+
 def test_without_figures_nothing_is_claimed():
     assert verdict(Comparison("data", {})) == "Nothing has been measured yet."
     low = _state()
@@ -176,8 +267,6 @@ def test_without_figures_nothing_is_claimed():
 
 
 def test_empty_instances_have_a_profile_error():
-    from maskwright.errors import UsageError
-
     with pytest.raises(UsageError, match="has no objects"):
         DataProfile.create(Scenes(3, (64, 64), empty=1))
     assert len(Instances.empty((4, 4))) == 0

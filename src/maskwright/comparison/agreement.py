@@ -11,6 +11,7 @@ import numpy.typing as npt
 from maskwright.evaluation.coco import Detections, Truth
 from maskwright.evaluation.confusion import grouped, match, overlaps_of
 from maskwright.evaluation.result import Result
+from maskwright.text import printable
 
 _SIZES = {"s": "small", "m": "medium", "l": "large"}
 
@@ -95,9 +96,8 @@ def weaknesses(result: Result, others: Sequence[Result]) -> list[str]:
         own = row.get(f"{kind}/AP", -1.0)
         peers = [p.get(f"{kind}/AP", -1.0) for other in others for p in other.per_class if p["class"] == row["class"]]
         if own is not None and own >= 0 and row["objects"] >= 5 and peers and max(peers) - own >= 0.1:
-            found.append(
-                (max(peers) - own, f"class {row['class']}: AP {_percent(own)}, the best has {_percent(max(peers))}")
-            )
+            name = printable(row["class"])
+            found.append((max(peers) - own, f"class {name}: AP {_percent(own)}, the best has {_percent(max(peers))}"))
     if result.confusion is not None and result.images:
         objects = sum(image.objects for image in result.images)
         missed, spurious = (sum(getattr(image, name) for image in result.images) for name in ("missed", "spurious"))

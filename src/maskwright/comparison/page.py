@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import shlex
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from maskwright._version import __version__
 from maskwright.comparison.profile import as_profile
-from maskwright.comparison.state import Candidate, Comparison
+from maskwright.comparison.state import CERTAIN, TASKS, Candidate, Comparison
 from maskwright.errors import DataError
 from maskwright.evaluation.charts import chart
 from maskwright.evaluation.result import Result
@@ -48,8 +49,9 @@ class Shown:
 
 
 def pareto_front(candidates: Sequence[Candidate]) -> set[str]:
-    """Labels of the candidates than which no other is both better (AP) and faster."""
-    known = [(c.label, c.score, c.measured["ms"]) for c in candidates if c.measured.get("ms")]
+    """Labels of the candidates than which no other is both better (AP, of the same kind as the first) and faster."""
+    alike = [c for c in candidates if c.measured.get("ms") and c.task == candidates[0].task]
+    known = [(c.label, c.score, c.measured["ms"]) for c in alike]
     return {
         label
         for label, score, ms in known
@@ -59,22 +61,36 @@ def pareto_front(candidates: Sequence[Candidate]) -> set[str]:
 
 def verdict(state: Comparison) -> str:
     """The answer of a comparison in a sentence or two."""
-    ranked = state.ranking()
+    ranked, finalists = state.ranking(), state.finalists()
     if not ranked:
         return "Nothing has been measured yet."
-    best, finalists = ranked[0], [c for c in ranked if c.out is None]
+    best = ranked[0]
     if best.score < 0.01:
         return (
             f"No system has learned enough to be compared: the highest AP is {_percent(best.score)}. Give more steps."
         )
-    ap = f"{best.label} has the highest AP, {_percent(best.score)}"
+    ap = f"{best.label} has the highest AP{_kind_of(best)}, {_percent(best.score)}"
     bounds = state.intervals.get("AP", {}).get(best.label)
     if bounds is not None and not math.isnan(bounds[0]):
         ap += f" (95 % interval {_percent(bounds[0])} to {_percent(bounds[1])})"
+    if not finalists:
+        return f"All finalists have failed. In the rounds before, {ap}."
+    others = [c for c in ranked if c.out is None and c.failed is None and c.task != best.task]
+    aside = (
+        f" Not compared, because their AP is of another kind: {', '.join(map(_with_kind, others))}." if others else ""
+    )
+    if not state.even:
+        return f"So far {ap}. Not all systems have been trained and measured alike yet.{aside}"
     if len(finalists) < 2:
-        return f"{ap}."
+        return f"{ap}.{aside}"
     if state.winner() is not None:
-        return f"{ap}, which no interval of another finalist reaches."
+        return f"{ap}, which no interval of another finalist reaches.{aside}"
+    images = state.intervals.get("images", CERTAIN)
+    if images < CERTAIN:
+        return (
+            f"There is no winner: {ap}, but a lead is never certain on {images} "
+            f"{'image' if images == 1 else 'images'} with objects, only on {CERTAIN} or more.{aside}"
+        )
     close = state.close_to_best()
     text = f"There is no winner: {ap}, and the intervals of {', '.join(c.label for c in close)} overlap with it."
     leads = [(c.label, bounds) for c in close if (bounds := state.intervals.get("leads", {}).get(c.label))]
@@ -82,21 +98,35 @@ def verdict(state: Comparison) -> str:
     if ahead:
         text += f" On the same images it is ahead of {', '.join(ahead)}, but each was trained once."
     fast = min((c for c in [best, *close] if c.measured.get("ms")), key=lambda c: c.measured["ms"], default=None)
-    return text + (
-        f" Of these, {fast.label} is the fastest ({fast.measured['ms']:.0f} ms)." if fast is not None else ""
-    )
+    further = f" Of these, {fast.label} is the fastest ({fast.measured['ms']:.0f} ms)." if fast is not None else ""
+    return text + further + aside
 
 
-def next_command(state: Comparison, source: str) -> str:
-    """The command that continues with the best candidate."""
+def _kind_of(candidate: Candidate) -> str:
+    return "" if candidate.task == TASKS[0] else f" of {candidate.task}"
+
+
+def _with_kind(candidate: Candidate) -> str:
+    return f"{candidate.label} ({candidate.task})"
+
+
+def next_command(state: Comparison, source: str, options: Sequence[str] = ()) -> str:
+    """The command that continues with the best candidate, for a POSIX shell.
+
+    Args:
+        state: The comparison.
+        source: The data set's argument on the command line.
+        options: Further arguments of `maskwright train`.
+    """
     ranked = [c for c in state.ranking() if c.weights]
     if not ranked:
         return ""
     best = ranked[0]
-    steps = max(1000, 4 * sum(int(entry["steps"]) for entry in best.rounds))
-    system = best.name if best.trained else str(best.weights)
-    weights = f" --weights {best.weights}" if best.trained else ""
-    return f"maskwright train {system} --data {source}{weights} --steps {steps} --out runs/{best.label}"
+    steps = max(1000, 4 * best.steps)
+    command = ["maskwright", "train", best.name if best.trained else str(best.weights), "--data", source, *options]
+    if best.trained:
+        command += ["--weights", str(best.weights)]
+    return shlex.join([*command, "--steps", str(steps), "--out", f"runs/{best.label}"])
 
 
 def write_tables(state: Comparison, folder: Path) -> None:
@@ -110,13 +140,19 @@ def write_tables(state: Comparison, folder: Path) -> None:
     csv.writer(text, lineterminator="\n").writerows([heads, *rows])
     write_text(folder / "table.csv", text.getvalue(), DataError)
     lines = [heads, ["---"] + ["--:"] * (len(heads) - 1), *rows]
-    body = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    body = "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in lines)
     write_text(folder / "table.md", f"{verdict(state)}\n\n{body}\n", DataError)
 
 
+def _markdown(cell: str) -> str:
+    """Text in a cell of a Markdown table."""
+    return printable(cell).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
+
+
 def write_page(
-    state: Comparison, folder: Path, results: Mapping[str, Result], shown: Sequence[Shown], source: str
-) -> Path:
+    state: Comparison, folder: Path, results: Mapping[str, Result], shown: Sequence[Shown], source: str,
+    options: Sequence[str] = (),
+) -> Path:  # fmt: skip
     """Write index.html, one file with everything in it.
 
     Args:
@@ -125,6 +161,7 @@ def write_page(
         results: The result of each measured candidate.
         shown: Images about which systems disagree.
         source: The data set's argument on the command line.
+        options: Further arguments of the command that continues with the best candidate.
 
     Returns:
         The path.
@@ -141,16 +178,23 @@ def write_page(
     )  # fmt: skip
     heads, rows = _table(state)
     ranked = state.ranking()
-    points = {c.label: ([float(c.measured["ms"])], [c.score]) for c in ranked if c.measured.get("ms")}
+    points = {
+        c.label: ([float(c.measured["ms"])], [c.score])
+        for c in ranked
+        if c.measured.get("ms") and c.task == ranked[0].task
+    }
     classes = _class_rows(ranked, results)
     page = house.get_template("comparison.html.j2").render(
         title=f"Systems compared on {printable(state.data)}",
         version=__version__, state=state, profile=as_profile(state.profile).words(), verdict=verdict(state),
         heads=heads, rows=rows, front=pareto_front(ranked), ranked=ranked, classes=classes,
-        failed=[c for c in state.candidates if c.failed],
+        failed=[(c.label, printable(c.failed)) for c in state.candidates if c.failed],
+        untimed=[
+            (c.label, printable(str(why))) for c in ranked if (why := c.measured.get("footprint", {}).get("error"))
+        ],
         waiting=[c for c in state.candidates if c.score < 0 and not c.failed],
         pareto=chart(points, x_name="milliseconds per image", percent=True) if len(points) > 1 else "",
-        reports={c.label: f"{c.label}/result.json" for c in ranked}, command=next_command(state, source),
+        command=next_command(state, source, options),
         pictures=[_drawn(each, ranked) for each in shown],
         protocol=results[ranked[0].label].protocol.facts() if ranked else [],
     )  # fmt: skip
@@ -160,8 +204,9 @@ def write_page(
 def _table(state: Comparison) -> tuple[list[str], list[list[str]]]:
     ranked = state.ranking()
     columns = [name for name in COLUMNS if any(c.measured.get(name, -1) >= 0 for c in ranked)]
-    heads = ["system", *columns, "95 % interval", "calibration error", "ms", "MB", "form", "parameters / 1e6", "steps",
-             "licence of the weights", "Pareto"]  # fmt: skip
+    mixed = len({c.task for c in ranked}) > 1
+    heads = ["system", *(["AP of"] if mixed else []), *columns, "95 % interval", "calibration error", "ms", "MB",
+             "form", "parameters / 1e6", "steps", "licence of the weights", "Pareto"]  # fmt: skip
     front = pareto_front(ranked)
     rows: list[list[str]] = []
     for c in ranked:
@@ -169,18 +214,27 @@ def _table(state: Comparison) -> tuple[list[str], list[list[str]]]:
         parameters = c.measured.get("parameters")
         rows.append([
             c.label,
+            *([c.task] if mixed else []),
             *(_percent(c.measured.get(name, -1)) for name in columns),
-            f"{_percent(bounds[0])} to {_percent(bounds[1])}" if bounds else f"left out after round {(c.out or 0) + 1}",
+            _interval(c, bounds),
             _digits(c.measured.get("calibration"), 2),
             _digits(c.measured.get("ms"), 0),
             _digits(c.measured.get("MB"), 0),
             str(c.measured.get("form", "")),
             "" if parameters is None else f"{parameters / 1e6:.1f}",
-            str(sum(int(entry["steps"]) for entry in c.rounds)) if c.trained else "",
+            str(c.steps) if c.trained else "",
             str(c.measured.get("licence", "")),
             "yes" if c.label in front else "",
         ])  # fmt: skip
     return heads, rows
+
+
+def _interval(candidate: Candidate, bounds: Sequence[float] | None) -> str:
+    if candidate.failed is not None:
+        return "failed"
+    if candidate.out is not None:
+        return f"left out after round {candidate.out + 1}"
+    return f"{_percent(bounds[0])} to {_percent(bounds[1])}" if bounds is not None else ""
 
 
 def _class_rows(ranked: Sequence[Candidate], results: Mapping[str, Result]) -> list[tuple[str, int, list[str]]]:

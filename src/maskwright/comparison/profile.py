@@ -33,6 +33,7 @@ class DataProfile:
         nested: Fraction of objects whose box lies within that of another object, by nine tenths of its area.
         elongated: Fraction of objects that are at least three times as long as wide, by second moments.
         rough: Fraction of objects that are no simple blob: with holes, several parts or deep concavities.
+        masks: Whether the objects have masks; otherwise `elongated` and `rough` are 0.
     """
 
     images: int
@@ -47,6 +48,7 @@ class DataProfile:
     nested: float
     elongated: float
     rough: float
+    masks: bool = True
 
     @classmethod
     def create(cls, dataset: Dataset, limit: int = 300) -> DataProfile:
@@ -77,17 +79,21 @@ class DataProfile:
         return cls(
             len(dataset), float(np.median(sides)), len(dataset.classes), total, float(np.median(counts[counts > 0])),
             int(counts.max()), float(np.median(every)), float(np.mean(every * 800 < 32)), crowded / total,
-            nested / total, elongated, rough,
+            nested / total, elongated, rough, any(t.masks is not None for t in targets if len(t)),
         )  # fmt: skip
 
     def words(self) -> str:
         """The profile in a sentence."""
+        shapes = (
+            f", {100 * self.elongated:.0f} % elongated, {100 * self.rough:.0f} % with holes, parts or deep concavities"
+            if self.masks
+            else "; without masks"
+        )
         return (
-            f"{self.images} images (short side {self.side:.0f}), {self.classes} "
+            f"{self.images} {'image' if self.images == 1 else 'images'} (short side {self.side:.0f}), {self.classes} "
             f"{'class' if self.classes == 1 else 'classes'}, {self.density:.0f} objects per image (at most "
             f"{self.densest}), median size {100 * self.size:.0f} % of the short side; {100 * self.small:.0f} % small, "
-            f"{100 * self.crowded:.0f} % crowded, {100 * self.nested:.0f} % nested, {100 * self.elongated:.0f} % "
-            f"elongated, {100 * self.rough:.0f} % with holes, parts or deep concavities"
+            f"{100 * self.crowded:.0f} % crowded, {100 * self.nested:.0f} % nested{shapes}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,8 +110,16 @@ def choose_systems(profile: DataProfile, count: int = 6) -> list[tuple[str, str]
 
     Returns:
         Presets and the reason for each, best expected first.
+
+    Raises:
+        UsageError: If the objects have no masks.
     """
     p = profile
+    if not p.masks:
+        raise UsageError(
+            "auto chooses systems that predict masks, and the objects of the data have none; name systems that need "
+            "boxes alone, such as fcos-small and retinanet-small"
+        )
     points: dict[str, tuple[float, str]] = {
         "mask-rcnn-small": (10.0, "the reference: two stages, robust on small data"),
         "solov2-small": (5.0, "one stage without boxes, fast"),

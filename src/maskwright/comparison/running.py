@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import math
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -19,13 +18,15 @@ import torch
 
 from maskwright.checkpoints.budget import shown
 from maskwright.comparison.agreement import agreement, weaknesses
+from maskwright.comparison.division import divided
 from maskwright.comparison.footprint import measure_footprint
 from maskwright.comparison.intervals import bootstrap, calibration, interval
 from maskwright.comparison.page import Shown, write_page, write_tables
 from maskwright.comparison.profile import DataProfile, choose_systems
-from maskwright.comparison.state import Candidate, Comparison
-from maskwright.data import Dataset, Subset, has_split, open_dataset
-from maskwright.errors import MaskwrightError, MissingExtraError, UsageError, interruption
+from maskwright.comparison.state import NAME, TASKS, Candidate, Comparison
+from maskwright.data import Dataset, OneClass, things_only
+from maskwright.data.views import one_class
+from maskwright.errors import DataError, MaskwrightError, MissingExtraError, UsageError, interruption
 from maskwright.evaluation import Evaluator
 from maskwright.evaluation.coco import Detections, Kind, Truth
 from maskwright.evaluation.confusion import hits
@@ -33,12 +34,16 @@ from maskwright.evaluation.records import read_results
 from maskwright.evaluation.result import Result
 from maskwright.inference.outputs import write_image
 from maskwright.inference.preparing import has_bfloat16
+from maskwright.locks import FolderLock
+from maskwright.systems import System
 from maskwright.terminal import print_line
+from maskwright.training.recipe import Recipe
 
 FINALISTS = 3  # candidates that receive the whole budget
 _PILOT = 6  # steps that measure the speed of training
 _OVERHEAD = 0.25  # fraction of the time that evaluation and the page take, and at least
 _MEASURING = 45.0  # seconds that latency and memory of a system take, with its exports
+_RESERVED = ("images", "index.html", "table.csv", "table.md", "comparison.json")  # names in the output folder
 
 
 def compare(
@@ -99,7 +104,8 @@ def compare(
         The comparison.
 
     Raises:
-        UsageError: If an option is invalid, or the folder holds another comparison.
+        UsageError: If an option is invalid, there is nothing to measure on, another process compares in the folder, or
+            the folder holds another comparison.
         DataError: If a file cannot be written.
         KeyboardInterrupt: After Ctrl-C; the page shows what is known, and the same call continues.
     """
@@ -108,39 +114,38 @@ def compare(
     if (hours is not None and not hours > 0) or (steps is not None and steps < 1) or count < 1:
         raise UsageError(f"hours, steps and count must be positive, got {hours}, {steps} and {count}")
     begun, folder = time.monotonic(), Path(out)
-    train_set, val_set, notes = _divided(data, split, val, val_split, seed)
-    profile = DataProfile.create(train_set)
+    source = str(data) if isinstance(data, (str, Path)) else "DIR"
+    if ray is not None and isinstance(data, (str, Path)) and Path(data).exists():
+        data = Path(data).absolute()  # the machines of a cluster have other working directories
+    train_set, val_set, notes = divided(data, split, val, val_split, seed)
+    profile = DataProfile.create(things_only(train_set))
     chosen = _candidates(systems, profile, count)
     request = {
         "systems": [c.name for c in chosen], "data": train_set.name, "measured on": val_set.name, "hours": hours,
         "steps": steps, "seed": seed, "batch": batch, "short": short, "pretrained": pretrained,
-        "changes": _json(changes),
+        "changes": _json(changes), "images": [len(train_set), len(val_set)],
     }  # fmt: skip
-    found = Comparison.load(folder)
-    if found is not None and found.request != request:
-        raise UsageError(
-            f"{folder} holds a comparison with other systems, data or options; continue it with the same ones, or give "
-            "another folder"
-        )
     here = _on_cpu(device)
     recipe: dict[str, Any] = {"lr": 5e-4, "tensorboard": False, "workers": 0, "log_every": 10}
     if here and has_bfloat16(torch.device("cpu")):  # half the time of a step, on processors with instructions for it
         recipe["amp"] = "bf16"
     recipe |= changes
-    if found is None:
-        if pretrained is not None:
-            notes = notes + _started(chosen, pretrained, train_set.classes)
-        if recipe.get("amp") == "bf16":
-            notes = [*notes, "trained in bfloat16 (mixed precision)"]
-    state = found or Comparison(train_set.name, request, profile.to_dict(), chosen, notes=notes)
     side = short if short is not None or not here else _side(profile)
     if side is not None:
         recipe |= {"short": (side,), "long": 2 * side}
-    run = _Comparing(
-        state, folder, train_set, val_set, recipe, {"seed": seed, "batch": batch, "device": device}, hours, steps,
-        begun, ray, footprint, str(data) if isinstance(data, (str, Path)) else "DIR",
-    )  # fmt: skip
-    run.all_rounds()
+    with FolderLock(folder, "compare", "another comparison writes to this folder", DataError):
+        state = _found(folder, request, profile)
+        if state is None:
+            if pretrained is not None:
+                notes = notes + _started(chosen, pretrained, train_set.classes)
+            if recipe.get("amp") == "bf16":
+                notes = [*notes, "trained in bfloat16 (mixed precision)"]
+            state = Comparison(train_set.name, request, profile.to_dict(), chosen, notes=notes)
+        run = _Comparing(
+            state, folder, train_set, val_set, recipe, {"seed": seed, "batch": batch, "device": device}, hours, steps,
+            begun, ray, footprint, source, _continuing(split, val, val_split, batch, recipe),
+        )  # fmt: skip
+        run.all_rounds()
     return state
 
 
@@ -150,12 +155,12 @@ class _Comparing:
     def __init__(
         self, state: Comparison, folder: Path, train_set: Dataset, val_set: Dataset, recipe: dict[str, Any],
         common: dict[str, Any], hours: float | None, steps: int | None, begun: float, ray: str | None, footprint: bool,
-        source: str,
+        source: str, continuing: Sequence[str],
     ):  # fmt: skip
         self.state, self.folder, self.train_set, self.val_set = state, folder, train_set, val_set
         self.recipe, self.common, self.hours, self.steps, self.begun = recipe, common, hours, steps, begun
-        self.ray, self.footprint, self.source = ray, footprint, source
-        self.before = state.spent
+        self.ray, self.footprint, self.source, self.continuing = ray, footprint, source, continuing
+        self.before = state.spent + _unsaved(state, folder)
         trained = sum(c.trained for c in state.candidates)
         self.sizes = _rounds(trained)
         state.rounds = len(self.sizes)
@@ -163,6 +168,7 @@ class _Comparing:
     def all_rounds(self) -> None:
         state = self.state
         print_line(f"comparing on {self.train_set.name}: {as_words(state)}")
+        self._save()
         try:
             for number in range(state.rounds):
                 self._round(number)
@@ -182,8 +188,8 @@ class _Comparing:
         self._plan(waiting, number)
         specs = [self._spec(c, number) for c in waiting]
         if self.ray is not None and waiting:
-            for candidate, done in zip(waiting, _over_ray(self.ray, specs), strict=True):
-                self._trained(candidate, number, done)
+            for place, done in _over_ray(self.ray, specs):
+                self._trained(waiting[place], number, done)
         for candidate, spec in zip(waiting, specs, strict=True) if self.ray is None else ():
             print_line(f"round {number + 1} of {self.state.rounds}: {candidate.label}, {spec['steps']} steps")
             self._trained(candidate, number, _train(spec))
@@ -232,7 +238,7 @@ class _Comparing:
 
     def _spec(self, candidate: Candidate, number: int) -> dict[str, Any]:
         """What `_train` needs; plain values only, so that it can be sent to another machine."""
-        folder = self.folder / candidate.label / f"round-{number + 1}"
+        folder = self._folder(candidate, number)
         spec: dict[str, Any] = {
             "system": candidate.name, "weights": candidate.weights, "pretrained": candidate.start or None,
             "folder": str(folder), "train": self.train_set,
@@ -241,52 +247,65 @@ class _Comparing:
         return spec | ({"steps": candidate.rounds[number]["steps"]} if len(candidate.rounds) > number else {})
 
     def _trained(self, candidate: Candidate, number: int, done: Mapping[str, Any]) -> None:
-        candidate.failed = done.get("error")
-        candidate.rounds[number] |= {k: v for k, v in done.items() if k != "error"}
-        if candidate.failed:
-            print_line(f"{candidate.label} failed: {candidate.failed}")
+        if "error" in done:
+            self._failed(candidate, done["error"])
+            return
+        candidate.rounds[number] |= done
+        self._save()
+        # Only now: with the checkpoint, training that ended just before the process was killed is not repeated.
+        for name in ("last.ckpt", "last.safetensors"):
+            (self._folder(candidate, number) / name).unlink(missing_ok=True)
+
+    def _failed(self, candidate: Candidate, why: str) -> None:
+        candidate.failed = why
+        print_line(f"{candidate.label} failed: {why}")
         self._save()
 
-    def _measure(self, candidate: Candidate, number: int) -> None:
-        from maskwright.checkpoints import load
-        from maskwright.inference import evaluate
+    def _folder(self, candidate: Candidate, number: int) -> Path:
+        return self.folder / candidate.label / f"round-{number + 1}"
 
+    def _measure(self, candidate: Candidate, number: int) -> None:
         if not candidate.trained and not candidate.rounds:
             candidate.rounds = [{"steps": 0, "weights": candidate.name} for _ in range(number + 1)]
         entry = candidate.rounds[number]
         if candidate.failed or not entry.get("weights") or entry.get("AP") is not None:
             return
-        folder = self.folder / candidate.label
         try:
-            system = load(entry["weights"])
-            place = None if self.common["device"] == "auto" else self.common["device"]
-            last = number == self.state.rounds - 1
-            boundary = last and "masks" in system.outputs
-            result = evaluate(
-                system, self.val_set, boundary=boundary, examples=4 if last else 0, device=place, out=folder,
-                title=candidate.label,
-            )  # fmt: skip
-        except MaskwrightError as error:
-            candidate.failed = str(error)
-            self._save()
+            system, result = self._evaluated(candidate, entry["weights"], number)
+        except Exception as error:
+            self._failed(candidate, _reason(error))
             return
-        result.save(folder / "result.json")
+        result.save(self.folder / candidate.label / "result.json")
         entry["AP"] = result.summary[f"{result.kinds[0]}/AP"]
-        candidate.measured |= _figures(result) | {
-            "licence": str((system.source or {}).get("licence") or ""),
-            "task": "masks" if "masks" in system.outputs else "boxes",
-        }
-        if not candidate.measured["licence"]:
-            candidate.measured["licence"] = "yours: trained here" if candidate.trained else "not stated"
+        task = "masks" if result.kinds[0] == "segm" else "boxes"
+        if "proposals" in system.tasks and len(self.val_set.classes) > 1:
+            task += " of any class"
+        licence = shown((system.source or {}).get("weights_licence") or "", 120)
+        if candidate.trained:
+            licence = "yours: trained here" + (f", from weights under {licence}" if licence else "")
+        candidate.measured |= _figures(result) | {"licence": licence or "not stated", "task": task}
         self._save()
         print_line(f"{candidate.label}: AP {100 * entry['AP']:.1f}")
+
+    def _evaluated(self, candidate: Candidate, weights: str, number: int) -> tuple[System, Result]:
+        from maskwright.checkpoints import load
+        from maskwright.inference import evaluate
+
+        system = load(weights)
+        place = None if self.common["device"] == "auto" else self.common["device"]
+        last = number == self.state.rounds - 1
+        result = evaluate(
+            system, self.val_set, boundary=last and "masks" in system.outputs, examples=4 if last else 0, device=place,
+            out=self.folder / candidate.label, title=candidate.label,
+        )  # fmt: skip
+        return system, result
 
     def _eliminate(self, number: int) -> None:
         """Leave out the worse candidates after a round that is not the last."""
         if number + 1 >= self.state.rounds:
             return
         active = [c for c in self.state.active(number) if c.trained and (c.out is None or c.out > number)]
-        for candidate in sorted(active, key=lambda c: -c.score)[self.sizes[number + 1] :]:
+        for candidate in sorted(active, key=lambda c: (TASKS.index(c.task), -c.score))[self.sizes[number + 1] :]:
             candidate.out = number
         self._save()
 
@@ -296,7 +315,7 @@ class _Comparing:
         if self.footprint:
             images = _examples(self.val_set, self.folder / "images")
             for candidate in self.state.ranking():
-                if "ms" not in candidate.measured and candidate.weights is not None:
+                if "ms" not in candidate.measured and candidate.weights is not None and not candidate.failed:
                     done = measure_footprint(candidate.weights, images)
                     candidate.measured |= {"footprint": done} | {k: done[k] for k in ("ms", "MB", "form") if k in done}
                     self._save()
@@ -304,10 +323,11 @@ class _Comparing:
         self._write(final=True)
 
     def _columns(self, candidate: Candidate) -> tuple[Truth, Detections, Kind]:
-        kind: Kind = "segm" if candidate.measured.get("task", "masks") == "masks" else "bbox"
-        judge = Evaluator(self.val_set, (kind,))
+        kind: Kind = "segm" if candidate.task.startswith("masks") else "bbox"
+        merged = _of_any_class(candidate)
+        judge = Evaluator(OneClass(self.val_set) if merged else self.val_set, (kind,))
         for image_id, objects in self._predictions(candidate).items():
-            judge.add(image_id, objects)
+            judge.add(image_id, one_class(objects) if merged else objects)
         return *judge.columns(), kind
 
     def _predictions(self, candidate: Candidate) -> Mapping[Any, Any]:
@@ -321,27 +341,28 @@ class _Comparing:
         ranked = self.state.ranking()
         results = {c.label: Result.load(self.folder / c.label / "result.json") for c in ranked}
         columns = {c.label: self._columns(c) for c in ranked}
-        finalists = [c for c in ranked if c.out is None]
-        kinds: set[Kind] = {columns[c.label][2] for c in finalists}
-        if finalists and len(kinds) == 1:
-            kind = kinds.pop()
-            truth = columns[finalists[0].label][0]
+        finalists = self.state.finalists()
+        self.state.intervals = {}
+        if finalists:
+            truth, _, kind = columns[finalists[0].label]
             drawn = bootstrap(
                 truth, {c.label: columns[c.label][1] for c in finalists}, kind, samples=400 if final else 40,
                 seconds=45 if final else 5,
             )  # fmt: skip
             best = finalists[0].label
-            self.state.intervals = {
-                "AP": {label: interval(values) for label, values in drawn.items()},
-                "leads": {label: interval(drawn[best] - values) for label, values in drawn.items() if label != best},
-                "draws": len(drawn[best]),
-            }
+            if len(drawn[best]):
+                self.state.intervals = {
+                    "AP": {label: interval(values) for label, values in drawn.items()},
+                    "leads": {label: interval(drawn[best] - v) for label, v in drawn.items() if label != best},
+                    "draws": len(drawn[best]),
+                    "images": len(np.unique(truth.owner[~truth.crowd])),
+                }
         for c in ranked:
             truth, found, kind = columns[c.label]
             right = hits(truth, found, by="bbox" if kind == "bbox" else "segm")
             error = calibration(found, right)
             c.measured["calibration"] = None if math.isnan(error) else error
-            peers = [results[o.label] for o in ranked if o is not c]
+            peers = [results[o.label] for o in ranked if o is not c and _of_any_class(o) == _of_any_class(c)]
             c.measured["weaknesses"] = weaknesses(results[c.label], peers)
         shown: list[Shown] = []
         if len(finalists) > 1:
@@ -350,7 +371,7 @@ class _Comparing:
             shown = self._disagreements(agreed, finalists, 6 if final else 2)
         self._save()
         write_tables(self.state, self.folder)
-        write_page(self.state, self.folder, results, shown, self.source)
+        write_page(self.state, self.folder, results, shown, self.source, self.continuing)
 
     def _disagreements(self, agreed: Any, finalists: Sequence[Candidate], count: int) -> list[Shown]:
         """The images about which the finalists agree least, with the objects of each."""
@@ -372,30 +393,48 @@ class _Comparing:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _divided(data: Any, split: str, val: Any, val_split: str, seed: int) -> tuple[Dataset, Dataset, list[str]]:
-    """The images to train on, those to measure on, and what has to be said about the division."""
-    if isinstance(data, Dataset):
-        whole = data
-        judged = val if isinstance(val, Dataset) else None if val is None else open_dataset(val, val_split)
-    else:
-        whole = open_dataset(data, split)
-        source = data if val is None else val
-        if isinstance(source, Dataset):
-            judged = source
-        else:
-            judged = open_dataset(source, val_split) if val is not None or has_split(source, val_split) else None
-    if judged is not None:
-        return whole, judged, []
-    if len(whole) < 5:
-        raise UsageError(f"{whole.name} has {len(whole)} images and no split {val_split!r}; give `val`")
-    order = np.random.default_rng(seed).permutation(len(whole)).tolist()
-    held = max(2, len(whole) // 5)
-    parts = Subset(whole, sorted(order[held:])), Subset(whole, sorted(order[:held]))
-    note = (
-        f"there is no split {val_split!r}: {held} of {len(whole)} images, chosen at random with seed {seed}, are "
-        "measured on"
-    )
-    return *parts, [note]
+def _continuing(split: str, val: Any, val_split: str, batch: int, recipe: Mapping[str, Any]) -> list[str]:
+    """Arguments of `maskwright train` under which the best system is trained as here."""
+    options = ["--split", split] if split != "train" else []
+    options += ["--val", str(val)] if isinstance(val, (str, Path)) else []
+    options += ["--val-split", val_split] if val_split != "val" else []
+    options += ["--batch", str(batch)] if batch != Recipe.batch else []
+    if "short" in recipe:
+        options += ["--short", str(recipe["short"][0]), "--long", str(recipe["long"])]
+    return options + (["--amp", "bf16"] if recipe.get("amp") == "bf16" else [])
+
+
+def _found(folder: Path, request: Mapping[str, Any], profile: DataProfile) -> Comparison | None:
+    """The comparison to continue, None if there is none; UsageError if it is another one."""
+    found = Comparison.load(folder)
+    if found is None:
+        return None
+    if {**request, **found.request} != request:
+        raise UsageError(
+            f"{folder} holds a comparison with other systems, data or options; continue it with the same ones, or give "
+            "another folder"
+        )
+    now = profile.to_dict()
+    if any(found.profile.get(name, now[name]) != now[name] for name in ("images", "classes", "objects", "densest")):
+        raise UsageError(
+            f"the images or annotations have changed since the comparison in {folder} began; give another folder"
+        )
+    return found
+
+
+def _unsaved(state: Comparison, folder: Path) -> float:
+    """Seconds that a run which was killed had trained since it saved the state, as the files of the training tell."""
+    begun = [c for c in state.candidates if c.trained and c.rounds and _missing(c, len(c.rounds) - 1)]
+    places = [folder / c.label / f"round-{len(c.rounds)}" for c in begun]
+    files = [place / name for place in places for name in ("last.ckpt", "log.csv")]
+    times = [path.stat().st_mtime for path in files if path.exists()]
+    stored = folder / NAME
+    return max(0.0, max(times) - stored.stat().st_mtime) if times and stored.exists() else 0.0
+
+
+def _of_any_class(candidate: Candidate) -> bool:
+    """Whether its AP is that of objects regardless of their class."""
+    return candidate.task.endswith("any class")
 
 
 def _candidates(systems: Sequence[str] | str, profile: DataProfile, count: int) -> list[Candidate]:
@@ -413,9 +452,9 @@ def _candidates(systems: Sequence[str] | str, profile: DataProfile, count: int) 
             raise UsageError(f"{name!r} is neither a system or preset (see `maskwright systems`) nor a file of weights")
         stem = name if trained else Path(name).parent.name + "-" + Path(name).stem
         label = "".join(c if c.isalnum() or c in "-_." else "-" for c in stem).strip("-.") or "weights"
-        while label in labels:
+        while label.casefold() in labels or label.casefold() in _RESERVED:
             label += "-2"
-        labels.add(label)
+        labels.add(label.casefold())
         candidates.append(Candidate(name, label, why, trained))
     if not candidates:
         raise UsageError("compare needs at least one system")
@@ -430,15 +469,25 @@ def _started(candidates: Iterable[Candidate], pretrained: str, classes: Sequence
     starts: dict[str, list[str]] = {}
     for candidate in candidates:
         if candidate.trained:
-            # Errors of construction are recorded when the system is trained.
-            with contextlib.suppress(MaskwrightError):
+            try:
                 candidate.start = fitting_weights(create(candidate.name, classes=classes), pretrained) or ""
+            except Exception as error:
+                _reason(error)  # errors of construction are recorded when the system is trained
             starts.setdefault(candidate.start, []).append(candidate.label)
     given = [f"{', '.join(labels)} from the installed weights {name}" for name, labels in starts.items() if name]
     if not given:
         return []
     others = f", {', '.join(starts[''])} from random weights" if "" in starts else ""
     return [f"training starts: {'; '.join(given)}{others}"]
+
+
+def _reason(error: Exception) -> str:
+    """Why a system failed, while the others go on; mistakes of the library are raised again with MASKWRIGHT_DEBUG."""
+    if isinstance(error, MaskwrightError):
+        return str(error)
+    if os.environ.get("MASKWRIGHT_DEBUG"):
+        raise error
+    return f"{type(error).__name__}: {shown(error, 200)}"
 
 
 def _rounds(candidates: int) -> list[int]:
@@ -469,14 +518,8 @@ def _train(spec: Mapping[str, Any]) -> dict[str, Any]:
             resume=(folder / "last.ckpt").exists(), seed=spec["seed"], batch=spec["batch"], device=spec["device"],
             **recipe,
         )  # fmt: skip
-    except MaskwrightError as error:
-        return {"error": str(error)}
-    except Exception as error:  # of one system; the others go on
-        if os.environ.get("MASKWRIGHT_DEBUG"):
-            raise
-        return {"error": f"{type(error).__name__}: {shown(error, 200)}"}
-    (folder / "last.ckpt").unlink(missing_ok=True)
-    (folder / "last.safetensors").unlink(missing_ok=True)
+    except Exception as error:
+        return {"error": _reason(error)}
     return {"weights": str(best), "seconds": round(time.monotonic() - start, 1)}
 
 
@@ -498,7 +541,8 @@ def _pilot(spec: Mapping[str, Any]) -> float:
             spec["system"], spec["train"], val=False, out=folder, steps=_PILOT, seed=spec["seed"], batch=spec["batch"],
             device=spec["device"], logger=Clock(), **recipe,
         )  # fmt: skip
-    except MaskwrightError:
+    except Exception as error:
+        _reason(error)
         return 1.0  # the training itself reports it
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -507,8 +551,8 @@ def _pilot(spec: Mapping[str, Any]) -> float:
     return statistics.median(gaps) if gaps else 1.0
 
 
-def _over_ray(address: str, specs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Train candidates at the same time on a Ray cluster."""
+def _over_ray(address: str, specs: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Train candidates at the same time on a Ray cluster: the position and outcome of each, as they finish."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         library: Any = importlib.import_module("ray")
@@ -517,8 +561,24 @@ def _over_ray(address: str, specs: Sequence[dict[str, Any]]) -> list[dict[str, A
     if not library.is_initialized():
         own = address == "local"
         library.init(None if own else address, include_dashboard=False, log_to_driver=False)
-    task = library.remote(max_retries=2)(_train)
-    return list(library.get([task.remote(spec) for spec in specs]))
+    # Ray hides GPUs from tasks that do not ask for one.
+    needs = {"num_gpus": 1} if specs[0]["device"] != "cpu" and library.cluster_resources().get("GPU") else {}
+    task = library.remote(max_retries=2, **needs)(_train)
+    running = {task.remote(_anywhere(spec)): place for place, spec in enumerate(specs)}
+    while running:
+        finished, _ = library.wait(list(running), num_returns=1)
+        for each in finished:
+            place = running.pop(each)
+            try:
+                yield place, dict(library.get(each))
+            except library.exceptions.RayError as error:  # the process or its machine has ended
+                yield place, {"error": _reason(error)}
+
+
+def _anywhere(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """A spec whose paths do not depend on the working directory."""
+    paths = {name: str(Path(spec[name]).absolute()) for name in ("folder", "weights") if spec[name] is not None}
+    return {**spec, **paths}
 
 
 def _figures(result: Result) -> dict[str, Any]:
@@ -538,8 +598,9 @@ def _examples(dataset: Dataset, folder: Path, count: int = 6) -> list[Path]:
     paths: list[Path] = []
     for number, index in enumerate(chosen):
         image = dataset[index].image
+        pixels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
         path = folder / f"{number}.png"
-        write_image(path, Image.fromarray(image[:3].permute(1, 2, 0).contiguous().numpy()), sync=False)
+        write_image(path, Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()), sync=False)
         paths.append(path)
     return paths
 

@@ -14,6 +14,8 @@ from maskwright.files import write_json
 
 FORMAT = "maskwright-comparison"
 NAME = "comparison.json"
+TASKS = ("masks", "boxes", "masks of any class", "boxes of any class")  # what AP is measured of; not comparable
+CERTAIN = 6  # images; with fewer, chance alone gives one of two equal systems the lead in all of them too often
 
 
 @dataclass
@@ -28,7 +30,7 @@ class Candidate:
         start: The installed weights that its training starts from; empty: random ones.
         rounds: What was done in each round: "steps", "seconds", "weights", and "AP" once it was evaluated.
         out: The round after which it was left out; None if it was not.
-        measured: Figures of the last evaluation: "AP", "AP50", ..., "ms", "MB", "parameters", ...
+        measured: Figures of the last evaluation: "AP", "AP50", ..., "task" (of `TASKS`), "ms", "MB", "parameters", ...
         failed: Why it could not be trained or measured; None if it could.
     """
 
@@ -53,8 +55,26 @@ class Candidate:
     @property
     def score(self) -> float:
         """The newest AP, 0 ... 1; -1 if there is none."""
-        known = [entry["AP"] for entry in self.rounds if entry.get("AP") is not None]
+        known = [entry["AP"] for entry in self._measured()]
         return float(known[-1]) if known else -1.0
+
+    @property
+    def done(self) -> int:
+        """Number of rounds after which it was measured."""
+        return len(self._measured())
+
+    @property
+    def steps(self) -> int:
+        """Training steps of the weights that were measured."""
+        return sum(int(entry["steps"]) for entry in self._measured())
+
+    @property
+    def task(self) -> str:
+        """What its AP is that of; see `TASKS`."""
+        return str(self.measured.get("task", TASKS[0]))
+
+    def _measured(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.rounds if entry.get("AP") is not None]
 
 
 @dataclass
@@ -88,22 +108,47 @@ class Comparison:
         return [c for c in self.candidates if c.failed is None and (c.out is None or c.out >= number)]
 
     def ranking(self) -> list[Candidate]:
-        """All measured candidates: those of later rounds first, then by AP."""
+        """All measured candidates: those of later rounds first, then by what is measured, then by AP."""
         known = [c for c in self.candidates if c.score >= 0]
-        return sorted(known, key=lambda c: (c.out is not None, -(c.out or 0), -c.score))
+        return sorted(
+            known,
+            key=lambda c: (
+                c.failed is not None,
+                c.out is not None,
+                -(c.out or 0),
+                TASKS.index(c.task) if c.task in TASKS else len(TASKS),
+                -c.score,
+            ),
+        )
+
+    def finalists(self) -> list[Candidate]:
+        """The measured candidates that were not left out, did not fail, and have an AP of the same kind as the best."""
+        there = [c for c in self.ranking() if c.out is None and c.failed is None]
+        return [c for c in there if c.task == there[0].task]
+
+    @property
+    def even(self) -> bool:
+        """Whether all candidates that were not left out have been measured, after equally many rounds."""
+        there = [c for c in self.candidates if c.out is None and c.failed is None]
+        return all(c.done for c in there) and len({c.done for c in there if c.trained}) <= 1
 
     def winner(self) -> Candidate | None:
         """The best candidate if its AP is certainly higher than that of every other one of the last round.
 
         Certainly: their intervals do not overlap. That a difference on the same images excludes zero is not enough, as
-        each system was trained once and another seed changes it too.
+        each system was trained once and another seed changes it too. It is never certain on fewer than `CERTAIN` images
+        with objects, nor before all have been trained equally long.
         """
-        finalists = [c for c in self.ranking() if c.out is None]
-        return finalists[0] if finalists and not self.close_to_best() else None
+        finalists = self.finalists()
+        if not finalists or not self.even:
+            return None
+        if len(finalists) > 1 and self.intervals.get("images", CERTAIN) < CERTAIN:
+            return None
+        return None if self.close_to_best() else finalists[0]
 
     def close_to_best(self) -> list[Candidate]:
         """The other candidates of the last round whose interval of AP overlaps with that of the best, or is unknown."""
-        finalists = [c for c in self.ranking() if c.out is None]
+        finalists = self.finalists()
         known = self.intervals.get("AP", {})
         lower, _ = known.get(finalists[0].label, (-math.inf, math.inf)) if finalists else (0.0, 0.0)
         return [c for c in finalists[1:] if not known.get(c.label, (0.0, math.inf))[1] < lower]
@@ -115,9 +160,9 @@ class Comparison:
             entry for candidate in values["candidates"] if candidate["trained"] for entry in candidate["rounds"]
         ]
         for entry in rounds:
-            path = Path(entry.get("weights") or "")
-            if path.absolute().is_relative_to(folder.absolute()) and path.name:
-                entry["weights"] = path.absolute().relative_to(folder.absolute()).as_posix()
+            inside = _inside(entry.get("weights") or "", folder)
+            if inside is not None:
+                entry["weights"] = inside.as_posix()
         return write_json(folder / NAME, values, DataError)
 
     @classmethod
@@ -142,3 +187,13 @@ class Comparison:
             return cls(**kept, candidates=candidates)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise DataError(f"{path}: is not the state of a comparison; remove it or choose another folder") from None
+
+
+def _inside(text: str, folder: Path) -> Path | None:
+    """A path relative to a folder, also where only one of the two goes through symbolic links; None outside of it."""
+    if not text:
+        return None
+    for path, place in ((Path(text).absolute(), folder.absolute()), (Path(text).resolve(), folder.resolve())):
+        if path != place and path.is_relative_to(place):
+            return path.relative_to(place)
+    return None
