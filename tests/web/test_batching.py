@@ -95,6 +95,33 @@ def test_cancelled_requests_are_not_computed_and_failures_reach_their_batch_alon
     assert recorder.batches == [([0], "a"), ([2], "a"), ([3], "fail"), ([5], "a")]
 
 
+def test_a_value_that_fails_does_not_fail_those_that_share_its_batch():
+    recorder = Recorder(hold=True)
+
+    def compute(values: Sequence[int], options: Hashable) -> list[int]:
+        found = recorder(values, options)
+        if 3 in values:
+            raise ZeroDivisionError("of one value")
+        return found
+
+    batcher: Batcher[int, int] = Batcher(compute, batch=4, wait=0.0)
+
+    async def run() -> list[object]:
+        batcher.start()
+        first = asyncio.ensure_future(batcher.submit(0, None))
+        await _begun(recorder)
+        others = [asyncio.ensure_future(batcher.submit(n, None)) for n in (2, 3, 4)]
+        await asyncio.sleep(0.02)
+        recorder.release.set()
+        return list(await asyncio.gather(first, *others, return_exceptions=True))
+
+    found = asyncio.run(run())
+    batcher.stop()
+    assert [found[0], found[1], found[3]] == [0, 4, 8]
+    assert isinstance(found[2], ZeroDivisionError)
+    assert [values for values, _ in recorder.batches] == [[0], [2, 3, 4], [2], [3], [4]]
+
+
 def test_stopping_computes_what_waits_and_refuses_what_comes_later():
     recorder = Recorder(hold=True)
     batcher: Batcher[int, int] = Batcher(recorder, batch=1, wait=0.0)

@@ -24,10 +24,14 @@ pytest.importorskip("prometheus_client", reason="needs the extra web")
 pytest.importorskip("python_multipart", reason="needs the extra web")
 
 import uvicorn
+from starlette.datastructures import URL
+from starlette.requests import HTTPConnection, Request
 
 import maskwright as mw
 from maskwright.data import Scenes
 from maskwright.errors import UsageError
+from maskwright.web import serving
+from maskwright.web.guard import Rules
 from maskwright.web.listening import bound, timed_protocol
 from maskwright.web.serving import LOCAL_HOSTS, Limits, PredictionServer, is_loopback
 from tests.systems.tiny import build
@@ -158,7 +162,10 @@ def test_the_answers_are_those_of_predict(system: mw.System):
         ("/predict", encoded((300, 400), "JPEG"), {}, 400, "pixels"),
         ("/predict", b"--XX--\r\n", {"Content_Type": "multipart/form-data; boundary=XX"}, 400, "no file named 'image'"),
         ("/predict", b"rubbish", {"Content_Type": "multipart/form-data"}, 400, "boundary"),
+        ("/predict", b"--XX\r\nrubbish\r\n", {"Content_Type": "multipart/form-data; boundary=XX"}, 400, "multipart"),
         ("/nothing", b"", {}, 404, "Not Found"),
+        ("/predict/", encoded(), {}, 404, "Not Found"),
+        ("/health", b"", {}, 405, "Method Not Allowed"),
         ("/predict", encoded(), {"Host": "evil.example"}, 421, "does not answer for host 'evil.example'"),
         ("/predict", encoded(), {"Origin": "https://evil.example"}, 403, "are refused"),
     ],
@@ -317,3 +324,113 @@ def test_limits_and_addresses_are_checked():
     assert not is_loopback("0.0.0.0")
     assert not is_loopback("::")
     assert "localhost" in LOCAL_HOSTS
+
+
+def test_a_form_in_a_code_that_fails_is_refused(client: Any):
+    body = b'--XX\r\nContent-Disposition: form-data; name="a-!!"\r\n\r\nx\r\n--XX--\r\n'
+    status, _, answer = client(
+        "POST", "/predict", body, Content_Type="multipart/form-data; boundary=XX; charset=punycode"
+    )
+    assert status == 400, answer
+
+
+def test_a_drawing_that_jpeg_does_not_hold_is_refused(client: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(serving, "_JPEG", 95)
+    status, _, answer = client("POST", "/predict?format=overlay", encoded())
+    assert (status, json.loads(answer)["error"]) == (
+        400, "JPEG has at most 95 pixels a side; use another format than overlay"
+    )  # fmt: skip
+    assert client("POST", "/predict?format=png", encoded())[0] == 200
+
+
+def test_a_mistake_of_the_server_is_answered_as_json(client: Any, monkeypatch: pytest.MonkeyPatch):
+    def fail(*values: Any) -> Any:
+        raise ZeroDivisionError("of a system")
+
+    monkeypatch.setattr(serving, "_encoded", fail)
+    status, headers, answer = client("POST", "/predict", encoded())
+    assert (status, headers["content-type"]) == (500, "application/json")
+    assert "the server could not answer (ZeroDivisionError)" in json.loads(answer)["error"]
+    monkeypatch.undo()
+    assert client("POST", "/predict", encoded())[0] == 200
+
+
+def test_a_client_that_does_not_take_its_answer_is_given_up(system: mw.System, monkeypatch: pytest.MonkeyPatch):
+    """Until then its request is in progress: answers that wait cannot fill the memory."""
+    large = 16 << 20
+    monkeypatch.setattr(serving, "_encoded", lambda *values: (bytes(large), "image/png"))
+    with running(system, limits=Limits(timeout=3.0)) as client:
+        status, headers, body = client("POST", "/predict", encoded())
+        assert (status, headers["content-length"], len(body)) == (200, str(large), large)
+        data = encoded()
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 14)
+            raw.connect(("127.0.0.1", client.port))
+            raw.sendall(
+                f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+            )
+            assert raw.recv(16)
+            assert b"in_progress 1.0" in client("GET", "/metrics")[2]
+            until = time.monotonic() + 10
+            while b"in_progress 0.0" not in client("GET", "/metrics")[2] and time.monotonic() < until:
+                time.sleep(0.05)
+            raw.settimeout(20)
+            received = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := raw.recv(1 << 20):
+                    received += len(part)
+            assert received < large
+
+
+def test_a_system_without_masks_has_no_label_image():
+    """It would be an image without objects."""
+    with running(build("fcos").eval()) as client:
+        status, _, answer = client("POST", "/predict?format=png", encoded())
+        assert status == 400
+        assert "fcos predicts no masks" in json.loads(answer)["error"]
+        assert client("POST", "/predict?format=overlay", encoded())[0] == 200
+
+
+@pytest.mark.fast
+def test_the_options_of_a_request(system: mw.System):
+    def options(server: PredictionServer, query: bytes) -> dict[str, Any]:
+        return dict(server._wanted_options(Request({"type": "http", "query_string": query, "headers": []})))
+
+    server = PredictionServer(build("solov2", classes=("a, b", "c", "d")))
+    assert options(server, b"") == {"score_threshold": 0.5}
+    assert options(server, b"classes=a%2C%20b&classes=c,d") == {"score_threshold": 0.5, "classes": ("a, b", "c", "d")}
+    assert options(server, b"classes=c,%20d&score_threshold=0.1")["classes"] == ("c", "d")
+    prompted = PredictionServer(build("sam"))
+    assert options(prompted, b"") == {}, "scores of another kind: its own threshold"
+
+
+class _Earlier(HTTPConnection):
+    """As in versions of Starlette that put the header Host into the address as it is."""
+
+    @property
+    def url(self) -> URL:
+        return URL(f"http://{self.headers['host']}{self.scope['path']}")
+
+
+def _connection(path: str, **headers: bytes) -> HTTPConnection:
+    pairs = [(name.encode(), value) for name, value in headers.items()]
+    return _Earlier({"type": "http", "path": path, "query_string": b"", "headers": pairs})
+
+
+@pytest.mark.fast
+def test_a_host_header_does_not_replace_the_token():
+    rules = Rules("secret", None, frozenset({"/health"}))
+    refused = rules.refusal(_connection("/predict", host=b"x/health?"))
+    assert refused is not None
+    assert refused.status_code == 401
+    assert rules.refusal(_connection("/health", host=b"x")) is None
+
+
+@pytest.mark.fast
+def test_tokens_are_compared_as_bytes_and_their_scheme_in_any_case():
+    rules = Rules("schl\u00fcssel", None)
+    given = "schl\u00fcssel".encode()
+    for scheme in (b"Bearer ", b"bearer ", b"BEARER  "):
+        assert rules.refusal(_connection("/predict", host=b"x", authorization=scheme + given)) is None
+    for wrong in (b"Bearer", b"Basic " + given, given, b"Bearer schl\xfcssel", b"Bearer " + given + b"x"):
+        assert rules.refusal(_connection("/predict", host=b"x", authorization=wrong)) is not None

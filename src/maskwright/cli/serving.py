@@ -38,8 +38,8 @@ def serve(
     """Serve predictions over HTTP: POST /predict with an image, GET /health, GET /metrics.
 
     The answer to POST /predict is COCO JSON, a 16-bit label image (?format=png) or the drawn image (?format=overlay).
-    Further options of the query: score_threshold (default 0.5; 0.25 if classes have no meaning), nms_threshold,
-    detections, classes=a,b.
+    Further options of the query: score_threshold (default 0.5; 0.25 if classes have no meaning; the system's own if it
+    reads prompts), nms_threshold, detections, classes=a,b.
 
     Only this machine can reach the server unless --host is given. Then requests need the header "Authorization: Bearer
     TOKEN" with the value of the environment variable MASKWRIGHT_TOKEN, or, where that is not set, with a random token
@@ -62,7 +62,8 @@ def serve(
         requests: Most requests in progress; more are answered with 503.
         max_bytes: Largest size of a request.
         max_pixels: Most pixels of an image.
-        timeout: Seconds within which a request has to arrive, and within which the model has to answer.
+        timeout: Seconds within which a request has to arrive, the model has to answer, and the client has to take the
+            answer.
         threads: Threads of the network on a CPU; default: PyTorch's.
         device: Where to compute; auto takes a GPU if there is one.
         dtype: Precision of the network.

@@ -78,7 +78,7 @@ class Batcher(Generic[I, O]):
 
         Raises:
             StoppedError: If the batcher has been stopped.
-            Exception: What `compute` raised for the batch.
+            Exception: What `compute` raised for this value alone.
         """
         loop = asyncio.get_running_loop()
         request: _Request[I, O] = _Request(value, options, loop, loop.create_future())
@@ -95,19 +95,26 @@ class Batcher(Generic[I, O]):
     def _work(self) -> None:
         while taken := self._take():
             taken = [request for request in taken if not request.cancelled.is_set()]
-            if not taken:
-                continue
-            start = time.perf_counter()
-            try:
-                outputs = self._compute([request.value for request in taken], taken[0].options)
-            except Exception as error:
-                for request in taken:
-                    _settle(request, None, error)
-                continue
-            if self._observe is not None:
-                self._observe(len(taken), time.perf_counter() - start)
-            for request, output in zip(taken, outputs, strict=True):
-                _settle(request, output, None)
+            if taken:
+                self._answer(taken)
+
+    def _answer(self, taken: Sequence[_Request[I, O]]) -> None:
+        """Compute requests and hand over the results; each by itself if they fail together, so that only one fails."""
+        start = time.perf_counter()
+        try:
+            outputs = self._compute([request.value for request in taken], taken[0].options)
+        except Exception as error:
+            if len(taken) == 1:
+                _settle(taken[0], None, error)
+                return
+            for request in taken:
+                if not request.cancelled.is_set():
+                    self._answer([request])
+            return
+        if self._observe is not None:
+            self._observe(len(taken), time.perf_counter() - start)
+        for request, output in zip(taken, outputs, strict=True):
+            _settle(request, output, None)
 
     def _take(self) -> list[_Request[I, O]]:
         """The next batch; empty once stopped and nothing is waiting."""

@@ -59,15 +59,17 @@ class Rules:
         elsewhere = headers.get("sec-fetch-site") in ("cross-site", "same-site")
         if origin is None and elsewhere and headers.get("sec-fetch-mode") != "navigate":
             return JSONResponse({"error": "requests from pages of other sites are refused"}, 403)
-        if self.token is not None and connection.url.path not in self.public and not self.knows(connection):
+        # Not the path of `connection.url`: some versions of Starlette compose it from the header Host.
+        if self.token is not None and connection.scope["path"] not in self.public and not self.knows(connection):
             answer = {"error": "the request needs the header 'Authorization: Bearer TOKEN' with the server's token"}
             return JSONResponse(answer, 401, {"WWW-Authenticate": "Bearer"})
         return None
 
     def knows(self, connection: HTTPConnection) -> bool:
         """Return whether a request has the token."""
-        given = connection.headers.get("authorization", "")
-        if self.matches(given.removeprefix("Bearer ")) and given.startswith("Bearer "):
+        scheme, _, given = connection.headers.get("authorization", "").partition(" ")
+        given = given.strip().encode("latin-1", "replace").decode(errors="replace")  # headers are decoded as Latin-1
+        if self.matches(given) and scheme.lower() == "bearer":
             return True
         return self.cookie is not None and any(
             self.matches(value) for value in cookie_values(connection.headers.getlist("cookie"), self.cookie)

@@ -52,14 +52,16 @@ def bound(host: str, *ports: int, listen: bool = True) -> socket.socket:
 
 
 def timed_protocol(seconds: float) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP protocol, with connections closed whose request line and headers do not arrive in time.
+    """Return uvicorn's HTTP protocol, with connections closed whose clients are too slow.
 
     Args:
-        seconds: From the first moment of a connection, or the first byte of a further request, to the last header.
+        seconds: From the first moment of a connection, or the first byte of a further request, to the last header. And
+            for the client to take what waits to be sent.
     """
 
     class Timed(H11Protocol):
         _late: asyncio.TimerHandle | None = None
+        _stalled: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] - as uvicorn's
             super().connection_made(transport)
@@ -74,7 +76,22 @@ def timed_protocol(seconds: float) -> type[asyncio.Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop()
+            self._moved()
             super().connection_lost(exc)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            if self._stalled is None:
+                self._stalled = self.loop.call_later(seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            self._moved()
+            super().resume_writing()
+
+        def _moved(self) -> None:
+            if self._stalled is not None:
+                self._stalled.cancel()
+                self._stalled = None
 
         def _wait(self) -> None:
             if self._late is None:

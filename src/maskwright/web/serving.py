@@ -11,6 +11,7 @@ wait for the model. Above these limits a request is refused (413, 503) instead o
 from __future__ import annotations
 
 import asyncio
+import inspect
 import io
 import json
 import math
@@ -28,10 +29,12 @@ from torch import Tensor
 
 from maskwright.data.images import Reading, decode, reading
 from maskwright.errors import ImageError, MaskwrightError, MissingExtraError, UsageError
+from maskwright.evaluation.tasks import task_called
 from maskwright.inference import predict
 from maskwright.inference.outputs import coco_document, label_plane
 from maskwright.inference.predicting import Prediction
 from maskwright.inference.preparing import prepare
+from maskwright.inference.selecting import split_names
 from maskwright.systems import System
 from maskwright.web.batching import Batcher, StoppedError
 from maskwright.web.guard import LOCAL_HOSTS, Rules, is_loopback
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
 
 Format = Literal["json", "png", "overlay"]
 _TYPES: dict[str, Format] = {"application/json": "json", "image/png": "png", "image/jpeg": "overlay"}
+_PIECE = 1 << 16  # bytes of an answer that are handed to the connection at a time
+_JPEG = 65_500  # pixels that a side of a JPEG can have
 _LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -68,7 +73,8 @@ class Limits:
         pixels: Most pixels of an image.
         requests: Most requests in progress, from the first byte of the request to the last of the answer; more are
             refused with 503.
-        timeout: Seconds within which the head of a request and its body have to arrive each, and the model to answer.
+        timeout: Seconds within which the head of a request and its body have to arrive each, the model to answer, and
+            the client to take the answer.
         batch: Most images per forward pass.
         wait: Seconds that an image waits for others to share its forward pass.
     """
@@ -120,6 +126,10 @@ class PredictionServer:
     ):
         self.limits, self.token, self.hosts = limits or Limits(), token, hosts
         self._options: dict[str, Any] = {"device": device, "dtype": dtype, "compile": compile}
+        decode_options = inspect.signature(task_called("instances").of(system)).parameters
+        # The scores of promptable systems are of another kind: these keep their own threshold, as in `predict`.
+        shown = "score_threshold" in decode_options and "prompts" not in system.tasks
+        self._defaults: dict[str, Any] = {"score_threshold": system.shown_score} if shown else {}
         self.system = prepare(system, device, dtype, compile)
         self._pool = ThreadPoolExecutor(decoders, thread_name_prefix="maskwright-web")
         self._open, self._pixels, self._accepting = 0, 0, False
@@ -143,12 +153,14 @@ class PredictionServer:
         )
         waiting.set_function(lambda: self._batcher.waiting)
         routes = [
-            Route("/predict", self._predict, methods=["POST"]),
+            Route("/predict", _Predicting(self), methods=["POST"]),
             Route("/health", self._health),
             Route("/metrics", self._metrics),
         ]
-        handlers: Mapping[Any, Any] = {HTTPException: _refusal, MaskwrightError: _fault}
-        self.app: ASGIApp = _Guard(self, Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan))
+        handlers: Mapping[Any, Any] = {HTTPException: _refusal, MaskwrightError: _fault, Exception: _mistake}
+        inner = Starlette(routes=routes, exception_handlers=handlers, lifespan=self._lifespan)
+        inner.router.redirect_slashes = False  # the address would be composed from the header Host
+        self.app: ASGIApp = _Guard(self, inner)
 
     # ---- the model -------------------------------------------------------------------------------------------------
 
@@ -193,7 +205,8 @@ class PredictionServer:
     async def _metrics(self, _: Request) -> Response:
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def _predict(self, request: Request) -> Response:
+    async def predicting(self, request: Request, send: Send) -> None:
+        """Answer a request for a prediction; it counts as in progress until the answer has been sent."""
         if not self._accepting:
             raise _busy("the server is stopping")
         if self._open >= self.limits.requests:
@@ -201,8 +214,16 @@ class PredictionServer:
         self._open += 1
         try:
             kind, options = _wanted_format(request), self._wanted_options(request)
+            if kind == "png" and "masks" not in self.system.outputs:
+                raise HTTPException(400, f"{self.system.name} predicts no masks; use format=json or format=overlay")
             name, data = await self._within("the body did not arrive", 408, self._body(request))
-            return await self._answer(request, kind, options, name, data)
+            answer = await self._answer(request, kind, options, name, data)
+            del data
+            try:
+                async with asyncio.timeout(self.limits.timeout):
+                    await answer(request.scope, request.receive, send)
+            except TimeoutError:
+                raise ClientDisconnect from None  # the answer has begun, so that no other one can be given
         finally:
             self._open -= 1
 
@@ -215,6 +236,8 @@ class PredictionServer:
         except (ImageError, UsageError) as error:
             raise HTTPException(400, str(error)) from None
         del data
+        if kind == "overlay" and max(image.shape[-2:]) > _JPEG:
+            raise HTTPException(400, f"JPEG has at most {_JPEG} pixels a side; use another format than overlay")
         pixels = image.shape[-1] * image.shape[-2]
         if self._pixels and self._pixels + pixels > 2 * self.limits.pixels:
             raise _busy("too many pixels wait for the model")
@@ -222,13 +245,13 @@ class PredictionServer:
         try:
             found = await self._within("the model did not answer", 504, self._unless_gone(request, image, options))
             body, media = await loop.run_in_executor(self._pool, _encoded, kind, found, image, name)
-        except UsageError as error:  # of an option's value
+        except (ImageError, UsageError) as error:  # of an option's value, or what the network cannot take
             raise HTTPException(400, str(error)) from None
         except StoppedError:
             raise _busy("the server is stopping") from None
         finally:
             self._pixels -= pixels
-        return Response(body, media_type=media)
+        return _Answer(body, media_type=media)
 
     async def _unless_gone(self, request: Request, image: Tensor, options: Hashable) -> Prediction:
         """The prediction; its request is dropped as soon as the client has gone."""
@@ -280,24 +303,27 @@ class PredictionServer:
             return message
 
         limited = Request(request.scope, counted)
-        async with limited.form(max_files=4, max_fields=4, max_part_size=1 << 16) as form:
-            files = {key: value for key, value in form.multi_items() if isinstance(value, UploadFile)}
-            chosen = files.get("image") or (next(iter(files.values())) if len(files) == 1 else None)
-            if chosen is None:
-                raise HTTPException(400, "the form has no file named 'image'")
-            data = await chosen.read()
+        try:
+            async with limited.form(max_files=4, max_fields=4, max_part_size=1 << 16) as form:
+                files = {key: value for key, value in form.multi_items() if isinstance(value, UploadFile)}
+                chosen = files.get("image") or (next(iter(files.values())) if len(files) == 1 else None)
+                if chosen is None:
+                    raise HTTPException(400, "the form has no file named 'image'")
+                data = await chosen.read()
+        except ValueError as error:  # of the parser, and of codecs that a form may name
+            raise HTTPException(400, f"the form cannot be read: {error}") from None
         if not data:
             raise HTTPException(400, "the file 'image' is empty")
         return chosen.filename or "image", data
 
     def _wanted_options(self, request: Request) -> tuple[tuple[str, Any], ...]:
         """The decoding options of the query, in a form that can be compared."""
-        options: dict[str, Any] = {"score_threshold": self.system.shown_score}
+        options = dict(self._defaults)
         for name, text in request.query_params.items():
             if name == "format":
                 continue
             if name == "classes":
-                options[name] = tuple(part for part in text.split(",") if part)
+                options[name] = tuple(split_names(request.query_params.getlist(name), self.system.classes))
             elif name in ("score_threshold", "nms_threshold", "detections"):
                 try:
                     options[name] = int(text) if name == "detections" else float(text)
@@ -318,6 +344,27 @@ class PredictionServer:
         known = path if path in ("/predict", "/health", "/metrics") else "other"
         self._answers.labels(known, str(status)).inc()
         self._latency.labels(known).observe(seconds)
+
+
+class _Predicting:
+    """The route /predict, as an application: the answer is sent while the request still counts as in progress."""
+
+    def __init__(self, server: PredictionServer):
+        self._server = server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._server.predicting(Request(scope, receive), send)
+
+
+class _Answer(Response):
+    """A response whose body is sent in pieces, so that memory is not filled by what slow clients have not taken."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        body = bytes(self.body)
+        for start in range(0, max(1, len(body)), _PIECE):
+            piece, more = body[start : start + _PIECE], start + _PIECE < len(body)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
 class _Guard:
@@ -398,6 +445,11 @@ def _refusal(_: Request, error: Exception) -> Response:
 
 def _fault(_: Request, error: Exception) -> Response:
     return JSONResponse({"error": str(error)}, 500)
+
+
+def _mistake(_: Request, error: Exception) -> Response:
+    """The answer to a request that met a mistake of the library or of an own system; the log has the traceback."""
+    return JSONResponse({"error": f"the server could not answer ({type(error).__name__}); its log says more"}, 500)
 
 
 def run_server(server: PredictionServer, opened: socket.socket, grace: float = 30.0) -> Callable[[], None]:
