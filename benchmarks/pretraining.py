@@ -38,7 +38,8 @@ class Recipe:
         classes: Whether outlines are classes; otherwise every object is "object".
         learning: Groups of options while learning, such as the size of the input; the file has those of the preset.
         kept: Number of classes that stay in the file, see `condensed`; None: all.
-        then: A second stage that goes on with the result: its options, steps and fields of the training recipe.
+        then: A second stage that goes on with the result: its options, steps and fields of the training recipe. In it
+            every object is "object": a score that is divided among hundreds of classes is not one of an object.
     """
 
     preset: str
@@ -59,18 +60,20 @@ SQUARE = {"resize": {"short": 224, "long": 224}}
 CONVOLUTIONS = {"lr": 5e-4, "ema": 0.998, "amp": "bf16"}
 POINTS = {"points": 512}  # a mask of 40 x 40 has no use for 2,048 points, which take most of the time
 QUERIES = {"ema": 0.998, "amp": "bf16"}
+SECOND = {"warmup": 50, "ema": 0.99}
 RECIPES = {
     "mask-rcnn": Recipe("mask-rcnn-small", NARROW, 192, 4000, {**CONVOLUTIONS, "batch": 4}, learning=SQUARE,
                          kept=100),
     "solov2": Recipe("solov2-small", {"neck_width": 64}, 192, 4000, {**CONVOLUTIONS, "batch": 4},
-                     learning=SQUARE),
+                     learning=SQUARE, then=({}, 400, {**CONVOLUTIONS, **SECOND, "batch": 4, "lr": 2e-4})),
     "mask2former": Recipe("mask2former-small", FEWER, 160, 3000, {**QUERIES, "batch": 8, "lr": 2e-4},
-                          learning={"resize": {"short": 160, "long": 160}, "loss": POINTS}),
+                          learning={"resize": {"short": 160, "long": 160}, "loss": POINTS},
+                          then=({}, 400, {**QUERIES, **SECOND, "batch": 8, "lr": 1e-4})),
     "eomt": Recipe("eomt-small", {"table": 20}, 160, 4000, {**QUERIES, "batch": 16, "lr": 3e-4},
                    learning={"resize": {"canvas": [160, 160]}, "loss": POINTS},
                    # Attention over the tokens of the preset's canvas is learnt for a while too.
                    then=({"resize": {"canvas": [320, 320]}}, 600,
-                         {**QUERIES, "batch": 4, "lr": 1e-4, "warmup": 50, "ema": 0.99})),
+                         {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4})),
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",
                   {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
@@ -83,10 +86,10 @@ RECIPES = {
 }  # fmt: skip
 
 
-def images(recipe: Recipe, count: int, seed: int, nuclei: str | None) -> Dataset:
-    """The images to learn from."""
+def images(recipe: Recipe, classes: bool, count: int, seed: int, nuclei: str | None) -> Dataset:
+    """The images to learn from; with or without classes."""
     contours = ContourScenes(count, (recipe.size, recipe.size), seed=seed)
-    if recipe.classes:
+    if classes:
         return contours
     scenes = Scenes(count, (recipe.size, recipe.size), seed=seed, difficulty=0.7)
     people = Scenes(count, (recipe.size, recipe.size), seed=seed, difficulty=0.7, keypoints=True)
@@ -136,8 +139,11 @@ def main() -> None:
     steps = arguments.steps or recipe.steps
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
 
-    def learned(start: Any, folder: Path, steps: int, seed: int, changes: Mapping[str, Any], **options: Any) -> Any:
-        learn = images(recipe, steps * changes["batch"], seed, arguments.nuclei)  # every image is seen once
+    def learned(
+        start: Any, classes: bool, folder: Path, steps: int, seed: int, changes: Mapping[str, Any], **options: Any
+    ) -> Any:
+        count = steps * changes["batch"]  # every image is seen once
+        learn = images(recipe, classes, count, seed, arguments.nuclei)
         return mw.train(
             start, learn, val=False, out=folder, steps=steps, seed=seed, workers=arguments.workers, tensorboard=False,
             resume=(folder / "last.ckpt").exists(), save_minutes=5.0, **changes, **options,
@@ -145,14 +151,13 @@ def main() -> None:
 
     folder = arguments.out / arguments.name
     learning = {**recipe.options, **recipe.learning}
-    kind = learned(recipe.preset, folder, steps, arguments.seed, recipe.changes, options=learning)
+    kind = learned(recipe.preset, recipe.classes, folder, steps, arguments.seed, recipe.changes, options=learning)
     if recipe.then is not None:
         options, more, changes = recipe.then
         if arguments.steps is not None:
             more = max(1, more * arguments.steps // recipe.steps)
-        kind = learned(
-            mw.load(kind, **options), arguments.out / f"{arguments.name}-2", more, arguments.seed + 1, changes
-        )
+        first = mw.load(kind, classes=("object",) if recipe.classes else None, **options)
+        kind = learned(first, False, arguments.out / f"{arguments.name}-2", more, arguments.seed + 1, changes)
     published = mw.create(recipe.preset, **recipe.options).options
     system = mw.load(kind, **{name: stated(published[name]) for name in recipe.learning})
     if recipe.kept is not None:
