@@ -58,7 +58,7 @@ class Distribution:
 
 def mask_rcnn(**options: Any) -> mw.System:
     """A tiny Mask R-CNN with generated classes."""
-    return mw.create("mask-rcnn-small", **{**tiny_options("mask-rcnn"), **options, "classes": CLASSES})
+    return mw.create("mask-rcnn-small", **{**tiny_options("mask-rcnn"), "classes": CLASSES, **options})
 
 
 def sam() -> mw.System:

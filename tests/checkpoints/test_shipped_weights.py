@@ -311,6 +311,10 @@ def test_only_systems_without_a_persons_classes_are_published(tmp_path):
     distribution = Distribution(tmp_path)
     with pytest.raises(UsageError, match="classes must be generated ones or 'object', got cat"):
         distribution.add("cats", mw.create("yolact-small", classes=("cat",)))
+    one = distribution.add("one", mask_rcnn(classes=("object",)))
+    loaded = mw.load(one.path)
+    assert loaded.classes == ("object",)
+    assert "proposals" in loaded.tasks, "is evaluated regardless of class"
     with pytest.raises(UsageError, match="is a preset of solov2, the file holds sam"):
         distribution.add("other", sam(), preset="solov2-small")
     with pytest.raises(UsageError, match="must be a new name"):

@@ -7,7 +7,6 @@ import math
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 
 def sine_code(
@@ -71,10 +70,11 @@ def padding_of(valid: Int[Tensor, "b 2"], size: tuple[int, int], shape: tuple[in
     Returns:
         True where a cell is padding.
     """
+    # Not `interpolate`: exported, it multiplies with the rounded quotient of the sizes, and cells that start exactly at
+    # a pixel take the one before.
     axes: list[Tensor] = []
     for axis in (0, 1):
-        inside = torch.arange(size[axis], device=valid.device) < valid[:, axis, None]  # (B, length)
-        axes.append(
-            functional.interpolate(inside[:, None].float(), size=shape[axis : axis + 1], mode="nearest")[:, 0] > 0
-        )
+        before, after = (valid.new_full((1,), length[axis], dtype=torch.float32) for length in (size, shape))
+        start = (torch.arange(shape[axis], device=valid.device) * (before / after)).floor()
+        axes.append(start < valid[:, axis, None])
     return ~(axes[0][:, :, None] & axes[1][:, None])
