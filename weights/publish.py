@@ -71,10 +71,11 @@ def publish(
     about: dict[str, Any] = {"name": name, "origin": known.get("origin", "maskwright"), "data": data,
                              "weights_licence": "Apache-2.0", "code_licence": "Apache-2.0", "commercial": "yes",
                              "command": command or known.get("command", "")}  # fmt: skip
-    if all(each.startswith(PREFIX) for each in system.classes):
-        about["classless"] = True
-    elif tuple(system.classes) != ("object",):
+    generated = all(each.startswith(PREFIX) for each in system.classes)
+    if not generated and tuple(system.classes) != ("object",):
         raise UsageError(f"{source}: classes must be generated ones or 'object', got {', '.join(system.classes[:5])}")
+    if generated or role == "instances":
+        about["classless"] = True
     system.source = about
     system.half()
     for key, value in system.state_dict().items():
