@@ -264,6 +264,7 @@ def test_an_address_that_is_not_available_is_named():
     with pytest.raises(UsageError, match="cannot listen on no such host:80"):
         bound("no such host", 80)
     with bound("127.0.0.1", 0) as first:
+        assert first.proto == socket.IPPROTO_TCP, "otherwise asyncio leaves Nagle's algorithm on, which delays answers"
         taken = first.getsockname()[1]
         with pytest.raises(UsageError, match=rf"cannot listen on 127\.0\.0\.1:{taken} .*--port"):
             bound("127.0.0.1", taken)

@@ -32,7 +32,8 @@ def bound(host: str, *ports: int, listen: bool = True) -> socket.socket:
         try:
             found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
             family = min((each[0] for each in found), key=lambda each: each != socket.AF_INET)
-            opened = socket.socket(family, socket.SOCK_STREAM)
+            # With the protocol: asyncio sets TCP_NODELAY only then, without which a small answer takes 40 ms longer.
+            opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         except (OSError, OverflowError) as error:
             raise UsageError(f"cannot listen on {host}:{number} ({error}); give another --host or --port") from None
         if os.name == "posix":
