@@ -19,7 +19,7 @@ from PIL import Image
 
 import maskwright as mw
 from maskwright.data.scenes import Scenes
-from maskwright.errors import CheckpointError, MissingExtraError
+from maskwright.errors import CheckpointError, MissingExtraError, UsageError
 from maskwright.inference.exporting import checking, filling, graphs, panoptic
 from maskwright.inference.exporting.decoders import DECODERS, SEGMENTERS
 from maskwright.inference.exporting.networks import Convertible
@@ -195,6 +195,13 @@ def test_a_graph_divides_an_image_as_decode_panoptic_does():
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_graph_for_images_of_one_size_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(graphs, "convert", lambda *_: (None, [[True, False, False]]))
+    with pytest.raises(UsageError, match=r"yolact as one graph would take images of \d+ x \d+ alone"):
+        graphs.export_graph(build("yolact").eval(), tmp_path / "fixed.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.fast

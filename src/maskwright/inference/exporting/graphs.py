@@ -195,7 +195,10 @@ def export_graph(
     with torch.no_grad():
         module(example)  # fills caches of tables, which must not happen while the graph is traced
     dynamic = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
-    model, _ = convert(module, [example], dynamic, ["image"], module.outputs, f"{original.name} as one graph")
+    what = f"{original.name} as one graph"
+    model, varying = convert(module, [example], dynamic, ["image"], module.outputs, what)
+    if not all(varying[0][:2]):
+        raise UsageError(f"{what} would take images of {example.shape[0]} x {example.shape[1]} alone; report this")
     metadata = metadata_of(original, target) | {
         "format": GRAPH_FORMAT,
         "torch": torch.__version__,
@@ -212,7 +215,7 @@ def export_graph(
         if not difference.objects and task == "instances" and limits.score_threshold > 0:
             # Nothing to compare, as with a system that is not trained: the same graph with a lower threshold has more.
             lower = Graph(ready, canvas, replace(limits, score_threshold=0.0), masks, task).eval()
-            model, _ = convert(lower, [example], dynamic, ["image"], lower.outputs, f"{original.name} as one graph")
+            model, _ = convert(lower, [example], dynamic, ["image"], lower.outputs, what)
             difference = _checked(
                 ready, write_model(model, {}, folder / f"lower{target.suffix}"), pixels, lower, target
             )
