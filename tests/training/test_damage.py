@@ -75,7 +75,7 @@ def test_a_kept_batch_is_compared_too(tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"batch.pt: damaged"):
         load_batch(tmp_path / "batch.pt")
     save_state(tmp_path / "batch.pt", {"format": "maskwright-batch", "images": 3})
-    with pytest.raises(CheckpointError, match=r"batch.pt: holds an entry that cannot be used"):
+    with pytest.raises(CheckpointError, match=r"batch.pt: holds an invalid entry"):
         load_batch(tmp_path / "batch.pt")
 
 
@@ -135,7 +135,7 @@ def test_entries_of_other_types_are_sentences(run: Path, tmp_path: Path):
 )
 def test_the_entry_is_named(run: Path, tmp_path: Path, place: tuple[str, ...], value: Any, words: str):
     save_state(tmp_path / "last.ckpt", changed(load_state(run / "last.ckpt"), place, value))
-    with pytest.raises(CheckpointError, match=r"last.ckpt: holds an entry that cannot be used") as caught:
+    with pytest.raises(CheckpointError, match=r"last.ckpt: holds an invalid entry") as caught:
         fit(tmp_path, resume=True, epochs=1)
     assert words in str(caught.value)
 

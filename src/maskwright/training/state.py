@@ -237,7 +237,7 @@ def entries_of(path: Path) -> Generator[None, None, None]:
         raise
     except _UNUSABLE as error:
         raise CheckpointError(
-            f"{path}: holds an entry that cannot be used ({_words(error)}); resume with the version that wrote "
+            f"{path}: holds an invalid entry ({_words(error)}); resume with the version that wrote "
             "it, or start a new run from the weights in last.safetensors"
         ) from error
 

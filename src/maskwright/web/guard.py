@@ -114,7 +114,7 @@ class Guard:
 
 
 def cookie_values(headers: list[str], name: str) -> list[str]:
-    """Return the values of a cookie; a browser may send several of one name, and others that cannot be parsed."""
+    """Return the values of a cookie; a browser may send several with the same name, and invalid ones."""
     found: list[str] = []
     for pair in "; ".join(headers).split(";"):
         try:

@@ -383,7 +383,7 @@ def edit_event(outcome: Saved | Conflict, request: Any, image: int) -> dict[str,
 
 
 def changed_event(saved: Saved, image: int, by: str) -> dict[str, Any]:
-    """Return what other pages are told of an edit."""
+    """Return the event that announces an edit to other pages."""
     state = saved.state
     return {
         "event": "changed",

@@ -1,4 +1,4 @@
-"""Objects that nobody has asked for one by one: everything in an image, and objects like a given one."""
+"""Proposals without prompts for single objects: everything in an image, and objects similar to a given one."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def address_of(plan: Plan, port: int) -> str:
 
 
 def run(plan: Plan, say: Callable[[str], Any]) -> None:
-    """Serve until the process is told to stop (SIGINT or SIGTERM).
+    """Serve until the process receives SIGINT or SIGTERM.
 
     Args:
         plan: What to open and where to listen.

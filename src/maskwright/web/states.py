@@ -94,7 +94,7 @@ class Work:
             self.dismissed = self.dismissed.union(edit.ids) if edit.value else self.dismissed.difference(edit.ids)
             return
         there = self.objects.get(edit.id)
-        known = edit.id in self.touched  # by an earlier edit of this message, whose revision nobody knows yet
+        known = edit.id in self.touched  # by an earlier edit of this message, whose revision is not published yet
         self.touched[edit.id] = None
         if edit.do == "remove":
             if there is None:

@@ -160,7 +160,7 @@ class Suggester:
                 continue
             try:
                 self._predict(index)
-            except (MaskwrightError, RuntimeError, OSError):  # an image that cannot be read, a full disk or memory
+            except (MaskwrightError, RuntimeError, OSError):  # unreadable image, full disk or memory
                 self._failed.add(index)
             if self.notify is not None and not self._stopping:
                 self.notify(index)
