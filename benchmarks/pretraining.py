@@ -5,7 +5,7 @@
     python benchmarks/pretraining.py mask-rcnn --steps 500 --out /tmp/try
 
 OUT/NAME/ is the run folder, OUT/NAME.safetensors the result in float16 with its recipe. The same command on the same
-kind of machine gives the same file, bit for bit.
+kind of machine gives the same file, bit for bit. Arithmetic is in bfloat16 where the processor has instructions for it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import maskwright as mw
 from maskwright.checkpoints import save
 from maskwright.data import ContourScenes, Dataset, Mixture, Scenes, open_dataset
+from maskwright.inference.preparing import has_bfloat16
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Recipe:
         kept: Number of classes that stay in the file, see `condensed`; None: all.
         then: A second stage that goes on with the result: its options, steps and fields of the training recipe. In it
             every object is "object": a score that is divided among hundreds of classes is not one of an object.
+        start: Installed weights whose backbone is the start; None: random weights.
     """
 
     preset: str
@@ -51,37 +53,39 @@ class Recipe:
     learning: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     kept: int | None = None
     then: tuple[Mapping[str, Any], int, Mapping[str, Any]] | None = None
+    start: str | None = None
 
 
 # Narrower than the presets: a file is at most 25 MB, and ResNet-18 alone has 22.4.
 NARROW = {"neck_width": 64, "boxes": {"width": 256}, "masks": {"width": 64}}
 FEWER = {"decoder": {"layers": 3, "hidden": 256}, "encoder_hidden": 256}
 SQUARE = {"resize": {"short": 224, "long": 224}}
-CONVOLUTIONS = {"lr": 5e-4, "ema": 0.998, "amp": "bf16"}
+CONVOLUTIONS = {"lr": 5e-4, "ema": 0.998}
 POINTS = {"points": 512}  # a mask of 40 x 40 has no use for 2,048 points, which take most of the time
-QUERIES = {"ema": 0.998, "amp": "bf16"}
+QUERIES = {"ema": 0.998}
 SECOND = {"warmup": 50, "ema": 0.99}
 RECIPES = {
     "mask-rcnn": Recipe("mask-rcnn-small", NARROW, 192, 4000, {**CONVOLUTIONS, "batch": 4}, learning=SQUARE,
                          kept=100),
     "solov2": Recipe("solov2-small", {"neck_width": 64}, 192, 4000, {**CONVOLUTIONS, "batch": 4},
                      learning=SQUARE, then=({}, 400, {**CONVOLUTIONS, **SECOND, "batch": 4, "lr": 2e-4})),
-    "mask2former": Recipe("mask2former-small", FEWER, 160, 3000, {**QUERIES, "batch": 8, "lr": 2e-4},
+    "mask2former": Recipe("mask2former-small", FEWER, 160, 2000, {**QUERIES, "batch": 4, "lr": 2e-4},
                           learning={"resize": {"short": 160, "long": 160}, "loss": POINTS},
-                          then=({}, 400, {**QUERIES, **SECOND, "batch": 8, "lr": 1e-4})),
-    "eomt": Recipe("eomt-small", {"table": 20}, 160, 4000, {**QUERIES, "batch": 16, "lr": 3e-4},
+                          then=({}, 200, {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4}), start="mask-rcnn-scenes"),
+    "eomt": Recipe("eomt-small", {"table": 20}, 160, 2000, {**QUERIES, "batch": 8, "lr": 3e-4},
                    learning={"resize": {"canvas": [160, 160]}, "loss": POINTS},
                    # Attention over the tokens of the preset's canvas is learnt for a while too.
-                   then=({"resize": {"canvas": [320, 320]}}, 600,
+                   then=({"resize": {"canvas": [320, 320]}}, 150,
                          {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4})),
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",
                   {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
                   192, 1800,
-                  {"batch": 4, "lr": 6e-4, "warmup": 200, "ema": 0.998, "augment": {"flip": 0.5, "jitter": [0.5, 1.6]}},
+                  {"batch": 4, "lr": 6e-4, "warmup": 200, "ema": 0.998, "amp": "no",
+                   "augment": {"flip": 0.5, "jitter": [0.5, 1.6]}},
                   classes=False,
                   then=({"resize": {"canvas": [512, 512]}}, 640,
-                        {"batch": 2, "lr": 2e-4, "warmup": 50, "ema": 0.99,
+                        {"batch": 2, "lr": 2e-4, "warmup": 50, "ema": 0.99, "amp": "no",
                          "augment": {"flip": 0.5, "jitter": [0.35, 1.3]}})),
 }  # fmt: skip
 
@@ -134,8 +138,11 @@ def main() -> None:
     parser.add_argument("--nuclei", help="a data set of nuclei to learn from too (the promptable system)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--amp", choices=("bf16", "no"), help="default: bf16 where the processor has instructions")
     arguments = parser.parse_args()
     recipe = RECIPES[arguments.name]
+    fast = "bf16" if has_bfloat16(torch.device("cpu")) else "no"
+    amp = arguments.amp or recipe.changes.get("amp", fast)
     steps = arguments.steps or recipe.steps
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
 
@@ -146,12 +153,13 @@ def main() -> None:
         learn = images(recipe, classes, count, seed, arguments.nuclei)
         return mw.train(
             start, learn, val=False, out=folder, steps=steps, seed=seed, workers=arguments.workers, tensorboard=False,
-            resume=(folder / "last.ckpt").exists(), save_minutes=5.0, **changes, **options,
+            resume=(folder / "last.ckpt").exists(), save_minutes=5.0, **{**changes, "amp": amp}, **options,
         )  # fmt: skip
 
     folder = arguments.out / arguments.name
     learning = {**recipe.options, **recipe.learning}
-    kind = learned(recipe.preset, recipe.classes, folder, steps, arguments.seed, recipe.changes, options=learning)
+    kind = learned(recipe.preset, recipe.classes, folder, steps, arguments.seed, recipe.changes, options=learning,
+                   pretrained=recipe.start)  # fmt: skip
     if recipe.then is not None:
         options, more, changes = recipe.then
         if arguments.steps is not None:
@@ -165,7 +173,7 @@ def main() -> None:
     source = {
         "origin": "maskwright: trained on generated images" + (" and CC0 nuclei" if arguments.nuclei else ""),
         "licence": "Apache-2.0",
-        "command": f"benchmarks/pretraining.py {arguments.name} --steps {steps} --seed {arguments.seed}",
+        "command": f"benchmarks/pretraining.py {arguments.name} --steps {steps} --seed {arguments.seed} --amp {amp}",
     }  # fmt: skip
     target = arguments.out / f"{arguments.name}.safetensors"
     system.source = source
