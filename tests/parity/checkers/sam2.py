@@ -26,8 +26,9 @@ from maskwright.systems.sam2 import SAM2, PresenceLoss, answer_losses, without_s
 from tests.parity.ledger import Ledger
 
 # Memories are kept in bfloat16: a value between two of them may go either way, and later frames attend to it. With
-# memories in float32 here and there, all errors of such sessions are below 2e-6.
-LATER: dict[str, Any] = {"bound": 1e-4, "reason": "after memories that are rounded to bfloat16"}
+# memories in float32 here and there, all errors of such sessions are below 2e-6. About 1 % of the values of a memory
+# go the other way on another kind of processor, by up to 2^-8 of their size: sqrt(0.01) * 2^-8 of the memory's norm.
+LATER: dict[str, Any] = {"bound": 4e-4, "largest": 4e-4, "reason": "after memories that are rounded to bfloat16"}
 
 
 def stated(about: dict[str, Any]) -> dict[str, Any]:
@@ -82,11 +83,13 @@ class Made:
         sizes: Of the terms of the logits of presence, which all but cancel.
         memories: Memories in float32, by their values in bfloat16.
         inputs: What those of thresholded masks were made of.
+        neighbours: Whether a memory so far has values that are rounded the other way in the recording.
     """
 
     sizes: list[Tensor] = field(default_factory=list)
     memories: dict[bytes, Tensor] = field(default_factory=dict)
     inputs: dict[bytes, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    neighbours: bool = False
 
     def remember(self, given: tuple[Tensor, Tensor, Tensor], found: Tensor) -> None:
         frames, masks, shown = given
@@ -207,29 +210,33 @@ def state(session: VideoSession, step: str, ledger: Ledger, made: Made) -> None:
             assert entry.memory is not None
             own, flipped = made.memories[_key(entry.memory)][None], 0
             if _key(entry.memory) in made.inputs:
-                own, flipped = settled(session.system, made.inputs[_key(entry.memory)], entry.logits, own, name, ledger)
-            memories(name, own, flipped, ledger)
+                inputs = made.inputs[_key(entry.memory)]
+                margin = LATER["bound"] if made.neighbours else 1e-5
+                own, flipped = settled(session.system, inputs, entry.logits, own, name, ledger, margin)
+            memories(name, own, flipped, ledger, made)
 
 
-def memories(name: str, ours: Tensor, flipped: int, ledger: Ledger) -> None:
+def memories(name: str, ours: Tensor, flipped: int, ledger: Ledger, made: Made) -> None:
     """Memories are kept in bfloat16, where numbers that differ only by rounding in float32 may become neighbours.
 
     So ours in float32 are compared with the nearest numbers that the original may have rounded: with themselves, if
     both round to the same, otherwise with the boundary of the numbers that round to the original's. Few numbers are
-    next to a boundary, so that this is far below `LATER` even after memories with such neighbours.
+    next to a boundary. A memory after others with such neighbours is made of frames that attended to them.
 
     Args:
         name: The array.
         ours: Our memory in float32.
         flipped: Number of pixels of its mask that were changed, see `settled`.
         ledger: The recording.
+        made: Learns whether this memory has such neighbours.
     """
     places, theirs, nearest = nearest_numbers(name, ours, ledger)
     values = ours.flatten().clone()
     other = int((values[places].bfloat16().float() != theirs).sum())
     values[places] = theirs + values[places] - nearest
     note = f"{other} of {len(theirs)} are neighbours" + (f", {flipped} undecided pixels" if flipped else "")
-    ledger.compare(name, values.view(ours.shape), note=note)
+    ledger.compare(name, values.view(ours.shape), note=note, **(LATER if made.neighbours else {}))
+    made.neighbours |= other > 0
 
 
 def nearest_numbers(name: str, ours: Tensor, ledger: Ledger) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,17 +248,18 @@ def nearest_numbers(name: str, ours: Tensor, ledger: Ledger) -> tuple[Tensor, Te
 
 
 def settled(
-    system: SAM2, inputs: tuple[Tensor, Tensor, Tensor], logits: Tensor, ours: Tensor, name: str, ledger: Ledger
-) -> tuple[Tensor, int]:
+    system: SAM2, inputs: tuple[Tensor, Tensor, Tensor], logits: Tensor, ours: Tensor, name: str, ledger: Ledger,
+    margin: float,
+) -> tuple[Tensor, int]:  # fmt: skip
     """The memory of a thresholded mask, with undecided pixels as in the recording, and how many were changed.
 
-    A pixel whose logit is 0 up to rounding may be on either side of the threshold.
+    A pixel whose logit is 0 up to `margin`, a part of their root mean square, may be on either side of the threshold.
     """
     frames, masks, shown = inputs
     wide = functional.interpolate(
         logits[None, None].float(), size=masks.shape[2:], mode="bilinear", align_corners=False
     )
-    undecided = (wide.abs() < 1e-5 * wide.square().mean().sqrt()).flatten().nonzero().flatten().tolist()
+    undecided = (wide.abs() < margin * wide.square().mean().sqrt()).flatten().nonzero().flatten().tolist()
 
     def error(memory: Tensor) -> float:
         places, _, nearest = nearest_numbers(name, memory, ledger)
