@@ -69,9 +69,9 @@ RECIPES = {
                          kept=100),
     "solov2": Recipe("solov2-small", {"neck_width": 64}, 192, 4000, {**CONVOLUTIONS, "batch": 4},
                      learning=SQUARE, then=({}, 400, {**CONVOLUTIONS, **SECOND, "batch": 4, "lr": 2e-4})),
-    "mask2former": Recipe("mask2former-small", FEWER, 160, 2000, {**QUERIES, "batch": 4, "lr": 2e-4},
+    "mask2former": Recipe("mask2former-small", FEWER, 160, 1200, {**QUERIES, "batch": 4, "lr": 2e-4},
                           learning={"resize": {"short": 160, "long": 160}, "loss": POINTS},
-                          then=({}, 200, {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4}), start="mask-rcnn-scenes"),
+                          then=({}, 120, {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4}), start="mask-rcnn-scenes"),
     "eomt": Recipe("eomt-small", {"table": 20}, 160, 2000, {**QUERIES, "batch": 8, "lr": 3e-4},
                    learning={"resize": {"canvas": [160, 160]}, "loss": POINTS},
                    # Attention over the tokens of the preset's canvas is learnt for a while too.
