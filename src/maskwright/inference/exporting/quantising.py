@@ -35,7 +35,7 @@ from maskwright.evaluation import Result
 from maskwright.inference.evaluating import evaluate
 from maskwright.inference.exporting.checking import timed
 from maskwright.inference.exporting.networks import joined
-from maskwright.inference.exporting.quantising_onnx import quantised_part
+from maskwright.inference.exporting.quantising_onnx import in_int8, quantised_part
 from maskwright.inference.exporting.writing import (
     checked_target,
     export,
@@ -325,7 +325,7 @@ def quantise(system: System, feeds: Path, level: str, path: Path) -> bool:
     runtime = runtime_of(system)
     if isinstance(runtime, OnnxRuntime):
         return _quantise_onnx(runtime, parts_of(system), feeds, level, path)
-    ov, nncf = import_openvino(), import_nncf()
+    ov = import_openvino()
     assert isinstance(runtime, OpenVino)
     outputs, inputs, some = list[Any](), list[Any](), False
     whole = parts_of(system)
@@ -341,14 +341,7 @@ def quantise(system: System, feeds: Path, level: str, path: Path) -> bool:
             if len(kept) < sum(op.get_type_name() in _WEIGHTED for op in operations):
                 some = True
                 with _quiet():
-                    model = nncf.quantize(
-                        model,
-                        nncf.Dataset(examples),
-                        preset=nncf.QuantizationPreset.MIXED,
-                        subset_size=len(examples),
-                        model_type=nncf.ModelType.TRANSFORMER if attention else None,
-                        ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
-                    )
+                    model = in_int8(model, examples, kept, attention)
         outputs += list(model.get_results())
         inputs += list(model.get_parameters())
     if some:

@@ -1,4 +1,4 @@
-"""int8 for ONNX Runtime: NNCF inserts pairs of QuantizeLinear and DequantizeLinear into the parts of an ONNX file."""
+"""int8 by NNCF; for ONNX Runtime, pairs of QuantizeLinear and DequantizeLinear in the parts of an ONNX file."""
 
 # Neither onnx nor nncf has complete types.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -25,23 +25,35 @@ def quantised_part(model: Any, name: str, examples: Any, level: str) -> Any | No
     Returns:
         The model; None if the part has no such layers.
     """
-    nncf = import_nncf()
     kept = list[str]()
     if level != "every":
         kept = outside_of_backbone(model) if level == "backbone" else output_layers(model)
     if len(kept) >= sum(node.op_type in _WEIGHTED for node in model.graph.node):
         return None
     attention = any(node.op_type == "Softmax" for node in model.graph.node)
-    found = nncf.quantize(
+    found = in_int8(model, examples, kept, attention)
+    _name(found.graph, f"{name}/")
+    return found
+
+
+def in_int8(model: Any, examples: Any, kept: Sequence[str], attention: bool) -> Any:
+    """A model of ONNX or OpenVINO whose layers are in int8, except those named in `kept`.
+
+    Args:
+        model: The model.
+        examples: Its inputs, for calibration.
+        kept: Names of layers that stay in float.
+        attention: Whether it is a transformer, whose products of activations NNCF treats in ways of their own.
+    """
+    nncf = import_nncf()
+    return nncf.quantize(
         model,
         nncf.Dataset(examples),
         preset=nncf.QuantizationPreset.MIXED,
         subset_size=len(examples),
         model_type=nncf.ModelType.TRANSFORMER if attention else None,
-        ignored_scope=nncf.IgnoredScope(names=kept, validate=False),
+        ignored_scope=nncf.IgnoredScope(names=list(kept), validate=False),
     )
-    _name(found.graph, f"{name}/")
-    return found
 
 
 def output_layers(model: Any) -> list[str]:
