@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from maskwright.checkpoints.catalogue import Entry, allows_commercial, catalogue
 from maskwright.checkpoints.containers import views
 from maskwright.checkpoints.download import fetch
 from maskwright.checkpoints.exported import load_exported
+from maskwright.checkpoints.folders import CheckpointWarning
 from maskwright.checkpoints.names import has_names
 from maskwright.checkpoints.origins import Candidate, Origin, Shapes, origins
 from maskwright.checkpoints.ours import is_ours, parse_metadata, save
@@ -46,8 +48,9 @@ def load(
             weights (see `shipped`), or "shipped" for those of them that find objects. Files of `export` (.onnx, .xml)
             give a system whose networks ONNX Runtime or OpenVINO computes; it cannot be trained.
         classes: Class names that replace those of the file. Rows of the heads are kept for names that match, ignoring
-            case; other rows are initialised. If the file has no class names, as many names as it has classes are those
-            of its rows. Ignored by systems that predict class-agnostic proposals.
+            case; other rows are initialised, which a `CheckpointWarning` states. If the file has no class names, as
+            many names as it has classes are those of its rows. Ignored by systems that predict class-agnostic
+            proposals.
         device: Device of the system; "auto": a GPU if there is one, otherwise the CPU.
         commercial_ok: Refuse weights whose licence does not allow commercial use, before anything is downloaded.
         variant: The published variant, for files whose keys and shapes match several.
@@ -62,6 +65,24 @@ def load(
             or its licence is refused.
         UsageError: If an option or the device is invalid.
     """
+    system = load_silently(
+        source, classes=classes, device=device, commercial_ok=commercial_ok, variant=variant, **overrides
+    )
+    if words := new_rows(system):
+        warnings.warn(f"{source}: {words}; they need training", CheckpointWarning, stacklevel=2)
+    return system
+
+
+def load_silently(
+    source: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    device: str | torch.device | None = "cpu",
+    commercial_ok: bool = False,
+    variant: str | None = None,
+    **overrides: Any,
+) -> System:
+    """As `load`, for training: without the warning that rows of the heads are initialised."""
     path, entry = _locate(source, commercial_ok)
     if path.suffix.lower() in SUFFIXES and path.is_file():
         if device not in (None, "auto") and str(device).partition(":")[0] != "cpu":
@@ -119,6 +140,20 @@ def _loaded(
         ignored = {"ignored": list(found.ignored)} if found.ignored else {}
         system.source = {**note, **ignored, **(system.source or {})}
     return system
+
+
+def new_rows(system: System) -> str | None:
+    """A clause about the class-specific rows of the heads that were not in the weights; None if all were."""
+    kept: Sequence[str] | None = (system.source or {}).get("classes_kept")
+    new = [] if kept is None else [name for name in system.classes if name not in kept]
+    if not new:
+        return None
+    rows = f"the rows of {_few(kept)} are kept; those" if kept else "no class has the same name; the rows"
+    return f"{rows} of {_few(new)} start from random values, in {', '.join(system.class_rows())}"
+
+
+def _few(classes: Sequence[str]) -> str:
+    return ", ".join(classes[:8]) + (f" and {len(classes) - 8} more" if len(classes) > 8 else "")
 
 
 def convert(

@@ -234,7 +234,7 @@ def make_system(
     if weights is None and named:
         kind, _ = find(system)
         return create(system, **options if issubclass(kind, ProposalSystem) else {**options, "classes": tuple(classes)})
-    from maskwright.checkpoints import load
+    from maskwright.checkpoints.loading import load_silently
     from maskwright.checkpoints.shipping import SHIPPED, of_system
 
     if weights is not None and str(weights) == SHIPPED and named and not Path(SHIPPED).exists():
@@ -243,7 +243,7 @@ def make_system(
     wanted = find(system)[0] if named else None
     if weights is not None and wanted is not None and _adopts(wanted):
         return _adopted(system, wanted, weights, options)
-    loaded = load(source, classes=tuple(classes), **options)
+    loaded = load_silently(source, classes=tuple(classes), **options)
     if weights is not None and loaded.name != (wanted.name if wanted else system):
         raise UsageError(f"{weights} holds the weights of {loaded.name}, not of {wanted.name if wanted else system}")
     if said is not None:
@@ -275,15 +275,12 @@ def _without_download(name: str, options: Mapping[str, Any] | None) -> Mapping[s
 
 def _new_rows(source: str | Path, system: System) -> list[str]:
     """A line about which class-specific rows of the heads were not in the weights; none if all were."""
+    from maskwright.checkpoints.loading import new_rows
+
     kept = (system.source or {}).get("classes_kept")
     if kept is None:
         return []
-    new = [name for name in system.classes if name not in kept]
-    if not new:
-        return [f"{source}: the rows of all {len(kept)} classes are kept"]
-    heads = ", ".join(system.class_rows())
-    rows = f"the rows of {_few(kept)} are kept; those" if kept else "no class has the same name; the rows"
-    return [f"{source}: {rows} of {_few(new)} start from random values, in {heads}"]
+    return [f"{source}: {new_rows(system) or f'the rows of all {len(kept)} classes are kept'}"]
 
 
 def take_backbone(system: System, source: str | Path) -> None:
