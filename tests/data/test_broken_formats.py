@@ -358,6 +358,45 @@ def test_splits_of_via_have_the_same_classes_wherever_they_are_opened(
     assert open_dataset(".").classes == every
 
 
+def _project(path: Path, listed: dict[str, str], image: str, classes: list[str]) -> None:
+    """A VIA project of one image with an object of each class."""
+    shape = {"name": "rect", "x": 2, "y": 2, "width": 9, "height": 9}
+    regions = [{"shape_attributes": shape, "region_attributes": {"class": name}} for name in classes]
+    content = {
+        "_via_img_metadata": {image: {"filename": image, "size": 1, "regions": regions, "file_attributes": {}}},
+        "_via_attributes": {"region": {"class": {"type": "dropdown", "options": listed}}, "file": {}},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), "utf-8")
+    Image.new("RGB", (SIZE[1], SIZE[0])).save(path.parent / image)
+
+
+def test_via_files_of_two_splits_in_one_folder(tmp_path: Path) -> None:
+    _project(tmp_path / "via_val.json", {"cup": "", "spoon": ""}, "b.png", ["cup"])
+    assert len(open_dataset(tmp_path, "test")) == 1  # a single file serves as any split, whatever its name
+    _project(tmp_path / "via_train.json", {"fork": "", "cup": ""}, "a.png", ["cup", "fork"])
+    (tmp_path / "via_old.json").write_text((tmp_path / "via_val.json").read_text("utf-8"), "utf-8")
+    train, val = open_dataset(tmp_path, "train"), open_dataset(tmp_path, "val")
+    assert [[path.name for path in d.paths() if path is not None] for d in (train, val)] == [["a.png"], ["b.png"]]
+    assert train.classes == val.classes == ("fork", "cup", "spoon")
+    assert [d.targets(0).labels.tolist() for d in (train, val)] == [[1, 0], [1]]
+    assert open_dataset(tmp_path / "via_val.json").classes == train.classes
+    with pytest.raises(UsageError, match=r"no annotations of split 'test'; found via_train.json, via_val.json"):
+        open_dataset(tmp_path, "test")
+
+
+@pytest.mark.filterwarnings("ignore:.*listed under other names")  # b.png is images/b.png below the folder of the split
+@pytest.mark.parametrize("folder", ["{}", "{}/images"])
+def test_classes_that_only_one_via_project_lists_are_known_to_all_splits(folder: str, tmp_path: Path) -> None:
+    """Also where a file in train/images is opened itself."""
+    files = {split: tmp_path / folder.format(split) / "via.json" for split in ("val", "train")}
+    _project(files["val"], {"cup": "", "spoon": ""}, "b.png", [])
+    _project(files["train"], {"fork": "", "cup": ""}, "a.png", ["cup", "fork"])
+    for split, file in files.items():
+        for dataset in (open_dataset(tmp_path, split), open_dataset(file.parent), open_dataset(file)):
+            assert dataset.classes == ("fork", "cup", "spoon")
+
+
 def test_other_folders_of_via_files_are_no_splits(sources: Path, tmp_path: Path) -> None:
     """A folder whose name begins like that of a split has nothing to do with its neighbours."""
     for name in ("test_photos", "training-data"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -86,9 +87,15 @@ def sniff(source: str, request: Request) -> list[Match]:
     if not path.is_dir():
         return []
     files = via_files(path)
+    named = {folder: _named(folder) for folder in {(path / file).parent for file in files}}
     found: dict[str | None, str] = {}
     for file in files:
-        found.setdefault(split_in_path(file), file)
+        split, beside = split_in_path(file), named[(path / file).parent]
+        if split is None and beside:
+            split = beside.get(path / file)
+            if split is None:  # a file of no split beside those of splits
+                continue
+        found.setdefault(split, file)
     return matches_of(found, request, CERTAIN, lambda split: str(path / found[split]))
 
 
@@ -96,6 +103,25 @@ def via_files(root: Path) -> list[str]:
     """Return the VIA files of a folder and its subfolders, bare annotations before projects."""
     found = [f for f in files_below(root, lambda n: n.lower().endswith(".json"), 3) if json_kind(root / f) == "via"]
     return sorted(found, key=lambda file: (file.count("/"), "project" in file.lower(), file))
+
+
+def _named(folder: Path) -> dict[Path, str]:
+    """The VIA files of a folder that are named for a split, as via_train.json and via_val.json, and their splits.
+
+    Training comes first. Empty if there is one split only: a single file is that of the folder, whatever its name.
+    """
+    found: dict[Path, str] = {}
+    for path in sorted(folder.glob("*")):
+        words = [word for word in re.split(r"[\W_]+", path.stem) if splits.is_usual(word)]
+        if words and path.suffix.lower() == ".json" and json_kind(path) == "via":
+            found[path] = words[-1]
+    if len(set(found.values())) < 2:
+        return {}
+    return dict(sorted(found.items(), key=lambda pair: _order(pair[1])))
+
+
+def _order(split: str) -> int:
+    return splits.KINDS.index(splits.kind_of(split) or "train")
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -119,7 +145,8 @@ class _Image:
 def read(match: Match, request: Request) -> Table:
     """Read one VIA file."""
     path = Path(match.location)
-    folder = path.parent if match.split is None else _folder(path, match.split)
+    named = _named(path.parent)
+    folder = path.parent if match.split in (None, named.get(path)) else _folder(path, match.split)
     table = new_table(path, folder, "/".join(filter(None, [folder.resolve().name, match.split])))
     try:
         raw = read_json(path)
@@ -128,13 +155,17 @@ def read(match: Match, request: Request) -> Table:
         table.usable = False
         return table
     content = as_dict(raw)
-    entries = as_dict(content.get("_via_img_metadata")) if "_via_img_metadata" in content else content
-    images = _images(table, entries)
+    images = _images(table, _entries(content))
     if not table.usable:
         return table
-    attribute, options = _class_attribute(table, content, images)
-    used = {name for image in images for region in image.regions if (name := _class(region, attribute)) is not None}
-    used |= _classes_elsewhere(path, folder, attribute, match.split is not None)
+    attribute, own = _class_attribute(table, content, images)
+    # All splits have the classes of all files, in the same order.
+    options: list[str] = []
+    used: set[str] = set()
+    for file in named if path in named else _files_of_splits(path, folder, match.split is not None):
+        listed, had = (own, _used(images, attribute)) if file.samefile(path) else _classes_of(file)
+        options += listed
+        used |= had
     names = ClassNames(options, used or ([] if options else ["object"]))
     names.fill(table)
     collector = Collector(table, request)
@@ -148,6 +179,11 @@ def read(match: Match, request: Request) -> Table:
 def _folder(path: Path, split: str) -> Path:
     """The folder of a split: the one of its name above the file."""
     return next((p for p in path.parents if p.name == split), path.parent)
+
+
+def _entries(content: dict[str, Any]) -> dict[str, Any]:
+    """The images of a project or of bare annotations, by their keys."""
+    return as_dict(content.get("_via_img_metadata")) if "_via_img_metadata" in content else content
 
 
 def _images(table: Table, entries: dict[str, Any]) -> list[_Image]:
@@ -203,38 +239,46 @@ def _class_attribute(table: Table, content: dict[str, Any], images: Sequence[_Im
     return chosen, [name for name in options if name not in ("", "undefined")]
 
 
-def _classes_elsewhere(path: Path, folder: Path, attribute: str | None, below: bool) -> set[str]:
-    """The classes in the files of the other splits beside `folder`, so that all splits have the same classes.
+def _used(images: Sequence[_Image], attribute: str | None) -> set[str]:
+    """The classes that regions have."""
+    classes = (_class(region, attribute) for image in images for region in image.regions)
+    return {name for name in classes if name is not None}
+
+
+def _classes_of(path: Path) -> tuple[list[str], set[str]]:
+    """The classes that the file of another split lists, and those that its regions have; none if it is damaged."""
+    try:
+        content = as_dict(read_json(path))
+    except FileProblem:
+        return [], set()
+    unused = new_table(path, path.parent, "")  # its findings are those of that split
+    images = _images(unused, _entries(content))
+    attribute, options = _class_attribute(unused, content, images)
+    return options, _used(images, attribute)
+
+
+def _files_of_splits(path: Path, folder: Path, below: bool) -> list[Path]:
+    """The file, and those of the other splits in the folders beside its own, training first.
 
     Args:
         path: The file.
         folder: The folder of its split.
-        attribute: The region attribute with the class.
         below: Whether `folder` was found below the folder that the caller named. Otherwise its neighbours may be
-            anything, so only usual names of splits count.
+            anything, so only usual names of splits count, also for the folder above, as in train/images.
     """
 
     def is_split(name: str) -> bool:
         return splits.kind_of(name) is not None if below else splits.is_usual(name)
 
     folder = folder.absolute()  # a link is a neighbour of what lies beside it, not of its target
+    if not below and not is_split(folder.name):
+        folder = folder.parent
     if not is_split(folder.name):
-        return set()
-    root = folder.parent
-    found: set[str] = set()
-    for file in via_files(root):
-        if not is_split(file.split("/")[0]) or (root / file).samefile(path):
-            continue
-        try:
-            content = as_dict(read_json(root / file))
-        except FileProblem:
-            continue
-        entries = as_dict(content.get("_via_img_metadata")) if "_via_img_metadata" in content else content
-        for entry in entries.values():
-            regions: Any = as_dict(entry).get("regions")
-            listed = list(cast(dict[str, Any], regions).values()) if isinstance(regions, dict) else as_list(regions)
-            found |= {name for region in listed if (name := _class(as_dict(region), attribute)) is not None}
-    return found
+        return [path]
+    beside = [p for p in folder.parent.glob("*") if is_split(p.name) and p.is_dir() and not p.is_symlink()]
+    folders = sorted({folder, *beside}, key=lambda p: (_order(p.name), p.name))
+    files = [place / file for place in folders for file in via_files(place)]
+    return files if any(file.samefile(path) for file in files) else [path, *files]  # it may be hidden
 
 
 def _class(region: dict[str, Any], attribute: str | None) -> str | None:
