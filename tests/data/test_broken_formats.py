@@ -5,11 +5,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import os
 import shutil
+import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,9 @@ from PIL import Image
 
 from maskwright.data import Dataset, DataWarning, check, open_dataset
 from maskwright.data.convert import convert_data
-from maskwright.errors import UsageError
+from maskwright.data.exchange.files import FileProblem
+from maskwright.data.exchange.planes import read_plane
+from maskwright.errors import AnnotationError, UsageError
 from maskwright.structures import Masks
 from tests.data.test_round_trips import CLASSES, LEFT, OVER, RIGHT, Drawn, made
 
@@ -48,6 +53,22 @@ def found(path: Path, severity: str) -> list[str]:
     """The findings of one severity."""
     report = check(path)
     return [str(f) for f in report.findings if f.severity == severity]
+
+
+@contextlib.contextmanager
+def ended_after(seconds: int) -> Iterator[None]:
+    """Fail instead of waiting forever inside the block."""
+
+    def end(*_: object) -> None:
+        raise AssertionError("a named pipe was opened")  # no OSError, which readers turn into findings
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def opened(path: Path) -> Dataset:
@@ -701,8 +722,6 @@ def test_one_mask_for_each_object(tmp_path: Path) -> None:
 def test_several_formats_in_one_folder_are_named(copy: Callable[[str], Path], sources: Path) -> None:
     root = copy("yolo")
     (root / "annotations.xml").write_bytes((sources / "cvat" / "annotations.xml").read_bytes())
-    from maskwright.errors import UsageError
-
     with pytest.raises(UsageError, match=r"2 formats fit equally well: yolo \(data.yaml\), cvat \(annotations.xml\)"):
         open_dataset(root)
     assert len(open_dataset(f"yolo:{root}")) == 2
@@ -718,3 +737,37 @@ def test_the_copy_of_fix_has_the_format_of_the_source(copy: Callable[[str], Path
         report = check(root, fix=tmp_path / f"{name}-fixed")
         assert report.usable, report
         assert counts(tmp_path / f"{name}-fixed") == [2], name
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize("name", ["yolo", "labelme", "via", "cvat", "voc", "label-maps"])
+def test_named_pipes_beside_the_files_are_not_opened(name: str, copy: Callable[[str], Path]) -> None:
+    root = copy(name)
+    expected = counts(root)
+    for suffix in ("json", "xml", "yaml", "csv", "txt"):
+        os.mkfifo(root / f"pipe.{suffix}")
+    with ended_after(20):
+        assert counts(root) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("pipe.json", "no annotations of split 'train'"),
+        ("pipe.xml", "no annotations of split 'train'"),
+        ("data.yaml", "is not a regular file; remove it"),
+        ("instances_train.json", "is a named pipe, not a file"),
+    ],
+)
+def test_a_named_pipe_is_no_annotation_file(name: str, words: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with ended_after(20), pytest.raises((UsageError, AnnotationError), match=words):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_named_pipe_is_no_map(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "map.png")
+    with ended_after(20), pytest.raises(FileProblem, match="is a named pipe; remove it"):
+        read_plane(tmp_path / "map.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from maskwright.data import splits
 from maskwright.data.exchange.files import json_kind
 from maskwright.data.findings import first_few
 from maskwright.data.image_folder import locate_images
-from maskwright.data.image_names import listed_name
+from maskwright.data.image_names import is_file, listed_name
 from maskwright.data.table import ImageEntry, Table, Verify, add_images
 from maskwright.data.values import LONGEST_NAME, clean_name, parse_id, parse_int, parse_length, shortened
 from maskwright.errors import DataError
@@ -94,6 +95,8 @@ def has_keys(path: Path) -> bool:
 
     The key "categories" alone is not enough if the file is shorter: notes.json of Label Studio's YOLO exports has it.
     """
+    if not is_file(path):
+        return False
     try:
         with path.open("rb") as file:
             head = file.read(1 << 16)
@@ -107,6 +110,8 @@ def has_keys(path: Path) -> bool:
 
 def has_videos(path: Path) -> bool:
     """Return whether a JSON file lists clips instead of images (YouTube-VIS), by its first and last 64 kB."""
+    if not is_file(path):
+        return False
     try:
         with path.open("rb") as file:
             head = file.read(1 << 16)
@@ -159,6 +164,9 @@ def start_table(
 def _load(table: Table) -> dict[str, Any] | None:
     """The parsed file; None, with a finding, if it is not a COCO data set."""
     try:
+        if stat.S_ISFIFO(table.path.stat().st_mode):  # opening it would wait for its other end
+            table.add_finding("error", "file", "is a named pipe, not a file", _EXPECTED)
+            return None
         text = table.path.read_bytes()
         if not text.strip():
             table.add_finding("error", "file", f"the file is empty ({len(text)} bytes)", _EXPECTED)

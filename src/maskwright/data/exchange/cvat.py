@@ -82,7 +82,7 @@ def _file_in(folder: Path) -> Path | None:
 
 def is_cvat(path: Path) -> bool:
     """Return whether an XML file has the root element of CVAT."""
-    if path.suffix.lower() != ".xml":
+    if path.suffix.lower() != ".xml" or not is_file(path):
         return False
     try:
         with path.open("rb") as file:

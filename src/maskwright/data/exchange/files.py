@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+import stat
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
@@ -91,6 +92,8 @@ def json_kind(path: Path) -> str | None:
         status = path.stat()
     except (OSError, ValueError):
         return None
+    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for its other end
+        return None
     return _json_kind(path, status.st_mtime_ns, status.st_size)
 
 
@@ -122,7 +125,10 @@ def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
         FileProblem: If it cannot be read, or is larger than `largest` bytes.
     """
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a named pipe would wait for its other end
+            raise FileProblem("is not a regular file; remove it")
+        size = status.st_size
         if size > largest:
             raise FileProblem(f"is too large ({size} bytes); at most {largest} are read")
         return path.read_bytes()

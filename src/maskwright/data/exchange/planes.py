@@ -75,6 +75,8 @@ def _numbered(values: Plane, colours: Mapping[int, int]) -> Plane:
 
 def _values(path: Path) -> npt.NDArray[Any]:
     """The values of an image file, (H, W) or (H, W, C), with palette indices unchanged."""
+    if path.is_fifo():
+        raise FileProblem("is a named pipe; remove it")  # opening it would wait for its other end
     try:
         with path.open("rb") as file:
             start = file.read(4)

@@ -34,6 +34,8 @@ def sniff(source: str, request: Request) -> list[Match]:
 
 
 def _is_list(path: Path) -> bool:
+    if not is_file(path):
+        return False
     try:
         with path.open("rb") as file:
             return file.read(64).lstrip().startswith(b"[")

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from maskwright.data.exchange.files import files_below, is_image_name
+from maskwright.data.image_names import is_file
 
 _MOST = 200  # files that are looked into
 _HEAD = 1 << 14  # bytes of a file that are looked at
@@ -25,6 +26,8 @@ def unread(folder: Path) -> tuple[str, str] | None:
     """
     files = list(files_below(folder, lambda name: name.lower().endswith(_SUFFIXES), 4))[:_MOST]
     for file in files:
+        if not is_file(folder / file):
+            continue
         try:
             with (folder / file).open("rb") as opened:
                 head = opened.read(_HEAD)
