@@ -96,6 +96,14 @@ def test_predict_skips_and_reports_a_bad_image(house, tmp_path, capsys):
     assert len(about["images"]) == 6
     ids = {image["id"] for image in about["images"]}
     assert {record["image_id"] for record in json.loads((tmp_path / "found/results.json").read_text())} <= ids
+    assert "did not write" not in complaint
+    # A second run into the folder names what it leaves of the first one.
+    assert cli.main([line[0], str(source / "000001.png"), *line[2:]]) == 0
+    complaint = capsys.readouterr().err
+    assert (
+        f"note: {tmp_path / 'found'} also has 10 files that this run did not write, such as drawn/000003.jpg"
+        in complaint
+    )
 
 
 def test_results_have_the_ids_of_the_annotations(house, tmp_path, capsys):

@@ -224,3 +224,20 @@ def test_temporary_files_of_killed_runs_are_removed(image, tmp_path):
         (tmp_path / folder / "mine.part").touch()
     PredictionWriter(tmp_path, ("masks",), CLASSES).close()
     assert {p.name for p in tmp_path.rglob("*.part")} == {"mine.part"}
+
+
+def test_files_of_an_earlier_run_are_listed(image, tmp_path):
+    out, paths = tmp_path / "out", [image("sub/A.png"), image("b.png")]
+    with PredictionWriter(out, ("drawn", "coco", "masks"), CLASSES, [tmp_path / "in"]) as writer:
+        for path in paths:
+            writer.add(path, found())
+    assert writer.others() == []
+    with PredictionWriter(out, ("drawn", "coco", "masks"), CLASSES, [tmp_path / "in"]) as writer:
+        for path in paths:
+            writer.add(path, found())
+    assert writer.others() == []  # all replaced
+    with PredictionWriter(out, ("drawn",), CLASSES, [tmp_path / "in"]) as writer:
+        writer.add(paths[1], found())
+    expected = ["drawn/sub/A.jpg", "masks/b.png", "masks/sub/A.png", "pictures.json", "results.json"]
+    assert writer.others() == expected
+    assert all((out / name).is_file() for name in expected)

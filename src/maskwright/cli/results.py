@@ -90,6 +90,8 @@ def predict(
     a run that was killed continues with the images that they do not contain. IMAGES may be URLs (s3://...) and Parquet
     files with a column of names too.
 
+    Files of an earlier run in OUT are replaced by those of the same name; a line states how many others there are.
+
     Objects that score below 0.5 are left out (the Python function `predict` and `evaluate` use the system's own
     threshold, 0.05 for most systems); --score-threshold changes it. Unreadable images are skipped and listed at
     the end, and the exit code is then 1.
@@ -233,6 +235,11 @@ def predict(
     print_line(f"{_count(writer.objects, what)}{limit} in {_count(len(writer.images), 'image')}: {out}")
     if ids is not None and "coco" in format:
         print_line(ids.summary)
+    if others := writer.others():
+        print_error(
+            f"note: {out} also has {_count(len(others), 'file')} that this run did not write, such as {others[0]}; "
+            "remove what is of an earlier run, or give another --out"
+        )
     if to is not None:
         print_line(str(_suggestions(out, to)))
     for path, reason in writer.skipped:

@@ -58,7 +58,7 @@ class OutputNames:
         )
         name = next(name for name in candidates if self._is_free(name))
         files, folders = _files_and_folders(name)
-        self._names.add(_key(name))
+        self._names.add(name_key(name))
         self._files |= files
         self._folders |= folders
         return name
@@ -66,13 +66,13 @@ class OutputNames:
     def _is_free(self, name: str) -> bool:
         """Whether the name is not taken, and none of its files would be a folder of another one or vice versa."""
         files, folders = _files_and_folders(name)
-        return _key(name) not in self._names and not files & self._folders and not folders & self._files
+        return name_key(name) not in self._names and not files & self._folders and not folders & self._files
 
 
 def _files_and_folders(name: str) -> tuple[set[str], set[str]]:
     """The files that a name stands for, and the folders that they are in, as keys."""
-    parents = {_key(str(parent)) for parent in Path(name).parents if parent.parts}
-    return {_key(name + suffix) for suffix in (".jpg", ".png", ".tif", ".geojson")}, parents
+    parents = {name_key(str(parent)) for parent in Path(name).parents if parent.parts}
+    return {name_key(name + suffix) for suffix in (".jpg", ".png", ".tif", ".geojson")}, parents
 
 
 def source_root(source: str | Path) -> Path:
@@ -155,5 +155,8 @@ def has_mark(path: Path) -> bool:
     return start.startswith(kinds) and MARK.encode() in start
 
 
-def _key(name: str) -> str:
+def name_key(name: str) -> str:
+    """What names have in common that are the same file on many file systems: those that differ by case or Unicode
+    normalization.
+    """
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

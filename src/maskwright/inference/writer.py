@@ -21,7 +21,7 @@ from maskwright.files import AtomicFile, json_bytes, remove_stale_parts, write_j
 from maskwright.inference.geojson import GeoJsonStream
 from maskwright.inference.label_image import LabelImage
 from maskwright.inference.large import ObjectStream
-from maskwright.inference.naming import FOLDERS, OutputNames
+from maskwright.inference.naming import FOLDERS, RECORDS, OutputNames, name_key
 from maskwright.inference.outputs import RecordStream, coco_records, label_plane, write_image
 from maskwright.inference.overview import PIXELS as OVERVIEW
 from maskwright.inference.overview import Overview
@@ -117,6 +117,7 @@ class PredictionWriter:
         self.objects = 0
         self.total = total
         self._journals: list[Path] = []
+        self._written: set[str] = set()
         self._lock = FolderLock(self.folder, "predict", "another process writes predictions here", DataError)
         remove_stale_parts(self.folder)
         for name in FOLDERS:
@@ -141,12 +142,12 @@ class PredictionWriter:
         number = len(self.images) + 1 if self.ids is None else self.ids.image_id(Path(path))
         height, width = found.image_size
         if "drawn" in self.kinds:
-            self._draw(Path(path), found, self.folder / "drawn" / f"{name}.jpg", reading)
+            self._draw(Path(path), found, self._file("drawn", f"{name}.jpg"), reading)
         if isinstance(found, Panoptic):
             self._add_segments(found, name, number)
         else:
             if "masks" in self.kinds:
-                _write_plane(label_plane(found), self.folder / "masks" / f"{name}.png")
+                _write_plane(label_plane(found), self._file("masks", f"{name}.png"))
             if self.kinds & {"geojson", "labels"}:
                 placed = PlacedObjects.of(found)
                 for file in self._files(Path(path), name, found.image_size):
@@ -186,7 +187,7 @@ class PredictionWriter:
             if drawing is not None:
                 with as_specified(stream.reading):
                     image = drawing.image()
-                write_image(self.folder / "drawn" / f"{name}.jpg", image, sync=False)
+                write_image(self._file("drawn", f"{name}.jpg"), image, sync=False)
             for file in files:
                 file.close()
         except BaseException as error:
@@ -207,19 +208,19 @@ class PredictionWriter:
         """The files about one image that are written object by object; `labels`: with a label image in any case."""
         files: list[_File] = []
         if "geojson" in self.kinds:
-            target = self.folder / "geojson" / f"{name}.geojson"
+            target = self._file("geojson", f"{name}.geojson")
             files.append(GeoJsonStream(target, self.classes, read_georeference(path)))
         if labels or "labels" in self.kinds:
-            files.append(LabelImage(self.folder / "labels" / f"{name}.tif", size))
+            files.append(LabelImage(self._file("labels", f"{name}.tif"), size))
         return files
 
     def _add_segments(self, found: Panoptic, name: str, number: int | str) -> None:
         if "coco" in self.kinds:
             self.segments.append(found.to_coco(number, self._category_ids(), f"{name}.png"))
-            write_image(self.folder / "panoptic" / f"{name}.png", found.to_png(), sync=False)
+            write_image(self._file("panoptic", f"{name}.png"), found.to_png(), sync=False)
         if "masks" in self.kinds:
             plane = found.semantic() + 1 if self.task.name == "semantic" else found.map()
-            _write_plane(plane.numpy().astype(np.uint16), self.folder / "masks" / f"{name}.png")
+            _write_plane(plane.numpy().astype(np.uint16), self._file("masks", f"{name}.png"))
 
     def close(self) -> None:
         """Write the files about all images: results.json and pictures.json, or panoptic.json."""
@@ -296,8 +297,25 @@ class PredictionWriter:
                 self.results.close(self._marked(self.results.path.name, mark))
 
     def _marked(self, name: str, mark: str) -> Path:
-        path = self.folder / name
-        return path.with_name(f"{path.stem}{mark}{path.suffix}")
+        stem, suffix = os.path.splitext(name)  # noqa: PTH122 - the parts of a name, not of a path
+        return self._file("", f"{stem}{mark}{suffix}")
+
+    def _file(self, folder: str, name: str) -> Path:
+        """A file of this run in one of the folders; "" is the output folder itself."""
+        path = Path(folder, name)
+        self._written.add(name_key(path.as_posix()))
+        return self.folder / path
+
+    def others(self) -> list[str]:
+        """Return the results in the folder that this run has not written, such as those of an earlier one.
+
+        Returns:
+            Their names relative to the folder, sorted. Files of all kinds are listed, also those of other `kinds`.
+        """
+        below = [path for name in FOLDERS for path in (self.folder / name).rglob("*.*")]
+        paths = [*below, *(self.folder / name for name in RECORDS)]
+        names = sorted(path.relative_to(self.folder).as_posix() for path in paths if path.is_file())
+        return [name for name in names if name_key(name) not in self._written]
 
     def _category_ids(self) -> list[int] | None:
         return None if self.ids is None else self.ids.category_ids
