@@ -28,6 +28,7 @@ from maskwright.data import (
     open_dataset,
     read_coco,
     show_batch,
+    workers,
 )
 from maskwright.data.loader import grouped
 from maskwright.errors import DataError, ImageError, UsageError
@@ -339,3 +340,17 @@ def _runs(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_the_advice_on_the_number_of_workers_is_given_once(monkeypatch):
+    monkeypatch.setattr(workers, "_advised", False)
+    monkeypatch.setattr(torch._utils, "cpu_count", lambda: 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            batches = make_loader(Scenes(2, (32, 32)), RULE, batch_size=1, training=True, workers=2)
+            for epoch in range(2):
+                batches.set_epoch(epoch)
+                assert len(list(batches)) == 2
+            batches.close()
+    assert [str(w.message)[:46] for w in caught] == ["This DataLoader will create 2 worker processes"]

@@ -18,7 +18,7 @@ from maskwright.data.augment import Augment, Drawn, Placed, place_target
 from maskwright.data.dataset import Dataset, Sample, as_dataset, mirrored_keypoints
 from maskwright.data.findings import DataWarning
 from maskwright.data.images import reading
-from maskwright.data.workers import end_workers, ignore_signals, iterate
+from maskwright.data.workers import advised_once, end_workers, ignore_signals, iterate
 from maskwright.errors import DataError, ImageError, MaskwrightError, UsageError
 from maskwright.structures import Batch, Instances, Placement, Preprocess
 
@@ -84,17 +84,18 @@ class Loader:
     def _read(self, keys: list[tuple[int, int]]) -> Any:
         if self._loader is None:
             self._keys = _Keys()
-            self._loader = DataLoader(
-                self.plan,  # pyright: ignore[reportArgumentType] - any object with __getitem__ will do
-                batch_size=None,
-                sampler=self._keys,
-                num_workers=self.workers,
-                persistent_workers=True,
-                pin_memory=self.pin,
-                # Without its own generator it would use the global one, which changes the random numbers of losses.
-                generator=torch.Generator(),
-                worker_init_fn=ignore_signals,
-            )
+            with advised_once(self.workers):
+                self._loader = DataLoader(
+                    self.plan,  # pyright: ignore[reportArgumentType] - any object with __getitem__ will do
+                    batch_size=None,
+                    sampler=self._keys,
+                    num_workers=self.workers,
+                    persistent_workers=True,
+                    pin_memory=self.pin,
+                    # Without its own generator it would use the global one, which changes the random numbers of losses.
+                    generator=torch.Generator(),
+                    worker_init_fn=ignore_signals,
+                )
         self._keys.keys = keys
         return iterate(self._loader)
 

@@ -26,7 +26,9 @@ UNGUARDED = 86  # exit code of a worker that found itself running the script tha
 _UNKNOWN = 256
 _MARK = "MASKWRIGHT_STARTS_WORKERS"  # in the environment of workers
 _STOPPING = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
+_ADVICE = "This DataLoader will create"  # more workers than the machine has cores
 _iterators: weakref.WeakSet[Any] = weakref.WeakSet()
+_advised = False
 
 
 def ignore_signals(_: int = 0) -> None:
@@ -61,8 +63,19 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
+@contextlib.contextmanager
+def advised_once(count: int) -> Generator[None, None, None]:
+    """The block that constructs a torch DataLoader with `count` workers, whose advice on that number is shown once."""
+    global _advised
+    with warnings.catch_warnings():
+        if _advised:
+            warnings.filterwarnings("ignore", _ADVICE, UserWarning)
+        _advised = _advised or count > 0
+        yield
+
+
 def iterate(loader: Any) -> Generator[Any, None, None]:
-    """Iterate over a torch DataLoader whose `worker_init_fn` is `ignore_signals`.
+    """Iterate over a torch DataLoader that was constructed in `advised_once`, with `ignore_signals` for its workers.
 
     Until a worker ignores signals itself, it inherits that they are blocked.
 
@@ -92,6 +105,7 @@ def iterate(loader: Any) -> Generator[Any, None, None]:
                 # Since Python 3.12, forking a process with threads warns, and torch always has threads. The workers
                 # use neither these threads nor a GPU.
                 warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
+                warnings.filterwarnings("ignore", _ADVICE, UserWarning)  # shown when the loader was constructed
                 iterator = iter(loader)
             if iterator not in _iterators:
                 _iterators.add(iterator)

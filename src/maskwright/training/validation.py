@@ -15,7 +15,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from maskwright.data import Dataset, DataWarning, Sample
 from maskwright.data.images import reading
-from maskwright.data.workers import ignore_signals, iterate
+from maskwright.data.workers import advised_once, ignore_signals, iterate
 from maskwright.errors import ImageError
 from maskwright.evaluation import match_classes
 from maskwright.evaluation.measuring import Measurement, measure
@@ -144,15 +144,16 @@ def _batches(
     sizes = dataset.sizes()
     shapes = [system.preprocess.padded_size(*sizes[position]) for position in positions]
     groups = equal_batches(shapes, batch)  # padding would change the result
-    loader = DataLoader(
-        images,
-        batch_sampler=groups,
-        num_workers=workers,
-        collate_fn=images.collate,
-        worker_init_fn=ignore_signals,
-        # Without its own generator it would use the global one.
-        generator=torch.Generator(),
-    )
+    with advised_once(workers):
+        loader = DataLoader(
+            images,
+            batch_sampler=groups,
+            num_workers=workers,
+            collate_fn=images.collate,
+            worker_init_fn=ignore_signals,
+            # Without its own generator it would use the global one.
+            generator=torch.Generator(),
+        )
     for found, batched in iterate(loader):
         if found:
             yield found, batched.to(device)
