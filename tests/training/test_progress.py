@@ -212,3 +212,15 @@ def test_weights_of_another_network_than_the_preset_are_mentioned(tmp_path: Path
 def test_progress_of_other_types_is_refused(entry: dict[str, Any]):
     with pytest.raises(UsageError, match=next(iter(entry))):
         Progress.from_dict(entry)
+
+
+@pytest.mark.parametrize(("amp", "native"), [("bf16", False), ("bf16", True), ("no", False)])
+def test_emulated_bfloat16_is_named(
+    amp: str, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from maskwright.training import setup
+
+    monkeypatch.setattr(setup, "has_bfloat16", lambda device: native)
+    fit(tmp_path, steps=1, amp=amp, device="cpu")
+    words = "this processor has no instructions for bfloat16 and emulates it; amp 'no' is faster"
+    assert capsys.readouterr().err.count(words) == (amp == "bf16" and not native)

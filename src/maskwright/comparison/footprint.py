@@ -79,7 +79,7 @@ def _main(weights: str, images: Sequence[str]) -> dict[str, Any]:
 def _forms(weights: str, images: Sequence[str], folder: Path) -> Iterator[tuple[str, Callable[[], tuple[Any, str]]]]:
     """The forms of a system that this machine and the installed extras can compute, and how to load each."""
     from maskwright.checkpoints import load
-    from maskwright.inference.preparing import has_bfloat16
+    from maskwright.ops.precision import has_bfloat16
 
     exportable = Path(weights).suffix == ".safetensors"
     yield "float32", lambda: (load(weights), "float32")

@@ -33,8 +33,8 @@ from maskwright.evaluation.confusion import hits
 from maskwright.evaluation.records import read_results
 from maskwright.evaluation.result import Result
 from maskwright.inference.outputs import write_image
-from maskwright.inference.preparing import has_bfloat16
 from maskwright.locks import FolderLock
+from maskwright.ops.precision import has_bfloat16
 from maskwright.systems import System
 from maskwright.terminal import print_line
 from maskwright.training.recipe import Recipe

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from maskwright.blocks.layers import DeformConvNorm, FrozenBatchNorm, StillBatchNorm
 from maskwright.checkpoints.exported import parts_of, runtime_of
 from maskwright.errors import UsageError
+from maskwright.ops.precision import has_bfloat16
 from maskwright.systems import System
 from maskwright.systems.kinds.promptable import PromptableSystem
 
@@ -169,16 +170,6 @@ def chosen_dtype(dtype: str, device: torch.device, system: System | None = None)
         return "bfloat16" if has_bfloat16(device) else "float32"
     precision(dtype)
     return dtype
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device has instructions for bfloat16; without, computing in it is slower than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    flags = torch.cpu.get_capabilities()
-    return any(flags.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
 
 def is_prepared(system: System, device: torch.device, dtype: str, compile: bool | Literal["frozen"]) -> bool:

@@ -107,6 +107,7 @@ def train(
     state = _saved_run(out, resume)
     recipe, said = _settle(recipe, changes, out if resume else None, state)
     fabric = setup.launch(recipe)
+    said += setup.emulated(recipe, fabric.device)
     with waited_for(), setup.locked(fabric, out):
         if (out / LAST).exists() and state is None:
             raise UsageError(f"another process has trained in {out} meanwhile; resume its run or give another folder")

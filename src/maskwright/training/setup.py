@@ -17,6 +17,7 @@ from maskwright.data import Augment, Dataset, OneClass, Renamed, as_dataset, has
 from maskwright.data.splitting import divided, share_or_source, warn_about_duplicates
 from maskwright.errors import MaskwrightError, MissingExtraError, TrainingError, UsageError
 from maskwright.locks import FolderLock
+from maskwright.ops.precision import has_bfloat16
 from maskwright.options import parameters_of, plain
 from maskwright.systems import ProposalSystem, System, create, describe, find, names, presets, stuff_of
 from maskwright.training.pretrained import take_pretrained
@@ -92,6 +93,13 @@ def device_kind(wish: str) -> str:
             f"device {wish!r} is not available; this machine has {', '.join(k for k, t in there.items() if t)}"
         )
     return wish
+
+
+def emulated(recipe: Recipe, device: torch.device) -> list[str]:
+    """A line if the precision of the recipe is slower on this processor than float32; none otherwise."""
+    if recipe.amp != "bf16" or device.type != "cpu" or has_bfloat16(device):
+        return []
+    return ["amp is 'bf16', but this processor has no instructions for bfloat16 and emulates it; amp 'no' is faster"]
 
 
 @dataclass(frozen=True)
