@@ -103,6 +103,19 @@ def test_numbers_at_an_axis_are_short_enough_for_their_place():
         assert max(map(len, told)) <= 6
 
 
+@pytest.mark.parametrize(
+    ("value", "percent", "shown"),
+    [
+        (0.5, False, "0.500"), (0.75, False, "0.750"), (0.123456, False, "0.123"), (0, False, "0.00"),
+        (-2, False, "-2.00"), (12.34, False, "12.3"), (999.7, False, "1.00 k"), (123.4, False, "123"),
+        (12_345, False, "12.3 k"), (2e6, False, "2.00 M"), (6e-4, False, "6.00e-4"), (5e9, False, "5.00e9"),
+        (0.5, True, "50.0"), (0.12345, True, "12.3"), (1, True, "100"), (0.04, True, "4.00"),
+    ],
+)  # fmt: skip
+def test_figures_of_the_legend_have_three_digits(value, percent, shown):
+    assert f"<b>{shown}</b>" in chart({"line": ([0, 1], [1, value])}, percent=percent)
+
+
 def test_a_run_folder_gives_a_page_with_all_its_parts(tmp_path):
     result = result_of()
     result.speed = Speed(milliseconds=41.5, peak_memory=300 << 20)

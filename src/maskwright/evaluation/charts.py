@@ -71,7 +71,7 @@ def chart(
     parts.append("</svg>")
     parts.append('<div class="legend">')
     for number, (name, (_, ys)) in enumerate(drawn.items()):
-        last = "" if bounds else f" <b>{_label(ys[-1], percent)}</b>"  # of a curve over recall the last says nothing
+        last = "" if bounds else f" <b>{_figure(ys[-1], percent)}</b>"  # of a curve over recall the last says nothing
         parts.append(f'<span><i style="background:var(--s{number % COLOURS})"></i>{escape(name)}{last}</span>')
     parts.append("</div>")
     return Markup("".join(parts))
@@ -115,5 +115,19 @@ def _label(value: float, percent: bool) -> str:
         return f"{value:,.0f}"
     if abs(value) >= 1e-3 or not value:
         return f"{value:.3g}"
-    mantissa, exponent = f"{value:.1e}".split("e")  # 6e-4: a longer one would not fit beside the axis
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return _short(f"{value:.1e}".replace(".0e", "e"))  # 6e-4: a longer one would not fit beside the axis
+
+
+def _figure(value: float, percent: bool) -> str:
+    """A number of the legend: three significant digits, also where they are zeros, so that lines can be compared."""
+    value = float(f"{100 * value if percent else value:.3g}")
+    if value and not 1e-3 <= abs(value) < 1e9:
+        return _short(f"{value:.2e}")
+    unit, scale = next(((u, s) for u, s in ((" M", 1e6), (" k", 1e3)) if abs(value) >= s), ("", 1.0))
+    return f"{value / scale:#.3g}".rstrip(".") + unit
+
+
+def _short(text: str) -> str:
+    """A number such as 6.0e-04 without what is superfluous in its exponent."""
+    mantissa, exponent = text.split("e")
+    return f"{mantissa}e{int(exponent)}"
