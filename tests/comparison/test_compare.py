@@ -237,8 +237,11 @@ def test_budgets_are_checked(tmp_path: Path, scenes: Scenes, options: dict[str, 
 
 @pytest.mark.fast
 def test_unknown_systems_and_small_sets_are_refused(tmp_path: Path, scenes: Scenes):
-    with pytest.raises(UsageError, match="'mask-rcn' is neither a system or preset"):
-        _compare(tmp_path, scenes, ["mask-rcn"])
+    for wrong, right in (("mask-rcn", "mask-rcnn"), ("solov2-smal", "solov2-small")):
+        with pytest.raises(
+            UsageError, match=f"'{wrong}' is neither a system or preset nor a file .*; did you mean '{right}'"
+        ):
+            _compare(tmp_path, scenes, [wrong])
     with pytest.raises(UsageError, match="has 3 images and no split 'val'"):
         compare(["solov2-small"], Subset(scenes, range(3)), out=tmp_path, steps=3)
     assert not (tmp_path / "comparison.json").exists()

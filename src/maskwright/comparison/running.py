@@ -438,7 +438,7 @@ def _of_any_class(candidate: Candidate) -> bool:
 
 
 def _candidates(systems: Sequence[str] | str, profile: DataProfile, count: int) -> list[Candidate]:
-    from maskwright.systems import REGISTRY, presets
+    from maskwright.systems import REGISTRY, presets, suggestion
 
     names = [systems] if isinstance(systems, str) else list(systems)
     chosen: list[tuple[str, str]] = []
@@ -449,7 +449,7 @@ def _candidates(systems: Sequence[str] | str, profile: DataProfile, count: int) 
     for name, why in dict(reversed(chosen)).items():
         trained = name in presets() or name in REGISTRY
         if not trained and not Path(name).exists():
-            raise UsageError(f"{name!r} is neither a system or preset (see `maskwright systems`) nor a file of weights")
+            raise UsageError(f"{name!r} is neither a system or preset nor a file of weights; {suggestion(name)}")
         stem = name if trained else Path(name).parent.name + "-" + Path(name).stem
         label = "".join(c if c.isalnum() or c in "-_." else "-" for c in stem).strip("-.") or "weights"
         while label.casefold() in labels or label.casefold() in _RESERVED:

@@ -83,6 +83,7 @@ __all__ = [
     "names",
     "presets",
     "stuff_of",
+    "suggestion",
     "system_class",
 ]
 
@@ -120,9 +121,15 @@ def find(name: str) -> tuple[type[System], Mapping[str, Any]]:
     known = presets()
     owner = known.get(name)
     if owner is None:
-        raise UnknownSystemError(f"there is no system or preset {name!r}; {_hint(name, [*REGISTRY, *known])}")
+        raise UnknownSystemError(f"there is no system or preset {name!r}; {suggestion(name)}")
     kind = system_class(owner)
     return kind, kind.presets[name].options
+
+
+def suggestion(name: str) -> str:
+    """The end of a message about a name that is neither a system nor a preset: the most similar one, and the command
+    that lists all."""
+    return _hint(name, [*REGISTRY, *presets()])
 
 
 def _hint(name: str, known: Iterable[str]) -> str:
