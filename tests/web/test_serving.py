@@ -6,7 +6,10 @@ import contextlib
 import http.client
 import io
 import json
+import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -103,6 +106,9 @@ def encoded(size: tuple[int, int] = (64, 96), kind: str = "PNG", seed: int = 0) 
     return data.getvalue()
 
 
+ENDPOINTS = "the endpoints are POST /predict, GET /health and GET /metrics"
+
+
 def form(name: str, data: bytes, filename: str = "photo.png") -> tuple[bytes, str]:
     head = f'--XX\r\nContent-Disposition: form-data; name="{name}"; filename="{filename}"\r\n'
     return (
@@ -151,21 +157,27 @@ def test_the_answers_are_those_of_predict(system: mw.System):
     ("path", "body", "headers", "status", "words"),
     [
         ("/predict", b"", {}, 400, "the body is empty"),
-        ("/predict", b"no image at all", {}, 400, "not a supported image"),
-        ("/predict", encoded()[:200], {}, 400, "image"),
+        (
+            "/predict",
+            b"no image at all",
+            {},
+            400,
+            "(it starts with 'no image at '); send an intact",
+        ),
+        ("/predict", encoded()[:200], {}, 400, "; send an intact image in a format such as PNG, JPEG or TIFF"),
         ("/predict?format=gif", encoded(), {}, 400, "format must be json, png or overlay, got 'gif'"),
         ("/predict?score_threshold=much", encoded(), {}, 400, "score_threshold must be a number, got 'much'"),
         ("/predict?limit=3", encoded(), {}, 400, "unknown option 'limit'"),
         ("/predict?classes=unicorn", encoded(), {}, 400, "unicorn"),
         ("/predict?detections=-1", encoded(), {}, 400, "detections"),
         ("/predict", b"x" * 30_001, {}, 413, "larger than 30000 bytes"),
-        ("/predict", encoded((300, 400), "JPEG"), {}, 400, "pixels"),
+        ("/predict", encoded((300, 400), "JPEG"), {}, 400, "more than the limit of 50000; send a smaller image"),
         ("/predict", b"--XX--\r\n", {"Content_Type": "multipart/form-data; boundary=XX"}, 400, "no file named 'image'"),
         ("/predict", b"rubbish", {"Content_Type": "multipart/form-data"}, 400, "boundary"),
         ("/predict", b"--XX\r\nrubbish\r\n", {"Content_Type": "multipart/form-data; boundary=XX"}, 400, "multipart"),
-        ("/nothing", b"", {}, 404, "Not Found"),
+        ("/nothing", b"", {}, 404, f"Not Found; {ENDPOINTS}"),
         ("/predict/", encoded(), {}, 404, "Not Found"),
-        ("/health", b"", {}, 405, "Method Not Allowed"),
+        ("/health", b"", {}, 405, f"Method Not Allowed; {ENDPOINTS}"),
         ("/predict", encoded(), {"Host": "evil.example"}, 421, "does not answer for host 'evil.example'"),
         ("/predict", encoded(), {"Origin": "https://evil.example"}, 403, "are refused"),
     ],
@@ -325,6 +337,50 @@ def test_limits_and_addresses_are_checked():
     assert not is_loopback("0.0.0.0")
     assert not is_loopback("::")
     assert "localhost" in LOCAL_HOSTS
+
+
+def test_a_form_has_the_file_image_alone(client: Any):
+    for name in ("file", "photo"):
+        content, kind = form(name, encoded())
+        status, _, answer = client("POST", "/predict", content, Content_Type=kind)
+        assert status == 400
+        assert f"the form has the field '{name}', expected is the file 'image'" in json.loads(answer)["error"]
+    content, kind = form("image", encoded())
+    option = b'--XX\r\nContent-Disposition: form-data; name="detections"\r\n\r\n3\r\n'
+    status, _, answer = client("POST", "/predict", option + content, Content_Type=kind)
+    assert status == 400
+    assert "the field 'detections'" in json.loads(answer)["error"]
+    assert "options are sent in the query" in json.loads(answer)["error"]
+    status, _, answer = client("POST", "/predict", content.removesuffix(b"--XX--\r\n") + content, Content_Type=kind)
+    assert status == 400
+    assert "2 files named 'image'; send one" in json.loads(answer)["error"]
+
+
+@pytest.mark.parametrize(
+    ("message", "answer"),
+    [
+        ("the image: is damaged (a; b); replace or remove it", "the image: is damaged (a; b); send an intact image"),
+        ("the image: is too large; resize it, or predict with `tile` (...)", "the image: is too large; send a smaller"),
+        ("the image: mode LAB is not supported; convert it to RGB", "mode LAB is not supported; convert it to RGB"),
+    ],
+)
+def test_advice_is_for_clients(message: str, answer: str):
+    assert answer in serving._for_a_client(message)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are those of POSIX")
+def test_a_signal_is_answered_with_what_the_server_waits_for(system: mw.System, capsys: pytest.CaptureFixture[str]):
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    try:
+        serving.run_server(PredictionServer(system), bound("127.0.0.1", 0, listen=False))()
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+    assert seen == [signal.SIGTERM], "the process ends by the signal"
+    assert capsys.readouterr().err == "SIGTERM: finishing the open requests\n"
 
 
 def test_a_form_in_a_code_that_fails_is_refused(client: Any):

@@ -15,18 +15,21 @@ import inspect
 import io
 import json
 import math
+import signal
 import socket
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from PIL import Image
 from torch import Tensor
 
+from maskwright.checkpoints.budget import shown
 from maskwright.data.images import Reading, decode, reading
 from maskwright.errors import ImageError, MaskwrightError, MissingExtraError, UsageError
 from maskwright.evaluation.tasks import task_called
@@ -36,6 +39,7 @@ from maskwright.inference.predicting import Prediction
 from maskwright.inference.preparing import prepare
 from maskwright.inference.selecting import split_names
 from maskwright.systems import System
+from maskwright.terminal import print_error
 from maskwright.web.batching import Batcher, StoppedError
 from maskwright.web.guard import LOCAL_HOSTS, Rules, is_loopback
 from maskwright.web.listening import timed_protocol
@@ -59,6 +63,13 @@ if TYPE_CHECKING:
 
 Format = Literal["json", "png", "overlay"]
 _TYPES: dict[str, Format] = {"application/json": "json", "image/png": "png", "image/jpeg": "overlay"}
+_ENDPOINTS = "the endpoints are POST /predict, GET /health and GET /metrics"
+_ADVICE = {  # words of the advice in messages about image files -> advice for clients
+    "remove it": "send an intact image in a format such as PNG, JPEG or TIFF",
+    "`tile`": "send a smaller image",
+    "resize.bands": "send an image in grey or RGB",
+    "give tensors": "send an image with as many",
+}
 _PIECE = 1 << 16  # bytes of an answer that are handed to the connection at a time
 _JPEG = 65_500  # pixels that a side of a JPEG can have
 _LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -234,7 +245,7 @@ class PredictionServer:
         try:
             image = await loop.run_in_executor(self._pool, self._decoded, data)
         except (ImageError, UsageError) as error:
-            raise HTTPException(400, str(error)) from None
+            raise HTTPException(400, _for_a_client(str(error))) from None
         del data
         if kind == "overlay" and max(image.shape[-2:]) > _JPEG:
             raise HTTPException(400, f"JPEG has at most {_JPEG} pixels a side; use another format than overlay")
@@ -291,7 +302,7 @@ class PredictionServer:
         return "image", b"".join(parts)
 
     async def _form(self, request: Request) -> tuple[str, bytes]:
-        """The file `image` (or the only file) of a form."""
+        """The file `image` of a form, its only field."""
         received, size = request.receive, 0
 
         async def counted() -> Any:
@@ -305,15 +316,25 @@ class PredictionServer:
         limited = Request(request.scope, counted)
         try:
             async with limited.form(max_files=4, max_fields=4, max_part_size=1 << 16) as form:
-                files = {key: value for key, value in form.multi_items() if isinstance(value, UploadFile)}
-                chosen = files.get("image") or (next(iter(files.values())) if len(files) == 1 else None)
-                if chosen is None:
-                    raise HTTPException(400, "the form has no file named 'image'")
+                fields = form.multi_items()
+                other = next((name for name, _ in fields if name != "image"), None)
+                if other is not None:
+                    raise HTTPException(
+                        400,
+                        f"the form has the field {shown(other, 40)!r}, expected is the file 'image' alone; options are "
+                        "sent in the query",
+                    )
+                files = [value for _, value in fields if isinstance(value, UploadFile)]
+                if len(files) != 1:
+                    raise HTTPException(
+                        400, f"the form has {len(files) or 'no'} file{'s' * (len(files) > 1)} named 'image'; send one"
+                    )
+                chosen = files[0]
                 data = await chosen.read()
         except ValueError as error:  # of the parser, and of codecs that a form may name
             raise HTTPException(400, f"the form cannot be read: {error}") from None
         if not data:
-            raise HTTPException(400, "the file 'image' is empty")
+            raise HTTPException(400, "the file 'image' is empty; send the content of an image file")
         return chosen.filename or "image", data
 
     def _wanted_options(self, request: Request) -> tuple[tuple[str, Any], ...]:
@@ -438,9 +459,19 @@ def _large(limit: int) -> HTTPException:
     return HTTPException(413, f"the body is larger than {limit} bytes")
 
 
+def _for_a_client(message: str) -> str:
+    """What is wrong with an image, with advice for those who sent it; that of the message is for those with files."""
+    fact, _, advice = message.rpartition("; ")
+    for words, other in _ADVICE.items():
+        if fact and words in advice:
+            return f"{fact}; {other}"
+    return message
+
+
 def _refusal(_: Request, error: Exception) -> Response:
     refused = cast(HTTPException, error)
-    return JSONResponse({"error": refused.detail}, refused.status_code, refused.headers)
+    detail = f"{refused.detail}; {_ENDPOINTS}" if refused.status_code in (404, 405) else refused.detail
+    return JSONResponse({"error": detail}, refused.status_code, refused.headers)
 
 
 def _fault(_: Request, error: Exception) -> Response:
@@ -460,10 +491,20 @@ def run_server(server: PredictionServer, opened: socket.socket, grace: float = 3
         opened: A socket with the address to listen on, see `web.listening.bound`.
         grace: Seconds that requests in progress have after the signal.
     """
+
+    class Announcing(uvicorn.Server):
+        """The server, which says on the first signal what it waits for."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if not self.should_exit:
+                with suppress(RuntimeError):  # the signal has arrived while the same stream was being written
+                    print_error(f"{signal.Signals(sig).name}: finishing the open requests")
+            super().handle_exit(sig, frame)
+
     config = uvicorn.Config(
         server.app, http=timed_protocol(server.limits.timeout),
         log_level="warning", access_log=False, server_header=False, lifespan="on",
         timeout_graceful_shutdown=max(1, round(grace)), timeout_keep_alive=15, h11_max_incomplete_event_size=1 << 16,
         ws="none",
     )  # fmt: skip
-    return partial(uvicorn.Server(config).run, sockets=[opened])
+    return partial(Announcing(config).run, sockets=[opened])
