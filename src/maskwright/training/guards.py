@@ -165,7 +165,8 @@ class Stop:
             raise interruption("stopped at once, before the step was complete; the last checkpoint is intact", number)
         self.number, self._first = number, now
         with suppress(RuntimeError):  # the signal has arrived while the same stream was being written
-            self._say("stopping after this step; press Ctrl-C again to stop at once")
+            again = "press Ctrl-C" if number == signal.SIGINT else f"send {signal.Signals(number).name}"
+            self._say(f"stopping after this step; {again} again to stop at once")
 
 
 _elsewhere: dict[threading.Event, threading.Thread] = {}  # one for each run in a thread that is not the main one
