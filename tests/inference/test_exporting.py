@@ -19,13 +19,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo.exc import UserError, UserErrorType
 
 import maskwright as mw
+from maskwright import cli
 from maskwright.blocks import solo_grid
 from maskwright.checkpoints import call_specs, runtimes
 from maskwright.data.scenes import Scenes
 from maskwright.errors import CheckpointError, DataError, ImageError, UsageError
-from maskwright.inference.exporting import checking, export_int8, graphs, prompted, quantising, quantising_onnx, writing
+from maskwright.inference import exporting
+from maskwright.inference.exporting import (
+    checking,
+    export_int8,
+    graphs,
+    prompted,
+    quantising,
+    quantising_onnx,
+    reported,
+    stages,
+    writing,
+)
 from maskwright.inference.journal import digest
 from maskwright.structures import Instances, Preprocess, Prompts
 from maskwright.web.assistant import Assistant, Prompt
@@ -42,6 +55,9 @@ def images(count: int) -> list[torch.Tensor]:
 
 
 CONVERTED: dict[str, Any] = {}  # models of the systems of fixtures, since converting takes seconds
+
+
+STAGES: list[str] = []  # what the export of the fixture `two_stage` reports
 
 
 class Kept:
@@ -61,7 +77,7 @@ def two_stage(tmp_path_factory) -> tuple[mw.System, Path]:
     """Mask R-CNN, whose three networks are called with varying numbers of boxes, and its file."""
     system = build("mask-rcnn", classes=("disc", "ring")).eval()
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, reported(STAGES.append):
         patch.setattr(writing, "_exported", kept := Kept(writing._exported))
         mw.export(system, path)
     CONVERTED["mask-rcnn"] = kept.results[0]
@@ -96,6 +112,53 @@ def test_an_exported_system_predicts_what_the_checkpoint_does(two_stage):
         assert_same(own.found(), other.found())
         counts.append(len(own.found()))
     assert min(counts) > 0
+
+
+def test_each_stage_is_reported(two_stage, tmp_path, monkeypatch, capsys):
+    expected = [f"mask-rcnn: {part}: {stage}" for part in ("dense", "boxes", "masks")
+                for stage in ("tracing", "converting", "optimising")]  # fmt: skip
+    assert [*expected, "model.onnx: checking"] == STAGES
+
+    def export(*values: Any, **options: Any) -> str:
+        stages.report("mask-rcnn: dense: tracing")
+        return "the file"
+
+    monkeypatch.setattr(exporting, "export", export)
+    monkeypatch.setattr("maskwright.checkpoints.load", lambda *values, **options: two_stage[0])
+    assert cli.main(["export", "x.safetensors", "-o", str(tmp_path / "x.onnx")]) == 0
+    assert capsys.readouterr() == ("the file\n", "mask-rcnn: dense: tracing\n")
+    stages.report("nothing is reported outside of the block")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NotImplementedError(
+            "The inequality, 768*(x//8) - 768 >= 0, cannot be solved using solve_univariate_inequality."
+        ),
+        UserError(UserErrorType.CONSTRAINT_VIOLATION, "Constraints violated (x0_2)! x0_2 was specialized to 96."),
+    ],
+)
+def test_a_network_that_cannot_be_traced_with_varying_sizes_takes_one(error, tmp_path, monkeypatch):
+    """As those with the backbone Hiera, which take minutes until torch gives up."""
+    trace = torch.export.export
+
+    def refusing(module, arguments, *, dynamic_shapes, **options):
+        if any(axis for each in dynamic_shapes[0] for axis in each):
+            raise error
+        return trace(module, arguments, dynamic_shapes=dynamic_shapes, **options)
+
+    monkeypatch.setattr(torch.export, "export", refusing)
+    system = build("fcos").eval()
+    photo = tmp_path / "photo.png"
+    Image.fromarray(images(1)[0].permute(1, 2, 0).numpy()).save(photo)
+    done = mw.export(system, tmp_path / "model.onnx", image=photo)
+    assert done.fixed == {"dense": "any x 3 x 96 x 160"}
+    assert "fixed: dense takes any x 3 x 96 x 160" in str(done)
+    exported = mw.load(done.path)
+    assert (exported.preprocess.fit, exported.preprocess.canvas) == ("letterbox", (96, 144))
+    assert mw.predict(exported, Scenes(1, (80, 60), seed=3)[0].image, score_threshold=0.0, device="cpu").found()
 
 
 def test_copies_and_threads_share_the_sessions(two_stage):

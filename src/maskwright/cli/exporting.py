@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from maskwright.cli.arguments import Integer, Name, Number, changed, options_as_words
 from maskwright.errors import UsageError
-from maskwright.terminal import print_line
+from maskwright.terminal import print_error, print_line
 
 
 def export(
@@ -90,9 +90,10 @@ def export(
             f"{options_as_words(graph)} requires --form graph; a file of networks takes it when predicting"
         )
     system = load(weights, commercial_ok=commercial_ok, variant=variant)
-    if int8:
-        done: object = exporting.export_int8(system, out, image=image, **of_int8)
-    else:
-        done = exporting.export(system, out, form=form, image=image, **graph)
+    with exporting.reported(print_error):
+        if int8:
+            done: object = exporting.export_int8(system, out, image=image, **of_int8)
+        else:
+            done = exporting.export(system, out, form=form, image=image, **graph)
     print_line(str(done))
     return 0

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 from maskwright.errors import UsageError
 from maskwright.inference.exporting.checking import Difference
+from maskwright.inference.exporting.stages import reported
 from maskwright.inference.exporting.writing import Exported
 from maskwright.inference.exporting.writing import export as export_networks
 from maskwright.systems import System
 
-__all__ = ["Difference", "Exported", "export", "export_graph", "export_int8", "export_networks"]
+__all__ = ["Difference", "Exported", "export", "export_graph", "export_int8", "export_networks", "reported"]
 
 
 def export(

@@ -29,6 +29,7 @@ from maskwright.inference.exporting.networks import OPSET, Convertible, convert
 from maskwright.inference.exporting.placing import Grid, Placed, place
 from maskwright.inference.exporting.prompted import export_prompted
 from maskwright.inference.exporting.running import open_session, require_runtime
+from maskwright.inference.exporting.stages import report
 from maskwright.inference.exporting.writing import (
     Exported,
     checked_target,
@@ -273,6 +274,7 @@ def _checked(ready: System, path: Path, pixels: Tensor, module: Graph, target: P
     Raises:
         CheckpointError: If the runtime cannot compute it, or they differ by more than rounding.
     """
+    report(f"{target.name}: checking")
     array = pixels.permute(1, 2, 0).contiguous().numpy()
     try:
         graph = open_graph(path)

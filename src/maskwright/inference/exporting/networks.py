@@ -21,10 +21,15 @@ from maskwright.checkpoints.budget import shown
 from maskwright.checkpoints.call_specs import Spec, flatten, leaves, rebuild, sizes_of, tensors_of
 from maskwright.errors import MissingExtraError, UsageError
 from maskwright.inference.exporting.capturing import Form
+from maskwright.inference.exporting.stages import report
 from maskwright.systems import System
 
 OPSET = 20
 LARGEST = (1 << 31) - (1 << 20)  # bytes of one ONNX file; a protocol buffer ends at 2 GB
+
+
+class VaryingSizesError(UsageError):
+    """A network cannot be exported with sizes that vary; with one size it may."""
 
 
 def import_onnx() -> Any:
@@ -150,6 +155,7 @@ def export_form(system: System, form: Form) -> Any:
         form: The form. Dimensions that turn out to be fixed lose their names in its specs.
 
     Raises:
+        VaryingSizesError: If torch cannot export the network with sizes that vary.
         UsageError: If torch cannot export the network.
     """
     network = system.networks()[form.network]
@@ -194,28 +200,29 @@ def convert(
         what: For messages.
 
     Raises:
+        VaryingSizesError: If torch cannot export it with the dimensions of `dynamic`.
         UsageError: If torch cannot export it.
     """
     import_onnx()
     try:
         with quiet(), torch.no_grad():
             shapes = (dynamic,) if isinstance(module, _Flat) else dynamic
+            report(f"{what}: tracing")
             program = torch.export.export(module, tuple(tensors), dynamic_shapes=shapes, strict=False)
-            models = (
-                torch.onnx.export(
-                    program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
-                    input_names=list(inputs), output_names=list(outputs), optimize=optimize,
-                )
-                for optimize in (True, False)
-            )  # fmt: skip
+            report(f"{what}: converting")
+            converted = _converted(program, inputs, outputs)
+            report(f"{what}: optimising")
+            converted.optimize()
             # The optimiser of onnxscript 0.7.2 removes a constant that two clamps of one tensor share.
-            converted = next(found for found in models if found is not None and _is_complete(found.model_proto))
+            if not _is_complete(converted.model_proto):
+                converted = _converted(program, inputs, outputs)
     except Exception as error:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
         reason = shown(" ".join(str(root).split()), 300)
-        raise UsageError(f"{what} cannot be exported ({type(root).__name__}: {reason})") from error
+        kind = VaryingSizesError if _is_about_sizes(root) else UsageError
+        raise kind(f"{what} cannot be exported ({type(root).__name__}: {reason})") from error
     model = converted.model_proto
     if model.ByteSize() > LARGEST:
         raise UsageError(f"{what} has more than 2 GB of weights, which one ONNX file cannot hold")
@@ -226,6 +233,26 @@ def convert(
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     return model, _varying(program, len(tensors))
+
+
+def _converted(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
+    """A traced program as an ONNX model, not optimised."""
+    return torch.onnx.export(
+        program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False,
+        input_names=list(inputs), output_names=list(outputs), optimize=False,
+    )  # fmt: skip
+
+
+def _is_about_sizes(error: BaseException) -> bool:
+    """Whether torch could not trace a network because sizes vary: one must be fixed, or sympy cannot solve for it."""
+    from torch._dynamo.exc import UserError, UserErrorType
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
+
+    if isinstance(error, UserError):
+        return error.error_type == UserErrorType.CONSTRAINT_VIOLATION
+    return isinstance(error, ConstraintViolationError) or (
+        isinstance(error, NotImplementedError) and "cannot be solved" in str(error)
+    )
 
 
 def _is_complete(model: Any) -> bool:

@@ -25,6 +25,7 @@ from maskwright.inference.exporting.checking import Difference, check_image, che
 from maskwright.inference.exporting.networks import OPSET, Convertible, convert
 from maskwright.inference.exporting.placing import Grid, place, placed_in
 from maskwright.inference.exporting.running import open_session
+from maskwright.inference.exporting.stages import report
 from maskwright.inference.exporting.writing import (
     Exported,
     checked_target,
@@ -227,6 +228,7 @@ def _checked(
     Raises:
         CheckpointError: If the runtime cannot compute them, or they differ by more than rounding.
     """
+    report(f"{target.name}: checking")
     arrays = parts["decoder"].example
     count = len(arrays) - len(parts["encoder"].outputs)
     prompts = dict(zip(parts["decoder"].inputs[:count], arrays[:count], strict=True))

@@ -36,6 +36,7 @@ from maskwright.inference.evaluating import evaluate
 from maskwright.inference.exporting.checking import timed
 from maskwright.inference.exporting.networks import joined
 from maskwright.inference.exporting.quantising_onnx import in_int8, quantised_part
+from maskwright.inference.exporting.stages import report
 from maskwright.inference.exporting.writing import (
     checked_target,
     export,
@@ -171,6 +172,7 @@ def export_int8(
             own.mkdir()
         exported = export(original, folders["float32"] / target.name, image=image)
         plain = load_exported(exported.path)
+        report(f"{target.name}: measuring the float32 system on {len(measured)} images")
         before = _figures(plain, measured, exported.size)
         if before.value < 0:
             raise UsageError(
@@ -178,13 +180,16 @@ def export_int8(
                 "objects of the system's classes, so that the loss cannot be measured; give a split with annotations"
             )
         feeds = folder / "feeds"
+        report(f"{target.name}: calibrating on {len(examples)} images")
         record(plain, examples, feeds)
         lost: list[str] = []
         for level in LADDER:
             path = folders[level] / target.name
+            report(f"{target.name}: quantising {LADDER_WORDS[level]}")
             if not quantise(plain, feeds, level, path):
                 continue
             size = sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
+            report(f"{target.name}: measuring the int8 system")
             after = _figures(load_exported(path), measured, size)
             result = Quantised(target, before, after, LADDER_WORDS[level], len(measured))
             if result.drop <= max_drop:

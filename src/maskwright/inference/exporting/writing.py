@@ -31,8 +31,9 @@ from maskwright.inference.exporting.checking import (
     relative_error,
     timed,
 )
-from maskwright.inference.exporting.networks import OPSET, export_form, merge
+from maskwright.inference.exporting.networks import OPSET, VaryingSizesError, export_form, merge
 from maskwright.inference.exporting.running import require_runtime
+from maskwright.inference.exporting.stages import report
 from maskwright.inference.predicting import Prediction, predict
 from maskwright.inference.preparing import prepare
 from maskwright.structures import Placement, Prompts
@@ -110,14 +111,22 @@ def export(
     if isinstance(ready, PromptableSystem):
         ready.uniform = True
         about["fingerprint"] = ready.fingerprint
-    models, parts = _exported(ready)
-    if _fixed(parts) and ready.preprocess.fit in ("short", "own", "pad"):
+    resizable = ready.preprocess.fit in ("short", "own", "pad")
+    try:
+        made = _exported(ready)
+    except VaryingSizesError:
+        if not resizable:
+            raise
+        made = None
+    if made is None or (resizable and _fixed(made[1])):
         # The network does not allow other sizes: images are resized into one, that of the image of the check.
         pixels = check_image(image, channels=channels) if pixels is None else pixels
         height, width = check_pixels(pixels, ready.preprocess).shape[1:]
         canvas = ready.preprocess.size(height, width)
         ready.preprocess = replace(ready.preprocess, fit="letterbox", canvas=canvas, corner=True)
-        models, parts = _exported(ready)
+        report(f"{ready.name}: the network takes one size, {canvas[0]} x {canvas[1]}, into which images are resized")
+        made = _exported(ready)
+    models, parts = made
     model = merge(models)
     metadata = (
         metadata_of(ready, target)
@@ -133,6 +142,7 @@ def export(
         written = write_model(model, metadata, folder / target.name)
         difference = Difference(0)
         if check:
+            report(f"{target.name}: checking")
             difference = compare_systems(ready, load_exported(written), pixels, target)
         size = publish(written, target)
     return Exported(target, original.name, "networks", OPSET, size, difference, _fixed(parts))
