@@ -14,7 +14,7 @@ import torch
 from maskwright.comparison import Candidate, Comparison, DataProfile, choose_systems
 from maskwright.comparison.agreement import agreement
 from maskwright.comparison.intervals import bootstrap, calibration, interval
-from maskwright.comparison.page import next_command, pareto_front, verdict, write_tables
+from maskwright.comparison.page import next_command, pareto_front, verdict, write_page, write_tables
 from maskwright.comparison.running import _continuing, _rounds, _side
 from maskwright.data import ContourScenes, Scenes, Subset
 from maskwright.errors import UsageError
@@ -256,6 +256,37 @@ def test_systems_for_masks_are_not_chosen_for_data_without_masks():
     assert profile.words().endswith("; without masks")
     with pytest.raises(UsageError, match="name systems that need boxes alone"):
         choose_systems(profile)
+
+
+def test_the_page_says_what_was_not_measured_in_place_of_empty_tables(tmp_path: Path):
+    request = {"hours": None, "steps": 9, "batch": 4, "seed": 0}
+    profile = DataProfile.create(Scenes(4, (64, 64), empty=0)).to_dict()
+    made = [Candidate("a-small", "a", failed="the loss is not finite"), Candidate("b-small", "b")]
+    state = Comparison("data", request, profile, made)
+    page = write_page(state, tmp_path, {}, [], "data").read_text()
+    write_tables(state, tmp_path)
+    assert "There are no figures, as no system has been measured." in page
+    assert "<li>a failed: the loss is not finite</li>" in page
+    assert "<li>b has not been measured yet</li>" in page
+    assert "<table" not in page
+    assert "What each is bad at" not in page
+    assert "The finalists were chosen" not in page
+    assert (tmp_path / "table.md").read_text() == "Nothing has been measured yet.\n"
+    made[1].failed = "another reason"
+    assert verdict(state).startswith("Nothing has been measured, as all systems have failed; the same command tries")
+
+
+def test_columns_without_figures_are_left_out_for_readers(tmp_path: Path):
+    state = _state()
+    write_tables(state, tmp_path)
+    assert "| ms |" in (tmp_path / "table.md").read_text()
+    for candidate in state.candidates:
+        candidate.measured.clear()
+    write_tables(state, tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[2] == "| system | 95 % interval | steps |"
+    assert lines[4] == "| a | 35.0 to 45.0 | 9 |"
+    assert ",ms,MB," in (tmp_path / "table.csv").read_text().splitlines()[0], "the columns of the file stay the same"
 
 
 def test_without_figures_nothing_is_claimed():

@@ -63,6 +63,8 @@ def verdict(state: Comparison) -> str:
     """The answer of a comparison in a sentence or two."""
     ranked, finalists = state.ranking(), state.finalists()
     if not ranked:
+        if state.candidates and all(c.failed for c in state.candidates):
+            return "Nothing has been measured, as all systems have failed; the same command tries them again."
         return "Nothing has been measured yet."
     best = ranked[0]
     if best.score < 0.01:
@@ -139,6 +141,10 @@ def write_tables(state: Comparison, folder: Path) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([heads, *rows])
     write_text(folder / "table.csv", text.getvalue(), DataError)
+    heads, rows = _without_empty_columns(heads, rows)
+    if not rows:
+        write_text(folder / "table.md", f"{verdict(state)}\n", DataError)
+        return
     lines = [heads, ["---"] + ["--:"] * (len(heads) - 1), *rows]
     body = "\n".join("| " + " | ".join(map(_markdown, line)) + " |" for line in lines)
     write_text(folder / "table.md", f"{verdict(state)}\n\n{body}\n", DataError)
@@ -176,7 +182,7 @@ def write_page(
         loader=FileSystemLoader([here / "templates", here.parent / "evaluation" / "templates"]),
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    heads, rows = _table(state)
+    heads, rows = _without_empty_columns(*_table(state))
     ranked = state.ranking()
     points = {
         c.label: ([float(c.measured["ms"])], [c.score])
@@ -187,7 +193,7 @@ def write_page(
     page = house.get_template("comparison.html.j2").render(
         title=f"Systems compared on {printable(state.data)}",
         version=__version__, state=state, profile=as_profile(state.profile).words(), verdict=verdict(state),
-        heads=heads, rows=rows, front=pareto_front(ranked), ranked=ranked, classes=classes,
+        heads=heads, rows=rows, timed="ms" in heads, front=pareto_front(ranked), ranked=ranked, classes=classes,
         failed=[(c.label, printable(c.failed)) for c in state.candidates if c.failed],
         untimed=[
             (c.label, printable(str(why))) for c in ranked if (why := c.measured.get("footprint", {}).get("error"))
@@ -227,6 +233,12 @@ def _table(state: Comparison) -> tuple[list[str], list[list[str]]]:
             "yes" if c.label in front else "",
         ])  # fmt: skip
     return heads, rows
+
+
+def _without_empty_columns(heads: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table for readers: without columns of figures that no system has."""
+    kept = [place for place in range(len(heads)) if any(row[place] for row in rows)]
+    return [heads[place] for place in kept], [[row[place] for place in kept] for row in rows]
 
 
 def _interval(candidate: Candidate, bounds: Sequence[float] | None) -> str:
