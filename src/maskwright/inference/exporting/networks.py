@@ -205,13 +205,15 @@ def convert(
     """
     import_onnx()
     try:
+        shapes = (dynamic,) if isinstance(module, _Flat) else dynamic
+        report(f"{what}: tracing")
         with quiet(), torch.no_grad():
-            shapes = (dynamic,) if isinstance(module, _Flat) else dynamic
-            report(f"{what}: tracing")
             program = torch.export.export(module, tuple(tensors), dynamic_shapes=shapes, strict=False)
-            report(f"{what}: converting")
+        report(f"{what}: converting")
+        with quiet(), torch.no_grad():
             converted = _converted(program, inputs, outputs)
-            report(f"{what}: optimising")
+        report(f"{what}: optimising")
+        with quiet(), torch.no_grad():
             converted.optimize()
             # The optimiser of onnxscript 0.7.2 removes a constant that two clamps of one tensor share.
             if not _is_complete(converted.model_proto):
