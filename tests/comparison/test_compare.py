@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -205,6 +206,50 @@ def test_a_candidate_that_fails_is_named_and_the_others_go_on(
     assert state.finished
     assert len(state.ranking()) == 2
     assert "yolact-small failed: the loss is not finite" in (tmp_path / "index.html").read_text()
+
+
+def test_the_same_command_tries_failed_systems_again(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(running, "_train", Trainer(fail="yolact-small"))
+    before = {c.label: c for c in _compare(tmp_path, scenes, FIVE).candidates}
+    assert [label for label, c in before.items() if c.failed] == ["yolact-small"]
+    assert "The same command tries what failed again." in (tmp_path / "index.html").read_text()
+    capsys.readouterr()
+    again = Trainer()
+    monkeypatch.setattr(running, "_train", again)
+    state = _compare(tmp_path, scenes, FIVE)
+    assert "trying again what failed: yolact-small" in capsys.readouterr().out
+    assert state.finished
+    assert {Path(spec["folder"]).parent.name for spec in again.specs} == {"yolact-small"}, "nothing else is repeated"
+    assert [spec["steps"] for spec in again.specs] == [23, 47][: len(again.specs)], "with the budget of the others"
+    for candidate in state.candidates:
+        assert candidate.failed is None
+        if candidate.label != "yolact-small":
+            assert (candidate.out, candidate.rounds) == (before[candidate.label].out, before[candidate.label].rounds)
+    assert "failed" not in (tmp_path / "index.html").read_text()
+
+
+def test_a_system_that_is_tried_again_gets_the_time_of_the_others(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+):
+    now = 0.0
+
+    class Clocked(Trainer):
+        def __call__(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+            nonlocal now
+            now += spec["steps"]
+            return super().__call__(spec)
+
+    monkeypatch.setattr(running, "_pilot", lambda spec: 1.0)
+    monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: now))
+    first, second = Clocked(fail="yolact-small"), Clocked()
+    monkeypatch.setattr(running, "_train", first)
+    _compare(tmp_path, scenes, FIVE[:3], steps=None, hours=1.0)
+    monkeypatch.setattr(running, "_train", second)
+    monkeypatch.setattr(running, "_pilot", lambda spec: 2.0)
+    assert _compare(tmp_path, scenes, FIVE[:3], steps=None, hours=1.0).finished
+    assert [spec["steps"] for spec in second.specs] == [first.specs[0]["steps"] // 2]
 
 
 def test_weights_are_measured_as_they_are(tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch):
@@ -502,6 +547,7 @@ class Cluster:
     def __init__(self, lost: str = "", gpus: int = 0):
         self.lost, self.gpus, self.asked = lost, gpus, dict[str, Any]()
         self.tasks: dict[int, Any] = {}
+        self.functions: dict[int, Callable[..., Any]] = {}
 
     def is_initialized(self) -> bool:
         return True
@@ -512,11 +558,12 @@ class Cluster:
     def remote(self, **options: Any) -> Callable[[Any], Any]:
         self.asked = options
 
-        def submit(spec: dict[str, Any]) -> int:
+        def submit(function: Callable[..., Any], spec: dict[str, Any]) -> int:
+            self.functions[len(self.tasks)] = function
             self.tasks[len(self.tasks)] = spec
             return len(self.tasks) - 1
 
-        return lambda function: SimpleNamespace(remote=submit)
+        return lambda function: SimpleNamespace(remote=partial(submit, function))
 
     def wait(self, waiting: list[int], num_returns: int) -> tuple[list[int], list[int]]:
         return waiting[-1:], waiting[:-1]
@@ -525,7 +572,29 @@ class Cluster:
         spec = self.tasks[number]
         if Path(spec["folder"]).parent.name == self.lost:
             raise self.exceptions.RayError("the worker has died")
-        return running._train(spec)
+        return self.functions[number](spec)
+
+
+@pytest.mark.parametrize(("gpus", "waves"), [(0, (5, 3)), (2, (3, 2)), (8, (1, 1))])
+def test_hours_count_what_a_cluster_trains_at_the_same_time_once(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch, gpus: int, waves: tuple[int, int]
+):
+    def measure(self: Any, candidate: Any, number: int) -> None:
+        candidate.rounds[number]["AP"] = 0.5
+
+    cluster, trainer = Cluster(gpus=gpus), Trainer()
+    monkeypatch.setattr(running, "importlib", SimpleNamespace(import_module=lambda name: cluster))
+    monkeypatch.setattr(running._Comparing, "_measure", measure)
+    monkeypatch.setattr(running._Comparing, "_write", lambda self, final: self._save())
+    monkeypatch.setattr(running, "_train", trainer)
+    monkeypatch.setattr(running, "_pilot", lambda spec: 1.0)
+    monkeypatch.setattr(running, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    assert _compare(tmp_path, scenes, FIVE, steps=None, hours=1.0, ray="local").finished
+    assert len(cluster.tasks) == 13, "the speed is measured on the cluster too"
+    steps = [spec["steps"] for spec in trainer.specs]
+    assert steps[:5] == [int(0.75 * 3600 / (waves[0] + 2 * waves[1]))] * 5
+    assert steps[5:] == [int(0.75 * 3600 * 2 / (2 * waves[1]))] * 3, "nothing was spent, as the clock stands"
+    assert all(each <= 3600 for each in steps)
 
 
 def test_a_lost_machine_of_a_cluster_costs_one_system(tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch):
@@ -544,3 +613,4 @@ def test_a_lost_machine_of_a_cluster_costs_one_system(tmp_path: Path, scenes: Sc
         place for place, _ in running._over_ray("local", [{"folder": "a/b", "weights": None, "device": "cpu"}])
     ] == [0]
     assert cluster.asked == {"max_retries": 2}, "no GPU where the CPU is asked for"
+    assert (running._places("local", "auto"), running._places("local", "cpu")) == (2, 1)

@@ -8,7 +8,7 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -71,7 +71,7 @@ def compare(
     Candidates are trained with equal budgets on the same images in the same order, and measured on the same images.
     With more than three, the better half goes on after each round with twice the budget (successive halving, Jamieson
     and Talwalkar, AISTATS 2016, arXiv 1502.07943). The folder can be given again after an interruption: what is
-    finished is not repeated.
+    finished is not repeated. Systems that failed are tried again, with the budget of the others.
 
     Written to `out`: index.html, table.csv and table.md, comparison.json, and a folder per candidate with its weights,
     result and predictions.
@@ -141,6 +141,7 @@ def compare(
             if recipe.get("amp") == "bf16":
                 notes = [*notes, "trained in bfloat16 (mixed precision)"]
             state = Comparison(train_set.name, request, profile.to_dict(), chosen, notes=notes)
+        _try_again(state, folder)
         run = _Comparing(
             state, folder, train_set, val_set, recipe, {"seed": seed, "batch": batch, "device": device}, hours, steps,
             begun, ray, footprint, source, _continuing(split, val, val_split, batch, recipe),
@@ -208,21 +209,36 @@ class _Comparing:
             share = max(1, round(self.steps * 2**number / (2**self.state.rounds - 1)))
             planned = {c.label: share for c in new}
         else:
-            for candidate in new:
-                if "seconds per step" not in candidate.measured:
-                    candidate.measured["seconds per step"] = _pilot(self._spec(candidate, number))
-                    self._save()
-            seconds = self._seconds(len(waiting), number)
+            self._time([c for c in new if "seconds per step" not in c.measured], number)
+            others = [c for c in self.state.active(number) if c.trained and c not in new]
+            used = [c.rounds[number]["steps"] * c.measured["seconds per step"] for c in others]
+            # A system that is tried again gets the time that the others of its round had.
+            seconds = max(used) if used else self._seconds(len(waiting), number)
             planned = {c.label: max(10, int(seconds / c.measured["seconds per step"])) for c in new}
         for candidate in new:
             candidate.rounds.append({"steps": planned[candidate.label]})
         self._save()
 
+    def _time(self, candidates: Sequence[Candidate], number: int) -> None:
+        """Measures the speed of training where the candidates will be trained."""
+        specs = [self._spec(c, number) for c in candidates]
+        if self.ray is None or not specs:
+            pairs: Iterable[tuple[int, Any]] = ((place, _pilot(spec)) for place, spec in enumerate(specs))
+        else:
+            pairs = _over_ray(self.ray, specs, _pilot)
+        for place, done in pairs:
+            # A process that has ended says nothing about the speed; the training itself reports it.
+            candidates[place].measured["seconds per step"] = done if isinstance(done, float) else 1.0
+            self._save()
+
     def _seconds(self, waiting: int, number: int) -> float:
         """Training time of each candidate in a round that has not begun for `waiting` of them."""
         assert self.hours is not None
+        places = 1 if self.ray is None else _places(self.ray, self.common["device"])
         share = 2**number
-        later = sum(size * 2 ** (number + 1 + k) for k, size in enumerate(self.sizes[number + 1 :]))
+        # What is trained at the same time takes the time of one.
+        waiting = math.ceil(waiting / places)
+        later = sum(math.ceil(size / places) * 2 ** (number + 1 + k) for k, size in enumerate(self.sizes[number + 1 :]))
         left = 3600 * self.hours - self._spent()
         others = sum("ms" not in c.measured for c in self.state.candidates) if self.footprint else 0
         remaining = left - max(_OVERHEAD * left, min(_MEASURING * others, 0.6 * left))
@@ -305,8 +321,10 @@ class _Comparing:
         if number + 1 >= self.state.rounds:
             return
         active = [c for c in self.state.active(number) if c.trained and (c.out is None or c.out > number)]
-        for candidate in sorted(active, key=lambda c: (TASKS.index(c.task), -c.score))[self.sizes[number + 1] :]:
-            candidate.out = number
+        active.sort(key=lambda c: (TASKS.index(c.task), -c.rounds[number].get("AP", -1.0)))
+        for candidate in active[self.sizes[number + 1] :]:
+            if len(candidate.rounds) == number + 1:  # those that went on before another one was tried again stay
+                candidate.out = number
         self._save()
 
     # ---- the end -----------------------------------------------------------------------------------------------------
@@ -420,6 +438,21 @@ def _found(folder: Path, request: Mapping[str, Any], profile: DataProfile) -> Co
             f"the images or annotations have changed since the comparison in {folder} began; give another folder"
         )
     return found
+
+
+def _try_again(state: Comparison, folder: Path) -> None:
+    """Failed systems take part again, from where they failed."""
+    failed = [c for c in state.candidates if c.failed is not None]
+    for candidate in failed:
+        candidate.failed, state.finished = None, False
+        number = len(candidate.rounds) - 1
+        begun = (folder / candidate.label / f"round-{number + 1}" / "last.ckpt").exists()
+        if candidate.trained and candidate.rounds and _missing(candidate, number) and not begun:
+            # The measured speed may be part of the failure.
+            candidate.rounds.pop()
+            candidate.measured.pop("seconds per step", None)
+    if failed:
+        print_line(f"trying again what failed: {', '.join(c.label for c in failed)}")
 
 
 def _unsaved(state: Comparison, folder: Path) -> float:
@@ -551,8 +584,8 @@ def _pilot(spec: Mapping[str, Any]) -> float:
     return statistics.median(gaps) if gaps else 1.0
 
 
-def _over_ray(address: str, specs: Sequence[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Train candidates at the same time on a Ray cluster: the position and outcome of each, as they finish."""
+def _cluster(address: str) -> Any:
+    """Ray, connected to a cluster."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         library: Any = importlib.import_module("ray")
@@ -561,16 +594,41 @@ def _over_ray(address: str, specs: Sequence[dict[str, Any]]) -> Iterator[tuple[i
     if not library.is_initialized():
         own = address == "local"
         library.init(None if own else address, include_dashboard=False, log_to_driver=False)
+    return library
+
+
+def _on_gpus(library: Any, device: str) -> bool:
+    return device != "cpu" and bool(library.cluster_resources().get("GPU"))
+
+
+def _places(address: str, device: str) -> int:
+    """How many candidates a Ray cluster trains at the same time: each takes a GPU, or a core where there is none."""
+    library = _cluster(address)
+    resources = library.cluster_resources()
+    return max(1, int(resources.get("GPU" if _on_gpus(library, device) else "CPU", 1)))
+
+
+def _over_ray(
+    address: str, specs: Sequence[dict[str, Any]], function: Callable[[Mapping[str, Any]], Any] | None = None
+) -> Iterator[tuple[int, Any]]:
+    """Train candidates at the same time on a Ray cluster: the position and outcome of each, as they finish.
+
+    Args:
+        address: "local" or the address.
+        specs: What the function takes.
+        function: What is computed; None: `_train`.
+    """
+    library = _cluster(address)
     # Ray hides GPUs from tasks that do not ask for one.
-    needs = {"num_gpus": 1} if specs[0]["device"] != "cpu" and library.cluster_resources().get("GPU") else {}
-    task = library.remote(max_retries=2, **needs)(_train)
+    needs = {"num_gpus": 1} if _on_gpus(library, specs[0]["device"]) else {}
+    task = library.remote(max_retries=2, **needs)(function or _train)
     running = {task.remote(_anywhere(spec)): place for place, spec in enumerate(specs)}
     while running:
         finished, _ = library.wait(list(running), num_returns=1)
         for each in finished:
             place = running.pop(each)
             try:
-                yield place, dict(library.get(each))
+                yield place, library.get(each)
             except library.exceptions.RayError as error:  # the process or its machine has ended
                 yield place, {"error": _reason(error)}
 
