@@ -104,7 +104,6 @@ def nameless(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.thorough
-@pytest.mark.filterwarnings("ignore:.*start from random values")
 def test_classes_name_the_rows_of_a_file_without_names(
     stand_in: Any, theirs: Any, nameless: Any, tmp_path: Path
 ) -> None:
@@ -123,7 +122,6 @@ def test_classes_name_the_rows_of_a_file_without_names(
     assert torch.equal(again.score.weight[[0, 1, 3]], system.score.weight[[2, 0, 3]])
 
 
-@pytest.mark.filterwarnings("ignore:.*start from random values")
 def test_names_in_the_file_are_not_replaced_row_by_row(
     stand_in: Any, theirs: Any, nameless: Any, tmp_path: Path
 ) -> None:

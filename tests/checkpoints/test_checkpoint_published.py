@@ -46,7 +46,6 @@ def test_torchvisions_file_is_recognised_and_its_background_moved_last(original:
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), state.values(), strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*start from random values")
 def test_fine_tuning_keeps_the_rows_of_classes_with_the_same_name(original: Any, tmp_path: Path) -> None:
     torch.save(original.state_dict(), tmp_path / "x.pth")
     whole = load(tmp_path / "x.pth")

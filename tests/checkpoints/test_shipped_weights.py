@@ -129,7 +129,6 @@ def test_objects_of_generated_classes_are_labelled_object(installed):
         system.losses(None, [])
 
 
-@pytest.mark.filterwarnings("ignore:.*start from random values")
 def test_copies_and_files_of_classless_systems_are_classless(installed, tmp_path):
     system = mw.load("tiny-scenes")
     mw.save(system, tmp_path / "copy.safetensors")

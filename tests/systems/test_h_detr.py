@@ -153,7 +153,6 @@ def test_inverse_sigmoid_stays_finite_at_the_borders():
     torch.testing.assert_close(inverse_sigmoid(values).sigmoid(), torch.tensor([0.0, 0.0, 0.3, 1.0]), atol=2e-5, rtol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*start from random values")
 def test_other_classes_keep_the_row_of_any_object(tmp_path):
     system = build("h-detr", classes=("a", "b"))
     with torch.no_grad():

@@ -123,7 +123,6 @@ def test_stuff_is_decoded_from_the_semantic_branch():
     assert set(labels.unique().tolist()) <= {1, 2, 3}
 
 
-@pytest.mark.filterwarnings("ignore:.*start from random values")
 def test_rows_are_kept_by_name(tmp_path):
     system = htc(classes=CLASSES, stuff=STUFF)
     mw.save(system, tmp_path / "own.safetensors")

@@ -130,7 +130,6 @@ def test_decoded_labels_are_those_of_all_classes():
     assert regions == sorted(set(regions))  # one for each class
 
 
-@pytest.mark.filterwarnings("ignore:.*start from random values")
 def test_rows_of_things_and_of_stuff_are_kept_by_name(tmp_path):
     system = panoptic()
     path = tmp_path / "own.safetensors"

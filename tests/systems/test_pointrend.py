@@ -199,7 +199,6 @@ def test_old_and_new_names_and_the_implicit_variant_are_recognised(implicit: boo
     assert {k for k in ours if k.startswith(("masks.", "points."))} == set(renamed)
 
 
-@pytest.mark.filterwarnings("ignore:.*start from random values")
 def test_other_classes_keep_the_rows_of_the_same_name_on_both_axes(tmp_path: Any):
     system = make("pointrend", classes=("cat", "dog", "cow"))
     mw.save(system, tmp_path / "x.safetensors")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import warnings
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,6 @@ from maskwright.checkpoints.catalogue import Entry, allows_commercial, catalogue
 from maskwright.checkpoints.containers import views
 from maskwright.checkpoints.download import fetch
 from maskwright.checkpoints.exported import load_exported
-from maskwright.checkpoints.folders import CheckpointWarning
 from maskwright.checkpoints.names import has_names
 from maskwright.checkpoints.origins import Candidate, Origin, Shapes, origins
 from maskwright.checkpoints.ours import is_ours, parse_metadata, save
@@ -48,9 +47,8 @@ def load(
             weights (see `shipped`), or "shipped" for those of them that find objects. Files of `export` (.onnx, .xml)
             give a system whose networks ONNX Runtime or OpenVINO computes; it cannot be trained.
         classes: Class names that replace those of the file. Rows of the heads are kept for names that match, ignoring
-            case; other rows are initialised, which a `CheckpointWarning` states. If the file has no class names, as
-            many names as it has classes are those of its rows. Ignored by systems that predict class-agnostic
-            proposals.
+            case; other rows are initialised, which is logged as a warning. If the file has no class names, as many
+            names as it has classes are those of its rows. Ignored by systems that predict class-agnostic proposals.
         device: Device of the system; "auto": a GPU if there is one, otherwise the CPU.
         commercial_ok: Refuse weights whose licence does not allow commercial use, before anything is downloaded.
         variant: The published variant, for files whose keys and shapes match several.
@@ -69,7 +67,8 @@ def load(
         source, classes=classes, device=device, commercial_ok=commercial_ok, variant=variant, **overrides
     )
     if words := new_rows(system):
-        warnings.warn(f"{source}: {words}; they need training", CheckpointWarning, stacklevel=2)
+        # Not a Python warning: whoever makes those errors still wants to load weights for other classes.
+        logging.getLogger(__name__).warning("%s: %s; they need training", source, words)
     return system
 
 
