@@ -302,7 +302,7 @@ class PredictionServer:
         return "image", b"".join(parts)
 
     async def _form(self, request: Request) -> tuple[str, bytes]:
-        """The file `image` of a form, its only field."""
+        """The only file of a form, `image` by convention."""
         received, size = request.receive, 0
 
         async def counted() -> Any:
@@ -317,24 +317,22 @@ class PredictionServer:
         try:
             async with limited.form(max_files=4, max_fields=4, max_part_size=1 << 16) as form:
                 fields = form.multi_items()
-                other = next((name for name, _ in fields if name != "image"), None)
+                other = next((name for name, value in fields if not isinstance(value, UploadFile)), None)
                 if other is not None:
                     raise HTTPException(
                         400,
-                        f"the form has the field {shown(other, 40)!r}, expected is the file 'image' alone; options are "
+                        f"the form has the field {shown(other, 40)!r}, expected is a file alone, 'image'; options are "
                         "sent in the query",
                     )
                 files = [value for _, value in fields if isinstance(value, UploadFile)]
                 if len(files) != 1:
-                    raise HTTPException(
-                        400, f"the form has {len(files) or 'no'} file{'s' * (len(files) > 1)} named 'image'; send one"
-                    )
+                    raise HTTPException(400, f"the form has {len(files) or 'no'} files; send one, named 'image'")
                 chosen = files[0]
                 data = await chosen.read()
         except ValueError as error:  # of the parser, and of codecs that a form may name
             raise HTTPException(400, f"the form cannot be read: {error}") from None
         if not data:
-            raise HTTPException(400, "the file 'image' is empty; send the content of an image file")
+            raise HTTPException(400, "the file of the form is empty; send the content of an image file")
         return chosen.filename or "image", data
 
     def _wanted_options(self, request: Request) -> tuple[tuple[str, Any], ...]:
