@@ -406,6 +406,17 @@ def test_via_files_of_two_splits_in_one_folder(tmp_path: Path) -> None:
         open_dataset(tmp_path, "test")
 
 
+@pytest.mark.filterwarnings("ignore:.*listed under other names")  # the images are in train_data
+def test_names_of_via_files_count_more_than_that_of_their_folder(tmp_path: Path) -> None:
+    """Otherwise both files would be of a split "train_data", or the first one would be read for "val" in val_data."""
+    for split, image in (("train", "a.png"), ("val", "b.png")):
+        for folder in ("train_data", "val_data"):
+            _project(tmp_path / folder / folder / f"via_{split}.json", {}, image, ["cup"])
+    for folder in ("train_data", "val_data"):
+        opened = {split: open_dataset(tmp_path / folder, split) for split in ("train", "val")}
+        assert [path.name for data in opened.values() for path in data.paths() if path] == ["a.png", "b.png"]
+
+
 @pytest.mark.filterwarnings("ignore:.*listed under other names")  # b.png is images/b.png below the folder of the split
 @pytest.mark.parametrize("folder", ["{}", "{}/images"])
 def test_classes_that_only_one_via_project_lists_are_known_to_all_splits(folder: str, tmp_path: Path) -> None:

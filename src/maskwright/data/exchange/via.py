@@ -90,11 +90,11 @@ def sniff(source: str, request: Request) -> list[Match]:
     named = {folder: _named(folder) for folder in {(path / file).parent for file in files}}
     found: dict[str | None, str] = {}
     for file in files:
-        split, beside = split_in_path(file), named[(path / file).parent]
-        if split is None and beside:
-            split = beside.get(path / file)
-            if split is None:  # a file of no split beside those of splits
-                continue
+        beside = named[(path / file).parent]
+        # The file's own name first: train_data/via_val.json is not of the split "train_data".
+        split = beside.get(path / file) or split_in_path(file)
+        if split is None and beside:  # a file of no split beside those of splits
+            continue
         found.setdefault(split, file)
     return matches_of(found, request, CERTAIN, lambda split: str(path / found[split]))
 
