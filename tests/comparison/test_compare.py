@@ -252,6 +252,31 @@ def test_a_system_that_is_tried_again_gets_the_time_of_the_others(
     assert [spec["steps"] for spec in second.specs] == [first.specs[0]["steps"] // 2]
 
 
+def test_systems_that_failed_in_different_rounds_are_tried_again(
+    tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch
+):
+    class Failing(Trainer):
+        def __call__(self, spec: Mapping[str, Any]) -> dict[str, Any]:
+            self.fail = "fcos-small" if "round-1" in spec["folder"] else "solov2-small"
+            return super().__call__(spec)
+
+    def measure(self: Any, candidate: Any, number: int) -> None:
+        if candidate.rounds[number].get("weights"):
+            candidate.rounds[number]["AP"] = 0.5  # the first three go on
+
+    monkeypatch.setattr(running._Comparing, "_measure", measure)
+    monkeypatch.setattr(running._Comparing, "_write", lambda self, final: self._save())
+    monkeypatch.setattr(running, "_pilot", lambda spec: 1.0)
+    monkeypatch.setattr(running, "_train", Failing())
+    hours: dict[str, Any] = {"steps": None, "hours": 1.0}
+    failed = [c.label for c in _compare(tmp_path, scenes, FIVE, **hours).candidates if c.failed]
+    assert failed == ["solov2-small", "fcos-small"]
+    monkeypatch.setattr(running, "_train", again := Trainer())
+    assert _compare(tmp_path, scenes, FIVE, **hours).finished
+    tried = [(Path(spec["folder"]).parent.name, Path(spec["folder"]).name) for spec in again.specs]
+    assert tried == [("fcos-small", "round-1"), ("solov2-small", "round-2")]
+
+
 def test_weights_are_measured_as_they_are(tmp_path: Path, scenes: Scenes, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     save(build("solov2", classes=CLASSES), tmp_path / "mine.safetensors")

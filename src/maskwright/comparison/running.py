@@ -448,9 +448,9 @@ def _try_again(state: Comparison, folder: Path) -> None:
         number = len(candidate.rounds) - 1
         begun = (folder / candidate.label / f"round-{number + 1}" / "last.ckpt").exists()
         if candidate.trained and candidate.rounds and _missing(candidate, number) and not begun:
-            # The measured speed may be part of the failure.
             candidate.rounds.pop()
-            candidate.measured.pop("seconds per step", None)
+            if not candidate.rounds:  # the measured speed may be part of the failure
+                candidate.measured.pop("seconds per step", None)
     if failed:
         print_line(f"trying again what failed: {', '.join(c.label for c in failed)}")
 
