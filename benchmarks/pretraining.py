@@ -69,13 +69,13 @@ RECIPES = {
                          kept=100),
     "solov2": Recipe("solov2-small", {"neck_width": 64}, 192, 4000, {**CONVOLUTIONS, "batch": 4},
                      learning=SQUARE, then=({}, 400, {**CONVOLUTIONS, **SECOND, "batch": 4, "lr": 2e-4})),
-    "mask2former": Recipe("mask2former-small", FEWER, 160, 1200, {**QUERIES, "batch": 4, "lr": 2e-4},
+    "mask2former": Recipe("mask2former-small", FEWER, 160, 3000, {**QUERIES, "batch": 8, "lr": 2e-4},
                           learning={"resize": {"short": 160, "long": 160}, "loss": POINTS},
-                          then=({}, 120, {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4}), start="mask-rcnn-scenes"),
-    "eomt": Recipe("eomt-small", {"table": 20}, 160, 2000, {**QUERIES, "batch": 8, "lr": 3e-4},
+                          then=({}, 400, {**QUERIES, **SECOND, "batch": 8, "lr": 1e-4}), start="mask-rcnn-scenes"),
+    "eomt": Recipe("eomt-small", {"table": 20}, 160, 4000, {**QUERIES, "batch": 16, "lr": 3e-4},
                    learning={"resize": {"canvas": [160, 160]}, "loss": POINTS},
                    # Attention over the tokens of the preset's canvas is learnt for a while too.
-                   then=({"resize": {"canvas": [320, 320]}}, 150,
+                   then=({"resize": {"canvas": [320, 320]}}, 600,
                          {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4})),
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",
