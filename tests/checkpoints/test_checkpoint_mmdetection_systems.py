@@ -133,7 +133,8 @@ def test_detections_losses_and_gradients_are_those_of_the_original(
         assert best.scores.tolist() == pytest.approx(row["scores"], rel=2e-5, abs=1e-6)
         torch.testing.assert_close(best.boxes, torch.tensor(row["boxes"]), rtol=2e-5, atol=1e-3)
         if "areas" in row:
-            assert best.masks.areas().tolist() == row["areas"]
+            # A pixel may be at the threshold up to rounding, which differs between processors.
+            assert best.masks.areas().tolist() == pytest.approx(row["areas"], abs=1)
 
     monkeypatch.setattr(torch, "randperm", lambda count, **_: torch.arange(count))
     system.train()
