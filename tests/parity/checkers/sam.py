@@ -169,7 +169,9 @@ def mobile_sam(system: MobileSAM, layout: Path, ledger: Ledger) -> None:
 def edge_sam(system: EdgeSAM, layout: Path, ledger: Ledger) -> None:
     system.eval()
     features = system(noise())
-    ledger.compare("image_embedding", features.image)
+    # With these weights a gate (the excitation of block 7 of the third stage) has logits of tens. The relative error of
+    # a small sigmoid is the absolute error of its logit: there 1e-6 becomes 3.6e-5, measured against float64.
+    ledger.compare("image_embedding", features.image, bound=5e-5, reason="rounding of a gate's large logits")
     prompted(system, features, ledger)
 
 
