@@ -18,6 +18,7 @@ from maskwright.systems.solo import MASK_STRIDES
 from tests.parity.ledger import Ledger, inputs, part
 
 TIES = "cells equal to a neighbour up to rounding are excluded"
+AT_THRESHOLD: dict[str, Any] = {"bound": 3e-4, "largest": 3e-4, "reason": "pixels of masks at the threshold"}
 
 
 def check(system: Any, layout: Path, ledger: Ledger) -> None:
@@ -163,17 +164,20 @@ def objects(ledger: Ledger, name: str, found: Instances) -> None:
     found = found[rows]
     assert found.scores is not None
     assert found.masks is not None
-    ledger.compare(f"{name}_scores", found.scores)
     ledger.equal(f"{name}_labels", found.labels)
     planes = found.masks.dense()
     ledger.equal(f"{name}_masks_shape", torch.tensor(planes.shape))
     packed = np.packbits(planes.numpy().reshape(-1))
     if f"{name}_masks_packbits" not in ledger:
-        return None
+        return ledger.compare(f"{name}_scores", found.scores)
     kept, shape, chosen = ledger._answer(f"{name}_masks_packbits")
     if packed.shape != tuple(shape):
         return ledger.fail(f"{name}_masks_packbits", f"shape {packed.shape}, expected {tuple(shape)}")
     different = int(np.unpackbits((packed if chosen is None else packed[chosen]) ^ kept).sum())
+    # A score holds the mean probability of its mask's pixels and the overlaps of the masks. Where the recording has a
+    # sample of the pixels, one that differs need not be in it.
+    unsure = bool(different) or chosen is not None
+    ledger.compare(f"{name}_scores", found.scores, **(AT_THRESHOLD if unsure else {}))
     text = f"{different} of {8 * len(kept)} bits differ (bound 1e-4: at the threshold)"
     ledger._line(f"{name}_masks_packbits", text, different <= 8e-4 * len(kept))
 
