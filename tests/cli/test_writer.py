@@ -81,6 +81,27 @@ def test_only_the_requested_kinds_are_written(image, tmp_path):
     assert files == ["masks/a.png"]
 
 
+@pytest.mark.parametrize("kinds", [("masks",), ("coco",), ("drawn", "labels")])
+def test_masks_of_a_data_set_are_not_replaced(kinds, image, tmp_path):
+    path = image("a.png")
+    theirs = tmp_path / "in" / "masks" / "a.png"
+    theirs.parent.mkdir()
+    Image.new("L", (30, 20), 7).save(theirs)
+    before = theirs.read_bytes()
+    for _ in range(2):  # what an earlier run has written is replaced
+        with PredictionWriter(tmp_path / "out", (*kinds, "masks"), CLASSES, [path]) as writer:
+            writer.add(path, found())
+    with PredictionWriter(tmp_path / "in", kinds, CLASSES, [path]) as writer:
+        if "masks" in kinds:
+            with pytest.raises(
+                DataError, match=r"in/masks/a\.png exists and was not written by .*another output folder"
+            ):
+                writer.add(path, found())
+        else:
+            writer.add(path, found())
+    assert theirs.read_bytes() == before
+
+
 def test_an_image_without_objects_is_written_too(image, tmp_path):
     path = image("empty.png")
     writer = PredictionWriter(tmp_path / "out", ("drawn", "coco", "masks"), CLASSES, [path])

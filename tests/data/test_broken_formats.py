@@ -406,6 +406,26 @@ def test_via_files_of_two_splits_in_one_folder(tmp_path: Path) -> None:
         open_dataset(tmp_path, "test")
 
 
+def test_via_files_of_two_splits_in_folders_of_other_names(tmp_path: Path) -> None:
+    _project(tmp_path / "a" / "via_train.json", {"fork": "", "cup": ""}, "a.png", ["cup", "fork"])
+    _project(tmp_path / "b" / "via_val.json", {"cup": "", "spoon": ""}, "b.png", ["cup"])
+    train, val = open_dataset(tmp_path, "train"), open_dataset(tmp_path, "val")
+    assert [[path.name for path in d.paths() if path is not None] for d in (train, val)] == [["a.png"], ["b.png"]]
+    assert train.classes == val.classes == ("fork", "cup", "spoon")
+    with pytest.raises(UsageError, match=r"no annotations of split 'test'"):
+        open_dataset(tmp_path, "test")
+
+
+def test_images_of_a_second_via_file_are_named(tmp_path: Path) -> None:
+    _project(tmp_path / "via_export.json", {"cup": ""}, "a.png", ["cup"])
+    (tmp_path / "via_project.json").write_text((tmp_path / "via_export.json").read_text("utf-8"), "utf-8")
+    assert len(open_dataset(tmp_path)) == 1  # the same images twice are no loss
+    _project(tmp_path / "via_more.json", {"cup": ""}, "b.png", ["cup"])
+    with pytest.warns(DataWarning, match=r"via_more.json lists 1 image that via_export.json does not have"):
+        assert len(open_dataset(tmp_path)) == 1
+    assert len(open_dataset(tmp_path / "via_more.json")) == 1
+
+
 @pytest.mark.filterwarnings("ignore:.*listed under other names")  # the images are in train_data
 def test_names_of_via_files_count_more_than_that_of_their_folder(tmp_path: Path) -> None:
     """Otherwise both files would be of a split "train_data", or the first one would be read for "val" in val_data."""

@@ -131,6 +131,15 @@ def test_each_stage_is_reported(two_stage, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_error_of_what_is_told_the_stages_is_not_one_of_the_export(tmp_path):
+    def broken(_: str) -> None:
+        raise BrokenPipeError("nobody listens")
+
+    with reported(broken), pytest.raises(BrokenPipeError, match="nobody listens"):
+        mw.export(build("fcos").eval(), tmp_path / "x.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     "error",
     [

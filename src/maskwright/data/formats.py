@@ -78,12 +78,14 @@ class Match:
             highest wins; formats with equal confidence are an error that lists them.
         reason: What the confidence rests on, for messages: "annotations/instances_train.json".
         split: The split it belongs to; None if the source is not divided into splits and serves as any of them.
+        direct: Whether the caller named the location itself, so that files beside it are not expected to be read.
     """
 
     location: str
     confidence: float
     reason: str
     split: str | None = None
+    direct: bool = False
 
 
 class Format(Protocol):

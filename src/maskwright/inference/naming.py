@@ -13,6 +13,7 @@ FOLDERS = ("drawn", "masks", "panoptic", "labels", "geojson")  # of an output fo
 RECORDS = tuple(  # files beside them; the partial ones are those of an interrupted run
     f"{name}{mark}.json" for mark in ("", ".partial") for name in ("pictures", "panoptic", "results")
 )
+MARKED = ("drawn", "masks", "panoptic", "labels")  # those whose files have the mark
 MARK = "maskwright predict"  # in the metadata of every image that is written
 
 
@@ -109,10 +110,15 @@ def _is_output(path: Path, root: Path, known: dict[Path, bool]) -> bool:
     parents = [root / parent for parent in inside.parents if parent.name in FOLDERS]
     for folder in parents:
         if folder.parent not in known:
-            known[folder.parent] = any(_is_record(folder.parent / name) for name in RECORDS)
+            known[folder.parent] = has_records(folder.parent)
         if known[folder.parent]:
             return True
     return bool(parents) and root.name not in FOLDERS and has_mark(path)
+
+
+def has_records(folder: Path) -> bool:
+    """Whether predictions were written into a folder: it has a file that lists them."""
+    return any(_is_record(folder / name) for name in RECORDS)
 
 
 def _is_record(path: Path) -> bool:

@@ -21,7 +21,7 @@ from maskwright.files import AtomicFile, json_bytes, remove_stale_parts, write_j
 from maskwright.inference.geojson import GeoJsonStream
 from maskwright.inference.label_image import LabelImage
 from maskwright.inference.large import ObjectStream
-from maskwright.inference.naming import FOLDERS, RECORDS, OutputNames, name_key
+from maskwright.inference.naming import FOLDERS, MARKED, RECORDS, OutputNames, has_mark, has_records, name_key
 from maskwright.inference.outputs import RecordStream, coco_records, label_plane, write_image
 from maskwright.inference.overview import PIXELS as OVERVIEW
 from maskwright.inference.overview import Overview
@@ -92,7 +92,8 @@ class PredictionWriter:
         objects: Number of objects or segments so far.
 
     Raises:
-        DataError: By all methods, if a file cannot be written.
+        DataError: By all methods, if a file cannot be written, or would replace an image that is none of an earlier
+            run, such as a mask of a data set.
         UsageError: If another process writes predictions into the folder.
     """
 
@@ -118,6 +119,7 @@ class PredictionWriter:
         self.total = total
         self._journals: list[Path] = []
         self._written: set[str] = set()
+        self._replaceable = has_records(self.folder)
         self._lock = FolderLock(self.folder, "predict", "another process writes predictions here", DataError)
         remove_stale_parts(self.folder)
         for name in FOLDERS:
@@ -304,7 +306,14 @@ class PredictionWriter:
         """A file of this run in one of the folders; "" is the output folder itself."""
         path = Path(folder, name)
         self._written.add(name_key(path.as_posix()))
-        return self.folder / path
+        target = self.folder / path
+        # Data sets have folders named "masks" and "labels" too, and theirs are not to be lost.
+        if folder in MARKED and target.exists() and not self._replaceable and not has_mark(target):
+            raise DataError(
+                f"{target} exists and was not written by `maskwright predict`; choose another output folder than "
+                f"{self.folder}"
+            )
+        return target
 
     def others(self) -> list[str]:
         """Return the results in the folder that this run has not written, such as those of an earlier one.

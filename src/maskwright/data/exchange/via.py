@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -83,16 +83,17 @@ def sniff(source: str, request: Request) -> list[Match]:
         return []
     if path.is_file():
         fits = path.suffix.lower() == ".json" and json_kind(path) == "via"
-        return [Match(str(path), CERTAIN, path.name)] if fits else []
+        return [Match(str(path), CERTAIN, path.name, direct=True)] if fits else []
     if not path.is_dir():
         return []
     files = via_files(path)
     named = {folder: _named(folder) for folder in {(path / file).parent for file in files}}
+    apart = _splits_of([path / file for file in files if not named[(path / file).parent]])
     found: dict[str | None, str] = {}
     for file in files:
         beside = named[(path / file).parent]
         # The file's own name first: train_data/via_val.json is not of the split "train_data".
-        split = beside.get(path / file) or split_in_path(file)
+        split = beside.get(path / file) or split_in_path(file) or apart.get(path / file)
         if split is None and beside:  # a file of no split beside those of splits
             continue
         found.setdefault(split, file)
@@ -110,10 +111,20 @@ def _named(folder: Path) -> dict[Path, str]:
 
     Training comes first. Empty if there is one split only: a single file is that of the folder, whatever its name.
     """
+    return _splits_of(_files_in(folder))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The VIA files of a folder, without its subfolders."""
+    return [p for p in sorted(folder.glob("*")) if p.suffix.lower() == ".json" and json_kind(p) == "via"]
+
+
+def _splits_of(files: Sequence[Path]) -> dict[Path, str]:
+    """Those of the VIA files that are named for a split, and their splits; empty if there is one split only."""
     found: dict[Path, str] = {}
-    for path in sorted(folder.glob("*")):
+    for path in files:
         words = [word for word in re.split(r"[\W_]+", path.stem) if splits.is_usual(word)]
-        if words and path.suffix.lower() == ".json" and json_kind(path) == "via":
+        if words:
             found[path] = words[-1]
     if len(set(found.values())) < 2:
         return {}
@@ -146,6 +157,8 @@ def read(match: Match, request: Request) -> Table:
     """Read one VIA file."""
     path = Path(match.location)
     named = _named(path.parent)
+    if not named and match.split is not None:  # a/via_train.json and b/via_val.json
+        named = _splits_of([f for f in sorted(path.parent.parent.glob("*/*.json")) if json_kind(f) == "via"])
     folder = path.parent if match.split in (None, named.get(path)) else _folder(path, match.split)
     table = new_table(path, folder, "/".join(filter(None, [folder.resolve().name, match.split])))
     try:
@@ -158,6 +171,8 @@ def read(match: Match, request: Request) -> Table:
     images = _images(table, _entries(content))
     if not table.usable:
         return table
+    if not match.direct:
+        _name_unread(table, path, images, named)
     attribute, own = _class_attribute(table, content, images)
     # All splits have the classes of all files, in the same order.
     options: list[str] = []
@@ -174,6 +189,25 @@ def read(match: Match, request: Request) -> Table:
         if row in collector.positions:
             _add_regions(collector, row, image, attribute, names)
     return collector.finish()
+
+
+def _name_unread(table: Table, path: Path, images: Sequence[_Image], named: Mapping[Path, str]) -> None:
+    """Reports images that only another VIA file of the folder and of the same split lists: one file is read."""
+    listed = {image.file for image in images}
+    for other in _files_in(path.parent):
+        if other == path or named.get(other) != named.get(path):
+            continue
+        try:
+            entries = _entries(as_dict(read_json(other)))
+        except FileProblem:
+            continue
+        missing = {as_dict(entry).get("filename") for entry in entries.values()} - listed - {None}
+        if missing:
+            images_ = "image" if len(missing) == 1 else "images"
+            what = f"{other.name} lists {len(missing)} {images_} that {path.name} does not have"
+            table.add_finding(
+                "skip", "file", what, f"only {path.name} is read; merge the files, or put each into a folder of its own"
+            )
 
 
 def _folder(path: Path, split: str) -> Path:

@@ -204,27 +204,19 @@ def convert(
         UsageError: If torch cannot export it.
     """
     import_onnx()
-    try:
-        shapes = (dynamic,) if isinstance(module, _Flat) else dynamic
-        report(f"{what}: tracing")
-        with quiet(), torch.no_grad():
-            program = torch.export.export(module, tuple(tensors), dynamic_shapes=shapes, strict=False)
-        report(f"{what}: converting")
-        with quiet(), torch.no_grad():
+    shapes = (dynamic,) if isinstance(module, _Flat) else dynamic
+    report(f"{what}: tracing")
+    with _explained(what), quiet(), torch.no_grad():
+        program = torch.export.export(module, tuple(tensors), dynamic_shapes=shapes, strict=False)
+    report(f"{what}: converting")
+    with _explained(what), quiet(), torch.no_grad():
+        converted = _converted(program, inputs, outputs)
+    report(f"{what}: optimising")
+    with _explained(what), quiet(), torch.no_grad():
+        converted.optimize()
+        # The optimiser of onnxscript 0.7.2 removes a constant that two clamps of one tensor share.
+        if not _is_complete(converted.model_proto):
             converted = _converted(program, inputs, outputs)
-        report(f"{what}: optimising")
-        with quiet(), torch.no_grad():
-            converted.optimize()
-            # The optimiser of onnxscript 0.7.2 removes a constant that two clamps of one tensor share.
-            if not _is_complete(converted.model_proto):
-                converted = _converted(program, inputs, outputs)
-    except Exception as error:
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        reason = shown(" ".join(str(root).split()), 300)
-        kind = VaryingSizesError if _is_about_sizes(root) else UsageError
-        raise kind(f"{what} cannot be exported ({type(root).__name__}: {reason})") from error
     model = converted.model_proto
     if model.ByteSize() > LARGEST:
         raise UsageError(f"{what} has more than 2 GB of weights, which one ONNX file cannot hold")
@@ -235,6 +227,20 @@ def convert(
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output, *model.graph.initializer):
         del value.metadata_props[:]
     return model, _varying(program, len(tensors))
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Generator[None]:
+    """Raises what torch raises in the block in words."""
+    try:
+        yield
+    except Exception as error:
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = shown(" ".join(str(root).split()), 300)
+        kind = VaryingSizesError if _is_about_sizes(root) else UsageError
+        raise kind(f"{what} cannot be exported ({type(root).__name__}: {reason})") from error
 
 
 def _converted(program: torch.export.ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> Any:
