@@ -74,7 +74,7 @@ RECIPES = {
     "mask2former": Recipe("mask2former-small", FEWER, 160, 2600,
                           {**QUERIES, "batch": 8, "lr": 4e-4, "warmup": 100, "freeze": ["backbone"]}, classes=False,
                           learning={"resize": {"short": 160, "long": 160}, "loss": POINTS},
-                          then=({}, 500, {**QUERIES, **SECOND, "batch": 8, "lr": 1e-4}), start="mask-rcnn-scenes"),
+                          then=({}, 250, {**QUERIES, **SECOND, "batch": 8, "lr": 1e-4}), start="mask-rcnn-scenes"),
     "eomt": Recipe("eomt-small", {"table": 20}, 160, 4000, {**QUERIES, "batch": 16, "lr": 3e-4},
                    learning={"resize": {"canvas": [160, 160]}, "loss": POINTS},
                    # Attention over the tokens of the preset's canvas is learnt for a while too.
