@@ -234,6 +234,17 @@ def test_an_empty_registry_is_no_failure(nothing, capsys):
     assert cli.main(["checkpoints", "--system", "eomt"]) == 0
 
 
+def test_the_list_and_the_cards_name_weights_that_are_not_installed(nothing, capsys):
+    assert cli.main(["checkpoints"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split(maxsplit=1) == [
+        "eomt-scenes", f"not installed; {shipping.INSTALL}"
+    ]  # fmt: skip
+    assert cli.main(["checkpoints", "eomt-scenes"]) == 2
+    assert "`pip install maskwright-weights`" in capsys.readouterr().err
+    assert cli.main(["checkpoints", "eomt-scene"]) == 2
+    assert "did you mean 'eomt-scenes'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

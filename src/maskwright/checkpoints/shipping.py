@@ -176,7 +176,9 @@ def find_shipped(name: str) -> Shipped | None:
     """
     entry = next((entry for entry in shipped() if entry.name == name), None)
     if entry is None and (owner := elsewhere().get(name)) is not None:
-        raise CheckpointError(f"{name}: belongs to the distribution {owner}, which is not installed; {_how(owner)}")
+        raise CheckpointError(
+            f"{name}: belongs to the distribution {owner}, which is not installed; {how_to_install(owner)}"
+        )
     return entry
 
 
@@ -255,11 +257,11 @@ def _none_fit(entries: Sequence[Shipped]) -> str:
     for name, owner in elsewhere().items():
         if all(entry.name != name for entry in entries):
             others.setdefault(owner, []).append(name)
-    more = "; ".join(f"{', '.join(names)} in {owner}: {_how(owner)}" for owner, names in others.items())
+    more = "; ".join(f"{', '.join(names)} in {owner}: {how_to_install(owner)}" for owner, names in others.items())
     return f"{have}; {more}" if more else have
 
 
-def _how(owner: str) -> str:
+def how_to_install(owner: str) -> str:
     """How to install a distribution."""
     return INSTALL if owner == DISTRIBUTION else f"`pip install {owner}`"
 

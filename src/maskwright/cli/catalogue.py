@@ -85,21 +85,26 @@ def checkpoints(
         commercial_ok: Only weights whose licence allows commercial use.
     """
     from maskwright.checkpoints.catalogue import list_checkpoints
-    from maskwright.checkpoints.shipping import shipped
+    from maskwright.checkpoints.shipping import elsewhere, find_shipped, how_to_install, shipped
     from maskwright.systems import names
 
     if system is not None:
         choose(system, names(), "system")
     entries = {entry.name: entry for entry in list_checkpoints(commercial_ok, system)}
     installed = {entry.name: entry for entry in shipped() if system in (None, entry.system)}
+    absent = {each: owner for each, owner in elsewhere().items() if all(each != entry.name for entry in shipped())}
     if name is not None:
-        choose(name, {**installed, **entries}, "name of weights")
+        if name in absent:
+            find_shipped(name)  # raises: states how to install them
+        choose(name, {**installed, **absent, **entries}, "name of weights")
         print_line(entries[name].terms() if name in entries else installed[name].card())
         return 0
     width = max(map(len, {*entries, *installed}), default=0)
     for own in installed.values():
-        figures = ", ".join(f"{figure.what} {figure.value:g}" for figure in own.figures[:2])
+        figures = "; ".join(f"{figure.what} {figure.value:g}" for figure in own.figures[:2])
         print_line(f"{own.name:{width}}  {figures:30}  commercial use: yes; {own.licence}; installed")
+    for each, owner in absent.items() if system is None else ():
+        print_line(f"{each:{width}}  not installed; {how_to_install(owner)}")
     for entry in entries.values():
         scores = ", ".join(f"{score.what} {score.value:g}" for score in entry.published)
         use = {"yes": "yes", "attribution": "on conditions"}.get(entry.commercial, "no")
