@@ -153,6 +153,8 @@ def _misspelt(verb: Callable[..., Any], arguments: Sequence[str], program: str) 
             words = sorted(k for k in known if k.startswith("--"))
             similar = [k for k in words if k.startswith(option)] or get_close_matches(option, words, 1, cutoff=0.5)
             hint = f"did you mean {similar[0]}?" if similar else f"see {program} --help"
+            if (place := option.strip("-").replace("-", "_")) in inspect.signature(verb).parameters:
+                hint = f"give the value without it: {program} {place.upper()}"  # known to the command, by its position
             return f"{program.split()[-1]} has no option {argument.split('=')[0]}; {hint}"
     return None
 

@@ -68,6 +68,7 @@ def test_options_become_arguments(arguments, expected):
     ("arguments", "words"),
     [
         (["a", "--treshold", "1"], ["no option --treshold", "did you mean --threshold?"]),
+        (["--name", "a"], ["thing has no option --name; give the value without it: maskwright thing NAME"]),
         (["a", "--xyzzy"], ["no option --xyzzy", "see maskwright thing --help"]),
         (["a", "-q"], ["no option -q"]),
         (["--treshold", "1"], ["did you mean --threshold?"]),
