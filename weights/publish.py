@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import json
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,13 @@ from typing import Any
 import torch
 
 from maskwright import __version__
-from maskwright.checkpoints import load, save
-from maskwright.checkpoints.shipping import DISTRIBUTION, FORMAT, MANIFEST, Figure, Role, Shipped, parsed_entry
+from maskwright.checkpoints import list_checkpoints, load, save
+from maskwright.checkpoints.shipping import DISTRIBUTION, FORMAT, MANIFEST, SHIPPED, Figure, Role, Shipped, parsed_entry
 from maskwright.data.contour_scenes import PREFIX
-from maskwright.errors import UsageError
-from maskwright.files import write_json, write_text
-from maskwright.systems import presets
+from maskwright.errors import CheckpointError, UsageError
+from maskwright.files import write_bytes, write_json, write_text
+from maskwright.systems import names, presets
+from maskwright.training.pretrained import SCENES
 
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "src/maskwright/weights"
@@ -60,7 +62,8 @@ def publish(
     Returns:
         The entry.
     """
-    if name in presets() or not name.replace("-", "").replace(".", "").isalnum():
+    taken = {*presets(), *names(), SHIPPED, SCENES, *(entry.name for entry in list_checkpoints())}
+    if name in taken or not name.isascii() or not name.replace("-", "").replace(".", "").isalnum():
         raise UsageError(f"{name}: must be a new name of letters, digits and hyphens")
     if preset not in presets():
         raise UsageError(f"{preset}: is not a preset")
@@ -82,10 +85,13 @@ def publish(
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UsageError(f"{source}: {key} does not fit into float16")
     target = folder / f"{name}.safetensors"
-    save(system, target)
-    content = target.read_bytes()
+    with tempfile.TemporaryDirectory() as temporary:  # what is published already stays as it is if this one is refused
+        first = Path(temporary, target.name)
+        save(system, first)
+        content = first.read_bytes()
     if len(content) > LARGEST:
         raise UsageError(f"{target}: has {len(content)} bytes, at most {LARGEST} are allowed")
+    write_bytes(target, content, CheckpointError)
     made = datetime.date.fromtimestamp(source.stat().st_mtime).isoformat()
     entry = Shipped(
         name, target.name, hashlib.sha256(content).hexdigest(), len(content), system.name, preset, role, data,
@@ -143,7 +149,9 @@ def main() -> None:
     parser.add_argument("--figure", nargs=3, action="append", default=[], metavar=("WHAT", "VALUE", "PROTOCOL"))
     parser.add_argument("--limits", default="")
     arguments = parser.parse_args()
-    folder = CORE if arguments.core else EXTRA
+    folder, other = (CORE, EXTRA) if arguments.core else (EXTRA, CORE)
+    if any(value["name"] == arguments.name for value in read(other)["weights"]):
+        parser.error(f"{other / MANIFEST} has {arguments.name} already")
     figures = tuple(Figure(what, float(value), protocol) for what, value, protocol in arguments.figure)
     if arguments.file is None:
         listed = {value["name"]: value for value in read(folder)["weights"]}

@@ -6,6 +6,8 @@ import copy
 import hashlib
 import json
 import pickle
+import shutil
+import sys
 import tomllib
 import warnings
 from pathlib import Path
@@ -295,6 +297,15 @@ def test_a_damaged_manifest_of_another_distribution_is_ignored_with_its_reason(m
         ("role", "clicks", "the role of x must be one of instances, prompts, video"),
         ("bytes", "many", "the field 'bytes' of x must be an integer"),
         ("figures", [3], "the figures of x must be lists of a text, a number and a text"),
+        ("figures", [["AP", 10**400, ""]], "the figures of x must be lists of a text, a number and a text"),
+        ("file", "..\\x.safetensors", "must be a .safetensors file in the same folder"),
+        ("file", "C:x.safetensors", "must be a .safetensors file in the same folder"),
+        ("file", "x\0.safetensors", "must be a .safetensors file in the same folder"),
+        ("bytes", 10**400, "the field 'bytes' of x must be the size of a file"),
+        ("bytes", -1, "the field 'bytes' of x must be the size of a file"),
+        ("bytes", True, "the field 'bytes' of x must be an integer"),
+        ("name", "", "the name '' must be of printable characters"),
+        ("name", "x\n", "must be of printable characters"),
     ],
 )
 def test_fields_of_a_manifest_are_checked(field, value, words):
@@ -308,14 +319,45 @@ def test_fields_of_a_manifest_are_checked(field, value, words):
 
 
 @pytest.mark.fast
-def test_a_distribution_that_cannot_be_imported_is_ignored_with_its_reason(tmp_path, monkeypatch):
-    distribution = Distribution(tmp_path, "failing-weights")
-    (distribution.folder / "__init__.py").write_text("import no_such_module\n")
+@pytest.mark.parametrize(
+    ("kind", "code", "words"),
+    [
+        ("failing", "import no_such_module", "cannot be imported .*no_such_module"),
+        ("raising", "raise RuntimeError('no licence')", "cannot be imported .RuntimeError: no licence"),
+        ("ending", "raise SystemExit(3)", "cannot be imported .SystemExit: 3"),
+        ("misspelt", "def (", "cannot be imported .SyntaxError"),
+        ("bare", "", "has no manifest.json"),
+        ("spread", None, "is not in one folder"),
+        ("zipped", "", "is not in one folder"),
+        ("unnamed", "", "cannot be imported"),
+    ],
+)
+def test_a_distribution_that_cannot_be_used_is_ignored_with_its_reason(kind, code, words, tmp_path, monkeypatch):
+    distribution = Distribution(tmp_path / "site", f"{kind}-weights")
+    (distribution.folder / "__init__.py").write_text(f"{code}\n")
+    if code is None:
+        (distribution.folder / "__init__.py").unlink()
+    if kind == "unnamed":
+        next(distribution.root.glob("*.dist-info/entry_points.txt")).write_text(
+            "[maskwright.weights]\nunnamed-weights = a b\n"
+        )
+    if kind == "zipped":
+        distribution.root = Path(shutil.make_archive(str(tmp_path / "site"), "zip", distribution.root))
     monkeypatch.setattr(shipping, "_own_folder", lambda: tmp_path / "nowhere")
-    monkeypatch.setattr(shipping, "entry_points", _only("failing-weights", shipping.entry_points))
+    monkeypatch.setattr(shipping, "entry_points", _only(f"{kind}-weights", shipping.entry_points))
     distribution.install(monkeypatch)
-    with pytest.warns(CheckpointWarning, match="failing-weights are ignored: .* cannot be imported .*no_such_module"):
+    with pytest.warns(CheckpointWarning, match=f"{kind}-weights are ignored: its package .* {words}"):
         assert mw.shipped() == []
+
+
+@pytest.mark.fast
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    (tmp_path / "x.safetensors").mkdir()
+    size = (tmp_path / "x.safetensors").stat().st_size
+    rest = ("sam", "sam-small", "prompts", "", "", "", 0, "", "", "")
+    entry = shipping.Shipped("x", "x.safetensors", "0", size, *rest, folder=tmp_path)
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: cannot be read"):
+        entry.verified()
 
 
 def test_only_systems_without_a_persons_classes_are_published(tmp_path):
@@ -328,5 +370,29 @@ def test_only_systems_without_a_persons_classes_are_published(tmp_path):
     assert "proposals" in loaded.tasks, "is evaluated regardless of class"
     with pytest.raises(UsageError, match="is a preset of solov2, the file holds sam"):
         distribution.add("other", sam(), preset="solov2-small")
-    with pytest.raises(UsageError, match="must be a new name"):
-        distribution.add("sam-small", sam(), "prompts")
+    for name in ("sam-small", "sam", "shipped", "scenes", "sam-vit-b", "é", "..", "a/b"):
+        with pytest.raises(UsageError, match="must be a new name"):
+            publisher().publish(one.path, distribution.folder, name=name, preset="mask-rcnn-small", role="instances",
+                                data="", seed=0)  # fmt: skip
+
+
+def test_what_is_published_stays_when_its_successor_is_refused(tmp_path):
+    distribution = Distribution(tmp_path)
+    entry = distribution.add("one", mask_rcnn())
+    before = {path.name: path.read_bytes() for path in distribution.folder.iterdir()}
+    script = publisher()
+    script.LARGEST = 1000
+    mw.save(mask_rcnn(), tmp_path / "two.safetensors")
+    for name in ("one", "two"):
+        with pytest.raises(UsageError, match="at most 1000 are allowed"):
+            script.publish(tmp_path / "two.safetensors", distribution.folder, name=name, preset="mask-rcnn-small",
+                           role="instances", data="", seed=0)  # fmt: skip
+    assert {path.name: path.read_bytes() for path in distribution.folder.iterdir()} == before
+    assert entry.verified() == entry.path
+
+
+def test_a_name_belongs_to_one_distribution(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["publish.py", "--name", "sam-small-scenes", "--limits", "None."])
+    with pytest.raises(SystemExit):
+        publisher().main()
+    assert "has sam-small-scenes already" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import resources
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, cast, get_args
 
 from maskwright.checkpoints.folders import CheckpointWarning
@@ -115,7 +115,14 @@ class Shipped:
             about = self.path.stat()
         except OSError:
             raise CheckpointError(f"{self.path}: is missing; install {self.distribution} again") from None
-        if about.st_size != self.bytes or _hash(self.path, about.st_mtime_ns, about.st_size) != self.sha256:
+        try:
+            same = about.st_size == self.bytes and _hash(self.path, about.st_mtime_ns, about.st_size) == self.sha256
+        except OSError as error:  # a folder, or a file of another user
+            reason = printable(str(error.strerror))
+            raise CheckpointError(
+                f"{self.path}: cannot be read ({reason}); install {self.distribution} again"
+            ) from None
+        if not same:
             raise CheckpointError(
                 f"{self.path}: differs from the file that {self.distribution} was built with (its sha256 is another); "
                 f"install {self.distribution} again"
@@ -278,13 +285,21 @@ def _folders() -> list[tuple[str, Path]]:
     folders = [("maskwright", _own_folder())]
     registered = sorted(entry_points(group=GROUP), key=lambda point: (point.name, point.value))
     for point in dict.fromkeys(registered):  # an editable installation may be listed twice
+        what = ""
         try:
-            folders.append((_distribution(point), Path(str(resources.files(point.module)))))
-        except (ImportError, TypeError, ValueError) as error:
-            reason = printable(f"{type(error).__name__}: {error}")
+            folder = resources.files(point.module)
+            if not isinstance(folder, Path):  # imported from an archive, or of several folders
+                what = "is not in one folder"
+            elif not (folder / MANIFEST).exists():
+                what = f"has no {MANIFEST}"
+            else:
+                folders.append((_distribution(point), folder))
+        except (Exception, SystemExit) as error:  # the package is code of others
+            what = f"cannot be imported ({printable(f'{type(error).__name__}: {error}')})"
+        if what:
             warnings.warn(
-                f"the weights of {_distribution(point)} are ignored: its package {point.value!r} cannot be imported "
-                f"({reason}); install it again",
+                f"the weights of {_distribution(point)} are ignored: its package {point.value!r} {what}; install it "
+                "again",
                 CheckpointWarning,
                 stacklevel=3,
             )
@@ -353,15 +368,20 @@ def parsed_entry(value: Any, folder: Path, distribution: str) -> Shipped:
         if each.name in ("folder", "distribution", "figures"):
             continue
         kind = int if each.type == "int" else str
-        if not isinstance(values.get(each.name, "" if each.name == "limits" else None), kind):
+        if type(values.get(each.name, "" if each.name == "limits" else None)) is not kind:
             raise CheckpointError(f"{where}: the field {each.name!r} of {name} must be {_ARTICLE[kind]}")
-    if Path(values["file"]).name != values["file"] or not values["file"].endswith(".safetensors"):
+    if not name.strip() or name != values["name"]:
+        raise CheckpointError(f"{where}: the name {name!r} must be of printable characters")
+    if not 0 < values["bytes"] < 1 << 63:
+        raise CheckpointError(f"{where}: the field 'bytes' of {name} must be the size of a file")
+    named = PureWindowsPath(values["file"])  # which has all separators
+    if named.name != str(named) or named.suffix != ".safetensors" or printable(str(named)) != values["file"]:
         raise CheckpointError(f"{where}: the file of {name} must be a .safetensors file in the same folder")
     if values["role"] not in get_args(Role):
         raise CheckpointError(f"{where}: the role of {name} must be one of {', '.join(get_args(Role))}")
     try:
         figures = tuple(Figure(str(what), float(number), str(how)) for what, number, how in values.get("figures", ()))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise CheckpointError(f"{where}: the figures of {name} must be lists of a text, a number and a text") from None
     known = {each.name for each in fields(Shipped)}
     plain: dict[str, Any] = {key: entry for key, entry in values.items() if key in known}
