@@ -210,7 +210,10 @@ def at(commit: str) -> tuple[list[str], Reader]:
 
 
 def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr.strip())
+    return done.stdout
 
 
 # ---- documents -------------------------------------------------------------------------------------------------------
@@ -221,19 +224,38 @@ def documents() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+def shown(text: str) -> Iterator[str]:
+    """The lines of a document; empty ones for those of longer comments, "```" for those of code blocks."""
+    fence, commented = "", False
+    for line in text.splitlines():
+        mark = re.match(r"\s*(`{3,}(?=[^`]*$)|~{3,})", line)
+        if fence:
+            if mark and mark[1] == line.strip() and mark[1].startswith(fence):
+                fence = ""
+            yield "```"
+        elif commented:
+            commented = "-->" not in line
+            yield ""
+        elif mark:
+            fence = mark[1]
+            yield "```"
+        else:
+            commented = "<!--" in line and "-->" not in line.rpartition("<!--")[2]
+            yield line
+
+
 def tables(page: str, text: str) -> Iterator[Table]:
-    """The tables of a document, outside of code blocks."""
-    lines, marks, fenced = text.splitlines(), list[str](), False
+    """The tables of a document, outside of code blocks and comments."""
+    lines, marks = list(shown(text)), list[str]()
     for index, line in enumerate(lines):
-        fenced ^= line.lstrip().startswith("```")
-        if comment := re.fullmatch(r"\s*<!--\s*(.*?)\s*-->\s*", line):
-            marks.append(comment[1])
+        if re.fullmatch(r"\s*(<!--.*?-->\s*)+", line):
+            marks += re.findall(r"<!--\s*(.*?)\s*-->", line)
             continue
-        begins = line.startswith("|") and index + 1 < len(lines) and re.fullmatch(r"\|[-:| ]+\|\s*", lines[index + 1])
-        if begins and not fenced:
+        begins = index + 1 < len(lines) and re.fullmatch(r"\s*\|[-:| ]*-[-:| ]*", lines[index + 1])
+        if begins and line.lstrip().startswith("|"):
             body: list[str] = []
             for row in lines[index + 2 :]:
-                if not row.startswith("|"):
+                if not row.lstrip().startswith("|"):
                     break
                 body += [cell.strip() for cell in row.strip().strip("|").split("|")]
             filled = [cell for cell in body if cell]
@@ -287,11 +309,14 @@ def faults(manifest: Manifest, texts: Mapping[str, str], listed: Sequence[str]) 
             elif not source.startswith("@") and not matching(source, listed):
                 found.append(f"{where}: no file is called {source}")
         for command in figure.commands:
-            words = shlex.split(command)
-            script = next((word for word in words if word.endswith(".py")), None)
-            if script is not None and script not in listed:
-                found.append(f"{where}: there is no {script}")
-            elif script is None and words[0] != "maskwright":
+            try:
+                program, script = [*shlex.split(command), "", ""][:2]
+            except ValueError:  # a quote without its end
+                program = script = ""
+            if program == "python" and script.endswith(".py"):
+                if script not in listed:
+                    found.append(f"{where}: there is no {script}")
+            elif program != "maskwright":
                 found.append(f"{where}: the command must be one of maskwright or a script, got {command!r}")
         if not figure.commands and not figure.note:
             found.append(f"{where}: has no command; the note must say why")
@@ -350,6 +375,8 @@ def run(name: str) -> int:
 def stamp(name: str, commit: str | None, machine: str | None) -> int:
     """Writes date, digest and commit of an entry: those of a commit, or those of the working tree."""
     manifest, figure = read_manifest(MANIFEST.read_text("utf-8")), _named(name)
+    if machine is not None and machine not in manifest.machines:
+        raise SystemExit(f"machine must be one of {', '.join(manifest.machines)}, got {machine!r}")
     listed, read = today() if commit is None else at(commit)
     values = {
         "date": str(datetime.date.today()) if commit is None else _git("show", "-s", "--format=%cs", commit).strip(),
@@ -388,6 +415,8 @@ def main() -> int:
     if arguments.verb == "run":
         return run(arguments.name)
     if arguments.verb == "stamp":
+        for name in arguments.names:
+            _named(name)  # before anything is written
         return max(stamp(name, arguments.commit, arguments.machine) for name in arguments.names)
     for figure in read_manifest(MANIFEST.read_text("utf-8")).figures.values():
         print(f"{figure.name:24} {figure.date}  {figure.page}#{figure.anchor}")

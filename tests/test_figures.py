@@ -73,6 +73,15 @@ TABLE = "# Speed of it\n\n{mark}| a | b |\n|---|--:|\n| x | 1 |\n"
         ("<!-- published -->\n", None),
         ("<!-- no figures -->\n", None),
         ("<!-- published -->\n\nText.\n\n", "belongs to no entry"),
+        ("<!-- figure: speed --> <!-- begin -->\n", None),
+        ("````\n```\n````\n\n", "page.md:7: the table '| a | b |' belongs to no entry"),
+        ("~~~\n```\n~~~\n", "page.md:6: the table"),
+        ("```x``` is code\n\n", "page.md:5: the table"),
+        ("- In a list:\n\n  ", "page.md:5: the table '  | a | b |' belongs to no entry"),
+        ("````\n```\n", None),
+        ("~~~\n\n", None),
+        ("<!-- old:\n", None),
+        ("Text. <!-- old:\n", None),
     ],
 )
 def test_tables_are_found_and_named(mark, fault):
@@ -94,6 +103,10 @@ def test_tables_are_found_and_named(mark, fault):
         ({"sources": ("@more",)}, "there is no group @more"),
         ({"commands": ("python benchmarks/b.py",)}, "there is no benchmarks/b.py"),
         ({"commands": ("make speed",)}, "the command must be one of maskwright or a script"),
+        ({"commands": ("make benchmarks/a.py",)}, "the command must be one of maskwright or a script"),
+        ({"commands": ("A=1 python benchmarks/a.py",)}, "the command must be one of maskwright or a script"),
+        ({"commands": ("python 'benchmarks/a.py",)}, "the command must be one of maskwright or a script"),
+        ({"commands": ("",)}, "the command must be one of maskwright or a script"),
         ({"commands": ()}, "has no command; the note must say why"),
     ],
 )
@@ -142,6 +155,23 @@ def test_a_stamp_writes_date_and_digest(tmp_path, monkeypatch):
     manifest = figures.read_manifest(copy.read_text("utf-8"))
     assert "pooling" not in [figure.name for figure in figures.older(
         figures.Manifest({"pooling": after["pooling"]}, manifest.groups, manifest.machines), listed, read)]  # fmt: skip
+
+
+def test_nothing_is_stamped_with_an_unknown_name_machine_or_commit(tmp_path, monkeypatch):
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs the repository")
+    copy = tmp_path / "figures.toml"
+    shutil.copy(figures.MANIFEST, copy)
+    monkeypatch.setattr(figures, "MANIFEST", copy)
+    for words, message in [
+        (["pooling", "puling"], "there is no figure 'puling'"),
+        (["pooling", "--machine", "abacus"], "machine must be one of epyc-shared, "),
+        (["pooling", "--commit", "no-such-commit"], "no-such-commit"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["figures.py", "stamp", *words])
+        with pytest.raises(SystemExit, match=message):
+            figures.main()
+    assert copy.read_bytes() == (ROOT / "docs/figures.toml").read_bytes()
 
 
 def test_fields_of_an_entry_are_checked():
