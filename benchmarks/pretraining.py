@@ -55,6 +55,10 @@ class Recipe:
     then: tuple[Mapping[str, Any], int, Mapping[str, Any]] | None = None
     start: str | None = None
 
+    def more(self, steps: int) -> int:
+        """Steps of the second stage after `steps` of the first, in proportion to the recipe."""
+        return max(1, self.then[1] * steps // self.steps) if self.then is not None else 0
+
 
 # Narrower than the presets: a file is at most 25 MB, and ResNet-18 alone has 22.4.
 NARROW = {"neck_width": 64, "boxes": {"width": 256}, "masks": {"width": 64}}
@@ -143,6 +147,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--amp", choices=("bf16", "no"), help="default: bf16 where the processor has instructions")
     arguments = parser.parse_args()
+    if arguments.steps is not None and arguments.steps < 1:
+        parser.error("--steps must be at least 1")
     recipe = RECIPES[arguments.name]
     fast = "bf16" if has_bfloat16(torch.device("cpu")) else "no"
     amp = arguments.amp or recipe.changes.get("amp", fast)
@@ -164,11 +170,11 @@ def main() -> None:
     kind = learned(recipe.preset, recipe.classes, folder, steps, arguments.seed, recipe.changes, options=learning,
                    pretrained=recipe.start)  # fmt: skip
     if recipe.then is not None:
-        options, more, changes = recipe.then
-        if arguments.steps is not None:
-            more = max(1, more * arguments.steps // recipe.steps)
+        options, _, changes = recipe.then
         first = mw.load(kind, classes=("object",) if recipe.classes else None, **options)
-        kind = learned(first, False, arguments.out / f"{arguments.name}-2", more, arguments.seed + 1, changes)
+        kind = learned(
+            first, False, arguments.out / f"{arguments.name}-2", recipe.more(steps), arguments.seed + 1, changes
+        )
     published = mw.create(recipe.preset, **recipe.options).options
     system = mw.load(kind, **{name: stated(published[name]) for name in recipe.learning})
     if recipe.kept is not None:

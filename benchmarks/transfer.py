@@ -39,7 +39,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import maskwright as mw
 from benchmarks.pretraining import RECIPES
 from maskwright.checkpoints import read_metadata
-from maskwright.checkpoints.ours import preprocess_of
 from maskwright.checkpoints.shipping import find_shipped, fitting
 from maskwright.data import Dataset, Renamed, open_dataset
 from maskwright.errors import UsageError
@@ -83,19 +82,22 @@ class Start:
 
 
 def _pixels(about: Mapping[str, Any]) -> int | None:
-    """Input pixels that the weights of a file were trained on."""
+    """Input pixels that the weights of a file were trained on: of both stages, and of the weights they started from."""
     words = str(about["source"].get("command", "")).split()
     words = words[next((place for place, word in enumerate(words) if word.endswith("pretraining.py")), len(words)) :]
     if len(words) < 2 or words[1] not in RECIPES:
         return None
-    recipe, preprocess = RECIPES[words[1]], preprocess_of(about)
-    if recipe.learning:
-        preprocess = mw.create(recipe.preset, **{**recipe.options, **recipe.learning}).preprocess
-    if preprocess is None:
-        return None
-    height, width = preprocess.size(recipe.size, recipe.size)
+    recipe = RECIPES[words[1]]
     steps = int(words[words.index("--steps") + 1]) if "--steps" in words else recipe.steps
-    return steps * recipe.changes["batch"] * height * width
+    options = {**recipe.options, **recipe.learning}
+    stages = [(options, steps, recipe.changes["batch"])]
+    if recipe.then is not None:
+        stages.append(({**options, **recipe.then[0]}, recipe.more(steps), recipe.then[2]["batch"]))
+    total = 0 if recipe.start is None else Start.read(recipe.start).pixels or 0
+    for changed, count, batch in stages:
+        size = mw.create(recipe.preset, **changed).preprocess.size(recipe.size, recipe.size)
+        total += count * batch * math.prod(size)
+    return total
 
 
 def sets(folder: Path, name: str) -> tuple[Dataset, Dataset]:

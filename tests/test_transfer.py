@@ -44,14 +44,20 @@ def test_the_table_has_means_standard_errors_and_differences_of_pairs(transfer, 
 
 
 def test_the_control_has_the_input_pixels_of_the_pretraining(transfer):
-    about = {
-        "source": {"command": "benchmarks/pretraining.py mask-rcnn --steps 100 --seed 0"},
-        "preprocess": {"fit": "short", "short": 320, "long": 512, "multiple": 32},
-    }
+    about = {"source": {"command": "benchmarks/pretraining.py mask-rcnn --steps 100 --seed 0"}}
     recipe = transfer.RECIPES["mask-rcnn"]
     assert transfer._pixels(about) == 100 * recipe.changes["batch"] * 224 * 224  # its input while learning
     about["source"]["command"] = "python benchmarks/pretraining.py mask-rcnn --out weights"
     assert transfer._pixels(about) == recipe.steps * recipe.changes["batch"] * 224 * 224
+    sam, mask2former = (transfer.RECIPES[name] for name in ("sam", "mask2former"))
+    about["source"]["command"] = f"benchmarks/pretraining.py sam --steps {sam.steps // 2}"
+    assert sam.then is not None
+    assert transfer._pixels(about) == sam.steps // 2 * 4 * 256 * 256 + sam.then[1] // 2 * 2 * 512 * 512
+    about["source"]["command"] = "benchmarks/pretraining.py mask2former"
+    assert mask2former.then is not None
+    own = (mask2former.steps + mask2former.then[1]) * 8 * 160 * 160
+    start = transfer.Start.read(mask2former.start).pixels
+    assert transfer._pixels(about) == own + start > own
     assert transfer._pixels({**about, "source": {"command": "by hand"}}) is None
     assert transfer._pixels({**about, "source": {}}) is None
 
@@ -71,3 +77,14 @@ def test_a_condensed_detector_has_fewer_classes_and_the_mean_of_their_boxes_and_
     torch.testing.assert_close(
         smaller.masks.logits(maps), system.masks.logits(maps).mean(1, keepdim=True), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("steps", ["0", "-3"])
+def test_pretraining_takes_at_least_one_step(steps, transfer, tmp_path, monkeypatch, capsys):
+    from benchmarks import pretraining
+
+    monkeypatch.setattr(pretraining.mw, "train", lambda *_, **__: pytest.fail("trains"))
+    monkeypatch.setattr(sys, "argv", ["pretraining.py", "sam", "--out", str(tmp_path), "--steps", steps])
+    with pytest.raises(SystemExit):
+        pretraining.main()
+    assert "--steps must be at least 1" in capsys.readouterr().err

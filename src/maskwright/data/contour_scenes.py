@@ -319,6 +319,8 @@ def read(match: Match, request: Request) -> ContourScenes:
             ) from None
     count = options.pop("count", 2000)
     held = options.pop("val", max(1, count // 10))
+    if (seed := options.pop("seed", 0)) < 0:
+        raise UsageError(f"{text!r}: seed must not be negative")
     # Far enough apart that the splits of data sets with neighbouring seeds share no images.
-    seed = options.pop("seed", 0) + {"train": 0, "val": 1}.get(split, 2) * 1_000_003
+    seed += {"train": 0, "val": 1}.get(split, 2) * 1_000_003
     return ContourScenes(count if split == "train" else held, seed=seed, **options)
