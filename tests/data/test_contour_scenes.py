@@ -98,6 +98,8 @@ def test_a_text_opens_them_with_disjoint_splits(tmp_path):
         open_dataset("contours:size=axb", "train")
     with pytest.raises(UsageError, match="at least 32"):
         ContourScenes(3, (16, 64))
+    with pytest.raises(UsageError, match=r"objects in \[1, 1000\]"):  # otherwise ids of two images are equal
+        ContourScenes(3, objects=1001)
 
 
 @pytest.mark.thorough

@@ -95,7 +95,7 @@ class ContourScenes(GeneratedScenes):
         size: H, W of every image; at least 32.
         seed: Seed of the random numbers.
         classes: Number of classes, named "contour-000", "contour-001", ...
-        objects: Largest number of objects in an image that is no crowd.
+        objects: Largest number of objects in an image that is no crowd; at most 1000, which the ids have room for.
         crowd: Fraction of images with 40 to 200 small objects of one or two classes.
         empty: Fraction of images without objects.
 
@@ -113,10 +113,10 @@ class ContourScenes(GeneratedScenes):
         crowd: float = 0.15,
         empty: float = 0.02,
     ):
-        if count < 0 or min(size) < 32 or seed < 0 or not 1 <= classes <= 4096 or objects < 1:
+        if count < 0 or min(size) < 32 or seed < 0 or not 1 <= classes <= 4096 or not 1 <= objects <= 1000:
             raise UsageError(
-                "contours: count and seed must not be negative, sides at least 32, classes in [1, 4096], objects at "
-                f"least 1; got count {count}, size {size}, seed {seed}, classes {classes}, objects {objects}"
+                "contours: count and seed must not be negative, sides at least 32, classes in [1, 4096], objects in "
+                f"[1, 1000]; got count {count}, size {size}, seed {seed}, classes {classes}, objects {objects}"
             )
         if not 0 <= crowd <= 1 or not 0 <= empty <= 1:
             raise UsageError(f"contours: crowd and empty must be in [0, 1], got {crowd} and {empty}")
