@@ -10,6 +10,7 @@ import shutil
 import sys
 import tomllib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,16 @@ def test_the_list_and_the_cards_name_weights_that_are_not_installed(nothing, cap
     assert "`pip install maskwright-weights`" in capsys.readouterr().err
     assert cli.main(["checkpoints", "eomt-scene"]) == 2
     assert "did you mean 'eomt-scenes'?" in capsys.readouterr().err
+
+
+def test_the_list_states_whether_commercial_use_is_allowed(made, nothing, monkeypatch, capsys):
+    own, other = (replace(entry, licence=licence) for entry, licence in
+                  zip(shipping._entries(made.folder, "x"), ("Apache-2.0", "CC-BY-NC-4.0"), strict=True))  # fmt: skip
+    monkeypatch.setattr(shipping, "shipped", lambda: [own, other])
+    for flags, expected in (([], ["yes; Apache-2.0", "no; CC-BY-NC-4.0"]), (["--commercial-ok"], ["yes; Apache-2.0"])):
+        assert cli.main(["checkpoints", *flags]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tiny-")]
+        assert [line.split("commercial use: ")[1] for line in lines] == [f"{words}; installed" for words in expected]
 
 
 @pytest.mark.parametrize(

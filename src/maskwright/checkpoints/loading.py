@@ -211,7 +211,7 @@ def _locate(source: str | Path, commercial_ok: bool) -> tuple[Path, Entry | None
             f"{source}: this address is not in the catalogue, so its licence and hash are unknown; download the file "
             "yourself and pass its path"
         )
-    known = [SHIPPED, *(e.name for e in shipped()), *elsewhere(), *(e.name for e in catalogue())]
+    known = {SHIPPED, *(e.name for e in shipped()), *elsewhere(), *(e.name for e in catalogue())}
     similar = difflib.get_close_matches(str(source), known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(similar)}?" if similar else "`maskwright checkpoints` lists the names"
     raise CheckpointError(f"{source}: no such file or folder, and no such name in the catalogue; {hint}")

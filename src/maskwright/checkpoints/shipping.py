@@ -252,7 +252,7 @@ def of_system(name: str) -> Shipped:
 
 def missing(name: str) -> str:
     """The end of the message about an unknown name: similar ones."""
-    names = [*(entry.name for entry in shipped()), *elsewhere()]
+    names = {*(entry.name for entry in shipped()), *elsewhere()}
     similar = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {similar[0]!r}?" if similar else _none_fit(shipped())
 

@@ -84,7 +84,7 @@ def checkpoints(
         system: Only weights of this system.
         commercial_ok: Only weights whose licence allows commercial use.
     """
-    from maskwright.checkpoints.catalogue import list_checkpoints
+    from maskwright.checkpoints.catalogue import allows_commercial, list_checkpoints
     from maskwright.checkpoints.shipping import elsewhere, find_shipped, how_to_install, shipped
     from maskwright.systems import names
 
@@ -99,10 +99,12 @@ def checkpoints(
         choose(name, {**installed, **absent, **entries}, "name of weights")
         print_line(entries[name].terms() if name in entries else installed[name].card())
         return 0
-    width = max(map(len, {*entries, *installed}), default=0)
+    width = max(map(len, {*entries, *installed, *absent}), default=0)
     for own in installed.values():
         figures = "; ".join(f"{figure.what} {figure.value:g}" for figure in own.figures[:2])
-        print_line(f"{own.name:{width}}  {figures:30}  commercial use: yes; {own.licence}; installed")
+        use = "yes" if allows_commercial(own.licence) else "no"
+        if use == "yes" or not commercial_ok:
+            print_line(f"{own.name:{width}}  {figures:30}  commercial use: {use}; {own.licence}; installed")
     for each, owner in absent.items() if system is None else ():
         print_line(f"{each:{width}}  not installed; {how_to_install(owner)}")
     for entry in entries.values():
