@@ -11,7 +11,9 @@ import maskwright as mw
 from maskwright.checkpoints import shipping
 from maskwright.data import Scenes
 from maskwright.errors import CheckpointError, UsageError
+from maskwright.systems import names
 from maskwright.systems.kinds.classless import Classless
+from maskwright.training import pretrained
 from maskwright.training.pretrained import take_pretrained
 from maskwright.training.setup import make_system
 from tests.shipping import Distribution, mask_rcnn, sam
@@ -91,6 +93,30 @@ def test_a_promptable_system_takes_its_own():
     (said,) = take_pretrained(system, "scenes")
     assert equal(system, mw.load("clicks"), system.state_dict()) == list(system.state_dict())
     assert "random" not in said
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_system_is_divided_into_parts(name):
+    """Also those whose groups hold parameters that lie in no module of their own, as H-DETR's and EoMT's."""
+    with torch.device("meta"):
+        system = build(name)
+    parts = pretrained._parts(system)
+    found = [key for part in parts.values() for key, _ in part.values()]
+    assert len(found) == len(set(found))
+    assert set(found) >= {key for key, _ in system.named_parameters()}
+    assert [label for labels in pretrained._labels(system).values() for label in labels] == list(parts)
+
+
+@pytest.mark.parametrize("name", ["h-detr", "eomt"])
+def test_parameters_of_no_module_are_taken_too(name, tmp_path, monkeypatch):
+    distribution = Distribution(tmp_path, f"{name}-weights")
+    giver, system = (build(name, classes=("object",)) for _ in range(2))
+    distribution.add("same-scenes", giver)
+    monkeypatch.setattr(shipping, "entry_points", lambda group: [])
+    monkeypatch.setattr(shipping, "_own_folder", lambda: distribution.folder)
+    take_pretrained(system, "same-scenes")
+    keys = set(system.state_dict()) - set(system.class_rows())
+    assert set(equal(system, mw.load("same-scenes"), keys)) == keys
 
 
 def test_images_of_other_channels_are_fitted():

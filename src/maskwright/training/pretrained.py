@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from maskwright.checkpoints import load, read_metadata
 from maskwright.checkpoints.shipping import Shipped, find_shipped, missing, shipped
@@ -139,23 +139,34 @@ def _offer(system: System, entry: Shipped) -> _Offer | str:
 
 def _parts(system: System) -> dict[str, dict[str, tuple[str, Tensor]]]:
     """The parts of a system: key in the state dict of the module -> key in that of the system, and value."""
-    state = system.state_dict()
-    names = {id(module): name for name, module in cast("Any", system.named_modules())}
+    state, names = system.state_dict(), _names(system)
     parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for modules, labels in zip(system.groups().values(), _labels(system).values(), strict=True):
         for label, module in zip(labels, modules, strict=True):
-            prefix = f"{names[id(module)]}."
-            parts[label] = {key: (prefix + key, state[prefix + key]) for key in module.state_dict()}
+            if id(module) in names:
+                keys = {key: f"{names[id(module)]}.{key}" for key in module.state_dict()}
+            else:  # a container made for the group, of parameters that lie in no module of their own
+                keys = {names[id(value)].rpartition(".")[2]: names[id(value)] for value in module.parameters()}
+            parts[label] = {key: (name, state[name]) for key, name in keys.items()}
     return parts
 
 
 def _labels(system: System) -> dict[str, list[str]]:
     """The names of the parts in each group: that of the group, or those of its modules if there are several."""
-    names = {id(module): name for name, module in cast("Any", system.named_modules())}
+    names = _names(system)
+
+    def label(module: nn.Module) -> str:
+        return names.get(id(module)) or ", ".join(names[id(value)] for value in module.parameters())
+
     return {
-        group: [group] if len(modules) == 1 else [names[id(module)] for module in modules]
+        group: [group] if len(modules) == 1 else [label(module) for module in modules]
         for group, modules in system.groups().items()
     }
+
+
+def _names(system: System) -> dict[int, str]:
+    """The names of all modules and parameters, by their identity."""
+    return {id(one): name for name, one in cast("Any", (*system.named_modules(), *system.named_parameters()))}
 
 
 def _fault(own: tuple[str, Tensor], theirs: tuple[str, Tensor] | None, rows: set[str]) -> bool:
