@@ -73,8 +73,7 @@ RECIPES = {
                          kept=100),
     "solov2": Recipe("solov2-small", {"neck_width": 64}, 192, 4000, {**CONVOLUTIONS, "batch": 4},
                      learning=SQUARE, then=({}, 400, {**CONVOLUTIONS, **SECOND, "batch": 4, "lr": 2e-4})),
-    # The backbone is good already: the decoders learn first, at half the cost, from objects without classes. Matching
-    # hundreds of classes to 50 queries is noise at that point.
+    # The backbone is trained already, with classes: the decoders learn first, at less cost, from objects without them.
     "mask2former": Recipe("mask2former-small", FEWER, 160, 2600,
                           {**QUERIES, "batch": 8, "lr": 4e-4, "warmup": 100, "freeze": ["backbone"]}, classes=False,
                           learning={"resize": {"short": 160, "long": 160}, "loss": POINTS},
