@@ -424,6 +424,9 @@ def test_images_of_a_second_via_file_are_named(tmp_path: Path) -> None:
     with pytest.warns(DataWarning, match=r"via_more.json lists 1 image that via_export.json does not have"):
         assert len(open_dataset(tmp_path)) == 1
     assert len(open_dataset(tmp_path / "via_more.json")) == 1
+    damaged = {"a.png": {"filename": ["b.png"], "regions": []}, "b.png": {"filename": "", "regions": []}}
+    (tmp_path / "via_more.json").write_text(json.dumps({"_via_img_metadata": damaged}), "utf-8")
+    assert len(open_dataset(tmp_path)) == 1  # its entries are no images
 
 
 @pytest.mark.filterwarnings("ignore:.*listed under other names")  # the images are in train_data

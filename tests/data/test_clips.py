@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from maskwright.data import (
 from maskwright.data.davis import write_map
 from maskwright.errors import AnnotationError, DataError, ImageError, UsageError
 from maskwright.structures import Instances, Masks
+from tests.data import making
 
 pytestmark = pytest.mark.fast
-SHARED = Path(os.environ.get("MASKWRIGHT_SHARED", "/nowhere")) / "data" / "clips"
+SHARED = making.SHARED / "clips"
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,8 @@ def _name_unread(table: Table, path: Path, images: Sequence[_Image], named: Mapp
             entries = _entries(as_dict(read_json(other)))
         except FileProblem:
             continue
-        missing = {as_dict(entry).get("filename") for entry in entries.values()} - listed - {None}
+        names = (as_dict(entry).get("filename") for entry in entries.values())
+        missing = {name for name in names if isinstance(name, str) and name} - listed
         if missing:
             images_ = "image" if len(missing) == 1 else "images"
             what = f"{other.name} lists {len(missing)} {images_} that {path.name} does not have"
