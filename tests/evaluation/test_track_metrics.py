@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +17,12 @@ from maskwright.evaluation.davis import contour_of, davis_summary, object_scores
 from maskwright.evaluation.track_ap import clip_tracks, track_ap
 from maskwright.evaluation.track_metrics import pairs_of
 from maskwright.structures import Instances, Masks
+from tests.data import making
 from tests.evaluation import trackeval_reference as reference
 from tests.evaluation.tracked import Frames, annotated, disturbed, objects
 
 pytestmark = pytest.mark.fast
-SHARED = Path(os.environ.get("MASKWRIGHT_SHARED", "/nowhere")) / "data" / "clips"
+SHARED = making.SHARED / "clips"
 needs_trackeval = pytest.mark.skipif(
     importlib.util.find_spec("trackeval") is None or importlib.util.find_spec("cv2") is None,
     reason="TrackEval is not installed (pip install trackeval)",
