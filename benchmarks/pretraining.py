@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,11 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 import maskwright as mw
-from maskwright.checkpoints import save
+from benchmarks.dense import Dense, Kept, prepared
+from maskwright.checkpoints import read_state, save
 from maskwright.data import ContourScenes, Dataset, Mixture, Scenes, open_dataset
 from maskwright.inference.preparing import has_bfloat16
 
@@ -42,6 +46,9 @@ class Recipe:
         then: A second stage that goes on with the result: its options, steps and fields of the training recipe. In it
             every object is "object": a score that is divided among hundreds of classes is not one of an object.
         start: Installed weights whose backbone is the start; None: random weights.
+        before: A stage before the first, of a query system on a ViT: `dense.py` without queries; its steps and fields
+            of the training recipe.
+        repeats: How often each image is seen in all but the last stage; generating one may take as long as learning it.
     """
 
     preset: str
@@ -54,10 +61,16 @@ class Recipe:
     kept: int | None = None
     then: tuple[Mapping[str, Any], int, Mapping[str, Any]] | None = None
     start: str | None = None
+    before: tuple[int, Mapping[str, Any]] | None = None
+    repeats: int = 1
 
     def more(self, steps: int) -> int:
         """Steps of the second stage after `steps` of the first, in proportion to the recipe."""
         return max(1, self.then[1] * steps // self.steps) if self.then is not None else 0
+
+    def earlier(self, steps: int) -> int:
+        """Steps of the stage before the first, in the same proportion."""
+        return max(1, self.before[0] * steps // self.steps) if self.before is not None else 0
 
 
 # Narrower than the presets: a file is at most 25 MB, and ResNet-18 alone has 22.4.
@@ -78,11 +91,14 @@ RECIPES = {
                           {**QUERIES, "batch": 8, "lr": 4e-4, "warmup": 100, "freeze": ["backbone"]}, classes=False,
                           learning={"resize": {"short": 160, "long": 160}, "loss": POINTS},
                           then=({}, 250, {**QUERIES, **SECOND, "batch": 8, "lr": 1e-4}), start="mask-rcnn-scenes"),
-    "eomt": Recipe("eomt-small", {"table": 20}, 160, 4000, {**QUERIES, "batch": 16, "lr": 3e-4},
+    "eomt": Recipe("eomt-small", {"table": 20}, 160, 1600,
+                   {**QUERIES, "batch": 8, "lr": 5e-4, "warmup": 100}, classes=False,
                    learning={"resize": {"canvas": [160, 160]}, "loss": POINTS},
                    # Attention over the tokens of the preset's canvas is learnt for a while too.
-                   then=({"resize": {"canvas": [320, 320]}}, 600,
-                         {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4})),
+                   then=({"resize": {"canvas": [320, 320]}}, 120,
+                         {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4}),
+                   before=(1400, {"batch": 16, "lr": 1e-3, "warmup": 50, "ema": 0.99, "weight_decay": 0.02}),
+                   repeats=3),
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",
                   {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
@@ -155,10 +171,21 @@ def main() -> None:
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
 
     def learned(
-        start: Any, classes: bool, folder: Path, steps: int, seed: int, changes: Mapping[str, Any], **options: Any
-    ) -> Any:
-        count = steps * changes["batch"]  # every image is seen once
-        learn = images(recipe, classes, count, seed, arguments.nuclei)
+        start: Any,
+        classes: bool,
+        folder: Path,
+        steps: int,
+        seed: int,
+        changes: Mapping[str, Any],
+        repeats: int,
+        **options: Any,
+    ) -> Path:
+        count = steps * changes["batch"]
+        learn = images(recipe, classes, max(changes["batch"], count // repeats), seed, arguments.nuclei)
+        if repeats > 1:
+            learn = Kept(learn)
+        if isinstance(start, Dense):
+            prepared(start, learn)
         return mw.train(
             start, learn, val=False, out=folder, steps=steps, seed=seed, workers=arguments.workers, tensorboard=False,
             resume=(folder / "last.ckpt").exists(), save_minutes=5.0, **{**changes, "amp": amp}, **options,
@@ -166,13 +193,21 @@ def main() -> None:
 
     folder = arguments.out / arguments.name
     learning = {**recipe.options, **recipe.learning}
-    kind = learned(recipe.preset, recipe.classes, folder, steps, arguments.seed, recipe.changes, options=learning,
-                   pretrained=recipe.start)  # fmt: skip
+    if recipe.before is None:
+        kind = learned(recipe.preset, recipe.classes, folder, steps, arguments.seed, recipe.changes, recipe.repeats,
+                       options=learning, pretrained=recipe.start)  # fmt: skip
+    else:
+        torch.manual_seed(arguments.seed)
+        dense = Dense.made(mw.create(recipe.preset, **learning).options)
+        file = learned(dense, False, arguments.out / f"{arguments.name}-0", recipe.earlier(steps), arguments.seed + 2,
+                       recipe.before[1], recipe.repeats)  # fmt: skip
+        start = dense.plain(read_state(file)[0])
+        kind = learned(start, False, folder, steps, arguments.seed, recipe.changes, recipe.repeats)
     if recipe.then is not None:
         options, _, changes = recipe.then
         first = mw.load(kind, classes=("object",) if recipe.classes else None, **options)
         kind = learned(
-            first, False, arguments.out / f"{arguments.name}-2", recipe.more(steps), arguments.seed + 1, changes
+            first, False, arguments.out / f"{arguments.name}-2", recipe.more(steps), arguments.seed + 1, changes, 1
         )
     published = mw.create(recipe.preset, **recipe.options).options
     system = mw.load(kind, **{name: stated(published[name]) for name in recipe.learning})
