@@ -1,15 +1,13 @@
-"""A start for vision transformers on few images: what the pixels of an object have in common, learnt before any query.
+"""A start for query systems on vision transformers: pixels learn which object they belong to before queries do.
 
-A query system trained from random weights on tens of thousands of images hardly leaves its start: queries have to find
-objects in tokens that do not tell objects apart yet. `Dense` trains the transformer of `EoMT` without queries. At
-every cell of 4 x 4 pixels it predicts whether there is an object, whether there is an edge, and for cells of objects the
-object's area and a code of its centre: sines and cosines of the centre's coordinates. Two pixels of the same object have
-the same code, so that a mask is a linear function of it, which is what a mask embedding of a query is. The targets need
-no matching.
+Queries that are trained from random weights have to find objects in tokens that do not tell objects apart yet. `Dense`
+trains the transformer of `EoMT` without queries. For every cell of 4 x 4 pixels it predicts whether there is an object
+and whether there is an edge, and within objects the area of the object and a code of its centre: sines and cosines of
+the centre's coordinates. All cells of an object have the same code, so that a mask is a linear function of the code, as
+it is of the pixel features in a query system. The targets need no matching.
 
-`prepared` gives the network values that random ones take thousands of steps to become: patch embeddings that decorrelate
-the patches (principal components of generated images, as in the whitening layers of fast CIFAR trainings), positions
-that are waves, LayerScale of 1.
+`prepared` sets values that random ones take many steps to reach: patch embeddings that decorrelate patches (principal
+components of generated images), a table of positions made of waves, and LayerScale of 1.
 """
 
 from __future__ import annotations
@@ -35,10 +33,10 @@ CHANNELS = 3 + 4 * len(FREQUENCIES)  # object, edge, area; sine and cosine of ea
 
 
 class Kept(View):
-    """Keeps images once they have been generated: generating one takes longer than reading it.
+    """A view that generates each image once and keeps it in memory.
 
     Args:
-        inner: The data set; what it returns must not depend on anything but the position.
+        inner: The data set.
     """
 
     def __init__(self, inner: Dataset):
@@ -57,7 +55,7 @@ class Maps:
 
     Attributes:
         coarse: Of each token, after the blocks without queries and after all.
-        fine: Of the upscaled features, for the first images of the batch only: they cost as much as the transformer.
+        fine: Of the upscaled features, of the first quarter of the batch: upscaling takes as long as the transformer.
     """
 
     coarse: Float[Tensor, "l b c h w"]

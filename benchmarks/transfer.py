@@ -82,7 +82,7 @@ class Start:
 
 
 def _pixels(about: Mapping[str, Any]) -> int | None:
-    """Input pixels that the weights of a file were trained on: of both stages, and of the weights they started from."""
+    """Input pixels that the weights of a file were trained on: of all stages, and of the weights they started from."""
     words = str(about["source"].get("command", "")).split()
     words = words[next((place for place, word in enumerate(words) if word.endswith("pretraining.py")), len(words)) :]
     if len(words) < 2 or words[1] not in RECIPES:
@@ -91,6 +91,8 @@ def _pixels(about: Mapping[str, Any]) -> int | None:
     steps = int(words[words.index("--steps") + 1]) if "--steps" in words else recipe.steps
     options = {**recipe.options, **recipe.learning}
     stages = [(options, steps, recipe.changes["batch"])]
+    if recipe.before is not None:
+        stages.append((options, recipe.earlier(steps), recipe.before[1]["batch"]))
     if recipe.then is not None:
         stages.append(({**options, **recipe.then[0]}, recipe.more(steps), recipe.then[2]["batch"]))
     total = 0 if recipe.start is None else Start.read(recipe.start).pixels or 0

@@ -58,6 +58,12 @@ def test_the_control_has_the_input_pixels_of_the_pretraining(transfer):
     own = (mask2former.steps + mask2former.then[1]) * 8 * 160 * 160
     start = transfer.Start.read(mask2former.start).pixels
     assert transfer._pixels(about) == own + start > own
+    eomt = transfer.RECIPES["eomt"]
+    about["source"]["command"] = f"benchmarks/pretraining.py eomt --steps {eomt.steps // 2}"
+    assert eomt.before is not None
+    assert eomt.then is not None
+    both = eomt.before[0] // 2 * 16 + eomt.steps // 2 * 8
+    assert transfer._pixels(about) == both * 160 * 160 + eomt.then[1] // 2 * 4 * 320 * 320
     assert transfer._pixels({**about, "source": {"command": "by hand"}}) is None
     assert transfer._pixels({**about, "source": {}}) is None
 

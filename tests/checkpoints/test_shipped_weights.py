@@ -18,7 +18,7 @@ import torch
 
 import maskwright as mw
 from maskwright import cli
-from maskwright.checkpoints import CheckpointWarning, read_metadata, shipping
+from maskwright.checkpoints import CheckpointWarning, list_checkpoints, read_metadata, shipping
 from maskwright.data import Scenes
 from maskwright.errors import CheckpointError, UsageError
 from maskwright.structures import Instances, Masks
@@ -110,6 +110,18 @@ def test_installed_weights_are_listed_with_their_cards(installed, capsys):
     card = capsys.readouterr().out
     for words in (found[0].sha256, "generated images", "| mask AP | 12.5 | 60 unseen scenes |", "A test.", "float16"):
         assert words in card
+    assert cli.main(["checkpoints", "shipped"]) == 0  # those that find objects
+    assert capsys.readouterr().out == card
+    assert cli.main(["checkpoints", "shipped", "--system", "sam"]) == 0
+    assert capsys.readouterr().out.startswith("# tiny-clicks")
+
+
+def test_the_card_belongs_to_what_would_be_loaded(made, nothing, monkeypatch, capsys):
+    published = list_checkpoints()[0].name
+    own = replace(shipping._entries(made.folder, "x")[0], name=published)
+    monkeypatch.setattr(shipping, "shipped", lambda: [own])
+    assert cli.main(["checkpoints", published]) == 0
+    assert own.sha256 in capsys.readouterr().out
 
 
 def test_objects_of_generated_classes_are_labelled_object(installed):

@@ -173,8 +173,11 @@ def test_options_in_the_source_text():
         ("scenes:size=1x2x3", "option values must be numbers"),
         ("scenes:classes=disc+dog", "classes must be distinct names of disc, ring"),
         ("scenes:difficulty=3", "difficulty and empty must be in"),
+        ("scenes:count=3,count=5", "the option 'count' is given twice"),
+        ("scenes:seed=-1", "seed must not be negative"),
     ],
 )
-def test_invalid_options_are_named(text: str, words: str):
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_invalid_options_are_named(text: str, words: str, split: str):
     with pytest.raises(UsageError, match=words):
-        parse_scenes(text, "train")
+        parse_scenes(text, split)

@@ -80,12 +80,20 @@ def checkpoints(
       maskwright predict photo.jpg --weights mask-rcnn-r50-fpn-3x
 
     Args:
-        name: One of the listed names.
+        name: One of the listed names; shipped: the installed weights that find objects without prompts.
         system: Only weights of this system.
         commercial_ok: Only weights whose licence allows commercial use.
     """
     from maskwright.checkpoints.catalogue import allows_commercial, list_checkpoints
-    from maskwright.checkpoints.shipping import elsewhere, find_shipped, how_to_install, shipped
+    from maskwright.checkpoints.shipping import (
+        SHIPPED,
+        elsewhere,
+        find_shipped,
+        fitting,
+        how_to_install,
+        of_system,
+        shipped,
+    )
     from maskwright.systems import names
 
     if system is not None:
@@ -96,8 +104,10 @@ def checkpoints(
     if name is not None:
         if name in absent:
             find_shipped(name)  # raises: states how to install them
-        choose(name, {**installed, **absent, **entries}, "name of weights")
-        print_line(entries[name].terms() if name in entries else installed[name].card())
+        if name == SHIPPED:
+            name = (fitting() if system is None else of_system(system)).name
+        choose(name, {SHIPPED: None, **installed, **absent, **entries}, "name of weights")
+        print_line(installed[name].card() if name in installed else entries[name].terms())  # the order of `load`
         return 0
     width = max(map(len, {*entries, *installed, *absent}), default=0)
     for own in installed.values():

@@ -32,7 +32,7 @@ def text_options(text: str, names: Collection[str], example: str) -> dict[str, s
         example: A valid text, for the message.
 
     Raises:
-        UsageError: If an option is unknown or has no value.
+        UsageError: If an option is unknown, has no value or is given twice, or the seed is negative.
     """
     options: dict[str, str] = {}
     for part in filter(None, text.partition(":")[2].split(",")):
@@ -42,7 +42,11 @@ def text_options(text: str, names: Collection[str], example: str) -> dict[str, s
                 f"{text!r}: unknown option {part!r}; expected NAME=VALUE with a name of {', '.join(names)}, as in "
                 f"{example}"
             )
+        if name in options:
+            raise UsageError(f"{text!r}: the option {name!r} is given twice; give it once")
         options[name] = value
+    if options.get("seed", "").strip().startswith("-"):  # splits other than "train" add to it, so it is checked here
+        raise UsageError(f"{text!r}: seed must not be negative")
     return options
 
 
