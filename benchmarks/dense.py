@@ -4,7 +4,7 @@ Queries that are trained from random weights have to find objects in tokens that
 trains the transformer of `EoMT` without queries. For every cell of 4 x 4 pixels it predicts whether there is an object
 and whether there is an edge, and within objects the area of the object and a code of its centre: sines and cosines of
 the centre's coordinates. All cells of an object have the same code, so that a mask is a linear function of the code, as
-it is of the pixel features in a query system. The targets need no matching.
+it is of the pixel features in a query system. The targets need no matching. `Guided` then trains the queries.
 
 `prepared` sets values that random ones take many steps to reach: patch embeddings that decorrelate patches (principal
 components of generated images), a table of positions made of waves, and LayerScale of 1.
@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from maskwright.data import Dataset, Sample
 from maskwright.data.views import View
+from maskwright.ops import query_losses as learning
+from maskwright.ops.assignment import Pairs, assign
 from maskwright.structures import Instances
 from maskwright.systems.eomt import EoMT
 
@@ -104,12 +106,105 @@ class Dense(EoMT):
             for kind, term in dense_losses(maps.float(), expected[: len(maps)]).items()
         }
 
-    def plain(self, state: Mapping[str, Tensor]) -> EoMT:
-        """The EoMT in the weights of one of these systems."""
-        system = EoMT(**self.options)
-        own = system.state_dict().keys()
-        system.load_state_dict({name: value for name, value in state.items() if name in own})
-        return system
+
+class Guided(EoMT):
+    """EoMT whose queries are told what to look for, the stage between `Dense` and the ordinary training.
+
+    Each query has a fixed anchor, a position and a size, and is matched with the object nearest to it instead of the
+    one that it predicts best. In the first block, every other matched query attends to the inside of a rectangle around
+    its object (in spirit of the mask queries of MP-Former, arXiv 2303.07336) instead of its own mask. So queries become
+    specialised in positions and sizes, and the last blocks learn to find the object of a region, before the matching
+    depends on what they have learnt.
+    """
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Any:
+        tokens, grid, rotation = self.dense.backbone.begin(images)
+        for number in range(self.dense.first):
+            tokens = self.dense.backbone.block(number, tokens, rotation)
+        return tokens, grid, rotation, (images.shape[2], images.shape[3])
+
+    def losses(self, raw: Any, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        tokens, grid, rotation, size = raw
+        net, vit = self.dense, self.dense.backbone
+        count, always = len(net.queries), tokens.new_ones(())
+        objects = [learning.Objects.from_instances(target, tokens.device) for target in targets]
+        pairs = [anchored(own, count) for own in objects]
+        tokens = torch.cat([net.queries.expand(len(tokens), -1, -1), tokens], 1)
+        predictions = [net._predict(tokens, grid)]
+        for number in range(net.first, len(vit)):
+            _, embeddings, features = predictions[-1]
+            allowed = net.allowed(embeddings, features, grid, always)
+            if number == net.first:
+                for image, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
+                    told = torch.rand(queries.shape[1]) < 0.5
+                    inside = regions(own, which[0][told], grid, vit.patch)
+                    allowed[image, 0, queries[0][told], count + vit.prefix :] = inside.to(tokens.device)
+            tokens = vit.block(number, tokens, rotation, allowed)
+            predictions.append(net._predict(tokens, grid))
+        divisor = learning.object_count(objects, tokens.device)
+        terms: dict[str, Tensor] = {}
+        for layer, (classes, embeddings, features) in enumerate(predictions):
+            mask, dice = learning.point_losses(
+                embeddings[None].float(), features.float(), objects, pairs, size, self.loss.sampling
+            )
+            kinds = learning.class_losses(classes[None], objects, pairs, self.loss.no_object)
+            values = torch.cat([kinds, mask / divisor, dice / divisor]) * kinds.new_tensor(self.loss.weights)
+            terms |= {f"{name}_{layer}": value for name, value in zip(("class", "mask", "dice"), values, strict=True)}
+        return terms
+
+
+def anchors(count: int) -> Float[Tensor, "n 3"]:
+    """Anchors of queries: x and y of the centre and the logarithm of the side, as shares of the image's sides.
+
+    They are a Halton sequence, with sides from 0.05 to 0.9.
+    """
+
+    def radical(number: int, base: int) -> float:
+        value, share = 0.0, 1.0
+        while number:
+            number, digit = divmod(number, base)
+            share /= base
+            value += share * digit
+        return value
+
+    points = torch.tensor([[radical(number, base) for base in (2, 3, 5)] for number in range(1, count + 1)])
+    points[:, 2] = math.log(0.05) + points[:, 2] * math.log(0.9 / 0.05)
+    return points
+
+
+def anchored(objects: learning.Objects, count: int) -> Pairs:
+    """Matches objects with queries by their anchors."""
+    height, width = objects.masks.size
+    boxes = objects.masks.boxes().float()
+    corners = boxes / boxes.new_tensor([width, height, width, height])
+    sides = (corners[:, 2:] - corners[:, :2]).clamp(min=1e-3)
+    own = torch.cat([(corners[:, 2:] + corners[:, :2]) / 2, sides.prod(1, keepdim=True).sqrt().log()], 1)
+    differences = (anchors(count)[:, None] - own[None]).square() * own.new_tensor([16.0, 16.0, 1.0])
+    return assign([differences.sum(2)[None]])[0]
+
+
+def regions(
+    objects: learning.Objects, which: Int[Tensor, " r"], grid: tuple[int, int], patch: int
+) -> Bool[Tensor, "r t"]:
+    """Rectangles of patches around objects, of random position and size, at least of one patch."""
+    boxes = objects.masks[which].boxes().float() / patch
+    centres, sides = (boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]
+    centres = centres + sides * (torch.rand(len(boxes), 2) - 0.5) * 0.4
+    sides = sides * (0.7 + torch.rand(len(boxes), 2))
+    inside: list[Tensor] = []
+    for axis, cells in ((1, grid[0]), (0, grid[1])):
+        middle = torch.arange(cells) + 0.5
+        nearest = centres[:, axis, None].clamp(0.5, cells - 0.5)
+        inside.append((middle - nearest).abs() <= (sides[:, axis, None] / 2).clamp(min=0.5))
+    return (inside[0][:, :, None] & inside[1][:, None]).flatten(1)
+
+
+def taken(kind: type[EoMT], options: Mapping[str, Any], state: Mapping[str, Tensor]) -> EoMT:
+    """A system of a kind with the weights of another, without those that it has no parameters for."""
+    system = kind(**options)
+    own = system.state_dict().keys()
+    system.load_state_dict({name: value for name, value in state.items() if name in own})
+    return system
 
 
 def dense_targets(target: Instances) -> Float[Tensor, "c h w"]:

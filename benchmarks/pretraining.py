@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import maskwright as mw
-from benchmarks.dense import Dense, Kept, prepared
+from benchmarks.dense import Dense, Guided, Kept, prepared, taken
 from maskwright.checkpoints import read_state, save
 from maskwright.data import ContourScenes, Dataset, Mixture, Scenes, open_dataset
 from maskwright.inference.preparing import has_bfloat16
+from maskwright.systems.eomt import EoMT
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Recipe:
         then: A second stage that goes on with the result: its options, steps and fields of the training recipe. In it
             every object is "object": a score that is divided among hundreds of classes is not one of an object.
         start: Installed weights whose backbone is the start; None: random weights.
-        before: A stage before the first, of a query system on a ViT: `dense.py` without queries; its steps and fields
-            of the training recipe.
+        before: Stages before the first, of a query system on a ViT (`dense.py`): `Dense` and `Guided`; their steps and
+            fields of the training recipe.
         repeats: How often each image is seen in all but the last stage; generating one may take as long as learning it.
     """
 
@@ -61,16 +62,16 @@ class Recipe:
     kept: int | None = None
     then: tuple[Mapping[str, Any], int, Mapping[str, Any]] | None = None
     start: str | None = None
-    before: tuple[int, Mapping[str, Any]] | None = None
+    before: Sequence[tuple[int, Mapping[str, Any]]] = ()
     repeats: int = 1
 
     def more(self, steps: int) -> int:
         """Steps of the second stage after `steps` of the first, in proportion to the recipe."""
         return max(1, self.then[1] * steps // self.steps) if self.then is not None else 0
 
-    def earlier(self, steps: int) -> int:
-        """Steps of the stage before the first, in the same proportion."""
-        return max(1, self.before[0] * steps // self.steps) if self.before is not None else 0
+    def earlier(self, steps: int) -> list[int]:
+        """Steps of the stages before the first, in the same proportion."""
+        return [max(1, count * steps // self.steps) for count, _ in self.before]
 
 
 # Narrower than the presets: a file is at most 25 MB, and ResNet-18 alone has 22.4.
@@ -91,13 +92,14 @@ RECIPES = {
                           {**QUERIES, "batch": 8, "lr": 4e-4, "warmup": 100, "freeze": ["backbone"]}, classes=False,
                           learning={"resize": {"short": 160, "long": 160}, "loss": POINTS},
                           then=({}, 250, {**QUERIES, **SECOND, "batch": 8, "lr": 1e-4}), start="mask-rcnn-scenes"),
-    "eomt": Recipe("eomt-small", {"table": 20}, 160, 1600,
+    "eomt": Recipe("eomt-small", {"table": 20}, 160, 1000,
                    {**QUERIES, "batch": 8, "lr": 5e-4, "warmup": 100}, classes=False,
                    learning={"resize": {"canvas": [160, 160]}, "loss": POINTS},
                    # Attention over the tokens of the preset's canvas is learnt for a while too.
-                   then=({"resize": {"canvas": [320, 320]}}, 120,
+                   then=({"resize": {"canvas": [320, 320]}}, 80,
                          {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4}),
-                   before=(1400, {"batch": 16, "lr": 1e-3, "warmup": 50, "ema": 0.99, "weight_decay": 0.02}),
+                   before=((1400, {"batch": 16, "lr": 1e-3, "warmup": 50, "ema": 0.99, "weight_decay": 0.02}),
+                           (600, {"batch": 8, "lr": 5e-4, "warmup": 50, "ema": 0.99})),
                    repeats=3),
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",
@@ -193,15 +195,18 @@ def main() -> None:
 
     folder = arguments.out / arguments.name
     learning = {**recipe.options, **recipe.learning}
-    if recipe.before is None:
+    file: Path | None = None
+    for place, (count, (_, changes)) in enumerate(zip(recipe.earlier(steps), recipe.before, strict=True)):
+        torch.manual_seed(arguments.seed)
+        whole = mw.create(recipe.preset, **learning).options
+        start = Dense.made(whole) if file is None else taken(Guided, whole, read_state(file)[0])
+        file = learned(start, False, arguments.out / f"{arguments.name}-before-{place}", count,
+                       arguments.seed + 2 + place, changes, recipe.repeats)  # fmt: skip
+    if file is None:
         kind = learned(recipe.preset, recipe.classes, folder, steps, arguments.seed, recipe.changes, recipe.repeats,
                        options=learning, pretrained=recipe.start)  # fmt: skip
     else:
-        torch.manual_seed(arguments.seed)
-        dense = Dense.made(mw.create(recipe.preset, **learning).options)
-        file = learned(dense, False, arguments.out / f"{arguments.name}-0", recipe.earlier(steps), arguments.seed + 2,
-                       recipe.before[1], recipe.repeats)  # fmt: skip
-        start = dense.plain(read_state(file)[0])
+        start = taken(EoMT, mw.create(recipe.preset, **learning).options, read_state(file)[0])
         kind = learned(start, False, folder, steps, arguments.seed, recipe.changes, recipe.repeats)
     if recipe.then is not None:
         options, _, changes = recipe.then
