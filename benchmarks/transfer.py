@@ -91,8 +91,8 @@ def _pixels(about: Mapping[str, Any]) -> int | None:
     steps = int(words[words.index("--steps") + 1]) if "--steps" in words else recipe.steps
     options = {**recipe.options, **recipe.learning}
     stages = [(options, steps, recipe.changes["batch"])]
-    if recipe.before is not None:
-        stages.append((options, recipe.earlier(steps), recipe.before[1]["batch"]))
+    for earlier, (_, changes) in zip(recipe.earlier(steps), recipe.before, strict=True):
+        stages.append((options, earlier, changes["batch"]))
     if recipe.then is not None:
         stages.append(({**options, **recipe.then[0]}, recipe.more(steps), recipe.then[2]["batch"]))
     total = 0 if recipe.start is None else Start.read(recipe.start).pixels or 0

@@ -7,9 +7,25 @@ import math
 import pytest
 import torch
 
-from benchmarks.dense import CELL, CHANNELS, FREQUENCIES, Dense, Kept, dense_losses, dense_targets, prepared
+from benchmarks.dense import (
+    CELL,
+    CHANNELS,
+    FREQUENCIES,
+    Dense,
+    Guided,
+    Kept,
+    anchored,
+    anchors,
+    dense_losses,
+    dense_targets,
+    prepared,
+    regions,
+    taken,
+)
 from maskwright.data import Scenes
+from maskwright.ops.query_losses import Objects
 from maskwright.structures import Instances, Masks
+from maskwright.systems.eomt import EoMT
 from tests.systems.tiny import build
 
 pytestmark = pytest.mark.fast
@@ -81,6 +97,52 @@ def test_a_prepared_network_has_decorrelated_patches_and_learns():
         optimizer.step()
         totals.append(float(loss.detach()))
     assert totals[-1] < 0.8 * totals[0]
-    plain = dense.plain(dense.state_dict())
-    assert type(plain).__name__ == "EoMT"
-    assert torch.equal(plain.dense.backbone.body.pos_embed, body.pos_embed)
+    for kind in (Guided, EoMT):
+        other = taken(kind, dense.options, dense.state_dict())
+        assert torch.equal(other.dense.backbone.body.pos_embed, body.pos_embed)
+    assert not any(name.startswith(("coarse", "fine")) for name in other.state_dict())
+
+
+def test_an_object_belongs_to_the_query_whose_anchor_is_nearest():
+    places = anchors(12)
+    assert places.shape == (12, 3)
+    assert bool(((places[:, :2] > 0) & (places[:, :2] < 1)).all())
+    assert 0.05 <= float(places[:, 2].exp().min()) < float(places[:, 2].exp().max()) <= 0.9
+    masks = torch.zeros(2, 100, 200, dtype=torch.bool)
+    for mask, query in zip(masks, (7, 2), strict=True):
+        x, y, half = float(places[query, 0]), float(places[query, 1]), float(places[query, 2].exp()) / 2
+        rows = slice(round(max(0, 100 * (y - half))), round(100 * (y + half)))
+        mask[rows, round(max(0, 200 * (x - half))) : round(200 * (x + half))] = True
+    queries, which = anchored(Objects(torch.zeros(2, dtype=torch.int64), Masks.from_dense(masks)), 12)
+    assert dict(zip(which[0].tolist(), queries[0].tolist(), strict=True)) == {0: 7, 1: 2}
+
+
+def test_regions_lie_around_their_objects_and_are_never_empty():
+    objects = Objects.from_instances(two_squares(), torch.device("cpu"))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        inside = regions(objects, torch.tensor([1, 0]), (2, 4), 16).view(2, 2, 4)
+        assert inside[0, 0, 0]  # the small square lies in the first patch
+        assert inside[0].sum() == 1
+        assert 1 <= inside[1].sum() <= 6
+        assert not inside[1, :, 3].any()
+
+
+def test_guided_queries_learn():
+    torch.manual_seed(0)
+    images = Kept(Scenes(8, (64, 64), seed=0))
+    system = build("eomt", classes=("object",), resize={"canvas": [64, 64]})
+    guided = taken(Guided, system.options, system.state_dict())
+    inputs = torch.stack([guided.preprocess.apply(images[number].image)[0] for number in range(8)])
+    targets = [images[number].target for number in range(8)]
+    optimizer = torch.optim.AdamW(guided.parameters(), 2e-3)
+    totals = []
+    for _ in range(12):
+        terms = guided.losses(guided(inputs), targets)
+        assert len(terms) == 3 * (1 + len(guided.dense.backbone) - guided.dense.first)
+        loss = torch.stack(list(terms.values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        totals.append(float(loss.detach()))
+    assert totals[-1] < 0.9 * totals[0]

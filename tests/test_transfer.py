@@ -60,9 +60,8 @@ def test_the_control_has_the_input_pixels_of_the_pretraining(transfer):
     assert transfer._pixels(about) == own + start > own
     eomt = transfer.RECIPES["eomt"]
     about["source"]["command"] = f"benchmarks/pretraining.py eomt --steps {eomt.steps // 2}"
-    assert eomt.before is not None
     assert eomt.then is not None
-    both = eomt.before[0] // 2 * 16 + eomt.steps // 2 * 8
+    both = eomt.before[0][0] // 2 * 16 + eomt.before[1][0] // 2 * 8 + eomt.steps // 2 * 8
     assert transfer._pixels(about) == both * 160 * 160 + eomt.then[1] // 2 * 4 * 320 * 320
     assert transfer._pixels({**about, "source": {"command": "by hand"}}) is None
     assert transfer._pixels({**about, "source": {}}) is None
