@@ -23,6 +23,7 @@ from benchmarks.dense import (
     taken,
 )
 from maskwright.data import Scenes
+from maskwright.data.views import OneClass
 from maskwright.ops.query_losses import Objects
 from maskwright.structures import Instances, Masks
 from maskwright.systems.eomt import EoMT
@@ -130,7 +131,7 @@ def test_regions_lie_around_their_objects_and_are_never_empty():
 
 def test_guided_queries_learn():
     torch.manual_seed(0)
-    images = Kept(Scenes(8, (64, 64), seed=0))
+    images = Kept(OneClass(Scenes(8, (64, 64), seed=0)))
     system = build("eomt", classes=("object",), resize={"canvas": [64, 64]})
     guided = taken(Guided, system.options, system.state_dict())
     inputs = torch.stack([guided.preprocess.apply(images[number].image)[0] for number in range(8)])
