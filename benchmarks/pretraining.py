@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ import maskwright as mw
 from benchmarks.dense import Dense, Guided, Kept, prepared, taken
 from maskwright.checkpoints import read_state, save
 from maskwright.data import ContourScenes, Dataset, Mixture, Scenes, open_dataset
+from maskwright.data.views import View
 from maskwright.inference.preparing import has_bfloat16
+from maskwright.structures import Instances
 from maskwright.systems.eomt import EoMT
 
 
@@ -49,6 +51,9 @@ class Recipe:
         start: Installed weights whose backbone is the start; None: random weights.
         before: Stages before the first, of a query system on a ViT (`dense.py`): `Dense` and `Guided`; their steps and
             fields of the training recipe.
+        contours: Options of the generated images of outlines, but not for `Dense`.
+        least: Area in pixels below which objects are ignored, except by `Dense`; 0: none. Losses of queries are means over
+            the objects of a batch, half of which would be smaller than 10 x 10 pixels.
         repeats: How often each image is seen in all but the last stage; generating one may take as long as learning it.
     """
 
@@ -63,6 +68,8 @@ class Recipe:
     then: tuple[Mapping[str, Any], int, Mapping[str, Any]] | None = None
     start: str | None = None
     before: Sequence[tuple[int, Mapping[str, Any]]] = ()
+    contours: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    least: int = 0
     repeats: int = 1
 
     def more(self, steps: int) -> int:
@@ -100,7 +107,7 @@ RECIPES = {
                          {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4}),
                    before=((1400, {"batch": 16, "lr": 1e-3, "warmup": 50, "ema": 0.99, "weight_decay": 0.02}),
                            (600, {"batch": 8, "lr": 5e-4, "warmup": 50, "ema": 0.99})),
-                   repeats=3),
+                   contours={"objects": 16, "crowd": 0.0}, least=80, repeats=3),
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",
                   {"resize": {"canvas": [256, 256]}, "simulation": {"objects": 10, "points": 2, "repeats": 0}},
@@ -114,14 +121,33 @@ RECIPES = {
 }  # fmt: skip
 
 
-def images(recipe: Recipe, classes: bool, count: int, seed: int, nuclei: str | None) -> Dataset:
+class LargeOnly(View):
+    """Objects below an area are marked as crowds, which losses ignore.
+
+    Args:
+        inner: The data set.
+        least: The area in pixels.
+    """
+
+    def __init__(self, inner: Dataset, least: int):
+        super().__init__(inner)
+        self.least = least
+
+    def apply(self, target: Instances) -> Instances:
+        assert target.masks is not None
+        return replace(target, crowd=target.masks.areas() < self.least)
+
+
+def images(
+    recipe: Recipe, classes: bool, count: int, seed: int, nuclei: str | None, contours: Mapping[str, Any] | None = None
+) -> Dataset:
     """The images to learn from; with or without classes."""
-    contours = ContourScenes(count, (recipe.size, recipe.size), seed=seed)
+    outlines = ContourScenes(count, (recipe.size, recipe.size), seed=seed, **(contours or {}))
     if classes:
-        return contours
+        return outlines
     scenes = Scenes(count, (recipe.size, recipe.size), seed=seed, difficulty=0.7)
     people = Scenes(count, (recipe.size, recipe.size), seed=seed, difficulty=0.7, keypoints=True)
-    parts: list[tuple[Any, float]] = [(contours, 0.5), (scenes, 0.15), (people, 0.2)]
+    parts: list[tuple[Any, float]] = [(outlines, 0.5), (scenes, 0.15), (people, 0.2)]
     if nuclei is not None:
         parts.append((open_dataset(nuclei, "train"), 0.15))
     return Mixture(parts, count, seed)
@@ -183,11 +209,14 @@ def main() -> None:
         **options: Any,
     ) -> Path:
         count = steps * changes["batch"]
-        learn = images(recipe, classes, max(changes["batch"], count // repeats), seed, arguments.nuclei)
+        contours = None if isinstance(start, Dense) else recipe.contours
+        learn = images(recipe, classes, max(changes["batch"], count // repeats), seed, arguments.nuclei, contours)
         if repeats > 1:
             learn = Kept(learn)
         if isinstance(start, Dense):
             prepared(start, learn)
+        elif recipe.least:
+            learn = LargeOnly(learn, recipe.least)
         return mw.train(
             start, learn, val=False, out=folder, steps=steps, seed=seed, workers=arguments.workers, tensorboard=False,
             resume=(folder / "last.ckpt").exists(), save_minutes=5.0, **{**changes, "amp": amp}, **options,
