@@ -52,8 +52,8 @@ class Recipe:
         before: Stages before the first, of a query system on a ViT (`dense.py`): `Dense` and `Guided`; their steps and
             fields of the training recipe.
         contours: Options of the generated images of outlines, but not for `Dense`.
-        least: Area in pixels below which objects are ignored, except by `Dense`; 0: none. Losses of queries are means over
-            the objects of a batch, half of which would be smaller than 10 x 10 pixels.
+        least: Area in pixels below which objects are ignored, except by `Dense`; 0: none. Losses of queries are means
+            over the objects of a batch, half of which would be smaller than 10 x 10 pixels.
         repeats: How often each image is seen in all but the last stage; generating one may take as long as learning it.
     """
 
