@@ -4,7 +4,8 @@ Queries that are trained from random weights have to find objects in tokens that
 trains the transformer of `EoMT` without queries. For every cell of 4 x 4 pixels it predicts whether there is an object
 and whether there is an edge, and within objects the area of the object and a code of its centre: sines and cosines of
 the centre's coordinates. All cells of an object have the same code, so that a mask is a linear function of the code, as
-it is of the pixel features in a query system. The targets need no matching. `Guided` then trains the queries.
+it is of the pixel features in a query system. The targets need no matching. `Guided` then
+trains the queries.
 
 `prepared` sets values that random ones take many steps to reach: patch embeddings that decorrelate patches (principal
 components of generated images), a table of positions made of waves, and LayerScale of 1.
@@ -108,13 +109,13 @@ class Dense(EoMT):
 
 
 class Guided(EoMT):
-    """EoMT whose queries are told what to look for, the stage between `Dense` and the ordinary training.
+    """EoMT with a fixed matching of queries and objects, the stage between `Dense` and the ordinary training.
 
     Each query has a fixed anchor, a position and a size, and is matched with the object nearest to it instead of the
-    one that it predicts best. In the first block, every other matched query attends to the inside of a rectangle around
-    its object (in spirit of the mask queries of MP-Former, arXiv 2303.07336) instead of its own mask. So queries become
-    specialised in positions and sizes, and the last blocks learn to find the object of a region, before the matching
-    depends on what they have learnt.
+    one that it predicts best. In the first of the last blocks, half of the matched queries, drawn at random, attend to a
+    rectangle around their object instead of their own mask (MP-Former, arXiv 2303.07336, uses masks of objects). So
+    queries become specialised in positions and sizes, and the last blocks learn to find the object of a region, before
+    the matching depends on what they have learnt.
     """
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Any:
@@ -136,9 +137,9 @@ class Guided(EoMT):
             allowed = net.allowed(embeddings, features, grid, always)
             if number == net.first:
                 for image, (own, (queries, which)) in enumerate(zip(objects, pairs, strict=True)):
-                    told = torch.rand(queries.shape[1]) < 0.5
-                    inside = regions(own, which[0][told], grid, vit.patch)
-                    allowed[image, 0, queries[0][told], count + vit.prefix :] = inside.to(tokens.device)
+                    given = torch.rand(queries.shape[1]) < 0.5
+                    inside = regions(own, which[0][given], grid, vit.patch)
+                    allowed[image, 0, queries[0][given], count + vit.prefix :] = inside.to(tokens.device)
             tokens = vit.block(number, tokens, rotation, allowed)
             predictions.append(net._predict(tokens, grid))
         divisor = learning.object_count(objects, tokens.device)
