@@ -112,8 +112,8 @@ class Guided(EoMT):
     """EoMT with a fixed matching of queries and objects, the stage between `Dense` and the ordinary training.
 
     Each query has a fixed anchor, a position and a size, and is matched with the object nearest to it instead of the
-    one that it predicts best. In the first of the last blocks, half of the matched queries, drawn at random, attend to a
-    rectangle around their object instead of their own mask (MP-Former, arXiv 2303.07336, uses masks of objects). So
+    one that it predicts best. In the first of the last blocks, half of the matched queries, drawn at random, attend to
+    a rectangle around their object instead of their own mask (MP-Former, arXiv 2303.07336, uses masks of objects). So
     queries become specialised in positions and sizes, and the last blocks learn to find the object of a region, before
     the matching depends on what they have learnt.
     """
