@@ -239,6 +239,7 @@ def main() -> None:
         kind = learned(start, False, folder, steps, arguments.seed, recipe.changes, recipe.repeats)
     if recipe.then is not None:
         options, _, changes = recipe.then
+        torch.manual_seed(arguments.seed)  # of new rows: the first stage may have ended in another process
         first = mw.load(kind, classes=("object",) if recipe.classes else None, **options)
         kind = learned(
             first, False, arguments.out / f"{arguments.name}-2", recipe.more(steps), arguments.seed + 1, changes, 1

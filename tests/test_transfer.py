@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.systems.tiny import build
+from tests.systems.tiny import build, tiny_options
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.fast
@@ -93,3 +93,28 @@ def test_pretraining_takes_at_least_one_step(steps, transfer, tmp_path, monkeypa
     with pytest.raises(SystemExit):
         pretraining.main()
     assert "--steps must be at least 1" in capsys.readouterr().err
+
+
+def test_a_second_stage_starts_alike_whether_or_not_the_first_ended_in_another_process(transfer, tmp_path, monkeypatch):
+    from benchmarks import pretraining
+
+    options = tiny_options("solov2")
+    recipe = pretraining.Recipe("solov2-small", options, 64, 1, {"batch": 1}, then=({}, 1, {"batch": 1}))
+    ends = [tmp_path / f"{stage}.safetensors" for stage in (1, 2)]
+    pretraining.save(build("solov2", classes=["contour-000"]), ends[0])
+    started = []
+
+    def train(start, *_, **__):
+        if isinstance(start, str):
+            return ends[0]
+        started.append({name: value.clone() for name, value in start.state_dict().items()})
+        pretraining.save(start, ends[1])
+        return ends[1]
+
+    monkeypatch.setitem(pretraining.RECIPES, "solov2", recipe)
+    monkeypatch.setattr(pretraining.mw, "train", train)
+    monkeypatch.setattr(sys, "argv", ["pretraining.py", "solov2", "--out", str(tmp_path / "out")])
+    for state in (1, 2):
+        torch.manual_seed(state)
+        pretraining.main()
+    assert [name for name, value in started[0].items() if not torch.equal(value, started[1][name])] == []
