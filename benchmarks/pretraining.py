@@ -28,6 +28,7 @@ from benchmarks.dense import Dense, Guided, Kept, prepared, taken
 from maskwright.checkpoints import read_state, save
 from maskwright.data import ContourScenes, Dataset, Mixture, Scenes, open_dataset
 from maskwright.data.views import View
+from maskwright.files import write_json
 from maskwright.inference.preparing import has_bfloat16
 from maskwright.structures import Instances
 from maskwright.systems.eomt import EoMT
@@ -180,6 +181,23 @@ def condensed(system: mw.System, count: int) -> mw.System:
     return smaller
 
 
+def keep_to(options: Mapping[str, Any], path: Path) -> None:
+    """Writes the options of a folder's first call into a file, and refuses to continue with others.
+
+    Finished parts are not repeated, so that the result would not be that of the options stated with it.
+
+    Raises:
+        SystemExit: If the file has other values.
+    """
+    if not path.exists():
+        write_json(path, dict(options), indent=1)
+        return
+    before = json.loads(path.read_text("utf-8"))
+    other = [f"{name} {before.get(name)}, not {value}" for name, value in options.items() if before.get(name) != value]
+    if other:
+        raise SystemExit(f"{path}: was begun with {', '.join(other)}; give another folder with --out")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=RECIPES)
@@ -196,6 +214,8 @@ def main() -> None:
     fast = "bf16" if has_bfloat16(torch.device("cpu")) else "no"
     amp = arguments.amp or recipe.changes.get("amp", fast)
     steps = arguments.steps or recipe.steps
+    options = {"steps": steps, "seed": arguments.seed, "amp": amp, "nuclei": arguments.nuclei}
+    keep_to(options, arguments.out / f"{arguments.name}.json")
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
 
     def learned(
@@ -251,7 +271,8 @@ def main() -> None:
     source = {
         "origin": "maskwright: trained on generated images" + (" and CC0 nuclei" if arguments.nuclei else ""),
         "licence": "Apache-2.0",
-        "command": f"benchmarks/pretraining.py {arguments.name} --steps {steps} --seed {arguments.seed} --amp {amp}",
+        "command": f"benchmarks/pretraining.py {arguments.name} --steps {steps} --seed {arguments.seed} --amp {amp}"
+        + (" --nuclei DATA" if arguments.nuclei else ""),
     }  # fmt: skip
     target = arguments.out / f"{arguments.name}.safetensors"
     system.source = source

@@ -13,7 +13,8 @@ network, recipe, images and order of images:
     total    from random weights, with the compute of the pretraining too: so many more steps as have as many input
              pixels as the pretraining had; once, for the largest number of steps
 
-OUT/DATA-ARM-STEPS-SEED.json is the result of a run; finished runs are not repeated, interrupted ones continue. The
+OUT/DATA-ARM-STEPS-SEED.json is the result of a run; finished runs are not repeated, interrupted ones continue. Other
+weights or options need another folder. The
 table has mask AP in percent: means, and standard errors over the seeds; differences are those of pairs with the same
 seed.
 """
@@ -37,7 +38,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import maskwright as mw
-from benchmarks.pretraining import RECIPES
+from benchmarks.pretraining import RECIPES, keep_to
 from maskwright.checkpoints import read_metadata
 from maskwright.checkpoints.shipping import find_shipped, fitting
 from maskwright.data import Dataset, Renamed, open_dataset
@@ -165,7 +166,7 @@ def train(run: Run, start: Start, folder: Path, out: Path, arguments: argparse.N
 
 def table(out: Path) -> str:
     """Mean mask AP of each data set, number of steps and arm, in Markdown."""
-    rows = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("*.json"))]
+    rows = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("*-*-*-*.json"))]
     found: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
     for row in rows:
         arms = found.setdefault((row["data"], row["steps"]), {})
@@ -224,6 +225,12 @@ def main() -> None:
                 f"{start.path}: does not state how it was pretrained; add --arms scenes random, or --total-steps"
             )
         names = arguments.data or [name for name in SETS if (arguments.folder / name).is_dir()]
+        if not names:
+            parser.error(f"{arguments.folder}: has none of {', '.join(SETS)}; name its data sets with --data")
+        for data in names:
+            sets(arguments.folder, data)  # one that lacks a part fails now, not after hours
+        options = {name: getattr(arguments, name) for name in ("batch", "short", "lr", "amp", "limit")}
+        keep_to({"weights": start.path.name, **options}, arguments.out / "options.json")
         for seed in arguments.seeds:
             for steps in arguments.steps:
                 for data in names:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskwright.data import Scenes
+from maskwright.errors import MaskwrightError
 from tests.systems.tiny import build, tiny_options
 
 ROOT = Path(__file__).parents[1]
@@ -118,3 +120,42 @@ def test_a_second_stage_starts_alike_whether_or_not_the_first_ended_in_another_p
         torch.manual_seed(state)
         pretraining.main()
     assert [name for name, value in started[0].items() if not torch.equal(value, started[1][name])] == []
+
+
+def test_a_folder_is_continued_with_the_same_options_only(transfer, tmp_path, monkeypatch):
+    from benchmarks import pretraining
+
+    monkeypatch.setattr(pretraining.mw, "train", lambda *_, **__: pytest.fail("trains"))
+    options = {"steps": 2, "seed": 0, "amp": "no", "nuclei": None}
+    pretraining.keep_to(options, tmp_path / "sam.json")
+    pretraining.keep_to(options, tmp_path / "sam.json")
+    line = ["pretraining.py", "sam", "--out", str(tmp_path), "--steps", "3", "--amp", "no", "--seed", "1"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit, match=r"sam\.json: was begun with steps 2, not 3, seed 0, not 1; give another"):
+        pretraining.main()
+    monkeypatch.setattr(transfer, "sets", lambda folder, name: None)
+    monkeypatch.setattr(transfer, "train", lambda run, *_: {"data": run.data})
+    line = ["transfer.py", str(tmp_path), "--out", str(tmp_path / "out"), "--data", "nuclei", "--arms", "random"]
+    for more in ([], ["--steps", "300", "--seeds", "4"]):
+        monkeypatch.setattr(sys, "argv", [*line, *more])
+        transfer.main()
+    monkeypatch.setattr(sys, "argv", [*line, "--weights", "sam-small-scenes", "--lr", "1e-3"])
+    with pytest.raises(
+        SystemExit, match=r"begun with weights mask-rcnn-scenes.safetensors, not sam-small.*, lr 0.0005"
+    ):
+        transfer.main()
+
+
+def test_data_sets_are_opened_before_the_first_run(transfer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transfer, "train", lambda *_: pytest.fail("trains"))
+    line = ["transfer.py", str(tmp_path), "--out", str(tmp_path / "out"), "--arms", "random"]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(SystemExit):
+        transfer.main()
+    assert "has none of pedestrians, balloons" in capsys.readouterr().err
+    Scenes(1, (32, 32)).write(tmp_path / "both", "train")
+    Scenes(1, (32, 32)).write(tmp_path / "both", "val")
+    Scenes(1, (32, 32)).write(tmp_path / "one", "train")
+    monkeypatch.setattr(sys, "argv", [*line, "--data", "both", "one"])
+    with pytest.raises(MaskwrightError, match="one"):
+        transfer.main()
