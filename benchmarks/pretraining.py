@@ -214,8 +214,8 @@ def main() -> None:
     fast = "bf16" if has_bfloat16(torch.device("cpu")) else "no"
     amp = arguments.amp or recipe.changes.get("amp", fast)
     steps = arguments.steps or recipe.steps
-    options = {"steps": steps, "seed": arguments.seed, "amp": amp, "nuclei": arguments.nuclei}
-    keep_to(options, arguments.out / f"{arguments.name}.json")
+    given = {"steps": steps, "seed": arguments.seed, "amp": amp, "nuclei": arguments.nuclei}
+    keep_to(given, arguments.out / f"{arguments.name}.json")
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
 
     def learned(
