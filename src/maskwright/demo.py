@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskwright.errors import UsageError
+from maskwright.files import write_text
 from maskwright.terminal import print_line, progress
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ RECIPE: dict[str, Any] = {
 
 EPOCHS, FEWER = 5, 2  # from random and from installed weights
 LOOKED_AT = 12  # images that installed weights are shown first
+MARK = ".maskwright-demo"  # marks its folder: other runs and predictions have the same names
 
 
 def run(out: Path, *, seed: int = 0, epochs: int | None = None, images: int = 560, unseen: int = 60) -> Path:
@@ -71,7 +73,7 @@ def run(out: Path, *, seed: int = 0, epochs: int | None = None, images: int = 56
         Path of the report.
 
     Raises:
-        UsageError: If `out` contains other files.
+        UsageError: If `out` contains other files, or results that are not known to be a demonstration's.
     """
     # Waiting threads sleep instead of spinning. On idle cores a step takes a fifth longer; on busy cores, spinning
     # would make a step ten times slower.
@@ -87,6 +89,7 @@ def run(out: Path, *, seed: int = 0, epochs: int | None = None, images: int = 56
     from maskwright.training import train
 
     _make_room(out)
+    write_text(out / MARK, "A demonstration of maskwright, which another one replaces.\n", UsageError)
     began = time.monotonic()
     start = first_with("instances")
     epochs = (EPOCHS if start is None else FEWER) if epochs is None else epochs
@@ -163,7 +166,14 @@ def _make_room(out: Path) -> None:
     others = sorted(p.name for p in out.iterdir() if p.name not in known and not p.name.startswith("."))
     if others:
         raise UsageError(f"{out}: contains {others[0]!r}, which is not part of a demo; choose another folder with -o")
-    for name in known - {"report.html"}:
+    folders = sorted(known - {"report.html"})
+    if not (out / MARK).exists():
+        filled = [name for name in folders if (out / name).is_dir() and any((out / name).iterdir())]
+        if filled:
+            raise UsageError(
+                f"{out}: contains {filled[0]!r}, which may not be a demo's; remove it, or choose another folder with -o"
+            )
+    for name in folders:
         shutil.rmtree(out / name, ignore_errors=True)
     (out / "report.html").unlink(missing_ok=True)
 

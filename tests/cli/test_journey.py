@@ -194,6 +194,8 @@ def test_the_demo_writes_its_files(tmp_path, capsys, monkeypatch):
     assert f"predict IMAGES --weights {out / 'run/best.safetensors'}" in shown
     assert "5/5  done" in shown
     assert not (out / "first").exists()
+    demo._make_room(out)  # another demonstration replaces it
+    assert not (out / "run").exists()
 
 
 def test_the_demo_starts_from_installed_weights(tmp_path, capsys, monkeypatch):
@@ -229,3 +231,15 @@ def test_the_demo_clears_only_its_own(tmp_path, capsys):
     (tmp_path / "report.html").write_text("old")
     demo._make_room(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["run", "found", "scenes"])
+def test_the_demo_keeps_results_of_others_with_the_names_of_its_own(name, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "best.safetensors").write_text("days of training")
+    assert cli.main(["demo", "-o", str(tmp_path)]) == 2
+    assert f"contains '{name}', which may not be a demo's" in capsys.readouterr().err
+    assert (tmp_path / name / "best.safetensors").exists()
+    (tmp_path / demo.MARK).write_text("")
+    demo._make_room(tmp_path)
+    assert not (tmp_path / name).exists()
