@@ -92,8 +92,9 @@ def test_a_text_opens_them_with_disjoint_splits(tmp_path):
     with pytest.raises(UsageError, match="unknown option 'sides=3'"):
         open_dataset("contours:sides=3", "train")
     for split in ("train", "val"):
-        with pytest.raises(UsageError, match="seed must not be negative"):
-            open_dataset("contours:seed=-1", split)
+        for name in ("seed", "count"):
+            with pytest.raises(UsageError, match=f"{name} must not be negative"):
+                open_dataset(f"contours:{name}=-1", split)
     with pytest.raises(UsageError, match="option values must be numbers"):
         open_dataset("contours:size=axb", "train")
     with pytest.raises(UsageError, match="at least 32"):

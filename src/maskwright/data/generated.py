@@ -32,7 +32,7 @@ def text_options(text: str, names: Collection[str], example: str) -> dict[str, s
         example: A valid text, for the message.
 
     Raises:
-        UsageError: If an option is unknown, has no value or is given twice, or the seed is negative.
+        UsageError: If an option is unknown, has no value or is given twice, or seed or count are negative.
     """
     options: dict[str, str] = {}
     for part in filter(None, text.partition(":")[2].split(",")):
@@ -45,8 +45,9 @@ def text_options(text: str, names: Collection[str], example: str) -> dict[str, s
         if name in options:
             raise UsageError(f"{text!r}: the option {name!r} is given twice; give it once")
         options[name] = value
-    if options.get("seed", "").strip().startswith("-"):  # splits other than "train" add to it, so it is checked here
-        raise UsageError(f"{text!r}: seed must not be negative")
+    for name in ("seed", "count"):  # checked here, because splits other than "train" have numbers derived from them
+        if options.get(name, "").strip().startswith("-"):
+            raise UsageError(f"{text!r}: {name} must not be negative")
     return options
 
 
