@@ -13,10 +13,9 @@ network, recipe, images and order of images:
     total    from random weights, with the compute of the pretraining too: so many more steps as have as many input
              pixels as the pretraining had; once, for the largest number of steps
 
-OUT/DATA-ARM-STEPS-SEED.json is the result of a run; finished runs are not repeated, interrupted ones continue. Other
-weights or options need another folder. The
-table has mask AP in percent: means, and standard errors over the seeds; differences are those of pairs with the same
-seed.
+OUT/DATA-ARM-STEPS-SEED.json is the result of a run; finished runs are not repeated, interrupted ones continue;
+their checkpoints are removed. Use another OUT for other weights or options. The table has mask AP in percent: means,
+and standard errors over the seeds; differences are those of pairs with the same seed.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ ARMS = ("scenes", "random", "total")
 SETS: Mapping[str, tuple[str, ...] | None] = {  # and the classes that are learnt; None: all
     "pedestrians": None, "balloons": None, "nuclei": None, "fruits-nuts": None, "coco-mini": ("person",),
 }  # fmt: skip
-SHORT = {"nuclei": 224}  # short side of the input; of the other sets: --short
+SHORT = {"nuclei": 224}  # short side of the input, unless --short is given; of the other sets 160
 MEASURES = ("segm/AP", "segm/AP50", "bbox/AP")
 
 
@@ -111,6 +110,13 @@ def sets(folder: Path, name: str) -> tuple[Dataset, Dataset]:
     return learn, judge
 
 
+def default_sets(folder: Path) -> list[str]:
+    """Names of the data sets of the benchmarks that a folder has, or else of all that it has."""
+    return [name for name in SETS if (folder / name).is_dir()] or sorted(
+        path.name for path in folder.glob("*") if (path / "annotations").is_dir()
+    )
+
+
 def mean_pixels(dataset: Dataset, preprocess: Preprocess) -> float:
     """Mean number of input pixels of an image."""
     return statistics.mean(math.prod(preprocess.size(height, width)) for height, width in dataset.sizes())
@@ -134,7 +140,7 @@ class Run:
 def train(run: Run, start: Start, folder: Path, out: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures; continues if it was interrupted."""
     learn, judge = sets(folder, run.data)
-    short = SHORT.get(run.data, arguments.short)
+    short = SHORT.get(run.data, 160) if arguments.short is None else arguments.short
     size = {"short": (short,), "long": 2 * short}
     steps, batch, place = run.steps, arguments.batch, out / run.name
     if run.arm == "total" and arguments.total_steps is not None:
@@ -203,12 +209,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", metavar="DATA", help="folder of the data sets")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--weights", help="a file, or the name of installed weights; default: those that find objects")
-    parser.add_argument("--data", nargs="*", help="names of data sets; default: those known that DATA has")
+    parser.add_argument(
+        "--data", nargs="*", help="names of data sets; default: those of the benchmarks, or else all in DATA"
+    )
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=ARMS)
     parser.add_argument("--steps", type=int, nargs="*", default=(300, 1200))
     parser.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2))
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--short", type=int, default=160, help="short side of the input (nuclei: 224)")
+    parser.add_argument("--short", type=int, help="short side of the input; default: 160, for nuclei 224")
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--amp", default="no", help="numbers to learn in: no (float32) or bf16")
     parser.add_argument("--total-steps", type=int, help="steps of the arm total; default: by input pixels")
@@ -224,9 +232,9 @@ def main() -> None:
             parser.error(
                 f"{start.path}: does not state how it was pretrained; add --arms scenes random, or --total-steps"
             )
-        names = arguments.data or [name for name in SETS if (arguments.folder / name).is_dir()]
+        names = arguments.data or default_sets(arguments.folder)
         if not names:
-            parser.error(f"{arguments.folder}: has none of {', '.join(SETS)}; name its data sets with --data")
+            parser.error(f"{arguments.folder}: no folder in it is a data set in COCO layout")
         for data in names:
             sets(arguments.folder, data)  # one that lacks a part fails now, not after hours
         options = {name: getattr(arguments, name) for name in ("batch", "short", "lr", "amp", "limit")}

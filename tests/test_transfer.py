@@ -152,10 +152,43 @@ def test_data_sets_are_opened_before_the_first_run(transfer, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", line)
     with pytest.raises(SystemExit):
         transfer.main()
-    assert "has none of pedestrians, balloons" in capsys.readouterr().err
+    assert "no folder in it is a data set" in capsys.readouterr().err
     Scenes(1, (32, 32)).write(tmp_path / "both", "train")
     Scenes(1, (32, 32)).write(tmp_path / "both", "val")
     Scenes(1, (32, 32)).write(tmp_path / "one", "train")
     monkeypatch.setattr(sys, "argv", [*line, "--data", "both", "one"])
     with pytest.raises(MaskwrightError, match="one"):
         transfer.main()
+
+
+def test_without_names_the_data_sets_of_the_benchmarks_are_taken_or_else_all_in_the_folder(
+    transfer, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "notes").mkdir()
+    monkeypatch.setattr(sys, "argv", ["transfer.py", str(tmp_path), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        transfer.main()
+    assert "no folder in it is a data set in COCO layout" in capsys.readouterr().err
+    for name in ("shop", "garden"):
+        (tmp_path / name / "annotations").mkdir(parents=True)
+    assert transfer.default_sets(tmp_path) == ["garden", "shop"]
+    (tmp_path / "nuclei/annotations").mkdir(parents=True)
+    assert transfer.default_sets(tmp_path) == ["nuclei"]
+
+
+@pytest.mark.parametrize(("given", "data", "short"), [([], "nuclei", 224), ([], "shop", 160), (["96"], "nuclei", 96)])
+def test_a_short_side_that_is_given_applies_to_all_data_sets(transfer, tmp_path, monkeypatch, given, data, short):
+    seen = []
+
+    def stop(*_, **settings):
+        seen.append((settings["short"], settings["long"]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transfer, "sets", lambda *_: (None, None))
+    monkeypatch.setattr(transfer.mw, "train", stop)
+    options = ["--short", *given] if given else []
+    line = ["transfer.py", str(tmp_path), "--out", str(tmp_path), "--data", data, "--arms", "scenes", *options]
+    monkeypatch.setattr(sys, "argv", line)
+    with pytest.raises(KeyboardInterrupt):
+        transfer.main()
+    assert seen == [((short,), 2 * short)]

@@ -214,7 +214,7 @@ def test_shipped_stands_for_the_weights_that_fit_what_is_asked(installed, made, 
         shipping.resolved("shipped")
 
 
-def test_the_command_line_takes_shipped(installed, tmp_path, capsys):
+def test_the_command_line_takes_shipped(installed, tmp_path, capsys, monkeypatch):
     Scenes(1, (96, 96), classes=("disc",), seed=3).write(tmp_path / "data", "val")
     image, out = str(next((tmp_path / "data/val").iterdir())), str(tmp_path / "found")
     line = ["predict", image, "--weights", "shipped", "-o", out, "--device", "cpu", "--format", "coco"]
@@ -223,6 +223,12 @@ def test_the_command_line_takes_shipped(installed, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main([*line, "-o", str(tmp_path / "shown")]) == 0
     assert "with a score of at least 0.25 (--score-threshold)" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("maskwright.systems.kinds.classless.Classless.shown_score", 1.0)
+        assert cli.main(line) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("0 objects")
+    assert "try --score-threshold 0.1" in shown.err
     assert cli.main([*line, "--boxes", "10,10,50,60"]) == 0
     assert len(json.loads((tmp_path / "found/results.json").read_text())) == 1
     capsys.readouterr()

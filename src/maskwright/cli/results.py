@@ -233,6 +233,8 @@ def predict(
     default = drawing and not own
     limit = f" with a score of at least {network.shown_score:g} (--score-threshold)" if default else ""
     print_line(f"{_count(writer.objects, what)}{limit} in {_count(len(writer.images), 'image')}: {out}")
+    if default and writer.images and not writer.objects:
+        print_error("note: objects with lower scores are not shown; try --score-threshold 0.1")
     if ids is not None and "coco" in format:
         print_line(ids.summary)
     if others := writer.others():
