@@ -229,6 +229,12 @@ def test_the_command_line_takes_shipped(installed, tmp_path, capsys, monkeypatch
     shown = capsys.readouterr()
     assert shown.out.startswith("0 objects")
     assert "try --score-threshold 0.1" in shown.err
+    line[line.index("shipped")] = "tiny-clicks"
+    assert cli.main(line) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("0 objects")
+    assert "note: no prompts; give --points or --boxes" in shown.err
+    line[line.index("tiny-clicks")] = "shipped"
     assert cli.main([*line, "--boxes", "10,10,50,60"]) == 0
     assert len(json.loads((tmp_path / "found/results.json").read_text())) == 1
     capsys.readouterr()

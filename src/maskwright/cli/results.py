@@ -233,8 +233,11 @@ def predict(
     default = drawing and not own
     limit = f" with a score of at least {network.shown_score:g} (--score-threshold)" if default else ""
     print_line(f"{_count(writer.objects, what)}{limit} in {_count(len(writer.images), 'image')}: {out}")
-    if default and writer.images and not writer.objects:
-        print_error("note: objects with lower scores are not shown; try --score-threshold 0.1")
+    if writer.images and not writer.objects:
+        if default:
+            print_error("note: objects with lower scores are not shown; try --score-threshold 0.1")
+        elif "prompts" in network.tasks and not prompted and score_threshold is None:
+            print_error("note: no prompts; give --points or --boxes, or a lower --score-threshold for objects anywhere")
     if ids is not None and "coco" in format:
         print_line(ids.summary)
     if others := writer.others():
