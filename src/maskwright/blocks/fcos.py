@@ -21,6 +21,9 @@ from maskwright.ops.distributed import global_mean_count
 from maskwright.ops.losses import focal_sum
 
 STRIDES = (8, 16, 32, 64, 128)
+# Distances to the sides of a box when training starts, in strides. Published code starts at 0, where the ReLU has no
+# gradient at about half of the locations, or at one pixel; a few hundred steps may not suffice to get away from there.
+START = 2.0
 # Range of the largest of the four distances on each level, in pixels; both ends are included.
 RANGES = ((-1.0, 64.0), (64.0, 128.0), (128.0, 256.0), (256.0, 512.0), (512.0, 1e8))
 
@@ -80,17 +83,19 @@ class LevelTower(nn.Module):
         return x
 
 
-def output_conv(channels: int, outputs: int, bias: float = 0.0) -> nn.Conv2d:
+def output_conv(channels: int, outputs: int, bias: float | Float[Tensor, " c"] = 0.0) -> nn.Conv2d:
     """The last 3 x 3 convolution of a head, initialised as FCOS does (normal, 0.01).
 
     Args:
         channels: Input channels.
         outputs: Output channels.
-        bias: Initial bias.
+        bias: Initial bias, of all channels or of each.
     """
     layer = nn.Conv2d(channels, outputs, 3, padding=1)
     nn.init.normal_(layer.weight, std=0.01)
-    nn.init.constant_(layer.bias, bias)  # pyright: ignore[reportArgumentType]
+    with torch.no_grad():
+        assert layer.bias is not None
+        layer.bias.copy_(torch.as_tensor(bias))
     return layer
 
 

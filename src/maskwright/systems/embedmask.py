@@ -119,7 +119,7 @@ class EmbedMaskNet(nn.Module):
         self.neck = FPN([levels.channels[i] for i in self.levels], neck_width, extra="output", relu="between")
         self.class_tower, self.box_tower = (fcos.tower(neck_width, convs) for _ in range(2))
         self.class_logits = fcos.output_conv(neck_width, classes, -math.log(99))
-        self.distances = fcos.output_conv(neck_width, 4)
+        self.distances = fcos.output_conv(neck_width, 4, fcos.START)
         self.centerness = fcos.output_conv(neck_width, 1)
         self.distance_scales = nn.ModuleList(fcos.Scale() for _ in fcos.STRIDES)
 

@@ -326,7 +326,7 @@ class ESESeg(System):
             if rays < 3 or 360 % rays:
                 raise UsageError(f"rays must be a divisor of 360 and at least 3, got {rays}")
             self.code, self.rules = ChebyshevCode(coefficients, rays), RULES
-            self.dense = PolarDense(network, PolarHead.read(head, HEAD), len(self.classes), coefficients)
+            self.dense = PolarDense(network, PolarHead.read(head, HEAD), len(self.classes), self.code)
         else:
             if head_width < 1:
                 raise UsageError(f"head_width must be at least 1, got {head_width}")

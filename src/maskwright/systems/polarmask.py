@@ -367,7 +367,7 @@ class PolarMask(System):
         self.code: Code = self.make_code(rays)
         self.rules = PolarRules.read(rules, RULES)
         network = Backbone.read(backbone, BACKBONE).build(in_channels)
-        self.dense = PolarDense(network, PolarHead.read(head, HEAD), len(self.classes), self.code.channels)
+        self.dense = PolarDense(network, PolarHead.read(head, HEAD), len(self.classes), self.code)
         self.preprocess = polar_preprocess(normalization, Resize.read(resize, RESIZE), in_channels)
 
     def make_code(self, rays: int) -> Code:

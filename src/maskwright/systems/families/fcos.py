@@ -180,7 +180,8 @@ class FCOSHead(nn.Module):
         self.class_tower = tower(options.classes, "last" if options.deformable == "last" else "none")
         self.box_tower = tower(options.boxes, options.deformable)
         self.logits = fcos.output_conv(channels, classes, -math.log(99))
-        self.distances = fcos.output_conv(channels, 4)
+        first = math.log(fcos.START * fcos.STRIDES[0]) if options.distances == "exp" else fcos.START
+        self.distances = fcos.output_conv(channels, 4, first)
         self.centerness = fcos.output_conv(channels, 1)
         self.scales = nn.ModuleList(fcos.Scale() for _ in range(levels)) if options.scales else None
         self.top = fcos.output_conv(channels, top) if top else None

@@ -181,13 +181,13 @@ class PolarRaw:
 class PolarDense(nn.Module):
     """Backbone, FPN with levels of strides 8 to 128, and the head on every level (PolarMask, figure 2)."""
 
-    def __init__(self, backbone: nn.Module, head: PolarHead, classes: int, code: int):
+    def __init__(self, backbone: nn.Module, head: PolarHead, classes: int, code: Code):
         """
         Args:
             backbone: With levels of strides 8, 16 and 32.
             head: Options of pyramid and head.
             classes: Number of classes.
-            code: Channels of the code.
+            code: Between the network's output and rays.
         """
         super().__init__()
         levels = levels_of(backbone)
@@ -204,9 +204,10 @@ class PolarDense(nn.Module):
 class PolarBranches(nn.Module):
     """Three towers over all levels: class and centerness, box, code; the last two have a learned factor per level."""
 
-    def __init__(self, options: PolarHead, classes: int, code: int, levels: int = len(fcos.STRIDES)):
+    def __init__(self, options: PolarHead, classes: int, code: Code, levels: int = len(fcos.STRIDES)):
         super().__init__()
         width, boxes = options.width, options.boxes
+        first = fcos.START * fcos.STRIDES[0]  # pixels; on all levels, which have their factors
 
         def tower() -> nn.Sequential:
             return fcos.tower(width, options.convs, bias=False, deformable=options.deformable)
@@ -215,8 +216,8 @@ class PolarBranches(nn.Module):
         self.box_tower = tower() if boxes else None
         self.classes = fcos.output_conv(width, classes, bias=-math.log(99))  # a probability of 0.01
         self.centerness = fcos.output_conv(width, 1)
-        self.boxes = fcos.output_conv(width, 4) if boxes else None
-        self.codes = fcos.output_conv(width, code)
+        self.boxes = fcos.output_conv(width, 4, math.log(first)) if boxes else None
+        self.codes = fcos.output_conv(width, code.channels, code.encode(torch.full((code.rays,), first)))
         self.box_scales = nn.ModuleList(fcos.Scale() for _ in range(levels if boxes else 0))
         self.code_scales = nn.ModuleList(fcos.Scale() for _ in range(levels))
 
