@@ -52,6 +52,16 @@ def test_each_option_trains_and_detects(options):
     assert len(system(images(1)).logits) == system.options["levels"]
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("options", [{}, {"head": {"distances": "exp"}}], ids=str)
+def test_distances_start_at_about_two_strides_in_all_directions(options, seed):
+    torch.manual_seed(seed)
+    finest = build("fcos", **options)(images(1)).distances[0]
+    means = finest.mean((0, 2, 3))
+    torch.testing.assert_close(means, torch.full((4,), 2.0), atol=1.0, rtol=0)
+    assert (finest > 0.5).float().mean() > 0.95  # where the ReLU is zero, nothing is learned
+
+
 def test_the_normalizer_of_detectron2_is_an_exponential_mean_that_is_saved():
     system = build("fcos", rules="detectron2").train()
     raw, target = system(images(1)), objects(2)

@@ -42,6 +42,20 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("polarmask", {}), ("fouriernet", {}), ("ese-seg", {"detector": "fcos", "backbone": "resnet18"})],
+    ids=lambda value: str(value),
+)
+def test_contours_start_as_circles_of_about_two_strides(name, options):
+    torch.manual_seed(0)
+    system = build(name, **options)
+    codes = system(torch.randn(1, 3, *SIZE)).codes[0]
+    rays = system.code.decode(codes.movedim(1, -1).flatten(0, 2))
+    assert rays.median().item() == pytest.approx(16, rel=0.3)
+    assert (rays > 4).float().mean() > 0.98
+
+
 @pytest.mark.parametrize(("name", "options"), OPTIONS.values(), ids=OPTIONS)
 def test_each_option_trains_and_decodes(name, options):
     system = build(name, **options)
