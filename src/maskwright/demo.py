@@ -167,6 +167,8 @@ def _make_room(out: Path) -> None:
     if others:
         raise UsageError(f"{out}: contains {others[0]!r}, which is not part of a demo; choose another folder with -o")
     folders = sorted(known - {"report.html"})
+    if linked := [name for name in folders if (out / name).is_symlink()]:
+        raise UsageError(f"{out / linked[0]}: is a link; remove it, or choose another folder with -o")
     if not (out / MARK).exists():
         filled = [name for name in folders if (out / name).is_dir() and any((out / name).iterdir())]
         if filled:

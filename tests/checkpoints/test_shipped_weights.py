@@ -341,6 +341,8 @@ def test_a_damaged_manifest_of_another_distribution_is_ignored_with_its_reason(m
         ("bytes", True, "the field 'bytes' of x must be an integer"),
         ("name", "", "the name '' must be of printable characters"),
         ("name", "x\n", "must be of printable characters"),
+        ("name", "shipped", "the name 'shipped' is reserved"),
+        ("name", "scenes", "the name 'scenes' is reserved"),
     ],
 )
 def test_fields_of_a_manifest_are_checked(field, value, words):

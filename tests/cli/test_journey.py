@@ -243,3 +243,13 @@ def test_the_demo_keeps_results_of_others_with_the_names_of_its_own(name, tmp_pa
     (tmp_path / demo.MARK).write_text("")
     demo._make_room(tmp_path)
     assert not (tmp_path / name).exists()
+
+
+def test_the_demo_does_not_write_through_links(tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo/scenes").symlink_to(elsewhere, target_is_directory=True)
+    assert cli.main(["demo", "-o", str(tmp_path / "demo")]) == 2
+    assert "scenes: is a link; remove it" in capsys.readouterr().err
+    assert list(elsewhere.iterdir()) == []

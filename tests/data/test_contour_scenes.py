@@ -97,8 +97,9 @@ def test_a_text_opens_them_with_disjoint_splits(tmp_path):
                 open_dataset(f"contours:{name}=-1", split)
     with pytest.raises(UsageError, match="option values must be numbers"):
         open_dataset("contours:size=axb", "train")
-    with pytest.raises(UsageError, match="at least 32"):
-        ContourScenes(3, (16, 64))
+    for size in ((16, 64), (64, 100_000)):
+        with pytest.raises(UsageError, match=r"sides in \[32, 8192\]"):
+            ContourScenes(3, size)
     with pytest.raises(UsageError, match=r"objects in \[1, 1000\]"):  # otherwise ids of two images are equal
         ContourScenes(3, objects=1001)
 

@@ -175,6 +175,7 @@ def test_options_in_the_source_text():
         ("scenes:difficulty=3", "difficulty and empty must be in"),
         ("scenes:count=3,count=5", "the option 'count' is given twice"),
         ("scenes:seed=-1", "seed must not be negative"),
+        ("scenes:size=100000", r"sides in \[16, 8192\]"),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -9,6 +9,7 @@ import torch
 
 import maskwright as mw
 from maskwright.checkpoints import shipping
+from maskwright.checkpoints.folders import CheckpointWarning
 from maskwright.data import Scenes
 from maskwright.errors import CheckpointError, UsageError
 from maskwright.systems import names
@@ -141,6 +142,22 @@ def test_what_does_not_fit_is_said(system, options, words):
         take_pretrained(build(system, **options), "scenes")
     assert words in str(caught.value)
     assert "clicks has another kind of image encoder" in str(caught.value)
+
+
+def test_a_damaged_file_is_refused_by_name_and_ignored_otherwise(tmp_path, monkeypatch):
+    distribution = Distribution(tmp_path, "two-weights")
+    torch.manual_seed(0)
+    for name in ("first", "second"):
+        distribution.add(name, mask_rcnn())
+    path = distribution.folder / "first.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    monkeypatch.setattr(shipping, "entry_points", lambda group: [])
+    monkeypatch.setattr(shipping, "_own_folder", lambda: distribution.folder)
+    with pytest.raises(CheckpointError, match=r"first\.safetensors: differs from the file"):
+        take_pretrained(build("solov2"), "first")
+    with pytest.warns(CheckpointWarning, match="the weights first are ignored: .*differs from the file"):
+        lines = take_pretrained(build("solov2"), "scenes")
+    assert lines[0].startswith("pretrained, from second: backbone")
 
 
 def test_unknown_and_contradicting_choices_are_refused(tmp_path, monkeypatch):

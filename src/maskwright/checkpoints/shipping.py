@@ -30,6 +30,7 @@ GROUP = "maskwright.weights"
 MANIFEST = "manifest.json"
 FORMAT = 1
 SHIPPED = "shipped"  # stands for the fitting weights
+SCENES = "scenes"  # stands for those from which a training takes most
 DISTRIBUTION = "maskwright-weights"
 INSTALL = f"`pip install {DISTRIBUTION}` (in a clone of the repository: `pip install ./weights`)"
 
@@ -140,13 +141,13 @@ class Shipped:
         lines = [
             f"# {self.name}",
             "",
-            f'Weights of maskwright\'s `{self.preset}` that {ROLES[self.role]}. Objects are labelled "object".',
+            f'Weights of maskwright\'s `{self.system}` that {ROLES[self.role]}. Objects are labelled "object".',
             "",
             "| | |",
             "|---|---|",
             f"| file | `{self.file}`, {self.bytes / 1e6:.1f} MB, float16 |",
             f"| sha256 | `{self.sha256}` |",
-            f"| system | `{self.system}` |",
+            f"| preset | `{self.preset}`, with the options in the file |",
             f"| trained on | {self.data} |",
             f"| licence | {self.licence} |",
             f"| command | `{self.command}` |",
@@ -372,6 +373,8 @@ def parsed_entry(value: Any, folder: Path, distribution: str) -> Shipped:
             raise CheckpointError(f"{where}: the field {each.name!r} of {name} must be {_ARTICLE[kind]}")
     if not name.strip() or name != values["name"]:
         raise CheckpointError(f"{where}: the name {name!r} must be of printable characters")
+    if name in (SHIPPED, SCENES):
+        raise CheckpointError(f"{where}: the name {name!r} is reserved: it stands for the fitting weights")
     if not 0 < values["bytes"] < 1 << 63:
         raise CheckpointError(f"{where}: the field 'bytes' of {name} must be the size of a file")
     named = PureWindowsPath(values["file"])  # which has all separators

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from maskwright.data.drawing_shapes import Stamp
 from maskwright.data.formats import CERTAIN, Match, Request
-from maskwright.data.generated import GeneratedScenes, Layout, text_options
+from maskwright.data.generated import LARGEST, GeneratedScenes, Layout, text_options
 from maskwright.data.painting import noise_window, paint_clutter, paint_ground, paint_stamp, plain_noise
 from maskwright.errors import UsageError
 
@@ -92,7 +92,7 @@ class ContourScenes(GeneratedScenes):
 
     Args:
         count: Number of images.
-        size: H, W of every image; at least 32.
+        size: H, W of every image; 32 to 8192.
         seed: Seed of the random numbers.
         classes: Number of classes, named "contour-000", "contour-001", ...
         objects: Largest number of objects in an image that is no crowd; at most 1000, which the ids have room for.
@@ -113,10 +113,12 @@ class ContourScenes(GeneratedScenes):
         crowd: float = 0.15,
         empty: float = 0.02,
     ):
-        if count < 0 or min(size) < 32 or seed < 0 or not 1 <= classes <= 4096 or not 1 <= objects <= 1000:
+        sized = 32 <= min(size) <= max(size) <= LARGEST
+        if count < 0 or not sized or seed < 0 or not 1 <= classes <= 4096 or not 1 <= objects <= 1000:
             raise UsageError(
-                "contours: count and seed must not be negative, sides at least 32, classes in [1, 4096], objects in "
-                f"[1, 1000]; got count {count}, size {size}, seed {seed}, classes {classes}, objects {objects}"
+                f"contours: count and seed must not be negative, sides in [32, {LARGEST}], classes in [1, 4096], "
+                f"objects in [1, 1000]; got count {count}, size {size}, seed {seed}, classes {classes}, objects "
+                f"{objects}"
             )
         if not 0 <= crowd <= 1 or not 0 <= empty <= 1:
             raise UsageError(f"contours: crowd and empty must be in [0, 1], got {crowd} and {empty}")

@@ -22,6 +22,8 @@ from maskwright.errors import DataError, UsageError
 from maskwright.files import write_bytes
 from maskwright.structures import Instances, Masks
 
+LARGEST = 8192  # longest side of a generated image
+
 
 def text_options(text: str, names: Collection[str], example: str) -> dict[str, str]:
     """The options of generated data that a text "KIND:NAME=VALUE,..." describes.

@@ -15,7 +15,7 @@ import torch
 from maskwright.data.dataset import PERSON_KEYPOINTS
 from maskwright.data.drawing_shapes import SHAPES, draw_figure, draw_shape
 from maskwright.data.formats import CERTAIN, Match, Request
-from maskwright.data.generated import GeneratedScenes, Layout, text_options
+from maskwright.data.generated import LARGEST, GeneratedScenes, Layout, text_options
 from maskwright.data.painting import (
     GROUNDS,
     noise_fields,
@@ -42,7 +42,7 @@ class Scenes(GeneratedScenes):
 
     Args:
         count: Number of images.
-        size: H, W of every image; at least 16.
+        size: H, W of every image; 16 to 8192.
         seed: Seed of the random numbers.
         classes: Some of "disc", "ring", "star", "box", "crescent", "cross", "triangle", "heart".
         difficulty: 0 (easy) to 1 (hard).
@@ -71,9 +71,10 @@ class Scenes(GeneratedScenes):
         unknown = [name for name in classes if name not in SHAPES]
         if unknown or not classes or len(set(classes)) < len(classes):
             raise UsageError(f"scenes: classes must be distinct names of {', '.join(SHAPES)}, got {tuple(classes)}")
-        if count < 0 or min(size) < 16 or not 0 <= difficulty <= 1 or not 0 <= empty <= 1 or seed < 0:
+        sized = 16 <= min(size) <= max(size) <= LARGEST
+        if count < 0 or not sized or not 0 <= difficulty <= 1 or not 0 <= empty <= 1 or seed < 0:
             raise UsageError(
-                "scenes: count and seed must not be negative, sides must be at least 16, difficulty and empty must be "
+                f"scenes: count and seed must not be negative, sides in [16, {LARGEST}], difficulty and empty must be "
                 f"in [0, 1]; got count {count}, size {size}, seed {seed}, difficulty {difficulty}, empty {empty}"
             )
         self.count, self.size, self.seed = count, (int(size[0]), int(size[1])), seed

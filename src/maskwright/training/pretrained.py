@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -10,12 +11,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from maskwright.checkpoints import load, read_metadata
-from maskwright.checkpoints.shipping import Shipped, find_shipped, missing, shipped
-from maskwright.errors import UsageError
+from maskwright.checkpoints.folders import CheckpointWarning
+from maskwright.checkpoints.shipping import SCENES, Shipped, find_shipped, missing, shipped
+from maskwright.errors import CheckpointError, UsageError
 from maskwright.options import plain
 from maskwright.systems import System
 
-SCENES = "scenes"  # stands for the fitting weights trained on generated images
 IRRELEVANT = ("pretrained", "frozen")  # fields of a backbone that do not change what it computes
 
 
@@ -54,13 +55,14 @@ def take_pretrained(system: System, name: str) -> list[str]:
 
     Raises:
         UsageError: If nothing fits; the message says why.
-        CheckpointError: If the weights are not installed or damaged.
+        CheckpointError: If weights that were named are not installed or damaged. With "scenes", damaged ones are
+            ignored with a warning.
     """
     best, reasons = _best(system, name)
     if best is None:
         raise UsageError(
-            f"no installed weights fit this {system.name}: {'; '.join(reasons) or missing(name)}. Train without "
-            "pretrained, or with the backbone options of such weights"
+            f"no installed weights fit this {system.name}: {'; '.join(reasons) or missing(name)}. Omit "
+            "pretrained, or use the backbone options of such weights"
         )
     system.load_state_dict({**system.state_dict(), **best.tensors})
     there = best.giver.preprocess
@@ -97,7 +99,13 @@ def _best(system: System, name: str) -> tuple[_Offer | None, list[str]]:
     for entry in entries:
         if best is not None and best.entry.system == system.name != entry.system:
             break  # others have no more than the backbone
-        offer = _offer(system, entry)
+        try:
+            offer = _offer(system, entry)
+        except CheckpointError as error:
+            if name != SCENES:
+                raise
+            warnings.warn(f"the weights {entry.name} are ignored: {error}", CheckpointWarning, stacklevel=4)
+            offer = f"cannot be used ({error})"
         if isinstance(offer, str):
             reasons.append(f"{entry.name} {offer}")
         elif best is None or _size(offer) > _size(best):
