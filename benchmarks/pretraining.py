@@ -100,14 +100,14 @@ RECIPES = {
                           {**QUERIES, "batch": 8, "lr": 4e-4, "warmup": 100, "freeze": ["backbone"]}, classes=False,
                           learning={"resize": {"short": 160, "long": 160}, "loss": POINTS},
                           then=({}, 250, {**QUERIES, **SECOND, "batch": 8, "lr": 1e-4}), start="mask-rcnn-scenes"),
-    "eomt": Recipe("eomt-small", {"table": 20}, 160, 2500,
+    "eomt": Recipe("eomt-small", {"table": 20}, 160, 1000,
                    {**QUERIES, "batch": 8, "lr": 5e-4, "warmup": 100}, classes=False,
                    learning={"resize": {"canvas": [160, 160]}, "loss": POINTS},
                    # Attention over the tokens of the preset's canvas is learnt for a while too.
-                   then=({"resize": {"canvas": [320, 320]}}, 200,
+                   then=({"resize": {"canvas": [320, 320]}}, 80,
                          {**QUERIES, **SECOND, "batch": 4, "lr": 1e-4}),
-                   before=((3500, {"batch": 16, "lr": 1e-3, "warmup": 50, "ema": 0.99, "weight_decay": 0.02}),
-                           (1500, {"batch": 8, "lr": 5e-4, "warmup": 50, "ema": 0.99})),
+                   before=((1400, {"batch": 16, "lr": 1e-3, "warmup": 50, "ema": 0.99, "weight_decay": 0.02}),
+                           (600, {"batch": 8, "lr": 5e-4, "warmup": 50, "ema": 0.99})),
                    contours={"objects": 16, "crowd": 0.0}, least=80, repeats=3),
     # Small objects have few cells of the mask's grid, of a quarter of a patch: the second stage sees images enlarged.
     "sam": Recipe("sam-small",

@@ -26,12 +26,21 @@ import torch
 
 from maskwright import __version__
 from maskwright.checkpoints import list_checkpoints, load, save
-from maskwright.checkpoints.shipping import DISTRIBUTION, FORMAT, MANIFEST, SHIPPED, Figure, Role, Shipped, parsed_entry
+from maskwright.checkpoints.shipping import (
+    DISTRIBUTION,
+    FORMAT,
+    MANIFEST,
+    SCENES,
+    SHIPPED,
+    Figure,
+    Role,
+    Shipped,
+    parsed_entry,
+)
 from maskwright.data.contour_scenes import PREFIX
 from maskwright.errors import CheckpointError, UsageError
 from maskwright.files import write_bytes, write_json, write_text
 from maskwright.systems import names, presets
-from maskwright.training.pretrained import SCENES
 
 ROOT = Path(__file__).parents[1]
 CORE = ROOT / "src/maskwright/weights"
