@@ -50,7 +50,7 @@ SETS: Mapping[str, tuple[str, ...] | None] = {  # and the classes that are learn
     "pedestrians": None, "balloons": None, "nuclei": None, "fruits-nuts": None, "coco-mini": ("person",),
 }  # fmt: skip
 SHORT = {"nuclei": 224}  # short side of the input, unless --short is given; of the other sets 160
-MEASURES = ("segm/AP", "segm/AP50", "bbox/AP")
+MEASURES = ("segm/AP", "segm/AP50", "segm/APs", "segm/APm", "segm/APl", "bbox/AP")
 
 
 @dataclass(frozen=True)
