@@ -141,7 +141,8 @@ class Shipped:
         lines = [
             f"# {self.name}",
             "",
-            f'Weights of maskwright\'s `{self.system}` that {ROLES[self.role]}. Objects are labelled "object".',
+            f"Weights of maskwright's `{self.system}`, for networks that {ROLES[self.role]}. "
+            'Objects are labelled "object".',
             "",
             "| | |",
             "|---|---|",
