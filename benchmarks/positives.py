@@ -1,7 +1,7 @@
 """How many samples train an output in a short training: the reason why some systems learn little in one.
 
     python benchmarks/positives.py DATA --size 160 --images 600
-    python benchmarks/positives.py DATA --presets yolact-small --option 'anchors={"square": false, "octaves": 3}'
+    python benchmarks/positives.py DATA --presets yolact-small --option anchors.square=false --option anchors.octaves=3
 
 Of SOLO, the channel of a cell is trained on the objects whose centres it contains, and of Decoupled SOLO that of a row
 or column. (SOLOv2 computes masks from kernels that one convolution predicts for all cells.) A sample is a cell that an
@@ -23,6 +23,7 @@ from torch import Tensor
 
 import maskwright as mw
 from maskwright.data import Dataset, open_dataset
+from maskwright.options import nested
 from maskwright.systems.families import solo_grid
 from maskwright.systems.solo import MASK_STRIDES, DecoupledSOLO
 from maskwright.systems.tensormask import TensorMask
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the systems, in JSON")
     arguments = parser.parse_args()
     dataset = open_dataset(arguments.data, "train")
-    options = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in arguments.option)}
+    options = nested((name, json.loads(value)) for name, value in (pair.split("=", 1) for pair in arguments.option))
     for preset in arguments.presets:
         size = {"short": arguments.size}
         if not preset.startswith("yolact"):  # which stretches images to a square

@@ -35,6 +35,7 @@ import maskwright as mw
 from benchmarks.narrow import narrow
 from maskwright.data import Scenes, open_dataset
 from maskwright.files import write_json
+from maskwright.options import nested
 from maskwright.systems import ProposalSystem, presets, system_class
 from maskwright.systems.kinds.promptable import PromptableSystem
 from maskwright.training.pretrained import fitting_weights
@@ -148,7 +149,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     rates = {name: float(value) for name, value in (pair.split("=") for pair in arguments.rates)}
-    given = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in arguments.option)}
+    given = nested((name, json.loads(value)) for name, value in (pair.split("=", 1) for pair in arguments.option))
     changes: dict[str, Any] = {"warmup": arguments.warmup, "ema": arguments.ema}
     if arguments.amp:
         changes["amp"] = arguments.amp
