@@ -1,4 +1,4 @@
-"""How many samples train an output in a short training: the reason why some systems learn little in one.
+"""How many samples train an output in a short training: where they are few, little may be learnt in one.
 
     python benchmarks/positives.py DATA --size 160 --images 600
     python benchmarks/positives.py DATA --presets yolact-small --option anchors.square=false --option anchors.octaves=3
@@ -81,7 +81,7 @@ def of_objects(system: Any, dataset: Dataset) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--presets", nargs="*", default=PRESETS)
+    parser.add_argument("--presets", nargs="+", default=PRESETS, choices=PRESETS)
     parser.add_argument("--size", type=int, default=160, help="short side of the input")
     parser.add_argument("--images", type=int, default=600, help="images of the training: steps x batch")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the systems, in JSON")
